@@ -1,0 +1,318 @@
+"""MQTT 3.1.1 as bytes: the only file that imports Paho.
+
+Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE, PING and DISCONNECT and
+their answers, by ``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0
+and ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is
+encoded here too: through Paho each would cost ten times as much.
+
+Each link has a codec of its own, so that Paho never sends again what an earlier link left open.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Final, NamedTuple
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+
+from ._errors import RemoteProtocolError
+from ._messages import EmitterMessage
+from ._packets import (
+    ConnAck,
+    Disconnect,
+    Event,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+    SubAck,
+    Subscribe,
+    Undecodable,
+    UnsubAck,
+    Unsubscribe,
+)
+
+_CONNACK: Final = 2
+_PUBLISH: Final = 3
+_PUBACK: Final = 4
+_PINGRESP: Final = 13
+
+_SHORT_PUBLISH: Final = struct.Struct("!BBH")
+_PACKET_ID: Final = struct.Struct("!H")
+
+
+class Hello(NamedTuple):
+    """What CONNECT says."""
+
+    client_id: str = ""
+    username: str | None = None
+    password: str | None = None
+    keepalive: int = 30
+    will: Publish | None = None
+
+
+class _MemorySocket:
+    """What Paho takes for its socket."""
+
+    def __init__(self) -> None:
+        self.inbound = bytearray()
+        self.outbound = bytearray()
+
+    def recv(self, size: int) -> bytes:
+        if not self.inbound:
+            raise BlockingIOError
+        data = bytes(self.inbound[:size])
+        del self.inbound[:size]
+        return data
+
+    def send(self, data: bytes | bytearray) -> int:
+        self.outbound += data
+        return len(data)
+
+    def fileno(self) -> int:
+        return -1
+
+    def setblocking(self, flag: bool) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _PahoClient(paho.Client):
+    """Paho with the three private hooks that an external session and an in-memory link need."""
+
+    def __init__(self, link: _MemorySocket, client_id: str) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            client_id,
+            protocol=MQTTProtocolVersion.MQTTv311,
+            # Paho would answer some refusals with a blocking reconnect() inside loop_read().
+            reconnect_on_failure=False,
+        )
+        self._link = link
+        self.next_mid = 0
+
+    def _create_socket(self) -> Any:
+        return self._link
+
+    def _mid_generate(self) -> int:
+        # The session allots the packet ids: Paho's own counter runs into ids that are pending.
+        return self.next_mid
+
+    @staticmethod
+    def _filter_wildcard_len_check(sub: bytes) -> MQTTErrorCode:
+        # Paho's check refuses "#/" and "#?last=5", which Emitter wants.
+        return MQTTErrorCode.MQTT_ERR_SUCCESS
+
+
+class Codec:
+    """
+    Both directions of one link.
+
+    :param hello: what CONNECT says
+    :param max_message_size: the largest remaining length to take from the peer, in bytes
+    """
+
+    def __init__(self, hello: Hello, max_message_size: int = 65536) -> None:
+        self._max_message_size = max_message_size
+        self._keepalive = hello.keepalive
+        self._connected = False
+        self._broken = False
+        self._rest = bytearray()
+        self._missing = 0
+        self._heard: list[Event] = []
+        self._link = _MemorySocket()
+        self._paho = client = _PahoClient(self._link, hello.client_id)
+        if hello.username is not None:
+            client.username_pw_set(hello.username, hello.password)
+        if hello.will is not None:
+            client.will_set(hello.will.topic.decode(), hello.will.payload, retain=hello.will.retain)
+        # A callback that raises would make Paho handle the same packet again: they only append.
+        client.on_subscribe = self._on_subscribe
+        client.on_unsubscribe = self._on_unsubscribe
+        client.on_message = self._on_message
+
+    def connect(self) -> bytes:
+        """Encode the CONNECT with which a link begins."""
+        self._paho.connect("emitter", 1, self._keepalive)
+        return self._written()
+
+    def encode(self, packet: Packet) -> bytes:
+        """Turn a packet into bytes."""
+        match packet:
+            case Publish():
+                return encode_publish(packet)
+            case Subscribe(packet_id, topic):
+                self._paho.next_mid = packet_id
+                self._paho.subscribe(topic)
+            case Unsubscribe(packet_id, topic):
+                self._paho.next_mid = packet_id
+                self._paho.unsubscribe(topic)
+            case PingReq():
+                self._paho._send_pingreq()
+            case Disconnect():
+                self._paho.disconnect()
+        return self._written()
+
+    def decode(self, data: bytes) -> list[Event]:
+        """
+        Turn bytes from the peer, cut anywhere, into events.
+
+        Malformed bytes end in a :class:`~emitter_anyio.RemoteProtocolError` as the last event,
+        behind those that came before; what follows it is passed over.
+        """
+        if self._broken:
+            return []
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._missing:
+                return []
+            data = bytes(self._rest)
+            self._rest.clear()
+        events: list[Event] = []
+        try:
+            self._take_packets(data, events)
+        except RemoteProtocolError as exc:
+            self._broken = True
+            events.append(exc)
+        return events
+
+    def take_written(self) -> bytes:
+        """Give what Paho has written on its own, such as the answer to a PINGREQ."""
+        return self._written() if self._link.outbound or self._paho.want_write() else b""
+
+    def _take_packets(self, data: bytes, events: list[Event]) -> None:
+        at, end = 0, len(data)
+        while at < end:
+            head = data[at]
+            size, start = 0, at + 1
+            shift = 0
+            while True:
+                if start == end:
+                    return self._keep(data, at, 0)
+                byte = data[start]
+                start += 1
+                size |= (byte & 0x7F) << shift
+                if byte < 0x80:
+                    break
+                shift += 7
+                if shift == 28:
+                    raise RemoteProtocolError("a packet's length takes more than four bytes")
+            if size > self._max_message_size:
+                raise RemoteProtocolError(
+                    f"the peer announced a packet of {size} bytes; max_message_size is "
+                    f"{self._max_message_size}"
+                )
+            stop = start + size
+            if stop > end:
+                return self._keep(data, at, stop - at)
+            kind = head >> 4
+            if not self._connected:
+                self._take_connack(head, data[at:stop], size, events)
+            elif kind == _PUBLISH and not head & 6:
+                events.append(_decode_publish(data, start, stop))
+            elif kind == _PUBACK:
+                if size != 2:
+                    raise RemoteProtocolError(f"a PUBACK of {size} bytes, where it has 2")
+                events.append(PubAck(data[start] << 8 | data[start + 1]))
+            else:
+                self._hand_to_paho(head, data[at:stop], events)
+            at = stop
+        return None
+
+    def _keep(self, data: bytes, at: int, whole: int) -> None:
+        self._rest += data[at:] if at else data
+        self._missing = whole
+
+    def _take_connack(self, head: int, packet: bytes, size: int, events: list[Event]) -> None:
+        if head >> 4 != _CONNACK or size != 2:
+            raise RemoteProtocolError("the peer did not answer CONNECT with a CONNACK")
+        # Paho's own word on it is of no use here: for codes 1 and 2 it calls nothing back.
+        if packet[-1] == 0:
+            self._hand_to_paho(head, packet, events)
+        events.append(ConnAck(packet[-1]))
+        self._connected = True
+
+    def _hand_to_paho(self, head: int, packet: bytes, events: list[Event]) -> None:
+        kind = head >> 4
+        if kind == _PUBLISH and head & 6 != 2:
+            raise RemoteProtocolError("the peer delivered at a QoS over 1, which nobody asked for")
+        self._link.inbound += packet
+        try:
+            # One call takes one packet in, or more where Paho has messages of its own in flight,
+            # which it never has here.
+            code = self._paho.loop_read()
+        except Exception as exc:
+            # Paho up to 2.1 lets struct.error and the like out.
+            raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}") from exc
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._link.inbound:
+            raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
+        events += self._heard
+        self._heard.clear()
+        if kind == _PINGRESP:
+            events.append(PingResp())
+        elif kind == _CONNACK and self._connected:
+            events.append(ConnAck(packet[-1]))
+
+    def _written(self) -> bytes:
+        self._paho.loop_write()
+        data = bytes(self._link.outbound)
+        self._link.outbound.clear()
+        return data
+
+    def _on_subscribe(
+        self, client: object, userdata: object, mid: int, codes: list[Any], properties: object
+    ) -> None:
+        self._heard.append(SubAck(mid, tuple(code.value for code in codes)))
+
+    def _on_unsubscribe(
+        self, client: object, userdata: object, mid: int, codes: object, properties: object
+    ) -> None:
+        self._heard.append(UnsubAck(mid))
+
+    def _on_message(self, client: object, userdata: object, message: paho.MQTTMessage) -> None:
+        payload = bytes(message.payload)
+        try:
+            self._heard.append(EmitterMessage(message.topic, payload))
+        except UnicodeDecodeError:
+            self._heard.append(Undecodable(len(payload)))
+
+
+def encode_publish(packet: Publish) -> bytes:
+    """Encode a ``PUBLISH`` of QoS 0 or, with a packet id, 1."""
+    topic, payload, packet_id, retain = packet
+    size = 2 + len(topic) + len(payload)
+    head = 0x30 | retain
+    if packet_id is not None:
+        size += 2
+        head |= 0x02
+        topic += _PACKET_ID.pack(packet_id)
+        length = len(topic) - 2
+    else:
+        length = len(topic)
+    if size < 0x80:
+        return _SHORT_PUBLISH.pack(head, size, length) + topic + payload
+    return bytes((head, *_varint(size))) + _PACKET_ID.pack(length) + topic + payload
+
+
+def _varint(value: int) -> list[int]:
+    digits = []
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    return [*digits, value]
+
+
+def _decode_publish(data: bytes, start: int, stop: int) -> Event:
+    middle = start + 2
+    if middle <= stop:
+        middle += data[start] << 8 | data[start + 1]
+    if not start + 2 < middle <= stop:
+        raise RemoteProtocolError("the peer sent a PUBLISH whose topic is empty or cut off")
+    try:
+        return EmitterMessage(data[start + 2 : middle].decode(), data[middle:stop])
+    except UnicodeDecodeError:
+        return Undecodable(stop - middle)

@@ -1,0 +1,224 @@
+"""One link's life: opening, reader, writer and keepalive, and a bounded goodbye."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Final, TypeAlias
+
+import anyio
+
+from ._channels import check_channel, check_key, format_topic
+from ._codec import Codec, Hello
+from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
+from ._messages import encode_payload
+from ._options import Options, Server
+from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._transport import BROKEN, Transport, open_transport
+from ._writer import Writer
+
+Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
+
+_REFUSALS: Final = {
+    1: "it does not speak MQTT 3.1.1",
+    2: "it does not take the client_id",
+    3: "the server is unavailable",
+    4: "bad user name or password",
+    5: "not authorized",
+}
+
+
+class Connection:
+    """
+    A link that the broker has acknowledged.
+
+    :param server: where it goes
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        transport: Transport,
+        codec: Codec,
+        first: list[Event],
+        keepalive: float,
+    ) -> None:
+        self.server = server
+        self.since = datetime.now(UTC)
+        self.writer = Writer(transport)
+        self.held_up = False
+        """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
+        self._transport = transport
+        self._codec = codec
+        self._first = first
+        self._keepalive = keepalive
+        self._last_heard = anyio.current_time()
+        self._scope = anyio.CancelScope()
+        self._broken: Exception | None = None
+
+    def send(self, packet: Packet) -> None:
+        """Encode a packet and queue it."""
+        self.writer.write(self._codec.encode(packet))
+
+    async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
+        """
+        Keep the link going until it breaks or :meth:`close` ends it.
+
+        :param deliver: takes the events in, and may wait
+        :param ping: sends a PINGREQ
+        :return: why the link broke; ``None`` if we closed it
+        """
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._guard, self.writer.run)
+                    tasks.start_soon(self._guard, self._keep_alive, ping)
+                    await self._guard(self._read, deliver)
+        finally:
+            self.writer.stop()
+            await self._transport.aclose()
+        return self._broken
+
+    async def say_goodbye(self) -> None:
+        """Send what is queued, and DISCONNECT behind it."""
+        self.send(Disconnect())
+        await self.writer.left(self.writer.queued)
+
+    def close(self) -> None:
+        """End :meth:`run`, which closes the link."""
+        self._scope.cancel()
+
+    def blurt_goodbye(self) -> None:
+        """Send DISCONNECT if nothing is in its way; under cancellation there is no time for more."""
+        if not self.writer.size:
+            self.send(Disconnect())
+
+    async def _guard(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+        try:
+            await work(*args)
+        except Exception as exc:
+            self._break(exc)
+
+    def _break(self, exc: Exception) -> None:
+        if self._broken is None:
+            self._broken = exc
+        self._scope.cancel()
+
+    async def _read(self, deliver: Deliver) -> None:
+        await deliver(self._first)
+        while data := await self._transport.receive():
+            self._last_heard = anyio.current_time()
+            events = self._codec.decode(data)
+            if written := self._codec.take_written():
+                self.writer.write(written)
+            await deliver(events)
+            if self.held_up:
+                self.held_up = False
+                self._last_heard = anyio.current_time()
+        raise EOFError("the broker closed the link")
+
+    async def _keep_alive(self, ping: Callable[[], None]) -> None:
+        # The broker counts our silence, we count its: one timer to whichever comes first.
+        while True:
+            quiet_since = min(self._last_heard, self.writer.last_sent)
+            await anyio.sleep_until(quiet_since + self._keepalive)
+            now = anyio.current_time()
+            heard = self._last_heard
+            if now < min(heard, self.writer.last_sent) + self._keepalive:
+                continue
+            ping()
+            self.writer.last_sent = now
+            if now < heard + self._keepalive:
+                continue
+            await anyio.sleep(self._keepalive / 2)
+            if self._last_heard == heard and not self.held_up:
+                raise TimeoutError(
+                    f"the broker was silent for {self._keepalive * 1.5:g} s and did not answer "
+                    "a PINGREQ"
+                )
+
+
+async def open_connection(options: Options) -> Connection:
+    """
+    Try each server once, in turn, each under ``connect_timeout``.
+
+    Cancelling it at any point leaves nothing behind.
+
+    :raises ConnectError: if none can be reached, with every cause
+    """
+    hello = _make_hello(options)
+    causes: dict[str, Exception] = {}
+    for server in options.servers:
+        try:
+            with anyio.fail_after(options.connect_timeout):
+                return await _open(server, options, hello)
+        except (*BROKEN, TimeoutError, EOFError, RemoteProtocolError, ConnectRefusedError) as exc:
+            causes[str(server)] = exc
+    raise _connect_error(causes, options)
+
+
+async def _open(server: Server, options: Options, hello: Hello) -> Connection:
+    transport = await open_transport(server, options)
+    try:
+        codec = Codec(hello, options.max_message_size)
+        data = codec.connect()
+        while data:
+            data = data[await transport.send(data) :]
+        events: list[Event] = []
+        while not events:
+            if not (data := await transport.receive()):
+                raise EOFError("the peer closed the link instead of answering CONNECT")
+            events = codec.decode(data)
+        match events.pop(0):
+            case ConnAck(0):
+                return Connection(server, transport, codec, events, options.keepalive)
+            case ConnAck(code):
+                raise ConnectRefusedError(
+                    f"{server} refused: {_REFUSALS.get(code, f'code {code}')}", code=code
+                )
+            case RemoteProtocolError() as exc:
+                raise exc
+        raise AssertionError("the codec begins with CONNACK")  # pragma: no cover - its promise
+    except BaseException:
+        await transport.aclose()
+        raise
+
+
+def _make_hello(options: Options) -> Hello:
+    will = None
+    if options.will is not None:
+        given = options.will
+        topic = format_topic(check_key(given.key), check_channel(given.channel))
+        will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
+    # MQTT counts in whole seconds; Emitter passes over what it is told here.
+    return Hello(
+        options.client_id,
+        options.username,
+        options.password,
+        max(1, round(options.keepalive)),
+        will,
+    )
+
+
+def _connect_error(causes: dict[str, Exception], options: Options) -> ConnectError:
+    words = []
+    for server, cause in causes.items():
+        if isinstance(cause, ConnectRefusedError):
+            words.append(str(cause))
+        elif isinstance(cause, TimeoutError) and not str(cause):
+            words.append(f"{server}: no answer within {options.connect_timeout:g} s")
+        else:
+            words.append(f"{server}: {cause}")
+    text = "could not connect to " + "; ".join(words)
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes.values()):
+        text += (
+            " (Emitter listens on 8080, and on 443 with TLS, unless it is told otherwise, not on "
+            "MQTT's 1883 and 8883)"
+        )
+    last = list(causes.values())[-1]
+    if isinstance(last, ConnectRefusedError):
+        error: ConnectError = ConnectRefusedError(text, causes, code=last.code)
+    else:
+        error = ConnectError(text, causes)
+    error.__cause__ = last
+    return error

@@ -1,0 +1,156 @@
+"""Messages and payloads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeAlias
+
+Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
+"""What can be published: bytes-like and ``str`` (UTF-8) go as they are, all else as JSON."""
+
+_SHOWN = 64
+
+
+class Readable:
+    """What can be done with the payload of a message."""
+
+    __slots__ = ()
+
+    channel: str
+    binary: bytes
+
+    def as_binary(self) -> bytes:
+        """Return the payload as it is."""
+        return self.binary
+
+    def as_string(self) -> str:
+        """
+        Return the payload as text.
+
+        :raises ValueError: if it is not UTF-8
+        """
+        try:
+            return self.binary.decode()
+        except UnicodeDecodeError as exc:
+            raise ValueError(
+                f"the message of {len(self.binary)} bytes from {self.channel!r} is not UTF-8: "
+                f"{exc.reason} at byte {exc.start}"
+            ) from exc
+
+    def as_object(self) -> Any:
+        """
+        Return what the payload is in JSON.
+
+        :raises ValueError: if it is not JSON
+        """
+        try:
+            return json.loads(self.binary)
+        except (ValueError, RecursionError) as exc:
+            raise ValueError(
+                f"the message of {len(self.binary)} bytes from {self.channel!r} is not JSON: {exc}"
+            ) from exc
+
+    asBinary = as_binary  # noqa: N815 - the original SDK's name
+    asString = as_string  # noqa: N815 - the original SDK's name
+    asObject = as_object  # noqa: N815 - the original SDK's name
+
+    def _shown(self) -> str:
+        return repr(self.binary[:_SHOWN]) + ("…" if len(self.binary) > _SHOWN else "")
+
+
+class EmitterMessage(Readable):
+    """
+    A message from a channel.
+
+    :ivar channel: the channel it was published to, with its trailing slash and without a key
+    :ivar binary: the payload
+    """
+
+    __slots__ = ("binary", "channel")
+
+    def __init__(self, channel: str, binary: bytes) -> None:
+        self.channel = channel
+        self.binary = binary
+
+    def __repr__(self) -> str:
+        return f"<EmitterMessage channel={self.channel!r} binary={self._shown()}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class StoredMessage(Readable):
+    """
+    A message from the broker's storage.
+
+    :ivar id: what the broker knows it by; the order of the ids is the reverse of that in time
+    :ivar time: when the broker took it, to the second, read from the id
+    :ivar channel: the channel it was published to, with its trailing slash and without a key
+    :ivar binary: the payload
+    """
+
+    id: bytes
+    time: datetime
+    channel: str
+    binary: bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"<StoredMessage time={self.time:%Y-%m-%dT%H:%M:%SZ} channel={self.channel!r} "
+            f"binary={self._shown()}>"
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Will:
+    """
+    The message that the broker publishes when this link ends.
+
+    Emitter publishes it after a clean goodbye too (its ``pubsub/lastwill.go``).
+
+    :ivar key: a key with the permission to write
+    :ivar channel: the channel to publish to
+    :ivar message: the payload, as in ``publish()``
+    :ivar retain: whether to store it, for which the key needs the permission to store
+    """
+
+    key: str
+    channel: str
+    message: Payload
+    retain: bool = False
+
+    def __repr__(self) -> str:
+        return f"Will(key=…, channel={self.channel!r}, retain={self.retain})"
+
+
+def encode_payload(message: Payload) -> bytes:
+    """
+    Turn what is to be published into bytes.
+
+    :raises TypeError: if it is neither bytes-like nor ``str`` and JSON does not know it
+    :raises ValueError: if it is text that has no UTF-8, or an object that has no JSON
+    """
+    if isinstance(message, bytes):
+        return message
+    if isinstance(message, str):
+        return _encode_text(message)
+    if isinstance(message, bytearray | memoryview):
+        return bytes(message)
+    try:
+        text = json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except TypeError as exc:
+        raise TypeError(
+            f"a message is bytes, str or what JSON knows; {type(message).__name__} is not: {exc}"
+        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"the message has no JSON: {exc}") from exc
+    return _encode_text(text)
+
+
+def _encode_text(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(
+            f"the message has no UTF-8: {exc.reason} at character {exc.start}"
+        ) from exc

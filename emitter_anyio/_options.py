@@ -1,0 +1,233 @@
+"""What ``connect()`` takes: a mapping or a URL, and keywords, made into one checked value."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from anyio.abc import ByteStreamConnectable
+
+from ._channels import is_number, is_whole
+from ._messages import Will
+from ._router import Matcher
+
+DEFAULT_HOST: Final = "api.emitter.io"
+PORTS: Final = {"mqtt": 8080, "mqtts": 443}
+"""Emitter's own ports, where MQTT's would be 1883 and 8883."""
+
+MAX_KEEPALIVE: Final = 60
+"""The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """
+    Where a broker listens.
+
+    :ivar scheme: ``"mqtt"``, ``"mqtts"`` or ``"unix"``
+    :ivar host: a name, an address, or the path of a Unix socket
+    :ivar port: the port, 0 for a Unix socket
+    """
+
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        if self.scheme == "unix":
+            return f"unix://{self.host}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Options:
+    """Everything that can be said about a client; see :func:`~emitter_anyio.connect`."""
+
+    servers: tuple[Server, ...]
+    keepalive: float = 30
+    username: str | None = None
+    password: str | None = None
+    client_id: str = ""
+    will: Will | None = None
+    ssl_context: ssl.SSLContext | None = None
+    connect_timeout: float | None = 10
+    request_timeout: float | None = 10
+    disconnect_timeout: float = 5
+    matcher: Matcher = "emitter"
+    max_message_size: int = 65536
+    allow_collisions: bool = False
+    connectable: ByteStreamConnectable | None = None
+    reconnect: None = None
+
+
+_PLAIN: Final = tuple(field.name for field in fields(Options) if field.name != "servers")
+_PLACE: Final = ("host", "port", "secure", "servers")
+_NAMES: Final = (*_PLACE, *_PLAIN)
+
+
+def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str, Any]) -> Options:
+    """
+    Check everything and put it together.
+
+    :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
+    :raises ValueError: if a value is out of its range
+    """
+    said: dict[str, Any] = {}
+    origin = "the mapping"
+    if isinstance(options, str):
+        server, said = _parse_url(options)
+        said |= _place_of(server)
+        origin = "the URL"
+    elif isinstance(options, Mapping):
+        said = dict(options)
+    elif options is not None:
+        raise TypeError(
+            f"connect() takes a URL or a mapping of options, not {type(options).__name__}"
+        )
+    for name, value in keywords.items():
+        if name in said and said[name] != value:
+            raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
+        said[name] = value
+    for name in said:
+        if name not in _NAMES:
+            raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(_NAMES))}")
+    place: dict[str, Any] = {name: said.pop(name) for name in _PLACE if name in said}
+    made = Options(servers=_servers(place), **said)
+    _check(made)
+    return made
+
+
+def _servers(place: dict[str, Any]) -> tuple[Server, ...]:
+    urls = place.pop("servers", None)
+    if urls is not None:
+        if place:
+            raise TypeError(f"servers stands instead of {', '.join(place)}: give only one of them")
+        return _parse_servers(urls)
+    secure = place.get("secure", True)
+    if not isinstance(secure, bool):
+        raise TypeError(f"secure is a bool, not {type(secure).__name__}")
+    scheme = "mqtts" if secure else "mqtt"
+    host = place.get("host", DEFAULT_HOST)
+    if not isinstance(host, str):
+        raise TypeError(f"host is a str, not {type(host).__name__}")
+    if not host:
+        raise ValueError("host is empty")
+    if host.startswith("/"):
+        return (Server("unix", host, 0),)
+    return (Server(scheme, host, _check_port(place.get("port", PORTS[scheme]))),)
+
+
+def _check_port(port: Any) -> int:
+    if not is_whole(port):
+        raise TypeError(f"port is a whole number, not {type(port).__name__}")
+    if not 1 <= port <= 65535:
+        raise ValueError(f"port is from 1 to 65535, not {port}")
+    return int(port)
+
+
+def _parse_servers(urls: object) -> tuple[Server, ...]:
+    if isinstance(urls, str) or not isinstance(urls, Sequence):
+        raise TypeError("servers is a sequence of URLs")
+    servers = []
+    for url in urls:
+        server, credentials = _parse_url(url)
+        if credentials:
+            raise TypeError("a URL in servers has no user and password: give them as options")
+        servers.append(server)
+    if not servers:
+        raise ValueError("servers is empty")
+    if len({server.scheme for server in servers}) > 1:
+        raise ValueError("the URLs in servers are of one scheme")
+    return tuple(servers)
+
+
+def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
+    # The URL itself is in no message, since it may carry a password.
+    if not isinstance(url, str):
+        raise TypeError(f"a URL is a str, not {type(url).__name__}")
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        if parts.netloc or not parts.path:
+            raise ValueError("a Unix socket's URL is unix:///path/to/socket")
+        return Server("unix", unquote(parts.path), 0), {}
+    if parts.scheme not in PORTS:
+        raise ValueError(
+            f"the URL's scheme is {parts.scheme!r}; there are mqtt, mqtts and unix, such as "
+            "mqtt://127.0.0.1:8080"
+        )
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError("the URL ends after host and port; channels and keys go to the calls")
+    if not parts.hostname:
+        raise ValueError("the URL has no host")
+    try:
+        port = parts.port
+    except ValueError:
+        raise ValueError("the URL's port is no number from 1 to 65535") from None
+    credentials = {}
+    if parts.username is not None:
+        credentials["username"] = unquote(parts.username)
+    if parts.password is not None:
+        credentials["password"] = unquote(parts.password)
+    port = _check_port(PORTS[parts.scheme] if port is None else port)
+    return Server(parts.scheme, parts.hostname, port), credentials
+
+
+def _place_of(server: Server) -> dict[str, Any]:
+    if server.scheme == "unix":
+        return {"host": server.host}
+    return {"host": server.host, "port": server.port, "secure": server.scheme == "mqtts"}
+
+
+def _check(options: Options) -> None:
+    _check_seconds("keepalive", options.keepalive, 1, MAX_KEEPALIVE)
+    for name in ("connect_timeout", "request_timeout"):
+        if getattr(options, name) is not None:
+            _check_seconds(name, getattr(options, name))
+    _check_seconds("disconnect_timeout", options.disconnect_timeout)
+    for name in ("username", "password", "client_id"):
+        value = getattr(options, name)
+        if not isinstance(value, str) and not (value is None and name != "client_id"):
+            raise TypeError(f"{name} is a str, not {type(value).__name__}")
+        if value is not None and len(value.encode()) > 65535:
+            raise ValueError(f"{name} has at most 65535 bytes")
+    if options.password is not None and options.username is None:
+        raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
+    if options.will is not None and not isinstance(options.will, Will):
+        raise TypeError(f"will is a Will(key, channel, message), not {type(options.will).__name__}")
+    if options.ssl_context is not None:
+        if not isinstance(options.ssl_context, ssl.SSLContext):
+            raise TypeError(
+                f"ssl_context is an ssl.SSLContext, not {type(options.ssl_context).__name__}"
+            )
+        if options.connectable is not None or options.servers[0].scheme != "mqtts":
+            raise TypeError("ssl_context is for TLS: it needs secure=True, and no connectable")
+    if options.matcher not in ("emitter", "mqtt"):
+        raise ValueError(f"matcher is 'emitter' or 'mqtt', not {options.matcher!r}")
+    size = options.max_message_size
+    if not is_whole(size):
+        raise TypeError(f"max_message_size is a whole number, not {type(size).__name__}")
+    if not 1024 <= size <= 0xFFFFFFF:
+        raise ValueError(f"max_message_size is from 1024 to {0xFFFFFFF} bytes, not {size}")
+    if not isinstance(options.allow_collisions, bool):
+        raise TypeError(
+            f"allow_collisions is a bool, not {type(options.allow_collisions).__name__}"
+        )
+    if options.reconnect is not None:
+        raise ValueError("reconnect is None: a client has one link")
+    connectable = options.connectable
+    if connectable is not None and not isinstance(connectable, ByteStreamConnectable):
+        raise TypeError(
+            "connectable is an anyio.abc.ByteStreamConnectable, not " + type(connectable).__name__
+        )
+
+
+def _check_seconds(name: str, value: float, least: float = 0, most: float = float("inf")) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
+    if not least <= value <= most:
+        limits = f"from {least} to {most}" if most < float("inf") else f"at least {least}"
+        raise ValueError(f"{name} is {limits} seconds, not {value}")

@@ -1,0 +1,91 @@
+"""The vocabulary between session and codec: packets that leave, and events that arrive.
+
+A ``PUBLISH`` that arrives is an :class:`~emitter_anyio.EmitterMessage` and nothing around it, since
+it is nearly all of the traffic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from ._errors import RemoteProtocolError
+from ._messages import EmitterMessage
+
+
+class Publish(NamedTuple):
+    """A ``PUBLISH``; a packet id makes it one of QoS 1."""
+
+    topic: bytes
+    payload: bytes
+    packet_id: int | None = None
+    retain: bool = False
+
+
+class Subscribe(NamedTuple):
+    """A ``SUBSCRIBE`` to one filter, at QoS 0, the only one at which Emitter delivers."""
+
+    packet_id: int
+    topic: str
+
+
+class Unsubscribe(NamedTuple):
+    """An ``UNSUBSCRIBE`` from one filter."""
+
+    packet_id: int
+    topic: str
+
+
+class PingReq(NamedTuple):
+    """A ``PINGREQ``."""
+
+
+class Disconnect(NamedTuple):
+    """A ``DISCONNECT``."""
+
+
+class ConnAck(NamedTuple):
+    """The broker's answer to CONNECT; a code of 0 is yes."""
+
+    code: int
+
+
+class PubAck(NamedTuple):
+    """The broker has taken a ``PUBLISH``, or refused it before."""
+
+    packet_id: int
+
+
+class SubAck(NamedTuple):
+    """The broker has taken (0 … 2) or refused (128) each filter of a ``SUBSCRIBE``."""
+
+    packet_id: int
+    codes: tuple[int, ...]
+
+
+class UnsubAck(NamedTuple):
+    """The broker has taken an ``UNSUBSCRIBE``, or refused it before."""
+
+    packet_id: int
+
+
+class PingResp(NamedTuple):
+    """The broker has worked off all that came before the ``PINGREQ``."""
+
+
+class Undecodable(NamedTuple):
+    """A ``PUBLISH`` whose topic is no UTF-8."""
+
+    size: int
+
+
+Packet: TypeAlias = Publish | Subscribe | Unsubscribe | PingReq | Disconnect
+Event: TypeAlias = (
+    EmitterMessage
+    | ConnAck
+    | PubAck
+    | SubAck
+    | UnsubAck
+    | PingResp
+    | Undecodable
+    | RemoteProtocolError
+)

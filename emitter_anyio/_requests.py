@@ -1,0 +1,339 @@
+"""Control requests and their typed answers.
+
+A request is a ``PUBLISH`` to ``emitter/<operation>/``; the broker answers on the same topic, before
+it acknowledges, with the packet id as ``req``. What comes is JSON that anybody with a wide enough
+key could have forged, so every field is checked before it becomes a value.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any, Final, Generic, Literal, TypeVar
+
+from ._channels import format_topic
+from ._errors import RequestError, refusal
+from ._messages import StoredMessage
+
+T = TypeVar("T")
+
+_KEY = re.compile(r"[-_0-9A-Za-z]{32}")
+
+_PERMISSION: Final = {
+    "publish": "'w' (write)",
+    "subscribe": "'r' (read)",
+    "unsubscribe": "'r' (read)",
+    "presence": "'p' (presence)",
+    "history": "'l' (load)",
+}
+
+_ID_EPOCH: Final = 1514764800
+"""Message ids count their seconds from 2018-01-01."""
+
+
+class Nonsense(ValueError):
+    """What came is not what the broker would send."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ChannelKey:
+    """
+    A key and the channel that it opens.
+
+    :ivar key: the key; it is not shown in the ``repr``
+    :ivar channel: the target as the broker sees it; for a private channel it ends with the
+        connection's id
+    """
+
+    key: str
+    channel: str
+
+    def __repr__(self) -> str:
+        return f"ChannelKey(key=…, channel={self.channel!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """
+    A short name for a channel on this connection.
+
+    :ivar name: one or two letters or digits
+    :ivar channel: the channel with the options that the link was made with
+    """
+
+    name: str
+    channel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Me:
+    """
+    What the broker knows of this connection.
+
+    :ivar id: the connection's id, new for each link
+    :ivar links: channels by the names of their links
+    """
+
+    id: str
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """
+    A connection that is subscribed to a channel.
+
+    :ivar id: the connection's id
+    :ivar username: the user name that it connected with, if any
+    """
+
+    id: str
+    username: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceEvent:
+    """
+    Something that happened to the members of a channel.
+
+    :ivar time: the broker's time, to the second
+    :ivar event: ``"subscribe"`` or ``"unsubscribe"``; ``"status"`` in a :class:`PresenceStatus`
+    :ivar channel: the channel, which may be one below the watched one
+    :ivar who: who it is about: one member, or all who are there in a :class:`PresenceStatus`
+    """
+
+    time: datetime
+    event: Literal["status", "subscribe", "unsubscribe"]
+    channel: str
+    who: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceStatus(PresenceEvent):
+    """All who are subscribed to a channel, or to one below it, at one time."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Request(Generic[T]):
+    """
+    A question to the broker.
+
+    :ivar operation: its name, which is its topic ``emitter/<operation>/`` and its event
+    :ivar body: the JSON to send, or nothing
+    :ivar parse: makes the value of a good answer; raises :exc:`Nonsense`
+    :ivar key: the key in question, for hints
+    :ivar channel: the channel in question, for errors
+    :ivar emits: whether a good answer is an event, too
+    """
+
+    operation: str
+    body: bytes
+    parse: Callable[[Mapping[str, Any]], T]
+    key: str | None = None
+    channel: str | None = None
+    emits: bool = True
+
+    @property
+    def topic(self) -> str:
+        return f"emitter/{self.operation}/"
+
+
+def keygen(key: str, channel: str, permissions: str, ttl: int) -> Request[ChannelKey]:
+    """Ask for a key: ``key`` is the master secret, or an extend key for a private channel."""
+
+    def parse(answer: Mapping[str, Any]) -> ChannelKey:
+        return ChannelKey(_text(answer, "key"), _text(answer, "channel"))
+
+    body = {"key": key, "channel": channel, "type": permissions, "ttl": ttl}
+    return Request("keygen", _json(body), parse, key, channel)
+
+
+def me() -> Request[Me]:
+    """Ask who we are."""
+
+    def parse(answer: Mapping[str, Any]) -> Me:
+        links = answer.get("links", {})
+        if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
+            raise Nonsense("links is not an object of channels")
+        return Me(_text(answer, "id"), MappingProxyType(links))
+
+    return Request("me", b"", parse)
+
+
+def presence(
+    key: str, channel: str, *, status: bool, changes: bool | None
+) -> Request[PresenceStatus | None]:
+    """
+    Ask who is there (``status``), and turn the feed of changes on or off.
+
+    A ``changes`` of ``None`` is left out: the broker takes an explicit ``false`` as the end of the
+    feed.
+    """
+
+    def parse(answer: Mapping[str, Any]) -> PresenceStatus | None:
+        if not status:
+            return None
+        who = answer.get("who")
+        if not isinstance(who, list):
+            raise Nonsense("who is not an array")
+        return PresenceStatus(
+            _time(answer, "time"), "status", _text(answer, "channel"), tuple(map(_member, who))
+        )
+
+    body: dict[str, object] = {"key": key, "channel": channel, "status": status}
+    if changes is not None:
+        body["changes"] = changes
+    return Request("presence", _json(body), parse, key, channel)
+
+
+def presence_event(answer: Mapping[str, Any]) -> PresenceEvent:
+    """
+    Read a change of presence, which comes without having been asked for each time.
+
+    :raises Nonsense: if it is none
+    """
+    event = answer.get("event")
+    if event not in ("subscribe", "unsubscribe"):
+        raise Nonsense("event is neither subscribe nor unsubscribe")
+    who = (_member(answer.get("who")),)
+    return PresenceEvent(_time(answer, "time"), event, _text(answer, "channel"), who)
+
+
+def history(
+    key: str,
+    channel: str,
+    *,
+    last: int,
+    since: int | None = None,
+    until: int | None = None,
+) -> Request[list[StoredMessage]]:
+    """
+    Ask for stored messages, the oldest first in the answer.
+
+    The broker sorts by the second only and puts the newest first within one; the ids know better.
+    """
+
+    def parse(answer: Mapping[str, Any]) -> list[StoredMessage]:
+        found = answer.get("messages")
+        if not isinstance(found, list):
+            raise Nonsense("messages is not an array")
+        return sorted(map(_stored, found), key=lambda message: message.id[4:16], reverse=True)
+
+    # The key stands inside the channel here; the broker passes over a field of its own for it.
+    topic = format_topic(key, channel, (("last", last), ("from", since), ("until", until)))
+    return Request("history", _json({"channel": topic}), parse, key, channel, False)
+
+
+def parse_object(binary: bytes) -> Mapping[str, Any]:
+    """
+    Read a JSON object.
+
+    :raises Nonsense: if it is something else
+    """
+    try:
+        value = json.loads(binary)
+    except (ValueError, RecursionError) as exc:
+        raise Nonsense("no JSON") from exc
+    if not isinstance(value, dict):
+        raise Nonsense("no JSON object")
+    return value
+
+
+def refusal_in(answer: Mapping[str, Any]) -> tuple[int, str] | None:
+    """
+    Tell the status and message of an answer that says no, or ``None`` of one that says yes.
+
+    A history answer has no status when all is well.
+
+    :raises Nonsense: if status or message are not of their kind
+    """
+    status = answer.get("status", 200)
+    if not isinstance(status, int) or isinstance(status, bool):
+        raise Nonsense("status is no whole number")
+    return None if status == 200 else (status, _text(answer, "message"))
+
+
+def refused(
+    status: int | None, message: str, operation: str, key: str | None, channel: str | None
+) -> RequestError:
+    """Make the error for a refusal, with the likely reasons for this very call."""
+    hint = _hint(status, message, operation, key, channel)
+    return refusal(status, message, operation=operation, channel=channel, hint=hint)
+
+
+def _hint(
+    status: int | None, message: str, operation: str, key: str | None, channel: str | None
+) -> str | None:
+    if status != 401 or key is None:
+        return None
+    if not _KEY.fullmatch(key):
+        return (
+            f"the key of {len(key)} characters is none: "
+            "keys have 32, of letters, digits, '-' and '_'"
+        )
+    if "extend" in message:
+        return "an extend key serves only to make a private channel: keygen() with it"
+    if operation == "keygen":
+        return "keygen takes the broker's master secret, or a key with the permission 'e' (extend)"
+    if operation == "keyban":
+        return "keyban takes the broker's master secret"
+    reasons = [
+        f"the key may lack the permission {_PERMISSION.get(operation, 'it needs')}, have expired, be banned, "
+        "be for another channel or broker, or be for a target that ends in '+/', which opens "
+        "nothing"
+    ]
+    if channel is not None and channel.startswith("$share/"):
+        reasons.insert(0, f"a group needs a key made for {channel!r} itself")
+    return "; ".join(reasons)
+
+
+def _json(body: Mapping[str, object]) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def _text(answer: Mapping[str, Any], name: str) -> str:
+    value = answer.get(name)
+    if not isinstance(value, str):
+        raise Nonsense(f"{name} is no string")
+    return value
+
+
+def _time(answer: Mapping[str, Any], name: str) -> datetime:
+    value = answer.get(name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise Nonsense(f"{name} is no whole number")
+    try:
+        return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError) as exc:
+        raise Nonsense(f"{name} is no time") from exc
+
+
+def _member(who: object) -> Member:
+    if not isinstance(who, dict):
+        raise Nonsense("a member is no object")
+    username = who.get("username")
+    if username is not None and not isinstance(username, str):
+        raise Nonsense("username is no string")
+    return Member(_text(who, "id"), username)
+
+
+def _stored(found: object) -> StoredMessage:
+    if not isinstance(found, dict):
+        raise Nonsense("a stored message is no object")
+    try:
+        number = base64.b64decode(_text(found, "id"), validate=True)
+        # The broker, written in Go, leaves out an empty payload.
+        binary = base64.b64decode(found.get("payload") or "", validate=True)
+    except (TypeError, ValueError) as exc:
+        raise Nonsense("a stored message is no base64") from exc
+    if len(number) < 16:
+        raise Nonsense("the id of a stored message is too short")
+    seconds = 0xFFFFFFFF - int.from_bytes(number[4:8], "big") + _ID_EPOCH
+    return StoredMessage(
+        number, datetime.fromtimestamp(seconds, UTC), _text(found, "channel"), binary
+    )

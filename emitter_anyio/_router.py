@@ -1,0 +1,139 @@
+"""Which subscriptions a channel reaches, as the broker decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Generic, Literal, TypeAlias, TypeVar
+
+from ._channels import levels
+
+Matcher: TypeAlias = Literal["emitter", "mqtt"]
+"""How the broker matches: ``"emitter"``, its default, by prefix; ``"mqtt"`` as MQTT does."""
+
+T = TypeVar("T")
+
+_CACHE_LIMIT: Final = 4096
+
+
+def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
+    """
+    Tell whether a message to a channel reaches a subscription.
+
+    Under ``"emitter"`` a subscription reaches its channel and all below it, ``+`` stands for one
+    level, and ``#`` never matches anything. Under ``"mqtt"`` the levels match one by one and ``#``
+    stands for the rest.
+
+    :param pattern: the channel of the subscription
+    :param channel: a channel without wildcards
+    """
+    wanted, given = levels(pattern), levels(channel)
+    if matcher == "mqtt":
+        if wanted[-1] == "#":
+            wanted = wanted[:-1]
+            given = given[: len(wanted)]
+        if len(wanted) != len(given):
+            return False
+    elif len(wanted) > len(given):
+        return False
+    return all(w in ("+", g) for w, g in zip(wanted, given, strict=False))
+
+
+def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
+    """Tell whether some channel reaches both of two subscriptions."""
+    a, b = levels(one), levels(other)
+    if matcher == "mqtt":
+        shortest = min(len(x) - 1 if x[-1] == "#" else len(x) for x in (a, b))
+        if len(a) != len(b) and not any(
+            x[-1] == "#" and len(x) - 1 <= len(y) for x, y in ((a, b), (b, a))
+        ):
+            return False
+        a, b = a[:shortest], b[:shortest]
+    elif "#" in (a[-1], b[-1]):
+        return False
+    return all(x == y or "+" in (x, y) for x, y in zip(a, b, strict=False))
+
+
+@dataclass(slots=True)
+class _Node(Generic[T]):
+    below: dict[str, _Node[T]] = field(default_factory=dict)
+    here: dict[T, int] = field(default_factory=dict)
+
+
+class Router(Generic[T]):
+    """
+    A table of receivers by the channel that they ask for.
+
+    It is a tree of levels. The answers are cached by channel, since messages come again and again
+    from the same ones.
+
+    :param matcher: how the broker matches
+    """
+
+    def __init__(self, matcher: Matcher = "emitter") -> None:
+        self.matcher: Matcher = matcher
+        self._patterns: dict[T, str | None] = {}
+        self._everything: dict[T, int] = {}
+        self._root: _Node[T] = _Node()
+        self._cache: dict[str, tuple[T, ...]] = {}
+        self._added = 0
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._patterns)
+
+    def add(self, receiver: T, pattern: str | None) -> None:
+        """Add a receiver of what a channel reaches; ``None`` is of everything."""
+        self._patterns[receiver] = pattern
+        self._added += 1
+        self._place(pattern, make=True)[receiver] = self._added
+        self._cache.clear()
+
+    def discard(self, receiver: T) -> None:
+        """Take a receiver away."""
+        if receiver not in self._patterns:
+            return
+        pattern = self._patterns.pop(receiver)
+        del self._place(pattern)[receiver]
+        if pattern is not None:
+            self._prune(self._root, levels(pattern))
+        self._cache.clear()
+
+    def receivers(self, channel: str) -> tuple[T, ...]:
+        """Give the receivers that a channel reaches, in the order in which they were added."""
+        found = self._cache.get(channel)
+        if found is None:
+            if len(self._cache) >= _CACHE_LIMIT:
+                self._cache.clear()
+            reached = dict(self._everything)
+            path = levels(channel if channel.endswith("/") else channel + "/")
+            self._collect(self._root, path, reached)
+            found = self._cache[channel] = tuple(sorted(reached, key=reached.__getitem__))
+        return found
+
+    def _place(self, pattern: str | None, *, make: bool = False) -> dict[T, int]:
+        if pattern is None:
+            return self._everything
+        node = self._root
+        for level in levels(pattern):
+            node = node.below.setdefault(level, _Node()) if make else node.below[level]
+        return node.here
+
+    def _prune(self, node: _Node[T], path: list[str]) -> None:
+        if path:
+            child = node.below[path[0]]
+            self._prune(child, path[1:])
+            if not child.here and not child.below:
+                del node.below[path[0]]
+
+    def _collect(self, node: _Node[T], path: list[str], reached: dict[T, int]) -> None:
+        if self.matcher == "emitter":
+            reached.update(node.here)
+        else:
+            if rest := node.below.get("#"):
+                reached.update(rest.here)
+            if not path:
+                reached.update(node.here)
+        if path:
+            for level in dict.fromkeys((path[0], "+")):
+                if child := node.below.get(level):
+                    self._collect(child, path[1:], reached)

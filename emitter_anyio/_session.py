@@ -1,0 +1,569 @@
+"""What was asked of the broker and what is pending. Events in, packets out.
+
+The session knows neither sockets nor tasks: it allots the packet ids, matches what the broker says
+with what was asked, and counts who uses which subscription. The broker refuses *before* it
+acknowledges, and names the packet (``req``), so an acknowledgement without a refusal before it is a
+yes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+from . import _requests as requests
+from ._channels import fingerprint, format_topic
+from ._errors import (
+    ConnectionLostError,
+    EmitterError,
+    RemoteProtocolError,
+    RequestError,
+    SubscriptionConflictError,
+)
+from ._errors import refusal as refusal_of
+from ._messages import EmitterMessage
+from ._packets import (
+    ConnAck,
+    Event,
+    Packet,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+    SubAck,
+    Subscribe,
+    Undecodable,
+    UnsubAck,
+    Unsubscribe,
+)
+from ._requests import Nonsense, Request
+from ._router import Matcher, overlap, reaches
+
+T = TypeVar("T")
+
+SYSTEM: Final = "emitter/"
+"""Below this the broker answers; anybody with a wide enough key may publish there too."""
+
+_IDS: Final = 65535
+
+
+class Replay(NamedTuple):
+    """Which stored messages a subscriber asks for; all ``None`` leaves it to the broker."""
+
+    last: int | None = None
+    since: int | None = None
+    until: int | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return self.last == 0
+
+    @property
+    def insists(self) -> bool:
+        """Whether somebody has asked for stored messages in so many words."""
+        return self != Replay() and not self.nothing
+
+    @property
+    def options(self) -> tuple[tuple[str, int | None], ...]:
+        return (("last", self.last), ("from", self.since), ("until", self.until))
+
+
+class Pending(Generic[T]):
+    """
+    Something asked of the broker that it has not settled yet.
+
+    It outlives the caller that waits for it: its packet id stays reserved until the broker has
+    acknowledged it, so that a late answer confirms nothing else.
+    """
+
+    def __init__(
+        self,
+        operation: str,
+        key: str | None = None,
+        channel: str | None = None,
+        *,
+        request: Request[Any] | None = None,
+        settles: int = 0,
+        awaited: bool = True,
+    ) -> None:
+        self.operation = operation
+        self.key = key
+        self.channel = channel
+        self.request = request
+        self.settles = settles
+        """How many publishes of QoS 0 had been sent before it."""
+        self.awaited = awaited
+        """Whether somebody still wants to know."""
+        self.quiet = False
+        """Whether a refusal is no news."""
+        self.done = False
+        self.refusal: tuple[int | None, str] | None = None
+        self.nonsense: str | None = None
+        self.grant: Grant | None = None
+        self._value: T | None = None
+        self._error: Callable[[], Exception] | None = None
+        self._wakers: list[Callable[[], None]] = []
+
+    def call_when_done(self, waker: Callable[[], None]) -> None:
+        """Have a function called once there is an outcome."""
+        self._wakers.append(waker)
+
+    def succeed(self, value: T) -> None:
+        """Settle it with a value, if nothing has settled it yet."""
+        if not self.done:
+            self._value = value
+            self._finish()
+
+    def fail(self, error: Callable[[], Exception]) -> None:
+        """Settle it with an error, made anew for each one who waits, if nothing has settled it."""
+        if not self.done:
+            self._error = error
+            self._finish()
+
+    def result(self) -> T:
+        """Return the value or raise the error."""
+        if self._error is not None:
+            raise self._error()
+        return self._value  # type: ignore[return-value]  # succeed() has put a T there
+
+    def _finish(self) -> None:
+        self.done = True
+        for waker in self._wakers:
+            waker()
+
+
+class Grant:
+    """One key's right to one subscription, and how many use it."""
+
+    def __init__(self, key: str, channel: str, asked: Pending[None]) -> None:
+        self.key = key
+        self.channel = channel
+        self.asked = asked
+        """The SUBSCRIBE that asked for it; once it is done without an error, it is granted."""
+        self.users = 0
+        self.refused = False
+        self.replay_left = 65536
+
+
+class Feed:
+    """A channel whose changes of presence the broker tells us, and how many want them."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.users = 0
+
+
+class Emission(NamedTuple):
+    """An event for ``on()`` and ``stream()``."""
+
+    event: str
+    value: Any
+
+
+class Session:
+    """
+    The state of the conversation with the broker.
+
+    :param send: takes each packet that is to leave, in order
+    :param matcher: how the broker matches subscriptions
+    :param allow_collisions: whether the broker keeps channels of the same fingerprint apart
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Packet], None],
+        *,
+        matcher: Matcher = "emitter",
+        allow_collisions: bool = False,
+    ) -> None:
+        self._send = send
+        self._matcher: Matcher = matcher
+        self._allow_collisions = allow_collisions
+        self._pending: dict[int, Pending[Any]] = {}
+        self._pings: deque[Pending[RequestError | None]] = deque()
+        self._last_id = 0
+        self._when_free: list[Callable[[], None]] = []
+        self._grants: dict[str, dict[str, Grant]] = {}
+        self._feeds: dict[str, Feed] = {}
+        self.replays: set[Grant] = set()
+        """The subscriptions whose stored messages the broker may be replaying now."""
+        self._published = 0
+        self._settled = 0
+        self._refusal: RequestError | None = None
+        self.nonsense = 0
+        """How many things came that the broker would not send."""
+        self.connection_id: str | None = None
+
+    # What is asked
+
+    @property
+    def pending(self) -> int:
+        """How many acknowledgements are outstanding."""
+        return len(self._pending) + len(self._pings)
+
+    @property
+    def full(self) -> bool:
+        """Tell whether every packet id is taken."""
+        return len(self._pending) >= _IDS
+
+    def call_when_free(self, waker: Callable[[], None]) -> None:
+        """Have a function called when a packet id is free again, or the link is lost."""
+        self._when_free.append(waker)
+
+    def publish(self, topic: bytes, payload: bytes, *, retain: bool = False) -> None:
+        """Publish at QoS 0."""
+        self._published += 1
+        self._send(Publish(topic, payload, None, retain))
+
+    def publish_confirmed(
+        self, topic: bytes, payload: bytes, *, key: str | None, channel: str, retain: bool = False
+    ) -> Pending[None]:
+        """Publish at QoS 1."""
+        pending: Pending[None] = self._new("publish", key, channel)
+        self._send(Publish(topic, payload, self._register(pending), retain))
+        return pending
+
+    def request(self, request: Request[T], *, awaited: bool = True) -> Pending[T]:
+        """Ask a control request."""
+        pending: Pending[T] = self._new(
+            request.operation, request.key, request.channel, request=request, awaited=awaited
+        )
+        self._send(Publish(request.topic.encode(), request.body, self._register(pending)))
+        return pending
+
+    def ping(self, *, awaited: bool = True) -> Pending[RequestError | None]:
+        """
+        Send a barrier; its value is the first refusal of a publish of QoS 0 since the last one
+        that somebody waited for.
+        """
+        pending: Pending[RequestError | None] = self._new("flush", awaited=awaited)
+        self._pings.append(pending)
+        self._send(PingReq())
+        return pending
+
+    def subscribe(self, key: str, channel: str, replay: Replay) -> tuple[Grant, bool]:
+        """
+        Use a subscription; the broker is asked once for each key and channel.
+
+        :param channel: the channel, with its group if it is shared
+        :return: the grant, and whether the replay has to come from a history request, since on
+            the wire it would reach other subscribers too
+        :raises SubscriptionConflictError: if the broker would mix it up with another one
+        """
+        others = self._grants.get(channel)
+        if others is None:
+            self._check_collision("subscription", channel, self._grants)
+        shared = self.overlapped(channel)
+        grant = None if others is None else others.get(key)
+        if grant is None:
+            pending: Pending[None] = self._new("subscribe", key, channel)
+            grant = pending.grant = Grant(key, channel, pending)
+            asked = Replay(last=0) if shared else replay
+            if not asked.nothing:
+                self.replays.add(grant)
+            self._grants.setdefault(channel, {})[key] = grant
+            topic = format_topic(key, channel, asked.options)
+            self._send(Subscribe(self._register(pending), topic))
+        grant.users += 1
+        return grant, shared and not replay.nothing
+
+    def release(self, grant: Grant) -> Pending[None] | None:
+        """
+        Stop using a subscription.
+
+        :return: the UNSUBSCRIBE, if that was the last user of the channel
+        """
+        grant.users -= 1
+        if grant.users:
+            return None
+        self._forget(grant)
+        if grant.refused or grant.channel in self._grants:
+            return None
+        pending = self.unsubscribe(grant.key, grant.channel)
+        # Nobody waits for it, unless the caller does. If the SUBSCRIBE before it is going to be
+        # refused, so is this, and that is no news.
+        pending.awaited = False
+        pending.quiet = not grant.asked.done
+        return pending
+
+    def unsubscribe(self, key: str, channel: str) -> Pending[None]:
+        """Tell the broker to unsubscribe a channel that nobody uses here."""
+        pending: Pending[None] = self._new("unsubscribe", key, channel)
+        self._send(Unsubscribe(self._register(pending), format_topic(key, channel)))
+        return pending
+
+    def overlapped(self, channel: str) -> bool:
+        """Tell whether some channel reaches both this subscription and another one."""
+        return any(overlap(channel, other, self._matcher) for other in self._grants)
+
+    def in_use(self, channel: str) -> bool:
+        """Tell whether a subscription to just this channel has users."""
+        return channel in self._grants
+
+    def replaying(self, channel: str) -> Pending[None] | None:
+        """
+        Give a SUBSCRIBE whose replay is under way and would reach a subscription to a channel.
+        """
+        for grant in self.replays:
+            if overlap(channel, grant.channel, self._matcher):
+                return grant.asked
+        return None
+
+    def in_replay(self, message: EmitterMessage) -> bool:
+        """
+        Tell whether a message may belong to a replay that is under way; the broker replays 64 KiB
+        at most.
+        """
+        for grant in self.replays:
+            if grant.replay_left > 0 and reaches(grant.channel, message.channel, self._matcher):
+                grant.replay_left -= len(message.binary) + 1
+                return True
+        return False
+
+    def awaited(self) -> list[Pending[Any]]:
+        """Give what is not settled yet and somebody waits for."""
+        asked = (*self._pending.values(), *self._pings)
+        return [pending for pending in asked if pending.awaited and not pending.done]
+
+    def watch(self, key: str, channel: str) -> Feed:
+        """
+        Use the feed of a channel's changes of presence; asking the broker is up to the caller.
+
+        :raises SubscriptionConflictError: if the broker would mix it up with another one
+        """
+        feed = self._feeds.get(channel)
+        if feed is None:
+            self._check_collision("presence feed", channel, self._feeds)
+            feed = self._feeds[channel] = Feed(key)
+        feed.users += 1
+        return feed
+
+    def unwatch(self, channel: str) -> bool:
+        """Stop using a feed; tells whether nobody uses it any more."""
+        feed = self._feeds.get(channel)
+        if feed is None:
+            return False
+        feed.users -= 1
+        if feed.users:
+            return False
+        del self._feeds[channel]
+        return True
+
+    def watched(self, channel: str) -> bool:
+        """Tell whether the feed of just this channel has users."""
+        return channel in self._feeds
+
+    # What the broker says
+
+    def receive(self, event: Event) -> Iterable[Emission]:
+        """
+        Take in an event that is no ordinary message.
+
+        :return: what is to be emitted
+        :raises RemoteProtocolError: if the broker may not send it now
+        """
+        match event:
+            case EmitterMessage():
+                return self._receive_system(event)
+            case PubAck(packet_id) | UnsubAck(packet_id):
+                return self._acknowledged(packet_id, type(event))
+            case SubAck(packet_id, codes):
+                return self._acknowledged(packet_id, SubAck, codes)
+            case PingResp():
+                return self._pong()
+            case Undecodable(size):
+                return self._report(f"a message of {size} bytes whose topic is no UTF-8")
+            case ConnAck():
+                raise RemoteProtocolError("the broker sent a second CONNACK")
+            case RemoteProtocolError():
+                raise event
+
+    def lost(self, reason: str) -> None:
+        """The link is gone: what is pending fails, and the packet ids are free again."""
+        pending = [*self._pending.values(), *self._pings]
+        self._pending.clear()
+        self._pings.clear()
+        self._tell_free()
+        self.replays.clear()
+        self._published = self._settled = 0
+        self.connection_id = None
+        for one in pending:
+            one.fail(lambda: ConnectionLostError(reason))
+
+    # How
+
+    def _new(self, *args: Any, **kwargs: Any) -> Pending[Any]:
+        return Pending(*args, settles=self._published, **kwargs)
+
+    def _register(self, pending: Pending[Any]) -> int:
+        packet_id = self._last_id
+        while True:
+            packet_id = packet_id % _IDS + 1
+            if packet_id not in self._pending:
+                break
+        self._last_id = packet_id
+        self._pending[packet_id] = pending
+        return packet_id
+
+    def _tell_free(self) -> None:
+        wakers, self._when_free = self._when_free, []
+        for waker in wakers:
+            waker()
+
+    def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
+        if self._allow_collisions:
+            return
+        mark = fingerprint(channel)
+        for other in others:
+            if other != channel and fingerprint(other) == mark:
+                raise SubscriptionConflictError(
+                    f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
+                    "on one link and would never deliver to it: use a second Emitter for it (or "
+                    "connect(allow_collisions=True) with a broker without that fault)"
+                )
+
+    def _forget(self, grant: Grant) -> None:
+        grants = self._grants.get(grant.channel, {})
+        if grants.get(grant.key) is grant:
+            del grants[grant.key]
+            if not grants:
+                del self._grants[grant.channel]
+
+    def _acknowledged(
+        self, packet_id: int, kind: type[Event], codes: tuple[int, ...] = ()
+    ) -> Iterable[Emission]:
+        pending = self._pending.get(packet_id)
+        if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
+            return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
+        del self._pending[packet_id]
+        self._tell_free()
+        self._settled = max(self._settled, pending.settles)
+        if pending.done:
+            return ()
+        refusal = pending.refusal
+        if kind is SubAck:
+            refused = not codes or codes[0] >= 0x80
+            refusal = (
+                (refusal or (None, "the broker refused without a reason")) if refused else None
+            )
+            if pending.grant is not None:
+                self.replays.discard(pending.grant)
+                if refused:
+                    pending.grant.refused = True
+                    self._forget(pending.grant)
+        if refusal is not None:
+            return self._refuse(pending, *refusal)
+        if pending.request is None:
+            pending.succeed(None)
+        else:
+            pending.fail(lambda: _unanswered(pending))
+        return ()
+
+    def _pong(self) -> Iterable[Emission]:
+        if not self._pings:
+            return self._report("a PINGRESP without a PINGREQ")
+        ping = self._pings.popleft()
+        self._settled = max(self._settled, ping.settles)
+        refusal = None
+        if ping.awaited:
+            refusal, self._refusal = self._refusal, None
+        ping.succeed(refusal)
+        return ()
+
+    def _receive_system(self, message: EmitterMessage) -> Iterable[Emission]:
+        operation = message.channel[len(SYSTEM) :].partition("?")[0].rstrip("/")
+        try:
+            answer = requests.parse_object(message.binary)
+            req = answer.get("req")
+            if req is None:
+                emissions = self._unasked(operation, answer)
+            else:
+                emissions = self._answered(operation, req, answer)
+        except Nonsense as exc:
+            return self._stray(message, str(exc))
+        return self._stray(message, "nobody asked for it") if emissions is None else emissions
+
+    def _answered(self, operation: str, req: object, answer: Any) -> Iterable[Emission] | None:
+        pending = self._pending.get(req) if isinstance(req, int) else None
+        if pending is None:
+            return None
+        request = pending.request
+        if request is None:
+            if operation != "error":
+                return None
+            pending.refusal = pending.refusal or requests.refusal_in(answer)
+            return ()
+        if operation != request.operation:
+            return None
+        if pending.done:
+            return ()
+        try:
+            refusal = requests.refusal_in(answer)
+            value = None if refusal else request.parse(answer)
+        except Nonsense as exc:
+            pending.nonsense = str(exc)
+            raise
+        if refusal:
+            return self._refuse(pending, *refusal)
+        if isinstance(value, requests.Me):
+            self.connection_id = value.id
+        pending.succeed(value)
+        if value is None or not pending.awaited or not request.emits:
+            return ()
+        return (Emission(request.operation, value),)
+
+    def _unasked(self, operation: str, answer: Any) -> Iterable[Emission] | None:
+        if operation == "presence":
+            event = requests.presence_event(answer)
+            if any(reaches(feed, event.channel, self._matcher) for feed in self._feeds):
+                return (Emission("presence", event),)
+        elif operation == "error" and self._published > self._settled:
+            refusal = requests.refusal_in(answer)
+            if refusal is not None:
+                status, words = refusal
+                error = refusal_of(
+                    status,
+                    words,
+                    operation="publish",
+                    hint="one of the publishes of qos=0; qos=1, or flush() behind it, tells which",
+                )
+                self._refusal = self._refusal or error
+                return (Emission("error", error),)
+        return None
+
+    def _stray(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
+        # A wide subscription ("+/") receives what its users publish below "emitter/" too.
+        if any(reaches(channel, message.channel, self._matcher) for channel in self._grants):
+            return (Emission("message", message),)
+        return self._report(f"a message on {message.channel[:64]!r}: {why}")
+
+    def _report(self, what: str) -> Iterable[Emission]:
+        self.nonsense += 1
+        if self.nonsense > 1:
+            return ()
+        error = RemoteProtocolError(f"the broker sent {what}; this and the like are dropped")
+        return (Emission("error", error),)
+
+    def _refuse(self, pending: Pending[Any], status: int | None, words: str) -> Iterable[Emission]:
+        def error() -> RequestError:
+            return requests.refused(status, words, pending.operation, pending.key, pending.channel)
+
+        pending.fail(error)
+        return () if pending.awaited or pending.quiet else (Emission("error", error()),)
+
+
+_ACKNOWLEDGED_BY: Final[dict[str, type[Event]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
+
+
+def _unanswered(pending: Pending[Any]) -> EmitterError:
+    if pending.nonsense is not None:
+        return RemoteProtocolError(
+            f"{pending.operation}: what the broker answered is nonsense: {pending.nonsense}"
+        )
+    return RequestError(
+        None,
+        "acknowledged without an answer: it was too large for the broker to send (64 KiB)",
+        operation=pending.operation,
+        channel=pending.channel,
+    )

@@ -1,0 +1,297 @@
+"""Streams with an overflow policy: what every consumer of messages and events holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
+
+import anyio
+from anyio import EndOfStream, WouldBlock
+from anyio.abc import ObjectReceiveStream
+from anyio.lowlevel import checkpoint
+
+from ._channels import is_whole
+from ._errors import SlowConsumerError
+from ._messages import EmitterMessage
+
+T = TypeVar("T")
+
+Overflow: TypeAlias = Literal["raise", "drop_oldest", "drop_newest", "block"]
+"""What happens when a buffer is full."""
+
+MAX_BYTES: Final = 8 * 1024 * 1024
+"""A buffer that holds so many bytes of payload is full, however few its messages are."""
+
+_TURN: Final = 64
+
+
+class _Gap:
+    """The place in a buffer at which messages are missing."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatistics:
+    """
+    Figures of one stream.
+
+    :ivar buffered: how many items wait to be received
+    :ivar buffered_bytes: how many bytes of payload they have
+    :ivar received: how many items have been received
+    :ivar dropped: how many items were dropped because the buffer was full
+    """
+
+    buffered: int
+    buffered_bytes: int
+    received: int
+    dropped: int
+
+
+def check_buffer(buffer: int, overflow: Overflow) -> None:
+    """
+    Check what the user says of a buffer.
+
+    :raises TypeError: if ``buffer`` is no whole number
+    :raises ValueError: if it is less than 1, or the policy is unknown
+    """
+    if not is_whole(buffer):
+        raise TypeError(f"buffer is a whole number of messages, not {type(buffer).__name__}")
+    if buffer < 1:
+        raise ValueError(f"buffer is at least 1 message, not {buffer}")
+    if overflow not in get_args(Overflow):
+        policies = ", ".join(map(repr, get_args(Overflow)))
+        raise ValueError(f"overflow is one of {policies}, not {overflow!r}")
+
+
+class EventStream(ObjectReceiveStream[T], Generic[T]):
+    """
+    A stream of messages or events with a buffer of its own.
+
+    Several tasks may receive from one stream; each item goes to one of them. An item stays in the
+    buffer until its receiver runs, so that cancelling :meth:`receive` loses nothing. When the
+    stream was left or the client has disconnected, it ends normally, behind what is buffered.
+
+    :param what: what it is called in errors
+    :param buffer: how many items wait at most, beside 8 MiB of payload
+    :param overflow: what happens to more
+    """
+
+    def __init__(self, what: str, buffer: int, overflow: Overflow) -> None:
+        # An item is put into the memory-object stream and taken out at once or not at all: its own
+        # waiting receive() hands an item over a turn early, where a cancellation can lose it.
+        self._in, self._out = anyio.create_memory_object_stream["T | _Gap"](math.inf)
+        self._what = what
+        self._buffer = buffer
+        self._overflow: Overflow = overflow
+        self._count = 0
+        self._bytes = 0
+        self._extra = 0
+        self._taken = 0
+        self._dropped = 0
+        self._gap: _Gap | None = None
+        self._arrival: anyio.Event | None = None
+        self._departure: anyio.Event | None = None
+        self._ended = False
+        self._left = False
+        self._error: Callable[[], Exception] | None = None
+        self._on_close: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else "open"
+        return f"<{type(self).__name__} {self._what}, {state}, {self._count} buffered>"
+
+    async def receive(self) -> T:
+        """
+        Wait for the next item; cancelling it loses none.
+
+        It yields to other tasks at least at every 64th item.
+
+        :raises SlowConsumerError: at the place of a gap, if the policy is ``"raise"``; what came
+            after the gap follows
+        :raises ~anyio.EndOfStream: if the stream has ended
+        :raises ConnectionLostError: if it has ended because the link is gone for good
+        """
+        if self._taken % _TURN == _TURN - 1:
+            await checkpoint()
+        while True:
+            try:
+                return self.receive_nowait()
+            except WouldBlock:
+                if self._arrival is None:
+                    self._arrival = anyio.Event()
+                await self._arrival.wait()
+
+    def receive_nowait(self) -> T:
+        """
+        Take the next item without waiting.
+
+        :raises ~anyio.WouldBlock: if there is none yet
+        :raises SlowConsumerError: as :meth:`receive` does
+        :raises ~anyio.EndOfStream: as :meth:`receive` does
+        """
+        if self._left:
+            raise EndOfStream
+        try:
+            item = self._out.receive_nowait()
+        except EndOfStream:
+            if self._error is not None:
+                raise self._error() from None
+            raise
+        if isinstance(item, _Gap):
+            if item is self._gap:
+                self._gap = None
+            raise SlowConsumerError(
+                f"{self._what}: the buffer of {self._buffer} was full and {item.dropped} were "
+                "dropped here; receive again for what follows, or give a larger buffer= or "
+                "another overflow=",
+                dropped=item.dropped,
+            )
+        self._took(item)
+        return item
+
+    async def aclose(self) -> None:
+        """Leave the stream and give back what is behind it; never waits."""
+        self.close()
+
+    def close(self) -> None:
+        """Do what :meth:`aclose` does."""
+        if self._on_close is not None:
+            on_close, self._on_close = self._on_close, None
+            on_close()
+        self.end()
+        self._left = True
+        self._out.close()
+
+    def statistics(self) -> StreamStatistics:
+        """Return the figures of this stream."""
+        return StreamStatistics(self._count, self._bytes, self._taken, self._dropped)
+
+    # The side of the client
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped
+
+    def push(self, item: T, *, extra: bool = False) -> bool:
+        """
+        Put an item in, if there is room.
+
+        :param extra: whether to let it in beside the buffer, as what the broker replays
+        :return: whether it is dealt with
+        """
+        if self._ended:
+            return True
+        if extra:
+            self._extra += 1
+        elif self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES:
+            return False
+        self._count += 1
+        if isinstance(item, EmitterMessage):
+            self._bytes += len(item.binary)
+        self._put(item)
+        self._gap = None
+        return True
+
+    async def make_room(self) -> None:
+        """
+        Give a consumer that is merely busy its turn; under ``"block"`` wait for as long as it takes.
+        """
+        while self._full:
+            taken = self._taken
+            # Two turns, since on Trio the consumer that the first one has made runnable may come
+            # behind us in the second.
+            await checkpoint()
+            await checkpoint()
+            if self._taken == taken:
+                break
+        while self._full and self._overflow == "block":
+            self._departure = anyio.Event()
+            await self._departure.wait()
+
+    @property
+    def blocks(self) -> bool:
+        """Tell whether the link is to wait for this stream now."""
+        return self._overflow == "block" and self._full
+
+    def push_or_drop(self, item: T) -> None:
+        """Put an item in; if there is no room, do as the policy says."""
+        if self.push(item):
+            return
+        if self._overflow == "block":
+            self.push(item, extra=True)
+            return
+        self._dropped += 1
+        if self._overflow == "drop_oldest":
+            self._took(self._out.receive_nowait())
+            self.push_or_drop(item)
+        elif self._overflow == "raise":
+            if self._gap is None:
+                self._gap = _Gap()
+                self._put(self._gap)
+            self._gap.dropped += 1
+
+    def end(self, error: Callable[[], Exception] | None = None) -> None:
+        """Let nothing more in; what is buffered can still be received, then comes the error."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._in.close()
+            self._wake()
+
+    def drain(self) -> list[T]:
+        """Take out all that is buffered."""
+        items = []
+        for item in self._take_all():
+            if not isinstance(item, _Gap):
+                self._took(item)
+                items.append(item)
+        return items
+
+    def put_in_front(self, items: Iterable[T]) -> None:
+        """Put items before what is buffered, beside the buffer."""
+        buffered = self._take_all()
+        for item in items:
+            self.push(item, extra=True)
+        for later in buffered:
+            self._put(later)
+
+    def _take_all(self) -> list[T | _Gap]:
+        items: list[T | _Gap] = []
+        with suppress(WouldBlock, EndOfStream):
+            while True:
+                items.append(self._out.receive_nowait())
+        return items
+
+    @property
+    def _full(self) -> bool:
+        return not self._ended and (
+            self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES
+        )
+
+    def _put(self, item: T | _Gap) -> None:
+        self._in.send_nowait(item)
+        if self._arrival is not None:
+            self._arrival.set()
+            self._arrival = None
+
+    def _took(self, item: T | _Gap) -> None:
+        self._count -= 1
+        self._taken += 1
+        if self._extra:
+            self._extra -= 1
+        if isinstance(item, EmitterMessage):
+            self._bytes -= len(item.binary)
+        if self._departure is not None:
+            self._departure.set()
+            self._departure = None
+
+    def _wake(self) -> None:
+        for event in (self._arrival, self._departure):
+            if event is not None:
+                event.set()
+        self._arrival = self._departure = None

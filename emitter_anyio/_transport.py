@@ -1,0 +1,178 @@
+"""Bytes to and from a broker, behind one small interface.
+
+A transport is used by one reader and one writer. Sending never waits in the caller of a verb:
+:meth:`Transport.try_send` hands over what the link takes at once, and the writer task does the
+rest by :meth:`Transport.send`. A cancelled send that waits inside a stream may have handed over a
+part of a packet, so nobody but the writer, which is cancelled only when the link ends, waits there.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from abc import ABC, abstractmethod
+from typing import Final
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, to_thread
+from anyio.abc import ByteStream
+
+from ._options import Options, Server
+
+_CHUNK: Final = 65536
+
+_UNDER_WAY: Final = {errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EAGAIN}
+if hasattr(errno, "WSAEWOULDBLOCK"):  # pragma: no cover - a Windows name
+    _UNDER_WAY.add(errno.WSAEWOULDBLOCK)
+
+BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, ssl.SSLError)
+"""What a transport raises when the link is broken."""
+
+
+class Transport(ABC):
+    """A way to a broker."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """
+        Wait for bytes from the peer.
+
+        :return: some bytes; none when the peer has closed its side
+        """
+
+    @abstractmethod
+    def try_send(self, data: bytes) -> int:
+        """Hand over what the link takes without waiting, and return how many bytes that is."""
+
+    @abstractmethod
+    async def send(self, data: bytes) -> int:
+        """Wait until the link takes some bytes, and return how many bytes it took."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close at once; safe under cancellation, and to be called twice."""
+
+
+class SocketTransport(Transport):
+    """A non-blocking socket of our own: TCP, or a Unix socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    async def receive(self) -> bytes:
+        while True:
+            await anyio.wait_readable(self._sock)
+            try:
+                return self._sock.recv(_CHUNK)
+            except (BlockingIOError, InterruptedError):
+                continue
+
+    def try_send(self, data: bytes) -> int:
+        try:
+            return self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    async def send(self, data: bytes) -> int:
+        while not (sent := self.try_send(data)):
+            await anyio.wait_writable(self._sock)
+        return sent
+
+    async def aclose(self) -> None:
+        if self._sock.fileno() >= 0:
+            # Those who wait for the socket must know before its number is given to another one.
+            anyio.notify_closing(self._sock)
+            self._sock.close()
+
+
+class StreamTransport(Transport):
+    """An AnyIO byte stream: TLS, or whatever a ``connectable`` gives."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._stream.receive(_CHUNK)
+        except EndOfStream:
+            return b""
+
+    def try_send(self, data: bytes) -> int:
+        return 0
+
+    async def send(self, data: bytes) -> int:
+        await self._stream.send(data)
+        return len(data)
+
+    async def aclose(self) -> None:
+        await anyio.aclose_forcefully(self._stream)
+
+
+async def open_transport(server: Server, options: Options) -> Transport:
+    """
+    Open a way to a server; cancelling leaves no socket behind.
+
+    :raises OSError: if it cannot be reached
+    :raises ssl.SSLError: if TLS does not come about
+    """
+    if options.connectable is not None:
+        return StreamTransport(await options.connectable.connect())
+    if server.scheme == "unix":
+        return SocketTransport(await _connect(socket.AF_UNIX, server.host))
+    if server.scheme == "mqtts":
+        context = options.ssl_context
+        if context is None:
+            # Reading the system's authorities takes long enough to hold up the loop.
+            context = await to_thread.run_sync(ssl.create_default_context)
+        # Emitter's clients close without the closing message of TLS, and MQTT has an end of its
+        # own, so nothing is to be learned from waiting for it.
+        return StreamTransport(
+            await anyio.connect_tcp(
+                server.host,
+                server.port,
+                tls=True,
+                ssl_context=context,
+                tls_standard_compatible=False,
+                tls_hostname=server.host,
+            )
+        )
+    return SocketTransport(await _connect_tcp(server))
+
+
+async def _connect_tcp(server: Server) -> socket.socket:
+    found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    failures = []
+    deadline = anyio.current_effective_deadline()
+    for number, (family, *_, address) in enumerate(found):
+        # An address that swallows packets must leave time for those behind it.
+        share = (deadline - anyio.current_time()) / (len(found) - number)
+        try:
+            with anyio.fail_after(share):
+                sock = await _connect(family, address)
+        except OSError as exc:
+            failures.append(exc)
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = "; ".join(dict.fromkeys(str(exc) or "timed out" for exc in failures))
+    raise OSError(reasons) from ExceptionGroup("no address could be reached", failures)
+
+
+async def _connect(family: int, address: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(address)  # type: ignore[arg-type]  # what getaddrinfo() gave
+        if code in _UNDER_WAY:
+            await anyio.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, f"{errno.errorcode.get(code, code)} from {address}")
+    except BaseException:
+        anyio.notify_closing(sock)
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,140 @@
+"""What leaves, in the order of the calls."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+import anyio
+
+from ._transport import Transport
+
+_HIGH_WATER: Final = 65536
+"""So many bytes may wait for the link before those who have more wait themselves."""
+
+_GATHERED: Final = 65536
+
+
+class Writer:
+    """
+    The packets on their way to the link.
+
+    Bytes leave in one place: the first packet of a turn is sent at once, if nothing is under way,
+    and what gathers behind it is sent by the writer task in its own turn. No caller ever waits in
+    a send.
+
+    :param transport: the link
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._packets: deque[bytes] = deque()
+        self._size = 0
+        self._idle = False
+        self._wake = anyio.Event()
+        self._waiting: deque[anyio.Event] = deque()
+        self._marks: deque[tuple[int, anyio.Event]] = deque()
+        self._broken = False
+        self.queued = 0
+        """How many bytes have been queued on this link."""
+        self.sent = 0
+        """How many bytes have been handed over to this link."""
+        self.last_sent = anyio.current_time()
+
+    @property
+    def size(self) -> int:
+        """How many bytes wait."""
+        return self._size
+
+    @property
+    def has_room(self) -> bool:
+        """Tell whether one more packet may be queued now, and nobody is in front."""
+        return self._size < _HIGH_WATER and not self._waiting
+
+    async def room(self) -> None:
+        """Wait until there is room for one more packet; first come, first served."""
+        if self.has_room:
+            return
+        turn = anyio.Event()
+        self._waiting.append(turn)
+        self._admit()
+        try:
+            await turn.wait()
+        finally:
+            # One that gives up lets the next one in; else its write() does.
+            self._waiting.remove(turn)
+            self._admit()
+
+    def write(self, data: bytes) -> None:
+        """Queue a packet."""
+        self._size += len(data)
+        self.queued += len(data)
+        self._packets.append(data)
+        if self._idle:
+            self._idle = False
+            self._wake.set()
+            self._send_now(data)
+
+    async def left(self, mark: int) -> None:
+        """Wait until the first ``mark`` bytes of the link have been handed over."""
+        if self.sent < mark:
+            event = anyio.Event()
+            self._marks.append((mark, event))
+            await event.wait()
+
+    async def run(self) -> None:
+        """Send what is queued, until cancelled or until the link breaks."""
+        while True:
+            if not self._packets:
+                self._idle = True
+                self._wake = anyio.Event()
+                await self._wake.wait()
+                continue
+            data = self._gather()
+            self._took(self._transport.try_send(data) or await self._transport.send(data))
+
+    def stop(self) -> None:
+        """Let go those who wait: nothing will leave any more."""
+        self._broken = True
+        for turn in self._waiting:
+            turn.set()
+        for _, event in self._marks:
+            event.set()
+
+    def _send_now(self, data: bytes) -> None:
+        try:
+            sent = self._transport.try_send(data)
+        except OSError:
+            # The writer task, which is awake now, meets the same error and knows what to do.
+            return
+        if sent:
+            self._took(sent)
+
+    def _gather(self) -> bytes:
+        if len(self._packets) == 1:
+            return self._packets[0]
+        chosen, size = [], 0
+        for packet in self._packets:
+            chosen.append(packet)
+            size += len(packet)
+            if size >= _GATHERED:
+                break
+        return b"".join(chosen)
+
+    def _took(self, sent: int) -> None:
+        self._size -= sent
+        self.sent += sent
+        self.last_sent = anyio.current_time()
+        while sent:
+            packet = self._packets.popleft()
+            if len(packet) > sent:
+                self._packets.appendleft(packet[sent:])
+                break
+            sent -= len(packet)
+        while self._marks and self._marks[0][0] <= self.sent:
+            self._marks.popleft()[1].set()
+        self._admit()
+
+    def _admit(self) -> None:
+        if self._waiting and (self._size < _HIGH_WATER or self._broken):
+            self._waiting[0].set()
