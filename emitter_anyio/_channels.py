@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeGuard
 
 from ._errors import InvalidChannelError
 
@@ -120,12 +120,12 @@ def check_key(key: str) -> str:
     return key
 
 
-def is_whole(value: object) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Tell whether something is an ``int``, and no ``bool`` in its place."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Tell whether something is an ``int`` or ``float``, and no ``bool`` in its place."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -157,7 +157,7 @@ def unix_seconds(name: str, value: datetime | float | None) -> int | None:
     if value is None:
         return None
     if isinstance(value, datetime):
-        if value.tzinfo is None:
+        if value.utcoffset() is None:
             raise ValueError(f"{name} is a naive datetime: give it a tzinfo, such as timezone.utc")
         seconds = value.timestamp()
     elif is_number(value):
@@ -166,7 +166,7 @@ def unix_seconds(name: str, value: datetime | float | None) -> int | None:
         raise TypeError(f"{name} is a datetime or unix seconds, not {type(value).__name__}")
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
         raise ValueError(
-            f"{name} is {seconds:.0f}; the broker knows the unix seconds {_FIRST_SECOND} (2018) "
+            f"{name} is {seconds}; the broker knows the unix seconds {_FIRST_SECOND} (2018) "
             f"to {_LAST_SECOND} (2066) and would pass over this one"
         )
     return int(seconds)

@@ -418,12 +418,14 @@ class Emitter(Life):
         done = anyio.Event()
         pending.call_when_done(done.set)
         writer = self._link().writer
+        pending.waiters += 1
         try:
             await writer.left(writer.queued)
             with anyio.move_on_after(seconds):
                 await done.wait()
         finally:
-            pending.awaited = pending.done
+            pending.waiters -= 1
+            pending.awaited = bool(pending.waiters)
         if not pending.done:
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(

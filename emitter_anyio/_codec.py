@@ -248,6 +248,10 @@ class Codec:
         except Exception as exc:
             # Paho up to 2.1 lets struct.error and the like out.
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}") from exc
+        if code == MQTTErrorCode.MQTT_ERR_NO_CONN:
+            # Behind our DISCONNECT Paho takes nothing in, and nobody waits for an answer any more.
+            self._link.inbound.clear()
+            return
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._link.inbound:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
         events += self._heard

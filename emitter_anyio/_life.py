@@ -225,16 +225,14 @@ class Life(EventSource):
         if connection is None:
             return
         if broken is None:
-            reason = "the client has disconnected"
             logger.info("disconnected from %s", connection.server)
         else:
-            reason = f"the link to {connection.server} is lost: {broken}"
-            logger.warning("%s", reason)
-            self._lost = reason
+            self._lost = f"the link to {connection.server} is lost: {broken}"
+            logger.warning("%s", self._lost)
             self._last_error = broken
         self._nonsense += self._session.nonsense
         self._session.nonsense = 0
-        self._session.lost(reason)
+        self._session.lost(self._gone)
         self._emit("disconnect")
         if broken is not None:
             lost = self._connection_lost()
@@ -256,17 +254,25 @@ class Life(EventSource):
 
     def _raise(self, raised: BaseException | None) -> None:
         failure = self._failure
-        if failure is None or failure is raised:
+        if failure is None:
             if raised is not None:
                 raise raised
-            return
-        if raised is None or isinstance(failure, KeyboardInterrupt | SystemExit):
+        elif raised is None or isinstance(failure, KeyboardInterrupt | SystemExit):
             raise failure
-        same_loss = isinstance(raised, ConnectionLostError) and raised.unread is self._unread
-        if not same_loss:
+        elif isinstance(raised, BaseExceptionGroup) and self._is_this_loss(raised):
+            # Tasks of the body have met the same loss in their calls: it leaves bare all the same.
+            raise failure
+        elif self._is_this_loss(raised):
+            raise raised
+        else:
             raised.add_note(f"meanwhile in emitter_anyio: {failure!r}")
             logger.error("%s, while the body was failing", failure, exc_info=failure)
-        raise raised
+            raise raised
+
+    def _is_this_loss(self, error: BaseException) -> bool:
+        if isinstance(error, BaseExceptionGroup):
+            return all(map(self._is_this_loss, error.exceptions))
+        return isinstance(error, ConnectionLostError) and error.unread is self._unread
 
     def _fail(self, error: BaseException) -> None:
         if self._failure is None or not isinstance(error, Exception):

@@ -149,9 +149,13 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
     # The URL itself is in no message, since it may carry a password.
     if not isinstance(url, str):
         raise TypeError(f"a URL is a str, not {type(url).__name__}")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        # Its own words may show the password.
+        raise ValueError("the URL is none: there is something wrong with its host") from None
     if parts.scheme == "unix":
-        if parts.netloc or not parts.path:
+        if parts.netloc or not parts.path.startswith("/") or parts.query or parts.fragment:
             raise ValueError("a Unix socket's URL is unix:///path/to/socket")
         return Server("unix", unquote(parts.path), 0), {}
     if parts.scheme not in PORTS:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from . import _requests as requests
-from ._channels import fingerprint, format_topic
+from ._channels import fingerprint, format_topic, is_whole
 from ._errors import (
-    ConnectionLostError,
     EmitterError,
     RemoteProtocolError,
     RequestError,
@@ -46,6 +45,7 @@ SYSTEM: Final = "emitter/"
 """Below this the broker answers; anybody with a wide enough key may publish there too."""
 
 _IDS: Final = 65535
+_KEPT_IDS: Final = 4096
 
 
 class Replay(NamedTuple):
@@ -95,6 +95,7 @@ class Pending(Generic[T]):
         """How many publishes of QoS 0 had been sent before it."""
         self.awaited = awaited
         """Whether somebody still wants to know."""
+        self.waiters = 0
         self.quiet = False
         """Whether a refusal is no news."""
         self.done = False
@@ -142,7 +143,6 @@ class Grant:
         self.asked = asked
         """The SUBSCRIBE that asked for it; once it is done without an error, it is granted."""
         self.users = 0
-        self.refused = False
         self.replay_left = 65536
 
 
@@ -204,8 +204,8 @@ class Session:
 
     @property
     def full(self) -> bool:
-        """Tell whether every packet id is taken."""
-        return len(self._pending) >= _IDS
+        """Tell whether packet ids are scarce: some are kept for what leaves without waiting."""
+        return len(self._pending) >= _IDS - _KEPT_IDS
 
     def call_when_free(self, waker: Callable[[], None]) -> None:
         """Have a function called when a packet id is free again, or the link is lost."""
@@ -275,17 +275,7 @@ class Session:
         :return: the UNSUBSCRIBE, if that was the last user of the channel
         """
         grant.users -= 1
-        if grant.users:
-            return None
-        self._forget(grant)
-        if grant.refused or grant.channel in self._grants:
-            return None
-        pending = self.unsubscribe(grant.key, grant.channel)
-        # Nobody waits for it, unless the caller does. If the SUBSCRIBE before it is going to be
-        # refused, so is this, and that is no news.
-        pending.awaited = False
-        pending.quiet = not grant.asked.done
-        return pending
+        return self._tidy(grant.channel)
 
     def unsubscribe(self, key: str, channel: str) -> Pending[None]:
         """Tell the broker to unsubscribe a channel that nobody uses here."""
@@ -379,7 +369,7 @@ class Session:
             case RemoteProtocolError():
                 raise event
 
-    def lost(self, reason: str) -> None:
+    def lost(self, error: Callable[[], Exception]) -> None:
         """The link is gone: what is pending fails, and the packet ids are free again."""
         pending = [*self._pending.values(), *self._pings]
         self._pending.clear()
@@ -389,7 +379,7 @@ class Session:
         self._published = self._settled = 0
         self.connection_id = None
         for one in pending:
-            one.fail(lambda: ConnectionLostError(reason))
+            one.fail(error)
 
     # How
 
@@ -397,6 +387,8 @@ class Session:
         return Pending(*args, settles=self._published, **kwargs)
 
     def _register(self, pending: Pending[Any]) -> int:
+        if len(self._pending) >= _IDS:
+            raise RuntimeError("every packet id is taken by what the broker has not acknowledged")
         packet_id = self._last_id
         while True:
             packet_id = packet_id % _IDS + 1
@@ -423,12 +415,28 @@ class Session:
                     "connect(allow_collisions=True) with a broker without that fault)"
                 )
 
-    def _forget(self, grant: Grant) -> None:
+    def _refused(self, grant: Grant) -> None:
+        # What was refused is not unsubscribed; another key, whose users have left, may have to be.
         grants = self._grants.get(grant.channel, {})
         if grants.get(grant.key) is grant:
             del grants[grant.key]
-            if not grants:
-                del self._grants[grant.channel]
+            self._tidy(grant.channel)
+
+    def _tidy(self, channel: str) -> Pending[None] | None:
+        """Unsubscribe a channel that nobody uses any more, under whichever key."""
+        grants = self._grants.get(channel, {})
+        if any(grant.users for grant in grants.values()):
+            return None
+        self._grants.pop(channel, None)
+        held = sorted(grants.values(), key=lambda grant: not grant.asked.done)
+        if not held:
+            return None
+        pending = self.unsubscribe(held[0].key, channel)
+        # Nobody waits for it, unless the caller does. If the SUBSCRIBE before it is going to be
+        # refused, so is this, and that is no news.
+        pending.awaited = False
+        pending.quiet = not held[0].asked.done
+        return pending
 
     def _acknowledged(
         self, packet_id: int, kind: type[Event], codes: tuple[int, ...] = ()
@@ -450,8 +458,7 @@ class Session:
             if pending.grant is not None:
                 self.replays.discard(pending.grant)
                 if refused:
-                    pending.grant.refused = True
-                    self._forget(pending.grant)
+                    self._refused(pending.grant)
         if refusal is not None:
             return self._refuse(pending, *refusal)
         if pending.request is None:
@@ -485,7 +492,7 @@ class Session:
         return self._stray(message, "nobody asked for it") if emissions is None else emissions
 
     def _answered(self, operation: str, req: object, answer: Any) -> Iterable[Emission] | None:
-        pending = self._pending.get(req) if isinstance(req, int) else None
+        pending = self._pending.get(req) if is_whole(req) else None
         if pending is None:
             return None
         request = pending.request

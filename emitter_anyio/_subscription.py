@@ -151,7 +151,10 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
                 "another overflow=",
                 dropped=item.dropped,
             )
-        self._took(item)
+        self._taken += 1
+        if self._extra:
+            self._extra -= 1
+        self._forget(item)
         return item
 
     async def aclose(self) -> None:
@@ -210,7 +213,8 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if self._taken == taken:
                 break
         while self._full and self._overflow == "block":
-            self._departure = anyio.Event()
+            if self._departure is None:
+                self._departure = anyio.Event()
             await self._departure.wait()
 
     @property
@@ -220,20 +224,20 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     def push_or_drop(self, item: T) -> None:
         """Put an item in; if there is no room, do as the policy says."""
-        if self.push(item):
+        while not self.push(item):
+            if self._overflow == "block":
+                self.push(item, extra=True)
+                return
+            self._dropped += 1
+            if self._overflow == "drop_oldest":
+                self._forget(self._out.receive_nowait())
+                continue
+            if self._overflow == "raise":
+                if self._gap is None:
+                    self._gap = _Gap()
+                    self._put(self._gap)
+                self._gap.dropped += 1
             return
-        if self._overflow == "block":
-            self.push(item, extra=True)
-            return
-        self._dropped += 1
-        if self._overflow == "drop_oldest":
-            self._took(self._out.receive_nowait())
-            self.push_or_drop(item)
-        elif self._overflow == "raise":
-            if self._gap is None:
-                self._gap = _Gap()
-                self._put(self._gap)
-            self._gap.dropped += 1
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """Let nothing more in; what is buffered can still be received, then comes the error."""
@@ -245,20 +249,21 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     def drain(self) -> list[T]:
         """Take out all that is buffered."""
-        items = []
-        for item in self._take_all():
-            if not isinstance(item, _Gap):
-                self._took(item)
-                items.append(item)
+        items = [item for item in self._take_all() if not isinstance(item, _Gap)]
+        for item in items:
+            self._forget(item)
         return items
 
     def put_in_front(self, items: Iterable[T]) -> None:
         """Put items before what is buffered, beside the buffer."""
-        buffered = self._take_all()
+        if self._ended:
+            return
+        buffered, gap = self._take_all(), self._gap
         for item in items:
             self.push(item, extra=True)
         for later in buffered:
             self._put(later)
+        self._gap = gap
 
     def _take_all(self) -> list[T | _Gap]:
         items: list[T | _Gap] = []
@@ -279,11 +284,8 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._arrival.set()
             self._arrival = None
 
-    def _took(self, item: T | _Gap) -> None:
+    def _forget(self, item: T | _Gap) -> None:
         self._count -= 1
-        self._taken += 1
-        if self._extra:
-            self._extra -= 1
         if isinstance(item, EmitterMessage):
             self._bytes -= len(item.binary)
         if self._departure is not None:
