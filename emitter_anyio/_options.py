@@ -196,7 +196,11 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, str) and not (value is None and name != "client_id"):
             raise TypeError(f"{name} is a str, not {type(value).__name__}")
-        if value is not None and len(value.encode()) > 65535:
+        try:
+            size = len((value or "").encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} has no UTF-8") from None
+        if size > 65535:
             raise ValueError(f"{name} has at most 65535 bytes")
     if options.password is not None and options.username is None:
         raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")

@@ -325,8 +325,9 @@ def _member(who: object) -> Member:
 def _stored(found: object) -> StoredMessage:
     if not isinstance(found, dict):
         raise Nonsense("a stored message is no object")
+    id = _text(found, "id")
     try:
-        number = base64.b64decode(_text(found, "id"), validate=True)
+        number = base64.b64decode(id, validate=True)
         # The broker, written in Go, leaves out an empty payload.
         binary = base64.b64decode(found.get("payload") or "", validate=True)
     except (TypeError, ValueError) as exc:

@@ -1,0 +1,262 @@
+"""A development broker: real sockets, real MQTT, Emitter's own semantics and keys."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+from anyio import (
+    AsyncContextManagerMixin,
+    BrokenResourceError,
+    EndOfStream,
+    aclose_forcefully,
+    create_task_group,
+    create_tcp_listener,
+    fail_after,
+    get_cancelled_exc_class,
+)
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSStream
+
+from ._connection import SILENCE, Client, Diversion, Traffic
+from ._exchange import Exchange
+from ._keys import License
+from ._refusals import RefusedError
+from ._topics import Topic, parse
+
+if TYPE_CHECKING:
+    from ._peer import Kind
+
+_ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
+
+logger = logging.getLogger("emitter_anyio.testing")
+
+
+class Broker(AsyncContextManagerMixin):
+    """
+    An Emitter broker to develop and test against, not for production::
+
+        async with Broker() as broker, connect(broker.url) as emitter:
+            key = broker.keygen("chat/", "rwls")
+
+    It listens from entering on, and leaving cuts every client; it can be entered again, and keeps
+    what it stored. As with the real one, a packet has at most 64 KiB, a link that is silent for 120
+    seconds is closed, and publishers wait for a subscriber who is slow. But one who takes nothing
+    for a second, with 1 MiB queued for it, is cut: a subscriber never stalls the others for long.
+
+    :param host: the address to listen on
+    :param port: the port, or 0 for one that is free
+    :param license: an Emitter licence of version 1, 2 or 3; keys made by a real broker with the
+        same licence work here, and the other way round. A new one is made unless given
+    :param ssl_context: serve TLS with this
+    :raises ValueError: if ``license`` is none
+    :raises OSError: on entering, if the port is taken
+
+    :ivar license: the licence
+    :ivar secret_key: a master key of the licence, for ``keygen`` and ``keyban``
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        license: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        licence = License.new() if license is None else License.parse(license)
+        self.license = licence.text
+        self.secret_key = licence.master_key()
+        self._address = host, port
+        self._port = port
+        self._ssl_context = ssl_context
+        self._exchange = Exchange(licence)
+        self._traffic = Traffic()
+        self._clients: dict[Client, None] = {}
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Broker]:
+        host, port = self._address
+        failure: BaseException | None = None
+        async with (
+            await create_tcp_listener(local_host=host, local_port=port) as listener,
+            create_task_group() as task_group,
+        ):
+            self._port = listener.extra(SocketAttribute.local_port)
+            task_group.start_soon(listener.serve, self._serve, task_group)
+            try:
+                yield self
+            except get_cancelled_exc_class():
+                raise
+            except BaseException as exc:  # leaves bare, and not in the group of our tasks
+                failure = exc
+            task_group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    @property
+    def host(self) -> str:
+        """The address that it listens on."""
+        return self._address[0]
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """The URL to connect to, without a key."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtt' if self._ssl_context is None else 'mqtts'}://{host}:{self.port}"
+
+    @property
+    def clients(self) -> list[Client]:
+        """
+        The clients that are connected, from their CONNECT on, in the order of their coming.
+
+        Each has ``id``, ``client_id``, ``username``, ``subscriptions`` and ``wait_closed()``.
+        """
+        return [client for client in self._clients if client.connected]
+
+    def keygen(self, channel: str, permissions: str = "rw", ttl: int = 0) -> str:
+        """
+        Make a channel key without asking over the wire.
+
+        :param channel: the target, as for ``emitter/keygen/``: ``a/b/``, or ``a/#/``
+        :param permissions: letters out of ``rwslpex``
+        :param ttl: for how many seconds it is good; 0 is for ever
+        :raises ValueError: if the channel cannot be a target
+        """
+        try:
+            return self._exchange.keygen(channel, permissions, ttl)
+        except RefusedError as refusal:
+            raise ValueError(refusal.message) from None
+
+    async def publish(self, channel: str, payload: bytes | str, *, ttl: int = 0) -> None:
+        """
+        Publish as the broker itself, which needs no key.
+
+        Returns when the message is queued for all whom it reaches.
+
+        :param channel: a channel without wildcards, and a slash at its end
+        :param payload: the message; text is encoded as UTF-8
+        :param ttl: for how many seconds it is also stored
+        :raises ValueError: if there cannot be such a channel
+        """
+        topic = self._topic(channel)
+        self._exchange.spread(topic, payload.encode() if isinstance(payload, str) else payload, ttl)
+        await self._traffic.relieve()
+
+    async def drop(self, client: Client | str | None = None) -> None:
+        """
+        Cut links, as a failing network does: nothing more is sent, and wills are published.
+
+        Returns when they are closed.
+
+        :param client: one client, or its id, or the client id of some; all links unless given
+        :raises LookupError: if no such client is connected
+        """
+        chosen = list(self._clients)
+        if client is not None:
+            chosen = [each for each in chosen if client in (each, each.id, each.client_id)]
+            if not chosen:
+                raise LookupError("no such client is connected")
+        for each in chosen:
+            each.cut()
+        for each in chosen:
+            await each.wait_closed()
+
+    def advance(self, seconds: float) -> None:
+        """
+        Put the broker's clock forward: what has a ttl ages without any waiting.
+
+        The links do not notice: how long one may be silent is measured by the real clock.
+
+        :param seconds: how far
+        :raises ValueError: if this is negative
+        """
+        if seconds < 0:
+            raise ValueError("a broker's clock goes forward only")
+        self._exchange.ahead += seconds
+
+    @contextmanager
+    def hold(self, *kinds: Kind) -> Iterator[None]:
+        """
+        Keep back what the broker would send to anybody, and send it when the block ends.
+
+        Everything else goes on, so that what is held is overtaken.
+
+        :param kinds: ``"connack"``, ``"puback"``, ``"suback"``, ``"unsuback"``, ``"pingresp"``,
+            ``"answer"`` (to a request), ``"error"`` (on ``emitter/error/``) or ``"message"`` (what
+            is delivered, changes of presence included); PUBACK, SUBACK and UNSUBACK unless given
+        """
+        held = Diversion(kinds or _ACKNOWLEDGEMENTS)
+        try:
+            with self._traffic.divert(held):
+                yield
+        finally:
+            held.release()
+
+    @contextmanager
+    def lose(self, *kinds: Kind) -> Iterator[None]:
+        """
+        Throw away what the broker would send to anybody, until the block ends.
+
+        An ``"answer"`` lost while its PUBACK is not is what the real broker does with one that is
+        larger than 64 KiB.
+
+        :param kinds: as for :meth:`hold`
+        """
+        with self._traffic.divert(Diversion(kinds or _ACKNOWLEDGEMENTS)):
+            yield
+
+    @contextmanager
+    def refuse(self, code: int = 5) -> Iterator[None]:
+        """
+        Answer each CONNECT with a refusal, until the block ends.
+
+        :param code: CONNACK's: 1 protocol version, 2 client id, 3 server unavailable, 4 bad user
+            name or password, 5 not authorized
+        """
+        before, self._traffic.refusal = self._traffic.refusal, code
+        try:
+            yield
+        finally:
+            self._traffic.refusal = before
+
+    def _topic(self, channel: str) -> Topic:
+        try:
+            topic = parse(f"broker/{channel}")
+        except RefusedError:
+            topic = None
+        if topic is None or topic.wild or topic.options:
+            raise ValueError(f"cannot publish to {channel!r}: a channel is like 'a/b/'")
+        return topic
+
+    async def _serve(self, stream: ByteStream) -> None:
+        try:
+            if self._ssl_context is not None:
+                # a peer that does not speak TLS has as long as a silent one
+                with fail_after(SILENCE):
+                    stream = await TLSStream.wrap(
+                        stream,
+                        server_side=True,
+                        ssl_context=self._ssl_context,
+                        standard_compatible=False,
+                    )
+        except (BrokenResourceError, EndOfStream, OSError) as exc:
+            logger.info("no TLS handshake: %s", exc)
+            await aclose_forcefully(stream)
+            return
+        client = Client(self._exchange, self._traffic, stream)
+        self._clients[client] = None
+        try:
+            await client.serve()
+        except Exception:  # whatever a client does, the others go on
+            logger.exception("the link of client %s failed", client.id)
+        finally:
+            del self._clients[client]

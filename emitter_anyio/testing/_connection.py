@@ -1,0 +1,278 @@
+"""One client's link: what it sends is worked off in order, what it gets is queued and written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from anyio import (
+    BrokenResourceError,
+    CancelScope,
+    ClosedResourceError,
+    EndOfStream,
+    Event,
+    aclose_forcefully,
+    create_task_group,
+    current_time,
+    move_on_after,
+)
+from anyio.abc import ByteStream
+
+from ._packets import (
+    ConnAck,
+    Connect,
+    MalformedPacketError,
+    Packet,
+    PacketReader,
+    PingReq,
+    PingResp,
+    PubAck,
+    PubComp,
+    Publish,
+    PubRec,
+    PubRel,
+    SubAck,
+    Subscribe,
+    UnsubAck,
+    Unsubscribe,
+)
+from ._peer import Kind, Peer, deliver, to_json
+from ._refusals import RefusedError
+
+if TYPE_CHECKING:
+    from ._exchange import Exchange
+
+SILENCE = 120.0
+"""Seconds without a packet after which Emitter closes a link (``internal/broker/conn.go``)."""
+HIGH_WATER = 1024 * 1024
+"""Bytes queued for one client from which on those who publish to it wait for it."""
+PATIENCE = 1.0
+"""Seconds that they wait for a client that takes nothing at all; then it is cut."""
+LINGER = 1.0
+"""Seconds in which a client that left may still take what was queued for it."""
+_CHUNK = 65536
+
+logger = logging.getLogger("emitter_anyio.testing")
+
+
+class Diversion:
+    """Packets that a test keeps from being sent."""
+
+    def __init__(self, kinds: tuple[Kind, ...]) -> None:
+        self.kinds = kinds
+        self.kept: list[tuple[Client, Kind, bytes]] = []
+
+    def release(self) -> None:
+        """Send them after all."""
+        for client, kind, data in self.kept:
+            client.send(kind, data)
+
+
+class Traffic:
+    """What the links of a broker share: who cannot keep up, and the faults that a test wants."""
+
+    def __init__(self) -> None:
+        self.crowded: set[Client] = set()
+        self.refusal = 0
+        self.diversions: list[Diversion] = []
+
+    @contextmanager
+    def divert(self, diversion: Diversion) -> Iterator[None]:
+        """Put aside what would be sent; of two diversions the later gets it."""
+        self.diversions.insert(0, diversion)
+        try:
+            yield
+        finally:
+            self.diversions.remove(diversion)
+
+    async def relieve(self, publisher: Client | None = None) -> None:
+        """Wait until those who were just sent too much can take more."""
+        while self.crowded:
+            await self.crowded.pop().wait_for_room(publisher)
+
+
+class Client(Peer):
+    """
+    A client that is connected to a :class:`Broker`.
+
+    :ivar id: the connection's id, as ``me`` and presence tell it
+    :ivar client_id: what the client calls itself
+    :ivar username: what presence shows of it, or ``""``
+    """
+
+    def __init__(self, exchange: Exchange, traffic: Traffic, stream: ByteStream) -> None:
+        super().__init__()
+        self.client_id = ""
+        self.connected = False
+        self._exchange = exchange
+        self._traffic = traffic
+        self._stream = stream
+        self._scope = CancelScope()
+        self._outbox: list[bytes] = []
+        self._queued = 0
+        self._written = 0
+        self._wake = Event()
+        self._progress = Event()
+        self._leaving = False
+        self._closed = Event()
+
+    @property
+    def subscriptions(self) -> list[str]:
+        """The channels it is subscribed to, a group's with ``$share/…/``, oldest first."""
+        return list(self.subscribed.values())
+
+    async def wait_closed(self) -> None:
+        """Wait until the link is closed, and all that it had is given back."""
+        await self._closed.wait()
+
+    def cut(self) -> None:
+        """Close the link now, whatever is still queued."""
+        self._scope.cancel()
+
+    def send(self, kind: Kind, data: bytes) -> None:
+        for diversion in self._traffic.diversions:
+            if kind in diversion.kinds:
+                diversion.kept.append((self, kind, data))
+                return
+        if not self._outbox:
+            self._wake.set()
+        self._outbox.append(data)
+        self._queued += len(data)
+        if self._queued > HIGH_WATER:
+            self._traffic.crowded.add(self)
+
+    async def serve(self) -> None:
+        """Serve the link until one side closes it."""
+        try:
+            with self._scope:
+                self._scope.deadline = current_time() + SILENCE
+                async with create_task_group() as task_group:
+                    task_group.start_soon(self._write)
+                    await self._read()
+                    self._leave()
+                    self._scope.deadline = current_time() + LINGER
+                    self._leaving = True
+                    self._wake.set()
+        finally:
+            self._leave()
+            with CancelScope(shield=True):
+                await aclose_forcefully(self._stream)
+            self._progress.set()
+            self._closed.set()
+
+    def _leave(self) -> None:
+        self.connected = False
+        self._exchange.leave(self)
+
+    async def _read(self) -> None:
+        reader = PacketReader()
+        while True:
+            whole = False  # half a packet does not break the silence
+            try:
+                while (packet := reader.next_packet()) is not None:
+                    if not self._take(packet):
+                        return
+                    whole = True
+                    if self._traffic.crowded:
+                        await self._traffic.relieve(self)
+                if whole:
+                    self._scope.deadline = current_time() + SILENCE
+                reader.feed(await self._stream.receive(_CHUNK))
+            except (MalformedPacketError, EndOfStream, BrokenResourceError, ClosedResourceError):
+                return
+
+    async def _write(self) -> None:
+        while not (self._leaving and not self._outbox):
+            data = b"".join(self._outbox)
+            self._outbox.clear()
+            try:
+                for start in range(0, len(data), _CHUNK):
+                    piece = data[start : start + _CHUNK]
+                    await self._stream.send(piece)
+                    self._queued -= len(piece)
+                    self._written += len(piece)
+                    self._progress.set()
+                    self._progress = Event()
+            except (BrokenResourceError, ClosedResourceError):
+                return  # the reader still takes what the client sent before it went
+            if not self._outbox and not self._leaving:
+                self._wake = Event()
+                await self._wake.wait()
+
+    async def wait_for_room(self, publisher: Client | None) -> None:
+        """
+        Wait until this client can be sent more.
+
+        Whoever publishes to a client waits for it as long as it takes anything, so that a flood
+        goes at the pace of the slowest healthy receiver, as with the real broker. One that takes
+        nothing is cut; but a client that waits for itself has its 120 seconds.
+        """
+        idle = 0
+        while self._queued > HIGH_WATER and not self._closed.is_set():
+            written = self._written
+            # in tenths: a loop that was busy itself must not take that for a client's silence
+            with move_on_after(PATIENCE / 10):
+                await self._progress.wait()
+            idle = 0 if self._written > written or self is publisher else idle + 1
+            if idle == 10:
+                logger.warning("client %s takes nothing and is cut", self.id)
+                self.cut()
+                await self._closed.wait()
+
+    def _take(self, packet: Packet) -> bool:
+        """Work off one packet, and say whether the link goes on."""
+        match packet:
+            case Connect():
+                return self._connect(packet)
+            case _ if not self.connected:
+                return False
+            case Publish():
+                try:
+                    self._exchange.publish(self, packet)
+                except RefusedError as refusal:
+                    self._refuse(refusal, packet.packet_id)
+                if packet.qos:
+                    self.send("puback", PubAck(packet.packet_id).encode())
+            case Subscribe():
+                codes = tuple(self._subscribe(packet.packet_id, *asked) for asked in packet.filters)
+                self.send("suback", SubAck(packet.packet_id, codes).encode())
+            case Unsubscribe():
+                for topic in packet.filters:
+                    try:
+                        self._exchange.unsubscribe(self, topic)
+                    except RefusedError as refusal:
+                        self._refuse(refusal, packet.packet_id)
+                self.send("unsuback", UnsubAck(packet.packet_id).encode())
+            case PingReq():
+                self.send("pingresp", PingResp().encode())
+            case PubAck() | PubRec() | PubRel() | PubComp():
+                pass
+            case _:  # DISCONNECT, or what only a broker may send
+                return False
+        return True
+
+    def _connect(self, packet: Connect) -> bool:
+        # a second CONNECT is taken like the first
+        self.client_id, self.username = packet.client_id, packet.username or ""
+        self.send("connack", ConnAck(self._traffic.refusal).encode())
+        if self._traffic.refusal:
+            return False
+        self.will = packet.will
+        self.connected = True
+        return True
+
+    def _subscribe(self, packet_id: int, topic: str, qos: int) -> int:
+        try:
+            self._exchange.subscribe(self, topic)
+        except RefusedError as refusal:
+            self._refuse(refusal, packet_id)
+            return 128
+        return qos
+
+    def _refuse(self, refusal: RefusedError, packet_id: int) -> None:
+        said = {"status": refusal.status, "message": refusal.message}
+        if packet_id:
+            said = {"req": packet_id, **said}
+        deliver((self,), "error", "emitter/error/", to_json(said))

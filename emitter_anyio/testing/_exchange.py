@@ -1,0 +1,192 @@
+"""Emitter's semantics: who may do what, and who gets which message. No I/O.
+
+What the recorded conversations leave open was seen in the broker's ``internal/service``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from . import _requests
+from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permissions
+from ._matching import Matcher, Subscriptions, Trie
+from ._peer import Peer, deliver, to_json
+from ._refusals import EXTEND_KEY, RefusedError
+from ._storage import RETAINED, Storage, Stored
+from ._topics import Topic, Words, parse
+
+if TYPE_CHECKING:
+    from ._packets import Publish
+
+
+class Exchange:
+    """
+    The broker's state, and what its clients do to it.
+
+    :param license: whose keys are taken
+    :param matcher: how filters match
+    """
+
+    def __init__(self, license: License, matcher: Matcher = "emitter") -> None:
+        self.license = license
+        self.banned: set[str] = set()
+        self.storage = Storage(license.contract)
+        self.subscriptions: Subscriptions[Peer] = Subscriptions(matcher)
+        self.watchers: Trie[Peer] = Trie(matcher)
+        self.ahead = 0.0
+        self._grant = lru_cache(maxsize=4096)(self._find_key)
+
+    def now(self) -> float:
+        """Give the broker's time, in unix seconds."""
+        return time.time() + self.ahead
+
+    def publish(self, peer: Peer, packet: Publish) -> None:
+        """
+        Take what a client publishes: a message, or a request.
+
+        :raises RefusedError: when it may not, or asks for nothing sensible
+        """
+        if len(packet.topic.encode()) > 2:
+            topic = parse(packet.topic)
+        elif packet.topic in peer.links:
+            topic = peer.links[packet.topic]
+        else:
+            raise RefusedError(400)
+        if topic.wild:
+            raise RefusedError(403)
+        if topic.key == "emitter":
+            _requests.answer(self, peer, topic, packet)
+        else:
+            key = self._entitle(topic, WRITE)
+            ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED * packet.retain
+            excluded = peer if topic.number("me") == 0 else None
+            self.spread(topic, packet.payload, ttl * key.allows(STORE), excluded)
+
+    def spread(
+        self, topic: Topic, payload: bytes, ttl: int = 0, excluded: Peer | None = None
+    ) -> None:
+        """
+        Keep a message, and send it to all whom its channel reaches.
+
+        :param ttl: for how many seconds it is kept, if at all
+        :param excluded: who does not get it
+        """
+        if ttl:
+            self.storage.add(self.now(), ttl, topic.channel, topic.words, payload)
+        receivers = self.subscriptions.receivers(topic.words, excluded)
+        deliver(receivers, "message", topic.channel, payload)
+
+    def subscribe(self, peer: Peer, text: str) -> None:
+        """
+        Enter a subscription, and replay what its key may load.
+
+        :raises RefusedError: when it may not
+        """
+        topic = parse(text.replace("#", "#/").replace("//", "/"))
+        key = self._entitle(topic, READ)
+        self.enroll(peer, topic)
+        if key.allows(LOAD):
+            for message in self.query(topic):
+                deliver((peer,), "message", message.channel, message.payload)
+
+    def unsubscribe(self, peer: Peer, text: str) -> None:
+        """
+        End a subscription; one that there is not is fine.
+
+        :raises RefusedError: when it may not
+        """
+        topic = parse(text)
+        self._entitle(topic, READ)
+        if topic.words in peer.subscribed:
+            self._strike(peer, topic.words)
+
+    def enroll(self, peer: Peer, topic: Topic) -> None:
+        """Enter a subscription; one that there is stays as it is."""
+        if topic.words not in peer.subscribed:
+            peer.subscribed[topic.words] = topic.channel
+            self.subscriptions.add(topic.words, peer)
+            self._tell("subscribe", peer, topic.words, topic.channel)
+
+    def watch(self, peer: Peer, words: Words, wanted: bool) -> None:
+        """Begin or end the feed of presence changes at and below a channel."""
+        if wanted and words not in peer.watched:
+            peer.watched.add(words)
+            self.watchers.add(words, peer)
+        elif not wanted and words in peer.watched:
+            peer.watched.remove(words)
+            self.watchers.remove(words, peer)
+
+    def leave(self, peer: Peer) -> None:
+        """End what a connection had, and publish its will: a clean end is no different here."""
+        for watched in list(peer.watched):
+            self.watch(peer, watched, False)
+        for subscribed in list(peer.subscribed):
+            self._strike(peer, subscribed)
+        will, peer.will = peer.will, None
+        if will is not None:
+            try:
+                topic = parse(will.topic)
+                key = self._entitle(topic, WRITE)
+            except RefusedError:
+                return  # nobody is left to be told
+            if not topic.wild:
+                self.spread(topic, will.payload, RETAINED * (will.retain and key.allows(STORE)))
+
+    def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
+        """Find the stored messages for which a topic's options ask: one, unless they say more."""
+        last, since, until = (topic.number(option) for option in ("last", "from", "until"))
+        last = 1 if last is None else last
+        return self.storage.query(self.now(), topic.words, last, since, until, after)
+
+    def authorize(self, topic: Topic, permission: int) -> Key:
+        """
+        Give the key of a topic, if it is good for it.
+
+        :raises RefusedError: with 401, when it is not
+        """
+        key = None if topic.key in self.banned else self._grant(topic.key, topic.channel)
+        if key is None or not key.allows(permission) or key.expired(self.now()):
+            raise RefusedError(401)
+        return key
+
+    def keygen(self, channel: str, letters: str, ttl: int) -> str:
+        """
+        Make a channel key.
+
+        :raises RefusedError: for a channel that cannot be a target
+        """
+        key = self.license.blank_key().aimed_at(channel)
+        granted, expires = permissions(letters), expiry(self.now(), ttl)
+        return self.license.encrypt(replace(key, permissions=granted, expires=expires))
+
+    def _entitle(self, topic: Topic, permission: int) -> Key:
+        """Authorize what an extend key is no good for."""
+        key = self.authorize(topic, permission)
+        if key.allows(EXTEND):
+            raise RefusedError(401, EXTEND_KEY)
+        return key
+
+    def _find_key(self, text: str, channel: str) -> Key | None:
+        try:
+            key = self.license.decrypt(text)
+        except ValueError:
+            return None
+        return key if self.license.made(key) and key.opens(channel) else None
+
+    def _strike(self, peer: Peer, words: Words) -> None:
+        channel = peer.subscribed.pop(words)
+        self.subscriptions.remove(words, peer)
+        self._tell("unsubscribe", peer, words, channel)
+
+    def _tell(self, event: str, peer: Peer, words: Words, channel: str) -> None:
+        if watchers := self.watchers.match(words):
+            change = {
+                "time": int(self.now()),
+                "event": event,
+                "channel": channel,
+                "who": peer.who(),
+            }
+            deliver(watchers, "message", "emitter/presence/", to_json(change))

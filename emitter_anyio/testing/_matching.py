@@ -1,0 +1,95 @@
+"""Which subscriptions a channel reaches, under the broker's two matchers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
+
+if TYPE_CHECKING:
+    from ._topics import Words
+
+T = TypeVar("T")
+Matcher: TypeAlias = Literal["emitter", "mqtt"]
+
+
+class _Node(Generic[T]):
+    __slots__ = ("children", "here")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node[T]] = {}
+        self.here: dict[T, None] = {}  # a set that keeps its order
+
+
+class Trie(Generic[T]):
+    """
+    Filters, each with those who hold it.
+
+    :param matcher: ``"emitter"``: a filter reaches all channels that begin with it, and ``#`` none;
+        ``"mqtt"``: a filter reaches channels of its own length, and ``#`` one or more levels more.
+        ``+`` is one level in both.
+    """
+
+    def __init__(self, matcher: Matcher = "emitter") -> None:
+        self._root: _Node[T] = _Node()
+        self._collect: Callable[[_Node[T], Words, int, dict[T, None]], None]
+        self._collect = _by_prefix if matcher == "emitter" else _by_length
+
+    def add(self, words: Words, holder: T) -> None:
+        node = self._root
+        for word in words:
+            node = node.children.setdefault(word, _Node())
+        node.here[holder] = None
+
+    def remove(self, words: Words, holder: T) -> None:
+        """Take a filter from one who holds it."""
+        path = [self._root]
+        for word in words:
+            path.append(path[-1].children[word])
+        del path[-1].here[holder]
+        while words and not path[-1].here and not path[-1].children:
+            path.pop()
+            del path[-1].children[words[-1]]
+            words = words[:-1]
+
+    def match(self, words: Words) -> dict[T, None]:
+        """Give those whose filters a channel reaches, each once."""
+        found: dict[T, None] = {}
+        self._collect(self._root, words, 0, found)
+        return found
+
+
+class Subscriptions(Trie[T]):
+    """The filters of subscribers, of whom those below ``$share/group/`` share what reaches them."""
+
+    def receivers(self, words: Words, excluded: T | None = None) -> list[T]:
+        """Give who gets a message, each once: of every group, one member at random."""
+        found = self.match(words)
+        found.pop(excluded, None)  # type: ignore[arg-type]  # None is never there
+        if shared := self._root.children.get("$share"):
+            for group in shared.children.values():
+                members: dict[T, None] = {}
+                self._collect(group, words, 0, members)
+                members.pop(excluded, None)  # type: ignore[arg-type]  # as above
+                if members:
+                    found[random.choice(list(members))] = None
+        return list(found)
+
+
+def _by_prefix(node: _Node[T], words: Words, at: int, found: dict[T, None]) -> None:
+    found.update(node.here)
+    if at < len(words):
+        for word in (words[at], "+"):
+            if child := node.children.get(word):
+                _by_prefix(child, words, at + 1, found)
+
+
+def _by_length(node: _Node[T], words: Words, at: int, found: dict[T, None]) -> None:
+    if at == len(words):
+        found.update(node.here)
+        return
+    for word in (words[at], "+"):
+        if child := node.children.get(word):
+            _by_length(child, words, at + 1, found)
+    if tail := node.children.get("#"):
+        found.update(tail.here)

@@ -1,0 +1,60 @@
+"""One connection, as far as Emitter's semantics are concerned, and what is sent to it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from ._packets import MAX_REMAINING_LENGTH, Publish, Will
+
+if TYPE_CHECKING:
+    from ._topics import Topic, Words
+
+#: What the broker sends, by its use: the acknowledgements, the answer to a request, the refusal of
+#: anything else, and what is delivered: messages and changes of presence.
+Kind: TypeAlias = Literal[
+    "connack", "puback", "suback", "unsuback", "pingresp", "answer", "error", "message"
+]
+
+
+class Peer(ABC):
+    """A connection's state."""
+
+    def __init__(self) -> None:
+        #: what ``me`` answers and presence shows: a new one for every connection
+        self.id = base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
+        self.username = ""
+        self.will: Will | None = None
+        self.links: dict[str, Topic] = {}
+        self.subscribed: dict[Words, str] = {}
+        self.watched: set[Words] = set()
+
+    @abstractmethod
+    def send(self, kind: Kind, data: bytes) -> None:
+        """Queue an encoded packet."""
+
+    def who(self) -> dict[str, str]:
+        """Give how presence shows this connection."""
+        return {"id": self.id, "username": self.username} if self.username else {"id": self.id}
+
+
+def deliver(peers: Iterable[Peer], kind: Kind, topic: str, payload: bytes) -> None:
+    """Send a ``PUBLISH`` to each; as Emitter does, drop in silence what is too large for one."""
+    data = b""
+    if 2 + len(topic.encode()) + len(payload) <= MAX_REMAINING_LENGTH:
+        data = Publish(topic, payload).encode()
+    for peer in peers:
+        if data:
+            peer.send(kind, data)
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """Write JSON as Emitter does: no spaces, and what HTML would mind escaped."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode()

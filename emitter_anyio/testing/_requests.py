@@ -1,0 +1,208 @@
+"""The requests that are published to ``emitter/…``, and their answers.
+
+Field by field as the broker's handlers under ``internal/service`` have them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ._keys import EXTEND, LOAD, PRESENCE, READ, expiry, permissions
+from ._peer import Peer, deliver, to_json
+from ._refusals import LINK_NAME, RefusedError
+from ._topics import Topic, parse
+
+if TYPE_CHECKING:
+    from ._exchange import Exchange
+    from ._packets import Publish
+
+_Answer: TypeAlias = dict[str, Any]
+_LINK_NAME = re.compile("[a-zA-Z0-9]{1,2}")
+
+
+def answer(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
+    """Work off a request, and send its answer on its own topic, options and all."""
+    try:
+        if len(topic.words) != 1 or topic.words[0] not in _HANDLERS:
+            raise RefusedError(404)
+        said = _HANDLERS[topic.words[0]](exchange, peer, packet.payload)
+    except RefusedError as refusal:
+        said = {"status": refusal.status, "message": refusal.message}
+    if packet.packet_id:
+        said = {"req": packet.packet_id, **said}
+    deliver((peer,), "answer", f"emitter/{topic.safe}", to_json(said))
+
+
+class _Fields:
+    """A request's JSON, read as Go reads it into a struct: what is absent or null is zero."""
+
+    def __init__(self, payload: bytes) -> None:
+        try:
+            value = json.loads(payload.decode(errors="replace"), parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            raise RefusedError(400) from None
+        if value is not None and not isinstance(value, dict):
+            raise RefusedError(400)
+        self._values: dict[str, Any] = {name.lower(): v for name, v in (value or {}).items()}
+
+    def text(self, name: str) -> str:
+        value = self._get(name, str)
+        # half a surrogate pair is valid in JSON and nowhere else
+        return value.encode(errors="replace").decode() if value else ""
+
+    def flag(self, name: str) -> bool | None:
+        value: bool | None = self._get(name, bool)
+        return value
+
+    def whole(self, name: str) -> int:
+        value: int = self._get(name, int) or 0
+        if not -(2**31) <= value < 2**31:
+            raise RefusedError(400)
+        return value
+
+    def binary(self, name: str) -> bytes:
+        try:
+            return base64.b64decode(self.text(name), validate=True)
+        except ValueError:
+            raise RefusedError(400) from None
+
+    def _get(self, name: str, kind: type) -> Any:
+        value = self._values.get(name.lower())
+        if value is not None and type(value) is not kind:
+            raise RefusedError(400)
+        return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    fields, license = _Fields(payload), exchange.license
+    text, channel = fields.text("key"), fields.text("channel")
+    granted, ttl = permissions(fields.text("type")), fields.whole("ttl")
+    try:
+        parent = license.decrypt(text)
+    except ValueError:
+        raise RefusedError(401) from None
+    if parent.expired(exchange.now()):
+        raise RefusedError(401)
+    if parent.is_master:
+        if parent.contract != license.contract:
+            raise RefusedError(404)
+        if not license.made(parent):
+            raise RefusedError(401)
+        key = license.blank_key()
+    elif parent.allows(EXTEND):
+        tail = "#/" if channel.endswith("#/") else ""
+        topic = parse(f"{text}/{channel.removesuffix(tail)}")
+        if topic.wild:
+            raise RefusedError(400)
+        key = exchange.authorize(topic, EXTEND)
+        granted &= key.permissions & ~EXTEND
+        channel = f"{topic.channel}{peer.id}/{tail}"
+    else:
+        raise RefusedError(401)
+    try:
+        key = key.aimed_at(channel)
+    except RefusedError as refusal:
+        # too deep for a private channel is, to the real broker, an error of its own
+        raise RefusedError(500 if parent.allows(EXTEND) else 400, refusal.message) from None
+    key = replace(key, permissions=granted, expires=expiry(exchange.now(), ttl))
+    return {"status": 200, "key": license.encrypt(key), "channel": channel}
+
+
+def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    fields = _Fields(payload)
+    secret, target = fields.text("secret"), fields.text("target")
+    banned = bool(fields.flag("banned"))
+    try:
+        master, key = exchange.license.decrypt(secret), exchange.license.decrypt(target)
+    except ValueError:
+        raise RefusedError(401) from None
+    if (
+        not master.is_master
+        or master.expired(exchange.now())
+        or not exchange.license.made(master)
+        or key.contract != master.contract
+    ):
+        raise RefusedError(401)
+    (exchange.banned.add if banned else exchange.banned.discard)(target)
+    return {"status": 200, "banned": banned}
+
+
+def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    fields = _Fields(payload)
+    name, subscribe = fields.text("name"), fields.flag("subscribe")
+    text = f"{fields.text('key')}/{fields.text('channel')}"
+    if not _LINK_NAME.fullmatch(name):
+        raise RefusedError(400, LINK_NAME)
+    topic = peer.links[name] = parse(text)
+    if subscribe:
+        with suppress(RefusedError):  # a link is made whatever its key is good for
+            exchange.authorize(topic, READ)
+            exchange.enroll(peer, topic)
+    return {"status": 200, "name": name, "channel": topic.safe}
+
+
+def _me(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    said: _Answer = {"status": 200, "id": peer.id}
+    if peer.links:
+        said["links"] = {name: topic.safe for name, topic in sorted(peer.links.items())}
+    return said
+
+
+def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    fields = _Fields(payload)
+    text, channel = fields.text("key"), fields.text("channel")
+    status, changes = fields.flag("status"), fields.flag("changes")
+    if not channel.endswith("/"):
+        channel += "/"
+    topic = parse(f"{text}/{channel}")
+    if exchange.authorize(topic, PRESENCE).allows(EXTEND):
+        raise RefusedError(401)
+    if changes is not None:
+        exchange.watch(peer, topic.words, changes)
+    if status is False:
+        return {"status": 200, "time": 0, "event": "", "channel": "", "who": None}
+    return {
+        "status": 200,
+        "time": int(exchange.now()),
+        "event": "status",
+        "channel": channel,
+        "who": [there.who() for there in exchange.subscriptions.receivers(topic.words)],
+    }
+
+
+def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+    fields = _Fields(payload)
+    text, after = fields.text("channel"), fields.binary("startFromID")
+    topic = parse(text)
+    exchange.authorize(topic, LOAD)
+    return {
+        "messages": [
+            {
+                "id": base64.b64encode(message.id).decode(),
+                "channel": message.channel,
+                # Go writes an empty slice that it has just read back as null
+                "payload": base64.b64encode(message.payload).decode() or None,
+            }
+            for message in exchange.query(topic, after)
+        ]
+    }
+
+
+_HANDLERS: dict[str, Callable[[Exchange, Peer, bytes], _Answer]] = {
+    "keygen": _keygen,
+    "keyban": _keyban,
+    "link": _link,
+    "me": _me,
+    "presence": _presence,
+    "history": _history,
+}

@@ -1,0 +1,103 @@
+# /// script
+# dependencies = ["nox[uv]>=2025.5.1"]
+# ///
+"""
+All checks: ``python -m pip install nox && python -m nox``.
+
+The block above lets nox fetch uv for itself, so that environments are made in a second. An
+interpreter that is not there is skipped; the session ``coverage`` fails if none ran the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
+PLATFORMS = {"linux": "Linux", "win32": "Windows", "darwin": "Darwin"}  # mypy's names, pyright's
+PROJECT = nox.project.load_toml("pyproject.toml")
+MEASURED = Path(".nox/measured").absolute()
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = False
+nox.options.download_python = "never"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, and who may import whom."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Types, for the oldest and the newest Python on every platform."""
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "typing"))
+    for version in (OLDEST, NEWEST):
+        for platform, pyright_platform in PLATFORMS.items():
+            session.run("mypy", "--python-version", version, "--platform", platform)
+            session.run("pyright", "--pythonversion", version, "--pythonplatform", pyright_platform)
+
+    session.run("pyright", "--verifytypes", "emitter_anyio", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The test suite, measured for the session ``coverage``."""
+    session.install("-e", ".[test]")
+    _run_measured(session)
+
+
+@nox.session(python=OLDEST)
+def tests_oldest(session: nox.Session) -> None:
+    """The same with the lowest versions that our dependencies allow."""
+    lowest = [
+        requirement.split(",")[0].replace(">=", "==")
+        for requirement in PROJECT["project"]["dependencies"]
+    ]
+    session.install("-e", ".[test]", *lowest)
+    _run_measured(session)
+
+
+def _run_measured(session: nox.Session) -> None:
+    data = MEASURED / session.name
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    session.env["COVERAGE_FILE"] = str(data / ".coverage")
+    session.run("coverage", "run", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Every line and branch of the library, over all that the sessions before it ran."""
+    measured = [str(data.parent) for data in MEASURED.glob("*/.coverage.*")]
+    if not measured:
+        session.error(
+            "nothing was measured: no Python from 3.11 to 3.14 was found to run the tests"
+        )
+
+    session.install("coverage")
+    session.env["COVERAGE_FILE"] = str(MEASURED / ".coverage")
+    session.run("coverage", "combine", "--quiet", *sorted(set(measured)))
+    session.run("coverage", "report")
+
+
+@nox.session(default=False)
+def emitter(session: nox.Session) -> None:
+    """The client suite against a real Emitter: EMITTER_URL and EMITTER_SECRET say which."""
+    missing = [name for name in ("EMITTER_URL", "EMITTER_SECRET") if not os.environ.get(name)]
+    if missing:
+        session.error(
+            f"set {' and '.join(missing)}: this session talks to a running Emitter, at a URL such "
+            "as mqtt://127.0.0.1:8080, with the secret key of its licence"
+        )
+
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "emitter", *session.posargs)

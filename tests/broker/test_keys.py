@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio.testing import _salsa20, _snappy, _xtea
+from emitter_anyio.testing._keys import (
+    EXECUTE,
+    EXTEND,
+    LOAD,
+    MASTER,
+    PRESENCE,
+    READ,
+    STORE,
+    WRITE,
+    Key,
+    License,
+    expiry,
+    permissions,
+)
+from emitter_anyio.testing._refusals import RefusedError
+
+VECTORS = json.loads(Path(__file__).with_name("key-vectors.json").read_text())
+LICENSES = [License.parse(vector["licence"]) for vector in VECTORS]
+MADE_BY_A_REAL_BROKER = [
+    pytest.param(license, made["channel"], made["permissions"], made["key"], made["fields"])
+    for license, vector in zip(LICENSES, VECTORS, strict=True)
+    for made in vector["keys"]
+]
+
+words32 = st.integers(0, 2**32 - 1)
+words16 = st.integers(0, 2**16 - 1)
+bytes8 = st.integers(0, 255)
+keys = st.builds(
+    Key, words16, words16, words32, words32, st.integers(0, 2**24 - 1), bytes8, words32, words32
+)
+
+
+def license_of(version: int) -> st.SearchStrategy[License]:
+    key_size = 16 if version == 1 else 32
+    salt_size = {1: 0, 2: 24, 3: 16}[version]
+    key, salt = (
+        st.binary(min_size=key_size, max_size=key_size),
+        st.binary(min_size=salt_size, max_size=salt_size),
+    )
+    return st.builds(License, st.just(version), st.just(""), key, salt, words32, words32, words16)
+
+
+licenses = st.sampled_from([1, 2, 3]).flatmap(license_of)
+
+
+@pytest.mark.parametrize(("license", "channel", "letters", "text", "fields"), MADE_BY_A_REAL_BROKER)
+def test_a_key_of_a_real_broker(
+    license: License, channel: str, letters: str, text: str, fields: dict[str, Any]
+) -> None:
+    key = license.decrypt(text)
+    assert key == Key(**fields)
+    assert license.encrypt(key) == text
+    assert license.made(key)
+    assert not key.is_master
+    made = replace(key, path=0, target=0).aimed_at(channel)
+    assert made == key
+    assert permissions(letters) == key.permissions
+
+
+@pytest.mark.parametrize(("license", "vector"), list(zip(LICENSES, VECTORS, strict=True)))
+def test_a_secret_of_a_real_broker(license: License, vector: dict[str, Any]) -> None:
+    key = license.decrypt(vector["secret"])
+    assert key == Key(**vector["secret_fields"])
+    assert license.encrypt(key) == vector["secret"]
+    assert key.is_master
+    assert license.made(key)
+
+
+@given(licenses, keys)
+def test_encrypting_and_decrypting_come_back(license: License, key: Key) -> None:
+    text = license.encrypt(key)
+    assert len(text) == 32
+    assert License.decrypt.__wrapped__(license, text) == key
+
+
+@given(keys)
+def test_the_bytes_of_a_key_come_back(key: Key) -> None:
+    assert len(key.to_bytes()) == 24
+    assert Key.from_bytes(key.to_bytes()) == key
+
+
+@pytest.mark.parametrize("text", ["", "short", "A" * 31, "A" * 33, "A" * 31 + "=", "é" * 32])
+def test_what_cannot_be_a_key(text: str) -> None:
+    with pytest.raises(ValueError, match="not a key"):
+        LICENSES[2].decrypt(text)
+
+
+def test_a_key_of_another_licence_is_noise() -> None:
+    assert not LICENSES[1].made(LICENSES[1].decrypt(VECTORS[2]["secret"]))
+
+
+class TestLicenses:
+    def test_a_new_one_is_of_version_3_and_reads_back(self) -> None:
+        license = License.new()
+        assert license.version == 3
+        assert license.text.endswith(":3")
+        assert License.parse(license.text) == license
+        key = license.decrypt(license.master_key())
+        assert key.is_master
+        assert license.made(key)
+        assert (key.path, key.target, key.expires) == (0, 0, 0)
+        assert License.new().text != license.text
+
+    def test_version_1_needs_no_suffix(self) -> None:
+        text = VECTORS[0]["licence"]
+        assert ":" not in text
+        assert License.parse(f"{text}:1").decrypt(VECTORS[0]["secret"]).is_master
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            pytest.param("", id="empty"),
+            pytest.param("AAAA", id="too short"),
+            pytest.param("!" * 43, id="no base64"),
+            pytest.param(VECTORS[2]["licence"][:-2], id="version 3 taken for 1"),
+            pytest.param(VECTORS[2]["licence"][:-1] + "2", id="version 3 taken for 2"),
+            pytest.param(VECTORS[2]["licence"][:-1] + "4", id="version 4"),
+            pytest.param(VECTORS[2]["licence"][8:], id="not Snappy"),
+            pytest.param(":3", id="nothing packed"),
+            pytest.param("AA:3", id="an empty block"),
+        ],
+    )
+    def test_what_is_none(self, text: str) -> None:
+        with pytest.raises(ValueError, match="not a licence"):
+            License.parse(text)
+
+    @pytest.mark.parametrize(
+        "numbers", [(1, 2, 1, 1), (2**32, 1, 1), (1, 2**32, 1), (1, 1, 2**16), (1, 1)]
+    )
+    def test_numbers_that_are_none(self, numbers: tuple[int, ...]) -> None:
+        packed = b"\x20" + bytes(32) + b"\x10" + bytes(16)
+        packed += b"".join(map(_snappy.uvarint, numbers))
+        text = base64.urlsafe_b64encode(_snappy.encode(packed)).decode().rstrip("=")
+        with pytest.raises(ValueError, match="not a licence"):
+            License.parse(f"{text}:3")
+
+    def test_nothing_secret_is_shown(self) -> None:
+        assert repr(LICENSES[2]) == "License(version=3)"
+
+
+class TestPermissions:
+    def test_letters(self) -> None:
+        assert permissions("rwslpex") == 254
+        assert permissions("") == 0
+        assert permissions("zq r") == READ
+
+    def test_what_a_key_allows(self) -> None:
+        key = replace(LICENSES[2].blank_key(), permissions=READ | STORE)
+        assert [bit for bit in range(8) if key.allows(1 << bit)] == [1, 3]
+        assert not key.is_master
+        flags = MASTER, READ, WRITE, STORE, LOAD, PRESENCE, EXTEND, EXECUTE
+        assert sum(flags) == 255
+
+
+class TestExpiry:
+    NOW = 1_700_000_000.9
+
+    @pytest.mark.parametrize(
+        ("ttl", "later", "expired"),
+        [
+            (0, 10**10, False),
+            (3, 0, False),
+            (3, 2, False),
+            (3, 2.5, True),
+            (3, 4, True),
+            (-1, 0, True),
+            (-(2**31), 0, True),
+            (2**31 - 1, 2**31 - 3, False),
+        ],
+    )
+    def test_a_key_is_good_for_its_ttl(self, ttl: int, later: float, expired: bool) -> None:
+        key = replace(LICENSES[2].blank_key(), expires=expiry(self.NOW, ttl))
+        assert key.expired(self.NOW + later) is expired
+        assert key.to_bytes()
+
+    def test_a_clock_beyond_what_a_key_can_say(self) -> None:
+        assert expiry(2**33, 1) == 2**32 - 1
+
+
+class TestTargets:
+    @pytest.mark.parametrize("target", ["", "a", "a/b"])
+    def test_must_end_with_a_slash(self, target: str) -> None:
+        with pytest.raises(RefusedError, match="channel should end"):
+            LICENSES[2].blank_key().aimed_at(target)
+
+    def test_have_at_most_23_parts(self) -> None:
+        key = LICENSES[2].blank_key()
+        assert key.aimed_at("a/" * 23).opens("a/" * 23)
+        assert key.aimed_at("a/" * 23 + "#/").opens("a/" * 30)
+        for target in ("a/" * 24, "a/" * 24 + "#/"):
+            with pytest.raises(RefusedError, match="more than 23 parts"):
+                key.aimed_at(target)
+
+    @pytest.mark.parametrize(
+        ("target", "opened", "closed"),
+        [
+            ("a/b/", "a/b/ a/b/#/", "a/ a/b/c/ b/a/ a/+/ +/b/ a/c/ a/#/"),
+            ("a/#/", "a/ a/b/ a/b/c/ a/+/ a/#/ a/+/c/", "b/ +/ b/a/ #/"),
+            ("#/", "a/ a/b/ +/ #/ $share/g/a/ +/a/", ""),
+            ("+/", "a/ +/ b/", "a/b/"),
+            ("+/b/", "a/b/ +/b/", "a/ a/c/ a/b/c/ a/+/"),
+            ("+/b/#/", "a/b/ a/b/c/ +/b/+/", "a/ a/c/b/"),
+            ("a/+/c/", "a/b/c/ a/+/c/", "a/b/ a/b/d/ +/b/c/ a/b/c/d/"),
+            ("a/+/", "", "a/ a/b/ a/+/ a/b/c/"),
+            ("+/#/", "+/ +/a/", "a/ a/b/"),
+            ("$share/g/a/", "$share/g/a/", "a/ $share/h/a/"),
+        ],
+    )
+    def test_what_a_key_opens(self, target: str, opened: str, closed: str) -> None:
+        key = LICENSES[2].blank_key().aimed_at(target)
+        assert [channel for channel in opened.split() if not key.opens(channel)] == []
+        assert [channel for channel in closed.split() if key.opens(channel)] == []
+
+    def test_channels_deeper_than_a_key_can_say(self) -> None:
+        key = LICENSES[2].blank_key().aimed_at("a/#/")
+        assert key.opens("a/" + "b/" * 40)
+        assert not LICENSES[2].blank_key().aimed_at("+/").opens("b/" * 40)
+
+
+class TestCiphers:
+    def test_xtea_as_published(self) -> None:
+        key = bytes(range(16))
+        wire = bytes.fromhex("497df3d072612cb5")
+        assert _xtea.encrypt(key, b"ABCDEFGH") == wire
+        assert _xtea.decrypt(key, wire) == b"ABCDEFGH"
+
+    @given(st.binary(min_size=16, max_size=16), st.binary(min_size=24, max_size=24))
+    def test_xtea_comes_back(self, key: bytes, data: bytes) -> None:
+        assert _xtea.decrypt(key, _xtea.encrypt(key, data)) == data
+
+    def test_salsa20_as_specified(self) -> None:
+        """The second example of the specification's section 9."""
+        key = bytes(range(1, 17)) + bytes(range(201, 217))
+        assert _salsa20.block(key, bytes(range(101, 117))).hex() == (
+            "45254427290f6bc1ff8b7a06aae9d9625990b66a1533c841ef31de22d772287e"
+            "68c507e1c5991f02664e4cb054f5f6b8b1a0858206489577c0c384ecea67f64a"
+        )
+
+
+class TestSnappy:
+    @given(st.binary(max_size=400))
+    def test_what_is_packed_comes_back(self, data: bytes) -> None:
+        assert _snappy.decode(_snappy.encode(data)) == data
+
+    @given(st.binary(max_size=80))
+    def test_garbage_raises_value_error_or_is_read(self, data: bytes) -> None:
+        try:
+            found = _snappy.decode(data)
+        except ValueError:
+            return
+        assert _snappy.read_uvarint(data, 0)[0] == len(found)
+
+    @pytest.mark.parametrize(
+        ("block", "data"),
+        [
+            pytest.param("00", "", id="empty"),
+            pytest.param("0308616263", "abc", id="literal"),
+            pytest.param("03f002616263", "abc", id="literal, length in one byte"),
+            pytest.param("03f40200616263", "abc", id="literal, length in two bytes"),
+            pytest.param("0708616263 0103", "abcabca", id="copy of 4, offset in 11 bits"),
+            pytest.param("0608616263 0a0300", "abcabc", id="copy, offset in two bytes"),
+            pytest.param("0608616263 0b03000000", "abcabc", id="copy, offset in four bytes"),
+            pytest.param("060061 1201 00", "aaaaaa", id="copy that runs into itself"),
+        ],
+    )
+    def test_every_element(self, block: str, data: str) -> None:
+        assert _snappy.decode(bytes.fromhex(block)) == data.encode()
+
+    @pytest.mark.parametrize(
+        "block",
+        [
+            pytest.param("", id="nothing"),
+            pytest.param("80", id="half a length"),
+            pytest.param("0408616263", id="shorter than it says"),
+            pytest.param("0208616263", id="longer than it says"),
+            pytest.param("03086162", id="half a literal"),
+            pytest.param("0701", id="half a copy"),
+            pytest.param("040103", id="a copy of nothing"),
+            pytest.param("0700610103", id="a copy from before the start"),
+            pytest.param("0500610100", id="a copy from where it is"),
+        ],
+    )
+    def test_no_block(self, block: str) -> None:
+        with pytest.raises(ValueError, match=r"cut short|as long as|before the start"):
+            _snappy.decode(bytes.fromhex(block))

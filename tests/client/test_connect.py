@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio.abc import ByteStream, ByteStreamConnectable
+
+from emitter_anyio import ClosedError, ConnectError, Emitter, Will, connect
+from tests.client.tools import relay
+from tests.support.server import Server
+
+pytestmark = pytest.mark.emitter
+
+FORMS: dict[str, Callable[[Server], Emitter]] = {
+    "the mapping of the original SDK": lambda server: connect(
+        {"host": server.host, "port": server.port, "secure": server.secure, "keepalive": 30}
+    ),
+    "keywords": lambda server: connect(host=server.host, port=server.port, secure=server.secure),
+    "a mapping and keywords": lambda server: connect(
+        {"host": server.host, "port": server.port}, secure=server.secure, keepalive=60
+    ),
+    "a URL": lambda server: connect(server.url),
+    "a URL and keywords": lambda server: connect(server.url, keepalive=1, client_id="one"),
+    "a URL and a keyword that agrees": lambda server: connect(server.url, port=server.port),
+    "a URL with a user": lambda server: connect(server.url.replace("://", "://bob:hunter2@")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_connecting_with(form: str, server: Server) -> None:
+    async with FORMS[form](server) as emitter:
+        assert emitter.state == "connected"
+        assert (await emitter.me()).id
+
+
+async def test_connecting_to_a_unix_socket_by_url(server: Server, tmp_path: Path) -> None:
+    path = str(tmp_path / "emitter")
+    async with relay(server, path), connect(f"unix://{path}") as emitter:
+        assert (await emitter.me()).id
+        assert emitter.connection is not None
+        assert emitter.connection.server == f"unix://{path}"
+
+
+async def test_connecting_to_a_unix_socket_by_its_path_as_the_host(
+    server: Server, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "emitter")
+    async with relay(server, path), connect(host=path) as emitter:
+        assert (await emitter.me()).id
+
+
+async def test_connecting_through_a_connectable(server: Server) -> None:
+    connectable = anyio.as_connectable((server.host, server.port), tls=server.secure)
+    async with connect(connectable=connectable) as emitter:
+        assert (await emitter.me()).id
+
+
+async def test_nothing_happens_until_it_is_entered() -> None:
+    class Never(ByteStreamConnectable):
+        async def connect(self) -> ByteStream:
+            raise AssertionError
+
+    emitter = connect(connectable=Never())
+    assert emitter.state == "closed"
+    assert emitter.connection is None
+
+
+def test_the_defaults_are_those_of_the_original_sdk() -> None:
+    assert "mqtts://api.emitter.io:443" in repr(connect())
+    assert "mqtt://api.emitter.io:8080" in repr(connect(secure=False))
+
+
+async def test_the_connection_says_where_it_goes_and_since_when(server: Server) -> None:
+    before = datetime.now(UTC)
+    async with connect(server.url.replace("://", "://bob:hunter2@")) as emitter:
+        connection = emitter.connection
+        assert connection is not None
+        assert connection.server.endswith(f"://{server.host}:{server.port}")
+        assert before <= connection.since <= datetime.now(UTC)
+        assert connection.last_error is None
+    assert emitter.connection is None
+
+
+async def test_the_connection_has_its_id_once_it_was_asked_for(emitter: Emitter) -> None:
+    assert emitter.connection is not None
+    assert emitter.connection.id is None
+    me = await emitter.me()
+    assert emitter.connection.id == me.id
+
+
+async def test_the_broker_publishes_the_will_when_the_client_has_left(
+    server: Server, emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        async with connect(server.url, will=Will(key, unique, "gone")):
+            pass
+        message = await messages.receive()
+    assert message.as_string() == "gone"
+
+
+async def test_a_refused_connection_names_the_server_and_emitters_ports() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"mqtt://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(ConnectError, match="8080") as caught:
+            async with connect(url):
+                pytest.fail("it has connected")
+    assert url in str(caught.value)
+    assert isinstance(caught.value.causes[url], OSError)
+
+
+async def test_a_client_that_could_not_connect_can_be_entered_again(
+    server: Server, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "emitter")
+    emitter = connect(host=path)
+    with pytest.raises(ConnectError):
+        async with emitter:
+            pytest.fail("it has connected")
+    assert emitter.state == "closed"
+    async with relay(server, path), emitter:
+        assert (await emitter.me()).id
+
+
+async def test_wait_connected_raises_when_there_is_no_connecting() -> None:
+    emitter = connect(host="/there/is/no/such/socket")
+
+    async def waits() -> None:
+        with pytest.raises(ClosedError):
+            await emitter.wait_connected()
+        ended.set()
+
+    ended = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(waits)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(ConnectError):
+            async with emitter:
+                pytest.fail("it has connected")
+        await ended.wait()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hots": "x"}, "unknown option 'hots'.*host"),
+        ({"port": 65536}, "port is from 1 to 65535, not 65536"),
+        ({"port": "8080"}, "port is a whole number"),
+        ({"keepalive": 61}, "keepalive is from 1 to 60"),
+        ({"secure": "yes"}, "secure is a bool"),
+        ({"host": ""}, "host is empty"),
+        ({"request_timeout": -1}, "request_timeout is at least 0"),
+        ({"matcher": "emqx"}, "matcher is 'emitter' or 'mqtt'"),
+        ({"password": "hunter2"}, "a password needs a username"),
+        ({"will": "bye"}, "will is a Will"),
+    ],
+)
+def test_a_bad_option_is_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        connect(options)
+    with pytest.raises((TypeError, ValueError), match=words):
+        connect(**options)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://127.0.0.1", "scheme"),
+        ("mqtt://", "no host"),
+        ("mqtt://127.0.0.1:99999", "port"),
+        ("mqtt://127.0.0.1/chat/", "ends after host and port"),
+    ],
+)
+def test_a_bad_url_is_explained(url: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        connect(url)
+
+
+def test_a_url_that_disagrees_with_a_keyword_is_refused() -> None:
+    with pytest.raises(TypeError, match="disagree about 'port'"):
+        connect("mqtt://127.0.0.1:8080", port=8081)

@@ -1,0 +1,121 @@
+"""What several of the tests need."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any
+
+import anyio
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute
+
+from emitter_anyio import Emitter, EmitterMessage, EventStream
+from tests.support.server import Server
+
+
+class Calls:
+    """A handler that notes what it is called with, and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self._called = anyio.Event()
+
+    def __call__(self, value: Any = None) -> None:
+        self.values.append(value)
+        self._called.set()
+
+    async def get(self, count: int) -> list[Any]:
+        """Wait until there have been so many calls; all of them."""
+        while len(self.values) < count:
+            self._called = anyio.Event()
+            await self._called.wait()
+        return self.values
+
+
+def texts(messages: Iterable[EmitterMessage]) -> list[str]:
+    return [message.as_string() for message in messages]
+
+
+async def arrived(emitter: Emitter, stream: EventStream[EmitterMessage]) -> list[str]:
+    """Everything in a stream: flush() is a barrier, behind which nothing is under way."""
+    await emitter.flush()
+    found = []
+    with suppress(anyio.WouldBlock, anyio.EndOfStream):
+        while True:
+            found.append(stream.receive_nowait())
+    return texts(found)
+
+
+async def enter(manager: AbstractAsyncContextManager[object]) -> None:
+    async with manager:
+        pass
+
+
+class Relay:
+    """Stands between a client and the broker, notes what the client sends, and can be cut."""
+
+    def __init__(self, server: Server) -> None:
+        self.port = 0
+        self.sent = bytearray()
+        self._server = server
+        self._scope = anyio.CancelScope()
+
+    def cut(self) -> None:
+        self._scope.cancel()
+
+    def packets(self) -> list[int]:
+        """The types of the MQTT packets that the client has sent."""
+        kinds = []
+        at = 0
+        while at < len(self.sent):
+            kinds.append(self.sent[at] >> 4)
+            length = shift = 0
+            while True:
+                at += 1
+                length |= (self.sent[at] & 0x7F) << shift
+                shift += 7
+                if not self.sent[at] & 0x80:
+                    break
+            at += 1 + length
+        return kinds
+
+    async def serve(self, client: ByteStream) -> None:
+        server = self._server
+        with self._scope:
+            async with client, await _open(server) as broker, anyio.create_task_group() as tasks:
+                tasks.start_soon(self._pump, broker, client)
+                await self._pump(client, broker, self.sent)
+                tasks.cancel_scope.cancel()
+
+    async def _pump(
+        self, source: ByteReceiveStream, sink: ByteSendStream, noted: bytearray | None = None
+    ) -> None:
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+            while True:
+                data = await source.receive()
+                if noted is not None:
+                    noted += data
+                await sink.send(data)
+
+
+async def _open(server: Server) -> ByteStream:
+    return await anyio.as_connectable((server.host, server.port), tls=server.secure).connect()
+
+
+@asynccontextmanager
+async def relay(server: Server, path: str | None = None) -> AsyncGenerator[Relay]:
+    """Relay from a port on loopback, or from a Unix socket."""
+    made = Relay(server)
+    if path is None:
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        made.port = listener.extra(SocketAttribute.local_port)
+        serve = listener.serve
+    else:
+        unix = await anyio.create_unix_listener(path)
+        listener, serve = unix, unix.serve  # type: ignore[assignment]
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(serve, made.serve)
+        try:
+            yield made
+        finally:
+            tasks.cancel_scope.cancel()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import gc
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+from blockbuster import blockbuster_ctx
+
+from tests.support.clock import virtual_time_options
+from tests.support.leaks import Leaks
+from tests.support.server import Server, real_server
+
+# No test measures the time, so no example of Hypothesis has a deadline.
+hypothesis.settings.register_profile("project", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_configure() -> None:
+    try:
+        real_server()
+    except RuntimeError as exc:
+        raise pytest.UsageError(str(exc)) from None
+
+
+def pytest_report_header() -> str:
+    if real_server() is None:
+        return "EMITTER_URL not set: the client suite runs against the development broker"
+
+    return "EMITTER_URL set: the client suite runs against that broker"
+
+
+def pytest_collection_finish() -> None:
+    # Each test ends with a full collection: what was imported need not be walked every time.
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _blocking_calls_fail() -> Iterator[None]:
+    # Sees asyncio only.
+    with blockbuster_ctx("emitter_anyio"):
+        yield
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    """Both backends: asyncio in debug mode, and virtual time for tests that ask for it."""
+    if request.node.get_closest_marker("virtual_time"):
+        return request.param, virtual_time_options(request.param)
+
+    return request.param, {"debug": True} if request.param == "asyncio" else {}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(request: pytest.FixtureRequest) -> None:
+    # Set up before, and so torn down after, every other fixture of an asynchronous test.
+    if "anyio_backend" in request.fixturenames:
+        request.getfixturevalue("_no_leaks")
+
+
+@pytest.fixture
+async def _no_leaks(anyio_backend: object) -> AsyncIterator[None]:
+    leaks = Leaks()
+    yield
+    leaks.check()
+
+
+@pytest.fixture
+async def server(anyio_backend: object, request: pytest.FixtureRequest) -> AsyncIterator[Server]:
+    """
+    A broker: a development broker of the test's own, on loopback.
+
+    For the client suite (marker ``emitter``) it is the real one of ``EMITTER_URL``, when set.
+    """
+    real = real_server() if request.node.get_closest_marker("emitter") else None
+    if real is not None:
+        yield real
+        return
+
+    from emitter_anyio.testing import Broker
+
+    async with Broker() as broker:
+        yield Server(broker.url, broker.host, broker.port, False, broker.secret_key, broker)
+
+
+@pytest.fixture
+def unique() -> str:
+    """A channel that no other test uses, with its slash: tests may share a real broker."""
+    return f"t{secrets.token_hex(4)}/"

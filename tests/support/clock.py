@@ -1,0 +1,56 @@
+"""Virtual time on both backends, for tests over in-memory links only.
+
+Nothing here waits: as soon as every task waits for something, the clock jumps to the next deadline.
+A test asks for it with ``@pytest.mark.virtual_time``. Bytes in a socket and work in a thread are
+invisible to such a clock: it would jump past them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import selectors
+from typing import Any
+
+import trio.testing
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """A selector that, instead of waiting for a timeout, lets the time pass at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:  # nothing has a deadline, so only an event can wake the loop
+            return super().select(None)
+
+        ready = super().select(0)
+        if not ready and timeout > 0:
+            # A hair beyond the deadline: the loop runs only what lies before now, and far from 0
+            # its own allowance for that, a nanosecond, is lost in rounding.
+            self.now += timeout
+            self.now += 4 * math.ulp(self.now)
+
+        return ready
+
+
+class JumpingEventLoop(asyncio.SelectorEventLoop):
+    """An asyncio event loop whose clock starts at 0 and jumps to the next deadline."""
+
+    def __init__(self) -> None:
+        # The loop asks for the time while it is being made.
+        self._virtual = _JumpingSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now
+
+
+def virtual_time_options(backend: str) -> dict[str, Any]:
+    """What the fixture ``anyio_backend`` returns beside ``backend``, for virtual time."""
+    if backend == "trio":
+        return {"clock": trio.testing.MockClock(autojump_threshold=0)}
+
+    return {"debug": True, "loop_factory": JumpingEventLoop}

@@ -1,0 +1,72 @@
+"""What a test must not leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import sniffio
+import trio
+
+
+def living_tasks() -> set[Any]:
+    """Every task of the running loop but those in which AnyIO runs each test and fixture."""
+    if sniffio.current_async_library() == "asyncio":
+        return {
+            task
+            for task in asyncio.all_tasks()
+            if not getattr(task.get_coro(), "__qualname__", "").startswith("TestRunner.")
+        }
+
+    tasks = set()
+    waiting = [trio.lowlevel.current_root_task()]
+    while waiting:
+        task = waiting.pop()
+        if task is not None:
+            tasks.add(task)
+            for nursery in task.child_nurseries:
+                waiting.extend(nursery.child_tasks)
+
+    return tasks
+
+
+def open_sockets() -> set[str]:
+    """The sockets that this process holds, by inode; none where the system does not list them."""
+    if sys.platform != "linux":
+        return set()
+
+    held = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:  # the handle that lists the directory is closed by now
+            continue
+
+        if target.startswith("socket:"):
+            held.add(target)
+
+    return held
+
+
+class Leaks:
+    """A note of the tasks and sockets there are, to be compared with those there are later."""
+
+    def __init__(self) -> None:
+        self._tasks = living_tasks()
+        self._sockets = open_sockets()
+
+    def check(self) -> None:
+        """
+        Fail if a task or a socket is there that was not there when this object was made.
+
+        What was dropped without being closed is collected here, so that its ResourceWarning, which
+        pytest turns into an error, belongs to the test that just ran.
+        """
+        gc.collect()
+        tasks = living_tasks() - self._tasks
+        assert not tasks, f"tasks left behind: {tasks}"
+        sockets = open_sockets() - self._sockets
+        assert not sockets, f"sockets left open: {sockets}"

@@ -1,0 +1,215 @@
+"""A scripted peer: it speaks MQTT by hand, and says just what a test wants."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio.abc import ByteStream, Listener, SocketAttribute
+from anyio.streams.tls import TLSStream
+
+from tests.support import packets
+from tests.support.memory import MemoryConnectable, MemoryStream
+
+CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
+
+Script: TypeAlias = Callable[["Peer"], Awaitable[None]]
+
+
+class Packet(NamedTuple):
+    """A packet that the client has sent."""
+
+    kind: int
+    flags: int
+    body: bytes
+
+    @property
+    def topic(self) -> str:
+        """The topic of a PUBLISH."""
+        return self.body[2 : 2 + self._topic_size].decode()
+
+    @property
+    def payload(self) -> bytes:
+        """The payload of a PUBLISH."""
+        return self.body[2 + self._topic_size + (2 if self.flags & 6 else 0) :]
+
+    @property
+    def packet_id(self) -> int:
+        """The packet id of a PUBLISH of QoS 1, a SUBSCRIBE or an UNSUBSCRIBE."""
+        at = 2 + self._topic_size if self.kind == PUBLISH else 0
+        return int.from_bytes(self.body[at : at + 2], "big")
+
+    @property
+    def _topic_size(self) -> int:
+        return int.from_bytes(self.body[:2], "big")
+
+
+class Peer:
+    """
+    The broker's side of one link.
+
+    :ivar received: every packet taken so far
+    :ivar left: bytes behind the last whole packet
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.received: list[Packet] = []
+        self.left = bytearray()
+
+    async def packet(self) -> Packet | None:
+        """Wait for a packet; ``None`` when the client has closed the link."""
+        while (packet := self._parse()) is None:
+            try:
+                self.left += await self.stream.receive()
+            except (EndOfStream, BrokenResourceError):
+                return None
+        self.received.append(packet)
+        return packet
+
+    async def until(self, kind: int) -> Packet:
+        """Take packets up to one of this kind."""
+        while packet := await self.packet():
+            if packet.kind == kind:
+                return packet
+        raise AssertionError(f"the client has closed the link without a packet of type {kind}")
+
+    async def rest(self) -> list[Packet]:
+        """Take all that comes until the client closes the link; half a packet is an error."""
+        start = len(self.received)
+        while await self.packet():
+            pass
+        assert not self.left, f"{len(self.left)} bytes of half a packet: {bytes(self.left[:40])!r}"
+        return self.received[start:]
+
+    async def send(self, data: bytes) -> None:
+        await self.stream.send(data)
+
+    async def accept(self, code: int = 0) -> Packet:
+        """Take CONNECT and answer it."""
+        connect = await self.packet()
+        assert connect is not None
+        assert connect.kind == CONNECT
+        await self.send(packets.connack(code))
+        return connect
+
+    async def serve(self) -> None:
+        """Answer as a broker does, until the client leaves."""
+        await self.accept()
+        while packet := await self.packet():
+            if not await self.answer(packet):
+                return
+
+    async def answer(self, packet: Packet) -> bool:
+        """
+        Answer a packet as a broker that refuses nothing.
+
+        :return: whether the link goes on
+        """
+        if packet.kind == PINGREQ:
+            await self.send(packets.PINGRESP)
+        elif packet.kind == SUBSCRIBE:
+            await self.send(packets.suback(packet.packet_id, 0))
+        elif packet.kind == UNSUBSCRIBE:
+            await self.send(packets.unsuback(packet.packet_id))
+        elif packet.kind == PUBLISH and packet.flags & 6:
+            await self.send(packets.puback(packet.packet_id))
+        return packet.kind != DISCONNECT
+
+    def reset(self) -> None:
+        """Drop the link with a reset, where it is a socket."""
+        sock = self.stream.extra(SocketAttribute.raw_socket)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def _parse(self) -> Packet | None:
+        size, at = 0, 1
+        while True:
+            if at >= len(self.left):
+                return None
+            byte = self.left[at]
+            size |= (byte & 127) << 7 * (at - 1)
+            at += 1
+            if byte < 128:
+                break
+        if len(self.left) < at + size:
+            return None
+        packet = Packet(self.left[0] >> 4, self.left[0] & 15, bytes(self.left[at : at + size]))
+        del self.left[: at + size]
+        return packet
+
+
+async def _play(script: Script, stream: ByteStream, context: ssl.SSLContext | None) -> None:
+    try:
+        if context is not None:
+            stream = await TLSStream.wrap(
+                stream, server_side=True, ssl_context=context, standard_compatible=False
+            )
+        await script(Peer(stream))
+    except (EndOfStream, BrokenResourceError, ClosedResourceError, ssl.SSLError):
+        # The client has gone, perhaps in the middle of the handshake.
+        pass
+    finally:
+        await anyio.aclose_forcefully(stream)
+
+
+@asynccontextmanager
+async def _playing(
+    script: Script, listener: Listener[Any], context: ssl.SSLContext | None
+) -> AsyncGenerator[None]:
+    async def handle(stream: ByteStream) -> None:
+        await _play(script, stream, context)
+
+    async with anyio.create_task_group() as tasks, listener:
+        tasks.start_soon(listener.serve, handle)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def tcp_peer(
+    script: Script, *, context: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncGenerator[int]:
+    """Play the script to each client of a port of its own, which it gives."""
+    listener = await anyio.create_tcp_listener(local_host=host)
+    async with _playing(script, listener, context):
+        yield listener.extra(SocketAttribute.local_port)
+
+
+@asynccontextmanager
+async def unix_peer(script: Script, path: Path) -> AsyncGenerator[None]:
+    """Play the script to each client of a Unix socket."""
+    async with _playing(script, await anyio.create_unix_listener(path), None):
+        yield
+
+
+@asynccontextmanager
+async def memory_peer(
+    script: Script,
+    *,
+    capacity: int = 65536,
+    before: Callable[[int], Awaitable[None]] | None = None,
+) -> AsyncGenerator[MemoryConnectable]:
+    """Play the script to each client of a connectable in memory, which it gives."""
+    connectable = MemoryConnectable(capacity, before)
+
+    async def accept() -> None:
+        while True:
+            tasks.start_soon(play, await connectable.accept())
+
+    async def play(stream: MemoryStream) -> None:
+        await _play(script, stream, None)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(accept)
+        try:
+            yield connectable
+        finally:
+            connectable.close()
+        tasks.cancel_scope.cancel()

@@ -1,0 +1,232 @@
+"""Every verb, cancelled at each of its checkpoints: the client stays usable and clean."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import Emitter, EmitterMessage, connect
+from emitter_anyio.testing import Broker
+
+Verb = Callable[[], Awaitable[object]]
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+def make_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
+    key = broker.keygen("a/#/", "rwslp")
+
+    async def enter_and_leave() -> None:
+        async with emitter.subscribe(key, "a/b/", last=3) as messages:
+            await messages.aclose()
+
+    async def watch() -> None:
+        async with emitter.watch_presence(key, "a/") as feed:
+            await feed.receive()
+
+    async def subscribe_and_unsubscribe() -> None:
+        await emitter.subscribe(key, "a/c/")
+        await emitter.unsubscribe(key, "a/c/")
+
+    return {
+        "publish": partial(emitter.publish, key, "a/", "x", qos=1),
+        "publish and store": partial(emitter.publish, key, "a/b/", "x", ttl=60, qos=1),
+        "flush": emitter.flush,
+        "keygen": partial(emitter.keygen, broker.secret_key, "b/"),
+        "me": emitter.me,
+        "presence": partial(emitter.presence, key, "a/"),
+        "presence changes": partial(emitter.presence, key, "a/", changes=True),
+        "subscribe": subscribe_and_unsubscribe,
+        "entered subscribe": enter_and_leave,
+        "watch_presence": watch,
+    }
+
+
+NAMES = (
+    "publish",
+    "publish and store",
+    "flush",
+    "keygen",
+    "me",
+    "presence",
+    "presence changes",
+    "subscribe",
+    "entered subscribe",
+    "watch_presence",
+)
+
+
+async def works_and_is_clean(emitter: Emitter, broker: Broker) -> None:
+    """Prove that the link still does its work and that nothing is left on it."""
+    key = broker.keygen("z/", "rw")
+    async with emitter.subscribe(key, "z/") as messages:
+        await emitter.publish(key, "z/", "still here", qos=1)
+        assert (await messages.receive()).binary == b"still here"
+    await emitter.flush()
+    (client,) = broker.clients
+    assert not client.subscriptions
+    assert emitter.statistics().pending == 0
+    assert emitter.statistics().nonsense == 0
+
+
+class CancelAfter:
+    """Cancels the task that awaits, with a scope, when it has been resumed so many times."""
+
+    def __init__(self, turns: int) -> None:
+        self.turns = turns
+        self.scope = anyio.CancelScope()
+
+    async def cancel_later(self) -> None:
+        for _ in range(self.turns):
+            await checkpoint()
+        self.scope.cancel()
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_verb_may_be_cancelled_by_a_scope_at_any_time(broker: Broker, name: str) -> None:
+    async with connect(broker.url) as emitter:
+        verb = make_verbs(emitter, broker)[name]
+        for turns in range(60):
+            cancel = CancelAfter(turns)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel.cancel_later)
+                with cancel.scope:
+                    await verb()
+                    # It was quicker than that.
+                    tasks.cancel_scope.cancel()
+        if name == "presence changes":
+            await emitter.presence(broker.keygen("a/#/", "p"), "a/", changes=False)
+        if name == "subscribe":
+            await emitter.unsubscribe(broker.keygen("a/#/", "r"), "a/c/")
+        await works_and_is_clean(emitter, broker)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_verb_may_be_cancelled_natively_at_any_time(broker: Broker, name: str) -> None:
+    async with connect(broker.url) as emitter:
+        verb = make_verbs(emitter, broker)[name]
+        for turns in range(60):
+            task = asyncio.ensure_future(verb())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() or task.exception() is None
+        await emitter.flush()
+        if name == "presence changes":
+            await emitter.presence(broker.keygen("a/#/", "p"), "a/", changes=False)
+        if name == "subscribe":
+            for client in broker.clients:
+                assert len(client.subscriptions) <= 1
+            await emitter.disconnect()
+            return
+        await works_and_is_clean(emitter, broker)
+
+
+async def test_an_already_cancelled_scope_sends_nothing(broker: Broker) -> None:
+    key = broker.keygen("a/", "rw")
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            for _ in range(64):
+                await emitter.publish(key, "a/", "x")
+        sent = emitter._publishes
+        await emitter.publish(key, "a/", "last", qos=1)
+        while (await messages.receive()).binary != b"last":
+            sent -= 1
+        assert sent == 1, "what was cancelled was not sent"
+
+
+async def test_a_publishing_loop_notices_cancellation_within_16_calls(broker: Broker) -> None:
+    key = broker.keygen("a/", "w")
+    calls = 0
+    async with connect(broker.url) as emitter:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            while True:
+                await emitter.publish(key, "a/", "x")
+                calls += 1
+    assert calls < 16
+
+
+async def test_a_publishing_loop_yields_within_64_calls(broker: Broker) -> None:
+    key = broker.keygen("a/", "w")
+    async with connect(broker.url) as emitter:
+        ran = anyio.Event()
+
+        async def run() -> None:
+            ran.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            calls = 0
+            while not ran.is_set():
+                await emitter.publish(key, "a/", "x")
+                calls += 1
+        # On Trio the other task may come behind us once more, since its turns are in any order.
+        assert calls <= 2 * 64 + 1
+
+
+async def test_a_receiving_loop_yields_within_64_messages(broker: Broker) -> None:
+    key = broker.keygen("a/", "rw")
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        for _ in range(200):
+            await emitter.publish(key, "a/", "x")
+        await emitter.flush()
+        ran = anyio.Event()
+
+        async def run() -> None:
+            ran.set()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+            count = 0
+            while not ran.is_set():
+                await messages.receive()
+                count += 1
+        assert count <= 2 * 64 + 1
+
+
+async def test_a_cancelled_receive_loses_no_message(broker: Broker) -> None:
+    key = broker.keygen("a/", "rw")
+    got: list[EmitterMessage] = []
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        for number in range(50):
+            cancel = CancelAfter(number % 7)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel.cancel_later)
+                await emitter.publish(key, "a/", str(number))
+                with cancel.scope:
+                    while True:
+                        got.append(await messages.receive())
+        await emitter.flush()
+        while messages.statistics().buffered:
+            got.append(await messages.receive())
+    assert [int(message.binary) for message in got] == list(range(50))
+
+
+async def test_a_late_answer_is_dropped(broker: Broker) -> None:
+    async with connect(broker.url) as emitter:
+        made = []
+        emitter.on("keygen", made.append)
+        with broker.hold("answer", "puback"):
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(emitter.keygen, broker.secret_key, "late/")
+                    await anyio.wait_all_tasks_blocked()
+                    scope.cancel()
+            assert emitter.statistics().pending == 1
+        assert (await emitter.keygen(broker.secret_key, "b/")).channel == "b/"
+        assert emitter.statistics().pending == 0
+        assert emitter.statistics().nonsense == 0
+    assert [key.channel for key in made] == ["b/"]

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import math
+import string
+from datetime import UTC, datetime, timedelta, timezone, tzinfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio._channels import (
+    MAX_KEY_LEVELS,
+    check_channel,
+    check_key,
+    check_target,
+    check_whole,
+    fingerprint,
+    format_topic,
+    has_wildcard,
+    is_number,
+    is_whole,
+    level_hash,
+    levels,
+    unix_seconds,
+)
+from emitter_anyio._errors import InvalidChannelError
+
+# The broker's security/channel.go: the codes 45 to 58 without the slash, 65 to 122, and 36.
+ALPHABET = "".join(chr(c) for c in (36, 45, 46, *range(48, 59), *range(65, 123)))
+
+words = st.text(ALPHABET, min_size=1, max_size=6)
+parts = st.lists(words, min_size=1, max_size=6)
+
+
+def taken_by_the_broker(channel: str, wildcards: bool) -> bool:
+    """The grammar once more, without a regular expression."""
+    *path, last = channel.removesuffix("/").split("/")
+    plain = [level != "" and set(level) <= set(ALPHABET) for level in (*path, last)]
+    if wildcards:
+        plain = [
+            ok or level == "+" for ok, level in zip(plain, (*path, last), strict=True)
+        ]
+        plain[-1] = plain[-1] or last == "#"
+    return all(plain)
+
+
+class TestCheckChannel:
+    @given(parts)
+    def test_what_is_put_together_comes_apart_again(self, given: list[str]) -> None:
+        channel = "/".join(given) + "/"
+        assert check_channel(channel) == channel
+        assert levels(channel) == given
+
+    @given(parts)
+    def test_a_missing_slash_is_added(self, given: list[str]) -> None:
+        assert check_channel("/".join(given)) == "/".join(given) + "/"
+
+    @given(st.text(ALPHABET + "/+# @\u00e9", max_size=12), st.booleans())
+    def test_takes_what_the_broker_takes_and_nothing_else(
+        self, channel: str, wildcards: bool
+    ) -> None:
+        try:
+            whole = check_channel(channel, wildcards=wildcards)
+        except InvalidChannelError:
+            assert not taken_by_the_broker(channel, wildcards)
+        else:
+            assert taken_by_the_broker(channel, wildcards)
+            assert whole == channel.removesuffix("/") + "/"
+
+    @pytest.mark.parametrize("code", range(128))
+    def test_every_character_of_ascii(self, code: int) -> None:
+        channel = f"a{chr(code)}b/"
+        if chr(code) in ALPHABET + "/":
+            assert check_channel(channel) == channel
+        else:
+            with pytest.raises(InvalidChannelError) as caught:
+                check_channel(channel, wildcards=True)
+            assert f"the character {chr(code)!r}" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("channel", "why"),
+        [
+            ("", "is empty"),
+            ("/", "is empty"),
+            ("///", "is empty"),
+            ("/a/", "empty level"),
+            ("a//b/", "empty level"),
+            ("a//", "empty level"),
+            ("a b/", "the character ' '"),
+            ("a\n/", r"the character '\\n'"),
+            ("a/\u00fc/", "the character '\u00fc'"),
+            ("\u0661/", "the character"),
+            ("a/b+/", r"the character '\+'"),
+            ("a/++/", r"the character '\+'"),
+            ("*/", r"the character '\*'"),
+            ("a/?last=5/", r"the character '\?'"),
+            ("a/#/b/", "'#' before its end"),
+        ],
+    )
+    def test_says_what_is_wrong(self, channel: str, why: str) -> None:
+        with pytest.raises(InvalidChannelError, match=why) as caught:
+            check_channel(channel, wildcards=True)
+        if channel.strip("/"):
+            assert repr(channel) in str(caught.value)
+
+    @pytest.mark.parametrize("channel", ["+/", "#/", "a/+/b/", "a/+", "a/#"])
+    def test_wildcards_only_where_they_may_stand(self, channel: str) -> None:
+        assert check_channel(channel, wildcards=True) == channel.removesuffix("/") + "/"
+        with pytest.raises(InvalidChannelError, match="has the wildcard"):
+            check_channel(channel)
+
+    @pytest.mark.parametrize("channel", [None, 5, b"a/", ["a"]])
+    def test_is_a_str(self, channel: str) -> None:
+        with pytest.raises(TypeError, match=f"not {type(channel).__name__}"):
+            check_channel(channel)
+
+    @given(parts, st.sampled_from(["", "+/", "#/"]))
+    def test_has_wildcard(self, given: list[str], wildcard: str) -> None:
+        assert has_wildcard("/".join(given) + "/" + wildcard) == (wildcard != "")
+
+
+class TestCheckTarget:
+    def test_wildcards_may_stand_in_it(self) -> None:
+        assert check_target("a/+/#") == "a/+/#/"
+
+    def test_the_broker_has_a_bit_for_each_of_23_levels(self) -> None:
+        assert MAX_KEY_LEVELS == 23
+        assert check_target("a/" * 22 + "#") == "a/" * 22 + "#/"
+        with pytest.raises(InvalidChannelError, match=r"24 levels; .* 23"):
+            check_target("a/" * 24)
+
+    def test_it_is_a_channel(self) -> None:
+        with pytest.raises(InvalidChannelError, match="empty level"):
+            check_target("a//")
+
+
+class TestCheckKey:
+    @given(st.text(string.ascii_letters + string.digits + "-_", min_size=1))
+    def test_takes_what_a_key_is_made_of(self, key: str) -> None:
+        assert check_key(key) == key
+
+    @given(st.text(min_size=1))
+    def test_refuses_what_would_change_the_topic_and_shows_no_more_of_it(self, key: str) -> None:
+        harmless = all("!" <= c <= "~" and c not in "/?#+" for c in key)
+        try:
+            assert check_key(key) == key
+        except ValueError as exc:
+            assert not harmless
+            if len(key) > 20:
+                assert key not in str(exc)
+        else:
+            assert harmless
+
+    @pytest.mark.parametrize("bad", ["/", "?", "#", "+", " ", "\n", "\x7f", "\u00e9"])
+    def test_names_the_character_and_where_it_is(self, bad: str) -> None:
+        with pytest.raises(ValueError, match="position 6") as caught:
+            check_key(f"secret{bad}word")
+        assert repr(bad) in str(caught.value)
+        assert "secret" not in str(caught.value)
+        assert "word" not in str(caught.value)
+
+    def test_is_not_empty(self) -> None:
+        with pytest.raises(ValueError, match="empty"):
+            check_key("")
+
+    @pytest.mark.parametrize("key", [None, 5, b"key"])
+    def test_is_a_str(self, key: str) -> None:
+        with pytest.raises(TypeError, match=f"not {type(key).__name__}"):
+            check_key(key)
+
+
+class TestNumbers:
+    def test_a_bool_is_no_number(self) -> None:
+        assert is_whole(3)
+        assert is_number(3)
+        assert is_number(0.5)
+        assert not is_whole(0.5)
+        assert not is_whole(True)
+        assert not is_number(True)
+        assert not is_whole("3")
+        assert not is_number("3")
+
+    @pytest.mark.parametrize("value", [0, 1, 2**31 - 1])
+    def test_whole_numbers(self, value: int) -> None:
+        assert check_whole("last", value) == value
+
+    def test_none_stays_none(self) -> None:
+        assert check_whole("last", None) is None
+        assert unix_seconds("since", None) is None
+
+    @pytest.mark.parametrize(("value", "minimum"), [(-1, 0), (0, 1), (2**31, 0), (10**400, 0)])
+    def test_what_the_broker_does_not_take(self, value: int, minimum: int) -> None:
+        with pytest.raises(ValueError, match=rf"^last is from {minimum} to 2147483647, not -?\d+$"):
+            check_whole("last", value, minimum=minimum)
+
+    @pytest.mark.parametrize("value", [1.0, "1", True, b""])
+    def test_of_another_kind(self, value: int) -> None:
+        with pytest.raises(TypeError, match=f"^last .*not {type(value).__name__}$"):
+            check_whole("last", value)
+
+
+class _Nowhere(tzinfo):
+    def utcoffset(self, when: datetime | None) -> None:
+        return None
+
+
+class TestUnixSeconds:
+    @given(st.integers(1514764800, 3029529600), st.integers(-14, 14))
+    def test_a_datetime_of_any_zone(self, seconds: int, hours: int) -> None:
+        zone = timezone(timedelta(hours=hours))
+        assert unix_seconds("since", datetime.fromtimestamp(seconds, zone)) == seconds
+        assert unix_seconds("since", seconds) == seconds
+
+    def test_a_part_of_a_second_is_left_out(self) -> None:
+        assert unix_seconds("since", 1600000000.9) == 1600000000
+
+    @pytest.mark.parametrize(
+        "value",
+        [0, 1514764799, 3029529601, -1.5, math.nan, math.inf, -math.inf, 10**400]
+        + [datetime(2017, 12, 31, tzinfo=UTC), datetime(2067, 1, 1, tzinfo=UTC)],
+    )
+    def test_what_the_broker_would_pass_over(self, value: float | datetime) -> None:
+        with pytest.raises(ValueError, match=r"^until is .*2018.*2066"):
+            unix_seconds("until", value)
+
+    @pytest.mark.parametrize("zone", [None, _Nowhere()])
+    def test_a_naive_datetime(self, zone: tzinfo | None) -> None:
+        with pytest.raises(ValueError, match="since is a naive datetime"):
+            unix_seconds("since", datetime(2024, 1, 1, tzinfo=zone))
+
+    @pytest.mark.parametrize("value", ["2024", True, b"", timedelta(1)])
+    def test_of_another_kind(self, value: float) -> None:
+        with pytest.raises(TypeError, match=f"since .*not {type(value).__name__}"):
+            unix_seconds("since", value)
+
+
+class TestFormatTopic:
+    @given(
+        words,
+        parts,
+        st.lists(st.tuples(words, st.none() | st.integers(0, 2**31 - 1)), max_size=4),
+    )
+    def test_comes_apart_again(
+        self, key: str, path: list[str], options: list[tuple[str, int | None]]
+    ) -> None:
+        channel = "/".join(path) + "/"
+        topic = format_topic(key, channel, options)
+        place, _, query = topic.partition("?")
+        assert place == f"{key}/{channel}"
+        given = [tuple(pair.split("=")) for pair in query.split("&")] if query else []
+        assert given == [(name, str(value)) for name, value in options if value is not None]
+
+    def test_without_options_there_is_no_question_mark(self) -> None:
+        assert format_topic("k", "a/") == "k/a/"
+        assert format_topic("k", "a/", [("last", None)]) == "k/a/"
+
+    def test_zero_is_an_option(self) -> None:
+        assert format_topic("k", "a/", [("last", 0), ("from", 7)]) == "k/a/?last=0&from=7"
+
+
+def murmur(data: bytes, seed: int) -> int:
+    """MurmurHash3 (x86, 32 bits), by its definition."""
+
+    def turned(value: int, by: int) -> int:
+        return (value << by | value >> 32 - by) % 2**32
+
+    value = seed
+    for at in range(0, len(data), 4):
+        block = data[at : at + 4]
+        mixed = turned(int.from_bytes(block, "little") * 0xCC9E2D51 % 2**32, 15)
+        value ^= mixed * 0x1B873593 % 2**32
+        if len(block) == 4:
+            value = (turned(value, 13) * 5 + 0xE6546B64) % 2**32
+    value ^= len(data)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        value = (value ^ value >> shift) * factor % 2**32
+    return value
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize(
+        ("data", "seed", "published"),
+        [
+            (b"", 0, 0),
+            (b"", 1, 0x514E28B7),
+            (b"test", 0x9747B28C, 0x704B81DC),
+            (b"Hello, world!", 0x9747B28C, 0x24884CBA),
+            (b"\xff\xff\xff\xff", 0, 0x76293B50),
+            (b"!Ce\x87", 0x5082EDEE, 0x2362F9DE),
+            (b"!", 0, 0x72661CF4),
+        ],
+    )
+    def test_the_hash_to_compare_with_is_murmur3(
+        self, data: bytes, seed: int, published: int
+    ) -> None:
+        assert murmur(data, seed) == published
+
+    @given(st.text(max_size=20))
+    def test_a_level_is_hashed_as_the_broker_does(self, level: str) -> None:
+        expected = int.from_bytes(murmur(level.encode(), 37).to_bytes(4, "little"), "big")
+        assert level_hash(level) == expected
+
+    @given(st.permutations(["a", "b", "c", "dd"]))
+    def test_the_order_of_the_levels_does_not_show(self, path: list[str]) -> None:
+        assert fingerprint("/".join(path) + "/") == fingerprint("a/b/c/dd/")
+
+    @pytest.mark.parametrize(
+        ("one", "other"), [("p/q/", "q/p/"), ("d/d/", "g/g/"), ("a/b/b/", "a/c/c/")]
+    )
+    def test_channels_that_get_in_each_others_way(self, one: str, other: str) -> None:
+        assert fingerprint(one) == fingerprint(other)
+
+    @given(words, words, words)
+    def test_a_child_and_a_sibling_do_not(self, parent: str, one: str, other: str) -> None:
+        assert fingerprint(f"{parent}/{one}/") == level_hash(parent) ^ level_hash(one)
+        same = fingerprint(f"{parent}/{one}/") == fingerprint(f"{parent}/{other}/")
+        assert same == (one == other)

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio._messages import Will
+from emitter_anyio._options import Options, Server, make_options
+
+
+def made(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Options:
+    return make_options(options, keywords)
+
+
+def server_of(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Server:
+    (server,) = made(options, **keywords).servers
+    return server
+
+
+class TestDefaults:
+    def test_are_those_of_the_hosted_emitter(self) -> None:
+        assert server_of() == Server("mqtts", "api.emitter.io", 443)
+
+    def test_of_all_the_rest(self) -> None:
+        options = made()
+        assert options.keepalive == 30
+        assert (options.username, options.password, options.client_id) == (None, None, "")
+        assert (options.connect_timeout, options.request_timeout) == (10, 10)
+        assert options.disconnect_timeout == 5
+        assert options.matcher == "emitter"
+        assert options.max_message_size == 65536
+        assert options.allow_collisions is False
+        for name in ("will", "ssl_context", "connectable", "reconnect"):
+            assert getattr(options, name) is None
+
+    def test_the_port_follows_the_scheme(self) -> None:
+        assert server_of(secure=False) == Server("mqtt", "api.emitter.io", 8080)
+        assert server_of(secure=False, port=5) == Server("mqtt", "api.emitter.io", 5)
+
+
+class TestTheMapping:
+    def test_is_the_original_form(self) -> None:
+        given = {"host": "h", "port": 8080, "secure": False, "keepalive": 20}
+        options = made(given)
+        assert options.servers == (Server("mqtt", "h", 8080),)
+        assert options.keepalive == 20
+        assert given == {"host": "h", "port": 8080, "secure": False, "keepalive": 20}
+
+    def test_keywords_are_added(self) -> None:
+        options = made({"host": "h"}, secure=False, username="ann")
+        assert options.servers == (Server("mqtt", "h", 8080),)
+        assert options.username == "ann"
+
+    def test_the_same_may_be_said_twice(self) -> None:
+        assert server_of({"host": "h"}, host="h").host == "h"
+
+    @pytest.mark.parametrize("options", [5, b"mqtt://h", ["mqtt://h"], None])
+    def test_of_another_kind(self, options: Any) -> None:
+        if options is None:
+            assert server_of(options) == server_of()
+        else:
+            with pytest.raises(TypeError, match=f"not {type(options).__name__}$"):
+                made(options)
+
+
+class TestUrls:
+    @pytest.mark.parametrize(
+        ("url", "server"),
+        [
+            ("mqtt://h", Server("mqtt", "h", 8080)),
+            ("mqtt://h/", Server("mqtt", "h", 8080)),
+            ("mqtts://h", Server("mqtts", "h", 443)),
+            ("mqtts://h:8443", Server("mqtts", "h", 8443)),
+            ("MQTT://H:1", Server("mqtt", "h", 1)),
+            ("mqtt://[::1]:8080", Server("mqtt", "::1", 8080)),
+            ("unix:///tmp/a%20b", Server("unix", "/tmp/a b", 0)),
+        ],
+    )
+    def test_say_where_the_broker_is(self, url: str, server: Server) -> None:
+        assert server_of(url) == server
+
+    def test_carry_user_and_password(self) -> None:
+        options = made("mqtt://ann%40x:p%2Fw@h")
+        assert (options.username, options.password) == ("ann@x", "p/w")
+        assert made("mqtt://ann@h").password is None
+
+    def test_a_path_as_the_host_is_a_unix_socket(self) -> None:
+        assert server_of(host="/tmp/x") == Server("unix", "/tmp/x", 0)
+
+    @pytest.mark.parametrize("url", ["mqtt://h:8080", "mqtts://[::1]:443", "unix:///tmp/x"])
+    def test_come_back_as_they_were(self, url: str) -> None:
+        assert str(server_of(url)) == url
+
+    @given(st.sampled_from(["mqtt", "mqtts"]), st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True), st.integers(1, 65535))
+    def test_round_trip(self, scheme: str, host: str, port: int) -> None:
+        server = Server(scheme, host, port)
+        assert server_of(str(server)) == server
+
+    @pytest.mark.parametrize(
+        ("url", "why"),
+        [
+            ("h:8080", "scheme is 'h'"),
+            ("h", "scheme is ''; there are mqtt, mqtts and unix"),
+            ("http://h", "scheme is 'http'"),
+            ("mqtt://", "no host"),
+            ("mqtt://:8080", "no host"),
+            ("mqtt://h:0", "port is from 1 to 65535, not 0"),
+            ("mqtt://h:65536", "port is no number from 1 to 65535"),
+            ("mqtt://h:x", "port is no number"),
+            ("mqtt://h/chat/", "ends after host and port"),
+            ("mqtt://h?last=5", "ends after host and port"),
+            ("mqtt://h#x", "ends after host and port"),
+            ("mqtt://[::1", "something wrong with its host"),
+            ("unix://", r"is unix:///path"),
+            ("unix://host/path", r"is unix:///path"),
+            ("unix:relative", r"is unix:///path"),
+            ("unix:///path?query", r"is unix:///path"),
+            ("unix:///path#fragment", r"is unix:///path"),
+        ],
+    )
+    def test_that_are_none(self, url: str, why: str) -> None:
+        with pytest.raises(ValueError, match=why):
+            made(url)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "mqtt://ann:password@h:x",
+            "mqtt://ann:password@h/chat/",
+            "mqtt://ann:password@",
+            "mqtt://ann:password@[::1",
+            "mqtt://ann:password\u2100@h",
+            "mqtt://ann:password@h:99999",
+            "http://ann:password@h",
+            "unix://ann:password@h/x",
+        ],
+    )
+    def test_never_show_a_password(self, url: str) -> None:
+        with pytest.raises(ValueError, match=r".") as caught:
+            made(url)
+        error: BaseException | None = caught.value
+        while error is not None:
+            assert "password" not in repr(error)
+            error = None if error.__suppress_context__ else error.__context__
+
+    @pytest.mark.parametrize(
+        "keywords",
+        [
+            {"host": "other"},
+            {"port": 1},
+            {"secure": True},
+            {"username": "bob"},
+            {"password": "other"},
+        ],
+    )
+    def test_that_disagree_with_a_keyword(self, keywords: dict[str, Any]) -> None:
+        (name,) = keywords
+        with pytest.raises(TypeError, match=f"^the URL and the keyword disagree about '{name}'"):
+            made("mqtt://ann:word@h:8080", **keywords)
+
+    def test_a_mapping_that_disagrees(self) -> None:
+        with pytest.raises(TypeError, match="^the mapping and the keyword disagree about 'host'"):
+            made({"host": "a"}, host="b")
+
+
+class TestServers:
+    def test_are_tried_in_turn(self) -> None:
+        options = made(servers=["mqtt://a", "mqtt://b:1"])
+        assert options.servers == (Server("mqtt", "a", 8080), Server("mqtt", "b", 1))
+
+    @pytest.mark.parametrize("other", [{"host": "h"}, {"port": 1}, {"secure": True}])
+    def test_stand_instead_of_the_rest(self, other: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=f"^servers stands instead of {next(iter(other))}"):
+            made(servers=["mqtt://a"], **other)
+        with pytest.raises(TypeError, match="^servers stands instead of host, port, secure"):
+            made("mqtt://h", servers=["mqtt://a"])
+
+    @pytest.mark.parametrize(
+        ("servers", "error", "why"),
+        [
+            ([], ValueError, "servers is empty"),
+            ("mqtt://a", TypeError, "a sequence of URLs"),
+            (5, TypeError, "a sequence of URLs"),
+            ([5], TypeError, "a URL is a str, not int"),
+            (["mqtt://a", "mqtts://a"], ValueError, "of one scheme"),
+            (["mqtt://ann:password@a"], TypeError, "no user and password"),
+            (["http://a"], ValueError, "scheme is 'http'"),
+        ],
+    )
+    def test_that_are_none(self, servers: Any, error: type[Exception], why: str) -> None:
+        with pytest.raises(error, match=why) as caught:
+            made(servers=servers)
+        assert "ann" not in str(caught.value)
+
+
+class TestEachOption:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("keepalive", 1),
+            ("keepalive", 60),
+            ("keepalive", 0.5 + 1),
+            ("connect_timeout", None),
+            ("connect_timeout", 0),
+            ("request_timeout", None),
+            ("request_timeout", float("inf")),
+            ("disconnect_timeout", 0),
+            ("username", "x" * 65535),
+            ("client_id", "me"),
+            ("will", Will("k", "a/", "bye")),
+            ("ssl_context", ssl.create_default_context()),
+            ("matcher", "mqtt"),
+            ("max_message_size", 1024),
+            ("max_message_size", 0xFFFFFFF),
+            ("allow_collisions", True),
+            ("connectable", anyio.as_connectable(("127.0.0.1", 1))),
+            ("reconnect", None),
+        ],
+    )
+    def test_is_taken(self, name: str, value: Any) -> None:
+        assert getattr(made({name: value}), name) is value
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error"),
+        [
+            ("host", 5, TypeError),
+            ("host", "", ValueError),
+            ("port", "8080", TypeError),
+            ("port", True, TypeError),
+            ("port", 8080.0, TypeError),
+            ("port", 0, ValueError),
+            ("port", 65536, ValueError),
+            ("secure", 1, TypeError),
+            ("keepalive", 0, ValueError),
+            ("keepalive", 60.1, ValueError),
+            ("keepalive", float("nan"), ValueError),
+            ("keepalive", "30", TypeError),
+            ("keepalive", None, TypeError),
+            ("keepalive", True, TypeError),
+            ("connect_timeout", -1, ValueError),
+            ("connect_timeout", "1", TypeError),
+            ("request_timeout", float("nan"), ValueError),
+            ("disconnect_timeout", -1, ValueError),
+            ("disconnect_timeout", None, TypeError),
+            ("username", b"ann", TypeError),
+            ("username", "x" * 65536, ValueError),
+            ("username", "é" * 32768, ValueError),
+            ("username", "\ud800", ValueError),
+            ("client_id", None, TypeError),
+            ("client_id", 5, TypeError),
+            ("will", ("k", "a/", "bye"), TypeError),
+            ("ssl_context", True, TypeError),
+            ("matcher", "MQTT", ValueError),
+            ("max_message_size", "1", TypeError),
+            ("max_message_size", 65536.0, TypeError),
+            ("max_message_size", 1023, ValueError),
+            ("max_message_size", 0x10000000, ValueError),
+            ("allow_collisions", 1, TypeError),
+            ("connectable", "h:1", TypeError),
+            ("reconnect", 5, ValueError),
+        ],
+    )
+    def test_is_refused_by_its_name(
+        self, name: str, value: Any, error: type[Exception]
+    ) -> None:
+        with pytest.raises(error, match=f"^{name} "):
+            made({name: value})
+
+    def test_the_limits_are_named(self) -> None:
+        with pytest.raises(ValueError, match=r"^keepalive is from 1 to 60 seconds, not 61$"):
+            made(keepalive=61)
+        with pytest.raises(ValueError, match=r"^connect_timeout is at least 0 seconds, not -1$"):
+            made(connect_timeout=-1)
+
+    @pytest.mark.parametrize("name", ["keepAlive", "hostname", "", 5])
+    def test_that_nobody_knows(self, name: Any) -> None:
+        with pytest.raises(TypeError, match="^unknown option .*; there are .*keepalive, .*will$") as e:
+            made({name: 1})
+        assert repr(name) in str(e.value)
+
+    def test_a_password_needs_a_username(self) -> None:
+        with pytest.raises(TypeError, match="a password needs a username") as caught:
+            made(password="hush")
+        assert "hush" not in str(caught.value)
+        assert made(username="ann", password="hush").password == "hush"
+
+    @pytest.mark.parametrize("bad", ["x" * 65536, "hush\ud800", b"hush"])
+    def test_a_bad_password_is_not_shown(self, bad: Any) -> None:
+        with pytest.raises((TypeError, ValueError), match="^password ") as caught:
+            made(username="ann", password=bad)
+        assert "hush" not in repr(caught.value)
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+    def test_an_ssl_context_needs_tls(self, tmp_path: Path) -> None:
+        context = ssl.create_default_context()
+        connectable = anyio.as_connectable(("127.0.0.1", 1))
+        for place in (
+            {"secure": False},
+            {"servers": ["mqtt://h"]},
+            {"host": str(tmp_path / "socket")},
+            {"connectable": connectable},
+        ):
+            with pytest.raises(TypeError, match="^ssl_context is for TLS"):
+                made(place, ssl_context=context)
+        assert made("mqtts://h", ssl_context=context).ssl_context is context
+
+    def test_no_secret_is_shown(self) -> None:
+        options = made(
+            "mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden"
+        )
+        for secret in ("password", "private", "hidden"):
+            assert secret not in repr(options)
+            assert secret not in str(options.servers)

@@ -1,0 +1,154 @@
+"""What the project as a whole promises: its version, its surface, what importing it loads."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+from types import ModuleType
+
+import anyio
+import pytest
+
+import emitter_anyio
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "emitter_anyio"
+
+CALLS = ["connect", "Emitter", "Subscribing", "EventStream", "PresenceFeed"]
+VALUES = [
+    *["Will", "EmitterMessage", "ChannelKey", "Me", "Member", "PresenceStatus", "PresenceEvent"],
+    *["ConnectionInfo", "Statistics", "StreamStatistics"],
+]
+ERRORS = [
+    *["EmitterError", "ConnectError", "ConnectRefusedError", "ConnectionLostError", "ClosedError"],
+    *["RequestTimeoutError", "RemoteProtocolError", "SlowConsumerError", "HandlerError"],
+    *["SubscriptionConflictError", "InvalidChannelError", "MessageTooLargeError"],
+    *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
+    *["ForbiddenError", "NotFoundError", "ServerError"],
+]
+SURFACE = [*CALLS, *VALUES, *ERRORS]
+
+# The rows of the map that hold values, rules and the session: no I/O, no clock.
+PURE = ["_errors", "_channels", "_messages", "_packets", "_requests", "_router", "_session"]
+
+
+def public_names() -> dict[str, object]:
+    return {
+        name: value
+        for name, value in vars(emitter_anyio).items()
+        if not name.startswith("_") and name != "annotations" and not isinstance(value, ModuleType)
+    }
+
+
+class TestVersion:
+    def test_the_changelog_begins_with_it(self) -> None:
+        headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+        assert headings[0] in (
+            f"Unreleased: {emitter_anyio.__version__}",
+            emitter_anyio.__version__,
+        )
+
+    def test_the_package_is_built_with_it(self) -> None:
+        assert metadata.version("emitter_anyio") == emitter_anyio.__version__
+
+    def test_no_other_file_holds_it(self) -> None:
+        holding = [
+            path.name
+            for path in (*LIBRARY.rglob("*.py"), ROOT / "pyproject.toml", ROOT / "noxfile.py")
+            if f'"{emitter_anyio.__version__}"' in path.read_text()
+        ]
+        assert holding == ["_version.py"]
+
+
+class TestSurface:
+    def test_is_what_is_documented(self) -> None:
+        assert sorted(public_names()) == sorted(SURFACE)
+
+    @pytest.mark.parametrize("name", SURFACE)
+    def test_each_name_shows_where_users_import_it_from(self, name: str) -> None:
+        value = getattr(emitter_anyio, name)
+        assert value.__module__ == "emitter_anyio"
+        assert value.__qualname__ == name
+
+    @pytest.mark.parametrize("name", SURFACE)
+    def test_each_name_has_a_docstring(self, name: str) -> None:
+        value = getattr(emitter_anyio, name)
+        assert value.__doc__
+        if inspect.isclass(value):
+            undocumented = [
+                member
+                for member, found in vars(value).items()
+                if not member.startswith("_")
+                and (inspect.isfunction(found) or isinstance(found, property))
+                and not inspect.getdoc(getattr(value, member))
+            ]
+            assert not undocumented
+
+    def test_it_is_typed(self) -> None:
+        assert resources.files("emitter_anyio").joinpath("py.typed").is_file()
+
+    @pytest.mark.parametrize("name", ERRORS)
+    def test_every_error_is_an_emitter_error(self, name: str) -> None:
+        assert issubclass(getattr(emitter_anyio, name), emitter_anyio.EmitterError)
+
+
+def modules_loaded_by(program: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"{program}\nimport json, sys; print(json.dumps([*sys.modules]))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(run.stdout))
+
+
+class TestImports:
+    def test_importing_the_library_loads_what_it_needs_and_no_more(self) -> None:
+        loaded = modules_loaded_by("import emitter_anyio")
+        assert {"anyio", "paho.mqtt.client", "emitter_anyio._client"} <= loaded
+        unwanted = {"trio", "wsproto", "rich", "argparse", "emitter_anyio.testing"}
+        assert not unwanted & loaded
+        assert "emitter_anyio._cli" not in loaded
+
+    @pytest.mark.parametrize("module", PURE)
+    def test_pure_modules_take_only_exceptions_from_anyio(self, module: str) -> None:
+        # The other rules about imports are import-linter's, which does not see names.
+        tree = ast.parse((LIBRARY / f"{module}.py").read_text())
+        taken: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anyio":
+                assert node.module == "anyio"
+                taken.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "anyio":
+                taken.add(node.attr)
+
+        for name in taken:
+            assert issubclass(getattr(anyio, name), Exception)
+
+
+class TestCode:
+    def test_at_most_ten_lines_are_not_covered_each_with_its_reason(self) -> None:
+        marked = [
+            (path.name, line.strip())
+            for path in LIBRARY.rglob("*.py")
+            for line in path.read_text().splitlines()
+            if "no cover" in line or "no branch" in line
+        ]
+        assert len(marked) <= 10, marked
+        for _, line in marked:
+            assert re.search(r"# pragma: no (cover|branch) - \w", line), line
+
+    def test_every_ignore_gives_its_reason(self) -> None:
+        for path in (*LIBRARY.rglob("*.py"), *ROOT.glob("examples/*.py")):
+            for line in path.read_text().splitlines():
+                if re.search(r"# (type: ignore|noqa|pyright:)", line):
+                    assert re.search(
+                        r"# (type: ignore\[[\w, -]+\]|noqa: [\w, ]+) +[-#]+ \w", line
+                    ), f"{path.name}: {line.strip()}"

@@ -1,0 +1,337 @@
+"""What a user may rely on, end to end: buffers, order, answers that will not come, no trust."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import (
+    ConnectionLostError,
+    Emitter,
+    EmitterMessage,
+    RemoteProtocolError,
+    RequestError,
+    RequestTimeoutError,
+    SlowConsumerError,
+    SubscriptionConflictError,
+    UnauthorizedError,
+    connect,
+)
+from emitter_anyio.testing import Broker
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+async def publish_numbers(emitter: Emitter, key: str, channel: str, numbers: range) -> None:
+    for number in numbers:
+        await emitter.publish(key, channel, str(number))
+    await emitter.flush()
+
+
+def numbers_in(messages: list[EmitterMessage]) -> list[int]:
+    return [int(message.binary) for message in messages]
+
+
+# No data is lost in silence
+
+
+async def test_a_gap_stands_at_its_place_and_tells_how_many(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/", buffer=3) as messages:
+            await publish_numbers(emitter, key, "a/", range(10))
+            read = []
+            with pytest.raises(SlowConsumerError, match="buffer") as caught:
+                async for message in messages:
+                    read.append(message)
+            assert caught.value.dropped == 7
+            assert numbers_in(read) == [0, 1, 2]
+            await publish_numbers(emitter, key, "a/", range(10, 12))
+            assert numbers_in([await messages.receive() for _ in range(2)]) == [10, 11]
+            assert messages.statistics().dropped == 7
+        assert emitter.statistics().dropped == 7
+
+
+@pytest.mark.parametrize(("overflow", "kept"), [("drop_oldest", [7, 8, 9]), ("drop_newest", [0, 1, 2])])
+async def test_the_policy_says_which_are_dropped(
+    broker: Broker, overflow: str, kept: list[int]
+) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/", buffer=3, overflow=overflow) as messages:  # type: ignore[arg-type]  # a parameter
+            await publish_numbers(emitter, key, "a/", range(10))
+            assert numbers_in([await messages.receive() for _ in range(3)]) == kept
+            assert messages.statistics().dropped == 7
+
+
+async def test_block_stops_reading_and_loses_nothing(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as publisher, connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/", buffer=2, overflow="block") as messages:
+            await publish_numbers(publisher, key, "a/", range(50))
+            await anyio.wait_all_tasks_blocked()
+            assert messages.statistics().buffered == 2
+            assert numbers_in([await messages.receive() for _ in range(50)]) == list(range(50))
+            assert messages.statistics().dropped == 0
+
+
+async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker: Broker) -> None:
+    key = broker.keygen("a/#/")
+    async with connect(broker.url) as emitter:
+        async with (
+            emitter.subscribe(key, "a/", buffer=1) as stalled,
+            emitter.subscribe(key, "a/b/", buffer=1) as healthy,
+        ):
+            read: list[EmitterMessage] = []
+
+            async def consume() -> None:
+                async for message in healthy:
+                    read.append(message)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(consume)
+                await publish_numbers(emitter, key, "a/b/", range(500))
+                assert (await emitter.me()).id
+                await healthy.aclose()
+            assert numbers_in(read) == list(range(500))
+            assert stalled.statistics().dropped == 499
+
+
+async def test_a_flood_costs_a_busy_consumer_nothing(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    count = 5000
+    async with connect(broker.url) as publisher, connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/", buffer=8) as messages:
+            read = 0
+
+            async def consume() -> None:
+                nonlocal read
+                async for _ in messages:
+                    read += 1
+                    if read == count:
+                        return
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(consume)
+                await publish_numbers(publisher, key, "a/", range(count))
+        assert read == count
+
+
+async def test_what_is_replayed_is_held_beside_the_buffer(broker: Broker) -> None:
+    key = broker.keygen("a/", "rwsl")
+    async with connect(broker.url) as emitter:
+        for number in range(20):
+            await emitter.publish(key, "a/", str(number), ttl=60)
+        for _ in range(2):  # from the broker's own replay, and from a history request
+            async with (
+                emitter.subscribe(key, "a/", last=20, buffer=1) as first,
+                emitter.subscribe(key, "a/", last=20, buffer=1) as second,
+            ):
+                for messages in (first, second):
+                    found = [await messages.receive() for _ in range(20)]
+                    assert sorted(numbers_in(found)) == list(range(20))
+                # The history request knows the true order.
+                assert numbers_in(found) == list(range(20))
+
+
+async def test_a_handler_that_overflows_reports_it(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    errors: list[Exception] = []
+    release = anyio.Event()
+    emitter = connect(broker.url)
+    emitter.on("error", errors.append)
+
+    async def wait(message: EmitterMessage) -> None:
+        await release.wait()
+
+    emitter.on("message", wait, buffer=2)
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        await publish_numbers(emitter, key, "a/", range(10))
+        release.set()
+    (error,) = errors
+    assert isinstance(error, SlowConsumerError)
+    assert error.dropped == 7
+
+
+async def test_messages_that_nobody_takes_are_counted_with_one_warning(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter:
+        await emitter.subscribe(key, "a/")
+        await publish_numbers(emitter, key, "a/", range(5))
+        assert emitter.statistics().unhandled == 5
+        assert emitter.statistics().received == 5
+    assert len([r for r in caplog.records if "unhandled" in r.getMessage()]) == 1
+
+
+# Order
+
+
+async def test_packets_leave_in_the_order_of_the_calls(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with anyio.create_task_group() as tasks:
+            for number in range(0, 300, 3):
+                await emitter.publish(key, "a/", str(number))
+                await emitter.publish(key, "a/", str(number + 1))
+                tasks.start_soon(confirm, emitter, key, str(number + 2))
+                await checkpoint()
+                await checkpoint()
+        found = numbers_in([await messages.receive() for _ in range(300)])
+    assert found == list(range(300))
+
+
+async def confirm(emitter: Emitter, key: str, text: str) -> None:
+    await emitter.publish(key, "a/", text, qos=1)
+
+
+async def test_a_large_backlog_keeps_its_order(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/", overflow="block") as messages:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(publish_padded, emitter, key)
+                found = [await messages.receive() for _ in range(200)]
+    assert [int(message.binary.split()[0]) for message in found] == list(range(200))
+
+
+async def publish_padded(emitter: Emitter, key: str) -> None:
+    for number in range(200):
+        await emitter.publish(key, "a/", b"%d " % number + bytes(4000))
+
+
+# Answers that will not come
+
+
+async def test_an_acknowledgement_without_an_answer_ends_the_request(broker: Broker) -> None:
+    async with connect(broker.url) as emitter:
+        with broker.lose("answer"), pytest.raises(RequestError, match="too large") as caught:
+            await emitter.presence(broker.keygen("a/", "p"), "a/")
+    assert caught.value.status is None
+    assert caught.value.operation == "presence"
+
+
+async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url, request_timeout=0.01) as emitter:
+        lost = broker.lose("puback", "answer", "suback", "unsuback")
+        with lost, broker.hold("pingresp"):
+            for verb in (
+                emitter.publish(key, "a/", "x", qos=1),
+                emitter.me(),
+                emitter.flush(),
+                emitter.subscribe(key, "a/"),
+                emitter.unsubscribe(key, "b/"),
+                emitter.keygen(broker.secret_key, "a/", timeout=0.02),
+            ):
+                with pytest.raises(RequestTimeoutError, match="did not answer within 0.0") as caught:
+                    await verb
+                assert isinstance(caught.value, TimeoutError)
+                assert key not in str(caught.value)
+        # The broker did subscribe, and was told to unsubscribe.
+        await emitter.flush(timeout=None)
+        (client,) = broker.clients
+        assert not client.subscriptions
+
+
+# System topics are not trusted
+
+
+async def test_forged_answers_are_reported_once_and_dropped(broker: Broker) -> None:
+    wide = broker.keygen("emitter/#/", "rw")
+    errors: list[Exception] = []
+    async with connect(broker.url) as forger, connect(broker.url) as victim:
+        victim.on("error", errors.append)
+        await victim.subscribe(wide, "emitter/keygen/")
+        await victim.unsubscribe(wide, "emitter/keygen/")
+        for payload in (b"\xff", b"[1]", b"7", b'{"req":1}', b"[" * 30000, b'{"req":"x"}'):
+            await broker.publish("emitter/keygen/", payload)
+            await forger.publish(wide, "emitter/keygen/", payload)
+        await forger.flush()
+        await victim.flush()
+        assert victim.statistics().nonsense == 0
+
+
+async def test_a_subscriber_of_system_channels_cannot_be_fooled(broker: Broker) -> None:
+    wide = broker.keygen("emitter/#/", "rw")
+    made: list[object] = []
+    async with connect(broker.url) as victim:
+        victim.on("keygen", made.append)
+        async with victim.subscribe(wide, "emitter/keygen/") as messages:
+            forged = b'{"req":%d,"status":200,"key":"forged","channel":"a/"}'
+            for number in range(1, 20):
+                await broker.publish("emitter/keygen/", forged % number)
+            await victim.flush()
+            # What answers nothing is an ordinary message to who has asked for that channel.
+            assert messages.statistics().buffered == 19
+            key = await victim.keygen(broker.secret_key, "a/")
+            assert key.key != "forged"
+            await victim.flush()
+    assert len(made) == 1
+
+
+async def test_a_refusal_that_nobody_waits_for_is_logged_with_the_way_out(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = broker.keygen("a/", "r")
+    async with connect(broker.url) as emitter:
+        await emitter.publish(key, "a/", "x")
+        with pytest.raises(UnauthorizedError, match="qos=1"):
+            await emitter.flush()
+        await emitter.flush()
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "qos=1" in record.getMessage()
+    assert "flush()" in record.getMessage()
+    assert key not in record.getMessage()
+
+
+async def test_a_peer_that_sends_nonsense_is_a_lost_link(broker: Broker) -> None:
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+
+        async def serve(stream: anyio.abc.SocketStream) -> None:
+            async with stream:
+                await stream.receive()
+                await stream.send(b"\x20\x02\x00\x00" + b"\x30\x01")
+                await stream.send(b"\x00")
+                with suppress(anyio.EndOfStream):
+                    await stream.receive()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.serve, serve)
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            with pytest.raises(ConnectionLostError, match="topic") as caught:
+                async with connect(host="127.0.0.1", port=port, secure=False):
+                    await anyio.sleep_forever()
+            tasks.cancel_scope.cancel()
+    assert isinstance(caught.value.__cause__, RemoteProtocolError)
+
+
+# What the broker cannot keep apart
+
+
+async def test_channels_whose_hashes_cancel_out_conflict(broker: Broker) -> None:
+    key = broker.keygen("#/", "rwp")
+    async with connect(broker.url) as emitter:
+        async with emitter.subscribe(key, "p/q/"):
+            with pytest.raises(SubscriptionConflictError, match="second Emitter"):
+                await emitter.subscribe(key, "q/p/")
+        await emitter.subscribe(key, "q/p/")
+        async with emitter.watch_presence(key, "p/q/"):
+            with pytest.raises(SubscriptionConflictError, match="presence feed"):
+                async with emitter.watch_presence(key, "q/p/"):
+                    raise AssertionError("entered")
+    async with connect(broker.url, allow_collisions=True) as emitter:
+        async with emitter.subscribe(key, "p/q/"), emitter.subscribe(key, "q/p/") as messages:
+            await emitter.publish(key, "q/p/", "x")
+            assert (await messages.receive()).binary == b"x"

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import FrozenInstanceError
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio import _requests as requests
+from emitter_anyio._errors import (
+    BadRequestError,
+    NotFoundError,
+    RequestError,
+    ServerError,
+    UnauthorizedError,
+)
+from emitter_anyio._requests import (
+    ChannelKey,
+    Link,
+    Me,
+    Member,
+    Nonsense,
+    PresenceEvent,
+    PresenceStatus,
+    Request,
+    parse_object,
+    presence_event,
+    refusal_in,
+    refused,
+)
+
+SECRET = "S" * 32
+KEY = "k" * 32
+
+REQUESTS: list[Request[Any]] = [
+    requests.keygen(SECRET, "a/", "rw", 0),
+    requests.me(),
+    requests.presence(KEY, "a/", status=True, changes=None),
+    requests.history(KEY, "a/", last=10),
+]
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["key", "channel", "id", "links", "who", "username", "time", "messages", "payload"]
+            + ["event", "status", "message", "req", "banned", "name"]
+        ),
+        inner,
+        max_size=6,
+    ),
+    max_leaves=12,
+)
+answers = st.dictionaries(
+    st.sampled_from(["key", "channel", "id", "links", "who", "time", "messages", "event"]),
+    json_values,
+)
+
+
+def number(seconds: int, counter: int = 0, node: int = 7) -> str:
+    """The id of a stored message, as the broker makes it, in base64."""
+    fields = (0x1234, 0xFFFFFFFF - (seconds - 1514764800), 0xFFFFFFFF - counter, node, 0x9999)
+    return base64.b64encode(b"".join(field.to_bytes(4, "big") for field in fields)).decode()
+
+
+def base(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+class TestWhatIsAsked:
+    def test_keygen(self) -> None:
+        request = requests.keygen(SECRET, "a/#/", "rw", 60)
+        assert request.topic == "emitter/keygen/"
+        assert json.loads(request.body) == {
+            "key": SECRET,
+            "channel": "a/#/",
+            "type": "rw",
+            "ttl": 60,
+        }
+        assert (request.key, request.channel) == (SECRET, "a/#/")
+
+    def test_me(self) -> None:
+        assert (requests.me().topic, requests.me().body) == ("emitter/me/", b"")
+
+    @pytest.mark.parametrize("status", [True, False])
+    @pytest.mark.parametrize("changes", [True, False, None])
+    def test_presence_leaves_changes_out_where_nothing_is_to_change(
+        self, status: bool, changes: bool | None
+    ) -> None:
+        request = requests.presence(KEY, "a/", status=status, changes=changes)
+        expected: dict[str, object] = {"key": KEY, "channel": "a/", "status": status}
+        if changes is not None:
+            expected["changes"] = changes
+        assert request.topic == "emitter/presence/"
+        assert json.loads(request.body) == expected
+
+    def test_history_has_the_key_inside_the_channel(self) -> None:
+        request = requests.history(KEY, "a/b/", last=5, since=1600000000, until=1700000000)
+        assert request.topic == "emitter/history/"
+        assert json.loads(request.body) == {
+            "channel": f"{KEY}/a/b/?last=5&from=1600000000&until=1700000000"
+        }
+        assert (request.key, request.channel) == (KEY, "a/b/")
+
+    def test_all_but_history_are_events_too(self) -> None:
+        emitted = {request.operation for request in REQUESTS if request.emits}
+        assert emitted == {"keygen", "me", "presence"}
+
+    @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.operation)
+    def test_no_key_is_shown(self, request_: Request[Any]) -> None:
+        assert SECRET not in repr(request_)
+        assert KEY not in repr(request_)
+
+
+class TestGoodAnswers:
+    def test_keygen(self) -> None:
+        answer = {"req": 1, "status": 200, "key": KEY, "channel": "a/"}
+        assert requests.keygen(SECRET, "a/", "rw", 0).parse(answer) == ChannelKey(KEY, "a/")
+
+    def test_me(self) -> None:
+        assert requests.me().parse({"id": "X"}) == Me("X")
+        made = requests.me().parse({"id": "X", "links": {"a1": "a/?me=0"}})
+        assert made == Me("X", MappingProxyType({"a1": "a/?me=0"}))
+        with pytest.raises(TypeError):
+            made.links["b"] = "b/"  # type: ignore[index]  # that is the point
+
+    def test_presence(self) -> None:
+        who = [{"id": "X", "username": "ann"}, {"id": "Y"}]
+        answer = {"time": 1600000000, "event": "status", "channel": "a/", "who": who}
+        made = requests.presence(KEY, "a/", status=True, changes=None).parse(answer)
+        assert made == PresenceStatus(
+            datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC),
+            "status",
+            "a/",
+            (Member("X", "ann"), Member("Y", None)),
+        )
+
+    def test_presence_without_a_status(self) -> None:
+        # What the broker answers then says nothing: no time, no channel, and nobody.
+        request = requests.presence(KEY, "a/", status=False, changes=False)
+        assert request.parse({"time": 0, "event": "", "channel": "", "who": None}) is None
+
+    @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
+    def test_a_change_of_presence(self, event: str) -> None:
+        answer = {"time": 1600000000, "event": event, "channel": "a/b/", "who": {"id": "X"}}
+        made = presence_event(answer)
+        assert (made.event, made.channel, made.who) == (event, "a/b/", (Member("X"),))
+        assert made.time.timestamp() == 1600000000
+        assert made.time.tzinfo is UTC
+        assert not isinstance(made, PresenceStatus)
+
+    def test_history_in_the_order_of_time(self) -> None:
+        # As the broker sends it: by the second, and the newest first within one.
+        sent = [("c", 1600000000, 3), ("b", 1600000000, 2), ("a", 1600000000, 1)]
+        sent += [("e", 1600000001, 5), ("d", 1600000001, 4)]
+        answer = {
+            "messages": [
+                {"id": number(when, count), "channel": "a/", "payload": base(text)}
+                for text, when, count in sent
+            ]
+        }
+        found = requests.history(KEY, "a/", last=10).parse(answer)
+        assert [message.as_string() for message in found] == ["a", "b", "c", "d", "e"]
+        assert found[0].time == datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC)
+        assert found[4].time == datetime(2020, 9, 13, 12, 26, 41, tzinfo=UTC)
+        assert found[0].id == base64.b64decode(number(1600000000, 1))
+        assert found[0].channel == "a/"
+
+    @given(st.integers(1514764800, 1514764800 + 0xFFFFFFFF))
+    def test_the_time_of_an_id(self, seconds: int) -> None:
+        stored = {"id": number(seconds), "channel": "a/", "payload": ""}
+        (found,) = requests.history(KEY, "a/", last=1).parse({"messages": [stored]})
+        assert found.time.timestamp() == seconds
+
+    @pytest.mark.parametrize("rest", [{}, {"payload": None}, {"payload": ""}])
+    def test_an_empty_payload_is_left_out(self, rest: dict[str, object]) -> None:
+        stored = {"id": number(1600000000), "channel": "a/", **rest}
+        (found,) = requests.history(KEY, "a/", last=1).parse({"messages": [stored]})
+        assert found.binary == b""
+
+    def test_no_history(self) -> None:
+        assert requests.history(KEY, "a/", last=1).parse({"messages": []}) == []
+
+
+def stored(**fields: object) -> dict[str, object]:
+    return {"messages": [{"id": number(1600000000), "channel": "a/", "payload": ""} | fields]}
+
+
+def status(**fields: object) -> dict[str, object]:
+    return {"time": 1600000000, "channel": "a/", "who": []} | fields
+
+
+class TestNonsense:
+    @pytest.mark.parametrize(
+        ("binary", "why"),
+        [
+            (b"", "no JSON"),
+            (b"{", "no JSON"),
+            (b'{"a":"\xff"}', "no JSON"),
+            (b"[" * 65536, "no JSON"),
+            (b'{"a":' * 13000, "no JSON"),
+            (b'{"a":' + b"1" * 5000 + b"}", "no JSON"),
+            (b"[]", "no JSON object"),
+            (b"null", "no JSON object"),
+            (b"5", "no JSON object"),
+            (b'"text"', "no JSON object"),
+        ],
+    )
+    def test_what_is_no_object(self, binary: bytes, why: str) -> None:
+        with pytest.raises(Nonsense, match=f"^{why}$"):
+            parse_object(binary)
+
+    def test_an_object(self) -> None:
+        assert parse_object(b'{"req":1}') == {"req": 1}
+
+    @pytest.mark.parametrize(
+        ("request_", "answer", "why"),
+        [
+            (REQUESTS[0], {"channel": "a/"}, "key is no string"),
+            (REQUESTS[0], {"key": 5, "channel": "a/"}, "key is no string"),
+            (REQUESTS[0], {"key": KEY}, "channel is no string"),
+            (REQUESTS[0], {"key": KEY, "channel": ["a/"]}, "channel is no string"),
+            (REQUESTS[1], {}, "id is no string"),
+            (REQUESTS[1], {"id": None}, "id is no string"),
+            (REQUESTS[1], {"id": "X", "links": ["a1"]}, "links is not an object"),
+            (REQUESTS[1], {"id": "X", "links": {"a1": 5}}, "links is not an object of channels"),
+            (REQUESTS[1], {"id": "X", "links": None}, "links is not an object"),
+            (REQUESTS[2], status(who=None), "who is not an array"),
+            (REQUESTS[2], status(who={"id": "X"}), "who is not an array"),
+            (REQUESTS[2], status(who=["X"]), "a member is no object"),
+            (REQUESTS[2], status(who=[{}]), "id is no string"),
+            (REQUESTS[2], status(who=[{"id": "X", "username": 5}]), "username is no string"),
+            (REQUESTS[2], status(time="now"), "time is no whole number"),
+            (REQUESTS[2], status(time=True), "time is no whole number"),
+            (REQUESTS[2], status(time=1.5), "time is no whole number"),
+            (REQUESTS[2], status(time=10**30), "time is no time"),
+            (REQUESTS[2], status(time=10**15), "time is no time"),
+            (REQUESTS[2], status(channel=None), "channel is no string"),
+            (REQUESTS[3], {}, "messages is not an array"),
+            (REQUESTS[3], {"messages": {}}, "messages is not an array"),
+            (REQUESTS[3], {"messages": ["x"]}, "a stored message is no object"),
+            (REQUESTS[3], stored(id=5), "id is no string"),
+            (REQUESTS[3], stored(id="!"), "a stored message is no base64"),
+            (REQUESTS[3], stored(id="ü"), "a stored message is no base64"),
+            (REQUESTS[3], stored(id="AAAA"), "too short"),
+            (REQUESTS[3], stored(payload="!"), "a stored message is no base64"),
+            (REQUESTS[3], stored(payload=5), "a stored message is no base64"),
+            (REQUESTS[3], stored(payload={"a": 1}), "a stored message is no base64"),
+            (REQUESTS[3], stored(channel=5), "channel is no string"),
+        ],
+    )
+    def test_fields_of_another_kind(
+        self, request_: Request[Any], answer: dict[str, object], why: str
+    ) -> None:
+        with pytest.raises(Nonsense, match=why):
+            request_.parse(answer)
+
+    @pytest.mark.parametrize(
+        ("answer", "why"),
+        [
+            ({}, "neither subscribe nor unsubscribe"),
+            (status(event="status", who={"id": "X"}), "neither subscribe nor unsubscribe"),
+            (status(event=["subscribe"], who={"id": "X"}), "neither subscribe nor unsubscribe"),
+            (status(event="subscribe", who=[{"id": "X"}]), "a member is no object"),
+            (status(event="subscribe"), "a member is no object"),
+            (status(event="subscribe", who={"id": "X"}, time=None), "time is no whole number"),
+            (status(event="subscribe", who={"id": "X"}, channel=1), "channel is no string"),
+        ],
+    )
+    def test_no_change_of_presence(self, answer: dict[str, object], why: str) -> None:
+        with pytest.raises(Nonsense, match=why):
+            presence_event(answer)
+
+    @given(answers)
+    def test_of_any_object_comes_a_value_or_nonsense(self, answer: dict[str, Any]) -> None:
+        for parse in (*(request.parse for request in REQUESTS), presence_event, refusal_in):
+            try:
+                parse(answer)  # type: ignore[operator]  # they have only their argument in common
+            except Nonsense:
+                pass
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("answer", [{}, {"status": 200}, {"status": 200, "message": 5}])
+    def test_a_yes(self, answer: dict[str, object]) -> None:
+        assert refusal_in(answer) is None
+
+    def test_a_no(self) -> None:
+        assert refusal_in({"req": 1, "status": 401, "message": "no"}) == (401, "no")
+
+    @pytest.mark.parametrize(
+        ("answer", "why"),
+        [
+            ({"status": "401", "message": "no"}, "status is no whole number"),
+            ({"status": 401.0, "message": "no"}, "status is no whole number"),
+            ({"status": True, "message": "no"}, "status is no whole number"),
+            ({"status": None}, "status is no whole number"),
+            ({"status": [401]}, "status is no whole number"),
+            ({"status": 401}, "message is no string"),
+            ({"status": 401, "message": {}}, "message is no string"),
+        ],
+    )
+    def test_neither(self, answer: dict[str, object], why: str) -> None:
+        with pytest.raises(Nonsense, match=why):
+            refusal_in(answer)
+
+    @pytest.mark.parametrize(
+        ("status_", "kind"),
+        [(400, BadRequestError), (404, NotFoundError), (500, ServerError), (None, RequestError)],
+    )
+    def test_only_a_401_has_likely_reasons(
+        self, status_: int | None, kind: type[RequestError]
+    ) -> None:
+        error = refused(status_, "no", "publish", KEY, "a/")
+        assert type(error) is kind
+        assert error.hint is None
+        assert (error.status, error.message, error.operation, error.channel) == (
+            status_,
+            "no",
+            "publish",
+            "a/",
+        )
+
+    def test_without_a_key_there_is_nothing_to_say(self) -> None:
+        assert refused(401, "no", "me", None, None).hint is None
+
+    @pytest.mark.parametrize(
+        ("operation", "permission"),
+        [
+            ("publish", "'w' (write)"),
+            ("subscribe", "'r' (read)"),
+            ("unsubscribe", "'r' (read)"),
+            ("presence", "'p' (presence)"),
+            ("history", "'l' (load)"),
+            ("link", "it needs"),
+        ],
+    )
+    def test_the_permission_that_may_be_missing(self, operation: str, permission: str) -> None:
+        error = refused(401, "no", operation, KEY, "a/")
+        assert isinstance(error, UnauthorizedError)
+        assert error.hint is not None
+        assert error.hint.startswith(f"the key may lack the permission {permission}, ")
+        assert "ends in '+/'" in error.hint
+
+    @pytest.mark.parametrize(
+        ("key", "operation", "words", "hint"),
+        [
+            ("chat", "publish", "no", "the key of 4 characters is none: keys have 32"),
+            (KEY[:-1] + "!", "keygen", "no", "the key of 32 characters is none"),
+            (KEY, "publish", "the key with extend permission …", "an extend key serves only"),
+            (SECRET, "keygen", "no", "master secret, or a key with the permission 'e'"),
+            (SECRET, "keyban", "no", "keyban takes the broker's master secret"),
+        ],
+    )
+    def test_other_reasons(self, key: str, operation: str, words: str, hint: str) -> None:
+        error = refused(401, words, operation, key, "a/")
+        assert error.hint is not None
+        assert hint in error.hint
+        assert key not in str(error)
+
+    def test_a_group_needs_a_key_of_its_own(self) -> None:
+        channel = "$share/g/a/"
+        error = refused(401, "no", "subscribe", KEY, channel)
+        assert error.hint is not None
+        assert error.hint.startswith(f"a group needs a key made for {channel!r} itself; the key")
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        "value",
+        [
+            ChannelKey(KEY, "a/"),
+            Link("a1", "a/"),
+            Me("X"),
+            Member("X"),
+            PresenceEvent(datetime.now(UTC), "subscribe", "a/", ()),
+            PresenceStatus(datetime.now(UTC), "status", "a/", ()),
+            REQUESTS[0],
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_are_frozen_and_slotted(self, value: Any) -> None:
+        with pytest.raises(FrozenInstanceError):
+            value.channel = "b/"
+        assert not hasattr(value, "__dict__")
+
+    def test_the_key_of_a_channel_key_is_hidden(self) -> None:
+        assert repr(ChannelKey(KEY, "a/")) == "ChannelKey(key=…, channel='a/')"

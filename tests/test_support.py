@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+import sniffio
+import trio
+import trio.testing
+
+from tests.support.clock import JumpingEventLoop
+from tests.support.leaks import Leaks, living_tasks
+from tests.support.server import real_server
+
+YEAR = 365 * 24 * 3600.0
+
+
+class TestVirtualTime:
+    @pytest.mark.virtual_time
+    async def test_the_clock_jumps_to_each_deadline_in_turn(self) -> None:
+        woken = []
+
+        async def sleeper(seconds: float) -> None:
+            await anyio.sleep(seconds)
+            woken.append((seconds, anyio.current_time() - start))
+
+        start = anyio.current_time()
+        async with anyio.create_task_group() as group:
+            for seconds in (YEAR, 3.0, 60.0):
+                group.start_soon(sleeper, seconds)
+
+        assert [seconds for seconds, _ in woken] == [3.0, 60.0, YEAR]
+        assert [slept for _, slept in woken] == pytest.approx([3.0, 60.0, YEAR])
+
+    @pytest.mark.virtual_time
+    async def test_a_deadline_cancels(self) -> None:
+        start = anyio.current_time()
+        with pytest.raises(TimeoutError):
+            with anyio.fail_after(3600):
+                await anyio.sleep_forever()
+
+        assert anyio.current_time() - start == pytest.approx(3600)
+
+    @pytest.mark.virtual_time
+    async def test_the_clock_stands_still_while_a_task_can_run(self) -> None:
+        # A hundred turns come before a deadline, however near, if they need no waiting.
+        send, receive = anyio.create_memory_object_stream[int](0)
+        start = anyio.current_time()
+        with anyio.fail_after(0.001):
+            async with anyio.create_task_group() as group, send, receive:
+
+                async def feed() -> None:
+                    for number in range(100):
+                        await send.send(number)
+
+                group.start_soon(feed)
+                for number in range(100):
+                    assert await receive.receive() == number
+
+        assert anyio.current_time() == start
+
+    async def test_time_is_real_without_the_marker(self) -> None:
+        if sniffio.current_async_library() == "trio":
+            assert not isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+        else:
+            assert not isinstance(asyncio.get_running_loop(), JumpingEventLoop)
+
+
+class TestLeaks:
+    async def test_a_task_left_behind_is_seen(self) -> None:
+        leaks = Leaks()
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.sleep_forever, name="the forgotten one")
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(AssertionError, match=r"tasks left behind.*the forgotten one"):
+                leaks.check()
+
+            group.cancel_scope.cancel()
+
+        leaks.check()
+
+    @pytest.mark.parametrize("anyio_backend", ["trio"])
+    async def test_a_system_task_left_behind_is_seen(self) -> None:
+        leaks = Leaks()
+        stop = trio.Event()
+        task = trio.lowlevel.spawn_system_task(stop.wait)
+        with pytest.raises(AssertionError, match="tasks left behind"):
+            leaks.check()
+
+        stop.set()
+        while task in living_tasks():
+            await anyio.lowlevel.checkpoint()
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+    async def test_a_socket_left_open_is_seen(self) -> None:
+        leaks = Leaks()
+        with socket.socket(), pytest.raises(AssertionError, match="sockets left open"):
+            leaks.check()
+
+        leaks.check()
+
+    def test_whatever_a_test_leaves_behind_fails_that_test(self) -> None:
+        bad = Path(__file__).parent / "support" / "bad_tests.py"
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", str(bad)],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+        verdicts = {
+            (verdict, name)
+            for verdict, _, name in (
+                line.partition(" - ")[0].replace("::", " ").split()
+                for line in run.stdout.splitlines()
+                if line.startswith(("PASSED ", "FAILED ", "ERROR "))
+            )
+        }
+        both = ("asyncio", "trio")
+        assert {verdict for verdict in verdicts if verdict[0] != "PASSED"} == {
+            *(("ERROR", f"test_a_task[{backend}]") for backend in both),
+            *(("ERROR", f"test_a_socket[{backend}]") for backend in both),
+            *(("FAILED", f"test_an_unclosed_stream[{backend}]") for backend in both),
+            ("FAILED", "test_a_blocking_call[asyncio]"),
+        }
+
+
+class TestServer:
+    def test_none_without_the_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("EMITTER_URL", raising=False)
+        monkeypatch.delenv("EMITTER_SECRET", raising=False)
+        assert real_server() is None
+
+    @pytest.mark.parametrize(
+        ("url", "host", "port", "secure"),
+        [
+            ("mqtt://127.0.0.1", "127.0.0.1", 8080, False),
+            ("mqtt://[::1]:9", "::1", 9, False),
+            ("wss://example.org", "example.org", 443, True),
+        ],
+    )
+    def test_the_real_one(
+        self, monkeypatch: pytest.MonkeyPatch, url: str, host: str, port: int, secure: bool
+    ) -> None:
+        monkeypatch.setenv("EMITTER_URL", url)
+        monkeypatch.setenv("EMITTER_SECRET", "s3cret")
+        server = real_server()
+        assert server is not None
+        assert (server.url, server.host, server.port, server.secure) == (url, host, port, secure)
+        assert (server.secret, server.broker) == ("s3cret", None)
+        assert "s3cret" not in repr(server)
+
+    @pytest.mark.parametrize("name", ["EMITTER_URL", "EMITTER_SECRET"])
+    def test_half_of_the_variables(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setenv("EMITTER_URL", "mqtt://127.0.0.1")
+        monkeypatch.setenv("EMITTER_SECRET", "s3cret")
+        monkeypatch.delenv(name)
+        with pytest.raises(RuntimeError, match=f"^{name} is not set") as caught:
+            real_server()
+
+        assert "s3cret" not in str(caught.value)
+
+    def test_a_run_with_half_of_the_variables_stops(self) -> None:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "emitter"],
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "EMITTER_URL": "mqtt://127.0.0.1", "EMITTER_SECRET": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == pytest.ExitCode.USAGE_ERROR
+        assert "EMITTER_SECRET is not set" in run.stderr
