@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ._client import Emitter as Emitter
-from ._client import Subscribing as Subscribing
 from ._client import connect as connect
 from ._errors import BadRequestError as BadRequestError
 from ._errors import ClosedError as ClosedError
@@ -34,12 +33,12 @@ from ._requests import Me as Me
 from ._requests import Member as Member
 from ._requests import PresenceEvent as PresenceEvent
 from ._requests import PresenceStatus as PresenceStatus
+from ._subscribing import Subscribing as Subscribing
 from ._subscription import EventStream as EventStream
 from ._subscription import StreamStatistics as StreamStatistics
 from ._version import __version__ as __version__
 
 # Users see these in reprs, tracebacks and documentation: show where they import them from.
-for _value in list(globals().values()):
-    if getattr(_value, "__module__", "").startswith("emitter_anyio."):
+for _name, _value in list(globals().items()):
+    if getattr(_value, "__module__", "").startswith(f"{__name__}."):
         _value.__module__ = __name__
-del _value

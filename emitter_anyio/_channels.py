@@ -130,19 +130,19 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_whole(name: str, value: int | None, *, minimum: int = 0) -> int | None:
+def check_whole(name: str, value: int | None) -> int | None:
     """
     Check an option that is a whole number.
 
     :raises TypeError: if it is no ``int``
-    :raises ValueError: if it is negative or over 2³¹ − 1, which the broker does not take
+    :raises ValueError: if it is negative or over 2³¹ - 1, which the broker does not take
     """
     if value is None:
         return None
     if not is_whole(value):
         raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
-    if not minimum <= value <= _MAX_INT32:
-        raise ValueError(f"{name} is from {minimum} to {_MAX_INT32}, not {value}")
+    if not 0 <= value <= _MAX_INT32:
+        raise ValueError(f"{name} is from 0 to {_MAX_INT32}, not {value}")
     return value
 
 

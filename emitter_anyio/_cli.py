@@ -1,8 +1,8 @@
 """
 The command line: ``emitter-anyio``, and ``python -m emitter_anyio``.
 
-A command is one coroutine function and the ``_add_…`` function before it, which says how it is
-called; :data:`_COMMANDS` lists them.
+A command is a coroutine function, and before it the ``_add_…`` function that says how to call it;
+:data:`_COMMANDS` lists the latter.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 from urllib.parse import urlsplit
 
 import anyio
@@ -24,63 +24,70 @@ import anyio
 from ._client import Emitter, connect
 from ._errors import ConnectError, EmitterError
 from ._messages import EmitterMessage
+from ._options import make_options
 from ._presence import PresenceFeed
+from ._requests import Member
 from ._version import __version__
 
-if TYPE_CHECKING:
-    from .testing import Broker
+_Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
+_Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 
-    _Subparsers: TypeAlias = "argparse._SubParsersAction[_Parser]"
+_NAME: Final = "emitter-anyio"
 
-_SCRIPT: Final = "emitter-anyio"
-_DEMO_PORT: Final = 8080
-_BROKEN_PIPE: Final = 128 + 13
+# What a shell reports of a process that such a signal has ended; Windows knows no SIGPIPE.
 _INTERRUPTED: Final = 128 + signal.SIGINT
+_BROKEN_PIPE: Final = 128 + 13
 
 
-class _Failure(Exception):
-    """What has gone wrong, in one line for the user."""
+class _CommandError(Exception):
+    """Why a command failed, in one line."""
+
+
+class _UsageError(Exception):
+    """What is wrong with a command line, where argparse cannot tell."""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # One line: the usage that argparse puts before it is in --help.
-        self.exit(2, f"{_SCRIPT}: {message}; see {self.prog} --help\n")
+        # argparse would put the usage before it, several lines long.
+        self.exit(2, f"{_NAME}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
     Run a command.
 
-    :param argv: its name and arguments; those of the process if not given
-    :return: the exit code: 0, or 1 if the command failed
-    :raises SystemExit: with code 2 for a command line that is wrong, and 0 behind ``--help``
+    :param argv: its name and arguments; the process's own unless given
+    :return: the exit code: 0, 1 if the command failed, or what a shell reports of a process that
+        was interrupted, or whose reader has left
+    :raises SystemExit: with 2 if the command line is wrong, with 0 behind ``--help``
     """
     arguments = _make_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], Awaitable[None]] = arguments.run
     try:
-        anyio.run(run, arguments, backend=arguments.backend)
+        anyio.run(arguments.run, arguments, backend=arguments.backend)
+    except _UsageError as exc:
+        arguments.parser.error(str(exc))
+    except (EmitterError, _CommandError) as exc:
+        print(f"{_NAME}: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # Who read our output has left. Python flushes once more at exit, and must find a file.
+        # Python flushes once more at exit, and must not fail then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
-    except (EmitterError, _Failure) as exc:
-        print(f"{_SCRIPT}: {exc}", file=sys.stderr)
-        return 1
     return 0
 
 
 def _make_parser() -> _Parser:
-    module = Path(sys.argv[0]).name == "__main__.py"
+    as_module = Path(sys.argv[0]).name == "__main__.py"
     parser = _Parser(
-        prog="python -m emitter_anyio" if module else _SCRIPT,
-        description="Emitter (https://emitter.io) from the command line.",
-        epilog="Start with:  %(prog)s demo",
-        allow_abbrev=False,
+        prog="python -m emitter_anyio" if as_module else _NAME,
+        description="A client of Emitter (https://emitter.io), and a broker to develop against.",
+        epilog="start with:\n  %(prog)s demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"{_SCRIPT} {__version__}")
+    parser.add_argument("--version", action="version", version=f"{_NAME} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in _COMMANDS:
         add(commands)
@@ -88,22 +95,14 @@ def _make_parser() -> _Parser:
 
 
 def _add_command(
-    commands: _Subparsers,
-    name: str,
-    run: Callable[[argparse.Namespace], Awaitable[None]],
-    summary: str,
-    *,
-    more: str,
-    examples: Sequence[str],
+    commands: _Commands, name: str, run: _Run, *, help: str, description: str, examples: str
 ) -> _Parser:
-    shown = "".join(f"\n  %(prog)s {example}".rstrip() for example in examples)
     parser = commands.add_parser(
         name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. {more}",
-        epilog=f"examples:{shown}",
+        help=help,
+        description=description,
+        epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--backend",
@@ -111,15 +110,15 @@ def _add_command(
         default="asyncio",
         help="the event loop to run on (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def _url(text: str) -> str:
     try:
-        connect(text)
+        make_options(text, {})
     except (TypeError, ValueError) as exc:
-        # argparse would show the URL, which may carry a password.
+        # argparse's own message would show the URL, which may carry a password.
         raise argparse.ArgumentTypeError(str(exc)) from None
     return text
 
@@ -140,62 +139,201 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
 
 
-def _say(what: str, text: str) -> None:
-    print(f"{what:<11} {text}", flush=True)
+def _license(text: str) -> str:
+    from .testing import Broker
+
+    try:
+        Broker(license=text)
+    except ValueError as exc:
+        # argparse's own message would show the licence.
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    return text
 
 
-# demo
+def _say(text: str) -> None:
+    # Who reads us through a pipe wants each line when it happens.
+    print(text, flush=True)
 
 
-def _add_demo(commands: _Subparsers) -> None:
+def _add_demo(commands: _Commands) -> None:
     parser = _add_command(
         commands,
         "demo",
         _demo,
-        "publish, receive and see who is there, in a few seconds",
-        more="Without --url\nit starts a development broker of its own and needs nothing else.",
-        examples=[
-            "",
-            "--backend trio",
-            "--url mqtt://127.0.0.1:8080 --secret SECRET",
-        ],
+        help="see a client at work, in a few seconds",
+        description=(
+            "Make a key, publish, receive, and watch who comes and goes: a line for each thing "
+            "that\nhappens. Without --url a development broker is started for it."
+        ),
+        examples=(
+            "  %(prog)s\n"
+            "  %(prog)s --backend trio\n"
+            "  EMITTER_SECRET=... %(prog)s --url mqtt://127.0.0.1:8080"
+        ),
     )
-    parser.add_argument("--url", type=_url, help="a broker that is running, mqtt:// or mqtts://")
+    parser.add_argument(
+        "--url", type=_url, help="a broker that is running: mqtt://HOST:PORT or mqtts://HOST:PORT"
+    )
     parser.add_argument(
         "--secret",
-        help="its secret key, to make a key with; everybody on this machine can see a command "
-        "line, so EMITTER_SECRET in the environment is the better place",
+        help="the secret key of its licence (default: EMITTER_SECRET in the environment; other "
+        "users of this machine can see a command line)",
     )
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=30,
         metavar="SECONDS",
-        help="give up after this long (default: %(default)s)",
+        help="give up after that (default: %(default)s)",
     )
-    parser.set_defaults(error=parser.error)
 
 
 async def _demo(arguments: argparse.Namespace) -> None:
-    # What goes wrong here is raised, and told in one line: no log beside it.
+    url: str | None = arguments.url
+    secret: str = arguments.secret or os.environ.get("EMITTER_SECRET", "")
+    if url is None and arguments.secret is not None:
+        raise _UsageError("--secret belongs to the broker of --url: give both or none")
+    if url is not None and not secret:
+        raise _UsageError("--url needs --secret, or EMITTER_SECRET in the environment")
+    # What goes wrong is raised, and told in one line: no second one from the log.
     logging.getLogger("emitter_anyio").addHandler(logging.NullHandler())
-    if arguments.secret is not None and arguments.url is None:
-        arguments.error("--secret belongs to the broker of --url: give both")
-    secret = arguments.secret or os.environ.get("EMITTER_SECRET")
-    if arguments.url is not None and not secret:
-        arguments.error("--url needs that broker's --secret, or EMITTER_SECRET in the environment")
     with anyio.move_on_after(arguments.timeout):
         async with AsyncExitStack() as stack:
-            url = arguments.url
             if url is None:
                 from .testing import Broker
 
                 broker = await stack.enter_async_context(Broker())
                 url, secret = broker.url, broker.secret_key
-                _say("broker", f"a development broker listens on {url}")
-            await _tell_story(url, secret)
+                _tell("broker", f"a development broker listens on {url}")
+            try:
+                await _story(url, secret)
+            except ConnectError as exc:
+                raise _CommandError(
+                    f"{exc}; without --url the demo starts a broker of its own"
+                ) from exc
         return
-    raise _Failure(
-        f"the demo was not done within {arguments.timeout:g} s: the broker does not deliver, or "
-        "does not store, or is slow (--timeout)"
+    raise _CommandError(
+        f"the demo is not done after {arguments.timeout:g} s: the broker is slow, or does not "
+        "store or deliver; --timeout gives it longer"
     )
+
+
+def _tell(what: str, text: str) -> None:
+    _say(f"{what:<12}{text}")
+
+
+async def _story(url: str, secret: str) -> None:
+    # Nobody else uses this channel, whatever broker it is.
+    channel = f"demo/{secrets.token_hex(3)}/"
+    async with _named(url, "alice") as alice:
+        _tell("connect", "alice has a link to the broker")
+        key = (await alice.keygen(secret, channel, "rwslp")).key
+        _tell("keygen", f"a key for {channel}: read, write, store, load, presence")
+        for text in ("the kettle is on", "tea is ready"):
+            await alice.publish(key, channel, text, ttl=60, qos=1)
+            _tell("publish", f"{text!r}, kept for 60 s: nobody listens yet")
+        async with alice.subscribe(key, channel, last=2) as messages:
+            _tell("subscribe", "alice listens from now on, and wants the last 2 that were kept")
+            for _ in range(2):
+                _tell("message", f"{_shown(await messages.receive())}, replayed")
+            await alice.publish(key, channel, {"cups": 1}, qos=1)
+            _tell("publish", "an object, as JSON; the broker has accepted it (qos=1)")
+            _tell("message", f"{_shown(await messages.receive())}, live")
+            async with alice.watch_presence(key, channel) as presence:
+                status = await presence.receive()
+                _tell("presence", f"here now: {', '.join(map(_who, status.who))}")
+                async with _named(url, "bob") as bob, bob.subscribe(key, channel, last=0):
+                    _tell("presence", await _next_change(presence))
+                    await bob.publish(key, channel, "one for me, please", echo=False)
+                    _tell("message", f"{_shown(await messages.receive())}, from bob")
+                _tell("presence", await _next_change(presence))
+        seconds = await alice.flush()
+        _tell("flush", f"the broker has taken everything; there and back in {seconds * 1e3:.1f} ms")
+    _tell("disconnect", "alice has left; the README shows how to write all this")
+
+
+def _named(url: str, name: str) -> Emitter:
+    # Presence shows the user name; one in the URL goes first.
+    return connect(url) if urlsplit(url).username else connect(url, username=name)
+
+
+def _who(member: Member) -> str:
+    return member.username or member.id
+
+
+def _shown(message: EmitterMessage) -> str:
+    return f"{message.as_string()!r} on {message.channel}"
+
+
+async def _next_change(presence: PresenceFeed) -> str:
+    async for event in presence:
+        if event.event != "status":
+            (member,) = event.who
+            return f"{_who(member)} has {'come' if event.event == 'subscribe' else 'left'}"
+    raise _CommandError("the feed of presence has ended")
+
+
+def _add_broker(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "broker",
+        _broker,
+        help="run a development broker",
+        description=(
+            "Run a development broker until Ctrl-C. It has Emitter's semantics and keys, keeps "
+            "everything in\nmemory, and is not for production."
+        ),
+        examples=(
+            "  %(prog)s\n"
+            "  %(prog)s --port 0              # a free one, which the first line tells\n"
+            "  %(prog)s --license LICENSE     # keys stay good from one run to the next"
+        ),
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=8080,
+        help="the port, 0 for a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--license",
+        type=_license,
+        help="a licence of Emitter, as a broker prints it (default: a new one, with a secret key)",
+    )
+
+
+async def _broker(arguments: argparse.Namespace) -> None:
+    from .testing import Broker
+
+    broker = Broker(arguments.host, arguments.port, license=arguments.license)
+    async with AsyncExitStack() as stack:
+        # Before the first line is out, so that whoever has read it can end us cleanly.
+        stop = stack.enter_context(_stop_signals())
+        try:
+            await stack.enter_async_context(broker)
+        except OSError as exc:
+            raise _CommandError(
+                f"cannot listen on {arguments.host} port {arguments.port}: {exc.strerror or exc} "
+                "(--port 0 takes a free port)"
+            ) from exc
+        _say(f"listening on {broker.url}")
+        _say(f"license {broker.license}")
+        if arguments.license is None:
+            _say(f"secret key {broker.secret_key}")
+        await stop()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], Awaitable[object]]]:
+    """Give what waits for a signal that says to stop."""
+    if sys.platform == "win32":  # pragma: no cover - there Ctrl-C comes as KeyboardInterrupt only
+        yield anyio.sleep_forever
+    else:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            yield signals.__anext__
+
+
+_COMMANDS: Final = (_add_demo, _add_broker)

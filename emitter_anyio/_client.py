@@ -1,55 +1,21 @@
-"""The client: its public verbs."""
+"""The client."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from datetime import datetime
-from enum import Enum
-from functools import partial
-from types import TracebackType
-from typing import Any, Final, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _requests as requests
-from ._channels import (
-    check_channel,
-    check_key,
-    check_target,
-    check_whole,
-    format_topic,
-    levels,
-    unix_seconds,
-)
-from ._errors import (
-    EmitterError,
-    MessageTooLargeError,
-    RequestError,
-    RequestTimeoutError,
-    SubscriptionConflictError,
-    UnauthorizedError,
-)
-from ._life import Life
-from ._messages import EmitterMessage, Payload, encode_payload
+from ._channels import check_channel, check_key, check_target, check_whole, format_topic
+from ._conversation import DEFAULT, Timeout
+from ._messages import Payload, encode_payload
 from ._options import Options, make_options
-from ._presence import PresenceFeed
-from ._requests import ChannelKey, Me, PresenceStatus, Request
-from ._session import Grant, Pending, Replay
-from ._subscription import EventStream, Overflow, check_buffer
-
-T = TypeVar("T")
-
-
-class _Default(Enum):
-    """Stands for the client's own ``request_timeout``."""
-
-    TIMEOUT = "request_timeout"
-
-
-DEFAULT: Final = _Default.TIMEOUT
+from ._requests import ChannelKey, Me
+from ._subscribing import Subscriber
+from ._watching import Watcher
 
 _TOPICS: Final = 1024
 """So many topics are kept ready to be published to."""
@@ -78,7 +44,7 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     return Emitter(make_options(options, keywords))
 
 
-class Emitter(Life):
+class Emitter(Subscriber, Watcher):
     """
     A client of an Emitter broker; :func:`connect` makes one.
 
@@ -96,13 +62,6 @@ class Emitter(Life):
         super().__init__(options)
         self._topics: dict[tuple[object, ...], bytes] = {}
         self._publishes = 0
-        self._awaited: dict[tuple[str, str], Grant] = {}
-        self._presence_wanted: set[str] = set()
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._awaited.clear()
-        self._presence_wanted.clear()
 
     def __repr__(self) -> str:
         servers = ", ".join(map(str, self._options.servers))
@@ -118,7 +77,7 @@ class Emitter(Life):
         qos: Literal[0, 1] = 0,
         retain: bool = False,
         echo: bool = True,
-        timeout: float | None | _Default = DEFAULT,
+        timeout: Timeout = DEFAULT,
     ) -> None:
         """
         Publish a message.
@@ -126,7 +85,7 @@ class Emitter(Life):
         :param key: a key with the permission to write (``w``)
         :param channel: the channel, without wildcards
         :param message: bytes-like or ``str`` (as UTF-8); anything else is sent as JSON
-        :param ttl: store it for so many seconds; the key needs the permission to store (``s``),
+        :param ttl: store it for so many seconds, or, with 0, not; the key needs the permission to store (``s``),
             or the broker delivers and does not store
         :param qos: 0 returns when the message is queued, and waits only for room; 1 returns when
             the broker has accepted it, and raises what it refused
@@ -170,7 +129,7 @@ class Emitter(Life):
                 f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1"
             )
 
-    async def flush(self, *, timeout: float | None | _Default = DEFAULT) -> float:
+    async def flush(self, *, timeout: Timeout = DEFAULT) -> float:
         """
         Wait until the broker has taken all that was sent before.
 
@@ -189,88 +148,6 @@ class Emitter(Life):
             raise refusal
         return anyio.current_time() - start
 
-    def subscribe(
-        self,
-        key: str,
-        channel: str,
-        last: int | None = None,
-        *,
-        since: datetime | float | None = None,
-        until: datetime | float | None = None,
-        buffer: int = 1024,
-        overflow: Overflow = "raise",
-        timeout: float | None | _Default = DEFAULT,
-    ) -> Subscribing:
-        """
-        Subscribe to a channel, and to all below it.
-
-        **Awaited**, messages go to the handlers of ``on("message")``; doing it again is nothing
-        new. **Entered** with ``async with``, it gives an :class:`EventStream` of its own, and ends
-        when it is left, without waiting.
-
-        :param key: a key with the permission to read (``r``)
-        :param channel: the channel; a level may be ``+``, which stands for any one. With the
-            broker's default matcher nothing is ever delivered to ``#``
-        :param last: replay so many stored messages first, if the key may load (``l``); 0 replays
-            none; with ``None`` the broker replays the newest one
-        :param since: replay only what was stored since then: an aware ``datetime`` or unix seconds
-        :param until: replay only what was stored until then
-        :param buffer: how many messages may wait in the stream, beside what is replayed
-        :param overflow: what happens to more: ``"raise"`` (a :class:`SlowConsumerError` at the
-            place of the gap), ``"drop_oldest"``, ``"drop_newest"`` or ``"block"``, which stops
-            reading the link: whoever then awaits an answer while the own buffer is full waits for
-            ever
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: to be awaited or entered, once
-        :raises InvalidChannelError: if the broker would not take the channel
-        :raises UnauthorizedError: when awaited or entered, if the key does not open the channel
-        :raises SubscriptionConflictError: when awaited or entered, if the broker could not keep
-            it apart from another subscription of this link
-
-        Cancelled while being entered, the subscription is given back.
-        """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        check_buffer(buffer, overflow)
-        replay = Replay(
-            check_whole("last", last), unix_seconds("since", since), unix_seconds("until", until)
-        )
-        self._check_size(format_topic(key, channel, replay.options).encode(), b"", 1)
-        return Subscribing(
-            partial(self._subscribe_for_handlers, key, channel, replay, timeout),
-            partial(self._subscribed, key, channel, replay, buffer, overflow, timeout),
-        )
-
-    async def unsubscribe(
-        self, key: str, channel: str, *, timeout: float | None | _Default = DEFAULT
-    ) -> None:
-        """
-        End what an awaited :meth:`subscribe` began.
-
-        The broker is told when nobody else uses the channel here.
-
-        :param key: the key that it was subscribed with
-        :param channel: the channel
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :raises RequestError: if the broker refused
-        """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        self._check_size(format_topic(key, channel).encode(), b"", 1)
-        await self._room()
-        grant = self._awaited.pop((key, channel), None)
-        if grant is not None:
-            pending = self._session.release(grant)
-        elif self._session.in_use(channel):
-            pending = None
-        else:
-            pending = self._session.unsubscribe(key, channel)
-        if pending is None:
-            await checkpoint()
-        else:
-            pending.awaited = True
-            await self._answer(pending, timeout)
-
     async def keygen(
         self,
         key: str,
@@ -278,7 +155,7 @@ class Emitter(Life):
         permissions: str = "rw",
         ttl: int = 0,
         *,
-        timeout: float | None | _Default = DEFAULT,
+        timeout: Timeout = DEFAULT,
     ) -> ChannelKey:
         """
         Have the broker make a key.
@@ -306,7 +183,7 @@ class Emitter(Life):
             )
         return await self._request(requests.keygen(key, channel, permissions, ttl), timeout)
 
-    async def me(self, *, timeout: float | None | _Default = DEFAULT) -> Me:
+    async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """
         Ask the broker who this connection is.
 
@@ -315,370 +192,13 @@ class Emitter(Life):
         """
         return await self._request(requests.me(), timeout)
 
-    async def presence(
-        self,
-        key: str,
-        channel: str,
-        *,
-        changes: bool | None = None,
-        timeout: float | None | _Default = DEFAULT,
-    ) -> PresenceStatus:
-        """
-        Ask who is subscribed to a channel, or to one below it.
-
-        :param key: a key with the permission for presence (``p``)
-        :param channel: the channel
-        :param changes: ``True`` has the broker tell ``on("presence")`` of changes from now on,
-            ``False`` ends that; ``None`` leaves it as it is
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: who is there now
-        :raises UnauthorizedError: if the key may not
-        :raises RequestError: without a status, if the answer was too large for the broker to send
-        """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        fresh = changes is True and channel not in self._presence_wanted
-        if fresh:
-            self._session.watch(key, channel)
-            self._presence_wanted.add(channel)
-        try:
-            told = changes
-            if changes is False:
-                told = False if self._unwant_presence(channel) else None
-            status = await self._request(
-                requests.presence(key, channel, status=True, changes=told), timeout
-            )
-        except BaseException:
-            if fresh:
-                self._unwant_presence(channel)
-            raise
-        assert status is not None
-        return status
-
-    def _unwant_presence(self, channel: str) -> bool:
-        """Take back ``changes=True``; tells whether nobody else needs the feed."""
-        if channel not in self._presence_wanted:
-            return not self._session.watched(channel)
-        self._presence_wanted.discard(channel)
-        return self._session.unwatch(channel)
-
-    def watch_presence(
-        self,
-        key: str,
-        channel: str,
-        *,
-        buffer: int = 1024,
-        overflow: Overflow = "raise",
-        refresh: float | None = 60,
-        timeout: float | None | _Default = DEFAULT,
-    ) -> AbstractAsyncContextManager[PresenceFeed]:
-        """
-        Watch who comes and goes; entered with ``async with``.
-
-        :param key: a key with the permission for presence (``p``)
-        :param channel: the channel; what happens below it is told too
-        :param buffer: how many events may wait in the stream
-        :param overflow: what happens to more, as in :meth:`subscribe`
-        :param refresh: every so many seconds a fresh status is asked for; ``None`` never
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: an asynchronous context manager of a :class:`PresenceFeed`
-        :raises UnauthorizedError: when entered, if the key may not
-        """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        check_buffer(buffer, overflow)
-        if refresh is not None and not refresh > 0:
-            raise ValueError(f"refresh is a number of seconds above 0, or None, not {refresh!r}")
-        return self._watching(key, channel, buffer, overflow, refresh, timeout)
-
-    # How
-
-    async def _room(self) -> None:
-        """Wait until a packet may be queued; nothing may be awaited before it is."""
-        writer = self._link().writer
-        if not writer.has_room:
-            await writer.room()
-        while self._session.full:
-            freed = anyio.Event()
-            self._session.call_when_free(freed.set)
-            await freed.wait()
-        self._link()
-
-    async def _request(self, request: Request[T], timeout: float | None | _Default) -> T:
-        self._check_size(request.topic.encode(), request.body, 1)
-        await self._room()
-        return await self._answer(self._session.request(request), timeout)
-
-    async def _answer(self, pending: Pending[T], timeout: float | None | _Default) -> T:
-        """Wait for what the broker says, from the time that the question has left."""
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
-        if pending.done:
-            await checkpoint()
-            return pending.result()
-        done = anyio.Event()
-        pending.call_when_done(done.set)
-        writer = self._link().writer
-        pending.waiters += 1
-        try:
-            await writer.left(writer.queued)
-            with anyio.move_on_after(seconds):
-                await done.wait()
-        finally:
-            pending.waiters -= 1
-            pending.awaited = bool(pending.waiters)
-        if not pending.done:
-            where = "" if pending.channel is None else f" {pending.channel!r}"
-            raise RequestTimeoutError(
-                f"{pending.operation}{where}: the broker did not answer within {seconds:g} s; "
-                "whether it took effect is unknown"
-            )
-        return pending.result()
-
     def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
         check_key(key)
         checked = check_channel(channel)
-        check_whole("ttl", ttl, minimum=1)
-        options = (("ttl", ttl), ("me", None if echo else 0))
+        check_whole("ttl", ttl)
+        options = (("ttl", ttl or None), ("me", None if echo else 0))
         topic = format_topic(key, checked, options).encode()
         if len(self._topics) >= _TOPICS:
             self._topics.clear()
         self._topics[key, channel, ttl, echo] = topic
         return topic
-
-    def _check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
-        size = 2 + len(topic) + len(payload) + (2 if qos else 0)
-        if size > self._options.max_message_size:
-            raise MessageTooLargeError(
-                f"the packet would have {size} bytes, {len(payload)} of them payload; the broker "
-                f"closes the link at more than {self._options.max_message_size} "
-                "(max_message_size)"
-            )
-
-    async def _subscribe(
-        self,
-        key: str,
-        channel: str,
-        replay: Replay,
-        stream: EventStream[EmitterMessage] | None,
-        timeout: float | None | _Default,
-    ) -> Grant:
-        await self._room()
-        while (other := self._session.replaying(channel)) is not None:
-            # What is replayed to another one now would reach this one too.
-            settled = anyio.Event()
-            other.call_when_done(settled.set)
-            await settled.wait()
-            await self._room()
-        if replay.insists and levels(channel)[0] == "+" and self._session.overlapped(channel):
-            raise SubscriptionConflictError(
-                f"{channel!r}: beside an overlapping subscription a replay comes from a history "
-                "request, which needs a literal first level; use last=0, or a second Emitter"
-            )
-        grant, by_history = self._session.subscribe(key, channel, replay)
-        if stream is not None:
-            self._routers["message"].add(stream, channel)
-        try:
-            await self._answer(grant.asked, timeout)
-            if by_history:
-                await self._replay(key, channel, replay, stream, timeout)
-        except BaseException:
-            self._give_back(grant, stream)
-            raise
-        return grant
-
-    def _give_back(self, grant: Grant, stream: EventStream[EmitterMessage] | None) -> None:
-        if stream is not None:
-            self._routers["message"].discard(stream)
-            self._leave_stream(stream)
-        if self._connection is not None:
-            self._session.release(grant)
-
-    async def _replay(
-        self,
-        key: str,
-        channel: str,
-        replay: Replay,
-        stream: EventStream[EmitterMessage] | None,
-        timeout: float | None | _Default,
-    ) -> None:
-        """Replay to one subscriber alone what the broker would replay to all of this link."""
-        last = 1 if replay.last is None else replay.last
-        while last and levels(channel)[0] != "+":
-            asked = requests.history(
-                key, channel, last=last, since=replay.since, until=replay.until
-            )
-            try:
-                stored = await self._request(asked, timeout)
-            except UnauthorizedError:
-                # As in a SUBSCRIBE: without the permission to load nothing is replayed.
-                return
-            except RequestError as exc:
-                if exc.status is not None:
-                    raise
-                # Too large for the broker to send; its own replays are cut off at 64 KiB as well.
-                last //= 2
-                continue
-            found = [EmitterMessage(message.channel, message.binary) for message in stored]
-            if stream is not None:
-                stream.put_in_front(found)
-            else:
-                for message in found:
-                    for handler in self._handler_streams("message", message):
-                        await self._hand_over(handler, message)
-            return
-
-    async def _subscribe_for_handlers(
-        self, key: str, channel: str, replay: Replay, timeout: float | None | _Default
-    ) -> None:
-        if (key, channel) in self._awaited:
-            self._link()
-            await checkpoint()
-            return
-        grant = await self._subscribe(key, channel, replay, None, timeout)
-        if (key, channel) in self._awaited:
-            # Another task was quicker.
-            self._give_back(grant, None)
-        else:
-            self._awaited[key, channel] = grant
-
-    @asynccontextmanager
-    async def _subscribed(
-        self,
-        key: str,
-        channel: str,
-        replay: Replay,
-        buffer: int,
-        overflow: Overflow,
-        timeout: float | None | _Default,
-    ) -> AsyncGenerator[EventStream[EmitterMessage]]:
-        stream: EventStream[EmitterMessage] = EventStream(
-            f"subscribe({channel!r})", buffer, overflow
-        )
-        try:
-            grant = await self._subscribe(key, channel, replay, stream, timeout)
-        except BaseException:
-            stream.close()
-            raise
-        try:
-            yield stream
-        finally:
-            self._give_back(grant, stream)
-
-    @asynccontextmanager
-    async def _watching(
-        self,
-        key: str,
-        channel: str,
-        buffer: int,
-        overflow: Overflow,
-        refresh: float | None,
-        timeout: float | None | _Default,
-    ) -> AsyncGenerator[PresenceFeed]:
-        self._link()
-        self._session.watch(key, channel)
-        feed = PresenceFeed(channel, buffer, overflow)
-        self._feeds.add(feed, channel)
-        healing = anyio.CancelScope()
-        try:
-            status, _ = await self._status(feed, key, channel, timeout, changes=True)
-            feed.put_in_front([status])
-            assert self._tasks is not None
-            self._tasks.start_soon(self._heal, feed, key, channel, refresh, healing)
-            yield feed
-        finally:
-            healing.cancel()
-            self._feeds.discard(feed)
-            self._leave_stream(feed)
-            if self._session.unwatch(channel) and self._connection is not None:
-                self._session.request(
-                    requests.presence(key, channel, status=False, changes=False), awaited=False
-                )
-
-    async def _status(
-        self,
-        feed: PresenceFeed,
-        key: str,
-        channel: str,
-        timeout: float | None | _Default = DEFAULT,
-        *,
-        changes: bool | None = None,
-    ) -> tuple[PresenceStatus, bool]:
-        feed.asking()
-        status = await self._request(
-            requests.presence(key, channel, status=True, changes=changes), timeout
-        )
-        assert status is not None
-        return status, feed.correct(status)
-
-    async def _heal(
-        self,
-        feed: PresenceFeed,
-        key: str,
-        channel: str,
-        refresh: float | None,
-        scope: anyio.CancelScope,
-    ) -> None:
-        with scope:
-            while self._connection is not None:
-                await feed.doubted(refresh)
-                try:
-                    status, new = await self._status(feed, key, channel)
-                except RequestError as exc:
-                    refusal = exc
-                    feed.end(lambda: refusal)
-                    return
-                except RequestTimeoutError as exc:
-                    self._report(exc)
-                except EmitterError:
-                    # The link is gone, and the feed has been told so.
-                    return
-                else:
-                    if new:
-                        await self._hand_over(feed, status)
-
-
-class Subscribing:
-    """What ``subscribe()`` returns: to be awaited, or entered with ``async with``, once."""
-
-    def __init__(
-        self,
-        for_handlers: Callable[[], Coroutine[Any, Any, None]],
-        entered: Callable[[], AbstractAsyncContextManager[EventStream[EmitterMessage]]],
-    ) -> None:
-        self._for_handlers = for_handlers
-        self._entered = entered
-        self._used = False
-        self._manager: AbstractAsyncContextManager[EventStream[EmitterMessage]] | None = None
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        self._use()
-        return self._for_handlers().__await__()
-
-    async def __aenter__(self) -> EventStream[EmitterMessage]:
-        self._use()
-        self._manager = self._entered()
-        return await self._manager.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        assert self._manager is not None
-        return await self._manager.__aexit__(exc_type, exc, traceback)
-
-    def __del__(self) -> None:
-        if not self._used:
-            warnings.warn(
-                "subscribe() did nothing: write 'await emitter.subscribe(…)' for messages to "
-                "on('message'), or 'async with emitter.subscribe(…) as messages:' for a stream",
-                RuntimeWarning,
-                stacklevel=2,
-                source=self,
-            )
-
-    def _use(self) -> None:
-        if self._used:
-            raise RuntimeError("a subscribe() is awaited or entered once: call it again")
-        self._used = True

@@ -54,11 +54,21 @@ class Connection:
         self._keepalive = keepalive
         self._last_heard = anyio.current_time()
         self._scope = anyio.CancelScope()
+        self._reading = anyio.CancelScope()
+        self._ended = anyio.Event()
+        self._leaving = False
         self._broken: Exception | None = None
 
+    @property
+    def leaving(self) -> bool:
+        """Whether DISCONNECT has been queued, behind which nothing goes."""
+        return self._leaving
+
     def send(self, packet: Packet) -> None:
-        """Encode a packet and queue it."""
-        self.writer.write(self._codec.encode(packet))
+        """Encode a packet and queue it; nothing goes behind DISCONNECT."""
+        if not self._leaving:
+            self._leaving = isinstance(packet, Disconnect)
+            self.writer.write(self._codec.encode(packet))
 
     async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
         """
@@ -77,21 +87,33 @@ class Connection:
         finally:
             self.writer.stop()
             await self._transport.aclose()
+            self._ended.set()
         return self._broken
 
+    async def abandon(self) -> None:
+        """Close a link that was never run."""
+        await self._transport.aclose()
+
     async def say_goodbye(self) -> None:
-        """Send what is queued, and DISCONNECT behind it."""
+        """
+        Send what is queued, DISCONNECT behind it, and wait until the broker has closed the link.
+
+        If we closed it first, a message on its way to us would meet a closed socket, and the reset
+        that answers it would take along what the broker has not read yet.
+        """
         self.send(Disconnect())
         await self.writer.left(self.writer.queued)
+        self._reading.cancel()
+        await self._ended.wait()
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
         self._scope.cancel()
 
     def blurt_goodbye(self) -> None:
-        """Send DISCONNECT if nothing is in its way; under cancellation there is no time for more."""
-        if not self.writer.size:
-            self.send(Disconnect())
+        """Send what the link takes at once; under cancellation there is no time for more."""
+        self.send(Disconnect())
+        self.writer.hurry()
 
     async def _guard(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
         try:
@@ -100,22 +122,30 @@ class Connection:
             self._break(exc)
 
     def _break(self, exc: Exception) -> None:
-        if self._broken is None:
+        # How the link ends is of no interest once DISCONNECT has left.
+        if self._broken is None and not (self._leaving and not self.writer.size):
             self._broken = exc
         self._scope.cancel()
 
     async def _read(self, deliver: Deliver) -> None:
-        await deliver(self._first)
-        while data := await self._transport.receive():
-            self._last_heard = anyio.current_time()
-            events = self._codec.decode(data)
-            if written := self._codec.take_written():
-                self.writer.write(written)
-            await deliver(events)
-            if self.held_up:
-                self.held_up = False
+        with self._reading:
+            await self._take_in(deliver, self._first)
+            while data := await self._transport.receive():
                 self._last_heard = anyio.current_time()
-        raise EOFError("the broker closed the link")
+                events = self._codec.decode(data)
+                if written := self._codec.take_written():
+                    self.writer.write(written)
+                await self._take_in(deliver, events)
+            raise EOFError("the broker closed the link")
+        while await self._transport.receive():
+            pass
+        self.close()
+
+    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
+        await deliver(events)
+        if self.held_up:
+            self.held_up = False
+            self._last_heard = anyio.current_time()
 
     async def _keep_alive(self, ping: Callable[[], None]) -> None:
         # The broker counts our silence, we count its: one timer to whichever comes first.

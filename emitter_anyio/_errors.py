@@ -1,5 +1,5 @@
-"""The error tree. Everything that this library raises on purpose is an :class:`EmitterError`,
-but for :class:`TypeError`, :class:`ValueError` and :class:`RuntimeError` where a call itself is wrong.
+"""The error tree. What this library raises on purpose is an :class:`EmitterError`, but for
+:class:`TypeError`, :class:`ValueError` and :class:`RuntimeError` where a call itself is wrong.
 
 .. code-block:: text
 

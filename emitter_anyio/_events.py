@@ -35,7 +35,8 @@ _OnLink = TypeVar("_OnLink", bound=Callable[[Link], object])
 _OnMe = TypeVar("_OnMe", bound=Callable[[Me], object])
 _OnError = TypeVar("_OnError", bound=Callable[[Exception], object])
 
-_Entered: TypeAlias = AbstractAsyncContextManager
+_T = TypeVar("_T")
+_Entered: TypeAlias = AbstractAsyncContextManager[_T, bool | None]
 
 
 class _Options(TypedDict, total=False):

@@ -81,7 +81,7 @@ class Life(EventSource):
         self._session = self._new_session()
         self._connection: Connection | None = None
         self._tasks: TaskGroup | None = None
-        self._body = anyio.CancelScope()
+        self._body: anyio.CancelScope | None = None
         self._feeds: Router[PresenceFeed] = Router(options.matcher)
         self._failure: BaseException | None = None
         self._lost: str | None = None
@@ -122,7 +122,7 @@ class Life(EventSource):
         finally:
             self._entered = None
 
-    async def run(self, *, task_status: TaskStatus[Self] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
         """
         Live in a task of the caller's: ``await task_group.start(emitter.run)``.
 
@@ -139,13 +139,13 @@ class Life(EventSource):
         self._begin()
         raised: BaseException | None = None
         try:
-            connection = await self._open()
+            connection = await self._open(anyio.CancelScope())
             # Background tasks never raise into the group: what fails is noted and cancels the
             # body, so that its exception, collected here, leaves as the same object in no group.
             async with anyio.create_task_group() as tasks:
                 self._start(connection, tasks)
                 try:
-                    with self._body:
+                    with anyio.CancelScope() as self._body:
                         yield self
                 except BaseException as exc:
                     raised = exc
@@ -161,9 +161,13 @@ class Life(EventSource):
             self._finish()
         self._raise(raised)
 
-    async def _open(self) -> Connection:
-        with self._body:
-            return await open_connection(self._options)
+    async def _open(self, scope: anyio.CancelScope) -> Connection:
+        self._body = scope
+        with scope:
+            connection = await open_connection(self._options)
+            if not scope.cancel_called:
+                return connection
+            await connection.abandon()
         raise ClosedError("disconnect() was called while the client was connecting")
 
     def _begin(self) -> None:
@@ -173,12 +177,10 @@ class Life(EventSource):
         self._failure = None
         self._unread = []
         self._deadline = math.inf
-        self._body = anyio.CancelScope()
         self._session = self._new_session()
         self._set_state("connecting")
 
     def _start(self, connection: Connection, tasks: TaskGroup) -> None:
-        self._body = anyio.CancelScope()
         self._connection = connection
         self._tasks = tasks
         self._set_state("connected")
@@ -277,7 +279,8 @@ class Life(EventSource):
     def _fail(self, error: BaseException) -> None:
         if self._failure is None or not isinstance(error, Exception):
             self._failure = error
-        self._body.cancel()
+        if self._body is not None:
+            self._body.cancel()
 
     async def disconnect(self) -> None:
         """
@@ -291,7 +294,7 @@ class Life(EventSource):
         self._handler_leaves()
         if self._connection is not None:
             self._start_leaving()
-        elif self._state == "connecting":
+        elif self._state == "connecting" and self._body is not None:
             self._body.cancel()
         await self.wait_closed()
 
@@ -352,7 +355,7 @@ class Life(EventSource):
             self._changed = anyio.Event()
 
     def _link(self) -> Connection:
-        if self._connection is None:
+        if self._connection is None or self._connection.leaving:
             raise self._gone()
         return self._connection
 
@@ -415,8 +418,8 @@ class Life(EventSource):
 
     async def _hand_over(self, stream: EventStream[Any], item: Any) -> None:
         if not stream.push(item):
-            if self._connection is not None:
-                self._connection.held_up = stream.blocks
+            if self._connection is not None and stream.blocks:
+                self._connection.held_up = True
             await stream.make_room()
             stream.push_or_drop(item)
 

@@ -36,7 +36,7 @@ _ID_EPOCH: Final = 1514764800
 """Message ids count their seconds from 2018-01-01."""
 
 
-class Nonsense(ValueError):
+class NonsenseError(ValueError):
     """What came is not what the broker would send."""
 
 
@@ -125,7 +125,7 @@ class Request(Generic[T]):
 
     :ivar operation: its name, which is its topic ``emitter/<operation>/`` and its event
     :ivar body: the JSON to send, or nothing
-    :ivar parse: makes the value of a good answer; raises :exc:`Nonsense`
+    :ivar parse: makes the value of a good answer; raises :exc:`NonsenseError`
     :ivar key: the key in question, for hints
     :ivar channel: the channel in question, for errors
     :ivar emits: whether a good answer is an event, too
@@ -159,7 +159,7 @@ def me() -> Request[Me]:
     def parse(answer: Mapping[str, Any]) -> Me:
         links = answer.get("links", {})
         if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
-            raise Nonsense("links is not an object of channels")
+            raise NonsenseError("links is not an object of channels")
         return Me(_text(answer, "id"), MappingProxyType(links))
 
     return Request("me", b"", parse)
@@ -180,7 +180,7 @@ def presence(
             return None
         who = answer.get("who")
         if not isinstance(who, list):
-            raise Nonsense("who is not an array")
+            raise NonsenseError("who is not an array")
         return PresenceStatus(
             _time(answer, "time"), "status", _text(answer, "channel"), tuple(map(_member, who))
         )
@@ -195,11 +195,11 @@ def presence_event(answer: Mapping[str, Any]) -> PresenceEvent:
     """
     Read a change of presence, which comes without having been asked for each time.
 
-    :raises Nonsense: if it is none
+    :raises NonsenseError: if it is none
     """
     event = answer.get("event")
     if event not in ("subscribe", "unsubscribe"):
-        raise Nonsense("event is neither subscribe nor unsubscribe")
+        raise NonsenseError("event is neither subscribe nor unsubscribe")
     who = (_member(answer.get("who")),)
     return PresenceEvent(_time(answer, "time"), event, _text(answer, "channel"), who)
 
@@ -221,7 +221,7 @@ def history(
     def parse(answer: Mapping[str, Any]) -> list[StoredMessage]:
         found = answer.get("messages")
         if not isinstance(found, list):
-            raise Nonsense("messages is not an array")
+            raise NonsenseError("messages is not an array")
         return sorted(map(_stored, found), key=lambda message: message.id[4:16], reverse=True)
 
     # The key stands inside the channel here; the broker passes over a field of its own for it.
@@ -233,14 +233,14 @@ def parse_object(binary: bytes) -> Mapping[str, Any]:
     """
     Read a JSON object.
 
-    :raises Nonsense: if it is something else
+    :raises NonsenseError: if it is something else
     """
     try:
         value = json.loads(binary)
     except (ValueError, RecursionError) as exc:
-        raise Nonsense("no JSON") from exc
+        raise NonsenseError("no JSON") from exc
     if not isinstance(value, dict):
-        raise Nonsense("no JSON object")
+        raise NonsenseError("no JSON object")
     return value
 
 
@@ -250,11 +250,11 @@ def refusal_in(answer: Mapping[str, Any]) -> tuple[int, str] | None:
 
     A history answer has no status when all is well.
 
-    :raises Nonsense: if status or message are not of their kind
+    :raises NonsenseError: if status or message are not of their kind
     """
     status = answer.get("status", 200)
     if not isinstance(status, int) or isinstance(status, bool):
-        raise Nonsense("status is no whole number")
+        raise NonsenseError("status is no whole number")
     return None if status == 200 else (status, _text(answer, "message"))
 
 
@@ -282,14 +282,14 @@ def _hint(
         return "keygen takes the broker's master secret, or a key with the permission 'e' (extend)"
     if operation == "keyban":
         return "keyban takes the broker's master secret"
-    reasons = [
-        f"the key may lack the permission {_PERMISSION.get(operation, 'it needs')}, have expired, be banned, "
-        "be for another channel or broker, or be for a target that ends in '+/', which opens "
-        "nothing"
-    ]
+    permission = _PERMISSION.get(operation, "it needs")
+    reasons = (
+        f"the key may lack the permission {permission}, have expired, be banned, be for another "
+        "channel or broker, or be for a target that ends in '+/', which opens nothing"
+    )
     if channel is not None and channel.startswith("$share/"):
-        reasons.insert(0, f"a group needs a key made for {channel!r} itself")
-    return "; ".join(reasons)
+        return f"a group needs a key made for {channel!r} itself; {reasons}"
+    return reasons
 
 
 def _json(body: Mapping[str, object]) -> bytes:
@@ -299,41 +299,41 @@ def _json(body: Mapping[str, object]) -> bytes:
 def _text(answer: Mapping[str, Any], name: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
-        raise Nonsense(f"{name} is no string")
+        raise NonsenseError(f"{name} is no string")
     return value
 
 
 def _time(answer: Mapping[str, Any], name: str) -> datetime:
     value = answer.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise Nonsense(f"{name} is no whole number")
+        raise NonsenseError(f"{name} is no whole number")
     try:
         return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError) as exc:
-        raise Nonsense(f"{name} is no time") from exc
+        raise NonsenseError(f"{name} is no time") from exc
 
 
 def _member(who: object) -> Member:
     if not isinstance(who, dict):
-        raise Nonsense("a member is no object")
+        raise NonsenseError("a member is no object")
     username = who.get("username")
     if username is not None and not isinstance(username, str):
-        raise Nonsense("username is no string")
+        raise NonsenseError("username is no string")
     return Member(_text(who, "id"), username)
 
 
 def _stored(found: object) -> StoredMessage:
     if not isinstance(found, dict):
-        raise Nonsense("a stored message is no object")
+        raise NonsenseError("a stored message is no object")
     id = _text(found, "id")
     try:
         number = base64.b64decode(id, validate=True)
         # The broker, written in Go, leaves out an empty payload.
         binary = base64.b64decode(found.get("payload") or "", validate=True)
     except (TypeError, ValueError) as exc:
-        raise Nonsense("a stored message is no base64") from exc
+        raise NonsenseError("a stored message is no base64") from exc
     if len(number) < 16:
-        raise Nonsense("the id of a stored message is too short")
+        raise NonsenseError("the id of a stored message is too short")
     seconds = 0xFFFFFFFF - int.from_bytes(number[4:8], "big") + _ID_EPOCH
     return StoredMessage(
         number, datetime.fromtimestamp(seconds, UTC), _text(found, "channel"), binary

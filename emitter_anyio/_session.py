@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
 from . import _requests as requests
 from ._channels import fingerprint, format_topic, is_whole
@@ -36,7 +36,8 @@ from ._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from ._requests import Nonsense, Request
+from ._pending import Emission, Feed, Grant, Pending, Replay
+from ._requests import NonsenseError, Request
 from ._router import Matcher, overlap, reaches
 
 T = TypeVar("T")
@@ -46,119 +47,6 @@ SYSTEM: Final = "emitter/"
 
 _IDS: Final = 65535
 _KEPT_IDS: Final = 4096
-
-
-class Replay(NamedTuple):
-    """Which stored messages a subscriber asks for; all ``None`` leaves it to the broker."""
-
-    last: int | None = None
-    since: int | None = None
-    until: int | None = None
-
-    @property
-    def nothing(self) -> bool:
-        return self.last == 0
-
-    @property
-    def insists(self) -> bool:
-        """Whether somebody has asked for stored messages in so many words."""
-        return self != Replay() and not self.nothing
-
-    @property
-    def options(self) -> tuple[tuple[str, int | None], ...]:
-        return (("last", self.last), ("from", self.since), ("until", self.until))
-
-
-class Pending(Generic[T]):
-    """
-    Something asked of the broker that it has not settled yet.
-
-    It outlives the caller that waits for it: its packet id stays reserved until the broker has
-    acknowledged it, so that a late answer confirms nothing else.
-    """
-
-    def __init__(
-        self,
-        operation: str,
-        key: str | None = None,
-        channel: str | None = None,
-        *,
-        request: Request[Any] | None = None,
-        settles: int = 0,
-        awaited: bool = True,
-    ) -> None:
-        self.operation = operation
-        self.key = key
-        self.channel = channel
-        self.request = request
-        self.settles = settles
-        """How many publishes of QoS 0 had been sent before it."""
-        self.awaited = awaited
-        """Whether somebody still wants to know."""
-        self.waiters = 0
-        self.quiet = False
-        """Whether a refusal is no news."""
-        self.done = False
-        self.refusal: tuple[int | None, str] | None = None
-        self.nonsense: str | None = None
-        self.grant: Grant | None = None
-        self._value: T | None = None
-        self._error: Callable[[], Exception] | None = None
-        self._wakers: list[Callable[[], None]] = []
-
-    def call_when_done(self, waker: Callable[[], None]) -> None:
-        """Have a function called once there is an outcome."""
-        self._wakers.append(waker)
-
-    def succeed(self, value: T) -> None:
-        """Settle it with a value, if nothing has settled it yet."""
-        if not self.done:
-            self._value = value
-            self._finish()
-
-    def fail(self, error: Callable[[], Exception]) -> None:
-        """Settle it with an error, made anew for each one who waits, if nothing has settled it."""
-        if not self.done:
-            self._error = error
-            self._finish()
-
-    def result(self) -> T:
-        """Return the value or raise the error."""
-        if self._error is not None:
-            raise self._error()
-        return self._value  # type: ignore[return-value]  # succeed() has put a T there
-
-    def _finish(self) -> None:
-        self.done = True
-        for waker in self._wakers:
-            waker()
-
-
-class Grant:
-    """One key's right to one subscription, and how many use it."""
-
-    def __init__(self, key: str, channel: str, asked: Pending[None]) -> None:
-        self.key = key
-        self.channel = channel
-        self.asked = asked
-        """The SUBSCRIBE that asked for it; once it is done without an error, it is granted."""
-        self.users = 0
-        self.replay_left = 65536
-
-
-class Feed:
-    """A channel whose changes of presence the broker tells us, and how many want them."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.users = 0
-
-
-class Emission(NamedTuple):
-    """An event for ``on()`` and ``stream()``."""
-
-    event: str
-    value: Any
 
 
 class Session:
@@ -487,7 +375,7 @@ class Session:
                 emissions = self._unasked(operation, answer)
             else:
                 emissions = self._answered(operation, req, answer)
-        except Nonsense as exc:
+        except NonsenseError as exc:
             return self._stray(message, str(exc))
         return self._stray(message, "nobody asked for it") if emissions is None else emissions
 
@@ -508,7 +396,7 @@ class Session:
         try:
             refusal = requests.refusal_in(answer)
             value = None if refusal else request.parse(answer)
-        except Nonsense as exc:
+        except NonsenseError as exc:
             pending.nonsense = str(exc)
             raise
         if refusal:

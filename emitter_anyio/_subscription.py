@@ -122,9 +122,8 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             try:
                 return self.receive_nowait()
             except WouldBlock:
-                if self._arrival is None:
-                    self._arrival = anyio.Event()
-                await self._arrival.wait()
+                arrival = self._arrival = self._arrival or anyio.Event()
+                await arrival.wait()
 
     def receive_nowait(self) -> T:
         """
@@ -178,6 +177,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     @property
     def dropped(self) -> int:
+        """How many items were dropped because the buffer was full."""
         return self._dropped
 
     def push(self, item: T, *, extra: bool = False) -> bool:
@@ -202,7 +202,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     async def make_room(self) -> None:
         """
-        Give a consumer that is merely busy its turn; under ``"block"`` wait for as long as it takes.
+        Give a consumer that is merely busy its turn; under ``"block"`` wait as long as it takes.
         """
         while self._full:
             taken = self._taken
@@ -213,9 +213,8 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if self._taken == taken:
                 break
         while self._full and self._overflow == "block":
-            if self._departure is None:
-                self._departure = anyio.Event()
-            await self._departure.wait()
+            departure = self._departure = self._departure or anyio.Event()
+            await departure.wait()
 
     @property
     def blocks(self) -> bool:

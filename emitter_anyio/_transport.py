@@ -17,14 +17,14 @@ from typing import Final
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, to_thread
 from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
 
 from ._options import Options, Server
 
 _CHUNK: Final = 65536
 
-_UNDER_WAY: Final = {errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EAGAIN}
-if hasattr(errno, "WSAEWOULDBLOCK"):  # pragma: no cover - a Windows name
-    _UNDER_WAY.add(errno.WSAEWOULDBLOCK)
+# EAGAIN is not among them: a Unix socket whose queue is full says so, and nothing is under way then.
+_UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 
 BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, ssl.SSLError)
 """What a transport raises when the link is broken."""
@@ -97,16 +97,46 @@ class StreamTransport(Transport):
             return await self._stream.receive(_CHUNK)
         except EndOfStream:
             return b""
+        except BrokenResourceError as exc:
+            raise _worded(exc) from exc
 
     def try_send(self, data: bytes) -> int:
         return 0
 
     async def send(self, data: bytes) -> int:
-        await self._stream.send(data)
+        try:
+            await self._stream.send(data)
+        except BrokenResourceError as exc:
+            raise _worded(exc) from exc
         return len(data)
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
+
+
+class _SocketStream(ByteStream):
+    """A socket of our own as the byte stream that AnyIO's TLS wants below it."""
+
+    def __init__(self, transport: SocketTransport) -> None:
+        self._transport = transport
+        self._sending = anyio.Lock(fast_acquire=True)
+
+    async def receive(self, max_bytes: int = _CHUNK) -> bytes:
+        if data := await self._transport.receive():
+            return data
+        raise EndOfStream
+
+    async def send(self, item: bytes) -> None:
+        # The reader sends too, when the peer renews its keys.
+        async with self._sending:
+            while item:
+                item = item[await self._transport.send(item) :]
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError("TLS has an end of its own")
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
 async def open_transport(server: Server, options: Options) -> Transport:
@@ -121,27 +151,39 @@ async def open_transport(server: Server, options: Options) -> Transport:
     if server.scheme == "unix":
         return SocketTransport(await _connect(socket.AF_UNIX, server.host))
     if server.scheme == "mqtts":
-        context = options.ssl_context
-        if context is None:
-            # Reading the system's authorities takes long enough to hold up the loop.
-            context = await to_thread.run_sync(ssl.create_default_context)
-        # Emitter's clients close without the closing message of TLS, and MQTT has an end of its
-        # own, so nothing is to be learned from waiting for it.
-        return StreamTransport(
-            await anyio.connect_tcp(
-                server.host,
-                server.port,
-                tls=True,
-                ssl_context=context,
-                tls_standard_compatible=False,
-                tls_hostname=server.host,
-            )
-        )
+        return await _open_tls(server, options.ssl_context)
     return SocketTransport(await _connect_tcp(server))
 
 
+async def _open_tls(server: Server, context: ssl.SSLContext | None) -> Transport:
+    if context is None:
+        # Reading the system's authorities takes long enough to hold up the loop.
+        context = await to_thread.run_sync(ssl.create_default_context)
+    transport = SocketTransport(await _connect_tcp(server))
+    try:
+        # Emitter's clients close without the closing message of TLS, and MQTT has an end of its
+        # own, so nothing is to be learned from waiting for it.
+        stream = await TLSStream.wrap(
+            _SocketStream(transport),
+            hostname=server.host,
+            ssl_context=context,
+            standard_compatible=False,
+        )
+    except BaseException as exc:
+        await transport.aclose()
+        if isinstance(exc, EndOfStream):
+            raise EOFError("the peer closed the link in the TLS handshake") from None
+        if isinstance(exc, BrokenResourceError):
+            raise _worded(exc) from exc
+        raise
+    return StreamTransport(stream)
+
+
 async def _connect_tcp(server: Server) -> socket.socket:
-    found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    try:
+        found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise OSError(f"{server.host!r} is no host name: {exc}") from exc
     failures = []
     deadline = anyio.current_effective_deadline()
     for number, (family, *_, address) in enumerate(found):
@@ -158,7 +200,10 @@ async def _connect_tcp(server: Server) -> socket.socket:
     if len(failures) == 1:
         raise failures[0]
     reasons = "; ".join(dict.fromkeys(str(exc) or "timed out" for exc in failures))
-    raise OSError(reasons) from ExceptionGroup("no address could be reached", failures)
+    refused = any(isinstance(exc, ConnectionRefusedError) for exc in failures)
+    raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
+        "no address could be reached", failures
+    )
 
 
 async def _connect(family: int, address: object) -> socket.socket:
@@ -176,3 +221,8 @@ async def _connect(family: int, address: object) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _worded(exc: BrokenResourceError) -> OSError:
+    """AnyIO's error says nothing; its cause may."""
+    return OSError(str(exc.__cause__ or "the stream is broken"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -34,6 +35,7 @@ class Writer:
         self._wake = anyio.Event()
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, anyio.Event]] = deque()
+        self._under_way = False
         self._broken = False
         self.queued = 0
         """How many bytes have been queued on this link."""
@@ -76,8 +78,8 @@ class Writer:
             self._send_now(data)
 
     async def left(self, mark: int) -> None:
-        """Wait until the first ``mark`` bytes of the link have been handed over."""
-        if self.sent < mark:
+        """Wait until the first ``mark`` bytes of the link have been handed over, or it is gone."""
+        if self.sent < mark and not self._broken:
             event = anyio.Event()
             self._marks.append((mark, event))
             await event.wait()
@@ -91,7 +93,19 @@ class Writer:
                 await self._wake.wait()
                 continue
             data = self._gather()
-            self._took(self._transport.try_send(data) or await self._transport.send(data))
+            if not (sent := self._transport.try_send(data)):
+                self._under_way = True
+                sent = await self._transport.send(data)
+                self._under_way = False
+            self._took(sent)
+
+    def hurry(self) -> None:
+        """Hand over what the link takes at once, since there will be no later."""
+        with suppress(OSError):
+            while self._packets and not self._under_way:
+                if not (sent := self._transport.try_send(self._gather())):
+                    return
+                self._took(sent)
 
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""

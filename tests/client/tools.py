@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import Any
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute
+from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute, TaskGroup
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream
 from tests.support.server import Server
@@ -83,12 +83,15 @@ class Relay:
         server = self._server
         with self._scope:
             async with client, await _open(server) as broker, anyio.create_task_group() as tasks:
-                tasks.start_soon(self._pump, broker, client)
-                await self._pump(client, broker, self.sent)
-                tasks.cancel_scope.cancel()
+                tasks.start_soon(self._pump, tasks, broker, client)
+                tasks.start_soon(self._pump, tasks, client, broker, self.sent)
 
     async def _pump(
-        self, source: ByteReceiveStream, sink: ByteSendStream, noted: bytearray | None = None
+        self,
+        tasks: TaskGroup,
+        source: ByteReceiveStream,
+        sink: ByteSendStream,
+        noted: bytearray | None = None,
     ) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while True:
@@ -96,6 +99,7 @@ class Relay:
                 if noted is not None:
                     noted += data
                 await sink.send(data)
+        tasks.cancel_scope.cancel()
 
 
 async def _open(server: Server) -> ByteStream:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
@@ -15,8 +16,8 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import ByteStream, Listener, SocketAttribute
 from anyio.streams.tls import TLSStream
 
-from tests.support import packets
-from tests.support.memory import MemoryConnectable, MemoryStream
+from tests.support import packets, tls
+from tests.support.memory import MemoryConnectable
 
 CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
 
@@ -201,15 +202,37 @@ async def memory_peer(
 
     async def accept() -> None:
         while True:
-            tasks.start_soon(play, await connectable.accept())
+            tasks.start_soon(_play, script, await connectable.accept(), None)
 
-    async def play(stream: MemoryStream) -> None:
-        await _play(script, stream, None)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(accept)
-        try:
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(accept)
             yield connectable
-        finally:
-            connectable.close()
-        tasks.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
+    finally:
+        connectable.close()
+
+
+LINKS = ("tcp", "tls", "unix", "memory")
+
+
+@asynccontextmanager
+async def serving(link: str, script: Script) -> AsyncGenerator[dict[str, Any]]:
+    """
+    Play the script behind one of the ``LINKS``.
+
+    :return: the options with which a client gets there
+    """
+    if link == "memory":
+        async with memory_peer(script) as connectable:
+            yield {"connectable": connectable}
+    elif link == "unix":
+        with TemporaryDirectory(prefix="peer") as folder:
+            async with unix_peer(script, Path(folder) / "s"):
+                yield {"host": f"{folder}/s"}
+    elif link == "tls":
+        async with tcp_peer(script, context=tls.server_context()) as port:
+            yield {"host": "127.0.0.1", "port": port, "ssl_context": tls.client_context()}
+    else:
+        async with tcp_peer(script) as port:
+            yield {"host": "127.0.0.1", "port": port, "secure": False}

@@ -1,0 +1,82 @@
+"""Asking the broker and waiting for what it says."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final, Literal, TypeAlias, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from ._errors import MessageTooLargeError, RequestTimeoutError
+from ._life import Life
+from ._pending import Pending
+from ._requests import Request
+
+T = TypeVar("T")
+
+
+class _Default(Enum):
+    """Stands for the client's own ``request_timeout``."""
+
+    TIMEOUT = "request_timeout"
+
+
+DEFAULT: Final = _Default.TIMEOUT
+
+Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
+"""Seconds to wait for the broker; ``None`` waits for ever."""
+
+
+class Conversation(Life):
+    """What every verb does: wait for room, ask with no await in between, wait for the answer."""
+
+    async def _room(self) -> None:
+        """Wait until a packet may be queued; nothing may be awaited before it is."""
+        writer = self._link().writer
+        if not writer.has_room:
+            await writer.room()
+        while self._session.full:
+            freed = anyio.Event()
+            self._session.call_when_free(freed.set)
+            await freed.wait()
+        self._link()
+
+    async def _request(self, request: Request[T], timeout: Timeout) -> T:
+        self._check_size(request.topic.encode(), request.body, 1)
+        await self._room()
+        return await self._answer(self._session.request(request), timeout)
+
+    async def _answer(self, pending: Pending[T], timeout: Timeout) -> T:
+        """Wait for what the broker says, from the time that the question has left."""
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        if pending.done:
+            await checkpoint()
+            return pending.result()
+        done = anyio.Event()
+        pending.call_when_done(done.set)
+        writer = self._link().writer
+        pending.waiters += 1
+        try:
+            await writer.left(writer.queued)
+            with anyio.move_on_after(seconds):
+                await done.wait()
+        finally:
+            pending.waiters -= 1
+            pending.awaited = bool(pending.waiters)
+        if not pending.done:
+            where = "" if pending.channel is None else f" {pending.channel!r}"
+            raise RequestTimeoutError(
+                f"{pending.operation}{where}: the broker did not answer within {seconds:g} s; "
+                "whether it took effect is unknown"
+            )
+        return pending.result()
+
+    def _check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
+        size = 2 + len(topic) + len(payload) + (2 if qos else 0)
+        if size > self._options.max_message_size:
+            raise MessageTooLargeError(
+                f"the packet would have {size} bytes, {len(payload)} of them payload; the broker "
+                f"closes the link at more than {self._options.max_message_size} "
+                "(max_message_size)"
+            )

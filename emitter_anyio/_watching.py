@@ -1,0 +1,181 @@
+"""Watching presence: who is there, and who comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+
+import anyio
+
+from . import _requests as requests
+from ._channels import check_channel, check_key
+from ._conversation import DEFAULT, Conversation, Timeout
+from ._errors import EmitterError, RequestError, RequestTimeoutError
+from ._options import Options
+from ._presence import PresenceFeed
+from ._requests import PresenceStatus
+from ._subscription import Overflow, check_buffer
+
+
+class Watcher(Conversation):
+    """The verbs ``presence`` and ``watch_presence``."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._presence_wanted: set[str] = set()
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._presence_wanted.clear()
+
+    async def presence(
+        self,
+        key: str,
+        channel: str,
+        *,
+        changes: bool | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> PresenceStatus:
+        """
+        Ask who is subscribed to a channel, or to one below it.
+
+        :param key: a key with the permission for presence (``p``)
+        :param channel: the channel
+        :param changes: ``True`` has the broker tell ``on("presence")`` of changes from now on,
+            ``False`` ends that; ``None`` leaves it as it is
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: who is there now
+        :raises UnauthorizedError: if the key may not
+        :raises RequestError: without a status, if the answer was too large for the broker to send
+        """
+        check_key(key)
+        channel = check_channel(channel, wildcards=True)
+        fresh = changes is True and channel not in self._presence_wanted
+        if fresh:
+            self._session.watch(key, channel)
+            self._presence_wanted.add(channel)
+        try:
+            told = changes
+            if changes is False:
+                told = False if self._unwant_presence(channel) else None
+            status = await self._request(
+                requests.presence(key, channel, status=True, changes=told), timeout
+            )
+        except BaseException:
+            if fresh:
+                self._unwant_presence(channel)
+            raise
+        assert status is not None
+        return status
+
+    def _unwant_presence(self, channel: str) -> bool:
+        """Take back ``changes=True``; tells whether nobody else needs the feed."""
+        if channel not in self._presence_wanted:
+            return not self._session.watched(channel)
+        self._presence_wanted.discard(channel)
+        return self._session.unwatch(channel)
+
+    def watch_presence(
+        self,
+        key: str,
+        channel: str,
+        *,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        refresh: float | None = 60,
+        timeout: Timeout = DEFAULT,
+    ) -> AbstractAsyncContextManager[PresenceFeed]:
+        """
+        Watch who comes and goes; entered with ``async with``.
+
+        :param key: a key with the permission for presence (``p``)
+        :param channel: the channel; what happens below it is told too
+        :param buffer: how many events may wait in the stream
+        :param overflow: what happens to more, as in :meth:`subscribe`
+        :param refresh: every so many seconds a fresh status is asked for; ``None`` never
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: an asynchronous context manager of a :class:`PresenceFeed`
+        :raises UnauthorizedError: when entered, if the key may not
+        """
+        check_key(key)
+        channel = check_channel(channel, wildcards=True)
+        check_buffer(buffer, overflow)
+        if refresh is not None and not refresh > 0:
+            raise ValueError(f"refresh is a number of seconds above 0, or None, not {refresh!r}")
+        return self._watching(key, channel, buffer, overflow, refresh, timeout)
+
+    @asynccontextmanager
+    async def _watching(
+        self,
+        key: str,
+        channel: str,
+        buffer: int,
+        overflow: Overflow,
+        refresh: float | None,
+        timeout: Timeout,
+    ) -> AsyncGenerator[PresenceFeed]:
+        self._link()
+        self._session.watch(key, channel)
+        feed = PresenceFeed(channel, buffer, overflow)
+        self._feeds.add(feed, channel)
+        healing = anyio.CancelScope()
+        try:
+            status, _ = await self._status(feed, key, channel, timeout, changes=True)
+            feed.put_in_front([status])
+            assert self._tasks is not None
+            self._tasks.start_soon(self._heal, feed, key, channel, refresh, healing)
+            yield feed
+        finally:
+            healing.cancel()
+            self._feeds.discard(feed)
+            self._leave_stream(feed)
+            if self._session.unwatch(channel) and self._connection is not None:
+                self._session.request(
+                    requests.presence(key, channel, status=False, changes=False), awaited=False
+                )
+
+    async def _status(
+        self,
+        feed: PresenceFeed,
+        key: str,
+        channel: str,
+        timeout: Timeout = DEFAULT,
+        *,
+        changes: bool | None = None,
+    ) -> tuple[PresenceStatus, bool]:
+        feed.asking()
+        status = await self._request(
+            requests.presence(key, channel, status=True, changes=changes), timeout
+        )
+        assert status is not None
+        return status, feed.correct(status)
+
+    async def _heal(
+        self,
+        feed: PresenceFeed,
+        key: str,
+        channel: str,
+        refresh: float | None,
+        scope: anyio.CancelScope,
+    ) -> None:
+        with scope:
+            while self._connection is not None:
+                await feed.doubted(refresh)
+                try:
+                    status, new = await self._status(feed, key, channel)
+                except RequestError as exc:
+                    feed.end(partial(_same, exc))
+                    return
+                except RequestTimeoutError as exc:
+                    self._report(exc)
+                except EmitterError:
+                    # The link is gone, and the feed has been told so.
+                    return
+                else:
+                    if new:
+                        await self._hand_over(feed, status)
+
+
+def _same(error: Exception) -> Exception:
+    return error

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any, Literal
+
+import anyio
+import pytest
+
+from emitter_anyio import (
+    Emitter,
+    InvalidChannelError,
+    MessageTooLargeError,
+    RequestError,
+    UnauthorizedError,
+)
+from tests.client.tools import Calls, arrived
+from tests.support.server import Server
+
+pytestmark = pytest.mark.emitter
+
+NO_KEY = "A" * 32
+QOS: tuple[Literal[0, 1], ...] = (0, 1)
+
+
+@pytest.mark.parametrize("qos", QOS)
+@pytest.mark.parametrize(
+    ("message", "binary"),
+    [
+        pytest.param("grüß dich", "grüß dich".encode(), id="text"),
+        pytest.param(b"\x00\xff", b"\x00\xff", id="bytes"),
+        pytest.param(bytearray(b"\x01\x02"), b"\x01\x02", id="bytearray"),
+        pytest.param(memoryview(b"abcdef")[::2], b"ace", id="memoryview"),
+        pytest.param(b"", b"", id="no bytes"),
+        pytest.param("", b"", id="no text"),
+    ],
+)
+async def test_bytes_and_text_arrive_as_they_are(
+    emitter: Emitter, key: str, unique: str, message: Any, binary: bytes, qos: Literal[0, 1]
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, message, qos=qos)
+        received = await messages.receive()
+    assert received.channel == unique
+    assert received.binary == binary
+
+
+@pytest.mark.parametrize("value", [{"ä": [1, 2.5, None]}, ["x"], 42, True, None], ids=json.dumps)
+async def test_any_other_message_arrives_as_json(
+    emitter: Emitter, key: str, unique: str, value: object
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, value)
+        assert (await messages.receive()).as_object() == value
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        ({1, 2}, TypeError, "set"),
+        (float("nan"), ValueError, "no JSON"),
+        ("\ud800", ValueError, "no UTF-8"),
+    ],
+)
+async def test_a_message_that_cannot_be_sent_is_refused(
+    emitter: Emitter, unique: str, message: object, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        await emitter.publish(NO_KEY, unique, message)
+
+
+async def test_a_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique.rstrip("/"), "m")
+        assert (await messages.receive()).channel == unique
+
+
+async def test_another_client_receives_it(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    async with other.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, "to the other")
+        assert (await messages.receive()).as_string() == "to the other"
+
+
+async def test_messages_arrive_in_the_order_of_the_calls_whatever_their_qos(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    expected = [str(number) for number in range(20)]
+    async with emitter.subscribe(key, unique) as messages, anyio.create_task_group() as tasks:
+        for number in expected:
+            # A task of its own for each, since the awaited ones would else be one at a time.
+            tasks.start_soon(publish, emitter, key, unique, number)
+            await anyio.wait_all_tasks_blocked()
+        received = [(await messages.receive()).as_string() for _ in expected]
+    assert received == expected
+
+
+async def publish(emitter: Emitter, key: str, channel: str, number: str) -> None:
+    await emitter.publish(key, channel, number, qos=1 if int(number) % 2 else 0)
+
+
+# ttl, retain, echo
+
+
+async def test_a_message_with_a_ttl_is_stored(emitter: Emitter, key: str, unique: str) -> None:
+    for number in ("1", "2", "3"):
+        await emitter.publish(key, unique, number, ttl=60, qos=1)
+    async with emitter.subscribe(key, unique, last=10) as messages:
+        # The broker replays the newest of a second first.
+        assert sorted(await arrived(emitter, messages)) == ["1", "2", "3"]
+
+
+async def test_the_ttl_may_be_given_by_place(emitter: Emitter, key: str, unique: str) -> None:
+    await emitter.publish(key, unique, "stored", 60)
+    async with emitter.subscribe(key, unique) as messages:
+        assert (await messages.receive()).as_string() == "stored"
+
+
+@pytest.mark.parametrize("ttl", [None, 0])
+async def test_a_message_without_a_ttl_is_not_stored(
+    emitter: Emitter, key: str, unique: str, ttl: int | None
+) -> None:
+    await emitter.publish(key, unique, "passing", ttl, qos=1)
+    async with emitter.subscribe(key, unique, last=10) as messages:
+        assert await arrived(emitter, messages) == []
+
+
+@pytest.mark.parametrize("ttl", [-1, 2**31, 1.5, "60"])
+async def test_a_ttl_that_the_broker_would_not_take_is_named(
+    emitter: Emitter, unique: str, ttl: Any
+) -> None:
+    with pytest.raises((TypeError, ValueError), match="ttl"):
+        await emitter.publish(NO_KEY, unique, "m", ttl)
+
+
+async def test_a_retained_message_is_stored(emitter: Emitter, key: str, unique: str) -> None:
+    await emitter.publish(key, unique, "kept", retain=True, qos=1)
+    async with emitter.subscribe(key, unique) as messages:
+        assert (await messages.receive()).as_string() == "kept"
+
+
+async def test_without_the_permission_to_store_it_is_delivered_and_not_stored(
+    emitter: Emitter, server: Server, key: str, unique: str
+) -> None:
+    made = await emitter.keygen(server.secret, unique, "rwl")
+    async with emitter.subscribe(made.key, unique) as messages:
+        await emitter.publish(made.key, unique, "m", ttl=60, qos=1)
+        assert await arrived(emitter, messages) == ["m"]
+    async with emitter.subscribe(made.key, unique, last=10) as messages:
+        assert await arrived(emitter, messages) == []
+
+
+@pytest.mark.parametrize("qos", QOS)
+async def test_without_echo_it_is_delivered_to_others_alone(
+    emitter: Emitter, other: Emitter, key: str, unique: str, qos: Literal[0, 1]
+) -> None:
+    async with emitter.subscribe(key, unique) as own, other.subscribe(key, unique) as theirs:
+        await emitter.publish(key, unique, "m", echo=False, qos=qos)
+        assert (await theirs.receive()).as_string() == "m"
+        assert await arrived(emitter, own) == []
+
+
+# Refusals
+
+
+async def test_a_refused_publish_with_qos_1_raises(emitter: Emitter, unique: str) -> None:
+    with pytest.raises(UnauthorizedError) as caught:
+        await emitter.publish(NO_KEY, unique, "m", qos=1)
+    error = caught.value
+    assert (error.status, error.operation, error.channel) == (401, "publish", unique)
+    assert error.hint is not None
+    assert "'w'" in error.hint
+    assert NO_KEY not in f"{error} {error!r} {error.hint}"
+
+
+async def test_a_key_that_cannot_be_one_is_hinted_at(emitter: Emitter, unique: str) -> None:
+    with pytest.raises(UnauthorizedError, match="keys have 32") as caught:
+        await emitter.publish("shortkey", unique, "m", qos=1)
+    assert "shortkey" not in str(caught.value)
+
+
+async def test_a_key_without_the_permission_to_write_is_refused(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    made = await emitter.keygen(server.secret, unique, "r")
+    with pytest.raises(UnauthorizedError, match="'w' \\(write\\)"):
+        await emitter.publish(made.key, unique, "m", qos=1)
+
+
+async def test_a_key_of_another_channel_is_refused(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    with pytest.raises(UnauthorizedError, match="another channel"):
+        await emitter.publish(key, f"not{unique}", "m", qos=1)
+
+
+async def test_the_client_works_on_after_a_refusal(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    with pytest.raises(RequestError):
+        await emitter.publish(NO_KEY, unique, "m", qos=1)
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, "m", qos=1)
+        assert await arrived(emitter, messages) == ["m"]
+
+
+async def test_qos_2_is_a_value_error(emitter: Emitter, key: str, unique: str) -> None:
+    with pytest.raises(ValueError, match="qos is 0 or 1, not 2"):
+        await emitter.publish(key, unique, "m", qos=2)  # type: ignore[arg-type]  # on purpose
+
+
+@pytest.mark.parametrize(
+    ("channel", "words"),
+    [
+        ("", "empty"),
+        ("/", "empty"),
+        ("/a/", "empty level"),
+        ("a//b/", "empty level"),
+        ("a b/", "' '"),
+        ("straße/", "'ß'"),
+        ("a/?ttl=5", "'\\?'"),
+        ("a/+/", "wildcard '\\+'"),
+        ("a/#/", "wildcard '#'"),
+    ],
+)
+async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words: str) -> None:
+    with pytest.raises(InvalidChannelError, match=words) as caught:
+        await emitter.publish(NO_KEY, channel, "m")
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("bad", ["", "with/slash", "with space", "with#hash", "ä"])
+async def test_a_key_that_cannot_stand_in_a_topic_is_refused_and_not_shown(
+    emitter: Emitter, unique: str, bad: str
+) -> None:
+    with pytest.raises(ValueError, match="the key") as caught:
+        await emitter.publish(bad, unique, "m")
+    assert len(bad) < 2 or bad not in str(caught.value)
+
+
+@pytest.mark.parametrize("qos", QOS)
+async def test_a_message_too_large_is_refused_and_the_largest_arrives(
+    emitter: Emitter, key: str, unique: str, qos: Literal[0, 1]
+) -> None:
+    room = 65536 - 2 - len(f"{key}/{unique}") - 2 * qos
+    with pytest.raises(MessageTooLargeError, match="65537 bytes"):
+        await emitter.publish(key, unique, bytes(room + 1), qos=qos)
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, bytes(room), qos=qos)
+        assert len((await messages.receive()).binary) == room
+
+
+# flush(), and what becomes of a refused publish with qos=0
+
+
+async def test_flush_returns_the_round_trip_when_the_broker_has_taken_everything(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        for _ in range(5):
+            await emitter.publish(key, unique, "m")
+        assert await emitter.flush() > 0
+        assert messages.statistics().buffered == 5
+
+
+async def test_flush_raises_the_first_refusal_since_the_last_one_and_once(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await emitter.publish(key, unique, "fine")
+    await emitter.publish(NO_KEY, unique, "refused")
+    await emitter.publish("short", unique, "refused too")
+    with pytest.raises(UnauthorizedError) as caught:
+        await emitter.flush()
+    assert (caught.value.status, caught.value.operation) == (401, "publish")
+    assert await emitter.flush() > 0
+
+
+async def test_flush_says_nothing_of_refusals_that_were_raised(
+    emitter: Emitter, unique: str
+) -> None:
+    with pytest.raises(UnauthorizedError):
+        await emitter.publish(NO_KEY, unique, "m", qos=1)
+    assert await emitter.flush() > 0
+
+
+async def test_a_refused_publish_with_qos_0_goes_to_the_error_handler(
+    emitter: Emitter, unique: str
+) -> None:
+    errors = Calls()
+    emitter.on("error", errors)
+    await emitter.publish(NO_KEY, unique, "m")
+    (error,) = await errors.get(1)
+    assert isinstance(error, UnauthorizedError)
+    assert error.operation == "publish"
+
+
+async def test_without_an_error_handler_it_is_a_warning_that_names_the_ways_to_learn_which(
+    emitter: Emitter, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await emitter.publish(NO_KEY, unique, "m")
+    with pytest.raises(UnauthorizedError):
+        await emitter.flush()
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warning.name == "emitter_anyio"
+    assert "qos=1" in warning.getMessage()
+    assert "flush()" in warning.getMessage()

@@ -1,0 +1,484 @@
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import anyio
+import pytest
+
+from emitter_anyio import (
+    Emitter,
+    InvalidChannelError,
+    SlowConsumerError,
+    SubscriptionConflictError,
+    UnauthorizedError,
+    connect,
+)
+from tests.client.tools import Calls, arrived, enter, texts
+from tests.support.server import Server
+
+pytestmark = pytest.mark.emitter
+
+NO_KEY = "A" * 32
+
+
+# Entered
+
+
+async def test_an_entered_subscription_is_a_stream(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, "one")
+        await emitter.publish(key, unique, "two")
+        received = []
+        async for message in messages:
+            received.append(message.as_string())
+            if len(received) == 2:
+                break
+    assert received == ["one", "two"]
+
+
+async def test_leaving_the_stream_ends_the_delivery(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        pass
+    await emitter.publish(key, unique, "late")
+    await emitter.flush()
+    assert emitter.statistics().received == 0
+    with pytest.raises(anyio.EndOfStream):
+        await messages.receive()
+
+
+async def test_closing_the_stream_inside_ends_it(emitter: Emitter, key: str, unique: str) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await messages.aclose()
+        assert [message async for message in messages] == []
+
+
+async def test_a_stream_can_be_had_again(emitter: Emitter, key: str, unique: str) -> None:
+    for text in ("one", "two"):
+        async with emitter.subscribe(key, unique) as messages:
+            await emitter.publish(key, unique, text)
+            assert await arrived(emitter, messages) == [text]
+
+
+async def test_a_subscription_gets_what_is_published_below_it(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, f"{unique}a/b/", "below")
+        message = await messages.receive()
+    assert (message.channel, message.as_string()) == (f"{unique}a/b/", "below")
+
+
+async def test_a_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
+    async with emitter.subscribe(key, unique.rstrip("/")) as messages:
+        await emitter.publish(key, unique, "m")
+        assert await arrived(emitter, messages) == ["m"]
+
+
+# Awaited
+
+
+async def test_messages_of_an_awaited_subscription_go_to_the_handlers(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    await emitter.subscribe(key, unique)
+    await emitter.publish(key, unique, "m")
+    assert texts(await calls.get(1)) == ["m"]
+
+
+async def test_an_awaited_subscription_is_idempotent(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await emitter.publish(key, unique, "stored", ttl=60, qos=1)
+    async with emitter.stream("message") as messages:
+        await emitter.subscribe(key, unique, last=1)
+        await emitter.subscribe(key, unique, last=1)
+        await emitter.publish(key, unique, "live")
+        assert await arrived(emitter, messages) == ["stored", "live"]
+        await emitter.unsubscribe(key, unique)
+        await emitter.publish(key, unique, "late")
+        assert await arrived(emitter, messages) == []
+
+
+async def test_two_tasks_may_await_the_same_subscription(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async def subscribe() -> None:
+        await emitter.subscribe(key, unique)
+
+    async with emitter.stream("message") as messages:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(subscribe)
+            tasks.start_soon(subscribe)
+        await emitter.publish(key, unique, "m")
+        assert await arrived(emitter, messages) == ["m"]
+        await emitter.unsubscribe(key, unique)
+        await emitter.publish(key, unique, "late")
+        assert await arrived(emitter, messages) == []
+
+
+async def test_it_can_be_subscribed_again_after_unsubscribing(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.stream("message") as messages:
+        for _ in range(2):
+            await emitter.subscribe(key, unique)
+            await emitter.unsubscribe(key, unique)
+        await emitter.subscribe(key, unique)
+        await emitter.publish(key, unique, "m")
+        assert await arrived(emitter, messages) == ["m"]
+
+
+async def test_unsubscribing_what_was_never_subscribed_is_fine(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await emitter.unsubscribe(key, unique)
+    assert await emitter.flush() > 0
+
+
+async def test_unsubscribing_with_a_key_that_opens_nothing_raises(
+    emitter: Emitter, unique: str
+) -> None:
+    with pytest.raises(UnauthorizedError) as caught:
+        await emitter.unsubscribe(NO_KEY, unique)
+    assert (caught.value.operation, caught.value.channel) == ("unsubscribe", unique)
+
+
+# What is replayed
+
+
+@pytest.fixture
+async def stored(emitter: Emitter, key: str, unique: str) -> str:
+    """A channel with the stored messages 1, 2 and 3."""
+    for number in ("1", "2", "3"):
+        await emitter.publish(key, unique, number, ttl=60, qos=1)
+    return unique
+
+
+@pytest.mark.parametrize(
+    ("last", "replayed"),
+    [(None, ["3"]), (0, []), (1, ["3"]), (2, ["2", "3"]), (10, ["1", "2", "3"])],
+)
+async def test_last_says_how_many_stored_messages_are_replayed(
+    emitter: Emitter, key: str, stored: str, last: int | None, replayed: list[str]
+) -> None:
+    async with emitter.subscribe(key, stored, last) as messages:
+        # Within a second the broker replays the newest first.
+        assert sorted(await arrived(emitter, messages)) == replayed
+
+
+async def test_what_is_replayed_comes_before_what_is_live(
+    emitter: Emitter, key: str, stored: str
+) -> None:
+    async with emitter.subscribe(key, stored, last=2) as messages:
+        await emitter.publish(key, stored, "live")
+        *replayed, live = await arrived(emitter, messages)
+    assert sorted(replayed) == ["2", "3"]
+    assert live == "live"
+
+
+async def test_what_is_replayed_needs_no_room_in_the_buffer(
+    emitter: Emitter, key: str, stored: str
+) -> None:
+    async with emitter.subscribe(key, stored, last=3, buffer=1) as messages:
+        await emitter.publish(key, stored, "live")
+        assert len(await arrived(emitter, messages)) == 4
+
+
+async def test_an_awaited_subscription_replays_to_the_handlers(
+    emitter: Emitter, key: str, stored: str
+) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    await emitter.subscribe(key, stored, last=3)
+    assert sorted(texts(await calls.get(3))) == ["1", "2", "3"]
+
+
+async def test_a_key_without_the_permission_to_load_replays_nothing(
+    emitter: Emitter, server: Server, stored: str
+) -> None:
+    made = await emitter.keygen(server.secret, stored, "r")
+    async with emitter.subscribe(made.key, stored, last=3) as messages:
+        assert await arrived(emitter, messages) == []
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "count"),
+    [(-HOUR, None, 3), (HOUR, None, 0), (None, -HOUR, 0), (None, HOUR, 3), (-HOUR, HOUR, 3)],
+)
+@pytest.mark.parametrize("form", ["datetime", "unix seconds"])
+async def test_since_and_until_bound_what_is_replayed(
+    emitter: Emitter,
+    key: str,
+    stored: str,
+    since: timedelta | None,
+    until: timedelta | None,
+    count: int,
+    form: str,
+) -> None:
+    def point(offset: timedelta | None) -> Any:
+        if offset is None:
+            return None
+        if form == "datetime":
+            return datetime.now(UTC) + offset
+        return time.time() + offset.total_seconds()
+
+    async with emitter.subscribe(
+        key, stored, last=10, since=point(since), until=point(until)
+    ) as messages:
+        assert len(await arrived(emitter, messages)) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"last": -1}, "last"),
+        ({"last": "1"}, "last"),
+        ({"since": datetime(2030, 1, 1)}, "since is a naive datetime"),
+        ({"until": 5}, "until"),
+        ({"buffer": 0}, "buffer is at least 1"),
+        ({"overflow": "explode"}, "overflow is one of"),
+    ],
+)
+async def test_a_bad_option_is_named(
+    emitter: Emitter, unique: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        emitter.subscribe(NO_KEY, unique, **options)
+
+
+# Wildcards
+
+
+async def test_a_plus_stands_for_one_level(emitter: Emitter, key: str, unique: str) -> None:
+    async with emitter.subscribe(key, f"{unique}+/c/") as messages:
+        for channel in ("a/c/", "b/c/d/", "a/b/", "c/"):
+            await emitter.publish(key, unique + channel, channel)
+        assert await arrived(emitter, messages) == ["a/c/", "b/c/d/"]
+
+
+async def test_a_plus_goes_with_options(emitter: Emitter, key: str, unique: str) -> None:
+    await emitter.publish(key, f"{unique}a/c/", "stored", ttl=60, qos=1)
+    async with emitter.subscribe(key, f"{unique}+/c/", last=5) as messages:
+        await emitter.publish(key, f"{unique}b/c/", "live")
+        assert await arrived(emitter, messages) == ["stored", "live"]
+
+
+async def test_a_plus_at_the_start_goes_with_options(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    made = await emitter.keygen(server.secret, "#/", "rwslp")
+    async with emitter.subscribe(made.key, f"+/x{unique}", last=5) as messages:
+        await emitter.publish(made.key, f"{unique}x{unique}", "m")
+        assert await arrived(emitter, messages) == ["m"]
+
+
+async def test_a_hash_goes_with_options(emitter: Emitter, key: str, unique: str) -> None:
+    await emitter.publish(key, f"{unique}a/", "stored", ttl=60, qos=1)
+    async with emitter.subscribe(key, f"{unique}#/", last=5) as messages:
+        assert await arrived(emitter, messages) == ["stored"]
+
+
+async def test_the_channel_may_be_a_hash_alone(emitter: Emitter, server: Server) -> None:
+    made = await emitter.keygen(server.secret, "#/", "r")
+    async with emitter.subscribe(made.key, "#/", last=0) as messages:
+        # With the broker's default matcher it receives nothing.
+        assert await arrived(emitter, messages) == []
+
+
+@pytest.mark.parametrize(
+    ("channel", "words"),
+    [("", "empty"), ("a//b/", "empty level"), ("a b/", "' '"), ("a/#/b/", "'#' before its end")],
+)
+async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words: str) -> None:
+    with pytest.raises(InvalidChannelError, match=words):
+        emitter.subscribe(NO_KEY, channel)
+
+
+# Refusals and conflicts
+
+
+@pytest.mark.parametrize("form", ["awaited", "entered"])
+async def test_a_refused_subscription_raises_and_leaves_nothing(
+    emitter: Emitter, server: Server, key: str, unique: str, form: str
+) -> None:
+    write_only = (await emitter.keygen(server.secret, unique, "w")).key
+    errors = Calls()
+    emitter.on("error", errors)
+    with pytest.raises(UnauthorizedError, match="'r' \\(read\\)") as caught:
+        if form == "awaited":
+            await emitter.subscribe(write_only, unique)
+        else:
+            await enter(emitter.subscribe(write_only, unique))
+    assert (caught.value.status, caught.value.operation) == (401, "subscribe")
+    assert caught.value.channel == unique
+    assert write_only not in str(caught.value)
+    # The channel is as though nothing had happened.
+    async with emitter.subscribe(key, unique) as messages:
+        await emitter.publish(key, unique, "m")
+        assert await arrived(emitter, messages) == ["m"]
+    await emitter.flush()
+    assert errors.values == []
+
+
+async def test_a_key_whose_target_ends_in_a_plus_opens_nothing_as_the_hint_says(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    made = await emitter.keygen(server.secret, f"{unique}+/", "r")
+    with pytest.raises(UnauthorizedError, match=r"ends in '\+/'"):
+        await emitter.subscribe(made.key, f"{unique}a/")
+
+
+async def test_channels_that_the_broker_takes_for_one_are_a_conflict(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    one, two = f"{unique}p/q/", f"{unique}q/p/"
+    async with emitter.subscribe(key, one) as messages:
+        with pytest.raises(SubscriptionConflictError, match="second Emitter") as caught:
+            await emitter.subscribe(key, two)
+        assert one in str(caught.value)
+        assert two in str(caught.value)
+        await emitter.publish(key, one, "m")
+        assert await arrived(emitter, messages) == ["m"]
+    # The first one is gone, so nothing is in the way of the second.
+    async with emitter.subscribe(key, two) as messages:
+        await emitter.publish(key, two, "m")
+        assert await arrived(emitter, messages) == ["m"]
+
+
+async def test_conflicts_can_be_allowed(server: Server, key: str, unique: str) -> None:
+    async with connect(server.url, allow_collisions=True) as emitter:
+        async with emitter.subscribe(key, f"{unique}p/q/") as messages:
+            await emitter.subscribe(key, f"{unique}q/p/")
+            await emitter.publish(key, f"{unique}p/q/", "m")
+            assert await arrived(emitter, messages) == ["m"]
+
+
+# subscribe() itself
+
+
+async def test_it_is_used_once(emitter: Emitter, key: str, unique: str) -> None:
+    subscribing = emitter.subscribe(key, unique)
+    await subscribing
+    with pytest.raises(RuntimeError, match="once"):
+        await subscribing
+    with pytest.raises(RuntimeError, match="once"):
+        await enter(subscribing)
+
+
+async def test_neither_awaited_nor_entered_it_warns_with_both_forms(
+    emitter: Emitter, unique: str
+) -> None:
+    subscribing = emitter.subscribe(NO_KEY, unique)
+    with pytest.warns(RuntimeWarning, match="await emitter.subscribe.*async with emitter") as warned:
+        del subscribing
+    assert len(warned) == 1
+
+
+async def test_cancelled_while_being_entered_it_is_given_back(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async def subscribe() -> None:
+        async with emitter.subscribe(key, unique):
+            await anyio.sleep_forever()
+
+    for turns in range(10):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(subscribe)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+        await emitter.publish(key, unique, "nobody")
+        await emitter.flush()
+    assert emitter.statistics().received == 0
+
+
+# A full buffer
+
+
+async def test_a_full_buffer_raises_at_the_place_of_the_gap(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique, buffer=2) as messages:
+        for number in range(5):
+            await emitter.publish(key, unique, str(number))
+        await emitter.flush()
+        assert texts([await messages.receive(), await messages.receive()]) == ["0", "1"]
+        with pytest.raises(SlowConsumerError, match="3 were dropped") as caught:
+            await messages.receive()
+        await emitter.publish(key, unique, "behind the gap")
+        assert (await messages.receive()).as_string() == "behind the gap"
+    assert caught.value.dropped == 3
+    assert unique in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kept"), [("drop_oldest", ["3", "4"]), ("drop_newest", ["0", "1"])]
+)
+async def test_a_full_buffer_drops_and_counts(
+    emitter: Emitter, key: str, unique: str, overflow: Any, kept: list[str]
+) -> None:
+    async with emitter.subscribe(key, unique, buffer=2, overflow=overflow) as messages:
+        for number in range(5):
+            await emitter.publish(key, unique, str(number))
+        assert await arrived(emitter, messages) == kept
+        figures = messages.statistics()
+    assert (figures.dropped, figures.received, figures.buffered) == (3, 2, 0)
+
+
+async def test_a_full_buffer_blocks_the_link(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    async with other.subscribe(key, unique, buffer=1, overflow="block") as messages:
+        for number in range(20):
+            await emitter.publish(key, unique, number)
+        await emitter.flush()
+        numbers = [(await messages.receive()).as_object() for _ in range(20)]
+        assert messages.statistics().dropped == 0
+    assert numbers == list(range(20))
+
+
+async def test_a_consumer_that_is_merely_busy_loses_nothing(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    received = []
+
+    async def consume() -> None:
+        async for message in messages:
+            received.append(message.as_object())
+            await anyio.lowlevel.checkpoint()
+            if len(received) == 500:
+                return
+
+    async with other.subscribe(key, unique, buffer=4) as messages:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume)
+            for number in range(500):
+                await emitter.publish(key, unique, number)
+    assert received == list(range(500))
+
+
+async def test_several_tasks_may_share_a_stream(emitter: Emitter, key: str, unique: str) -> None:
+    received = []
+
+    async def consume() -> None:
+        message = await messages.receive()
+        received.append(message.as_string())
+
+    async with emitter.subscribe(key, unique) as messages:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(consume)
+            for text in ("a", "b", "c"):
+                await emitter.publish(key, unique, text)
+    assert sorted(received) == ["a", "b", "c"]

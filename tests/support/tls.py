@@ -1,0 +1,32 @@
+"""Certificates for loopback, of an authority that no system knows."""
+
+from __future__ import annotations
+
+import ssl
+from functools import cache
+
+import trustme
+
+
+@cache
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@cache
+def certificate(*names: str) -> trustme.LeafCert:
+    return authority().issue_cert(*names)
+
+
+def server_context(*names: str) -> ssl.SSLContext:
+    """A peer's context, for these names instead of ``127.0.0.1`` and ``localhost``."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    certificate(*(names or ("127.0.0.1", "localhost"))).configure_cert(context)
+    return context
+
+
+def client_context() -> ssl.SSLContext:
+    """A client's context that trusts the authority."""
+    context = ssl.create_default_context()
+    authority().configure_trust(context)
+    return context

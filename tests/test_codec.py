@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import paho.mqtt.client as paho
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+
+from emitter_anyio._codec import Codec, Hello, encode_publish
+from emitter_anyio._errors import RemoteProtocolError
+from emitter_anyio._messages import EmitterMessage
+from emitter_anyio._packets import (
+    ConnAck,
+    Disconnect,
+    Event,
+    PingReq,
+    PingResp,
+    PubAck,
+    Publish,
+    SubAck,
+    Subscribe,
+    Undecodable,
+    UnsubAck,
+    Unsubscribe,
+)
+from tests.support.packets import (
+    CONNACK,
+    PINGRESP,
+    connack,
+    length,
+    packet,
+    puback,
+    publish,
+    suback,
+    two,
+    unsuback,
+)
+
+LIMIT = 1024
+
+Plain: TypeAlias = tuple[object, ...]
+
+
+def plain(events: Iterable[Event]) -> list[Plain]:
+    """Events that can be compared."""
+    return [
+        ("message", event.channel, event.binary)
+        if isinstance(event, EmitterMessage)
+        else ("error",)
+        if isinstance(event, RemoteProtocolError)
+        else (type(event).__name__, *event)
+        for event in events
+    ]
+
+
+def connected(limit: int = 65536) -> Codec:
+    codec = Codec(Hello(), limit)
+    codec.connect()
+    assert codec.decode(CONNACK) == [ConnAck(0)]
+    return codec
+
+
+def message(topic: bytes, payload: bytes) -> Plain:
+    try:
+        return ("message", topic.decode(), payload)
+    except UnicodeDecodeError:
+        return ("Undecodable", len(payload))
+
+
+# What a broker may send: the bytes, and the events that they are.
+ids = st.integers(0, 65535)
+topics = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).map(
+    str.encode
+) | st.binary(min_size=1, max_size=8)
+payloads = st.binary(max_size=20) | st.binary(min_size=200, max_size=300)
+valid_packets = st.one_of(
+    st.builds(
+        lambda topic, payload, flags: (publish(topic, payload, None, flags), [message(topic, payload)]),
+        topics,
+        payloads,
+        st.sampled_from([0, 1, 8, 9]),
+    ),
+    st.builds(
+        lambda topic, payload, id, flags: (publish(topic, payload, id, flags), [message(topic, payload)]),
+        topics,
+        payloads,
+        ids,
+        st.sampled_from([0, 1, 8, 9]),
+    ),
+    st.builds(lambda id: (puback(id), [("PubAck", id)]), ids),
+    st.builds(lambda id: (unsuback(id), [("UnsubAck", id)]), ids),
+    st.builds(
+        lambda id, codes: (suback(id, *codes), [("SubAck", id, tuple(codes))]),
+        ids,
+        st.lists(st.sampled_from([0, 1, 2, 128]), max_size=3),
+    ),
+    st.just((PINGRESP, [("PingResp",)])),
+    # No broker asks or answers so, but it is harmless.
+    st.sampled_from([(packet(0xC0, b""), []), (packet(0x62, two(5)), []), (packet(0x70, two(5)), [])]),
+)
+streams = st.lists(valid_packets, max_size=12)
+
+
+def chunks(data: bytes, cuts: Iterable[int]) -> list[bytes]:
+    places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
+    return [data[a:b] for a, b in zip(places, places[1:], strict=False)] or [b""]
+
+
+class TestDecoding:
+    @given(streams, st.lists(st.integers(0, 10_000), max_size=20))
+    def test_however_a_stream_is_cut_its_events_are_the_same(
+        self, stream: list[tuple[bytes, list[Plain]]], cuts: list[int]
+    ) -> None:
+        data = CONNACK + b"".join(packet for packet, _ in stream)
+        expected = [("ConnAck", 0), *(event for _, events in stream for event in events)]
+        codec = Codec(Hello())
+        codec.connect()
+        assert plain(codec.decode(data)) == expected
+        codec = Codec(Hello())
+        codec.connect()
+        heard = [event for chunk in chunks(data, cuts) for event in plain(codec.decode(chunk))]
+        assert heard == expected
+
+    @given(streams)
+    def test_byte_by_byte(self, stream: list[tuple[bytes, list[Plain]]]) -> None:
+        codec = connected()
+        for data, expected in stream:
+            heard = [plain(codec.decode(bytes((byte,)))) for byte in data]
+            assert heard[-1] == expected
+            assert not any(heard[:-1])
+
+    @given(st.binary(max_size=200) | streams.map(lambda s: b"".join(p for p, _ in s)), st.data())
+    def test_any_bytes_end_in_one_error_at_most(self, data: bytes, draw: st.DataObject) -> None:
+        mutated = bytearray(data)
+        for place in draw.draw(st.lists(st.integers(0, 400), max_size=4)):
+            if place < len(mutated):
+                mutated[place] = draw.draw(st.integers(0, 255))
+        codec = Codec(Hello(), LIMIT)
+        codec.connect()
+        events: list[Event] = []
+        broken = False
+        if draw.draw(st.booleans()):
+            events += codec.decode(CONNACK)
+        for chunk in chunks(bytes(mutated), draw.draw(st.lists(st.integers(0, 400), max_size=8))):
+            more = codec.decode(chunk)
+            assert not (broken and more)
+            events += more
+            broken = broken or any(isinstance(event, RemoteProtocolError) for event in more)
+            assert len(codec._rest) <= LIMIT + 5
+        assert [isinstance(event, RemoteProtocolError) for event in events[:-1]].count(True) == 0
+        for event in events:
+            if isinstance(event, RemoteProtocolError):
+                assert str(event)
+
+    def test_nothing_comes_of_nothing(self) -> None:
+        assert connected().decode(b"") == []
+
+    def test_the_payload_is_not_part_of_a_larger_buffer(self) -> None:
+        (event,) = connected().decode(publish("a/", b"x"))
+        assert isinstance(event, EmitterMessage)
+        assert type(event.binary) is bytes
+
+    @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 65000])
+    @pytest.mark.parametrize("packet_id", [None, 7])
+    def test_payloads_of_every_size(self, size: int, packet_id: int | None) -> None:
+        codec = connected()
+        data = publish("a/", b"x" * size, packet_id)
+        head, tail = data[:-1], data[-1:]
+        assert codec.decode(head) == []
+        assert plain(codec.decode(tail)) == [("message", "a/", b"x" * size)]
+
+    def test_a_message_of_qos_1_is_acknowledged(self) -> None:
+        codec = connected()
+        assert codec.take_written() == b""
+        codec.decode(publish("a/", b"x", 0x1234))
+        assert codec.take_written() == puback(0x1234)
+        assert codec.take_written() == b""
+
+    def test_a_pingreq_is_answered(self) -> None:
+        codec = connected()
+        assert codec.decode(packet(0xC0, b"")) == []
+        assert codec.take_written() == PINGRESP
+
+
+class TestTheBeginning:
+    @pytest.mark.parametrize("code", range(256))
+    def test_a_connack_of_any_code(self, code: int) -> None:
+        codec = Codec(Hello())
+        codec.connect()
+        assert codec.decode(connack(code)) == [ConnAck(code)]
+        assert codec.take_written() == b""
+
+    @pytest.mark.parametrize(
+        "first",
+        [publish("a/", b"x"), puback(1), suback(1, 0), PINGRESP, b"HTTP/1.1 400", b"\x15\x03\x01\0\2xx"]
+        + [packet(0x20, b""), packet(0x20, b"\0"), packet(0x20, b"\0\0\0")],
+    )
+    def test_anything_else_is_an_error(self, first: bytes) -> None:
+        codec = Codec(Hello())
+        codec.connect()
+        (event,) = codec.decode(first + bytes(100))
+        assert isinstance(event, RemoteProtocolError)
+        assert "CONNACK" in str(event)
+
+    def test_messages_may_come_right_behind_it(self) -> None:
+        codec = Codec(Hello())
+        codec.connect()
+        heard = plain(codec.decode(CONNACK + publish("a/", b"x") + puback(3)))
+        assert heard == [("ConnAck", 0), ("message", "a/", b"x"), ("PubAck", 3)]
+
+    def test_a_second_one_is_told_to_the_session(self) -> None:
+        assert connected().decode(CONNACK) == [ConnAck(0)]
+
+    @pytest.mark.parametrize("code", [1, 2, 5, 6, 255])
+    def test_a_second_one_that_says_no_is_an_error(self, code: int) -> None:
+        assert plain(connected().decode(connack(code))) == [("error",)]
+
+
+class TestMalformed:
+    @pytest.mark.parametrize(
+        ("data", "why"),
+        [
+            (packet(0x30, b""), "PUBLISH whose topic is empty or cut off"),
+            (packet(0x30, b"\0"), "PUBLISH whose topic is empty or cut off"),
+            (packet(0x30, b"\0\0payload"), "PUBLISH whose topic is empty or cut off"),
+            (packet(0x30, b"\0\3a/"), "PUBLISH whose topic is empty or cut off"),
+            (packet(0x32, b"\0\0\0\1x"), "malformed packet of type 3"),
+            (packet(0x32, b"\0\2a/\1"), "malformed packet of type 3"),
+            (packet(0x34, b"\0\2a/\0\1x"), "QoS over 1"),
+            (packet(0x36, b"\0\2a/\0\1x"), "QoS over 1"),
+            (packet(0x40, b""), "PUBACK of 0 bytes"),
+            (packet(0x40, b"\1"), "PUBACK of 1 bytes"),
+            (packet(0x40, b"\0\1\0"), "PUBACK of 3 bytes"),
+            (packet(0x90, b""), "malformed packet of type 9"),
+            (packet(0x90, b"\0"), "malformed packet of type 9"),
+            (packet(0x90, b"\0\1\3"), "malformed packet of type 9"),
+            (packet(0xB0, b""), "malformed packet of type 11"),
+            (packet(0xB0, b"\0\1\0"), "malformed packet of type 11"),
+            (packet(0xD0, b"\0"), "malformed packet of type 13"),
+            (packet(0xC0, b"\0"), "malformed packet of type 12"),
+            (packet(0xE0, b""), "malformed packet of type 14"),
+            (packet(0x00, b""), "malformed packet of type 0"),
+            (packet(0x10, b"\0\4MQTT"), "malformed packet of type 1"),
+            (packet(0xF0, b""), "malformed packet of type 15"),
+            (packet(0x82, b"\0\1\0\2a/\0"), "malformed packet of type 8"),
+            (b"\x30\x80\x80\x80\x80\x01", "more than four bytes"),
+            (b"\x30\xff\xff\xff\xff", "more than four bytes"),
+        ],
+    )
+    def test_packets_are_named(self, data: bytes, why: str) -> None:
+        codec = connected()
+        before = codec.decode(publish("a/", b"x") + data + publish("b/", b"y"))
+        assert plain(before) == [("message", "a/", b"x"), ("error",)]
+        assert why in str(before[-1])
+        assert codec.decode(publish("c/", b"z")) == []
+
+    def test_a_length_over_the_limit_is_refused_before_its_packet_comes(self) -> None:
+        for size in (LIMIT + 1, 0xFFFFFFF):
+            codec = connected(LIMIT)
+            (event,) = codec.decode(b"\x30" + length(size))
+            assert isinstance(event, RemoteProtocolError)
+            assert f"{size} bytes; max_message_size is {LIMIT}" in str(event)
+
+    def test_the_limit_itself_is_not_over_it(self) -> None:
+        codec = connected(LIMIT)
+        payload = b"x" * (LIMIT - 4)
+        assert plain(codec.decode(publish("a/", payload))) == [("message", "a/", payload)]
+
+    def test_no_more_is_kept_than_one_packet(self) -> None:
+        codec = connected(LIMIT)
+        data = publish("a/", b"x" * (LIMIT - 4)) * 3
+        heard = 0
+        for byte in data[:-1]:
+            heard += len(codec.decode(bytes((byte,))))
+            assert len(codec._rest) < LIMIT + 5
+        assert heard == 2
+
+    @pytest.mark.parametrize("packet_id", [None, 9])
+    def test_a_topic_that_is_no_utf8_is_no_end(self, packet_id: int | None) -> None:
+        codec = connected()
+        data = publish(b"a\xff/", b"four", packet_id) + publish("b/", b"x")
+        assert codec.decode(data)[0] == Undecodable(4)
+        assert plain(codec.decode(data))[1] == ("message", "b/", b"x")
+
+
+class TestEncoding:
+    def test_connect(self) -> None:
+        data = Codec(Hello("me", "ann", "word", 45, Publish(b"k/a/", b"bye", None, True))).connect()
+        body = data[2:]
+        assert data[:2] == bytes((0x10, len(body)))
+        # User, password, will retain, will, clean session.
+        assert body[:10] == b"\0\4MQTT\4" + bytes((0b11100110,)) + two(45)
+        rest = body[10:]
+        for text in (b"me", b"k/a/", b"bye", b"ann", b"word"):
+            assert rest[: 2 + len(text)] == two(len(text)) + text
+            rest = rest[2 + len(text) :]
+        assert rest == b""
+
+    def test_connect_with_nothing_to_say(self) -> None:
+        assert Codec(Hello()).connect() == packet(0x10, b"\0\4MQTT\4\2\0\x1e\0\0")
+
+    def test_a_user_without_a_password(self) -> None:
+        data = Codec(Hello("", "ann")).connect()
+        assert data[9] == 0b10000010
+        assert data.endswith(b"\0\3ann")
+
+    def test_a_will_that_is_not_kept(self) -> None:
+        assert Codec(Hello(will=Publish(b"k/a/", b""))).connect()[9] == 0b00000110
+
+    def test_every_packet(self) -> None:
+        codec = connected()
+        assert codec.encode(Subscribe(7, "k/a/")) == packet(0x82, two(7) + two(4) + b"k/a/\0")
+        assert codec.encode(Unsubscribe(8, "k/a/")) == packet(0xA2, two(8) + two(4) + b"k/a/")
+        assert codec.encode(Publish(b"k/a/", b"x")) == publish("k/a/", b"x")
+        assert codec.encode(Publish(b"k/a/", b"x", 9, True)) == publish("k/a/", b"x", 9, 1)
+        assert codec.encode(PingReq()) == packet(0xC0, b"")
+        assert codec.encode(Disconnect()) == packet(0xE0, b"")
+
+    def test_each_leaves_at_once_and_once(self) -> None:
+        codec = connected()
+        for number in range(1, 200):
+            expected = packet(0x82, two(number) + two(4) + b"k/a/\0")
+            assert codec.encode(Subscribe(number, "k/a/")) == expected
+        assert codec.take_written() == b""
+
+    def test_before_the_connack_too(self) -> None:
+        codec = Codec(Hello())
+        codec.connect()
+        assert codec.encode(Subscribe(1, "a/")) == packet(0x82, two(1) + two(2) + b"a/\0")
+
+    def test_packets_may_be_encoded_while_answers_come(self) -> None:
+        codec = connected()
+        half = suback(1, 0)
+        codec.encode(Subscribe(1, "a/"))
+        codec.decode(half[:3])
+        assert codec.encode(PingReq()) == packet(0xC0, b"")
+        assert codec.decode(half[3:] + PINGRESP) == [SubAck(1, (0,)), PingResp()]
+
+
+class TestTheGoodbye:
+    @pytest.mark.parametrize("late", [suback(1, 0), unsuback(1), PINGRESP, publish("a/", b"x", 5)])
+    def test_an_answer_behind_it_is_no_error(self, late: bytes) -> None:
+        codec = connected()
+        assert codec.encode(Disconnect()) == packet(0xE0, b"")
+        events = codec.decode(late + publish("a/", b"y") + puback(3))
+        assert plain(events)[-2:] == [("message", "a/", b"y"), ("PubAck", 3)]
+        assert codec.take_written() == b""
+
+    def test_it_is_said_once(self) -> None:
+        codec = connected()
+        codec.encode(Disconnect())
+        assert codec.encode(Disconnect()) == b""
+        assert codec.take_written() == b""
+
+    def test_nonsense_behind_it_is_still_an_error(self) -> None:
+        codec = connected()
+        codec.encode(Disconnect())
+        assert plain(codec.decode(packet(0x40, b""))) == [("error",)]
+
+
+class _Wire:
+    """A socket for a Paho client of the test's own."""
+
+    def __init__(self) -> None:
+        self.inbound = b""
+        self.outbound = b""
+
+    def recv(self, size: int) -> bytes:
+        if not self.inbound:
+            raise BlockingIOError
+        data, self.inbound = self.inbound[:size], self.inbound[size:]
+        return data
+
+    def send(self, data: bytes) -> int:
+        self.outbound += bytes(data)
+        return len(data)
+
+    def setblocking(self, flag: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PahoPeer(paho.Client):
+    """Paho as it is, on a link in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            CallbackAPIVersion.VERSION2,
+            protocol=MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        self.wire = _Wire()
+        self.heard: list[Plain] = []
+        self.on_message = self._note_message
+        self.on_publish = self._note_publish
+        self.connect("nowhere")
+        self.wire.outbound = b""
+        assert self.feed(CONNACK) is None
+
+    def _create_socket(self) -> Any:
+        return self.wire
+
+    def _note_message(self, client: object, userdata: object, it: paho.MQTTMessage) -> None:
+        try:
+            self.heard.append(("message", it.topic, bytes(it.payload)))
+        except UnicodeDecodeError:
+            self.heard.append(("Undecodable", len(it.payload)))
+
+    def _note_publish(self, client: object, userdata: object, mid: int, *rest: object) -> None:
+        self.heard.append(("PubAck", mid))
+
+    def feed(self, data: bytes) -> str | None:
+        """Read it all; tells whether Paho finds it malformed."""
+        self.wire.inbound += data
+        while self.wire.inbound:
+            try:
+                code = self.loop_read()
+            except (struct.error, IndexError, ValueError) as exc:
+                # Paho up to 2.1 lets them out.
+                return repr(exc)
+            if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                return str(code)
+        return None
+
+
+@pytest.fixture(scope="module")
+def peer() -> PahoPeer:
+    return PahoPeer()
+
+
+names = st.text(st.sampled_from("ab/?=é漢\U0001f600"), min_size=1, max_size=100).map(str.encode)
+
+wild_packets = st.one_of(
+    # PUBLISH of QoS 0, well-formed and not.
+    st.builds(publish, topics, payloads, st.none(), st.sampled_from([0, 1, 8, 9])),
+    st.builds(packet, st.sampled_from([0x30, 0x31, 0x38, 0x39]), st.binary(max_size=8)),
+    st.builds(
+        lambda size, rest: packet(0x30, two(size) + rest),
+        st.integers(0, 6),
+        st.binary(max_size=6),
+    ),
+    # PUBACK, too.
+    st.builds(lambda id: puback(id), st.integers(1, 6)),
+    st.builds(packet, st.sampled_from([0x40, 0x4F]), st.binary(max_size=4)),
+)
+
+
+class TestAgainstPaho:
+    @given(
+        topic=names,
+        size=st.integers(0, 140) | st.integers(16_370, 16_390),
+        packet_id=st.none() | st.integers(1, 65535),
+        retain=st.booleans(),
+    )
+    # The remaining length takes one byte up to 127, two up to 16383, three up to 2097151.
+    @example(topic=b"a/", size=127 - 4, packet_id=None, retain=False)
+    @example(topic=b"a/", size=128 - 4, packet_id=None, retain=False)
+    @example(topic=b"a/", size=127 - 6, packet_id=1, retain=True)
+    @example(topic=b"a/", size=128 - 6, packet_id=1, retain=True)
+    @example(topic=b"a/", size=2_097_151 - 4, packet_id=None, retain=False)
+    @example(topic=b"a/", size=2_097_152 - 6, packet_id=65535, retain=False)
+    def test_a_publish_is_encoded_alike(
+        self, peer: PahoPeer, topic: bytes, size: int, packet_id: int | None, retain: bool
+    ) -> None:
+        payload = bytes(size)
+        peer.wire.outbound = b""
+        mid, qos = (0, 0) if packet_id is None else (packet_id, 1)
+        info = paho.MQTTMessageInfo(mid)
+        peer._send_publish(mid, topic, payload, qos, retain, info=info)
+        assert encode_publish(Publish(topic, payload, packet_id, retain)) == peer.wire.outbound
+
+    @given(st.lists(wild_packets, max_size=8), st.integers(0, 30))
+    def test_publish_and_puback_are_decoded_alike(self, stream: list[bytes], missing: int) -> None:
+        data = b"".join(stream)
+        data = data[: len(data) - missing] if missing < len(data) else data
+        peer = PahoPeer()
+        for _ in range(6):
+            # Paho tells only of those that it has sent: 1 to 6.
+            peer.publish("a", qos=1)
+        trouble = peer.feed(data)
+
+        open_ids = set(range(1, 7))
+        heard: list[Plain] = []
+        for event in connected().decode(data):
+            if isinstance(event, PubAck):
+                if event.packet_id not in open_ids:
+                    continue
+                open_ids.remove(event.packet_id)
+            heard += plain([event])
+        assert heard == peer.heard + ([] if trouble is None else [("error",)])
+
+    @given(st.lists(st.builds(publish, topics, payloads, st.none() | ids), max_size=8))
+    def test_what_we_decode_and_what_we_hand_over_to_paho_are_alike(
+        self, stream: list[bytes]
+    ) -> None:
+        peer = PahoPeer()
+        assert peer.feed(b"".join(stream)) is None
+        assert plain(connected().decode(b"".join(stream))) == peer.heard
+
+
+def test_events_are_told_apart_by_their_kind() -> None:
+    assert plain([UnsubAck(1), PubAck(1), SubAck(1, (0,))]) == [
+        ("UnsubAck", 1),
+        ("PubAck", 1),
+        ("SubAck", 1, (0,)),
+    ]

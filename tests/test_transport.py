@@ -1,0 +1,723 @@
+"""How a link is opened, and what closes it again when it is not wanted any more."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import anyio
+import pytest
+from anyio import ClosedResourceError
+from anyio.abc import SocketAttribute
+from anyio.lowlevel import checkpoint
+from anyio.streams.tls import TLSAttribute
+
+from emitter_anyio import ConnectError, ConnectionLostError, connect
+from emitter_anyio._transport import SocketTransport, StreamTransport, _SocketStream
+from tests.support import packets, tls
+from tests.support.leaks import open_sockets
+from tests.support.memory import MemoryConnectable, MemoryStream, memory_link
+from tests.support.peer import LINKS, PUBLISH, Peer, memory_peer, serving, tcp_peer, unix_peer
+from tests.support.steps import cancel_in_step, styles
+
+HINT = "Emitter listens on 8080"
+
+
+async def serve(peer: Peer) -> None:
+    await peer.serve()
+
+
+def refusing_port(host: str = "127.0.0.1") -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+@contextmanager
+def blackhole() -> Iterator[int]:
+    """A port that answers nobody: its queue is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has the name ``broker.example`` stand for these ports of 127.0.0.1, in this order."""
+    look_up = socket.getaddrinfo
+
+    def known(*ports: int) -> None:
+        def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+            if host not in ("broker.example", b"broker.example"):
+                return look_up(host, port, *args, **options)
+            if socket.AI_NUMERICHOST in args:
+                raise socket.gaierror(socket.EAI_NONAME, "this is a name")
+            found = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+            return [(*found, ("127.0.0.1", port)) for port in ports]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return known
+
+
+# The socket of our own
+
+
+def socket_pair() -> tuple[SocketTransport, socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    return SocketTransport(ours), theirs
+
+
+async def test_a_socket_gives_bytes_and_none_at_the_end(anyio_backend: object) -> None:
+    transport, peer = socket_pair()
+    with peer:
+        peer.send(b"ab")
+        assert await transport.receive() == b"ab"
+        peer.shutdown(socket.SHUT_WR)
+        assert await transport.receive() == b""
+    await transport.aclose()
+
+
+async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) -> None:
+    ours, peer = socket.socketpair()
+    ours.setblocking(False)
+    transports = (SocketTransport(ours), SocketTransport(ours.dup()))
+    received = []
+
+    async def receive(transport: SocketTransport) -> None:
+        received.append(await transport.receive())
+
+    with peer:
+        async with anyio.create_task_group() as tasks:
+            for transport in transports:
+                tasks.start_soon(receive, transport)
+            await anyio.wait_all_tasks_blocked()
+            # Both wake up for the first byte, and one of them gets it.
+            peer.send(b"a")
+            while not received:
+                await checkpoint()
+            await anyio.wait_all_tasks_blocked()
+            assert received == [b"a"]
+            peer.send(b"b")
+    assert received == [b"a", b"b"]
+    for transport in transports:
+        await transport.aclose()
+
+
+async def test_a_full_socket_takes_nothing_and_is_waited_for(anyio_backend: object) -> None:
+    transport, peer = socket_pair()
+    with peer:
+        while transport.try_send(bytes(65536)):
+            pass
+        sent = []
+
+        async def send() -> None:
+            sent.append(await transport.send(b"x" * 10))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send)
+            await anyio.wait_all_tasks_blocked()
+            assert not sent
+            while not sent:
+                with pytest.MonkeyPatch.context():
+                    try:
+                        peer.recv(1 << 20)
+                    except BlockingIOError:
+                        await anyio.wait_readable(peer)
+                await checkpoint()
+        assert sent == [10]
+    await transport.aclose()
+
+
+async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object) -> None:
+    transport, peer = socket_pair()
+    woken = []
+
+    async def receive() -> None:
+        with pytest.raises(ClosedResourceError):
+            await transport.receive()
+        woken.append(True)
+
+    with peer:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            await transport.aclose()
+            await transport.aclose()
+        assert woken
+        assert peer.recv(1) == b""
+
+
+# Streams
+
+
+async def test_a_stream_gives_bytes_and_none_at_the_end(anyio_backend: object) -> None:
+    ours, peer = memory_link()
+    transport = StreamTransport(ours)
+    assert transport.try_send(b"x") == 0
+    assert await transport.send(b"abc") == 3
+    assert await peer.receive() == b"abc"
+    await peer.send(b"ab")
+    assert await transport.receive() == b"ab"
+    await peer.send_eof()
+    assert await transport.receive() == b""
+    await transport.aclose()
+    assert ours.closed
+
+
+async def test_a_broken_stream_says_why(anyio_backend: object) -> None:
+    class Broken(MemoryStream):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            raise anyio.BrokenResourceError from ConnectionResetError("reset by the moon")
+
+    ours, peer = memory_link()
+    transport = StreamTransport(ours)
+    await peer.aclose()
+    with pytest.raises(OSError, match="the stream is broken"):
+        await transport.send(b"x")
+    ours.__class__ = Broken
+    with pytest.raises(OSError, match="reset by the moon"):
+        await transport.receive()
+    await transport.aclose()
+
+
+async def test_two_tasks_may_send_below_tls(anyio_backend: object) -> None:
+    transport, peer = socket_pair()
+    stream = _SocketStream(transport)
+    received = bytearray()
+    with peer:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream.send, b"a" * 1_000_000)
+            tasks.start_soon(stream.send, b"b" * 1_000_000)
+            while len(received) < 2_000_000:
+                await anyio.wait_readable(peer)
+                received += peer.recv(1 << 20)
+    assert len(re.findall(rb"a+|b+", received)) == 2
+    with pytest.raises(NotImplementedError):
+        await stream.send_eof()
+    await stream.aclose()
+
+
+# Addresses in turn
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_the_next_address_is_tried_when_one_refuses(
+    resolve: Callable[..., None], secure: bool
+) -> None:
+    context = tls.server_context("broker.example") if secure else None
+    async with tcp_peer(serve, context=context) as port:
+        resolve(refusing_port(), port)
+        trust = {"ssl_context": tls.client_context()} if secure else {}
+        async with connect(host="broker.example", secure=secure, **trust) as emitter:
+            await emitter.flush()
+
+
+async def test_an_address_that_swallows_packets_leaves_time_for_the_next(
+    resolve: Callable[..., None],
+) -> None:
+    async with tcp_peer(serve) as port:
+        with blackhole() as hole:
+            resolve(hole, port)
+            async with connect(
+                host="broker.example", secure=False, connect_timeout=1
+            ) as emitter:
+                await emitter.flush()
+
+
+async def test_every_address_is_named_when_none_can_be_reached(
+    resolve: Callable[..., None],
+) -> None:
+    first, second = refusing_port(), refusing_port()
+    with blackhole() as hole:
+        resolve(first, hole, second)
+        with pytest.raises(ConnectError) as caught:
+            async with connect(host="broker.example", secure=False, connect_timeout=0.2):
+                pass
+    text = str(caught.value)
+    assert str(first) in text
+    assert str(second) in text
+    assert "timed out" in text
+    assert HINT in text
+    (cause,) = caught.value.causes.values()
+    assert isinstance(cause.__cause__, ExceptionGroup)
+    assert len(cause.__cause__.exceptions) == 3
+
+
+async def test_addresses_that_fail_alike_are_told_once(resolve: Callable[..., None]) -> None:
+    port = refusing_port()
+    resolve(port, port)
+    with pytest.raises(ConnectError) as caught:
+        async with connect(host="broker.example", secure=False):
+            pass
+    assert str(caught.value).count("ECONNREFUSED") == 1
+
+
+async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
+    resolve: Callable[..., None],
+) -> None:
+    with blackhole() as hole:
+        resolve(hole, hole)
+        with pytest.raises(ConnectError, match="timed out") as caught:
+            async with connect(host="broker.example", secure=False, connect_timeout=0.1):
+                pass
+    assert HINT not in str(caught.value)
+
+
+async def test_without_a_timeout_too(resolve: Callable[..., None]) -> None:
+    async with tcp_peer(serve) as port:
+        resolve(refusing_port(), port)
+        async with connect(host="broker.example", secure=False, connect_timeout=None) as emitter:
+            await emitter.flush()
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_refused_connection_names_emitters_ports(
+    anyio_backend: object, secure: bool
+) -> None:
+    port = refusing_port()
+    with pytest.raises(ConnectError, match=HINT) as caught:
+        async with connect(host="127.0.0.1", port=port, secure=secure):
+            pass
+    text = str(caught.value)
+    assert all(number in text for number in ("443", "1883", "8883", f"127.0.0.1:{port}"))
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_name_that_does_not_resolve(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch, secure: bool
+) -> None:
+    def getaddrinfo(*args: object, **options: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with pytest.raises(ConnectError, match=r"nowhere\.example:8080: .*not known") as caught:
+        async with connect(host="nowhere.example", port=8080, secure=secure):
+            pass
+    assert isinstance(caught.value.__cause__, socket.gaierror)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_host_that_is_no_name(anyio_backend: object, secure: bool) -> None:
+    with pytest.raises(ConnectError, match=r"'bröker\.\.example' is no host name"):
+        async with connect(host="bröker..example", secure=secure):
+            pass
+
+
+async def test_the_timeout_and_cancellation_reach_a_look_up(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, looking = threading.Event(), threading.Event()
+
+    def getaddrinfo(*args: Any, **options: Any) -> None:
+        if socket.AI_NUMERICHOST not in args:
+            looking.set()
+            let_go.wait()
+        raise socket.gaierror(socket.EAI_NONAME, "too late")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    try:
+        with pytest.raises(ConnectError, match=r"no answer within 0\.05 s"):
+            async with connect(host="slow.example", secure=False, connect_timeout=0.05):
+                pass
+
+        async def open_it() -> None:
+            async with connect(host="slow.example", secure=False):
+                pass
+
+        looking.clear()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(open_it)
+            while not looking.is_set():
+                await checkpoint()
+            tasks.cancel_scope.cancel()
+    finally:
+        let_go.set()
+
+
+# Unix sockets
+
+
+async def test_a_unix_socket_by_url(anyio_backend: object) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "brok er"
+        async with unix_peer(serve, path):
+            async with connect(f"unix://{folder}/brok%20er") as emitter:
+                await emitter.flush()
+                assert emitter.connection is not None
+                assert emitter.connection.server == f"unix://{path}"
+
+
+async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
+    anyio_backend: object,
+) -> None:
+    with TemporaryDirectory() as folder:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(f"{folder}/s")
+        with pytest.raises(ConnectError, match="ECONNREFUSED") as caught:
+            async with connect(f"unix://{folder}/s"):
+                pass
+    assert HINT not in str(caught.value)
+
+
+async def test_a_unix_socket_whose_queue_is_full(anyio_backend: object) -> None:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(f"{folder}/s")
+        listener.listen(0)
+        code = 0
+        while not code:
+            filler = stack.enter_context(socket.socket(socket.AF_UNIX))
+            filler.setblocking(False)
+            code = filler.connect_ex(f"{folder}/s")
+        assert code == errno.EAGAIN
+        with pytest.raises(ConnectError, match="EAGAIN"):
+            async with connect(f"unix://{folder}/s"):
+                pass
+
+
+@pytest.mark.parametrize("name", ["nothing", "x" * 200])
+async def test_a_unix_socket_that_is_not_there(anyio_backend: object, name: str) -> None:
+    with pytest.raises(ConnectError, match="ENOENT|too long"):
+        async with connect(f"unix:///tmp/no/{name}"):
+            pass
+
+
+# TLS
+
+
+async def test_unknown_authorities_are_not_trusted(anyio_backend: object) -> None:
+    async with tcp_peer(serve, context=tls.server_context()) as port:
+        with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+            async with connect(f"mqtts://127.0.0.1:{port}"):
+                pass
+    assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+
+
+async def test_the_systems_authorities_are_read_in_a_thread(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tls.authority().cert_pem.write_to_path(str(tmp_path / "authorities"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authorities"))
+    threads = []
+    create = ssl.create_default_context
+
+    def create_default_context() -> ssl.SSLContext:
+        threads.append(threading.current_thread())
+        return create()
+
+    context = tls.server_context()
+    monkeypatch.setattr(ssl, "create_default_context", create_default_context)
+    async with tcp_peer(serve, context=context) as port:
+        async with connect(f"mqtts://127.0.0.1:{port}") as emitter:
+            await emitter.flush()
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> None:
+    async with tcp_peer(serve, context=tls.server_context("other.example")) as port:
+        with pytest.raises(ConnectError, match="127.0.0.1") as caught:
+            async with connect(
+                host="127.0.0.1", port=port, secure=True, ssl_context=tls.client_context()
+            ):
+                pass
+    assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value)
+
+
+async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
+    told = []
+    context = tls.server_context()
+    context.sni_callback = lambda sock, name, context: told.append(name)
+    async with tcp_peer(serve, context=context) as port:
+        async with connect(f"mqtts://localhost:{port}", ssl_context=tls.client_context()) as client:
+            await client.flush()
+    assert told == ["localhost"]
+
+
+async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
+    shown = []
+    context = tls.server_context()
+    context.verify_mode = ssl.CERT_REQUIRED
+    tls.authority().configure_trust(context)
+
+    async def script(peer: Peer) -> None:
+        shown.append(peer.stream.extra(TLSAttribute.peer_certificate))
+        await peer.serve()
+
+    async with tcp_peer(script, context=context) as port:
+        trust = tls.client_context()
+        with pytest.raises(ConnectError):
+            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=trust):
+                pass
+        tls.certificate("client.example").configure_cert(trust)
+        async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=trust) as emitter:
+            await emitter.flush()
+    assert shown[0]["subjectAltName"] == (("DNS", "client.example"),)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_peer_that_goes_away_in_the_handshake(anyio_backend: object, reset: bool) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.stream.receive()
+        if reset:
+            peer.reset()
+
+    async with tcp_peer(script) as port:
+        with pytest.raises(ConnectError) as caught:
+            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()):
+                pass
+    text = str(caught.value)
+    assert ("reset" if reset else "in the TLS handshake") in text
+
+
+async def test_a_peer_that_does_not_speak_tls(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.stream.receive()
+        await peer.send(packets.CONNACK + bytes(100))
+        await peer.stream.receive()
+
+    async with tcp_peer(script) as port:
+        with pytest.raises(ConnectError, match="SSL") as caught:
+            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()):
+                pass
+    assert isinstance(caught.value.__cause__, ssl.SSLError)
+
+
+async def test_a_record_with_many_messages_delivers_them_all(anyio_backend: object) -> None:
+    # Paho, asked to read when its socket is readable, would leave all but one in the record.
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.send(b"".join(packets.publish("a/", b"%d" % n) for n in range(50)))
+        await peer.rest()
+
+    received = []
+    async with tcp_peer(script, context=tls.server_context()) as port:
+        emitter = connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context())
+        emitter.on("message", lambda message: received.append(int(message.as_string())))
+        with anyio.CancelScope() as scope:
+            async with emitter:
+                while len(received) < 50:
+                    await checkpoint()
+                scope.cancel()
+    assert received == list(range(50))
+
+
+async def test_large_messages_go_through_tls_both_ways(anyio_backend: object) -> None:
+    payload = bytes(range(256)) * 255
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(20):
+            packet = await peer.until(PUBLISH)
+            await peer.send(packets.publish("a/", packet.payload))
+        while (packet_ := await peer.packet()) and await peer.answer(packet_):
+            pass
+
+    async with tcp_peer(script, context=tls.server_context()) as port:
+        emitter = connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context())
+        async with emitter, emitter.stream("message") as messages:
+            for _ in range(20):
+                await emitter.publish("k", "a/", payload)
+            for _ in range(20):
+                assert (await messages.receive()).binary == payload
+
+
+async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        peer.reset()
+
+    async with tcp_peer(script, context=tls.server_context()) as port:
+        with pytest.raises(ConnectionLostError, match="reset"):
+            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()):
+                await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_closing_does_not_wait_for_a_silent_tls_peer(
+    anyio_backend: object, cancelled: bool
+) -> None:
+    closed = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await closed.wait()
+
+    async with tcp_peer(script, context=tls.server_context()) as port:
+        before = open_sockets()
+        emitter = connect(
+            f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context(), disconnect_timeout=0.05
+        )
+        with anyio.CancelScope() as scope:
+            async with emitter:
+                if cancelled:
+                    # More than the link takes, so that something is under way.
+                    for _ in range(200):
+                        scope.shield = await fill(emitter)
+                    scope.cancel()
+        # The peer's side of the link is open still.
+        assert len(open_sockets() - before) == 1
+        closed.set()
+
+
+async def fill(emitter: Any) -> bool:
+    with anyio.move_on_after(0.001):
+        await emitter.publish("k", "a/", bytes(65000))
+    return False
+
+
+# Whatever AnyIO connects to
+
+
+async def test_a_connectable_stands_for_host_and_tls(anyio_backend: object) -> None:
+    async with memory_peer(serve) as connectable:
+        async with connect(connectable=connectable) as emitter:
+            await emitter.flush()
+    assert connectable.attempts == 1
+
+
+async def test_a_tcp_connectable_of_anyio(anyio_backend: object) -> None:
+    async with tcp_peer(serve) as port:
+        async with connect(connectable=anyio.TCPConnectable("127.0.0.1", port)) as emitter:
+            await emitter.flush()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("no way there"), "no way there"),
+        (anyio.BrokenResourceError(), "BrokenResourceError"),
+        (anyio.EndOfStream(), "EndOfStream"),
+        (TimeoutError("proxy did not answer"), "proxy did not answer"),
+    ],
+)
+async def test_a_connectable_that_fails(
+    anyio_backend: object, error: Exception, words: str
+) -> None:
+    async def fail(attempt: int) -> None:
+        raise error
+
+    connectable = MemoryConnectable(before=fail)
+    with pytest.raises(ConnectError, match=words) as caught:
+        async with connect(connectable=connectable):
+            pass
+    assert caught.value.__cause__ is error
+    connectable.close()
+
+
+@pytest.mark.virtual_time
+async def test_a_connectable_that_does_not_answer_leaves_time_for_the_next_server(
+    anyio_backend: object,
+) -> None:
+    async def swallow(attempt: int) -> None:
+        if attempt < 3:
+            await anyio.sleep_forever()
+
+    async with memory_peer(serve, before=swallow) as connectable:
+        start = anyio.current_time()
+        servers = [f"mqtt://s{number}.example" for number in range(3)]
+        async with connect(servers=servers, connectable=connectable, connect_timeout=7) as emitter:
+            assert anyio.current_time() - start == pytest.approx(14)
+            assert emitter.connection is not None
+            assert emitter.connection.server == "mqtt://s2.example:8080"
+
+
+# Cancelled at every point
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, link: str) -> None:
+    before = open_sockets()
+    async with serving(link, serve) as options:
+        listening = len(open_sockets())
+
+        async def open_and_leave() -> None:
+            async with connect(**options) as emitter:
+                await emitter.flush()
+
+        for style in styles():
+            step = 0
+            while await cancel_in_step(open_and_leave(), step, style):
+                step += 1
+            # From the look-up to the goodbye: so many waits at the least.
+            assert step >= 4
+            while len(open_sockets()) > listening:
+                # The peer takes its time to see that the client has gone.
+                await checkpoint()
+        if link == "memory":
+            assert all(stream.closed for stream in options["connectable"].streams)
+    assert open_sockets() <= before
+
+
+@pytest.mark.parametrize("secure", [False, True])
+async def test_a_link_that_hangs_may_be_cancelled(
+    anyio_backend: object, secure: bool
+) -> None:
+    heard = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.stream.receive()
+        heard.set()
+        await peer.stream.receive()
+
+    async with tcp_peer(script) as port:
+        before = open_sockets()
+        async with anyio.create_task_group() as tasks:
+
+            async def open_it() -> None:
+                async with connect(host="127.0.0.1", port=port, secure=secure):
+                    pass
+
+            tasks.start_soon(open_it)
+            await heard.wait()
+            tasks.cancel_scope.cancel()
+        while open_sockets() > before:
+            await checkpoint()
+
+
+async def test_the_socket_sends_at_once(anyio_backend: object) -> None:
+    # What is small must not wait for the acknowledgement of what went before.
+    seen = []
+
+    async def script(peer: Peer) -> None:
+        await peer.serve()
+
+    made: list[socket.socket] = []
+    create = socket.socket
+
+    class Noted(create):  # type: ignore[misc,valid-type]  # a class held by a variable
+        def connect_ex(self, address: Any) -> int:
+            made.append(self)
+            return super().connect_ex(address)
+
+    async with tcp_peer(script) as port:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("emitter_anyio._transport.socket.socket", Noted)
+            async with connect(f"mqtt://127.0.0.1:{port}") as emitter:
+                await emitter.flush()
+                seen = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in made]
+    assert seen == [1]
+
+
+_ = (struct, SocketAttribute)
