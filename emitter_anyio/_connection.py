@@ -182,7 +182,7 @@ async def open_connection(options: Options) -> Connection:
         try:
             with anyio.fail_after(options.connect_timeout):
                 return await _open(server, options, hello)
-        except (*BROKEN, TimeoutError, EOFError, RemoteProtocolError, ConnectRefusedError) as exc:
+        except (*BROKEN, EOFError, RemoteProtocolError, ConnectRefusedError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options)
 
@@ -238,9 +238,11 @@ def _connect_error(causes: dict[str, Exception], options: Options) -> ConnectErr
         elif isinstance(cause, TimeoutError) and not str(cause):
             words.append(f"{server}: no answer within {options.connect_timeout:g} s")
         else:
-            words.append(f"{server}: {cause}")
+            words.append(f"{server}: {str(cause) or type(cause).__name__}")
     text = "could not connect to " + "; ".join(words)
-    if any(isinstance(cause, ConnectionRefusedError) for cause in causes.values()):
+    if options.servers[0].scheme != "unix" and any(
+        isinstance(cause, ConnectionRefusedError) for cause in causes.values()
+    ):
         text += (
             " (Emitter listens on 8080, and on 443 with TLS, unless it is told otherwise, not on "
             "MQTT's 1883 and 8883)"

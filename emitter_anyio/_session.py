@@ -142,7 +142,7 @@ class Session:
         others = self._grants.get(channel)
         if others is None:
             self._check_collision("subscription", channel, self._grants)
-        shared = self.overlapped(channel)
+        shared = self.overlapped(channel) or self._is_deaf(channel)
         grant = None if others is None else others.get(key)
         if grant is None:
             pending: Pending[None] = self._new("subscribe", key, channel)
@@ -174,6 +174,11 @@ class Session:
     def overlapped(self, channel: str) -> bool:
         """Tell whether some channel reaches both this subscription and another one."""
         return any(overlap(channel, other, self._matcher) for other in self._grants)
+
+    def _is_deaf(self, channel: str) -> bool:
+        # The default matcher never delivers to "#", though the broker replays to it, and on the
+        # wire a replay looks like any other message.
+        return self._matcher == "emitter" and channel.endswith("#/")
 
     def in_use(self, channel: str) -> bool:
         """Tell whether a subscription to just this channel has users."""

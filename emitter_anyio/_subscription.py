@@ -27,6 +27,10 @@ MAX_BYTES: Final = 8 * 1024 * 1024
 
 _TURN: Final = 64
 
+_PATIENCE: Final = 8
+"""So many turns of the loop a full buffer is given to shrink: the consumer may go through some
+checkpoints of its own, and on Trio those who are ready run in any order."""
+
 
 class _Gap:
     """The place in a buffer at which messages are missing."""
@@ -92,6 +96,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._bytes = 0
         self._extra = 0
         self._taken = 0
+        self._stalled = -1
         self._dropped = 0
         self._gap: _Gap | None = None
         self._arrival: anyio.Event | None = None
@@ -204,14 +209,15 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         """
         Give a consumer that is merely busy its turn; under ``"block"`` wait as long as it takes.
         """
-        while self._full:
+        while self._full and self._stalled != self._taken:
             taken = self._taken
-            # Two turns, since on Trio the consumer that the first one has made runnable may come
-            # behind us in the second.
-            await checkpoint()
-            await checkpoint()
-            if self._taken == taken:
-                break
+            for _ in range(_PATIENCE):
+                await checkpoint()
+                if self._taken != taken:
+                    break
+            else:
+                # It waits for something else. Until it comes back, it costs the link no time.
+                self._stalled = taken
         while self._full and self._overflow == "block":
             departure = self._departure = self._departure or anyio.Event()
             await departure.wait()

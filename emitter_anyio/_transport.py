@@ -26,7 +26,7 @@ _CHUNK: Final = 65536
 # EAGAIN is not among them: a Unix socket whose queue is full says so, and nothing is under way then.
 _UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 
-BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, ssl.SSLError)
+BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
 """What a transport raises when the link is broken."""
 
 

@@ -188,10 +188,10 @@ class TestNumbers:
         assert check_whole("last", None) is None
         assert unix_seconds("since", None) is None
 
-    @pytest.mark.parametrize(("value", "minimum"), [(-1, 0), (0, 1), (2**31, 0), (10**400, 0)])
-    def test_what_the_broker_does_not_take(self, value: int, minimum: int) -> None:
-        with pytest.raises(ValueError, match=rf"^last is from {minimum} to 2147483647, not -?\d+$"):
-            check_whole("last", value, minimum=minimum)
+    @pytest.mark.parametrize("value", [-1, 2**31, 10**400], ids=["-1", "2**31", "10**400"])
+    def test_what_the_broker_does_not_take(self, value: int) -> None:
+        with pytest.raises(ValueError, match=r"^last is from 0 to 2147483647, not -?\d+$"):
+            check_whole("last", value)
 
     @pytest.mark.parametrize("value", [1.0, "1", True, b""])
     def test_of_another_kind(self, value: int) -> None:

@@ -67,7 +67,7 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
             if host not in ("broker.example", b"broker.example"):
                 return look_up(host, port, *args, **options)
-            if socket.AI_NUMERICHOST in args:
+            if args[3] & socket.AI_NUMERICHOST:
                 raise socket.gaierror(socket.EAI_NONAME, "this is a name")
             found = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
             return [(*found, ("127.0.0.1", port)) for port in ports]
@@ -277,7 +277,7 @@ async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
 ) -> None:
     with blackhole() as hole:
         resolve(hole, hole)
-        with pytest.raises(ConnectError, match="timed out") as caught:
+        with pytest.raises(ConnectError, match=r"timed out|no answer within 0\.1 s") as caught:
             async with connect(host="broker.example", secure=False, connect_timeout=0.1):
                 pass
     assert HINT not in str(caught.value)
@@ -330,7 +330,7 @@ async def test_the_timeout_and_cancellation_reach_a_look_up(
     let_go, looking = threading.Event(), threading.Event()
 
     def getaddrinfo(*args: Any, **options: Any) -> None:
-        if socket.AI_NUMERICHOST not in args:
+        if not args[5] & socket.AI_NUMERICHOST:
             looking.set()
             let_go.wait()
         raise socket.gaierror(socket.EAI_NONAME, "too late")

@@ -103,7 +103,7 @@ class Player:
     """
     Plays one conversation, and compares every packet.
 
-    How a conversation is written is what ``README.md`` beside the recordings says.
+    How one is written, ``conversations/README.md`` says.
     """
 
     def __init__(self, broker: Broker) -> None:

@@ -186,6 +186,11 @@ class TestExpiry:
         assert key.expired(self.NOW + later) is expired
         assert key.to_bytes()
 
+    def test_the_last_instant_of_a_key(self) -> None:
+        key = replace(LICENSES[2].blank_key(), expires=expiry(self.NOW, 3))
+        assert not key.expired(1_700_000_003)
+        assert key.expired(1_700_000_003.001)
+
     def test_a_clock_beyond_what_a_key_can_say(self) -> None:
         assert expiry(2**33, 1) == 2**32 - 1
 

@@ -11,7 +11,7 @@ import pytest
 from anyio.abc import ByteStream, ByteStreamConnectable
 
 from emitter_anyio import ClosedError, ConnectError, Emitter, Will, connect
-from tests.client.tools import relay
+from tests.client.tools import relay, turns
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -138,7 +138,7 @@ async def test_wait_connected_raises_when_there_is_no_connecting() -> None:
     ended = anyio.Event()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(waits)
-        await anyio.wait_all_tasks_blocked()
+        await turns()
         with pytest.raises(ConnectError):
             async with emitter:
                 pytest.fail("it has connected")

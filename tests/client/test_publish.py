@@ -14,7 +14,7 @@ from emitter_anyio import (
     RequestError,
     UnauthorizedError,
 )
-from tests.client.tools import Calls, arrived
+from tests.client.tools import Calls, arrived, turns
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -91,7 +91,7 @@ async def test_messages_arrive_in_the_order_of_the_calls_whatever_their_qos(
         for number in expected:
             # A task of its own for each, since the awaited ones would else be one at a time.
             tasks.start_soon(publish, emitter, key, unique, number)
-            await anyio.wait_all_tasks_blocked()
+            await turns()
         received = [(await messages.receive()).as_string() for _ in expected]
     assert received == expected
 

@@ -15,7 +15,7 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
-from tests.client.tools import Calls, arrived, enter, texts
+from tests.client.tools import Calls, arrived, enter, texts, turns
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -392,11 +392,10 @@ async def test_cancelled_while_being_entered_it_is_given_back(
         async with emitter.subscribe(key, unique):
             await anyio.sleep_forever()
 
-    for turns in range(10):
+    for count in range(10):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(subscribe)
-            for _ in range(turns):
-                await anyio.lowlevel.checkpoint()
+            await turns(count)
             tasks.cancel_scope.cancel()
         await emitter.publish(key, unique, "nobody")
         await emitter.flush()

@@ -46,6 +46,12 @@ async def arrived(emitter: Emitter, stream: EventStream[EmitterMessage]) -> list
     return texts(found)
 
 
+async def turns(count: int = 5) -> None:
+    """Let every other task run that can."""
+    for _ in range(count):
+        await anyio.lowlevel.checkpoint()
+
+
 async def enter(manager: AbstractAsyncContextManager[object]) -> None:
     async with manager:
         pass

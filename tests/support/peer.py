@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio import BrokenResourceError, EndOfStream
 from anyio.abc import ByteStream, Listener, SocketAttribute
 from anyio.streams.tls import TLSStream
 
@@ -96,7 +96,8 @@ class Peer:
     async def accept(self, code: int = 0) -> Packet:
         """Take CONNECT and answer it."""
         connect = await self.packet()
-        assert connect is not None
+        if connect is None:
+            raise EndOfStream
         assert connect.kind == CONNECT
         await self.send(packets.connack(code))
         return connect
@@ -146,30 +147,47 @@ class Peer:
         return packet
 
 
-async def _play(script: Script, stream: ByteStream, context: ssl.SSLContext | None) -> None:
-    try:
-        if context is not None:
-            stream = await TLSStream.wrap(
-                stream, server_side=True, ssl_context=context, standard_compatible=False
-            )
-        await script(Peer(stream))
-    except (EndOfStream, BrokenResourceError, ClosedResourceError, ssl.SSLError):
-        # The client has gone, perhaps in the middle of the handshake.
-        pass
-    finally:
-        await anyio.aclose_forcefully(stream)
+class _Playing:
+    """A script being played to clients."""
+
+    def __init__(self, script: Script, context: ssl.SSLContext | None = None) -> None:
+        self._script = script
+        self._context = context
+        self._clients = 0
+        self._one_less = anyio.Event()
+
+    async def play(self, stream: ByteStream) -> None:
+        self._clients += 1
+        try:
+            if self._context is not None:
+                stream = await TLSStream.wrap(
+                    stream, server_side=True, ssl_context=self._context, standard_compatible=False
+                )
+            await self._script(Peer(stream))
+        except (EndOfStream, BrokenResourceError, ssl.SSLError):
+            # The client has gone, perhaps in the middle of the handshake.
+            pass
+        finally:
+            await anyio.aclose_forcefully(stream)
+            self._clients -= 1
+            self._one_less.set()
+
+    async def done(self) -> None:
+        """Wait until the script has been played to the end, to each client."""
+        while self._clients:
+            self._one_less = anyio.Event()
+            await self._one_less.wait()
 
 
 @asynccontextmanager
 async def _playing(
     script: Script, listener: Listener[Any], context: ssl.SSLContext | None
 ) -> AsyncGenerator[None]:
-    async def handle(stream: ByteStream) -> None:
-        await _play(script, stream, context)
-
-    async with anyio.create_task_group() as tasks, listener:
-        tasks.start_soon(listener.serve, handle)
+    playing = _Playing(script, context)
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, playing.play)
         yield
+        await playing.done()
         tasks.cancel_scope.cancel()
 
 
@@ -199,15 +217,17 @@ async def memory_peer(
 ) -> AsyncGenerator[MemoryConnectable]:
     """Play the script to each client of a connectable in memory, which it gives."""
     connectable = MemoryConnectable(capacity, before)
+    playing = _Playing(script)
 
     async def accept() -> None:
         while True:
-            tasks.start_soon(_play, script, await connectable.accept(), None)
+            tasks.start_soon(playing.play, await connectable.accept())
 
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(accept)
             yield connectable
+            await playing.done()
             tasks.cancel_scope.cancel()
     finally:
         connectable.close()
