@@ -17,6 +17,7 @@ from ._errors import MessageTooLargeError as MessageTooLargeError
 from ._errors import NotFoundError as NotFoundError
 from ._errors import PaymentRequiredError as PaymentRequiredError
 from ._errors import RemoteProtocolError as RemoteProtocolError
+from ._errors import ReplyError as ReplyError
 from ._errors import RequestError as RequestError
 from ._errors import RequestTimeoutError as RequestTimeoutError
 from ._errors import ServerError as ServerError
@@ -26,9 +27,11 @@ from ._errors import UnauthorizedError as UnauthorizedError
 from ._life import ConnectionInfo as ConnectionInfo
 from ._life import Statistics as Statistics
 from ._messages import EmitterMessage as EmitterMessage
+from ._messages import StoredMessage as StoredMessage
 from ._messages import Will as Will
 from ._presence import PresenceFeed as PresenceFeed
 from ._requests import ChannelKey as ChannelKey
+from ._requests import Link as Link
 from ._requests import Me as Me
 from ._requests import Member as Member
 from ._requests import PresenceEvent as PresenceEvent

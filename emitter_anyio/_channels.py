@@ -84,6 +84,30 @@ def _check_channel(channel: str, wildcards: bool) -> str:
     return whole
 
 
+def check_group(group: str) -> str:
+    """
+    Check the name of a share group.
+
+    :raises InvalidChannelError: if it is not one level of a channel, without wildcards
+    """
+    if "/" in check_channel(group)[:-1]:
+        raise InvalidChannelError(f"group {group!r} has a slash: a group's name is one level")
+    return group.rstrip("/")
+
+
+def share(group: str | None, channel: str) -> str:
+    """Put the group, if any, before a checked channel."""
+    return channel if group is None else f"$share/{group}/{channel}"
+
+
+def unshare(filter: str) -> tuple[str | None, str]:
+    """Take a filter apart into its group, if any, and its channel."""
+    if filter.startswith("$share/") and filter.count("/") > 2:
+        group, _, channel = filter[len("$share/") :].partition("/")
+        return group, channel
+    return None, filter
+
+
 def check_target(channel: str) -> str:
     """
     Check the target of a key: a channel, which may have wildcards and at most 23 levels.
@@ -92,7 +116,7 @@ def check_target(channel: str) -> str:
     :raises InvalidChannelError: if the broker would not make a key for it
     """
     target = check_channel(channel, wildcards=True)
-    depth = len(levels(target))
+    depth = len(levels(target.removesuffix("#/")))
     if depth > MAX_KEY_LEVELS:
         raise InvalidChannelError(
             f"channel {target!r} has {depth} levels; a key covers at most {MAX_KEY_LEVELS}: "
@@ -178,8 +202,13 @@ def format_topic(key: str, channel: str, options: Iterable[tuple[str, int | None
 
     :param options: names and values in the order of the topic; a ``None`` leaves its option out
     """
+    return f"{key}/{format_options(channel, options)}"
+
+
+def format_options(channel: str, options: Iterable[tuple[str, int | None]]) -> str:
+    """Put the options that are given behind a checked channel."""
     given = "&".join(f"{name}={value}" for name, value in options if value is not None)
-    return f"{key}/{channel}?{given}" if given else f"{key}/{channel}"
+    return f"{channel}?{given}" if given else channel
 
 
 def level_hash(level: str) -> int:

@@ -25,14 +25,15 @@ from ._client import Emitter, connect
 from ._errors import ConnectError, EmitterError
 from ._messages import EmitterMessage
 from ._options import make_options
-from ._presence import PresenceFeed
-from ._requests import Member
+from ._requests import PresenceEvent
 from ._version import __version__
 
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 
 _NAME: Final = "emitter-anyio"
+
+_VERBS: Final = {"status": "is here", "subscribe": "has come", "unsubscribe": "has left"}
 
 # What a shell reports of a process that such a signal has ended; Windows knows no SIGPIPE.
 _INTERRUPTED: Final = 128 + signal.SIGINT
@@ -50,6 +51,8 @@ class _UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse would put the usage before it, several lines long.
+        if message.endswith("expected one argument"):
+            message += "; if its value begins with '-', write --option=VALUE"
         self.exit(2, f"{_NAME}: {message} (see {self.prog} --help)\n")
 
 
@@ -240,13 +243,12 @@ async def _story(url: str, secret: str) -> None:
             _tell("publish", "an object, as JSON; the broker has accepted it (qos=1)")
             _tell("message", f"{_shown(await messages.receive())}, live")
             async with alice.watch_presence(key, channel) as presence:
-                status = await presence.receive()
-                _tell("presence", f"here now: {', '.join(map(_who, status.who))}")
+                _tell("presence", _happened(await presence.receive()))
                 async with _named(url, "bob") as bob, bob.subscribe(key, channel, last=0):
-                    _tell("presence", await _next_change(presence))
+                    _tell("presence", _happened(await presence.receive()))
                     await bob.publish(key, channel, "one for me, please", echo=False)
                     _tell("message", f"{_shown(await messages.receive())}, from bob")
-                _tell("presence", await _next_change(presence))
+                _tell("presence", _happened(await presence.receive()))
         seconds = await alice.flush()
         _tell("flush", f"the broker has taken everything; there and back in {seconds * 1e3:.1f} ms")
     _tell("disconnect", "alice has left; the README shows how to write all this")
@@ -257,20 +259,13 @@ def _named(url: str, name: str) -> Emitter:
     return connect(url) if urlsplit(url).username else connect(url, username=name)
 
 
-def _who(member: Member) -> str:
-    return member.username or member.id
-
-
 def _shown(message: EmitterMessage) -> str:
     return f"{message.as_string()!r} on {message.channel}"
 
 
-async def _next_change(presence: PresenceFeed) -> str:
-    async for event in presence:
-        if event.event != "status":
-            (member,) = event.who
-            return f"{_who(member)} has {'come' if event.event == 'subscribe' else 'left'}"
-    raise _CommandError("the feed of presence has ended")
+def _happened(event: PresenceEvent) -> str:
+    who = ", ".join(member.username or member.id for member in event.who)
+    return f"{who} {_VERBS[event.event]}"
 
 
 def _add_broker(commands: _Commands) -> None:

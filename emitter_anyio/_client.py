@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -9,13 +10,20 @@ import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _requests as requests
+from ._calling import Caller
 from ._channels import check_channel, check_key, check_target, check_whole, format_topic
 from ._conversation import DEFAULT, Timeout
+from ._errors import MessageTooLargeError
+from ._history import Historian
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
-from ._requests import ChannelKey, Me
-from ._subscribing import Subscriber
+from ._requests import ChannelKey, Link, Me
 from ._watching import Watcher
+
+_LINK = re.compile(r"[a-zA-Z0-9]{1,2}", re.ASCII)
+
+_MAX_DELIVERED: Final = 65528
+"""The broker sends on no more than so many bytes of channel and payload."""
 
 _TOPICS: Final = 1024
 """So many topics are kept ready to be published to."""
@@ -44,7 +52,7 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     return Emitter(make_options(options, keywords))
 
 
-class Emitter(Subscriber, Watcher):
+class Emitter(Caller, Watcher, Historian):
     """
     A client of an Emitter broker; :func:`connect` makes one.
 
@@ -62,6 +70,11 @@ class Emitter(Subscriber, Watcher):
         super().__init__(options)
         self._topics: dict[tuple[object, ...], bytes] = {}
         self._publishes = 0
+        self._links: dict[str, str] = {}
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._links.clear()
 
     def __repr__(self) -> str:
         servers = ", ".join(map(str, self._options.servers))
@@ -85,8 +98,8 @@ class Emitter(Subscriber, Watcher):
         :param key: a key with the permission to write (``w``)
         :param channel: the channel, without wildcards
         :param message: bytes-like or ``str`` (as UTF-8); anything else is sent as JSON
-        :param ttl: store it for so many seconds, or, with 0, not; the key needs the permission to store (``s``),
-            or the broker delivers and does not store
+        :param ttl: store it for so many seconds; ``None`` or 0 does not. Without the permission to
+            store (``s``) the broker delivers it and does not store it
         :param qos: 0 returns when the message is queued, and waits only for room; 1 returns when
             the broker has accepted it, and raises what it refused
         :param retain: store it for as long as the broker keeps messages, 30 days by default
@@ -106,28 +119,47 @@ class Emitter(Subscriber, Watcher):
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
         """
         try:
-            topic = self._topics[key, channel, ttl, echo]
-        except (KeyError, TypeError):
+            # Not by index: a KeyError would show the key in the tracebacks of the errors below.
+            topic = self._topics.get((key, channel, ttl, echo))
+        except TypeError:
+            topic = None
+        if topic is None:
             topic = self._make_topic(key, channel, ttl, echo)
         payload = message if type(message) is bytes else encode_payload(message)
-        self._check_size(topic, payload, qos)
-        if qos == 0:
-            self._publishes += 1
-            if not self._publishes & 15:
-                await (checkpoint() if not self._publishes & 63 else checkpoint_if_cancelled())
-            if self._connection is None or not self._connection.writer.has_room:
-                await self._room()
-            self._session.publish(topic, payload, retain=retain)
-        elif qos == 1:
-            await self._room()
-            pending = self._session.publish_confirmed(
-                topic, payload, key=key, channel=channel, retain=retain
+        await self._publish(topic, payload, key, channel, qos, retain, timeout)
+
+    async def publish_with_link(
+        self,
+        name: str,
+        message: Payload,
+        *,
+        qos: Literal[0, 1] = 0,
+        retain: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> None:
+        """
+        Publish through a link, with the options that it was made with.
+
+        :param name: the name that :meth:`link` gave it
+        :param message: as in :meth:`publish`
+        :param qos: as in :meth:`publish`
+        :param retain: as in :meth:`publish`
+        :param timeout: seconds for the broker to answer with ``qos=1``, instead of
+            ``request_timeout``; ``None`` never
+        :raises BadRequestError: with ``qos=1``, if this connection has no link of that name
+        :raises UnauthorizedError: with ``qos=1``, if the link's key does not open its channel
+        :raises MessageTooLargeError: if the broker could not send it on: over 65528 bytes of
+            channel and payload it closes the link or drops the message (its ``conn.go``)
+        """
+        _check_link(name)
+        payload = encode_payload(message)
+        channel = self._links.get(name)
+        if channel is not None and len(channel) + len(payload) > _MAX_DELIVERED:
+            raise MessageTooLargeError(
+                f"channel and payload have {len(channel) + len(payload)} bytes; through a link "
+                f"the broker cannot send on more than {_MAX_DELIVERED}"
             )
-            await self._answer(pending, timeout)
-        else:
-            raise ValueError(
-                f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1"
-            )
+        await self._publish(name.encode(), payload, None, channel, qos, retain, timeout)
 
     async def flush(self, *, timeout: Timeout = DEFAULT) -> float:
         """
@@ -183,6 +215,66 @@ class Emitter(Subscriber, Watcher):
             )
         return await self._request(requests.keygen(key, channel, permissions, ttl), timeout)
 
+    async def keyban(
+        self, secret: str, target: str, banned: bool = True, *, timeout: Timeout = DEFAULT
+    ) -> bool:
+        """
+        Ban a key, or take that back.
+
+        A banned key is refused at once; what was subscribed with it goes on. The broker may take
+        a minute to believe that it is banned no more.
+
+        :param secret: the broker's master secret
+        :param target: the key
+        :param banned: whether it is to be banned
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: whether it is banned now
+        :raises UnauthorizedError: if ``secret`` may not ban
+        """
+        check_key(secret)
+        check_key(target)
+        if not isinstance(banned, bool):
+            raise TypeError(f"banned is a bool, not {type(banned).__name__}")
+        return await self._request(requests.keyban(secret, target, banned), timeout)
+
+    async def link(
+        self,
+        key: str,
+        channel: str,
+        name: str,
+        *,
+        subscribe: bool = False,
+        ttl: int | None = None,
+        echo: bool = True,
+        timeout: Timeout = DEFAULT,
+    ) -> Link:
+        """
+        Make a short name for a channel, to publish to with :meth:`publish_with_link`.
+
+        It lasts as long as this link to the broker, and cannot be taken back. The broker looks at
+        the key only when the name is used.
+
+        :param key: a key with the permission to write (``w``)
+        :param channel: the channel
+        :param name: one or two letters or digits
+        :param subscribe: whether to subscribe to the channel too, as an awaited
+            :meth:`subscribe` with ``last=0`` does; it needs ``r``
+        :param ttl: store what is published through it for so many seconds (needs ``s``)
+        :param echo: whether what is published through it is delivered to this connection, too
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: the name, and the channel with its options
+        :raises UnauthorizedError: with ``subscribe``, if the key may not read; the link is there
+        """
+        check_key(key)
+        channel = check_channel(channel)
+        _check_link(name)
+        options = (("ttl", check_whole("ttl", ttl) or None), ("me", None if echo else 0))
+        made = await self._request(requests.link(key, channel, name, options), timeout)
+        self._links[name] = channel
+        if subscribe:
+            await self.subscribe(key, channel, 0, timeout=timeout)
+        return made
+
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """
         Ask the broker who this connection is.
@@ -191,6 +283,35 @@ class Emitter(Subscriber, Watcher):
         :return: the connection's id, and its links
         """
         return await self._request(requests.me(), timeout)
+
+    async def _publish(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        qos: int,
+        retain: bool,
+        timeout: Timeout,
+    ) -> None:
+        self._check_size(topic, payload, qos)
+        if qos == 0:
+            self._publishes += 1
+            if not self._publishes & 15:
+                await (checkpoint() if not self._publishes & 63 else checkpoint_if_cancelled())
+            if self._connection is None or not self._connection.writer.has_room:
+                await self._room()
+            self._session.publish(topic, payload, retain=retain)
+        elif qos == 1:
+            await self._room()
+            pending = self._session.publish_confirmed(
+                topic, payload, key=key, channel=channel, retain=retain
+            )
+            await self._answer(pending, timeout)
+        else:
+            raise ValueError(
+                f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1"
+            )
 
     def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
         check_key(key)
@@ -202,3 +323,10 @@ class Emitter(Subscriber, Watcher):
             self._topics.clear()
         self._topics[key, channel, ttl, echo] = topic
         return topic
+
+
+def _check_link(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a link is a str, not {type(name).__name__}")
+    if not _LINK.fullmatch(name):
+        raise ValueError(f"the name of a link is one or two letters or digits, not {name!r}")

@@ -85,9 +85,12 @@ class Connection:
                     tasks.start_soon(self._guard, self._keep_alive, ping)
                     await self._guard(self._read, deliver)
         finally:
-            self.writer.stop()
-            await self._transport.aclose()
-            self._ended.set()
+            try:
+                await self._transport.aclose()
+            finally:
+                # At the very end: those who are let go must find that there is no link any more.
+                self.writer.stop()
+                self._ended.set()
         return self._broken
 
     async def abandon(self) -> None:

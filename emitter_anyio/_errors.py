@@ -13,6 +13,7 @@
     ├── SlowConsumerError             a buffer was full, messages were dropped
     ├── SubscriptionConflictError     the broker cannot keep two subscriptions of one link apart
     ├── HandlerError                  an ``on()`` handler raised
+    ├── ReplyError                    the handler that served a request() raised
     ├── InvalidChannelError           a channel that the broker would not take
     ├── MessageTooLargeError          more bytes than the broker takes
     └── RequestError                  the broker refused
@@ -116,6 +117,10 @@ class HandlerError(EmitterError):
     def __init__(self, message: str, *, event: str) -> None:
         super().__init__(message)
         self.event = event
+
+
+class ReplyError(EmitterError):
+    """The handler that served a ``request()`` raised, at the other client."""
 
 
 class InvalidChannelError(EmitterError, ValueError):

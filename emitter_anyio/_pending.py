@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from ._channels import unshare
 from ._requests import Request
 
 T = TypeVar("T")
@@ -99,9 +100,11 @@ class Pending(Generic[T]):
 class Grant:
     """One key's right to one subscription, and how many use it."""
 
-    def __init__(self, key: str, channel: str, asked: Pending[None]) -> None:
+    def __init__(self, key: str, filter: str, asked: Pending[None]) -> None:
         self.key = key
-        self.channel = channel
+        self.filter = filter
+        """The channel, with its group in front if it is shared."""
+        self.channel = unshare(filter)[1]
         self.asked = asked
         """The SUBSCRIBE that asked for it; once it is done without an error, it is granted."""
         self.users = 0

@@ -20,15 +20,16 @@ class PresenceFeed(EventStream[PresenceEvent]):
     A stream of the changes of a channel's presence, the status first.
 
     :attr:`members` follows what the broker says as it comes in, however far behind the reader of
-    the stream is. The broker tells of each subscription and not of each member, and an event can be
-    lost, so the feed asks for a fresh status now and then; where that says something new, the
-    :class:`PresenceStatus` is an item of the stream too.
+    the stream is. It is what a status tells: whom a message to the channel would reach, and so
+    nobody below it, whose coming and going the stream tells too. No event tells of the subscribers
+    of a parent, and one can be lost, so the feed asks for a fresh status now and then; where that
+    says something new, the :class:`PresenceStatus` is an item of the stream too.
     """
 
     def __init__(self, channel: str, buffer: int, overflow: Overflow) -> None:
         super().__init__(f"watch_presence({channel!r})", buffer, overflow)
+        self._channel = channel
         self._members: dict[str, Member] = {}
-        self._known: dict[str, set[str]] = {}
         self._touched: set[str] = set()
         self._doubt = anyio.Event()
 
@@ -41,26 +42,16 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def note(self, event: PresenceEvent) -> None:
         """Take in a change."""
+        if event.channel != self._channel:
+            return
         (member,) = event.who
         self._touched.add(member.id)
-        known = self._known.get(member.id)
         if event.event == "subscribe":
-            if member.id not in self._members:
-                # It has come under our eyes, so all its channels are known.
-                known = self._known[member.id] = set()
             self._members[member.id] = member
-            if known is not None:
-                known.add(event.channel)
-            return
-        if known is None or event.channel not in known:
-            # It may be subscribed in other places below the channel: a status will tell.
-            self.doubt()
         else:
-            known.discard(event.channel)
-            if known:
-                return
-        self._members.pop(member.id, None)
-        self._known.pop(member.id, None)
+            # A subscription to a parent may still reach it: a status will tell.
+            self._members.pop(member.id, None)
+            self.doubt()
 
     def asking(self) -> None:
         """Note that a status is being asked for: what changes meanwhile, it may not know."""
@@ -78,7 +69,6 @@ class PresenceFeed(EventStream[PresenceEvent]):
             self.doubt()
         if there == self._members:
             return False
-        self._known = {id: known for id, known in self._known.items() if id in there}
         self._members.clear()
         self._members.update(there)
         return True

@@ -9,28 +9,16 @@ from __future__ import annotations
 
 import base64
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar
 
-from ._channels import format_topic
-from ._errors import RequestError, refusal
+from ._channels import format_options, format_topic
 from ._messages import StoredMessage
 
 T = TypeVar("T")
-
-_KEY = re.compile(r"[-_0-9A-Za-z]{32}")
-
-_PERMISSION: Final = {
-    "publish": "'w' (write)",
-    "subscribe": "'r' (read)",
-    "unsubscribe": "'r' (read)",
-    "presence": "'p' (presence)",
-    "history": "'l' (load)",
-}
 
 _ID_EPOCH: Final = 1514764800
 """Message ids count their seconds from 2018-01-01."""
@@ -153,6 +141,35 @@ def keygen(key: str, channel: str, permissions: str, ttl: int) -> Request[Channe
     return Request("keygen", _json(body), parse, key, channel)
 
 
+def keyban(secret: str, target: str, banned: bool) -> Request[bool]:
+    """Ask to ban a key, or to take that back."""
+
+    def parse(answer: Mapping[str, Any]) -> bool:
+        if not isinstance(now := answer.get("banned"), bool):
+            raise NonsenseError("banned is no bool")
+        return now
+
+    body = {"secret": secret, "target": target, "banned": banned}
+    return Request("keyban", _json(body), parse, secret)
+
+
+def link(
+    key: str, channel: str, name: str, options: Iterable[tuple[str, int | None]]
+) -> Request[Link]:
+    """Ask for a link; the broker checks the key only when the link is used."""
+
+    def parse(answer: Mapping[str, Any]) -> Link:
+        return Link(_text(answer, "name"), _text(answer, "channel"))
+
+    body = {
+        "name": name,
+        "key": key,
+        "channel": format_options(channel, options),
+        "subscribe": False,
+    }
+    return Request("link", _json(body), parse, key, channel)
+
+
 def me() -> Request[Me]:
     """Ask who we are."""
 
@@ -211,11 +228,14 @@ def history(
     last: int,
     since: int | None = None,
     until: int | None = None,
+    before: bytes | None = None,
 ) -> Request[list[StoredMessage]]:
     """
-    Ask for stored messages, the oldest first in the answer.
+    Ask for the newest of the stored messages, the oldest of them first in the answer.
 
     The broker sorts by the second only and puts the newest first within one; the ids know better.
+
+    :param before: the id of a message: only those older than it
     """
 
     def parse(answer: Mapping[str, Any]) -> list[StoredMessage]:
@@ -226,7 +246,10 @@ def history(
 
     # The key stands inside the channel here; the broker passes over a field of its own for it.
     topic = format_topic(key, channel, (("last", last), ("from", since), ("until", until)))
-    return Request("history", _json({"channel": topic}), parse, key, channel, False)
+    body = {"channel": topic}
+    if before is not None:
+        body["startFromID"] = base64.b64encode(before).decode()
+    return Request("history", _json(body), parse, key, channel, False)
 
 
 def parse_object(binary: bytes) -> Mapping[str, Any]:
@@ -256,40 +279,6 @@ def refusal_in(answer: Mapping[str, Any]) -> tuple[int, str] | None:
     if not isinstance(status, int) or isinstance(status, bool):
         raise NonsenseError("status is no whole number")
     return None if status == 200 else (status, _text(answer, "message"))
-
-
-def refused(
-    status: int | None, message: str, operation: str, key: str | None, channel: str | None
-) -> RequestError:
-    """Make the error for a refusal, with the likely reasons for this very call."""
-    hint = _hint(status, message, operation, key, channel)
-    return refusal(status, message, operation=operation, channel=channel, hint=hint)
-
-
-def _hint(
-    status: int | None, message: str, operation: str, key: str | None, channel: str | None
-) -> str | None:
-    if status != 401 or key is None:
-        return None
-    if not _KEY.fullmatch(key):
-        return (
-            f"the key of {len(key)} characters is none: "
-            "keys have 32, of letters, digits, '-' and '_'"
-        )
-    if "extend" in message:
-        return "an extend key serves only to make a private channel: keygen() with it"
-    if operation == "keygen":
-        return "keygen takes the broker's master secret, or a key with the permission 'e' (extend)"
-    if operation == "keyban":
-        return "keyban takes the broker's master secret"
-    permission = _PERMISSION.get(operation, "it needs")
-    reasons = (
-        f"the key may lack the permission {permission}, have expired, be banned, be for another "
-        "channel or broker, or be for a target that ends in '+/', which opens nothing"
-    )
-    if channel is not None and channel.startswith("$share/"):
-        return f"a group needs a key made for {channel!r} itself; {reasons}"
-    return reasons
 
 
 def _json(body: Mapping[str, object]) -> bytes:

@@ -95,7 +95,7 @@ class Router(Generic[T]):
         pattern = self._patterns.pop(receiver)
         del self._place(pattern)[receiver]
         if pattern is not None:
-            self._prune(self._root, levels(pattern))
+            self._prune(levels(pattern))
         self._cache.clear()
 
     def receivers(self, channel: str) -> tuple[T, ...]:
@@ -104,9 +104,7 @@ class Router(Generic[T]):
         if found is None:
             if len(self._cache) >= _CACHE_LIMIT:
                 self._cache.clear()
-            reached = dict(self._everything)
-            path = levels(channel if channel.endswith("/") else channel + "/")
-            self._collect(self._root, path, reached)
+            reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
             found = self._cache[channel] = tuple(sorted(reached, key=reached.__getitem__))
         return found
 
@@ -118,22 +116,25 @@ class Router(Generic[T]):
             node = node.below.setdefault(level, _Node()) if make else node.below[level]
         return node.here
 
-    def _prune(self, node: _Node[T], path: list[str]) -> None:
-        if path:
-            child = node.below[path[0]]
-            self._prune(child, path[1:])
-            if not child.here and not child.below:
-                del node.below[path[0]]
+    def _prune(self, path: list[str]) -> None:
+        node, passed = self._root, []
+        for level in path:
+            passed.append((node, level))
+            node = node.below[level]
+        while passed and not node.here and not node.below:
+            node, level = passed.pop()
+            del node.below[level]
 
-    def _collect(self, node: _Node[T], path: list[str], reached: dict[T, int]) -> None:
-        if self.matcher == "emitter":
-            reached.update(node.here)
-        else:
-            if rest := node.below.get("#"):
-                reached.update(rest.here)
-            if not path:
-                reached.update(node.here)
-        if path:
-            for level in dict.fromkeys((path[0], "+")):
-                if child := node.below.get(level):
-                    self._collect(child, path[1:], reached)
+    def _collect(self, path: list[str]) -> dict[T, int]:
+        reached = dict(self._everything)
+        nodes = [self._root]
+        for depth in range(len(path) + 1):
+            at_end = depth == len(path)
+            for node in nodes:
+                if at_end or self.matcher == "emitter":
+                    reached.update(node.here)
+                if self.matcher == "mqtt" and (rest := node.below.get("#")):
+                    reached.update(rest.here)
+            names = () if at_end else dict.fromkeys((path[depth], "+"))
+            nodes = [node.below[name] for node in nodes for name in names if name in node.below]
+        return reached

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from . import _requests as requests
-from ._channels import fingerprint, format_topic, is_whole
+from ._channels import fingerprint, format_topic, is_whole, unshare
 from ._errors import (
     EmitterError,
     RemoteProtocolError,
@@ -21,6 +21,7 @@ from ._errors import (
     SubscriptionConflictError,
 )
 from ._errors import refusal as refusal_of
+from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
     ConnAck,
@@ -105,10 +106,17 @@ class Session:
         self._send(Publish(topic, payload, None, retain))
 
     def publish_confirmed(
-        self, topic: bytes, payload: bytes, *, key: str | None, channel: str, retain: bool = False
+        self,
+        topic: bytes,
+        payload: bytes,
+        *,
+        key: str | None,
+        channel: str | None,
+        retain: bool = False,
     ) -> Pending[None]:
-        """Publish at QoS 1."""
-        pending: Pending[None] = self._new("publish", key, channel)
+        """Publish at QoS 1; without a key, through a link."""
+        operation = "publish_with_link" if key is None else "publish"
+        pending: Pending[None] = self._new(operation, key, channel)
         self._send(Publish(topic, payload, self._register(pending), retain))
         return pending
 
@@ -130,28 +138,29 @@ class Session:
         self._send(PingReq())
         return pending
 
-    def subscribe(self, key: str, channel: str, replay: Replay) -> tuple[Grant, bool]:
+    def subscribe(self, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
         """
-        Use a subscription; the broker is asked once for each key and channel.
+        Use a subscription; the broker is asked once for each key and filter.
 
-        :param channel: the channel, with its group if it is shared
+        :param filter: the channel, with its group in front if it is shared
         :return: the grant, and whether the replay has to come from a history request, since on
             the wire it would reach other subscribers too
         :raises SubscriptionConflictError: if the broker would mix it up with another one
         """
-        others = self._grants.get(channel)
+        others = self._grants.get(filter)
         if others is None:
-            self._check_collision("subscription", channel, self._grants)
-        shared = self.overlapped(channel) or self._is_deaf(channel)
+            self._check_collision("subscription", filter, self._grants)
+            self._check_groups(filter)
+        shared = self.overlapped(filter) or self._is_deaf(filter)
         grant = None if others is None else others.get(key)
         if grant is None:
-            pending: Pending[None] = self._new("subscribe", key, channel)
-            grant = pending.grant = Grant(key, channel, pending)
+            pending: Pending[None] = self._new("subscribe", key, filter)
+            grant = pending.grant = Grant(key, filter, pending)
             asked = Replay(last=0) if shared else replay
             if not asked.nothing:
                 self.replays.add(grant)
-            self._grants.setdefault(channel, {})[key] = grant
-            topic = format_topic(key, channel, asked.options)
+            self._grants.setdefault(filter, {})[key] = grant
+            topic = format_topic(key, filter, asked.options)
             self._send(Subscribe(self._register(pending), topic))
         grant.users += 1
         return grant, shared and not replay.nothing
@@ -160,29 +169,30 @@ class Session:
         """
         Stop using a subscription.
 
-        :return: the UNSUBSCRIBE, if that was the last user of the channel
+        :return: the UNSUBSCRIBE, if that was the last user of the filter
         """
         grant.users -= 1
-        return self._tidy(grant.channel)
+        return self._tidy(grant.filter)
 
-    def unsubscribe(self, key: str, channel: str) -> Pending[None]:
-        """Tell the broker to unsubscribe a channel that nobody uses here."""
-        pending: Pending[None] = self._new("unsubscribe", key, channel)
-        self._send(Unsubscribe(self._register(pending), format_topic(key, channel)))
+    def unsubscribe(self, key: str, filter: str) -> Pending[None]:
+        """Tell the broker to unsubscribe what nobody uses here."""
+        pending: Pending[None] = self._new("unsubscribe", key, filter)
+        self._send(Unsubscribe(self._register(pending), format_topic(key, filter)))
         return pending
 
-    def overlapped(self, channel: str) -> bool:
+    def overlapped(self, filter: str) -> bool:
         """Tell whether some channel reaches both this subscription and another one."""
-        return any(overlap(channel, other, self._matcher) for other in self._grants)
+        _, channel = unshare(filter)
+        return any(overlap(channel, unshare(other)[1], self._matcher) for other in self._grants)
 
-    def _is_deaf(self, channel: str) -> bool:
+    def _is_deaf(self, filter: str) -> bool:
         # The default matcher never delivers to "#", though the broker replays to it, and on the
         # wire a replay looks like any other message.
-        return self._matcher == "emitter" and channel.endswith("#/")
+        return self._matcher == "emitter" and filter.endswith("#/")
 
-    def in_use(self, channel: str) -> bool:
+    def in_use(self, filter: str) -> bool:
         """Tell whether a subscription to just this channel has users."""
-        return channel in self._grants
+        return filter in self._grants
 
     def replaying(self, channel: str) -> Pending[None] | None:
         """
@@ -308,23 +318,33 @@ class Session:
                     "connect(allow_collisions=True) with a broker without that fault)"
                 )
 
+    def _check_groups(self, filter: str) -> None:
+        group, channel = unshare(filter)
+        for other in self._grants:
+            other_group, other_channel = unshare(other)
+            if (group or other_group) and overlap(channel, other_channel, self._matcher):
+                raise SubscriptionConflictError(
+                    f"Emitter delivers one copy to a link, and cannot keep {filter!r} apart from "
+                    f"{other!r}, which overlaps with it: use a second Emitter for a group"
+                )
+
     def _refused(self, grant: Grant) -> None:
         # What was refused is not unsubscribed; another key, whose users have left, may have to be.
-        grants = self._grants.get(grant.channel, {})
+        grants = self._grants.get(grant.filter, {})
         if grants.get(grant.key) is grant:
             del grants[grant.key]
-            self._tidy(grant.channel)
+            self._tidy(grant.filter)
 
-    def _tidy(self, channel: str) -> Pending[None] | None:
-        """Unsubscribe a channel that nobody uses any more, under whichever key."""
-        grants = self._grants.get(channel, {})
+    def _tidy(self, filter: str) -> Pending[None] | None:
+        """Unsubscribe a filter that nobody uses any more, under whichever key."""
+        grants = self._grants.get(filter, {})
         if any(grant.users for grant in grants.values()):
             return None
-        self._grants.pop(channel, None)
+        self._grants.pop(filter, None)
         held = sorted(grants.values(), key=lambda grant: not grant.asked.done)
         if not held:
             return None
-        pending = self.unsubscribe(held[0].key, channel)
+        pending = self.unsubscribe(held[0].key, filter)
         # Nobody waits for it, unless the caller does. If the SUBSCRIBE before it is going to be
         # refused, so is this, and that is no news.
         pending.awaited = False
@@ -344,13 +364,11 @@ class Session:
             return ()
         refusal = pending.refusal
         if kind is SubAck:
-            refused = not codes or codes[0] >= 0x80
-            refusal = (
-                (refusal or (None, "the broker refused without a reason")) if refused else None
-            )
+            denied = not codes or codes[0] >= 0x80
+            refusal = (refusal or (None, "the broker refused without a reason")) if denied else None
             if pending.grant is not None:
                 self.replays.discard(pending.grant)
-                if refused:
+                if denied:
                     self._refused(pending.grant)
         if refusal is not None:
             return self._refuse(pending, *refusal)
@@ -434,7 +452,8 @@ class Session:
 
     def _stray(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
         # A wide subscription ("+/") receives what its users publish below "emitter/" too.
-        if any(reaches(channel, message.channel, self._matcher) for channel in self._grants):
+        channels = (unshare(filter)[1] for filter in self._grants)
+        if any(reaches(channel, message.channel, self._matcher) for channel in channels):
             return (Emission("message", message),)
         return self._report(f"a message on {message.channel[:64]!r}: {why}")
 
@@ -447,7 +466,7 @@ class Session:
 
     def _refuse(self, pending: Pending[Any], status: int | None, words: str) -> Iterable[Emission]:
         def error() -> RequestError:
-            return requests.refused(status, words, pending.operation, pending.key, pending.channel)
+            return refused(status, words, pending.operation, pending.key, pending.channel)
 
         pending.fail(error)
         return () if pending.awaited or pending.quiet else (Emission("error", error()),)

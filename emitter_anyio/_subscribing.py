@@ -16,11 +16,14 @@ from anyio.lowlevel import checkpoint
 from . import _requests as requests
 from ._channels import (
     check_channel,
+    check_group,
     check_key,
     check_whole,
     format_topic,
     levels,
+    share,
     unix_seconds,
+    unshare,
 )
 from ._conversation import DEFAULT, Conversation, Timeout
 from ._errors import RequestError, SubscriptionConflictError, UnauthorizedError
@@ -96,6 +99,7 @@ class Subscriber(Conversation):
         *,
         since: datetime | float | None = None,
         until: datetime | float | None = None,
+        group: str | None = None,
         buffer: int = 1024,
         overflow: Overflow = "raise",
         timeout: Timeout = DEFAULT,
@@ -107,18 +111,24 @@ class Subscriber(Conversation):
         new. **Entered** with ``async with``, it gives an :class:`EventStream` of its own, and ends
         when it is left, without waiting.
 
-        :param key: a key with the permission to read (``r``)
+        :param key: a key with the permission to read (``r``); for a group, one that was made for
+            ``$share/<group>/<channel>/`` itself
         :param channel: the channel; a level may be ``+``, which stands for any one. With the
-            broker's default matcher nothing is ever delivered to ``#``
+            broker's default matcher nothing is ever delivered to ``#``, though it may be replayed
         :param last: replay so many stored messages first, if the key may load (``l``); 0 replays
-            none; with ``None`` the broker replays the newest one
-        :param since: replay only what was stored since then: an aware ``datetime`` or unix seconds
+            none; with ``None`` the broker replays the newest one. Beside an overlapping
+            subscription the replay comes from a history request, to this subscriber alone: one
+            that is stored meanwhile may come twice, and none is missed
+        :param since: replay only what was stored since then: an aware ``datetime`` or unix
+            seconds; without ``last``, still the newest one only
         :param until: replay only what was stored until then
+        :param group: share the messages with the others of this group: each goes to one of them.
+            Nothing is replayed to a group
         :param buffer: how many messages may wait in the stream, beside what is replayed
         :param overflow: what happens to more: ``"raise"`` (a :class:`SlowConsumerError` at the
             place of the gap), ``"drop_oldest"``, ``"drop_newest"`` or ``"block"``, which stops
             reading the link: whoever then awaits an answer while the own buffer is full waits for
-            ever
+            ever, and the broker closes a link that it cannot write to for 120 s
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :return: to be awaited or entered, once
         :raises InvalidChannelError: if the broker would not take the channel
@@ -128,19 +138,23 @@ class Subscriber(Conversation):
 
         Cancelled while being entered, the subscription is given back.
         """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        check_buffer(buffer, overflow)
         replay = Replay(
             check_whole("last", last), unix_seconds("since", since), unix_seconds("until", until)
         )
-        self._check_size(format_topic(key, channel, replay.options).encode(), b"", 1)
+        filter = self._check_filter(key, channel, group, replay)
+        check_buffer(buffer, overflow)
+        if unshare(filter)[0] is not None:
+            if replay.insists:
+                raise ValueError("Emitter replays nothing to a group: leave out last, since, until")
+            replay = Replay(last=0)
         return Subscribing(
-            partial(self._subscribe_for_handlers, key, channel, replay, timeout),
-            partial(self._subscribed, key, channel, replay, buffer, overflow, timeout),
+            partial(self._subscribe_for_handlers, key, filter, replay, timeout),
+            partial(self._subscribed, key, filter, replay, buffer, overflow, timeout),
         )
 
-    async def unsubscribe(self, key: str, channel: str, *, timeout: Timeout = DEFAULT) -> None:
+    async def unsubscribe(
+        self, key: str, channel: str, *, group: str | None = None, timeout: Timeout = DEFAULT
+    ) -> None:
         """
         End what an awaited :meth:`subscribe` began.
 
@@ -148,34 +162,41 @@ class Subscriber(Conversation):
 
         :param key: the key that it was subscribed with
         :param channel: the channel
+        :param group: the group that it was subscribed in, if any
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :raises RequestError: if the broker refused
         """
-        check_key(key)
-        channel = check_channel(channel, wildcards=True)
-        self._check_size(format_topic(key, channel).encode(), b"", 1)
+        filter = self._check_filter(key, channel, group, Replay())
         await self._room()
-        grant = self._awaited.pop((key, channel), None)
+        grant = self._awaited.pop((key, filter), None)
         if grant is not None:
             pending = self._session.release(grant)
-        elif self._session.in_use(channel):
+        elif self._session.in_use(filter):
             pending = None
         else:
-            pending = self._session.unsubscribe(key, channel)
+            pending = self._session.unsubscribe(key, filter)
         if pending is None:
             await checkpoint()
         else:
             pending.awaited = True
             await self._answer(pending, timeout)
 
+    def _check_filter(self, key: str, channel: str, group: str | None, replay: Replay) -> str:
+        check_key(key)
+        checked = check_channel(channel, wildcards=True)
+        filter = share(None if group is None else check_group(group), checked)
+        self._check_size(format_topic(key, filter, replay.options).encode(), b"", 1)
+        return filter
+
     async def _subscribe(
         self,
         key: str,
-        channel: str,
+        filter: str,
         replay: Replay,
         stream: EventStream[EmitterMessage] | None,
         timeout: Timeout,
     ) -> Grant:
+        _, channel = unshare(filter)
         await self._room()
         while (other := self._session.replaying(channel)) is not None:
             # What is replayed to another one now would reach this one too.
@@ -183,12 +204,12 @@ class Subscriber(Conversation):
             other.call_when_done(settled.set)
             await settled.wait()
             await self._room()
-        if replay.insists and levels(channel)[0] == "+" and self._session.overlapped(channel):
+        if replay.insists and levels(channel)[0] == "+" and self._session.overlapped(filter):
             raise SubscriptionConflictError(
                 f"{channel!r}: beside an overlapping subscription a replay comes from a history "
                 "request, which needs a literal first level; use last=0, or a second Emitter"
             )
-        grant, by_history = self._session.subscribe(key, channel, replay)
+        grant, by_history = self._session.subscribe(key, filter, replay)
         if stream is not None:
             self._routers["message"].add(stream, channel)
         try:
@@ -242,34 +263,34 @@ class Subscriber(Conversation):
             return
 
     async def _subscribe_for_handlers(
-        self, key: str, channel: str, replay: Replay, timeout: Timeout
+        self, key: str, filter: str, replay: Replay, timeout: Timeout
     ) -> None:
-        if (key, channel) in self._awaited:
+        if (key, filter) in self._awaited:
             self._link()
             await checkpoint()
             return
-        grant = await self._subscribe(key, channel, replay, None, timeout)
-        if (key, channel) in self._awaited:
+        grant = await self._subscribe(key, filter, replay, None, timeout)
+        if (key, filter) in self._awaited:
             # Another task was quicker.
             self._give_back(grant, None)
         else:
-            self._awaited[key, channel] = grant
+            self._awaited[key, filter] = grant
 
     @asynccontextmanager
     async def _subscribed(
         self,
         key: str,
-        channel: str,
+        filter: str,
         replay: Replay,
         buffer: int,
         overflow: Overflow,
         timeout: Timeout,
     ) -> AsyncGenerator[EventStream[EmitterMessage]]:
         stream: EventStream[EmitterMessage] = EventStream(
-            f"subscribe({channel!r})", buffer, overflow
+            f"subscribe({filter!r})", buffer, overflow
         )
         try:
-            grant = await self._subscribe(key, channel, replay, stream, timeout)
+            grant = await self._subscribe(key, filter, replay, stream, timeout)
         except BaseException:
             stream.close()
             raise

@@ -23,7 +23,7 @@ from ._options import Options, Server
 
 _CHUNK: Final = 65536
 
-# EAGAIN is not among them: a Unix socket whose queue is full says so, and nothing is under way then.
+# Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
 _UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 
 BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)

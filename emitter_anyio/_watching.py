@@ -38,12 +38,12 @@ class Watcher(Conversation):
         timeout: Timeout = DEFAULT,
     ) -> PresenceStatus:
         """
-        Ask who is subscribed to a channel, or to one below it.
+        Ask whom a message to a channel would reach.
 
         :param key: a key with the permission for presence (``p``)
-        :param channel: the channel
-        :param changes: ``True`` has the broker tell ``on("presence")`` of changes from now on,
-            ``False`` ends that; ``None`` leaves it as it is
+        :param channel: the channel; who is subscribed below it is not there
+        :param changes: ``True`` has the broker tell ``on("presence")`` of changes, at the channel
+            and below it, from now on; ``False`` ends that; ``None`` leaves it as it is
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :return: who is there now
         :raises UnauthorizedError: if the key may not
@@ -131,9 +131,11 @@ class Watcher(Conversation):
             self._feeds.discard(feed)
             self._leave_stream(feed)
             if self._session.unwatch(channel) and self._connection is not None:
-                self._session.request(
+                off = self._session.request(
                     requests.presence(key, channel, status=False, changes=False), awaited=False
                 )
+                # If it was refused, so is this, and that is no news.
+                off.quiet = True
 
     async def _status(
         self,

@@ -167,3 +167,15 @@ class TestRouter:
         assert not router._root.below["a"].below
         router.discard(0)
         assert not router._root.below
+
+    @matchers
+    def test_a_channel_may_have_any_number_of_levels(self, matcher: Matcher) -> None:
+        deep = "a/" * 20_000
+        router: Router[str] = Router(matcher)
+        router.add("x", deep)
+        router.add("y", "+/" * 20_000)
+        assert router.receivers(deep) == ("x", "y")
+        router.discard("y")
+        assert router.receivers(deep) == ("x",)
+        router.discard("x")
+        assert router.receivers(deep) == ()

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from emitter_anyio import _requests as requests
 from emitter_anyio import _session
-from emitter_anyio._channels import fingerprint
+from emitter_anyio._channels import unshare
 from emitter_anyio._errors import (
     BadRequestError,
     ConnectionLostError,
@@ -45,7 +45,7 @@ from emitter_anyio._packets import (
 )
 from emitter_anyio._pending import Emission, Grant, Pending, Replay
 from emitter_anyio._requests import ChannelKey, Me, Request
-from emitter_anyio._router import Matcher
+from emitter_anyio._router import Matcher, overlap
 from emitter_anyio._session import Session
 
 KEY = "k" * 32
@@ -1008,7 +1008,7 @@ def split(topic: str) -> tuple[str, str]:
     return key, channel.partition("?")[0]
 
 
-CHANNELS = ["a/", "a/b/", "+/b/", "c/", "c/d/", "#/"]
+FILTERS = ["a/", "a/b/", "+/b/", "c/", "c/d/", "#/", "$share/g/c/", "$share/h/c/d/"]
 keys = st.sampled_from([KEY, OTHER, BAD])
 
 
@@ -1029,13 +1029,12 @@ class Conversation(RuleBasedStateMachine):
         self.outstanding: dict[int, str] = {}
         self.pings = 0
         self.users: list[Grant] = []
+        self.refused: set[Grant] = set()
         self.asked: set[tuple[str, str]] = set()
+        self.ended: set[tuple[str, str]] = set()
         self.expected: dict[int, tuple[Pending[Any], object]] = {}
         self.flushes: list[Pending[RequestError | None] | None] = []
         self.refusal_before_flush = False
-        self.published_at_0 = 0
-        self.nonsense = 0
-        self.errors = 0
         self.all: list[Pending[Any]] = []
 
     def teardown(self) -> None:
@@ -1051,15 +1050,17 @@ class Conversation(RuleBasedStateMachine):
                 assert packet.packet_id not in self.outstanding, "an id is used twice"
                 self.outstanding[packet.packet_id] = type(packet).__name__
         if isinstance(packet, Subscribe):
-            assert split(packet.topic) not in self.asked, "the broker is asked twice"
-            self.asked.add(split(packet.topic))
+            pair = split(packet.topic)
+            assert pair not in self.asked, "the broker is asked twice"
+            self.asked.add(pair)
+            self.ended.discard(pair)
         elif isinstance(packet, Unsubscribe):
-            channel = split(packet.topic)[1]
-            used = {grant.channel for grant in self.users if not refused(grant)}
-            assert channel not in used, "somebody still uses it"
-            held = {pair for pair in self.asked if pair[1] == channel}
-            assert held, "what was refused, or not asked for, is unsubscribed"
-            self.asked -= held
+            pair = split(packet.topic)
+            used = {grant.filter for grant in self.users if grant not in self.refused}
+            assert pair[1] not in used, "somebody still uses it"
+            assert pair in self.asked | self.ended, "what was refused, or not asked for"
+            self.ended |= {one for one in self.asked if one[1] == pair[1]}
+            self.asked -= self.ended
         self.broker.packets.append(packet)
 
     @precondition(lambda self: self.broker.packets)
@@ -1080,8 +1081,10 @@ class Conversation(RuleBasedStateMachine):
             # From here on it may be asked for again.
             grant = self.session._pending[event.packet_id].grant
             assert grant is not None
-            if self.session._grants.get(grant.channel, {}).get(grant.key) is grant:
-                self.asked.discard((grant.key, grant.channel))
+            self.refused.add(grant)
+            if self.session._grants.get(grant.filter, {}).get(grant.key) is grant:
+                self.asked.discard((grant.key, grant.filter))
+                self.ended.discard((grant.key, grant.filter))
         emitted = list(self.session.receive(event))
         if isinstance(event, PubAck | SubAck | UnsubAck):
             del self.outstanding[event.packet_id]
@@ -1136,7 +1139,6 @@ class Conversation(RuleBasedStateMachine):
             expected = RequestError
         elif kind == "nonsense":
             expected = RemoteProtocolError
-            self.nonsense += 1
         else:
             expected = UnauthorizedError if key == BAD else ChannelKey(f"{number}", "a/")
         self.expect(pending, expected)
@@ -1148,10 +1150,18 @@ class Conversation(RuleBasedStateMachine):
         self.flushes.append(pending if awaited else None)
 
     @precondition(lambda self: not self.session.full)
-    @rule(key=keys, channel=st.sampled_from(CHANNELS), replay=st.sampled_from([ANY, NONE]))
+    @rule(key=keys, channel=st.sampled_from(FILTERS), replay=st.sampled_from([ANY, NONE]))
     def subscribe(self, key: str, channel: str, replay: Replay) -> None:
         before = len(self.broker.packets)
-        overlapped = self.session.overlapped(channel)
+        # Nothing is delivered to "#", so that what the broker replays would reach nobody.
+        overlapped = self.session.overlapped(channel) or channel == "#/"
+        group, plain = unshare(channel)
+        held = {grant.filter for grant in self.users if grant not in self.refused} - {channel}
+        if any((group or unshare(one)[0]) and overlap(plain, unshare(one)[1]) for one in held):
+            with pytest.raises(SubscriptionConflictError, match="a group"):
+                self.session.subscribe(key, channel, replay)
+            assert len(self.broker.packets) == before
+            return
         grant, by_history = self.session.subscribe(key, channel, replay)
         assert by_history == (overlapped and replay is ANY)
         self.users.append(grant)
@@ -1228,15 +1238,12 @@ class Conversation(RuleBasedStateMachine):
     @rule()
     def in_the_end_the_broker_has_what_is_used(self) -> None:
         while self.broker.packets or self.coming:
-            if self.broker.packets:
+            if self.coming:
+                self.hear(self.coming.pop(0))
+            else:
                 self.coming += self.broker.work()
-            self.hear(self.coming.pop(0))
-            if not self.broker.packets:
-                for event in self.coming:
-                    self.hear(event)
-                self.coming.clear()
         assert self.broker.subscriptions == {
-            grant.channel for grant in self.users if grant.key != BAD
+            grant.filter for grant in self.users if grant.key != BAD
         }
         assert not self.expected
         assert not self.outstanding
@@ -1248,10 +1255,6 @@ def outcome(pending: Pending[Any]) -> object:
         return pending.result()
     except EmitterError as exc:
         return type(exc)
-
-
-def refused(grant: Grant) -> bool:
-    return grant.asked.done and outcome(grant.asked) is UnauthorizedError
 
 
 TestConversation = Conversation.TestCase

@@ -70,9 +70,9 @@ async def test_nothing_happens_until_it_is_entered() -> None:
     assert emitter.connection is None
 
 
-def test_the_defaults_are_those_of_the_original_sdk() -> None:
+def test_a_client_is_made_outside_of_an_event_loop_with_the_original_sdks_defaults() -> None:
     assert "mqtts://api.emitter.io:443" in repr(connect())
-    assert "mqtt://api.emitter.io:8080" in repr(connect(secure=False))
+    assert "mqtt://api.emitter.io:8080" in repr(connect({"secure": False}))
 
 
 async def test_the_connection_says_where_it_goes_and_since_when(server: Server) -> None:

@@ -453,9 +453,7 @@ async def test_a_handler_that_has_raised_is_called_again(
     assert len(await errors.get(3)) == 3
 
 
-async def test_the_error_handler_may_be_a_stream(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_the_error_handler_may_be_a_stream(emitter: Emitter, key: str, unique: str) -> None:
     emitter.on("message", raising(ValueError("boom")))
     async with emitter.stream("error") as errors:
         await emitter.subscribe(key, unique)
@@ -561,9 +559,7 @@ READERS: dict[str, Callable[[EmitterMessage], object]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-async def test_a_message_is_read_by(
-    emitter: Emitter, key: str, unique: str, reader: str
-) -> None:
+async def test_a_message_is_read_by(emitter: Emitter, key: str, unique: str, reader: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, ["ü"])
         message = await messages.receive()

@@ -60,9 +60,7 @@ async def test_a_key_with_a_ttl_opens_while_it_lasts(
     assert made.key != (await emitter.keygen(server.secret, unique, "w")).key
 
 
-async def test_a_hash_opens_everything_below(
-    emitter: Emitter, server: Server, unique: str
-) -> None:
+async def test_a_hash_opens_everything_below(emitter: Emitter, server: Server, unique: str) -> None:
     made = await emitter.keygen(server.secret, f"{unique}#/", "w")
     assert made.channel == f"{unique}#/"
     for channel in (unique, f"{unique}a/", f"{unique}a/b/"):
@@ -142,10 +140,8 @@ async def test_a_target_that_is_too_deep_is_refused_before_it_is_sent(
         await emitter.keygen(server.secret, "a/" * 24)
 
 
-async def test_unknown_permissions_are_named(
-    emitter: Emitter, server: Server, unique: str
-) -> None:
-    with pytest.raises(ValueError, match="'q', 'z'.*there are r, w, s"):
+async def test_unknown_permissions_are_named(emitter: Emitter, server: Server, unique: str) -> None:
+    with pytest.raises(ValueError, match=r"'q', 'z'.*there are r, w, s"):
         await emitter.keygen(server.secret, unique, "rzwq")
 
 

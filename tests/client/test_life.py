@@ -250,9 +250,9 @@ async def test_start_raises_what_kept_run_from_connecting() -> None:
 
 
 RUNS: dict[str, Callable[[Callable[[], Awaitable[str]]], str]] = {
-    "trio.run": lambda main: trio.run(main),
+    "trio.run": trio.run,
     "asyncio.run": lambda main: asyncio.run(main()),  # type: ignore[arg-type]  # a coroutine
-    "anyio.run": lambda main: anyio.run(main),
+    "anyio.run": anyio.run,
     "anyio.run on Trio": lambda main: anyio.run(main, backend="trio"),
 }
 

@@ -188,16 +188,12 @@ async def test_a_key_without_the_permission_to_write_is_refused(
         await emitter.publish(made.key, unique, "m", qos=1)
 
 
-async def test_a_key_of_another_channel_is_refused(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_a_key_of_another_channel_is_refused(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(UnauthorizedError, match="another channel"):
         await emitter.publish(key, f"not{unique}", "m", qos=1)
 
 
-async def test_the_client_works_on_after_a_refusal(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_the_client_works_on_after_a_refusal(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(RequestError):
         await emitter.publish(NO_KEY, unique, "m", qos=1)
     async with emitter.subscribe(key, unique) as messages:
@@ -260,7 +256,7 @@ async def test_flush_returns_the_round_trip_when_the_broker_has_taken_everything
     async with emitter.subscribe(key, unique) as messages:
         for _ in range(5):
             await emitter.publish(key, unique, "m")
-        assert await emitter.flush() > 0
+        assert await emitter.flush() >= 0
         assert messages.statistics().buffered == 5
 
 
@@ -273,7 +269,7 @@ async def test_flush_raises_the_first_refusal_since_the_last_one_and_once(
     with pytest.raises(UnauthorizedError) as caught:
         await emitter.flush()
     assert (caught.value.status, caught.value.operation) == (401, "publish")
-    assert await emitter.flush() > 0
+    assert await emitter.flush() >= 0
 
 
 async def test_flush_says_nothing_of_refusals_that_were_raised(
@@ -281,7 +277,7 @@ async def test_flush_says_nothing_of_refusals_that_were_raised(
 ) -> None:
     with pytest.raises(UnauthorizedError):
         await emitter.publish(NO_KEY, unique, "m", qos=1)
-    assert await emitter.flush() > 0
+    assert await emitter.flush() >= 0
 
 
 async def test_a_refused_publish_with_qos_0_goes_to_the_error_handler(

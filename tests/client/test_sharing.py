@@ -191,9 +191,7 @@ async def test_a_wildcard_beside_its_channel_gets_each_message_once(
         assert [await arrived(emitter, stream) for stream in (wide, narrow, parent)] == [["m"]] * 3
 
 
-async def test_leaving_the_child_leaves_the_parent(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_leaving_the_child_leaves_the_parent(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         async with emitter.subscribe(key, f"{unique}a/"):
             pass

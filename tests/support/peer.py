@@ -83,11 +83,11 @@ class Peer:
         raise AssertionError(f"the client has closed the link without a packet of type {kind}")
 
     async def rest(self) -> list[Packet]:
-        """Take all that comes until the client closes the link; half a packet is an error."""
+        """Take all up to DISCONNECT, or to the end of the link; anything behind is an error."""
         start = len(self.received)
-        while await self.packet():
+        while (packet := await self.packet()) and packet.kind != DISCONNECT:
             pass
-        assert not self.left, f"{len(self.left)} bytes of half a packet: {bytes(self.left[:40])!r}"
+        assert not self.left, f"{len(self.left)} bytes behind: {bytes(self.left[:40])!r}"
         return self.received[start:]
 
     async def send(self, data: bytes) -> None:

@@ -1,0 +1,222 @@
+"""Request and reply between clients.
+
+A request goes to ``channel/<id of the asker's connection>/<number>/``, as in Emitter's Dart SDK;
+what is said about it goes below that: ``reply/``, ``error/`` and, from the asker, ``cancel/``.
+The payloads are the users' own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+import anyio
+from anyio.abc import TaskStatus
+
+from . import _requests as asking
+from ._channels import check_channel, check_key, format_topic, levels
+from ._conversation import DEFAULT, Timeout
+from ._errors import ReplyError, RequestTimeoutError
+from ._events import logger
+from ._messages import EmitterMessage, Payload, encode_payload
+from ._options import Options
+from ._pending import Replay
+from ._subscribing import Subscriber
+from ._subscription import EventStream
+
+Serve: TypeAlias = Callable[[EmitterMessage], "Payload | Awaitable[Payload]"]
+
+_REPLY: Final = "reply"
+_ERROR: Final = "error"
+_CANCEL: Final = "cancel"
+
+_QUIET: Final = (("me", 0),)
+"""What is said about a request is not for the connection that says it."""
+
+
+class _Reply:
+    """A reply that somebody waits for."""
+
+    def __init__(self) -> None:
+        self.came = anyio.Event()
+        self.kind = ""
+        self.message: EmitterMessage | None = None
+
+
+class _Replies(EventStream[EmitterMessage]):
+    """Where the replies on one channel come in, each to the one who waits for it."""
+
+    def __init__(self, channel: str) -> None:
+        super().__init__(f"replies on {channel!r}", 1, "drop_newest")
+        self.channel = channel
+        self.asked = 0
+        self.waiting: dict[str, _Reply] = {}
+
+    def push(self, item: EmitterMessage, *, extra: bool = False) -> bool:
+        """Hand a reply over; a late one, or one to nobody, is dropped."""
+        path = levels(item.channel[len(self.channel) :] or "/")
+        reply = self.waiting.get(path[0])
+        if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
+            reply.kind, reply.message = path[1], item
+            reply.came.set()
+        return True
+
+    def end(self, error: Callable[[], Exception] | None = None) -> None:
+        """Let go those who wait."""
+        super().end(error)
+        for reply in self.waiting.values():
+            reply.came.set()
+
+
+class Caller(Subscriber):
+    """The verbs ``request`` and ``serve``."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._replies: dict[tuple[str, str], _Replies] = {}
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._replies = {}
+        self._replies_lock = anyio.Lock()
+
+    def _finish(self) -> None:
+        super()._finish()
+        for replies in self._replies.values():
+            self._routers["message"].discard(replies)
+            replies.close()
+        self._replies = {}
+
+    async def request(
+        self, key: str, channel: str, message: Payload, *, timeout: Timeout = DEFAULT
+    ) -> EmitterMessage:
+        """
+        Ask those who :meth:`serve` a channel, and wait for the first reply.
+
+        :param key: a key with the permissions to read and write (``rw``) below the channel, such
+            as one for ``channel/#/``
+        :param channel: the channel that is served
+        :param message: what to ask, as in :meth:`publish`
+        :param timeout: seconds for the reply, instead of ``request_timeout``; ``None`` never
+        :return: the reply
+        :raises ReplyError: if the handler that served it raised
+        :raises RequestTimeoutError: if no reply came in time
+        :raises UnauthorizedError: if the key may not
+
+        Cancelling it, or a timeout, cancels the handler that serves it.
+        """
+        check_key(key)
+        channel = check_channel(channel)
+        payload = encode_payload(message)
+        replies = await self._replies_on(key, channel)
+        replies.asked += 1
+        number = str(replies.asked)
+        where = f"{replies.channel}{number}/"
+        topic = format_topic(key, where, _QUIET).encode()
+        self._check_size(topic, payload, 1)
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        reply = replies.waiting[number] = _Reply()
+        try:
+            await self._room()
+            await self._answer(
+                self._session.publish_confirmed(topic, payload, key=key, channel=where), timeout
+            )
+            with anyio.move_on_after(seconds):
+                await reply.came.wait()
+        finally:
+            del replies.waiting[number]
+            if reply.message is None:
+                self._say(key, f"{where}{_CANCEL}/", b"")
+        if reply.message is None:
+            self._link()
+            raise RequestTimeoutError(
+                f"request {channel!r}: nobody replied within {seconds:g} s; whether it took "
+                "effect is unknown"
+            )
+        if reply.kind == _ERROR:
+            words = reply.message.binary.decode(errors="replace")
+            raise ReplyError(f"request {channel!r}: {words}")
+        return EmitterMessage(where, reply.message.binary)
+
+    async def serve(
+        self,
+        key: str,
+        channel: str,
+        handler: Serve,
+        *,
+        buffer: int = 1024,
+        task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """
+        Serve the requests on a channel, each in a task of its own, until cancelled.
+
+        :param key: a key with the permissions to read and write (``rw``) below the channel
+        :param channel: the channel to serve
+        :param handler: is called with each request, and returns the reply, or an awaitable of it.
+            What it raises is logged, and raised where it was asked as :class:`ReplyError`
+        :param buffer: how many requests may wait
+        :param task_status: is told when requests are served: ``await task_group.start(...)``
+        :raises UnauthorizedError: if the key may not
+        :raises ConnectionLostError: if the link is gone for good
+        """
+        check_key(key)
+        channel = check_channel(channel)
+        running: dict[str, anyio.CancelScope] = {}
+        async with (
+            self.subscribe(key, channel, 0, buffer=buffer) as requests,
+            anyio.create_task_group() as tasks,
+        ):
+            task_status.started()
+            async for message in requests:
+                path = levels(message.channel[len(channel) :] or "/")
+                if len(path) == 2:
+                    scope = running[message.channel] = anyio.CancelScope()
+                    tasks.start_soon(self._serve_one, key, handler, message, scope, running)
+                elif len(path) == 3 and path[2] == _CANCEL:
+                    asked = message.channel.removesuffix(f"{_CANCEL}/")
+                    if asked in running:
+                        running[asked].cancel()
+
+    async def _serve_one(
+        self,
+        key: str,
+        handler: Serve,
+        message: EmitterMessage,
+        scope: anyio.CancelScope,
+        running: dict[str, anyio.CancelScope],
+    ) -> None:
+        with scope:
+            try:
+                reply = handler(message)
+                if inspect.isawaitable(reply):
+                    reply = await reply
+                self._say(key, f"{message.channel}{_REPLY}/", encode_payload(reply))
+            except Exception as exc:
+                logger.warning("serving %r raised", message.channel, exc_info=exc)
+                words = f"the handler that served it raised {type(exc).__name__}: {exc}"
+                self._say(key, f"{message.channel}{_ERROR}/", words.encode()[:1024])
+        del running[message.channel]
+
+    async def _replies_on(self, key: str, channel: str) -> _Replies:
+        async with self._replies_lock:
+            replies = self._replies.get((key, channel))
+            if replies is None:
+                connection_id = self._session.connection_id
+                if connection_id is None:
+                    connection_id = (await self._request(asking.me(), DEFAULT)).id
+                replies = _Replies(f"{channel}{connection_id}/")
+                try:
+                    await self._subscribe(key, replies.channel, Replay(last=0), replies, DEFAULT)
+                except BaseException:
+                    replies.close()
+                    raise
+                self._replies[key, channel] = replies
+            return replies
+
+    def _say(self, key: str, channel: str, payload: bytes) -> None:
+        # Without waiting, since it may be said under cancellation.
+        topic = format_topic(key, channel, _QUIET).encode()
+        self._check_size(topic, payload, 0)
+        if self._connection is not None and not self._connection.leaving:
+            self._session.publish(topic, payload)

@@ -1,0 +1,167 @@
+"""The API of the original Emitter SDK for Python, name by name, as its README has it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from emitter_anyio import Emitter, EmitterMessage, connect
+from tests.client.tools import Calls, texts
+from tests.support.server import Server
+
+pytestmark = pytest.mark.emitter
+
+
+class Program:
+    """A program written for the original SDK, with ``await`` where something is waited for."""
+
+    def __init__(self, server: Server, channel: str) -> None:
+        self.server = server
+        self.channel = channel  # without the slash, as there
+        self.emitter = connect(
+            {
+                "host": server.host,
+                "port": server.port,
+                "secure": server.secure,
+                "keepalive": 30,
+            }
+        )
+        self.calls = {
+            event: Calls()
+            for event in ("connect", "disconnect", "message", "presence", "keygen", "me", "error")
+        }
+        for event, calls in self.calls.items():
+            on: Any = self.emitter.on
+            on(event, calls)
+        self.key = ""
+
+    async def message(self, payload: object) -> EmitterMessage:
+        await self.emitter.subscribe(self.key, self.channel)
+        await self.emitter.publish(self.key, self.channel, payload)
+        (message,) = await self.calls["message"].get(1)
+        assert isinstance(message, EmitterMessage)
+        return message
+
+
+async def it_connects(program: Program) -> None:
+    assert isinstance(program.emitter, Emitter)
+    assert await program.calls["connect"].get(1) == [None]
+
+
+async def it_disconnects(program: Program) -> None:
+    await program.emitter.disconnect()
+    assert program.calls["disconnect"].values == [None]
+
+
+async def it_publishes(program: Program) -> None:
+    message = await program.message("Hello Emitter!")
+    assert message.asString() == "Hello Emitter!"
+
+
+async def it_publishes_with_a_ttl(program: Program) -> None:
+    await program.emitter.publish(program.key, program.channel, "stored", ttl=60)
+    await program.emitter.subscribe(program.key, program.channel)
+    assert texts(await program.calls["message"].get(1)) == ["stored"]
+
+
+async def it_publishes_with_a_ttl_of_none(program: Program) -> None:
+    for ttl in (None, 0):
+        await program.emitter.publish(program.key, program.channel, "m", ttl)
+    await program.emitter.subscribe(program.key, program.channel, 10)
+    await program.emitter.flush()
+    assert program.emitter.statistics().received == 0
+
+
+async def it_subscribes(program: Program) -> None:
+    message = await program.message("m")
+    assert message.channel == f"{program.channel}/"
+
+
+async def it_subscribes_to_the_last(program: Program) -> None:
+    for number in ("1", "2", "3"):
+        await program.emitter.publish(program.key, program.channel, number, 60)
+    await program.emitter.subscribe(program.key, program.channel, last=2)
+    assert sorted(texts(await program.calls["message"].get(2))) == ["2", "3"]
+
+
+async def it_unsubscribes(program: Program) -> None:
+    await program.message("one")
+    await program.emitter.unsubscribe(program.key, program.channel)
+    await program.emitter.publish(program.key, program.channel, "two")
+    await program.emitter.disconnect()
+    assert texts(program.calls["message"].values) == ["one"]
+
+
+async def it_tells_presence(program: Program) -> None:
+    await program.emitter.presence(program.key, program.channel)
+    (status,) = await program.calls["presence"].get(1)
+    assert (status.event, status.channel, status.who) == ("status", f"{program.channel}/", ())
+
+
+async def it_makes_keys(program: Program) -> None:
+    await program.emitter.keygen(program.server.secret, program.channel)
+    (_, made) = await program.calls["keygen"].get(2)
+    assert (len(made.key), made.channel) == (32, f"{program.channel}/")
+
+
+async def it_tells_who_one_is(program: Program) -> None:
+    await program.emitter.me()
+    (me,) = await program.calls["me"].get(1)
+    assert me.id
+    assert dict(me.links) == {}
+
+
+async def it_tells_errors(program: Program) -> None:
+    await program.emitter.publish("A" * 32, program.channel, "m")
+    (error,) = await program.calls["error"].get(1)
+    assert (error.status, bool(error.message)) == (401, True)
+
+
+async def it_replaces_nothing_by_on(program: Program) -> None:
+    more = Calls()
+    program.emitter.on("message", more)
+    await program.message("m")
+    assert texts(await more.get(1)) == ["m"]
+
+
+async def it_gives_text(program: Program) -> None:
+    assert (await program.message("grüß")).asString() == "grüß"
+
+
+async def it_gives_objects(program: Program) -> None:
+    assert (await program.message('{"a": 1}')).asObject() == {"a": 1}
+
+
+async def it_gives_bytes(program: Program) -> None:
+    message = await program.message("x")
+    assert message.asBinary() == message.binary == b"x"
+
+
+ROWS: dict[str, Callable[[Program], Awaitable[None]]] = {
+    "connect(options), event connect": it_connects,
+    "Emitter.disconnect(), event disconnect": it_disconnects,
+    "Emitter.publish(key, channel, message)": it_publishes,
+    "Emitter.publish(key, channel, message, ttl=60)": it_publishes_with_a_ttl,
+    "Emitter.publish(key, channel, message, 0)": it_publishes_with_a_ttl_of_none,
+    "Emitter.subscribe(key, channel), event message": it_subscribes,
+    "Emitter.subscribe(key, channel, last=2)": it_subscribes_to_the_last,
+    "Emitter.unsubscribe(key, channel)": it_unsubscribes,
+    "Emitter.presence(key, channel), event presence": it_tells_presence,
+    "Emitter.keygen(key, channel), event keygen": it_makes_keys,
+    "Emitter.me(), event me": it_tells_who_one_is,
+    "Emitter.on(event, handler)": it_replaces_nothing_by_on,
+    "event error": it_tells_errors,
+    "EmitterMessage.asString()": it_gives_text,
+    "EmitterMessage.asObject()": it_gives_objects,
+    "EmitterMessage.asBinary(), .binary": it_gives_bytes,
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+async def test_it_works_as_in_the_original(row: str, server: Server, unique: str) -> None:
+    program = Program(server, unique.rstrip("/"))
+    async with program.emitter:
+        program.key = (await program.emitter.keygen(server.secret, program.channel, "rwslp")).key
+        await ROWS[row](program)

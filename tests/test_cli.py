@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+import emitter_anyio
+from emitter_anyio._cli import main
+from tests.support.command import run, running
+
+BACKENDS = ["asyncio", "trio"]
+STORY = [
+    *["connect", "keygen", "publish", "publish", "subscribe", "message", "message"],
+    *["publish", "message", "presence", "presence", "message", "presence"],
+    *["flush", "disconnect"],
+]
+SECRET = re.compile(r"[-_0-9A-Za-z]{32}")
+"""What a key looks like, and a secret key; a licence is longer."""
+
+
+@contextmanager
+def broker(
+    *arguments: str, stop: signal.Signals = signal.SIGINT
+) -> Iterator[tuple[str, str, str | None]]:
+    """Run ``broker`` on a free port for a block: its URL, licence and secret key."""
+    command = ["-m", "emitter_anyio", "broker", "--port", "0", *arguments]
+    with running(*command) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        url = process.stdout.readline()
+        license = process.stdout.readline()
+        assert url.startswith("listening on mqtt://127.0.0.1:")
+        assert license.startswith("license ")
+        secret = None
+        if "--license" not in arguments:
+            line = process.stdout.readline()
+            assert line.startswith("secret key ")
+            secret = line.split()[2]
+        yield url.split()[2], license.split()[1], secret
+        process.send_signal(stop)
+        assert process.stderr.read() == ""
+        assert process.stdout.read() == ""
+        assert process.wait() == 0
+
+
+def demo(*arguments: str, secret: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {} if secret is None else {"EMITTER_SECRET": secret}
+    return run("-m", "emitter_anyio", "demo", *arguments, environment=environment)
+
+
+def told(output: str) -> list[str]:
+    return [line.split()[0] for line in output.splitlines()]
+
+
+def only_line(text: str) -> str:
+    (line,) = text.splitlines()
+    assert line.startswith("emitter-anyio: ")
+    return line
+
+
+class TestDemo:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_tells_a_line_for_each_thing_that_happens(self, backend: str) -> None:
+        done = demo("--backend", backend)
+        assert done.stderr == ""
+        assert done.returncode == 0
+        assert told(done.stdout) == ["broker", *STORY]
+        columns = {len(what) for what in re.findall(r"^\w+ +", done.stdout, re.MULTILINE)}
+        assert len(columns) == 1
+        assert done.stdout.count("replayed") == 2
+        assert re.search(
+            r"^message +'one for me, please' on demo/\w+/, from bob$", done.stdout, re.MULTILINE
+        )
+        assert re.findall(r"^presence +(.*)$", done.stdout, re.MULTILINE) == [
+            "alice is here",
+            "bob has come",
+            "bob has left",
+        ]
+        assert not SECRET.search(done.stdout)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_runs_against_a_broker_that_is_up(self, backend: str) -> None:
+        with broker() as (url, _, secret):
+            by_flag = demo("--backend", backend, "--url", url, f"--secret={secret}")
+            by_environment = demo("--backend", backend, "--url", url, secret=secret)
+        for done in (by_flag, by_environment):
+            assert done.stderr == ""
+            assert done.returncode == 0
+            assert told(done.stdout) == STORY
+
+    def test_a_user_name_in_the_url_goes_before_those_of_the_story(self) -> None:
+        with broker() as (url, _, secret):
+            done = demo("--url", url.replace("//", "//carol:hush@"), secret=secret)
+        assert done.returncode == 0
+        assert "carol is here\n" in done.stdout
+        assert "hush" not in done.stdout
+
+    def test_nobody_listens(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        done = demo("--url", f"mqtt://127.0.0.1:{port}", secret="x")
+        assert (done.returncode, done.stdout) == (1, "")
+        line = only_line(done.stderr)
+        assert f"mqtt://127.0.0.1:{port}" in line
+        assert line.endswith("without --url the demo starts a broker of its own")
+
+    def test_the_secret_is_not_the_brokers(self) -> None:
+        wrong = "a" * 32
+        with broker() as (url, _, _):
+            done = demo("--url", url, secret=wrong)
+        assert done.returncode == 1
+        assert "401" in only_line(done.stderr)
+        assert wrong not in done.stderr
+
+    def test_it_gives_up(self) -> None:
+        done = demo("--timeout", "0")
+        assert done.returncode == 1
+        assert "not done after 0 s" in only_line(done.stderr)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_ctrl_c_ends_it_as_a_shell_expects(self, backend: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
+            arguments = ["--backend", backend, "--url", url, "--secret", "x"]
+            with running("-m", "emitter_anyio", "demo", *arguments) as process:
+                link, _ = listener.accept()
+                with link:
+                    # It has sent CONNECT, and waits for an answer that does not come.
+                    assert link.recv(1)
+                    process.send_signal(signal.SIGINT)
+                    assert process.communicate() == ("", "")
+        assert process.returncode == 128 + signal.SIGINT
+
+    def test_a_reader_that_leaves_ends_it_without_a_word(self) -> None:
+        with running("-m", "emitter_anyio", "demo") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == 128 + 13
+
+
+class TestBroker:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+    def test_prints_what_a_client_needs_and_ends_on_a_signal(
+        self, backend: str, stop: signal.Signals
+    ) -> None:
+        with broker("--backend", backend, stop=stop) as (url, license, secret):
+            host, port = url.removeprefix("mqtt://").split(":")
+            with socket.create_connection((host, int(port))):
+                pass
+            assert license.endswith(":3")
+            assert secret is not None
+            assert SECRET.fullmatch(secret)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_ends_while_a_client_is_connected(self, backend: str) -> None:
+        with broker("--backend", backend) as (url, _, _):
+            host, port = url.removeprefix("mqtt://").split(":")
+            link = socket.create_connection((host, int(port)))
+            link.sendall(bytes.fromhex("100c00044d5154540402000a0000"))
+            assert link.recv(4) == bytes.fromhex("20020000")
+        with link:
+            assert link.recv(1) == b""
+
+    def test_with_a_licence_the_keys_of_another_run_are_good(self) -> None:
+        with broker() as (_, license, secret):
+            pass
+        with broker("--license", license) as (url, same, none):
+            assert (same, none) == (license, None)
+            assert demo("--url", url, secret=secret).returncode == 0
+
+    def test_a_port_that_is_taken(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = str(listener.getsockname()[1])
+            done = run("-m", "emitter_anyio", "broker", "--port", port)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert re.fullmatch(
+            rf"emitter-anyio: cannot listen on 127\.0\.0\.1 port {port}: .*"
+            r"\(--port 0 takes a free port\)\n",
+            done.stderr,
+        )
+
+
+WRONG = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["dance"], "dance"),
+    "unknown option": (["demo", "--louder"], "--louder"),
+    "unknown backend": (["demo", "--backend", "curio"], "curio"),
+    "secret without url": (["demo", "--secret", "x"], "--url"),
+    "url without secret": (["demo", "--url", "mqtt://127.0.0.1"], "EMITTER_SECRET"),
+    "scheme": (["demo", "--url", "http://ann:hush@127.0.0.1", "--secret", "x"], "mqtt, mqtts"),
+    "host": (["demo", "--url", "mqtt://ann:hush@", "--secret", "x"], "no host"),
+    "no number": (["demo", "--timeout", "soon"], "'soon' is no number of seconds"),
+    "negative": (["demo", "--timeout", "-1"], "'-1' is no number of seconds"),
+    "dash": (["demo", "--url", "mqtt://127.0.0.1", "--secret", "-x"], "write --option=VALUE"),
+    "port range": (["broker", "--port", "65536"], "'65536' is no port from 0 to 65535"),
+    "port": (["broker", "--port", "http"], "'http' is no port"),
+    "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
+}
+
+
+class TestUsage:
+    @pytest.mark.parametrize(("arguments", "says"), WRONG.values(), ids=WRONG)
+    def test_what_is_wrong_is_said_in_one_line(
+        self,
+        arguments: list[str],
+        says: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.delenv("EMITTER_SECRET", raising=False)
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 2
+        output, errors = capsys.readouterr()
+        assert output == ""
+        assert says in only_line(errors)
+        assert errors.endswith("--help)\n")
+        assert "hush" not in errors
+
+    def test_in_a_process(self) -> None:
+        done = run("-m", "emitter_anyio", "demo", "--louder")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "see python -m emitter_anyio" in only_line(done.stderr)
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            main(["--version"])
+        assert left.value.code == 0
+        assert capsys.readouterr().out == f"emitter-anyio {emitter_anyio.__version__}\n"
+
+    @pytest.mark.parametrize(
+        ("program", "shown"),
+        [
+            ("/usr/bin/emitter-anyio", "emitter-anyio"),
+            ("/site-packages/emitter_anyio/__main__.py", "python -m emitter_anyio"),
+        ],
+    )
+    def test_help_teaches_with_examples_as_it_was_called(
+        self,
+        program: str,
+        shown: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", [program])
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        for arguments, example in (
+            ([], f"  {shown} demo\n"),
+            (["demo"], f"  EMITTER_SECRET=... {shown} demo --url mqtt://127.0.0.1:8080\n"),
+            (["broker"], f"  {shown} broker --port 0 "),
+        ):
+            with pytest.raises(SystemExit) as left:
+                main([*arguments, "--help"])
+            assert left.value.code == 0
+            assert example in capsys.readouterr().out

@@ -1,0 +1,522 @@
+"""What leaves: in order, whole, and without holding up a caller."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import ConnectionLostError, Emitter, connect
+from emitter_anyio._transport import SocketTransport, StreamTransport
+from emitter_anyio._writer import _HIGH_WATER, Writer
+from tests.support.memory import MemoryStream, memory_link
+from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
+from tests.support.steps import styles
+
+FULL = bytes(_HIGH_WATER)
+
+
+class SocketLink:
+    """A writer on a socket whose buffers are as small as the system makes them."""
+
+    def __init__(self) -> None:
+        ours, self.peer = socket.socketpair()
+        for sock in (ours, self.peer):
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        self.transport = SocketTransport(ours)
+        self.writer = Writer(self.transport)
+
+    async def read(self, size: int) -> bytes:
+        """Read exactly so many bytes."""
+        data = b""
+        while len(data) < size:
+            await anyio.wait_readable(self.peer)
+            data += self.peer.recv(size - len(data))
+        return data
+
+    def waits(self) -> bytes:
+        """What is there for the peer now."""
+        with suppress(BlockingIOError):
+            return self.peer.recv(1 << 20)
+        return b""
+
+
+@asynccontextmanager
+async def socket_link() -> AsyncGenerator[SocketLink]:
+    link = SocketLink()
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(link.writer.run)
+            await anyio.wait_all_tasks_blocked()
+            yield link
+            tasks.cancel_scope.cancel()
+    finally:
+        await link.transport.aclose()
+        link.peer.close()
+
+
+@asynccontextmanager
+async def memory_writer(capacity: int) -> AsyncGenerator[tuple[Writer, MemoryStream]]:
+    ours, peer = memory_link(capacity)
+    writer = Writer(StreamTransport(ours))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(writer.run)
+        await anyio.wait_all_tasks_blocked()
+        yield writer, peer
+        tasks.cancel_scope.cancel()
+
+
+# Order and size
+
+
+async def test_the_first_packet_of_a_turn_leaves_at_once(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        link.writer.write(b"first")
+        assert link.waits() == b"first"
+        link.writer.write(b"second")
+        link.writer.write(b"third")
+        assert link.waits() == b""
+        assert link.writer.size == 11
+        assert await link.read(11) == b"secondthird"
+        assert link.writer.size == 0
+        assert link.writer.sent == link.writer.queued == 16
+
+
+async def test_packets_of_every_size_leave_in_order(anyio_backend: object) -> None:
+    chance = random.Random(1)
+    sent = [chance.randbytes(chance.choice((1, 50, 5000, 70_000))) for _ in range(200)]
+    async with socket_link() as link:
+
+        async def write() -> None:
+            for packet in sent:
+                await link.writer.room()
+                link.writer.write(packet)
+                if chance.random() < 0.3:
+                    await checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(write)
+            assert await link.read(sum(map(len, sent))) == b"".join(sent)
+
+
+async def test_a_packet_larger_than_the_socket_leaves_in_pieces(anyio_backend: object) -> None:
+    packet = random.Random(2).randbytes(1_000_000)
+    async with socket_link() as link:
+        link.writer.write(packet)
+        assert 0 < link.writer.sent < len(packet)
+        link.writer.write(b"behind")
+        assert await link.read(len(packet) + 6) == packet + b"behind"
+
+
+async def test_a_stream_gets_what_gathers_meanwhile_in_one_piece(anyio_backend: object) -> None:
+    async with memory_writer(1 << 20) as (writer, peer):
+        for number in range(10):
+            writer.write(b"%d" % number)
+        assert writer.size == 10
+        assert await peer.receive() == b"0123456789"
+
+
+async def test_no_more_than_a_chunk_is_gathered(anyio_backend: object) -> None:
+    async with memory_writer(90_000) as (writer, _):
+        for _ in range(5):
+            writer.write(bytes(30_000))
+        await anyio.wait_all_tasks_blocked()
+        assert writer.size == 60_000
+
+
+async def test_writing_never_waits(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        for number in range(100):
+            link.writer.write(FULL)
+            assert link.writer.queued == (number + 1) * len(FULL)
+        assert link.writer.size > 99 * len(FULL)
+        # A packet that leaves nothing over keeps its place in the count.
+        assert link.writer.size + link.writer.sent == link.writer.queued
+
+
+@pytest.mark.virtual_time
+async def test_the_time_of_the_last_bytes_is_known(anyio_backend: object) -> None:
+    async with memory_writer(10) as (writer, peer):
+        start = writer.last_sent
+        await anyio.sleep(5)
+        assert writer.last_sent == start
+        writer.write(bytes(15))
+        await anyio.sleep(1)
+        assert writer.last_sent == start
+        await peer.receive()
+        await anyio.sleep(1)
+        assert writer.last_sent == pytest.approx(start + 6)
+
+
+# Room
+
+
+async def wait_for_room(link: SocketLink, number: int, packet: bytes, admitted: list[int]) -> None:
+    await link.writer.room()
+    admitted.append(number)
+    link.writer.write(packet)
+
+
+async def test_there_is_room_until_enough_waits(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        await link.writer.room()
+        link.writer.write(FULL * 2)
+        assert not link.writer.has_room
+        admitted: list[int] = []
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_for_room, link, 1, b"x", admitted)
+            await anyio.wait_all_tasks_blocked()
+            assert not admitted
+            assert await link.read(2 * len(FULL) + 1) == FULL * 2 + b"x"
+        assert admitted == [1]
+        assert link.writer.has_room
+
+
+async def test_who_comes_first_is_served_first(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        link.writer.write(FULL * 2)
+        admitted: list[int] = []
+        async with anyio.create_task_group() as tasks:
+            for number in range(20):
+                tasks.start_soon(wait_for_room, link, number, b"%02d" % number + FULL, admitted)
+                await anyio.wait_all_tasks_blocked()
+            most = 0
+            await link.read(2 * len(FULL))
+            for number in range(20):
+                assert (await link.read(2 + len(FULL)))[:2] == b"%02d" % number
+                most = max(most, link.writer.size)
+        assert admitted == list(range(20))
+        # One that is let in lets in the next, before either has written.
+        assert most < 3 * len(FULL)
+
+
+@pytest.mark.parametrize("attempt", range(5))
+async def test_nobody_overtakes_one_who_waits(anyio_backend: object, attempt: int) -> None:
+    async with socket_link() as link:
+        link.writer.write(FULL * 2)
+        admitted: list[int] = []
+
+        async def come_when_there_is_room() -> None:
+            # Wakes up in the turn in which the first one is let in.
+            await link.writer.left(len(FULL) + 1)
+            assert link.writer.size < _HIGH_WATER
+            await wait_for_room(link, 2, b"2", admitted)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(come_when_there_is_room)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(wait_for_room, link, 1, b"1", admitted)
+            await anyio.wait_all_tasks_blocked()
+            assert (await link.read(2 * len(FULL) + 2))[-2:] == b"12"
+        assert admitted == [1, 2]
+
+
+class Waiting:
+    """A task that waits for room, and can be cancelled in both ways."""
+
+    def __init__(self, link: SocketLink, number: int, admitted: list[int]) -> None:
+        self._scope = anyio.CancelScope()
+        self._task: asyncio.Task[Any] | None = None
+        self._wait = partial(wait_for_room, link, number, b"x", admitted)
+
+    async def run(self, style: str) -> None:
+        if style == "native":
+            self._task = asyncio.current_task()
+        with self._scope, suppress(asyncio.CancelledError):
+            await self._wait()
+
+    def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            self._scope.cancel()
+
+
+async def test_who_gives_up_lets_the_next_one_in(anyio_backend: object) -> None:
+    for style in styles():
+        async with socket_link() as link:
+            link.writer.write(FULL * 2)
+            admitted: list[int] = []
+            waiting = [Waiting(link, number, admitted) for number in range(5)]
+            async with anyio.create_task_group() as tasks:
+                for one in waiting:
+                    tasks.start_soon(one.run, style)
+                    await anyio.wait_all_tasks_blocked()
+                waiting[0].cancel()
+                waiting[2].cancel()
+                await link.read(2 * len(FULL) + 3)
+            assert admitted == [1, 3, 4]
+            assert link.writer.queued == 2 * len(FULL) + 3
+
+
+async def test_who_gives_up_when_its_turn_has_come_lets_the_next_one_in(
+    anyio_backend: object,
+) -> None:
+    for style in styles():
+        async with socket_link() as link:
+            link.writer.write(FULL * 2)
+            admitted: list[int] = []
+            waiting = [Waiting(link, number, admitted) for number in range(3)]
+
+            async def cancel_the_first(one: Waiting, link: SocketLink = link) -> None:
+                await link.writer.left(len(FULL) + 1)
+                one.cancel()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel_the_first, waiting[0])
+                await anyio.wait_all_tasks_blocked()
+                for one in waiting:
+                    tasks.start_soon(one.run, style)
+                    await anyio.wait_all_tasks_blocked()
+                await link.read(2 * len(FULL) + 2)
+            assert admitted[-2:] == [1, 2]
+            assert link.writer.queued == 2 * len(FULL) + len(admitted)
+
+
+# Marks
+
+
+async def test_left_returns_when_these_bytes_have_left(anyio_backend: object) -> None:
+    left = []
+
+    async def wait(link: SocketLink, mark: int) -> None:
+        await link.writer.left(mark)
+        assert link.writer.sent >= mark
+        left.append(mark)
+
+    async with socket_link() as link:
+        marks = []
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                link.writer.write(FULL)
+                marks.append(link.writer.queued)
+                tasks.start_soon(wait, link, link.writer.queued)
+                await anyio.wait_all_tasks_blocked()
+            assert not left
+            for mark in marks:
+                while link.writer.sent < mark:
+                    link.waits()
+                    await checkpoint()
+                await anyio.wait_all_tasks_blocked()
+                assert mark in left
+                assert marks[-1] not in left or mark == marks[-1]
+        assert left == marks
+        await link.writer.left(marks[-1])
+
+
+async def test_giving_up_on_a_mark_leaves_the_others_alone(anyio_backend: object) -> None:
+    async with memory_writer(10) as (writer, peer):
+        writer.write(bytes(30))
+        left = []
+
+        async def wait() -> None:
+            await writer.left(30)
+            left.append(True)
+
+        async with anyio.create_task_group() as tasks:
+            with anyio.move_on_after(0):
+                await writer.left(30)
+            tasks.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            assert not left
+            received = b""
+            while len(received) < 30:
+                received += await peer.receive()
+        assert left
+
+
+# The end
+
+
+async def test_a_link_that_is_gone_lets_everybody_go(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        link.writer.write(FULL * 3)
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(link.writer.room)
+                tasks.start_soon(link.writer.left, link.writer.queued)
+            await anyio.wait_all_tasks_blocked()
+            link.writer.stop()
+        # And those who come now as well.
+        assert not link.writer.has_room
+        await link.writer.room()
+        await link.writer.left(link.writer.queued)
+
+
+async def test_only_the_task_meets_the_error_of_a_broken_link(anyio_backend: object) -> None:
+    link = SocketLink()
+    link.peer.close()
+    with pytest.raises(BrokenPipeError):
+        async with leaving_bare(), anyio.create_task_group() as tasks:
+            tasks.start_soon(link.writer.run)
+            await anyio.wait_all_tasks_blocked()
+            link.writer.write(b"x")
+            link.writer.write(b"y")
+            link.writer.hurry()
+            assert link.writer.size == 2
+    await link.transport.aclose()
+
+
+@asynccontextmanager
+async def leaving_bare() -> AsyncGenerator[None]:
+    try:
+        yield
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+async def test_hurrying_sends_what_the_link_takes(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        link.writer.write(b"a")
+        link.writer.write(b"b")
+        link.writer.hurry()
+        assert link.waits() == b"ab"
+        assert link.writer.size == 0
+        await anyio.wait_all_tasks_blocked()
+        link.writer.write(FULL)
+        link.writer.write(FULL)
+        assert link.waits()
+        link.writer.hurry()
+        assert link.writer.sent > 2
+        rest = link.writer.size
+        # What the task has under way must not be sent twice.
+        await anyio.wait_all_tasks_blocked()
+        link.writer.hurry()
+        assert link.waits()
+        link.writer.hurry()
+        assert link.writer.size <= rest
+        assert link.writer.size + link.writer.sent == link.writer.queued
+
+
+# A client's publishes
+
+
+async def publish_numbered(
+    emitter: Emitter, number: int, size: int, returned: list[int], qos: Any = 0
+) -> None:
+    await emitter.publish("k", "a/", b"%06d" % number + bytes(size), qos=qos)
+    returned.append(number)
+
+
+async def cancelled_publishers(emitter: Emitter, style: str, seed: int) -> tuple[set[int], int]:
+    """Publish from many tasks, and cancel half of them at some time; give whose call returned."""
+    chance = random.Random(seed)
+    returned: list[int] = []
+    native: list[asyncio.Task[None]] = []
+
+    async def publish_and_cancel(number: int) -> None:
+        size = chance.choice((0, 100, 10_000, 60_000))
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as pair:
+                if chance.random() < 0.5:
+                    pair.start_soon(cancel_later, scope.cancel)
+                await publish_numbered(emitter, number, size, returned)
+
+    async def cancel_later(cancel: Callable[[], object]) -> None:
+        for _ in range(chance.randrange(30)):
+            await checkpoint()
+        cancel()
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(200):
+            if style == "scope":
+                tasks.start_soon(publish_and_cancel, number)
+                continue
+            size = chance.choice((0, 100, 10_000, 60_000))
+            task = asyncio.ensure_future(publish_numbered(emitter, number, size, returned))
+            native.append(task)
+            if chance.random() < 0.5:
+                tasks.start_soon(cancel_later, task.cancel)
+        if native:
+            await asyncio.wait(native)
+    return set(returned), len(returned)
+
+
+@pytest.mark.parametrize("link", LINKS)
+async def test_cancelled_publishes_leave_whole_or_not_at_all(
+    anyio_backend: object, link: str
+) -> None:
+    published: list[Packet] = []
+
+    async def script(peer: Peer) -> None:
+        # Behind the client most of the time, so that most of the publishers wait for room.
+        await peer.accept()
+        while packet := await peer.packet():
+            for _ in range(3):
+                await checkpoint()
+            if packet.kind == DISCONNECT:
+                break
+            published.append(packet)
+        assert not peer.left
+
+    async with serving(link, script) as options:
+        for style in styles():
+            async with connect(**options) as emitter:
+                returned, count = await cancelled_publishers(emitter, style, seed=3)
+            numbers = [int(packet.payload[:6]) for packet in published]
+            assert len(numbers) == len(set(numbers)) == count
+            assert set(numbers) == returned
+            assert count < 200
+            published.clear()
+
+
+async def test_a_verb_does_not_wait_for_a_link_that_takes_nothing(anyio_backend: object) -> None:
+    goes_on = anyio.Event()
+    payloads = []
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await goes_on.wait()
+        payloads.extend(packet.payload for packet in await peer.rest() if packet.kind == PUBLISH)
+
+    async with memory_peer(script, capacity=100) as connectable:
+        async with connect(connectable=connectable) as emitter:
+            # Nothing but room is waited for, and the first of these fills the link.
+            for number in range(30):
+                await emitter.publish("k", "a/", b"%02d" % number + bytes(2000))
+            assert emitter.statistics().queued_bytes > 50_000
+            goes_on.set()
+        assert [payload[:2] for payload in payloads] == [b"%02d" % number for number in range(30)]
+
+
+async def test_those_who_wait_for_room_or_to_leave_learn_that_the_link_is_lost(
+    anyio_backend: object,
+) -> None:
+    breaks = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await breaks.wait()
+
+    lost = []
+
+    async def lose(call: Callable[[], Any]) -> None:
+        with pytest.raises(ConnectionLostError):
+            await call()
+        lost.append(call)
+
+    async with memory_peer(script, capacity=100) as connectable:
+        with pytest.raises(ConnectionLostError):
+            async with connect(connectable=connectable) as emitter:
+                with anyio.CancelScope(shield=True):
+                    async with anyio.create_task_group() as tasks:
+                        for qos in (1, 1, 0, 0):
+                            tasks.start_soon(
+                                lose, partial(emitter.publish, "k", "a/", bytes(65000), qos=qos)
+                            )
+                            await anyio.wait_all_tasks_blocked()
+                        tasks.start_soon(lose, emitter.me)
+                        tasks.start_soon(lose, emitter.flush)
+                        await anyio.wait_all_tasks_blocked()
+                        breaks.set()
+    assert len(lost) == 6
