@@ -71,9 +71,6 @@ class _MemorySocket:
         self.outbound += data
         return len(data)
 
-    def fileno(self) -> int:
-        return -1
-
     def setblocking(self, flag: bool) -> None:
         pass
 
@@ -153,7 +150,7 @@ class Codec:
                 self._paho.unsubscribe(topic)
             case PingReq():
                 self._paho._send_pingreq()
-            case Disconnect():
+            case Disconnect():  # pragma: no branch - there is no other packet
                 self._paho.disconnect()
         return self._written()
 

@@ -48,6 +48,8 @@ class Connection:
         self.writer = Writer(transport)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
+        self.leaving = False
+        """Whether DISCONNECT has been queued, behind which nothing goes."""
         self._transport = transport
         self._codec = codec
         self._first = first
@@ -56,18 +58,12 @@ class Connection:
         self._scope = anyio.CancelScope()
         self._reading = anyio.CancelScope()
         self._ended = anyio.Event()
-        self._leaving = False
         self._broken: Exception | None = None
-
-    @property
-    def leaving(self) -> bool:
-        """Whether DISCONNECT has been queued, behind which nothing goes."""
-        return self._leaving
 
     def send(self, packet: Packet) -> None:
         """Encode a packet and queue it; nothing goes behind DISCONNECT."""
-        if not self._leaving:
-            self._leaving = isinstance(packet, Disconnect)
+        if not self.leaving:
+            self.leaving = isinstance(packet, Disconnect)
             self.writer.write(self._codec.encode(packet))
 
     async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
@@ -126,7 +122,7 @@ class Connection:
 
     def _break(self, exc: Exception) -> None:
         # How the link ends is of no interest once DISCONNECT has left.
-        if self._broken is None and not (self._leaving and not self.writer.size):
+        if self._broken is None and not (self.leaving and not self.writer.size):
             self._broken = exc
         self._scope.cancel()
 
@@ -135,16 +131,15 @@ class Connection:
             await self._take_in(deliver, self._first)
             while data := await self._transport.receive():
                 self._last_heard = anyio.current_time()
-                events = self._codec.decode(data)
-                if written := self._codec.take_written():
-                    self.writer.write(written)
-                await self._take_in(deliver, events)
+                await self._take_in(deliver, self._codec.decode(data))
             raise EOFError("the broker closed the link")
         while await self._transport.receive():
             pass
         self.close()
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
+        if (written := self._codec.take_written()) and not self.leaving:
+            self.writer.write(written)
         await deliver(events)
         if self.held_up:
             self.held_up = False
@@ -159,7 +154,8 @@ class Connection:
             heard = self._last_heard
             if now < min(heard, self.writer.last_sent) + self._keepalive:
                 continue
-            ping()
+            if not self.leaving:
+                ping()
             self.writer.last_sent = now
             if now < heard + self._keepalive:
                 continue

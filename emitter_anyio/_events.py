@@ -156,7 +156,7 @@ class EventSource:
         A handler is called with the event's value, and without any for ``connect`` and
         ``disconnect``; what it returns is awaited if it can be. Its calls come in order, in a task
         of the client's; it may await any verb. What it raises goes to ``on("error")`` as
-        :class:`HandlerError`, or ends the client where nobody handles that.
+        :class:`HandlerError`; where nobody handles that, it ends the client and leaves bare.
 
         :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``,
             ``"keygen"``, ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
@@ -397,7 +397,8 @@ class EventSource:
         )
         error.__cause__ = exc
         if event == "error" or not self._receivers("error", error):
-            raise error from exc
+            exc.add_note(f"raised by the handler {name} of {event!r}, and nobody handled 'error'")
+            raise exc
         self._emit("error", error)
 
 

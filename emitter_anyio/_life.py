@@ -219,6 +219,10 @@ class Life(EventSource):
         broken = await connection.run(self._deliver, self._ping)
         self._end_link(broken)
         with anyio.CancelScope(deadline=self._deadline):
+            # Those of "error" come last: another one may raise to the end.
+            self._end_handlers(but=("error",))
+            await self._handlers_done(but=("error",))
+            self._end_handlers()
             await self._handlers_done()
         self._set_state("closed")
 
@@ -245,7 +249,6 @@ class Life(EventSource):
             self._deadline = anyio.current_time() + self._options.disconnect_timeout
         for stream in self._streams():
             stream.end(self._connection_lost if self._lost else None)
-        self._end_handlers()
 
     def _finish(self) -> None:
         """End what cancellation has kept from ending in its own time."""

@@ -27,9 +27,10 @@ class Server:
     """
     Where a broker listens.
 
-    :ivar scheme: ``"mqtt"``, ``"mqtts"`` or ``"unix"``
+    :ivar scheme: ``"mqtt"``, ``"mqtts"`` or ``"unix"``; ``"connectable"`` where a connectable
+        knows the way
     :ivar host: a name, an address, or the path of a Unix socket
-    :ivar port: the port, 0 for a Unix socket
+    :ivar port: the port, 0 where there is none
     """
 
     scheme: str
@@ -37,6 +38,8 @@ class Server:
     port: int
 
     def __str__(self) -> str:
+        if self.scheme == "connectable":
+            return "the connectable"
         if self.scheme == "unix":
             return f"unix://{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -96,7 +99,10 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
         if name not in _NAMES:
             raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(_NAMES))}")
     place: dict[str, Any] = {name: said.pop(name) for name in _PLACE if name in said}
-    made = Options(servers=_servers(place), **said)
+    if said.get("connectable") is not None and not place:
+        made = Options(servers=(Server("connectable", "", 0),), **said)
+    else:
+        made = Options(servers=_servers(place), **said)
     _check(made)
     return made
 

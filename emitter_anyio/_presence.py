@@ -20,16 +20,18 @@ class PresenceFeed(EventStream[PresenceEvent]):
     A stream of the changes of a channel's presence, the status first.
 
     :attr:`members` follows what the broker says as it comes in, however far behind the reader of
-    the stream is. It is what a status tells: whom a message to the channel would reach, and so
-    nobody below it, whose coming and going the stream tells too. No event tells of the subscribers
-    of a parent, and one can be lost, so the feed asks for a fresh status now and then; where that
-    says something new, the :class:`PresenceStatus` is an item of the stream too.
+    the stream is: whom a message to the channel would reach, as a status tells, and who has
+    subscribed below it since the feed began, of whom only events tell. An event can be lost, so the
+    feed asks for fresh statuses now and then; where one says something new, the
+    :class:`PresenceStatus` is an item of the stream too.
     """
 
     def __init__(self, channel: str, buffer: int, overflow: Overflow) -> None:
         super().__init__(f"watch_presence({channel!r})", buffer, overflow)
         self._channel = channel
+        self._there: dict[str, dict[str, Member]] = {channel: {}}
         self._members: dict[str, Member] = {}
+        self._witnessed: set[str] = set()
         self._touched: set[str] = set()
         self._doubt = anyio.Event()
 
@@ -40,46 +42,69 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     # The side of the client
 
+    @property
+    def channels(self) -> list[str]:
+        """The watched channel, and those below it in which somebody is known to be."""
+        return list(self._there)
+
     def note(self, event: PresenceEvent) -> None:
         """Take in a change."""
-        if event.channel != self._channel:
-            return
         (member,) = event.who
         self._touched.add(member.id)
+        there = self._there.setdefault(event.channel, {})
         if event.event == "subscribe":
-            self._members[member.id] = member
-        else:
-            # A subscription to a parent may still reach it: a status will tell.
-            self._members.pop(member.id, None)
+            if member.id not in self._members:
+                # It has come under our eyes, so all its channels are known.
+                self._witnessed.add(member.id)
+            there[member.id] = self._members[member.id] = member
+            return
+        there.pop(member.id, None)
+        if member.id not in self._witnessed:
+            # A subscription that we did not see may still reach it: a status will tell.
             self.doubt()
+        self._forget_the_gone()
 
     def asking(self) -> None:
         """Note that a status is being asked for: what changes meanwhile, it may not know."""
         self._touched.clear()
         self._doubt = anyio.Event()
 
-    def correct(self, status: PresenceStatus) -> bool:
-        """Take in a status; tells whether it says something new."""
-        there = {member.id: member for member in status.who}
-        for id in self._touched:
-            there.pop(id, None)
-            if id in self._members:
-                there[id] = self._members[id]
+    def correct(self, channel: str, status: PresenceStatus) -> bool:
+        """Take in the status of a channel; tells whether it says something new."""
+        before = dict(self._members)
+        there = self._there.setdefault(channel, {})
+        told = {member.id: member for member in status.who}
+        for id in there.keys() - told.keys() - self._touched:
+            del there[id]
+        # A status names the subscribers of the parents too: they need no place below.
+        above = {} if channel == self._channel else self._there[self._channel]
+        for id in told.keys() - above.keys() - self._touched:
+            there[id] = self._members[id] = told[id]
         if self._touched:
             self.doubt()
-        if there == self._members:
-            return False
-        self._members.clear()
-        self._members.update(there)
-        return True
+        self._forget_the_gone()
+        return self._members != before
 
     def doubt(self) -> None:
         """Have a fresh status asked for."""
         self._doubt.set()
 
-    async def doubted(self, seconds: float | None) -> None:
-        """Wait until a fresh status is wanted, for so many seconds at most."""
+    async def doubted(self, seconds: float | None) -> bool:
+        """
+        Wait until a fresh status is wanted, for so many seconds at most.
+
+        :return: whether there is a doubt; else it is just time
+        """
         with anyio.move_on_after(seconds):
             await self._doubt.wait()
             # Who leaves rarely leaves alone: one status for all of them.
             await anyio.sleep(_GATHERED)
+        return self._doubt.is_set()
+
+    def _forget_the_gone(self) -> None:
+        for channel in [c for c, there in self._there.items() if not there and c != self._channel]:
+            del self._there[channel]
+        here = {id for there in self._there.values() for id in there}
+        for id in self._members.keys() - here:
+            del self._members[id]
+            self._witnessed.discard(id)

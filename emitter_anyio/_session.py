@@ -75,6 +75,7 @@ class Session:
         self._when_free: list[Callable[[], None]] = []
         self._grants: dict[str, dict[str, Grant]] = {}
         self._feeds: dict[str, Feed] = {}
+        self._left_feeds: set[str] = set()
         self.replays: set[Grant] = set()
         """The subscriptions whose stored messages the broker may be replaying now."""
         self._published = 0
@@ -241,6 +242,7 @@ class Session:
         if feed.users:
             return False
         del self._feeds[channel]
+        self._left_feeds.add(channel)
         return True
 
     def watched(self, channel: str) -> bool:
@@ -279,6 +281,7 @@ class Session:
         self._pings.clear()
         self._tell_free()
         self.replays.clear()
+        self._left_feeds.clear()
         self._published = self._settled = 0
         self.connection_id = None
         for one in pending:
@@ -341,14 +344,14 @@ class Session:
         if any(grant.users for grant in grants.values()):
             return None
         self._grants.pop(filter, None)
-        held = sorted(grants.values(), key=lambda grant: not grant.asked.done)
-        if not held:
-            return None
-        pending = self.unsubscribe(held[0].key, filter)
-        # Nobody waits for it, unless the caller does. If the SUBSCRIBE before it is going to be
-        # refused, so is this, and that is no news.
-        pending.awaited = False
-        pending.quiet = not held[0].asked.done
+        # A key that is granted will do. Of those that may be refused yet, any may be the good one;
+        # if the SUBSCRIBE is going to be refused, so is the UNSUBSCRIBE, and that is no news.
+        granted = [grant for grant in grants.values() if grant.asked.done]
+        pending: Pending[None] | None = None
+        for grant in granted[:1] or grants.values():
+            pending = self.unsubscribe(grant.key, filter)
+            pending.awaited = False
+            pending.quiet = not grant.asked.done
         return pending
 
     def _acknowledged(
@@ -436,6 +439,9 @@ class Session:
             event = requests.presence_event(answer)
             if any(reaches(feed, event.channel, self._matcher) for feed in self._feeds):
                 return (Emission("presence", event),)
+            if any(reaches(feed, event.channel, self._matcher) for feed in self._left_feeds):
+                # It was on its way when the feed was left.
+                return ()
         elif operation == "error" and self._published > self._settled:
             refusal = requests.refusal_in(answer)
             if refusal is not None:

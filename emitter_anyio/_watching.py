@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from typing import Final
 
 import anyio
 
@@ -16,6 +17,9 @@ from ._options import Options
 from ._presence import PresenceFeed
 from ._requests import PresenceStatus
 from ._subscription import Overflow, check_buffer
+
+_LOOKED_AT: Final = 64
+"""At each refresh of a feed the statuses of so many channels are asked for."""
 
 
 class Watcher(Conversation):
@@ -151,7 +155,7 @@ class Watcher(Conversation):
             requests.presence(key, channel, status=True, changes=changes), timeout
         )
         assert status is not None
-        return status, feed.correct(status)
+        return status, feed.correct(channel, status)
 
     async def _heal(
         self,
@@ -163,20 +167,25 @@ class Watcher(Conversation):
     ) -> None:
         with scope:
             while self._connection is not None:
-                await feed.doubted(refresh)
-                try:
-                    status, new = await self._status(feed, key, channel)
-                except RequestError as exc:
-                    feed.end(partial(_same, exc))
-                    return
-                except RequestTimeoutError as exc:
-                    self._report(exc)
-                except EmitterError:
-                    # The link is gone, and the feed has been told so.
-                    return
-                else:
-                    if new:
-                        await self._hand_over(feed, status)
+                # A doubt is about those whom the status of the channel names. Now and then, who
+                # is below it is looked at, too.
+                doubted = await feed.doubted(refresh)
+                for asked in [channel] if doubted else feed.channels[:_LOOKED_AT]:
+                    try:
+                        status, new = await self._status(feed, key, asked)
+                    except RequestError as exc:
+                        if asked == channel:
+                            feed.end(partial(_same, exc))
+                            return
+                        # The key is not for what is below: events alone must tell of it.
+                    except RequestTimeoutError as exc:
+                        self._report(exc)
+                    except EmitterError:
+                        # The link is gone, and the feed has been told so.
+                        return
+                    else:
+                        if new:
+                            await self._hand_over(feed, status)
 
 
 def _same(error: Exception) -> Exception:

@@ -24,6 +24,10 @@ SECRET = re.compile(r"[-_0-9A-Za-z]{32}")
 """What a key looks like, and a secret key; a licence is longer."""
 
 
+CONNECT = bytes.fromhex("100c00044d5154540402000a0000")
+CONNACK = bytes.fromhex("20020000")
+
+
 @contextmanager
 def broker(
     *arguments: str, stop: signal.Signals = signal.SIGINT
@@ -110,6 +114,20 @@ class TestDemo:
         assert f"mqtt://127.0.0.1:{port}" in line
         assert line.endswith("without --url the demo starts a broker of its own")
 
+    def test_the_link_is_lost(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
+            with running("-m", "emitter_anyio", "demo", "--url", url, "--secret=x") as process:
+                link, _ = listener.accept()
+                with link:
+                    assert link.recv(1024)
+                    link.sendall(CONNACK)
+                    assert link.recv(1024)
+                output, errors = process.communicate()
+        assert process.returncode == 1
+        assert told(output) == ["connect"]
+        assert "is lost" in only_line(errors)
+
     def test_the_secret_is_not_the_brokers(self) -> None:
         wrong = "a" * 32
         with broker() as (url, _, _):
@@ -165,8 +183,8 @@ class TestBroker:
         with broker("--backend", backend) as (url, _, _):
             host, port = url.removeprefix("mqtt://").split(":")
             link = socket.create_connection((host, int(port)))
-            link.sendall(bytes.fromhex("100c00044d5154540402000a0000"))
-            assert link.recv(4) == bytes.fromhex("20020000")
+            link.sendall(CONNECT)
+            assert link.recv(4) == CONNACK
         with link:
             assert link.recv(1) == b""
 

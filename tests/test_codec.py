@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import paho.mqtt.client as paho
@@ -71,26 +72,22 @@ def message(topic: bytes, payload: bytes) -> Plain:
         return ("Undecodable", len(payload))
 
 
+def a_message(
+    topic: bytes, payload: bytes, packet_id: int | None, flags: int
+) -> tuple[bytes, list[Plain]]:
+    return publish(topic, payload, packet_id, flags), [message(topic, payload)]
+
+
 # What a broker may send: the bytes, and the events that they are.
 ids = st.integers(0, 65535)
 topics = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8).map(
     str.encode
 ) | st.binary(min_size=1, max_size=8)
 payloads = st.binary(max_size=20) | st.binary(min_size=200, max_size=300)
+flags = st.sampled_from([0, 1, 8, 9])
 valid_packets = st.one_of(
-    st.builds(
-        lambda topic, payload, flags: (publish(topic, payload, None, flags), [message(topic, payload)]),
-        topics,
-        payloads,
-        st.sampled_from([0, 1, 8, 9]),
-    ),
-    st.builds(
-        lambda topic, payload, id, flags: (publish(topic, payload, id, flags), [message(topic, payload)]),
-        topics,
-        payloads,
-        ids,
-        st.sampled_from([0, 1, 8, 9]),
-    ),
+    st.builds(a_message, topics, payloads, st.none(), flags),
+    st.builds(a_message, topics, payloads, ids, flags),
     st.builds(lambda id: (puback(id), [("PubAck", id)]), ids),
     st.builds(lambda id: (unsuback(id), [("UnsubAck", id)]), ids),
     st.builds(
@@ -100,14 +97,16 @@ valid_packets = st.one_of(
     ),
     st.just((PINGRESP, [("PingResp",)])),
     # No broker asks or answers so, but it is harmless.
-    st.sampled_from([(packet(0xC0, b""), []), (packet(0x62, two(5)), []), (packet(0x70, two(5)), [])]),
+    st.sampled_from([packet(0xC0, b""), packet(0x62, two(5)), packet(0x70, two(5))]).map(
+        lambda data: (data, [])
+    ),
 )
 streams = st.lists(valid_packets, max_size=12)
 
 
 def chunks(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)] or [b""]
+    return [data[a:b] for a, b in pairwise(places)] or [b""]
 
 
 class TestDecoding:
@@ -196,8 +195,11 @@ class TestTheBeginning:
 
     @pytest.mark.parametrize(
         "first",
-        [publish("a/", b"x"), puback(1), suback(1, 0), PINGRESP, b"HTTP/1.1 400", b"\x15\x03\x01\0\2xx"]
-        + [packet(0x20, b""), packet(0x20, b"\0"), packet(0x20, b"\0\0\0")],
+        [
+            *(publish("a/", b"x"), puback(1), suback(1, 0), PINGRESP),
+            *(b"HTTP/1.1 400", b"\x15\x03\x01\0\2xx"),
+            *(packet(0x20, b""), packet(0x20, b"\0"), packet(0x20, b"\0\0\0")),
+        ],
     )
     def test_anything_else_is_an_error(self, first: bytes) -> None:
         codec = Codec(Hello())
@@ -444,7 +446,7 @@ wild_packets = st.one_of(
         st.binary(max_size=6),
     ),
     # PUBACK, too.
-    st.builds(lambda id: puback(id), st.integers(1, 6)),
+    st.builds(puback, st.integers(1, 6)),
     st.builds(packet, st.sampled_from([0x40, 0x4F]), st.binary(max_size=4)),
 )
 

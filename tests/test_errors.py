@@ -20,6 +20,7 @@ from emitter_anyio._errors import (
     NotFoundError,
     PaymentRequiredError,
     RemoteProtocolError,
+    ReplyError,
     RequestError,
     RequestTimeoutError,
     ServerError,
@@ -37,6 +38,7 @@ TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     ConnectionLostError: (EmitterError, anyio.BrokenResourceError),
     ClosedError: (EmitterError, anyio.ClosedResourceError),
     RequestTimeoutError: (EmitterError, TimeoutError),
+    ReplyError: (EmitterError,),
     RemoteProtocolError: (EmitterError,),
     SlowConsumerError: (EmitterError,),
     SubscriptionConflictError: (EmitterError,),
@@ -59,7 +61,7 @@ def below(kind: type[Exception]) -> Iterator[type[Exception]]:
         yield from below(child)
 
 
-@pytest.mark.parametrize(("kind", "bases"), TREE.items(), ids=lambda value: str(value))
+@pytest.mark.parametrize(("kind", "bases"), TREE.items(), ids=str)
 def test_the_tree(kind: type[Exception], bases: tuple[type[Exception], ...]) -> None:
     assert kind.__bases__ == bases
 

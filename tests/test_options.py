@@ -97,7 +97,11 @@ class TestUrls:
     def test_come_back_as_they_were(self, url: str) -> None:
         assert str(server_of(url)) == url
 
-    @given(st.sampled_from(["mqtt", "mqtts"]), st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True), st.integers(1, 65535))
+    @given(
+        st.sampled_from(["mqtt", "mqtts"]),
+        st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True),
+        st.integers(1, 65535),
+    )
     def test_round_trip(self, scheme: str, host: str, port: int) -> None:
         server = Server(scheme, host, port)
         assert server_of(str(server)) == server
@@ -165,8 +169,23 @@ class TestUrls:
             made("mqtt://ann:word@h:8080", **keywords)
 
     def test_a_mapping_that_disagrees(self) -> None:
-        with pytest.raises(TypeError, match="^the mapping and the keyword disagree about 'host'"):
+        with pytest.raises(TypeError, match=r"^the mapping and the keyword disagree about 'host'"):
             made({"host": "a"}, host="b")
+
+
+class TestAConnectable:
+    def test_knows_the_way_itself(self) -> None:
+        connectable = anyio.as_connectable(("127.0.0.1", 1))
+        server = server_of(connectable=connectable)
+        assert server == Server("connectable", "", 0)
+        assert str(server) == "the connectable"
+
+    def test_may_have_a_name(self) -> None:
+        connectable = anyio.as_connectable(("127.0.0.1", 1))
+        assert str(server_of("mqtt://h", connectable=connectable)) == "mqtt://h:8080"
+
+    def test_none_is_no_connectable(self) -> None:
+        assert server_of(connectable=None) == server_of()
 
 
 class TestServers:
@@ -178,7 +197,7 @@ class TestServers:
     def test_stand_instead_of_the_rest(self, other: dict[str, Any]) -> None:
         with pytest.raises(TypeError, match=f"^servers stands instead of {next(iter(other))}"):
             made(servers=["mqtt://a"], **other)
-        with pytest.raises(TypeError, match="^servers stands instead of host, port, secure"):
+        with pytest.raises(TypeError, match=r"^servers stands instead of host, port, secure"):
             made("mqtt://h", servers=["mqtt://a"])
 
     @pytest.mark.parametrize(
@@ -266,9 +285,7 @@ class TestEachOption:
             ("reconnect", 5, ValueError),
         ],
     )
-    def test_is_refused_by_its_name(
-        self, name: str, value: Any, error: type[Exception]
-    ) -> None:
+    def test_is_refused_by_its_name(self, name: str, value: Any, error: type[Exception]) -> None:
         with pytest.raises(error, match=f"^{name} "):
             made({name: value})
 
@@ -280,9 +297,10 @@ class TestEachOption:
 
     @pytest.mark.parametrize("name", ["keepAlive", "hostname", "", 5])
     def test_that_nobody_knows(self, name: Any) -> None:
-        with pytest.raises(TypeError, match="^unknown option .*; there are .*keepalive, .*will$") as e:
+        known = r"^unknown option .*; there are .*keepalive, .*will$"
+        with pytest.raises(TypeError, match=known) as caught:
             made({name: 1})
-        assert repr(name) in str(e.value)
+        assert repr(name) in str(caught.value)
 
     def test_a_password_needs_a_username(self) -> None:
         with pytest.raises(TypeError, match="a password needs a username") as caught:
@@ -292,7 +310,7 @@ class TestEachOption:
 
     @pytest.mark.parametrize("bad", ["x" * 65536, "hush\ud800", b"hush"])
     def test_a_bad_password_is_not_shown(self, bad: Any) -> None:
-        with pytest.raises((TypeError, ValueError), match="^password ") as caught:
+        with pytest.raises((TypeError, ValueError), match=r"^password ") as caught:
             made(username="ann", password=bad)
         assert "hush" not in repr(caught.value)
         assert caught.value.__cause__ is None
@@ -307,14 +325,12 @@ class TestEachOption:
             {"host": str(tmp_path / "socket")},
             {"connectable": connectable},
         ):
-            with pytest.raises(TypeError, match="^ssl_context is for TLS"):
+            with pytest.raises(TypeError, match=r"^ssl_context is for TLS"):
                 made(place, ssl_context=context)
         assert made("mqtts://h", ssl_context=context).ssl_context is context
 
     def test_no_secret_is_shown(self) -> None:
-        options = made(
-            "mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden"
-        )
+        options = made("mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden")
         for secret in ("password", "private", "hidden"):
             assert secret not in repr(options)
             assert secret not in str(options.servers)

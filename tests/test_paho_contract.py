@@ -139,6 +139,11 @@ class TestTraps:
         data = b"".join(suback(number, 0) for number in range(1, 11))
         assert connected().decode(data) == [SubAck(number, (0,)) for number in range(1, 11)]
 
+    def test_1_a_loop_read_too_many_finds_nothing_and_no_end(self) -> None:
+        codec = connected()
+        assert codec._paho.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS
+        assert codec.decode(suback(1, 0)) == [SubAck(1, (0,))]
+
     @pytest.mark.parametrize("packet_id", [None, 5])
     def test_2_many_messages_in_one_chunk_come_at_once(self, packet_id: int | None) -> None:
         payloads = [str(number).encode() for number in range(50)]
@@ -171,6 +176,19 @@ class TestTraps:
             assert codec.take_written() == packet(0x40, two(5))
         assert codec.decode(suback(1, 0) + unsuback(2)) == [SubAck(1, (0,)), UnsubAck(2)]
         assert codec.decode(PINGRESP) == [PingResp()]
+
+    def test_6_what_paho_lets_out_ends_the_link(self) -> None:
+        # Paho up to 2.1 lets struct.error out for a packet that is cut off.
+        codec = connected()
+
+        def raises(*args: object) -> None:
+            raise ZeroDivisionError
+
+        codec._paho.on_subscribe = raises
+        (event,) = codec.decode(suback(1, 0) + publish("a/", b"x"))
+        assert isinstance(event, RemoteProtocolError)
+        assert isinstance(event.__cause__, ZeroDivisionError)
+        assert codec.decode(publish("a/", b"x")) == []
 
     @pytest.mark.parametrize("packet_id", [None, 5])
     def test_7_a_topic_that_is_no_utf8(self, packet_id: int | None) -> None:

@@ -92,6 +92,23 @@ class TestLimits:
         for name in re.findall(r"`(\w+\.md|examples)/?`", README):
             assert (ROOT / name).exists()
 
+    def test_what_it_says_is_missing_is_missing(self) -> None:
+        (paragraph,) = re.findall(r"^\*\*Not there yet\*\*.+?\.", README, re.MULTILINE | re.DOTALL)
+        commands = set(re.findall(r"`(\w+)`", paragraph))
+        with pytest.raises(ValueError, match="reconnect"):
+            connect(reconnect=True)
+        with pytest.raises(ValueError, match="scheme"):
+            connect("wss://127.0.0.1")
+        listed = run("-m", "emitter_anyio", "--help", environment={"NO_COLOR": "1"}).stdout
+        assert set(re.findall(r"^    (\w+) ", listed, re.MULTILINE)) == commands
+
+    def test_every_verb_it_names_is_there(self) -> None:
+        (paragraph,) = re.findall(
+            r"^\*\*There is more\*\*.+?\n\n", README, re.MULTILINE | re.DOTALL
+        )
+        for verb in re.findall(r"`(\w+)", paragraph):
+            assert callable(getattr(Emitter, verb))
+
     def test_every_block_is_run(self) -> None:
         assert set(PYTHON) == RUN
 

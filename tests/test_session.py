@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    initialize,
     invariant,
     precondition,
     rule,
@@ -71,9 +69,7 @@ class Link:
     def __init__(self, matcher: Matcher = "emitter", *, allow_collisions: bool = False) -> None:
         self.sent: list[Packet] = []
         self.emitted: list[Emission] = []
-        self.session = Session(
-            self.sent.append, matcher=matcher, allow_collisions=allow_collisions
-        )
+        self.session = Session(self.sent.append, matcher=matcher, allow_collisions=allow_collisions)
 
     def hear(self, *events: Event) -> list[Emission]:
         """Take events in; gives what they emit."""
@@ -195,9 +191,7 @@ class TestPacketIds:
 
 class TestPublishing:
     def test_accepted(self, link: Link) -> None:
-        pending = link.session.publish_confirmed(
-            b"k/a/", b"x", key=KEY, channel="a/", retain=True
-        )
+        pending = link.session.publish_confirmed(b"k/a/", b"x", key=KEY, channel="a/", retain=True)
         assert link.sent == [Publish(b"k/a/", b"x", 1, True)]
         assert not pending.done
         assert link.hear(PubAck(1)) == []
@@ -247,8 +241,8 @@ class TestPublishing:
     def test_the_waker_is_called_once_there_is_an_outcome(self, link: Link) -> None:
         pending = link.publish()
         called = []
-        for name in ("one", "two"):
-            pending.call_when_done(lambda name=name: called.append(name))
+        pending.call_when_done(lambda: called.append("one"))
+        pending.call_when_done(lambda: called.append("two"))
         assert called == []
         link.hear(PubAck(1))
         assert called == ["one", "two"]
@@ -329,7 +323,7 @@ class TestRequests:
         assert isinstance(emission.value, RemoteProtocolError)
         assert not pending.done, "the true answer may come yet"
         link.hear(PubAck(1))
-        with pytest.raises(RemoteProtocolError, match="me: .*nonsense: id is no string"):
+        with pytest.raises(RemoteProtocolError, match=r"me: .*nonsense: id is no string"):
             pending.result()
 
     def test_the_true_answer_behind_a_nonsensical_one(self, link: Link) -> None:
@@ -536,9 +530,7 @@ class TestSubscriptions:
         assert e.value.status is None
 
     @pytest.mark.parametrize("code", [0, 1, 2])
-    def test_only_its_acknowledgement_says_that_it_was_refused(
-        self, link: Link, code: int
-    ) -> None:
+    def test_only_its_acknowledgement_says_that_it_was_refused(self, link: Link, code: int) -> None:
         grant = link.subscribe()
         link.hear(no(1), SubAck(1, (code,)))
         grant.asked.result()
@@ -617,6 +609,54 @@ class TestSubscriptions:
         link.session.release(link.granted())
         (emission,) = link.hear(no(2), UnsubAck(2))
         assert isinstance(emission.value, UnauthorizedError)
+
+
+class TestGroups:
+    def test_a_group_is_part_of_what_is_asked_for(self, link: Link) -> None:
+        grant = link.granted(channel="$share/g/a/")
+        assert (grant.filter, grant.channel) == ("$share/g/a/", "a/")
+        assert link.sent == [Subscribe(1, f"{KEY}/$share/g/a/")]
+        assert link.session.in_use("$share/g/a/")
+        assert not link.session.in_use("a/")
+        link.session.release(grant)
+        assert link.sent[1:] == [Unsubscribe(2, f"{KEY}/$share/g/a/")]
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            ("a/", "$share/g/a/"),
+            ("$share/g/a/", "a/"),
+            ("$share/g/a/", "$share/h/a/"),
+            ("a/", "$share/g/a/b/"),
+            ("$share/g/+/b/", "a/b/"),
+        ],
+    )
+    def test_it_cannot_be_kept_apart_from_what_overlaps(
+        self, link: Link, first: str, second: str
+    ) -> None:
+        link.subscribe(channel=first)
+        with pytest.raises(SubscriptionConflictError, match="second Emitter for a group"):
+            link.subscribe(channel=second)
+        assert len(link.sent) == 1
+        assert not link.session.in_use(second)
+
+    def test_what_does_not_overlap(self, link: Link) -> None:
+        link.subscribe(channel="$share/g/a/")
+        link.subscribe(channel="$share/g/a/")
+        link.subscribe(OTHER, "$share/g/a/")
+        link.subscribe(channel="$share/h/b/")
+        link.subscribe(channel="c/")
+        assert len(link.sent) == 4
+
+    def test_its_replay(self, link: Link) -> None:
+        grant = link.subscribe(channel="$share/g/a/")
+        assert link.session.replaying("a/b/") is grant.asked
+        assert link.session.in_replay(EmitterMessage("a/b/", b"x"))
+
+    def test_a_wide_one_gets_what_its_users_publish_below_emitter(self, link: Link) -> None:
+        link.granted(channel="$share/g/+/")
+        forged = answer("me", req=77, id="forged")
+        assert link.hear(forged) == [Emission("message", forged)]
 
 
 class TestCollisions:
@@ -742,6 +782,15 @@ class TestPresence:
         forged = json.loads(change().binary) | {"req": 5}
         link.hear(answer("presence", **forged))
         assert link.session.nonsense == 1
+
+    def test_one_that_was_on_its_way_when_the_feed_was_left(self, link: Link) -> None:
+        link.session.watch(KEY, "a/")
+        link.session.unwatch("a/")
+        assert link.hear(change("a/b/")) == []
+        assert link.session.nonsense == 0
+        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.hear(change("a/b/"))
+        assert link.session.nonsense == 1, "it cannot come from the link before"
 
     def test_a_feed_ends_with_its_last_user(self, link: Link) -> None:
         assert link.session.watch(KEY, "a/") is link.session.watch(KEY, "a/")
@@ -958,7 +1007,7 @@ class TestTheLossOfTheLink:
 
 
 class Broker:
-    """A small model of the broker: it takes packets in order, and answers before it acknowledges."""
+    """A small model of the broker: it takes packets in order, and acknowledges last."""
 
     def __init__(self) -> None:
         self.packets: list[Packet] = []
@@ -1116,9 +1165,7 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: not self.session.full)
     @rule(key=keys)
     def publish(self, key: str) -> None:
-        pending = self.session.publish_confirmed(
-            f"{key}/a/".encode(), b"x", key=key, channel="a/"
-        )
+        pending = self.session.publish_confirmed(f"{key}/a/".encode(), b"x", key=key, channel="a/")
         self.expect(pending, UnauthorizedError if key == BAD else None)
 
     @rule(key=keys)
@@ -1129,7 +1176,9 @@ class Conversation(RuleBasedStateMachine):
     @rule(key=keys, kind=st.sampled_from(["good", "too large", "nonsense", "me"]))
     def request(self, key: str, kind: str) -> None:
         ttl = {"too large": 1, "nonsense": 2}.get(kind, 0)
-        asked: Request[Any] = requests.me() if kind == "me" else requests.keygen(key, "a/", "r", ttl)
+        asked: Request[Any] = (
+            requests.me() if kind == "me" else requests.keygen(key, "a/", "r", ttl)
+        )
         pending = self.session.request(asked)
         number = self.session._last_id
         expected: object

@@ -24,7 +24,7 @@ from emitter_anyio._transport import SocketTransport, StreamTransport, _SocketSt
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
 from tests.support.memory import MemoryConnectable, MemoryStream, memory_link
-from tests.support.peer import LINKS, PUBLISH, Peer, memory_peer, serving, tcp_peer, unix_peer
+from tests.support.peer import LINKS, PINGREQ, PUBLISH, Peer, memory_peer, serving, tcp_peer, unix_peer
 from tests.support.steps import cancel_in_step, styles
 
 HINT = "Emitter listens on 8080"
@@ -541,12 +541,13 @@ async def test_large_messages_go_through_tls_both_ways(anyio_backend: object) ->
 async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
+        await peer.until(PINGREQ)
         peer.reset()
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         with pytest.raises(ConnectionLostError, match="reset"):
-            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()):
-                await anyio.sleep_forever()
+            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()) as emitter:
+                await emitter.flush()
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

@@ -13,6 +13,7 @@ from emitter_anyio import (
     Emitter,
     EmitterMessage,
     HandlerError,
+    Link,
     Me,
     PresenceStatus,
     SlowConsumerError,
@@ -47,6 +48,14 @@ class Session:
     async def keygen(self) -> None:
         await self.emitter.keygen(self.server.secret, self.unique)
 
+    async def keyban(self) -> None:
+        async with connect(self.server.url) as maker:
+            made = await maker.keygen(self.server.secret, self.unique)
+        await self.emitter.keyban(self.server.secret, made.key)
+
+    async def link(self) -> None:
+        await self.emitter.link("A" * 32, self.unique, "a1")
+
     async def me(self) -> None:
         await self.emitter.me()
 
@@ -67,6 +76,8 @@ KINDS: dict[str, type] = {
     "message": EmitterMessage,
     "presence": PresenceStatus,
     "keygen": ChannelKey,
+    "keyban": bool,
+    "link": Link,
     "me": Me,
     "error": UnauthorizedError,
 }
@@ -485,6 +496,7 @@ async def test_without_an_error_handler_it_ends_the_client_and_comes_out_bare(
             if event != "disconnect":
                 await anyio.sleep_forever()
     assert caught.value is boom
+    assert f"of '{event}'" in "".join(boom.__notes__)
     assert client.state == "closed"
 
 
@@ -504,7 +516,7 @@ async def test_when_the_body_raises_too_the_bodys_wins_and_has_the_other_noted(
     client: Emitter, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = KeyError("the body's")
-    client.on("connect", raising(ValueError("the handler's")))
+    client.on("connect", raising(ValueError("boom")))
     with pytest.raises(KeyError) as caught:
         async with client:
             try:
@@ -512,7 +524,7 @@ async def test_when_the_body_raises_too_the_bodys_wins_and_has_the_other_noted(
             finally:
                 raise error
     assert caught.value is error
-    assert "the handler's" in "".join(error.__notes__)
+    assert "ValueError('boom')" in "".join(error.__notes__)
     assert any(record.levelname == "ERROR" for record in caplog.records)
 
 

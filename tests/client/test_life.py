@@ -23,6 +23,9 @@ VERBS: dict[str, Callable[[Emitter], Awaitable[object]]] = {
     "subscribe, entered": lambda emitter: enter(emitter.subscribe("key", "a/")),
     "unsubscribe": lambda emitter: emitter.unsubscribe("key", "a/"),
     "keygen": lambda emitter: emitter.keygen("key", "a/"),
+    "publish_with_link": lambda emitter: emitter.publish_with_link("a1", "m"),
+    "keyban": lambda emitter: emitter.keyban("key", "target"),
+    "link": lambda emitter: emitter.link("key", "a/", "a1"),
     "me": lambda emitter: emitter.me(),
     "presence": lambda emitter: emitter.presence("key", "a/"),
     "watch_presence": lambda emitter: enter(emitter.watch_presence("key", "a/")),
@@ -164,8 +167,9 @@ async def test_a_group_that_the_body_raised_stays_that_group(server: Server) -> 
 
 
 async def test_cancelling_the_body_leaves(server: Server) -> None:
+    emitter = connect(server.url)
     with anyio.CancelScope() as scope:
-        async with connect(server.url) as emitter:
+        async with emitter:
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught

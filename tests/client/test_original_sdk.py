@@ -13,6 +13,8 @@ from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
 
+EVENTS = ("connect", "disconnect", "message", "presence", "keygen", "me")
+
 
 class Program:
     """A program written for the original SDK, with ``await`` where something is waited for."""
@@ -28,10 +30,7 @@ class Program:
                 "keepalive": 30,
             }
         )
-        self.calls = {
-            event: Calls()
-            for event in ("connect", "disconnect", "message", "presence", "keygen", "me", "error")
-        }
+        self.calls = {event: Calls() for event in (*EVENTS, "keyban", "link", "error")}
         for event, calls in self.calls.items():
             on: Any = self.emitter.on
             on(event, calls)
@@ -106,6 +105,22 @@ async def it_makes_keys(program: Program) -> None:
     assert (len(made.key), made.channel) == (32, f"{program.channel}/")
 
 
+async def it_links(program: Program) -> None:
+    emitter = program.emitter
+    await emitter.link(program.key, program.channel, "a0", subscribe=True, ttl=60)
+    await emitter.publish_with_link("a0", "Hello Emitter!")
+    assert texts(await program.calls["message"].get(1)) == ["Hello Emitter!"]
+    assert dict((await emitter.me()).links) == {"a0": f"{program.channel}/?ttl=60"}
+
+
+async def it_bans_keys(program: Program) -> None:
+    await program.emitter.keyban(program.server.secret, program.key, True)
+    assert await program.calls["keyban"].get(1) == [True]
+    await program.emitter.publish(program.key, program.channel, "m")
+    (error,) = await program.calls["error"].get(1)
+    assert error.status == 401
+
+
 async def it_tells_who_one_is(program: Program) -> None:
     await program.emitter.me()
     (me,) = await program.calls["me"].get(1)
@@ -150,6 +165,8 @@ ROWS: dict[str, Callable[[Program], Awaitable[None]]] = {
     "Emitter.unsubscribe(key, channel)": it_unsubscribes,
     "Emitter.presence(key, channel), event presence": it_tells_presence,
     "Emitter.keygen(key, channel), event keygen": it_makes_keys,
+    "Emitter.link(key, channel, name), publish_with_link(name, message)": it_links,
+    "Emitter.keyban(secret, target, banned)": it_bans_keys,
     "Emitter.me(), event me": it_tells_who_one_is,
     "Emitter.on(event, handler)": it_replaces_nothing_by_on,
     "event error": it_tells_errors,

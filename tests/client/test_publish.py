@@ -92,8 +92,7 @@ async def test_messages_arrive_in_the_order_of_the_calls_whatever_their_qos(
             # A task of its own for each, since the awaited ones would else be one at a time.
             tasks.start_soon(publish, emitter, key, unique, number)
             await turns()
-        received = [(await messages.receive()).as_string() for _ in expected]
-    assert received == expected
+        assert [(await messages.receive()).as_string() for _ in expected] == expected
 
 
 async def publish(emitter: Emitter, key: str, channel: str, number: str) -> None:

@@ -19,7 +19,12 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
     :param arguments: what follows ``python``
     :param environment: variables besides the usual ones; no broker is named unless here
     """
-    inherited = {name: value for name, value in os.environ.items() if "EMITTER_" not in name}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        # Without a buffer, nobody would see that a line has not been flushed.
+        if not name.startswith("EMITTER_") and name != "PYTHONUNBUFFERED"
+    }
     return subprocess.Popen(
         [sys.executable, "-X", "dev", "-W", "error", *arguments],
         cwd=ROOT,

@@ -6,14 +6,14 @@ import socket
 import ssl
 import struct
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
 
 import anyio
 from anyio import BrokenResourceError, EndOfStream
-from anyio.abc import ByteStream, Listener, SocketAttribute
+from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
 from tests.support import packets, tls
@@ -22,6 +22,38 @@ from tests.support.memory import MemoryConnectable
 CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
 
 Script: TypeAlias = Callable[["Peer"], Awaitable[None]]
+
+
+class SocketStream(ByteStream):
+    """A peer's end of a socket, which reads no byte before it is asked to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        while True:
+            await anyio.wait_readable(self.sock)
+            with suppress(BlockingIOError):
+                data = self.sock.recv(max_bytes)
+                break
+        if not data:
+            raise EndOfStream
+        return data
+
+    async def send(self, item: bytes) -> None:
+        while item:
+            await anyio.wait_writable(self.sock)
+            with suppress(BlockingIOError):
+                item = item[self.sock.send(item) :]
+
+    async def send_eof(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    async def aclose(self) -> None:
+        if self.sock.fileno() >= 0:
+            anyio.notify_closing(self.sock)
+            self.sock.close()
 
 
 class Packet(NamedTuple):
@@ -70,7 +102,7 @@ class Peer:
         while (packet := self._parse()) is None:
             try:
                 self.left += await self.stream.receive()
-            except (EndOfStream, BrokenResourceError):
+            except (EndOfStream, BrokenResourceError, OSError):
                 return None
         self.received.append(packet)
         return packet
@@ -126,9 +158,10 @@ class Peer:
         return packet.kind != DISCONNECT
 
     def reset(self) -> None:
-        """Drop the link with a reset, where it is a socket."""
-        sock = self.stream.extra(SocketAttribute.raw_socket)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        """Have the link, a socket, end with a reset when the script ends."""
+        stream = self.stream.transport_stream if isinstance(self.stream, TLSStream) else self.stream
+        assert isinstance(stream, SocketStream)
+        stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def _parse(self) -> Packet | None:
         size, at = 0, 1
@@ -164,7 +197,7 @@ class _Playing:
                     stream, server_side=True, ssl_context=self._context, standard_compatible=False
                 )
             await self._script(Peer(stream))
-        except (EndOfStream, BrokenResourceError, ssl.SSLError):
+        except (EndOfStream, BrokenResourceError, OSError):
             # The client has gone, perhaps in the middle of the handshake.
             pass
         finally:
@@ -180,31 +213,44 @@ class _Playing:
 
 
 @asynccontextmanager
-async def _playing(
-    script: Script, listener: Listener[Any], context: ssl.SSLContext | None
+async def _listening(
+    script: Script, listener: socket.socket, context: ssl.SSLContext | None
 ) -> AsyncGenerator[None]:
     playing = _Playing(script, context)
-    async with listener, anyio.create_task_group() as tasks:
-        tasks.start_soon(listener.serve, playing.play)
-        yield
-        await playing.done()
-        tasks.cancel_scope.cancel()
+
+    async def accept() -> None:
+        while True:
+            await anyio.wait_readable(listener)
+            with suppress(BlockingIOError):
+                tasks.start_soon(playing.play, SocketStream(listener.accept()[0]))
+
+    listener.setblocking(False)
+    listener.listen()
+    with listener:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(accept)
+            yield
+            await playing.done()
+            tasks.cancel_scope.cancel()
 
 
 @asynccontextmanager
 async def tcp_peer(
-    script: Script, *, context: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+    script: Script, *, context: ssl.SSLContext | None = None
 ) -> AsyncGenerator[int]:
-    """Play the script to each client of a port of its own, which it gives."""
-    listener = await anyio.create_tcp_listener(local_host=host)
-    async with _playing(script, listener, context):
-        yield listener.extra(SocketAttribute.local_port)
+    """Play the script to each client of a port of 127.0.0.1, which it gives."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    async with _listening(script, listener, context):
+        yield listener.getsockname()[1]
 
 
 @asynccontextmanager
 async def unix_peer(script: Script, path: Path) -> AsyncGenerator[None]:
     """Play the script to each client of a Unix socket."""
-    async with _playing(script, await anyio.create_unix_listener(path), None):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    async with _listening(script, listener, None):
         yield
 
 

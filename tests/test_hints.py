@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+
+from emitter_anyio._errors import (
+    BadRequestError,
+    NotFoundError,
+    RequestError,
+    ServerError,
+    UnauthorizedError,
+)
+from emitter_anyio._hints import refused
+
+SECRET = "S" * 32
+KEY = "k" * 32
+
+
+@pytest.mark.parametrize(
+    ("status_", "kind"),
+    [(400, BadRequestError), (404, NotFoundError), (500, ServerError), (None, RequestError)],
+)
+def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestError]) -> None:
+    error = refused(status_, "no", "publish", KEY, "a/")
+    assert type(error) is kind
+    assert error.hint is None
+    assert (error.status, error.message, error.operation, error.channel) == (
+        status_,
+        "no",
+        "publish",
+        "a/",
+    )
+
+
+def test_without_a_key_there_is_nothing_to_say() -> None:
+    assert refused(401, "no", "me", None, None).hint is None
+
+
+@pytest.mark.parametrize(
+    ("operation", "permission"),
+    [
+        ("publish", "'w' (write)"),
+        ("subscribe", "'r' (read)"),
+        ("unsubscribe", "'r' (read)"),
+        ("presence", "'p' (presence)"),
+        ("history", "'l' (load)"),
+        ("link", "it needs"),
+    ],
+)
+def test_the_permission_that_may_be_missing(operation: str, permission: str) -> None:
+    error = refused(401, "no", operation, KEY, "a/")
+    assert isinstance(error, UnauthorizedError)
+    assert error.hint is not None
+    assert error.hint.startswith(f"the key may lack the permission {permission}, ")
+    assert "ends in '+/'" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "operation", "words", "hint"),
+    [
+        ("chat", "publish", "no", "the key of 4 characters is none: keys have 32"),
+        (KEY[:-1] + "!", "keygen", "no", "the key of 32 characters is none"),
+        (KEY, "publish", "the key with extend permission …", "an extend key serves only"),
+        (SECRET, "keygen", "no", "master secret, or a key with the permission 'e'"),
+        (SECRET, "keyban", "no", "keyban takes the broker's master secret"),
+    ],
+)
+def test_other_reasons(key: str, operation: str, words: str, hint: str) -> None:
+    error = refused(401, words, operation, key, "a/")
+    assert error.hint is not None
+    assert hint in error.hint
+    assert key not in str(error)
+
+
+def test_a_group_needs_a_key_of_its_own() -> None:
+    channel = "$share/g/a/"
+    error = refused(401, "no", "subscribe", KEY, channel)
+    assert error.hint is not None
+    assert error.hint.startswith(f"a group needs a key made for {channel!r} itself; the key")
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [
+        (400, "this connection has no link of that name"),
+        (401, "the link was made with a key that lacks 'w'"),
+        (403, None),
+    ],
+)
+def test_a_link_is_refused_for_reasons_of_its_own(status: int, hint: str | None) -> None:
+    error = refused(status, "no", "publish_with_link", None, None)
+    assert (error.hint or "").startswith(hint or "")
+    assert (error.hint is None) == (hint is None)
