@@ -81,6 +81,8 @@ class Connection:
                     tasks.start_soon(self._guard, self._keep_alive, ping)
                     await self._guard(self._read, deliver)
         finally:
+            # When cancelled, this is all there is time for.
+            self.blurt_goodbye()
             try:
                 await self._transport.aclose()
             finally:
@@ -110,7 +112,7 @@ class Connection:
         self._scope.cancel()
 
     def blurt_goodbye(self) -> None:
-        """Send what the link takes at once; under cancellation there is no time for more."""
+        """Send what the link takes at once, with DISCONNECT behind it."""
         self.send(Disconnect())
         self.writer.hurry()
 

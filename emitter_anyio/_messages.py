@@ -70,6 +70,9 @@ class EmitterMessage(Readable):
 
     __slots__ = ("binary", "channel")
 
+    channel: str
+    binary: bytes
+
     def __init__(self, channel: str, binary: bytes) -> None:
         self.channel = channel
         self.binary = binary

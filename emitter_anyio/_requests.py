@@ -103,7 +103,7 @@ class PresenceEvent:
 
 @dataclass(frozen=True, slots=True)
 class PresenceStatus(PresenceEvent):
-    """All who are subscribed to a channel, or to one below it, at one time."""
+    """Whom a message to a channel would have reached at one time."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -22,20 +22,21 @@ LIBRARY = ROOT / "emitter_anyio"
 
 CALLS = ["connect", "Emitter", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
-    *["Will", "EmitterMessage", "ChannelKey", "Me", "Member", "PresenceStatus", "PresenceEvent"],
-    *["ConnectionInfo", "Statistics", "StreamStatistics"],
+    *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
+    *["Member", "PresenceStatus", "PresenceEvent", "ConnectionInfo", "Statistics", "StreamStatistics"],
 ]
 ERRORS = [
     *["EmitterError", "ConnectError", "ConnectRefusedError", "ConnectionLostError", "ClosedError"],
     *["RequestTimeoutError", "RemoteProtocolError", "SlowConsumerError", "HandlerError"],
-    *["SubscriptionConflictError", "InvalidChannelError", "MessageTooLargeError"],
+    *["SubscriptionConflictError", "ReplyError", "InvalidChannelError", "MessageTooLargeError"],
     *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
     *["ForbiddenError", "NotFoundError", "ServerError"],
 ]
 SURFACE = [*CALLS, *VALUES, *ERRORS]
 
 # The rows of the map that hold values, rules and the session: no I/O, no clock.
-PURE = ["_errors", "_channels", "_messages", "_packets", "_requests", "_router", "_session"]
+PURE = ["_errors", "_channels", "_messages", "_packets", "_hints", "_requests", "_router"]
+PURE += ["_pending", "_session"]
 
 
 def public_names() -> dict[str, object]:

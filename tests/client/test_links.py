@@ -192,11 +192,11 @@ async def test_the_largest_message_through_a_link(
     await emitter.flush()
 
 
-async def test_what_is_larger_than_a_packet_is_refused_for_a_link_of_somebody_elses_making(
+async def test_what_is_larger_than_a_packet_is_refused_for_an_unknown_link_too(
     emitter: Emitter,
 ) -> None:
     with pytest.raises(MessageTooLargeError, match="closes the link at more than 65536"):
-        await emitter.publish_with_link("a", b"x" * 65533)
+        await emitter.publish_with_link("a", b"x" * 65534)
 
 
 # me()

@@ -1,0 +1,351 @@
+"""Reading back what the broker has stored."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import anyio
+import pytest
+
+from emitter_anyio import (
+    Emitter,
+    InvalidChannelError,
+    RequestError,
+    StoredMessage,
+    UnauthorizedError,
+    connect,
+)
+from tests.client.tools import relay
+from tests.support.server import Server
+
+pytestmark = pytest.mark.emitter
+
+NO_KEY = "A" * 32
+
+ORDERS: tuple[Literal["oldest", "newest"], ...] = ("oldest", "newest")
+
+
+async def store(emitter: Emitter, key: str, channel: str, *messages: bytes | str | int) -> None:
+    """Have messages stored, in this order, as fast as can be: mostly within one second."""
+    for message in messages:
+        await emitter.publish(key, channel, message, ttl=600)
+    await emitter.flush()
+
+
+async def texts(stored: AsyncIterator[StoredMessage]) -> list[str]:
+    return [message.as_string() async for message in stored]
+
+
+async def numbers(stored: AsyncIterator[StoredMessage]) -> list[int]:
+    return [message.as_object() async for message in stored]
+
+
+@pytest.fixture
+async def seven(emitter: Emitter, key: str, unique: str) -> str:
+    """A channel with the stored messages 0 to 6."""
+    await store(emitter, key, unique, *range(7))
+    return unique
+
+
+# Order
+
+
+async def test_history_is_in_the_order_of_time_within_one_second_too(
+    emitter: Emitter, key: str, seven: str
+) -> None:
+    assert await numbers(emitter.history(key, seven)) == list(range(7))
+
+
+async def test_history_from_the_newest(emitter: Emitter, key: str, seven: str) -> None:
+    newest = emitter.history(key, seven, order="newest")
+    assert await numbers(newest) == list(reversed(range(7)))
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 7, 8, 1000, 2**31 - 1])
+async def test_last_counts_from_the_newest_whichever_comes_first(
+    emitter: Emitter, key: str, seven: str, last: int
+) -> None:
+    expected = list(range(max(0, 7 - last), 7))
+    assert await numbers(emitter.history(key, seven, last)) == expected
+    newest = emitter.history(key, seven, last, order="newest")
+    assert await numbers(newest) == expected[::-1]
+
+
+async def test_the_order_holds_from_second_to_second(
+    emitter: Emitter, server: Server, key: str, unique: str
+) -> None:
+    for start in range(0, 12, 4):
+        await store(emitter, key, unique, *range(start, start + 4))
+        await next_second(server)
+    stored = [message async for message in emitter.history(key, unique)]
+    assert [message.as_object() for message in stored] == list(range(12))
+    times = [message.time for message in stored]
+    assert times == sorted(times)
+    assert len(set(times)) >= 3
+
+
+async def next_second(server: Server) -> None:
+    """Let the broker's clock come to another second; a real one's cannot be put forward."""
+    if server.broker is not None:
+        server.broker.advance(1)
+    else:
+        await anyio.sleep(1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_nothing_is_stored(
+    emitter: Emitter, key: str, unique: str, order: Literal["oldest", "newest"]
+) -> None:
+    assert await texts(emitter.history(key, unique, order=order)) == []
+
+
+# Pages
+
+
+@pytest.mark.parametrize("order", ORDERS)
+async def test_pages_neither_repeat_nor_skip_within_a_second(
+    emitter: Emitter, key: str, unique: str, order: Literal["oldest", "newest"]
+) -> None:
+    await store(emitter, key, unique, *range(1000))
+    found = await numbers(emitter.history(key, unique, 10000, order=order))
+    assert found == list(range(1000))[:: 1 if order == "oldest" else -1]
+
+
+async def test_last_holds_over_several_pages(emitter: Emitter, key: str, unique: str) -> None:
+    await store(emitter, key, unique, *range(400))
+    assert await numbers(emitter.history(key, unique, 300)) == list(range(100, 400))
+
+
+async def test_pages_of_several_channels(emitter: Emitter, key: str, unique: str) -> None:
+    for number in range(300):
+        await emitter.publish(key, f"{unique}{number % 3}/", number, ttl=600)
+    await emitter.flush()
+    assert await numbers(emitter.history(key, unique, 1000)) == list(range(300))
+    found = await numbers(emitter.history(key, f"{unique}1/", 1000))
+    assert found == list(range(1, 300, 3))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [1000, 16000, 40000])
+async def test_pages_are_halved_until_the_broker_can_send_them(
+    emitter: Emitter, key: str, unique: str, size: int, order: Literal["oldest", "newest"]
+) -> None:
+    large = [f"{number:0>{size}}" for number in range(9)]
+    await store(emitter, key, unique, *large)
+    found = await texts(emitter.history(key, unique, order=order))
+    assert found == large[:: 1 if order == "oldest" else -1]
+
+
+async def test_small_messages_behind_large_ones(emitter: Emitter, key: str, unique: str) -> None:
+    sizes = [1, 40000, 1, 20000, 20000, 1, 1, 30000, 1]
+    await store(emitter, key, unique, *(b"x" * size for size in sizes))
+    found = [len(message.binary) async for message in emitter.history(key, unique)]
+    assert found == sizes
+
+
+async def test_one_message_too_large_for_the_broker_to_send_is_an_error_behind_the_rest(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    """As base64 inside JSON, 60000 bytes are more than 64 KiB."""
+    await store(emitter, key, unique, "older", b"x" * 60000, "newer")
+    found: list[str] = []
+    with pytest.raises(RequestError, match="too large for the broker to send") as caught:
+        async for message in emitter.history(key, unique, order="newest"):
+            found.append(message.as_string())
+    assert found == ["newer"]
+    error = caught.value
+    assert (error.status, error.operation, error.channel) == (None, "history", unique)
+    with pytest.raises(RequestError, match="too large"):
+        await texts(emitter.history(key, unique))
+    assert await texts(emitter.history(key, unique, 1)) == ["newer"]
+
+
+async def test_the_newest_are_asked_for_a_page_at_a_time(
+    server: Server, emitter: Emitter, key: str, unique: str
+) -> None:
+    await store(emitter, key, unique, *range(500))
+    async with relay(server) as link:
+        async with connect(host="127.0.0.1", port=link.port, secure=False) as reader:
+            history = reader.history(key, unique, 500, order="newest")
+            async for message in history:
+                if message.as_object() == 400:
+                    break
+            await reader.flush()
+            assert link.packets().count(3) == 1
+            await history.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
+
+
+async def test_history_can_be_read_by_several_at_once(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await store(emitter, key, unique, *range(200))
+    found: dict[int, list[int]] = {}
+
+    async def read(last: int) -> None:
+        found[last] = await numbers(emitter.history(key, unique, last))
+
+    async with anyio.create_task_group() as tasks:
+        for last in (1, 50, 199, 1000):
+            tasks.start_soon(read, last)
+    assert found == {last: list(range(200))[-last:] for last in (1, 50, 199, 1000)}
+
+
+async def test_what_is_stored_while_it_is_read_does_not_move_the_pages(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await store(emitter, key, unique, *range(300))
+    found = []
+    async for message in emitter.history(key, unique, 300, order="newest"):
+        found.append(message.as_object())
+        if len(found) % 100 == 0:
+            await store(emitter, key, unique, *range(1000, 1050))
+    assert found == list(range(300))[::-1]
+
+
+# What is read back
+
+
+async def test_a_stored_message_is_as_it_was(emitter: Emitter, key: str, unique: str) -> None:
+    channel, binary = f"{unique}a/b/", bytes(range(256))
+    before = datetime.now(UTC).replace(microsecond=0)
+    await store(emitter, key, channel, binary)
+    (message,) = [message async for message in emitter.history(key, unique)]
+    after = datetime.now(UTC)
+    assert (message.channel, message.binary) == (channel, binary)
+    assert before <= message.time <= after
+    assert message.time.tzinfo is UTC
+    assert len(message.id) >= 16
+
+
+async def test_empty_messages(emitter: Emitter, key: str, unique: str) -> None:
+    await store(emitter, key, unique, b"", "m", b"")
+    assert await texts(emitter.history(key, unique)) == ["", "m", ""]
+
+
+async def test_the_ids_are_different_and_fall_with_time(
+    emitter: Emitter, key: str, seven: str
+) -> None:
+    stored = [message async for message in emitter.history(key, seven)]
+    ids = [message.id[4:] for message in stored]
+    assert ids == sorted(set(ids), reverse=True)
+
+
+async def test_retained_messages_are_stored(emitter: Emitter, key: str, unique: str) -> None:
+    await emitter.publish(key, unique, "retained", retain=True, qos=1)
+    await emitter.publish(key, unique, "passing", qos=1)
+    assert await texts(emitter.history(key, unique)) == ["retained"]
+
+
+async def test_history_reads_the_channel_and_all_below_and_nothing_beside(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    for channel in ("", "a/", "a/b/", "c/b/", "c/"):
+        await store(emitter, key, unique + channel, channel)
+    found = {
+        channel: await texts(emitter.history(key, unique + channel))
+        for channel in ("", "a/", "a/b/", "+/", "+/b/", "d/", "a/#/")
+    }
+    assert found == {
+        "": ["", "a/", "a/b/", "c/b/", "c/"],
+        "a/": ["a/", "a/b/"],
+        "a/b/": ["a/b/"],
+        "+/": ["a/", "a/b/", "c/b/", "c/"],
+        "+/b/": ["a/b/", "c/b/"],
+        "d/": [],
+        "a/#/": ["a/b/"],
+    }
+
+
+# Windows of time
+
+
+async def test_since_and_until_say_from_when_to_when(
+    emitter: Emitter, server: Server, key: str, unique: str
+) -> None:
+    for number in range(3):
+        await store(emitter, key, unique, number)
+        await next_second(server)
+        await next_second(server)
+    all_of_them = [message async for message in emitter.history(key, unique)]
+    first, second, third = (message.time for message in all_of_them)
+    history = emitter.history
+    assert await numbers(history(key, unique, since=second)) == [1, 2]
+    assert await numbers(history(key, unique, until=second)) == [0, 1]
+    assert await numbers(history(key, unique, since=second, until=second)) == [1]
+    assert await numbers(history(key, unique, since=third + timedelta(seconds=1))) == []
+    assert await numbers(history(key, unique, until=first - timedelta(seconds=1))) == []
+    assert await numbers(history(key, unique, since=second.timestamp())) == [1, 2]
+    assert await numbers(history(key, unique, 1, until=second)) == [1]
+    newest = history(key, unique, since=first, until=third, order="newest")
+    assert await numbers(newest) == [2, 1, 0]
+
+
+async def test_a_window_holds_over_several_pages(
+    emitter: Emitter, server: Server, key: str, unique: str
+) -> None:
+    await store(emitter, key, unique, "before")
+    await next_second(server)
+    await next_second(server)
+    await store(emitter, key, unique, *range(300))
+    (newest,) = [message async for message in emitter.history(key, unique, 1)]
+    await next_second(server)
+    await next_second(server)
+    await store(emitter, key, unique, "after")
+    window = {"since": newest.time - timedelta(seconds=1), "until": newest.time}
+    assert await numbers(emitter.history(key, unique, 1000, **window)) == list(range(300))
+
+
+# Refusals
+
+
+async def test_a_key_without_the_permission_is_refused_when_it_is_iterated(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    made = await emitter.keygen(server.secret, unique, "rws")
+    stored = emitter.history(made.key, unique)
+    with pytest.raises(UnauthorizedError, match="'l' \\(load\\)") as caught:
+        await anext(stored)
+    error = caught.value
+    assert (error.status, error.operation, error.channel) == (401, "history", unique)
+    assert made.key not in str(error)
+
+
+@pytest.mark.parametrize("channel", ["+/", "+/a/", "#/"])
+async def test_the_first_level_is_literal(emitter: Emitter, channel: str) -> None:
+    with pytest.raises(InvalidChannelError, match="history needs a literal first level"):
+        emitter.history(NO_KEY, channel)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((NO_KEY, "a b/"), {}, "' '"),
+        ((NO_KEY, "a/", None), {}, "last is a whole number, not NoneType"),
+        ((NO_KEY, "a/", "5"), {}, "last is a whole number"),
+        ((NO_KEY, "a/", True), {}, "last is a whole number"),
+        ((NO_KEY, "a/", -1), {}, "last is from 0"),
+        ((NO_KEY, "a/", 2**31), {}, "last is from 0"),
+        ((NO_KEY, "a/"), {"order": "random"}, "order is 'oldest' or 'newest', not 'random'"),
+        ((NO_KEY, "a/"), {"since": datetime(2024, 1, 1)}, "since is a naive datetime"),
+        ((NO_KEY, "a/"), {"until": 5}, "until is 5; the broker knows"),
+        ((NO_KEY, "a/"), {"until": "now"}, "until is a datetime or unix seconds"),
+        (("", "a/"), {}, "the key is empty"),
+    ],
+)
+async def test_bad_arguments_are_named_at_once(
+    emitter: Emitter, arguments: tuple[Any, ...], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        emitter.history(*arguments, **options)
+
+
+async def test_cancelling_it_leaves_the_client_usable(
+    emitter: Emitter, key: str, seven: str
+) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await numbers(emitter.history(key, seven))
+    assert scope.cancelled_caught
+    assert await numbers(emitter.history(key, seven)) == list(range(7))
