@@ -37,6 +37,7 @@ from ._requests import Member as Member
 from ._requests import PresenceEvent as PresenceEvent
 from ._requests import PresenceStatus as PresenceStatus
 from ._subscribing import Subscribing as Subscribing
+from ._subscription import Entering as Entering
 from ._subscription import EventStream as EventStream
 from ._subscription import StreamStatistics as StreamStatistics
 from ._version import __version__ as __version__

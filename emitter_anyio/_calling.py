@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
 import anyio
-from anyio.abc import TaskStatus
+from anyio.abc import TaskGroup, TaskStatus
 
 from . import _requests as asking
 from ._channels import check_channel, check_key, format_topic, levels
 from ._conversation import DEFAULT, Timeout
-from ._errors import ReplyError, RequestTimeoutError
+from ._errors import EmitterError, ReplyError, RequestTimeoutError
 from ._events import logger
 from ._messages import EmitterMessage, Payload, encode_payload
 from ._options import Options
@@ -32,7 +33,6 @@ _ERROR: Final = "error"
 _CANCEL: Final = "cancel"
 
 _QUIET: Final = (("me", 0),)
-"""What is said about a request is not for the connection that says it."""
 
 
 class _Reply:
@@ -50,7 +50,6 @@ class _Replies(EventStream[EmitterMessage]):
     def __init__(self, channel: str) -> None:
         super().__init__(f"replies on {channel!r}", 1, "drop_newest")
         self.channel = channel
-        self.asked = 0
         self.waiting: dict[str, _Reply] = {}
 
     def push(self, item: EmitterMessage, *, extra: bool = False) -> bool:
@@ -75,6 +74,8 @@ class Caller(Subscriber):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._replies: dict[tuple[str, str], _Replies] = {}
+        self._requests = 0
+        self._served = 0
 
     def _begin(self) -> None:
         super()._begin()
@@ -109,24 +110,25 @@ class Caller(Subscriber):
         check_key(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
+        self._link()
         replies = await self._replies_on(key, channel)
-        replies.asked += 1
-        number = str(replies.asked)
+        # One count for all: two keys of one channel have their replies in the same place.
+        self._requests += 1
+        number = str(self._requests)
         where = f"{replies.channel}{number}/"
-        topic = format_topic(key, where, _QUIET).encode()
+        topic = self._topic(key, where)
         self._check_size(topic, payload, 1)
         seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        await self._room()
         reply = replies.waiting[number] = _Reply()
+        sent = self._session.publish_confirmed(topic, payload, key=key, channel=where)
         try:
-            await self._room()
-            await self._answer(
-                self._session.publish_confirmed(topic, payload, key=key, channel=where), timeout
-            )
             with anyio.move_on_after(seconds):
+                await self._answer(sent, None)
                 await reply.came.wait()
         finally:
             del replies.waiting[number]
-            if reply.message is None:
+            if reply.message is None and sent.refusal is None:
                 self._say(key, f"{where}{_CANCEL}/", b"")
         if reply.message is None:
             self._link()
@@ -162,21 +164,41 @@ class Caller(Subscriber):
         """
         check_key(key)
         channel = check_channel(channel)
-        running: dict[str, anyio.CancelScope] = {}
+        failure: EmitterError | None = None
         async with (
             self.subscribe(key, channel, 0, buffer=buffer) as requests,
             anyio.create_task_group() as tasks,
         ):
-            task_status.started()
-            async for message in requests:
-                path = levels(message.channel[len(channel) :] or "/")
-                if len(path) == 2:
-                    scope = running[message.channel] = anyio.CancelScope()
-                    tasks.start_soon(self._serve_one, key, handler, message, scope, running)
-                elif len(path) == 3 and path[2] == _CANCEL:
-                    asked = message.channel.removesuffix(f"{_CANCEL}/")
-                    if asked in running:
-                        running[asked].cancel()
+            self._served += 1
+            try:
+                task_status.started()
+                await self._serve_all(key, channel, handler, requests, tasks)
+            except EmitterError as exc:  # leaves bare, and not in the group
+                failure = exc
+            finally:
+                self._served -= 1
+                tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _serve_all(
+        self,
+        key: str,
+        channel: str,
+        handler: Serve,
+        requests: EventStream[EmitterMessage],
+        tasks: TaskGroup,
+    ) -> None:
+        running: dict[str, anyio.CancelScope] = {}
+        async for message in requests:
+            path = levels(message.channel[len(channel) :] or "/")
+            if len(path) == 2 and message.channel not in running:
+                scope = running[message.channel] = anyio.CancelScope()
+                tasks.start_soon(self._serve_one, key, handler, message, scope, running)
+            elif len(path) == 3 and path[2] == _CANCEL:
+                asked = message.channel.removesuffix(f"{_CANCEL}/")
+                if asked in running:
+                    running[asked].cancel()
 
     async def _serve_one(
         self,
@@ -191,11 +213,15 @@ class Caller(Subscriber):
                 reply = handler(message)
                 if inspect.isawaitable(reply):
                     reply = await reply
-                self._say(key, f"{message.channel}{_REPLY}/", encode_payload(reply))
+                kind, payload = _REPLY, encode_payload(reply)
+                self._check_size(self._topic(key, f"{message.channel}{kind}/"), payload, 0)
             except Exception as exc:
                 logger.warning("serving %r raised", message.channel, exc_info=exc)
                 words = f"the handler that served it raised {type(exc).__name__}: {exc}"
-                self._say(key, f"{message.channel}{_ERROR}/", words.encode()[:1024])
+                kind, payload = _ERROR, words.encode(errors="replace")[:1024]
+            with suppress(EmitterError):  # the link is gone, as the asker will be told
+                await self._room()
+                self._say(key, f"{message.channel}{kind}/", payload)
         del running[message.channel]
 
     async def _replies_on(self, key: str, channel: str) -> _Replies:
@@ -216,7 +242,10 @@ class Caller(Subscriber):
 
     def _say(self, key: str, channel: str, payload: bytes) -> None:
         # Without waiting, since it may be said under cancellation.
-        topic = format_topic(key, channel, _QUIET).encode()
-        self._check_size(topic, payload, 0)
         if self._connection is not None and not self._connection.leaving:
-            self._session.publish(topic, payload)
+            self._session.publish(self._topic(key, channel), payload)
+
+    def _topic(self, key: str, channel: str) -> bytes:
+        # Only who asks and serves, both, has to hear what it says itself.
+        options = () if self._served and self._replies else _QUIET
+        return format_topic(key, channel, options).encode()

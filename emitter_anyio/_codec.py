@@ -185,6 +185,8 @@ class Codec:
         at, end = 0, len(data)
         while at < end:
             head = data[at]
+            if not self._connected and head >> 4 != _CONNACK:
+                raise RemoteProtocolError("the peer did not answer CONNECT with a CONNACK")
             size, start = 0, at + 1
             shift = 0
             while True:

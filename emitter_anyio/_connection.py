@@ -81,8 +81,9 @@ class Connection:
                     tasks.start_soon(self._guard, self._keep_alive, ping)
                     await self._guard(self._read, deliver)
         finally:
-            # When cancelled, this is all there is time for.
-            self.blurt_goodbye()
+            if self._broken is None:
+                # When cancelled, this is all there is time for.
+                self.blurt_goodbye()
             try:
                 await self._transport.aclose()
             finally:
@@ -95,17 +96,20 @@ class Connection:
         """Close a link that was never run."""
         await self._transport.aclose()
 
-    async def say_goodbye(self) -> None:
+    async def say_goodbye(self, *, unsettled: bool) -> None:
         """
-        Send what is queued, DISCONNECT behind it, and wait until the broker has closed the link.
+        Send what is queued, and DISCONNECT behind it.
 
-        If we closed it first, a message on its way to us would meet a closed socket, and the reset
-        that answers it would take along what the broker has not read yet.
+        :param unsettled: whether the broker may not have read all that matters. If we closed first,
+            a message on its way to us would meet a closed socket, and the reset that answers it
+            would take along what the broker has not read yet: wait until it has closed the link
         """
         self.send(Disconnect())
         await self.writer.left(self.writer.queued)
-        self._reading.cancel()
-        await self._ended.wait()
+        if unsettled and not self._ended.is_set():
+            self._reading.cancel()
+            await self._transport.send_eof()
+            await self._ended.wait()
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import anyio
@@ -17,7 +18,7 @@ from ._errors import HandlerError, SlowConsumerError
 from ._messages import EmitterMessage
 from ._requests import ChannelKey, Link, Me, PresenceEvent
 from ._router import Matcher, Router
-from ._subscription import EventStream, Overflow, check_buffer
+from ._subscription import Entering, EventStream, Overflow, check_buffer
 
 logger = logging.getLogger("emitter_anyio")
 
@@ -34,9 +35,6 @@ _OnKeyban = TypeVar("_OnKeyban", bound=Callable[[bool], object])
 _OnLink = TypeVar("_OnLink", bound=Callable[[Link], object])
 _OnMe = TypeVar("_OnMe", bound=Callable[[Me], object])
 _OnError = TypeVar("_OnError", bound=Callable[[Exception], object])
-
-_T = TypeVar("_T")
-_Entered: TypeAlias = AbstractAsyncContextManager[_T, bool | None]
 
 
 class _Options(TypedDict, total=False):
@@ -199,35 +197,35 @@ class EventSource:
     @overload
     def stream(
         self, event: _LifeEvent, **options: Unpack[_Options]
-    ) -> _Entered[EventStream[None]]: ...
+    ) -> Entering[EventStream[None]]: ...
     @overload
     def stream(
         self, event: Literal["message"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[EmitterMessage]]: ...
+    ) -> Entering[EventStream[EmitterMessage]]: ...
     @overload
     def stream(
         self, event: Literal["presence"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[PresenceEvent]]: ...
+    ) -> Entering[EventStream[PresenceEvent]]: ...
     @overload
     def stream(
         self, event: Literal["keygen"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[ChannelKey]]: ...
+    ) -> Entering[EventStream[ChannelKey]]: ...
     @overload
     def stream(
         self, event: Literal["keyban"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[bool]]: ...
+    ) -> Entering[EventStream[bool]]: ...
     @overload
     def stream(
         self, event: Literal["link"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[Link]]: ...
+    ) -> Entering[EventStream[Link]]: ...
     @overload
     def stream(
         self, event: Literal["me"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[Me]]: ...
+    ) -> Entering[EventStream[Me]]: ...
     @overload
     def stream(
         self, event: Literal["error"], **options: Unpack[_Options]
-    ) -> _Entered[EventStream[Exception]]: ...
+    ) -> Entering[EventStream[Exception]]: ...
     def stream(
         self,
         event: str,
@@ -244,12 +242,11 @@ class EventSource:
             subscribes to nothing
         :param buffer: how many values may wait in the stream
         :param overflow: what happens to more
-        :return: an asynchronous context manager of an :class:`EventStream`
+        :return: to be entered, for an :class:`EventStream`
         :raises ValueError: if there is no such event
         """
-        return self._entered_stream(
-            event, _check(event, channel, buffer, overflow), buffer, overflow
-        )
+        channel = _check(event, channel, buffer, overflow)
+        return Entering(partial(self._entered_stream, event, channel, buffer, overflow))
 
     @asynccontextmanager
     async def _entered_stream(

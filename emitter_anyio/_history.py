@@ -94,6 +94,8 @@ class Historian(Conversation):
             # The id, and not the time, is where the next page begins: a second has many messages.
             before = max(message.id for message in page)
             last -= len(page)
+            # One that is large is no reason to read what lies behind it in small pages.
+            size = min(2 * size, _PAGE)
             for message in reversed(page):
                 yield message
 

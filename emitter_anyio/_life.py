@@ -115,10 +115,11 @@ class Life(EventSource):
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> None:
+        # It swallows nothing, and says so by its type, for the sake of type checkers.
         assert self._entered is not None
         try:
-            return await self._entered.__aexit__(exc_type, exc, traceback)
+            await self._entered.__aexit__(exc_type, exc, traceback)
         finally:
             self._entered = None
 
@@ -154,8 +155,6 @@ class Life(EventSource):
                         await self._leave()
                 except BaseException as exc:
                     raised = raised or exc
-                if self._connection is not None:
-                    self._connection.blurt_goodbye()
                 tasks.cancel_scope.cancel()
         finally:
             self._finish()
@@ -212,7 +211,7 @@ class Life(EventSource):
                 pending.call_when_done(done.set)
                 if not pending.done:
                     await done.wait()
-            await connection.say_goodbye()
+            await connection.say_goodbye(unsettled=self._session.unsettled)
         connection.close()
 
     async def _supervise(self, connection: Connection) -> None:
@@ -241,9 +240,7 @@ class Life(EventSource):
         self._session.lost(self._gone)
         self._emit("disconnect")
         if broken is not None:
-            lost = self._connection_lost()
-            lost.__cause__ = broken
-            self._fail(lost)
+            self._fail(self._connection_lost())
         if not self._leaving:
             self._leaving = True
             self._deadline = anyio.current_time() + self._options.disconnect_timeout
@@ -373,7 +370,9 @@ class Life(EventSource):
         return ClosedError("the client is closed: it has disconnected, or was never connected")
 
     def _connection_lost(self) -> ConnectionLostError:
-        return ConnectionLostError(self._lost or "the link is lost", self._unread)
+        error = ConnectionLostError(self._lost or "the link is lost", self._unread)
+        error.__cause__ = self._last_error
+        return error
 
     # What comes in
 

@@ -93,6 +93,12 @@ class Session:
         return len(self._pending) + len(self._pings)
 
     @property
+    def unsettled(self) -> bool:
+        """Tell whether the broker has yet to say that it has taken something published."""
+        published = (one.operation.startswith("publish") for one in self._pending.values())
+        return self._published > self._settled or any(published)
+
+    @property
     def full(self) -> bool:
         """Tell whether packet ids are scarce: some are kept for what leaves without waiting."""
         return len(self._pending) >= _IDS - _KEPT_IDS
@@ -245,6 +251,10 @@ class Session:
         self._left_feeds.add(channel)
         return True
 
+    def unwatched(self, channel: str) -> None:
+        """The broker has ended the feed that nobody used any more."""
+        self._left_feeds.discard(channel)
+
     def watched(self, channel: str) -> bool:
         """Tell whether the feed of just this channel has users."""
         return channel in self._feeds
@@ -369,10 +379,11 @@ class Session:
         if kind is SubAck:
             denied = not codes or codes[0] >= 0x80
             refusal = (refusal or (None, "the broker refused without a reason")) if denied else None
-            if pending.grant is not None:
-                self.replays.discard(pending.grant)
-                if denied:
-                    self._refused(pending.grant)
+            # Only subscribe() waits for a SUBACK, and it has made a grant.
+            assert pending.grant is not None
+            self.replays.discard(pending.grant)
+            if denied:
+                self._refused(pending.grant)
         if refusal is not None:
             return self._refuse(pending, *refusal)
         if pending.request is None:

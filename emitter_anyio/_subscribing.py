@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import anyio
@@ -30,10 +29,10 @@ from ._errors import RequestError, SubscriptionConflictError, UnauthorizedError
 from ._messages import EmitterMessage
 from ._options import Options
 from ._pending import Grant, Replay
-from ._subscription import EventStream, Overflow, check_buffer
+from ._subscription import Entering, EventStream, Overflow, check_buffer
 
 
-class Subscribing:
+class Subscribing(Entering[EventStream[EmitterMessage]]):
     """What ``subscribe()`` returns: to be awaited, or entered with ``async with``, once."""
 
     def __init__(
@@ -41,10 +40,9 @@ class Subscribing:
         for_handlers: Callable[[], Coroutine[Any, Any, None]],
         entered: Callable[[], AbstractAsyncContextManager[EventStream[EmitterMessage]]],
     ) -> None:
+        super().__init__(entered)
         self._for_handlers = for_handlers
-        self._entered = entered
         self._used = False
-        self._manager: AbstractAsyncContextManager[EventStream[EmitterMessage]] | None = None
 
     def __await__(self) -> Generator[Any, Any, None]:
         self._use()
@@ -52,17 +50,7 @@ class Subscribing:
 
     async def __aenter__(self) -> EventStream[EmitterMessage]:
         self._use()
-        self._manager = self._entered()
-        return await self._manager.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        assert self._manager is not None
-        return await self._manager.__aexit__(exc_type, exc, traceback)
+        return await super().__aenter__()
 
     def __del__(self) -> None:
         if not self._used:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import anyio
@@ -302,3 +303,31 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if event is not None:
                 event.set()
         self._arrival = self._departure = None
+
+
+class Entering(Generic[T]):
+    """
+    To be entered with ``async with``, once.
+
+    :param make: makes what is entered
+    """
+
+    def __init__(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+        self._make = make
+        self._entered: AbstractAsyncContextManager[T] | None = None
+
+    async def __aenter__(self) -> T:
+        if self._entered is not None:
+            raise RuntimeError("this was entered before: call again for another one")
+        self._entered = self._make()
+        return await self._entered.__aenter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # It swallows nothing, and says so by its type, for the sake of type checkers.
+        assert self._entered is not None
+        await self._entered.__aexit__(exc_type, exc, traceback)

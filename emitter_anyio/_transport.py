@@ -9,9 +9,12 @@ part of a packet, so nobody but the writer, which is cancelled only when the lin
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import ssl
+import sys
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -50,6 +53,10 @@ class Transport(ABC):
         """Wait until the link takes some bytes, and return how many bytes it took."""
 
     @abstractmethod
+    async def send_eof(self) -> None:
+        """Tell the peer, where the link can, that nothing more comes; it may still send."""
+
+    @abstractmethod
     async def aclose(self) -> None:
         """Close at once; safe under cancellation, and to be called twice."""
 
@@ -78,6 +85,10 @@ class SocketTransport(Transport):
         while not (sent := self.try_send(data)):
             await anyio.wait_writable(self._sock)
         return sent
+
+    async def send_eof(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
 
     async def aclose(self) -> None:
         if self._sock.fileno() >= 0:
@@ -109,6 +120,11 @@ class StreamTransport(Transport):
         except BrokenResourceError as exc:
             raise _worded(exc) from exc
         return len(data)
+
+    async def send_eof(self) -> None:
+        # TLS cannot, and says so with a NotImplementedError, or with a TypeError when it is broken.
+        with suppress(NotImplementedError, TypeError, *BROKEN):
+            await self._stream.send_eof()
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
@@ -149,6 +165,8 @@ async def open_transport(server: Server, options: Options) -> Transport:
     if options.connectable is not None:
         return StreamTransport(await options.connectable.connect())
     if server.scheme == "unix":
+        if sys.platform == "win32":  # pragma: no cover - not on Linux
+            raise OSError("Python has no Unix sockets on Windows")
         return SocketTransport(await _connect(socket.AF_UNIX, server.host))
     if server.scheme == "mqtts":
         return await _open_tls(server, options.ssl_context)
@@ -215,7 +233,7 @@ async def _connect(family: int, address: object) -> socket.socket:
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            raise OSError(code, f"{errno.errorcode.get(code, code)} from {address}")
+            raise OSError(code, os.strerror(code))
     except BaseException:
         anyio.notify_closing(sock)
         sock.close()

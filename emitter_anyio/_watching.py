@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
@@ -16,7 +16,7 @@ from ._errors import EmitterError, RequestError, RequestTimeoutError
 from ._options import Options
 from ._presence import PresenceFeed
 from ._requests import PresenceStatus
-from ._subscription import Overflow, check_buffer
+from ._subscription import Entering, Overflow, check_buffer
 
 _LOOKED_AT: Final = 64
 """At each refresh of a feed the statuses of so many channels are asked for."""
@@ -89,7 +89,7 @@ class Watcher(Conversation):
         overflow: Overflow = "raise",
         refresh: float | None = 60,
         timeout: Timeout = DEFAULT,
-    ) -> AbstractAsyncContextManager[PresenceFeed]:
+    ) -> Entering[PresenceFeed]:
         """
         Watch who comes and goes; entered with ``async with``.
 
@@ -99,7 +99,7 @@ class Watcher(Conversation):
         :param overflow: what happens to more, as in :meth:`subscribe`
         :param refresh: every so many seconds a fresh status is asked for; ``None`` never
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: an asynchronous context manager of a :class:`PresenceFeed`
+        :return: to be entered, for a :class:`PresenceFeed`
         :raises UnauthorizedError: when entered, if the key may not
         """
         check_key(key)
@@ -107,7 +107,7 @@ class Watcher(Conversation):
         check_buffer(buffer, overflow)
         if refresh is not None and not refresh > 0:
             raise ValueError(f"refresh is a number of seconds above 0, or None, not {refresh!r}")
-        return self._watching(key, channel, buffer, overflow, refresh, timeout)
+        return Entering(partial(self._watching, key, channel, buffer, overflow, refresh, timeout))
 
     @asynccontextmanager
     async def _watching(
@@ -140,6 +140,7 @@ class Watcher(Conversation):
                 )
                 # If it was refused, so is this, and that is no news.
                 off.quiet = True
+                off.call_when_done(partial(self._session.unwatched, channel))
 
     async def _status(
         self,

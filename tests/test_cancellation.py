@@ -10,7 +10,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio import Emitter, EmitterMessage, connect
+from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
 from emitter_anyio.testing import Broker
 
 Verb = Callable[[], Awaitable[object]]
@@ -217,7 +217,7 @@ async def test_a_cancelled_receive_loses_no_message(broker: Broker) -> None:
 
 async def test_a_late_answer_is_dropped(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
-        made = []
+        made: list[ChannelKey] = []
         emitter.on("keygen", made.append)
         with broker.hold("answer", "puback"):
             with anyio.CancelScope() as scope:

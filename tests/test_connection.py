@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
 
 import anyio
 import pytest
@@ -527,6 +527,7 @@ async def test_what_the_broker_says_meanwhile_costs_nothing_that_was_sent(
     # broker has not read yet.
     leaves = anyio.Event()
     taken: list[Packet] = []
+    count = 20 if link == "memory" else 100
 
     async def script(peer: Peer) -> None:
         await peer.accept()
@@ -546,7 +547,6 @@ async def test_what_the_broker_says_meanwhile_costs_nothing_that_was_sent(
         emitter.on("message", lambda message: None)
         async with emitter:
             # As much as the system takes off our hands without the peer's reading any of it.
-            count = 20 if link == "memory" else 100
             for _ in range(count):
                 await emitter.publish("k", "a/", bytes(2000))
             tasks.start_soon(watch, emitter)
@@ -578,11 +578,51 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
         emitter = connect(connectable=connectable, keepalive=1, disconnect_timeout=5)
         emitter.on("message", lambda message: None)
         async with emitter:
+            await emitter.publish("k", "a/", "x")
             tasks.start_soon(publish, emitter)
         # The peer is silent for so long that it counts as gone, and nobody minds any more.
         assert anyio.current_time() - start == pytest.approx(1.5)
     assert refused == ["closing"] * 14
     assert connectable.streams[0].closed
+
+
+@pytest.mark.virtual_time
+async def test_who_has_lost_nothing_by_it_does_not_wait_for_the_peer(
+    anyio_backend: object,
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(3):
+            if packet := await peer.packet():
+                await peer.answer(packet)
+        assert [packet.kind for packet in peer.received[1:]] == [PUBLISH, PINGREQ, DISCONNECT]
+        await anyio.sleep(100)
+
+    async with memory_peer(script) as connectable:
+        start = anyio.current_time()
+        async with connect(connectable=connectable) as emitter:
+            await emitter.publish("k", "a/", "x")
+            await emitter.flush()
+        assert anyio.current_time() == start
+        assert connectable.streams[0].closed
+
+
+@pytest.mark.parametrize("link", ["tcp", "unix", "memory"])
+async def test_the_peer_is_told_that_nothing_more_comes(anyio_backend: object, link: str) -> None:
+    # One that does not know DISCONNECT, such as a proxy, closes its side all the same.
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.until(DISCONNECT)
+        assert await peer.packet() is None
+        await peer.send(packets.publish("a/", b"still taken"))
+        closes.append(emitter.state)
+
+    closes: list[str] = []
+    async with serving(link, script) as options:
+        emitter = connect(**options)
+        async with emitter:
+            await emitter.publish("k", "a/", "x")
+    assert closes == ["closing"]
 
 
 @pytest.mark.virtual_time
@@ -732,14 +772,14 @@ async def leave_by_cancellation(emitter: Emitter) -> None:
 async def test_the_link_is_closed_on_every_way_out(
     anyio_backend: object, link: str, way: Callable[[Emitter], Awaitable[None]]
 ) -> None:
-    ended = []
+    ended: list[Packet | None] = []
 
     async def script(peer: Peer) -> None:
         await peer.accept()
-        while packet := await peer.packet():
-            if not await peer.answer(packet):
-                ended.append(peer)
-                return
+        while (packet := await peer.packet()) and packet.kind != DISCONNECT:
+            with suppress(OSError, anyio.BrokenResourceError):
+                await peer.answer(packet)
+        ended.append(packet)
 
     async with serving(link, script) as options:
         listening = open_sockets()
@@ -754,38 +794,31 @@ async def test_the_link_is_closed_on_every_way_out(
         if link == "memory":
             connectable: MemoryConnectable = options["connectable"]
             assert [stream.closed for stream in connectable.streams] == [True]
-    assert ended
+    assert ended == [Packet(DISCONNECT, 0, b"")]
+
+
+async def publish_and_leave(emitter: Emitter) -> None:
+    async with emitter:
+        for _ in range(3):
+            await emitter.publish("k", "a/", bytes(10_000))
 
 
 @pytest.mark.parametrize("link", LINKS)
 async def test_leaving_may_be_cancelled_at_every_point(anyio_backend: object, link: str) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
-        while (packet := await peer.packet()) and packet.kind != DISCONNECT:
-            pass
+        await peer.rest()
 
     async with serving(link, script) as options:
         listening = open_sockets()
-
-        async def leave() -> None:
-            await emitter.__aexit__(None, None, None)
-
         for style in styles():
-            step, goes_on = 0, True
-            while goes_on:
+            step, cancelled = 0, True
+            while cancelled:
                 emitter = connect(**options)
-
-                async def live() -> None:
-                    async with emitter:
-                        for _ in range(3):
-                            await emitter.publish("k", "a/", bytes(100_00))
-                        entered.set()
-
-                entered = anyio.Event()
-                goes_on = await cancel_in_step(live(), step, style)
-                step += 1
+                cancelled = await cancel_in_step(publish_and_leave(emitter), step, style)
                 assert emitter.state == "closed"
-            assert entered.is_set()
+                step += 1
+            assert step > 4
         while open_sockets() > listening:
             await checkpoint()
 

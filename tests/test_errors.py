@@ -139,6 +139,8 @@ class TestWhatTheErrorsCarry:
     def test_the_messages_that_nobody_has_read(self) -> None:
         unread = [EmitterMessage("a/", b"x")]
         assert ConnectionLostError("gone", unread).unread is unread
+        later: list[EmitterMessage] = []
+        assert ConnectionLostError("gone", later).unread is later, "it may be filled later"
         one, other = ConnectionLostError("gone"), ConnectionLostError("gone")
         assert one.unread == other.unread == []
         assert one.unread is not other.unread

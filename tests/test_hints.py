@@ -59,6 +59,7 @@ def test_the_permission_that_may_be_missing(operation: str, permission: str) -> 
     [
         ("chat", "publish", "no", "the key of 4 characters is none: keys have 32"),
         (KEY[:-1] + "!", "keygen", "no", "the key of 32 characters is none"),
+        (KEY + "k", "publish", "no", "the key of 33 characters is none"),
         (KEY, "publish", "the key with extend permission …", "an extend key serves only"),
         (SECRET, "keygen", "no", "master secret, or a key with the permission 'e'"),
         (SECRET, "keyban", "no", "keyban takes the broker's master secret"),

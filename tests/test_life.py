@@ -284,7 +284,7 @@ async def test_streams_give_what_is_buffered_before_they_raise(broker: Broker) -
 
 
 async def test_handlers_finish_what_they_have_when_the_link_is_lost(broker: Broker) -> None:
-    handled = []
+    handled: list[bytes] = []
     emitter = connect(broker.url)
 
     @emitter.on("message")
@@ -325,7 +325,7 @@ async def test_disconnect_in_the_body_leaves_the_body_running(broker: Broker) ->
 
 async def test_disconnect_from_a_handler(broker: Broker) -> None:
     emitter = connect(broker.url)
-    steps = []
+    steps: list[str] = []
 
     @emitter.on("message")
     async def leave(message: EmitterMessage) -> None:

@@ -20,10 +20,17 @@ import emitter_anyio
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "emitter_anyio"
 
-CALLS = ["connect", "Emitter", "Subscribing", "EventStream", "PresenceFeed"]
+CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
     *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
-    *["Member", "PresenceStatus", "PresenceEvent", "ConnectionInfo", "Statistics", "StreamStatistics"],
+    *[
+        "Member",
+        "PresenceStatus",
+        "PresenceEvent",
+        "ConnectionInfo",
+        "Statistics",
+        "StreamStatistics",
+    ],
 ]
 ERRORS = [
     *["EmitterError", "ConnectError", "ConnectRefusedError", "ConnectionLostError", "ClosedError"],

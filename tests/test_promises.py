@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Literal
 
 import anyio
 import pytest
@@ -49,10 +50,10 @@ async def test_a_gap_stands_at_its_place_and_tells_how_many(broker: Broker) -> N
     async with connect(broker.url) as emitter:
         async with emitter.subscribe(key, "a/", buffer=3) as messages:
             await publish_numbers(emitter, key, "a/", range(10))
-            read = []
+            read: list[EmitterMessage] = []
             with pytest.raises(SlowConsumerError, match="buffer") as caught:
-                async for message in messages:
-                    read.append(message)
+                while True:
+                    read.append(await messages.receive())
             assert caught.value.dropped == 7
             assert numbers_in(read) == [0, 1, 2]
             await publish_numbers(emitter, key, "a/", range(10, 12))
@@ -61,13 +62,15 @@ async def test_a_gap_stands_at_its_place_and_tells_how_many(broker: Broker) -> N
         assert emitter.statistics().dropped == 7
 
 
-@pytest.mark.parametrize(("overflow", "kept"), [("drop_oldest", [7, 8, 9]), ("drop_newest", [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("overflow", "kept"), [("drop_oldest", [7, 8, 9]), ("drop_newest", [0, 1, 2])]
+)
 async def test_the_policy_says_which_are_dropped(
-    broker: Broker, overflow: str, kept: list[int]
+    broker: Broker, overflow: Literal["drop_oldest", "drop_newest"], kept: list[int]
 ) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter:
-        async with emitter.subscribe(key, "a/", buffer=3, overflow=overflow) as messages:  # type: ignore[arg-type]  # a parameter
+        async with emitter.subscribe(key, "a/", buffer=3, overflow=overflow) as messages:
             await publish_numbers(emitter, key, "a/", range(10))
             assert numbers_in([await messages.receive() for _ in range(3)]) == kept
             assert messages.statistics().dropped == 7
@@ -94,8 +97,7 @@ async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker
             read: list[EmitterMessage] = []
 
             async def consume() -> None:
-                async for message in healthy:
-                    read.append(message)
+                read.extend([message async for message in healthy])
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(consume)
@@ -132,6 +134,7 @@ async def test_what_is_replayed_is_held_beside_the_buffer(broker: Broker) -> Non
         for number in range(20):
             await emitter.publish(key, "a/", str(number), ttl=60)
         for _ in range(2):  # from the broker's own replay, and from a history request
+            found: list[EmitterMessage] = []
             async with (
                 emitter.subscribe(key, "a/", last=20, buffer=1) as first,
                 emitter.subscribe(key, "a/", last=20, buffer=1) as second,
@@ -139,8 +142,8 @@ async def test_what_is_replayed_is_held_beside_the_buffer(broker: Broker) -> Non
                 for messages in (first, second):
                     found = [await messages.receive() for _ in range(20)]
                     assert sorted(numbers_in(found)) == list(range(20))
-                # The history request knows the true order.
-                assert numbers_in(found) == list(range(20))
+            # The history request knows the true order.
+            assert numbers_in(found) == list(range(20))
 
 
 async def test_a_handler_that_overflows_reports_it(broker: Broker) -> None:
@@ -235,7 +238,7 @@ async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker)
                 emitter.unsubscribe(key, "b/"),
                 emitter.keygen(broker.secret_key, "a/", timeout=0.02),
             ):
-                with pytest.raises(RequestTimeoutError, match="did not answer within 0.0") as caught:
+                with pytest.raises(RequestTimeoutError, match="did not answer within") as caught:
                     await verb
                 assert isinstance(caught.value, TimeoutError)
                 assert key not in str(caught.value)

@@ -315,6 +315,14 @@ class TestOverflow:
         fill(stream, 3, 4, 5)
         assert read(stream) == [3, "2 missing"]
 
+    def test_nothing_is_counted_in_a_gap_that_was_read(self, make: MakeStream) -> None:
+        stream = fill(make(buffer=1), 1, 2)
+        assert read(stream) == [1, "1 missing"]
+        big = EmitterMessage("a/", bytes(MAX_BYTES))
+        stream.put_in_front([big])
+        fill(stream, 3)
+        assert read(stream) == [big, "1 missing"]
+
     async def test_a_new_loop_goes_on_after_the_gap(self, make: MakeStream) -> None:
         stream = fill(make(), 1, 2, 3, 4)
         got = []

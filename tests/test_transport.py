@@ -24,7 +24,16 @@ from emitter_anyio._transport import SocketTransport, StreamTransport, _SocketSt
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
 from tests.support.memory import MemoryConnectable, MemoryStream, memory_link
-from tests.support.peer import LINKS, PINGREQ, PUBLISH, Peer, memory_peer, serving, tcp_peer, unix_peer
+from tests.support.peer import (
+    LINKS,
+    PINGREQ,
+    PUBLISH,
+    Peer,
+    memory_peer,
+    serving,
+    tcp_peer,
+    unix_peer,
+)
 from tests.support.steps import cancel_in_step, styles
 
 HINT = "Emitter listens on 8080"
@@ -195,6 +204,23 @@ async def test_a_broken_stream_says_why(anyio_backend: object) -> None:
     await transport.aclose()
 
 
+async def test_the_end_may_be_told_where_the_link_can(anyio_backend: object) -> None:
+    transport, peer = socket_pair()
+    with peer:
+        await transport.send_eof()
+        assert peer.recv(1) == b""
+        peer.send(b"still")
+        assert await transport.receive() == b"still"
+    await transport.aclose()
+    await transport.send_eof()
+    ours, memory_peer = memory_link()
+    await StreamTransport(ours).send_eof()
+    with pytest.raises(anyio.EndOfStream):
+        await memory_peer.receive()
+    # TLS has no half of an end.
+    await StreamTransport(_SocketStream(transport)).send_eof()
+
+
 async def test_two_tasks_may_send_below_tls(anyio_backend: object) -> None:
     transport, peer = socket_pair()
     stream = _SocketStream(transport)
@@ -233,38 +259,23 @@ async def test_an_address_that_swallows_packets_leaves_time_for_the_next(
     async with tcp_peer(serve) as port:
         with blackhole() as hole:
             resolve(hole, port)
-            async with connect(
-                host="broker.example", secure=False, connect_timeout=1
-            ) as emitter:
+            async with connect(host="broker.example", secure=False, connect_timeout=1) as emitter:
                 await emitter.flush()
 
 
-async def test_every_address_is_named_when_none_can_be_reached(
+async def test_every_reason_is_told_once_when_no_address_can_be_reached(
     resolve: Callable[..., None],
 ) -> None:
-    first, second = refusing_port(), refusing_port()
     with blackhole() as hole:
-        resolve(first, hole, second)
+        resolve(refusing_port(), hole, refusing_port())
         with pytest.raises(ConnectError) as caught:
             async with connect(host="broker.example", secure=False, connect_timeout=0.2):
                 pass
-    text = str(caught.value)
-    assert str(first) in text
-    assert str(second) in text
-    assert "timed out" in text
-    assert HINT in text
+    assert "Connection refused; timed out" in str(caught.value)
+    assert HINT in str(caught.value)
     (cause,) = caught.value.causes.values()
     assert isinstance(cause.__cause__, ExceptionGroup)
     assert len(cause.__cause__.exceptions) == 3
-
-
-async def test_addresses_that_fail_alike_are_told_once(resolve: Callable[..., None]) -> None:
-    port = refusing_port()
-    resolve(port, port)
-    with pytest.raises(ConnectError) as caught:
-        async with connect(host="broker.example", secure=False):
-            pass
-    assert str(caught.value).count("ECONNREFUSED") == 1
 
 
 async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
@@ -369,7 +380,7 @@ async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
     with TemporaryDirectory() as folder:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(f"{folder}/s")
-        with pytest.raises(ConnectError, match="ECONNREFUSED") as caught:
+        with pytest.raises(ConnectError, match="Connection refused") as caught:
             async with connect(f"unix://{folder}/s"):
                 pass
     assert HINT not in str(caught.value)
@@ -386,14 +397,14 @@ async def test_a_unix_socket_whose_queue_is_full(anyio_backend: object) -> None:
             filler.setblocking(False)
             code = filler.connect_ex(f"{folder}/s")
         assert code == errno.EAGAIN
-        with pytest.raises(ConnectError, match="EAGAIN"):
+        with pytest.raises(ConnectError, match="temporarily unavailable"):
             async with connect(f"unix://{folder}/s"):
                 pass
 
 
 @pytest.mark.parametrize("name", ["nothing", "x" * 200])
 async def test_a_unix_socket_that_is_not_there(anyio_backend: object, name: str) -> None:
-    with pytest.raises(ConnectError, match="ENOENT|too long"):
+    with pytest.raises(ConnectError, match=r"No such file|too long"):
         async with connect(f"unix:///tmp/no/{name}"):
             pass
 
@@ -432,7 +443,7 @@ async def test_the_systems_authorities_are_read_in_a_thread(
 
 async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> None:
     async with tcp_peer(serve, context=tls.server_context("other.example")) as port:
-        with pytest.raises(ConnectError, match="127.0.0.1") as caught:
+        with pytest.raises(ConnectError, match=r"127\.0\.0\.1") as caught:
             async with connect(
                 host="127.0.0.1", port=port, secure=True, ssl_context=tls.client_context()
             ):
@@ -451,13 +462,14 @@ async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
 
 
 async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
-    shown = []
+    shown: list[dict[str, Any]] = []
     context = tls.server_context()
     context.verify_mode = ssl.CERT_REQUIRED
     tls.authority().configure_trust(context)
 
     async def script(peer: Peer) -> None:
-        shown.append(peer.stream.extra(TLSAttribute.peer_certificate))
+        certificate: Any = peer.stream.extra(TLSAttribute.peer_certificate)
+        shown.append(certificate)
         await peer.serve()
 
     async with tcp_peer(script, context=context) as port:
@@ -546,7 +558,9 @@ async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         with pytest.raises(ConnectionLostError, match="reset"):
-            async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()) as emitter:
+            async with connect(
+                f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()
+            ) as emitter:
                 await emitter.flush()
 
 
@@ -666,9 +680,7 @@ async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, li
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_a_link_that_hangs_may_be_cancelled(
-    anyio_backend: object, secure: bool
-) -> None:
+async def test_a_link_that_hangs_may_be_cancelled(anyio_backend: object, secure: bool) -> None:
     heard = anyio.Event()
 
     async def script(peer: Peer) -> None:

@@ -186,11 +186,11 @@ async def test_who_comes_first_is_served_first(anyio_backend: object) -> None:
     async with socket_link() as link:
         link.writer.write(FULL * 2)
         admitted: list[int] = []
+        most = 0
         async with anyio.create_task_group() as tasks:
             for number in range(20):
                 tasks.start_soon(wait_for_room, link, number, b"%02d" % number + FULL, admitted)
                 await anyio.wait_all_tasks_blocked()
-            most = 0
             await link.read(2 * len(FULL))
             for number in range(20):
                 assert (await link.read(2 + len(FULL)))[:2] == b"%02d" % number
@@ -472,7 +472,7 @@ async def test_cancelled_publishes_leave_whole_or_not_at_all(
 
 async def test_a_verb_does_not_wait_for_a_link_that_takes_nothing(anyio_backend: object) -> None:
     goes_on = anyio.Event()
-    payloads = []
+    payloads: list[bytes] = []
 
     async def script(peer: Peer) -> None:
         await peer.accept()

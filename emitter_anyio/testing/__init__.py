@@ -1,5 +1,8 @@
-"""What a test needs: a development broker with Emitter's semantics."""
+"""What a test needs: a development broker with Emitter's semantics, and a network that fails."""
 
 from __future__ import annotations
 
 from ._broker import Broker as Broker
+from ._connection import Client as Client
+from ._proxy import Direction as Direction
+from ._proxy import FaultProxy as FaultProxy

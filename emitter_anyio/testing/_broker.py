@@ -6,24 +6,20 @@ import logging
 import ssl
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from anyio import (
     AsyncContextManagerMixin,
-    BrokenResourceError,
-    EndOfStream,
-    aclose_forcefully,
     create_task_group,
     create_tcp_listener,
-    fail_after,
     get_cancelled_exc_class,
 )
 from anyio.abc import ByteStream, SocketAttribute
-from anyio.streams.tls import TLSStream
 
-from ._connection import SILENCE, Client, Diversion, Traffic
+from ._connection import Client, Diversion, Traffic
 from ._exchange import Exchange
 from ._keys import License
+from ._matching import Matcher
 from ._refusals import RefusedError
 from ._topics import Topic, parse
 
@@ -42,6 +38,9 @@ class Broker(AsyncContextManagerMixin):
         async with Broker() as broker, connect(broker.url) as emitter:
             key = broker.keygen("chat/", "rwls")
 
+    MQTT is spoken over TCP and, on the same port and any path, over WebSocket; the latter needs
+    wsproto, which ``pip install 'emitter_anyio[websocket]'`` brings. ``GET /health`` answers 200.
+
     It listens from entering on, and leaving cuts every client; it can be entered again, and keeps
     what it stored. As with the real one, a packet has at most 64 KiB, a link that is silent for 120
     seconds is closed, and publishers wait for a subscriber who is slow. But one who takes nothing
@@ -52,7 +51,12 @@ class Broker(AsyncContextManagerMixin):
     :param license: an Emitter licence of version 1, 2 or 3; keys made by a real broker with the
         same licence work here, and the other way round. A new one is made unless given
     :param ssl_context: serve TLS with this
-    :raises ValueError: if ``license`` is none
+    :param matcher: as a real broker is configured: with ``"emitter"`` a channel reaches its
+        subscribers and those of every channel above it, with ``"mqtt"`` only ``#`` does that
+    :param coalesce: write to each client as the real broker does: 60 packets at once and 60 more a
+        second, the others once a second. An answer behind many others takes a second then, and one
+        that waits when its client leaves is lost
+    :raises ValueError: if ``license`` is none, or there is no such ``matcher``
     :raises OSError: on entering, if the port is taken
 
     :ivar license: the licence
@@ -66,14 +70,19 @@ class Broker(AsyncContextManagerMixin):
         *,
         license: str | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        matcher: Matcher = "emitter",
+        coalesce: bool = False,
     ) -> None:
+        if matcher not in get_args(Matcher):
+            raise ValueError(f"no matcher {matcher!r}: there are {', '.join(get_args(Matcher))}")
         licence = License.new() if license is None else License.parse(license)
         self.license = licence.text
         self.secret_key = licence.master_key()
         self._address = host, port
         self._port = port
         self._ssl_context = ssl_context
-        self._exchange = Exchange(licence)
+        self._coalesce = coalesce
+        self._exchange = Exchange(licence, matcher)
         self._traffic = Traffic()
         self._clients: dict[Client, None] = {}
 
@@ -109,7 +118,7 @@ class Broker(AsyncContextManagerMixin):
 
     @property
     def url(self) -> str:
-        """The URL to connect to, without a key."""
+        """The URL to connect to by TCP, without a key."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtt' if self._ssl_context is None else 'mqtts'}://{host}:{self.port}"
 
@@ -238,21 +247,13 @@ class Broker(AsyncContextManagerMixin):
         return topic
 
     async def _serve(self, stream: ByteStream) -> None:
-        try:
-            if self._ssl_context is not None:
-                # a peer that does not speak TLS has as long as a silent one
-                with fail_after(SILENCE):
-                    stream = await TLSStream.wrap(
-                        stream,
-                        server_side=True,
-                        ssl_context=self._ssl_context,
-                        standard_compatible=False,
-                    )
-        except (BrokenResourceError, EndOfStream, OSError) as exc:
-            logger.info("no TLS handshake: %s", exc)
-            await aclose_forcefully(stream)
-            return
-        client = Client(self._exchange, self._traffic, stream)
+        client = Client(
+            self._exchange,
+            self._traffic,
+            stream,
+            ssl_context=self._ssl_context,
+            coalesce=self._coalesce,
+        )
         self._clients[client] = None
         try:
             await client.serve()

@@ -1,17 +1,15 @@
-"""One client's link: what it sends is worked off in order, what it gets is queued and written."""
+"""One client's link: what it sends is worked off in order, what it gets goes to its outbox."""
 
 from __future__ import annotations
 
 import logging
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from anyio import (
-    BrokenResourceError,
     CancelScope,
-    ClosedResourceError,
-    EndOfStream,
     Event,
     aclose_forcefully,
     create_task_group,
@@ -19,7 +17,9 @@ from anyio import (
     move_on_after,
 )
 from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
 
+from ._outbox import ENDED, Outbox
 from ._packets import (
     ConnAck,
     Connect,
@@ -40,6 +40,7 @@ from ._packets import (
 )
 from ._peer import Kind, Peer, deliver, to_json
 from ._refusals import RefusedError
+from ._wire import Wire
 
 if TYPE_CHECKING:
     from ._exchange import Exchange
@@ -102,20 +103,25 @@ class Client(Peer):
     :ivar username: what presence shows of it, or ``""``
     """
 
-    def __init__(self, exchange: Exchange, traffic: Traffic, stream: ByteStream) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        traffic: Traffic,
+        stream: ByteStream,
+        *,
+        ssl_context: ssl.SSLContext | None = None,
+        coalesce: bool = False,
+    ) -> None:
         super().__init__()
         self.client_id = ""
         self.connected = False
         self._exchange = exchange
         self._traffic = traffic
         self._stream = stream
+        self._ssl_context = ssl_context
+        self._wire = Wire()
+        self._outbox = Outbox(coalesce, HIGH_WATER)
         self._scope = CancelScope()
-        self._outbox: list[bytes] = []
-        self._queued = 0
-        self._written = 0
-        self._wake = Event()
-        self._progress = Event()
-        self._leaving = False
         self._closed = Event()
 
     @property
@@ -136,31 +142,42 @@ class Client(Peer):
             if kind in diversion.kinds:
                 diversion.kept.append((self, kind, data))
                 return
-        if not self._outbox:
-            self._wake.set()
-        self._outbox.append(data)
-        self._queued += len(data)
-        if self._queued > HIGH_WATER:
-            self._traffic.crowded.add(self)
+        self._put(self._wire.wrap(data))
 
     async def serve(self) -> None:
         """Serve the link until one side closes it."""
         try:
             with self._scope:
                 self._scope.deadline = current_time() + SILENCE
+                if not await self._begin():
+                    return
                 async with create_task_group() as task_group:
-                    task_group.start_soon(self._write)
+                    task_group.start_soon(self._outbox.write, self._stream)
                     await self._read()
                     self._leave()
                     self._scope.deadline = current_time() + LINGER
-                    self._leaving = True
-                    self._wake.set()
+                    self._outbox.close()
         finally:
             self._leave()
             with CancelScope(shield=True):
                 await aclose_forcefully(self._stream)
-            self._progress.set()
+            self._outbox.progress.set()
             self._closed.set()
+
+    async def _begin(self) -> bool:
+        if self._ssl_context is None:
+            return True
+        try:
+            self._stream = await TLSStream.wrap(
+                self._stream,
+                server_side=True,
+                ssl_context=self._ssl_context,
+                standard_compatible=False,
+            )
+        except ENDED as exc:
+            logger.info("no TLS handshake: %s", exc)
+            return False
+        return True
 
     def _leave(self) -> None:
         self.connected = False
@@ -168,9 +185,12 @@ class Client(Peer):
 
     async def _read(self) -> None:
         reader = PacketReader()
-        while True:
-            whole = False  # half a packet does not break the silence
+        while not self._wire.closed:
             try:
+                reader.feed(self._wire.receive(await self._stream.receive(_CHUNK)))
+                if answer := self._wire.answer():
+                    self._put(answer)
+                whole = False  # half a packet does not break the silence
                 while (packet := reader.next_packet()) is not None:
                     if not self._take(packet):
                         return
@@ -179,27 +199,13 @@ class Client(Peer):
                         await self._traffic.relieve(self)
                 if whole:
                     self._scope.deadline = current_time() + SILENCE
-                reader.feed(await self._stream.receive(_CHUNK))
-            except (MalformedPacketError, EndOfStream, BrokenResourceError, ClosedResourceError):
+            except (MalformedPacketError, *ENDED):
                 return
 
-    async def _write(self) -> None:
-        while not (self._leaving and not self._outbox):
-            data = b"".join(self._outbox)
-            self._outbox.clear()
-            try:
-                for start in range(0, len(data), _CHUNK):
-                    piece = data[start : start + _CHUNK]
-                    await self._stream.send(piece)
-                    self._queued -= len(piece)
-                    self._written += len(piece)
-                    self._progress.set()
-                    self._progress = Event()
-            except (BrokenResourceError, ClosedResourceError):
-                return  # the reader still takes what the client sent before it went
-            if not self._outbox and not self._leaving:
-                self._wake = Event()
-                await self._wake.wait()
+    def _put(self, data: bytes) -> None:
+        self._outbox.put(data)
+        if self._outbox.queued > HIGH_WATER:
+            self._traffic.crowded.add(self)
 
     async def wait_for_room(self, publisher: Client | None) -> None:
         """
@@ -210,12 +216,13 @@ class Client(Peer):
         nothing is cut; but a client that waits for itself has its 120 seconds.
         """
         idle = 0
-        while self._queued > HIGH_WATER and not self._closed.is_set():
-            written = self._written
+        outbox = self._outbox
+        while outbox.queued > HIGH_WATER and not self._closed.is_set():
+            written = outbox.written
             # in tenths: a loop that was busy itself must not take that for a client's silence
             with move_on_after(PATIENCE / 10):
-                await self._progress.wait()
-            idle = 0 if self._written > written or self is publisher else idle + 1
+                await outbox.progress.wait()
+            idle = 0 if outbox.written > written or self is publisher else idle + 1
             if idle == 10:
                 logger.warning("client %s takes nothing and is cut", self.id)
                 self.cut()

@@ -10,7 +10,7 @@ import trustme
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
-from emitter_anyio.testing import Broker, _broker, _connection
+from emitter_anyio.testing import Broker, _connection
 from emitter_anyio.testing._connection import HIGH_WATER, Client, Traffic
 from emitter_anyio.testing._exchange import Exchange
 from emitter_anyio.testing._keys import License
@@ -158,7 +158,7 @@ class TestTLS:
     async def test_one_that_says_nothing(
         self, broker: Broker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_broker, "SILENCE", 0)
+        monkeypatch.setattr(_connection, "SILENCE", 0)
         link = await Link.open(broker)
         assert await link.read_to_end() == []
         await link.stream.aclose()
@@ -475,7 +475,7 @@ class TestTime:
         await link.send(Connect(), *(Publish("a") for _ in range(40)))
         await client.wait_closed()
         assert anyio.current_time() - start == pytest.approx(120)
-        assert HIGH_WATER < client._queued < HIGH_WATER + 65536
+        assert HIGH_WATER < client._outbox.queued < HIGH_WATER + 65536
 
     async def test_a_flood_goes_at_the_pace_of_a_slow_reader(
         self, served: list[tuple[Link, Client]]
@@ -489,12 +489,12 @@ class TestTime:
             task_group.start_soon(
                 writer.send, *(Publish(f"{key}/a/", bytes(60000)) for _ in range(count))
             )
-            while client._queued <= HIGH_WATER:
+            while client._outbox.queued <= HIGH_WATER:
                 await checkpoint()
             for _ in range(count):
                 await anyio.sleep(0.2)
                 assert await reader.receive() == Publish("a/", bytes(60000))
-                assert client._queued < HIGH_WATER + 65536
+                assert client._outbox.queued < HIGH_WATER + 65536
 
     async def test_one_that_takes_nothing_holds_up_a_publisher_for_a_second(
         self, served: list[tuple[Link, Client]]

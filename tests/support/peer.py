@@ -235,9 +235,7 @@ async def _listening(
 
 
 @asynccontextmanager
-async def tcp_peer(
-    script: Script, *, context: ssl.SSLContext | None = None
-) -> AsyncGenerator[int]:
+async def tcp_peer(script: Script, *, context: ssl.SSLContext | None = None) -> AsyncGenerator[int]:
     """Play the script to each client of a port of 127.0.0.1, which it gives."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -21,22 +21,20 @@ class _Stepwise:
 
     def __await__(self) -> Generator[Any, Any, None]:
         stepping = self._coroutine.__await__()
-        resume: Callable[[], Any] = lambda: next(stepping)  # noqa: E731
+        value: Any = None
+        error: BaseException | None = None
         while True:
             try:
-                waited_for = resume()
+                waited_for = stepping.send(value) if error is None else stepping.throw(error)
             except StopIteration:
                 return
             if self.steps == self._step:
                 self._do()
             self.steps += 1
             try:
-                value = yield waited_for
+                value, error = (yield waited_for), None
             except BaseException as exc:
                 error = exc
-                resume = lambda: stepping.throw(error)  # noqa: B023, E731
-            else:
-                resume = lambda: stepping.send(value)  # noqa: B023, E731
 
 
 def styles() -> tuple[str, ...]:
@@ -53,17 +51,22 @@ async def cancel_in_step(
     :return: whether it got so far
     """
     if style == "native":
-        native = _Stepwise(coroutine, step, lambda: task.cancel())
 
         async def run() -> None:
             await native
+
+        def cancel() -> None:
+            task.cancel()
+
+        native = _Stepwise(coroutine, step, cancel)
 
         task = asyncio.ensure_future(run())
         await asyncio.wait([task])
         if not task.cancelled():
             task.result()
         return native.steps > step
-    with anyio.CancelScope() as scope:
-        scoped = _Stepwise(coroutine, step, scope.cancel)
+    scope = anyio.CancelScope()
+    scoped = _Stepwise(coroutine, step, scope.cancel)
+    with scope:
         await scoped
     return scoped.steps > step
