@@ -23,6 +23,8 @@ _FIRST_SECOND: Final = 1514764800
 _LAST_SECOND: Final = 3029529600
 """The broker takes a ``from`` or ``until`` outside 2018 … 2066 as though it had not been given."""
 
+_MAX_TOPIC: Final = 65535
+
 _MAX_INT32: Final = 2**31 - 1
 
 _LEVEL = re.compile(r"[$\-.0-9:A-Z\[\\\]^_`a-z]+\Z", re.ASCII)
@@ -201,8 +203,15 @@ def format_topic(key: str, channel: str, options: Iterable[tuple[str, int | None
     Put a topic together from checked parts.
 
     :param options: names and values in the order of the topic; a ``None`` leaves its option out
+    :raises InvalidChannelError: if it is longer than MQTT allows
     """
-    return f"{key}/{format_options(channel, options)}"
+    topic = f"{key}/{format_options(channel, options)}"
+    if len(topic) > _MAX_TOPIC:
+        raise InvalidChannelError(
+            f"the topic of a channel of {len(channel)} bytes would have {len(topic)}; MQTT takes "
+            f"{_MAX_TOPIC}"
+        )
+    return topic
 
 
 def format_options(channel: str, options: Iterable[tuple[str, int | None]]) -> str:

@@ -12,11 +12,12 @@ import logging
 import os
 import secrets
 import signal
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 import anyio
@@ -26,7 +27,11 @@ from ._errors import ConnectError, EmitterError
 from ._messages import EmitterMessage
 from ._options import make_options
 from ._requests import PresenceEvent
+from ._router import Matcher
 from ._version import __version__
+
+if TYPE_CHECKING:
+    from .testing import Broker
 
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 _Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
@@ -74,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_NAME}: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        # That is how the broker is told to end, where or while nothing waits for the signal.
+        return 0 if arguments.run is _broker else _INTERRUPTED
     except BrokenPipeError:
         # Python flushes once more at exit, and must not fail then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -281,7 +287,8 @@ def _add_broker(commands: _Commands) -> None:
         examples=(
             "  %(prog)s\n"
             "  %(prog)s --port 0              # a free one, which the first line tells\n"
-            "  %(prog)s --license LICENSE     # keys stay good from one run to the next"
+            "  %(prog)s --license LICENSE     # keys stay good from one run to the next\n"
+            "  %(prog)s --tls-cert cert.pem --tls-key key.pem"
         ),
     )
     parser.add_argument(
@@ -298,12 +305,32 @@ def _add_broker(commands: _Commands) -> None:
         type=_license,
         help="a licence of Emitter, as a broker prints it (default: a new one, with a secret key)",
     )
+    parser.add_argument(
+        "--tls-cert", metavar="FILE", help="serve TLS with this certificate chain, in PEM form"
+    )
+    parser.add_argument(
+        "--tls-key",
+        metavar="FILE",
+        help="the private key of --tls-cert (default: the one in its file)",
+    )
+    parser.add_argument(
+        "--matcher",
+        choices=get_args(Matcher),
+        default="emitter",
+        help="how channels reach subscribers (default: %(default)s)",
+    )
 
 
 async def _broker(arguments: argparse.Namespace) -> None:
     from .testing import Broker
 
-    broker = Broker(arguments.host, arguments.port, license=arguments.license)
+    broker = Broker(
+        arguments.host,
+        arguments.port,
+        license=arguments.license,
+        ssl_context=_ssl_context(arguments.tls_cert, arguments.tls_key),
+        matcher=arguments.matcher,
+    )
     async with AsyncExitStack() as stack:
         # Before the first line is out, so that whoever has read it can end us cleanly.
         stop = stack.enter_context(_stop_signals())
@@ -315,10 +342,28 @@ async def _broker(arguments: argparse.Namespace) -> None:
                 "(--port 0 takes a free port)"
             ) from exc
         _say(f"listening on {broker.url}")
-        _say(f"license {broker.license}")
-        if arguments.license is None:
-            _say(f"secret key {broker.secret_key}")
+        _tell_license(broker, secret=arguments.license is None)
         await stop()
+
+
+def _tell_license(broker: Broker, *, secret: bool) -> None:
+    _say(f"license {broker.license}")
+    if secret:
+        _say(f"secret key {broker.secret_key}")
+
+
+def _ssl_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
+    if certificate is None:
+        if key is not None:
+            raise _UsageError("--tls-key needs --tls-cert")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as exc:
+        files = certificate if key is None else f"{certificate} and {key}"
+        raise _CommandError(f"cannot serve TLS with {files}: {exc.strerror or exc}") from exc
+    return context
 
 
 @contextmanager
@@ -331,4 +376,24 @@ def _stop_signals() -> Iterator[Callable[[], Awaitable[object]]]:
             yield signals.__anext__
 
 
-_COMMANDS: Final = (_add_demo, _add_broker)
+def _add_license(commands: _Commands) -> None:
+    _add_command(
+        commands,
+        "license",
+        _make_license,
+        help="make a licence and its secret key",
+        description=(
+            "Make a licence, for a development broker or a real one, and a secret key, with which "
+            "keys are\nmade. A line each, as the broker prints them."
+        ),
+        examples="  %(prog)s",
+    )
+
+
+async def _make_license(arguments: argparse.Namespace) -> None:
+    from .testing import Broker
+
+    _tell_license(Broker(), secret=True)
+
+
+_COMMANDS: Final = (_add_demo, _add_broker, _add_license)

@@ -14,6 +14,12 @@ from ._subscription import EventStream, Overflow
 _GATHERED: Final = 0.1
 """For so many seconds doubts are gathered before a status is asked for."""
 
+_REMEMBERED: Final = 1024
+"""So many channels below the watched one are remembered, beside those in which somebody is."""
+
+_LOOKED_AT: Final = 64
+"""So many of them are looked at in their turn, at each refresh."""
+
 
 class PresenceFeed(EventStream[PresenceEvent]):
     """
@@ -42,16 +48,18 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     # The side of the client
 
-    @property
-    def channels(self) -> list[str]:
-        """The watched channel, and those below it in which somebody is known to be."""
-        return list(self._there)
+    def next_below(self) -> list[str]:
+        """Give channels below the watched one in which somebody is or was, each in its turn."""
+        below = [channel for channel in self._there if channel != self._channel][:_LOOKED_AT]
+        for channel in below:
+            self._there[channel] = self._there.pop(channel)
+        return below
 
     def note(self, event: PresenceEvent) -> None:
         """Take in a change."""
         (member,) = event.who
         self._touched.add(member.id)
-        there = self._there.setdefault(event.channel, {})
+        there = self._place(event.channel)
         if event.event == "subscribe":
             if member.id not in self._members:
                 # It has come under our eyes, so all its channels are known.
@@ -72,7 +80,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
     def correct(self, channel: str, status: PresenceStatus) -> bool:
         """Take in the status of a channel; tells whether it says something new."""
         before = dict(self._members)
-        there = self._there.setdefault(channel, {})
+        there = self._place(channel)
         told = {member.id: member for member in status.who}
         for id in there.keys() - told.keys() - self._touched:
             del there[id]
@@ -89,7 +97,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
         """Have a fresh status asked for."""
         self._doubt.set()
 
-    async def doubted(self, seconds: float | None) -> bool:
+    async def doubted(self, seconds: float) -> bool:
         """
         Wait until a fresh status is wanted, for so many seconds at most.
 
@@ -101,9 +109,14 @@ class PresenceFeed(EventStream[PresenceEvent]):
             await anyio.sleep(_GATHERED)
         return self._doubt.is_set()
 
+    def _place(self, channel: str) -> dict[str, Member]:
+        if channel not in self._there and len(self._there) > _REMEMBERED:
+            empty = (c for c, there in self._there.items() if not there and c != self._channel)
+            if (longest_ago := next(empty, None)) is not None:
+                del self._there[longest_ago]
+        return self._there.setdefault(channel, {})
+
     def _forget_the_gone(self) -> None:
-        for channel in [c for c, there in self._there.items() if not there and c != self._channel]:
-            del self._there[channel]
         here = {id for there in self._there.values() for id in there}
         for id in self._members.keys() - here:
             del self._members[id]

@@ -281,7 +281,7 @@ class Session:
                 return self._report(f"a message of {size} bytes whose topic is no UTF-8")
             case ConnAck():
                 raise RemoteProtocolError("the broker sent a second CONNACK")
-            case RemoteProtocolError():
+            case _:
                 raise event
 
     def lost(self, error: Callable[[], Exception]) -> None:

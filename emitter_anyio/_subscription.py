@@ -105,7 +105,6 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._ended = False
         self._left = False
         self._error: Callable[[], Exception] | None = None
-        self._on_close: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "open"
@@ -163,14 +162,11 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         return item
 
     async def aclose(self) -> None:
-        """Leave the stream and give back what is behind it; never waits."""
+        """Leave the stream: what is buffered is gone, and nothing more comes; never waits."""
         self.close()
 
     def close(self) -> None:
         """Do what :meth:`aclose` does."""
-        if self._on_close is not None:
-            on_close, self._on_close = self._on_close, None
-            on_close()
         self.end()
         self._left = True
         self._out.close()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final
 
 import anyio
 
@@ -17,9 +17,6 @@ from ._options import Options
 from ._presence import PresenceFeed
 from ._requests import PresenceStatus
 from ._subscription import Entering, Overflow, check_buffer
-
-_LOOKED_AT: Final = 64
-"""At each refresh of a feed the statuses of so many channels are asked for."""
 
 
 class Watcher(Conversation):
@@ -166,12 +163,18 @@ class Watcher(Conversation):
         refresh: float | None,
         scope: anyio.CancelScope,
     ) -> None:
+        period = math.inf if refresh is None else refresh
+        due = anyio.current_time() + period
         with scope:
             while self._connection is not None:
+                doubted = await feed.doubted(due - anyio.current_time())
                 # A doubt is about those whom the status of the channel names. Now and then, who
                 # is below it is looked at, too.
-                doubted = await feed.doubted(refresh)
-                for asked in [channel] if doubted else feed.channels[:_LOOKED_AT]:
+                channels = [channel]
+                if not doubted or anyio.current_time() >= due:
+                    channels += feed.next_below()
+                    due = anyio.current_time() + period
+                for asked in channels:
                     try:
                         status, new = await self._status(feed, key, asked)
                     except RequestError as exc:

@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
+from anyio import create_task_group
+from anyio.abc import TaskStatus
 
 from ._client import Emitter, connect
+from ._errors import ConnectError, ConnectionLostError
 
 if TYPE_CHECKING:
     from .testing import Broker
@@ -43,6 +46,29 @@ async def emitter_broker(anyio_backend: object) -> AsyncIterator[Broker]:
 
 @pytest.fixture
 async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
-    """A client that is connected to ``emitter_broker``, and a master key of it."""
-    async with connect(emitter_broker.url) as client:
+    """
+    A client that is connected to ``emitter_broker``, and a master key of it.
+
+    When the link is lost for good, the calls of the test say so. Whatever else ends the client,
+    such as a handler's exception, is raised after the test.
+    """
+    client = connect(emitter_broker.url)
+    failures: list[Exception] = []
+
+    # In a task of its own: a client that ends within a fixture's block would cancel the task in
+    # which AnyIO's plugin runs every fixture and test.
+    async def live(*, task_status: TaskStatus[None]) -> None:
+        try:
+            await client.run(task_status=task_status)
+        except ConnectError:
+            raise
+        except Exception as exc:
+            failures.append(exc)
+
+    async with create_task_group() as task_group:
+        await task_group.start(live)
         yield EmitterFixture(client, emitter_broker.secret_key)
+        await client.disconnect()
+    for failure in failures:
+        if not isinstance(failure, ConnectionLostError):
+            raise failure

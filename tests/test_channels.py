@@ -355,3 +355,10 @@ class TestFingerprint:
         assert fingerprint(f"{parent}/{one}/") == level_hash(parent) ^ level_hash(one)
         same = fingerprint(f"{parent}/{one}/") == fingerprint(f"{parent}/{other}/")
         assert same == (one == other)
+
+
+def test_a_topic_longer_than_mqtt_takes_is_refused() -> None:
+    whole = format_topic("k", "a" * 65532 + "/")
+    assert len(whole) == 65535
+    with pytest.raises(InvalidChannelError, match="65536; MQTT takes 65535"):
+        format_topic("k", "a" * 65533 + "/")

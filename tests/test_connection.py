@@ -32,7 +32,7 @@ from tests.support.peer import (
     serving,
     tcp_peer,
 )
-from tests.support.steps import cancel_in_step, styles
+from tests.support.steps import all_styles, cancel_in_step
 
 
 async def serve(peer: Peer) -> None:
@@ -87,8 +87,7 @@ async def test_one_timeout_covers_everything(
         for number in range(4):
             await anyio.sleep(pause)
             await peer.send(packets.CONNACK[number : number + 1])
-        while (packet := await peer.packet()) and await peer.answer(packet):
-            pass
+        await peer.answer_all()
 
     async with memory_peer(script, before=before) as connectable:
         emitter = connect(connectable=connectable, connect_timeout=10)
@@ -120,8 +119,7 @@ async def test_connack_may_come_in_pieces(anyio_backend: object, link: str) -> N
         for number in range(4):
             await peer.send(packets.CONNACK[number : number + 1])
             await anyio.wait_all_tasks_blocked()
-        while (packet := await peer.packet()) and await peer.answer(packet):
-            pass
+        await peer.answer_all()
 
     async with serving(link, script) as options, connect(**options) as emitter:
         await emitter.flush()
@@ -563,6 +561,7 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
         await peer.send(packets.publish("a/", b"x", packet_id=2))
         assert await peer.packet() is None
         assert not peer.left
+        await anyio.sleep(100)
 
     refused = []
 
@@ -811,7 +810,7 @@ async def test_leaving_may_be_cancelled_at_every_point(anyio_backend: object, li
 
     async with serving(link, script) as options:
         listening = open_sockets()
-        for style in styles():
+        for style in all_styles():
             step, cancelled = 0, True
             while cancelled:
                 emitter = connect(**options)

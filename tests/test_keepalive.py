@@ -58,8 +58,10 @@ class Watched:
                 tasks.start_soon(self.says, peer)
             while packet := await peer.packet():
                 self.times.setdefault(packet.kind, []).append(self.now)
-                if self.now < self.falls_silent and not await peer.answer(packet):
+                if packet.kind == DISCONNECT:
                     break
+                if self.now < self.falls_silent:
+                    await peer.answer(packet)
             tasks.cancel_scope.cancel()
 
 

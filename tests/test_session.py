@@ -179,6 +179,20 @@ class TestPacketIds:
         link.publish()
         assert link.last_id == 2
 
+    def test_whether_what_was_published_is_settled(self, link: Link) -> None:
+        assert not link.session.unsettled
+        link.session.request(requests.me())
+        assert not link.session.unsettled
+        link.publish()
+        assert link.session.unsettled
+        link.hear(PubAck(2))
+        assert not link.session.unsettled
+        link.session.publish(b"k/a/", b"x")
+        assert link.session.unsettled
+        link.session.ping()
+        link.hear(PingResp())
+        assert not link.session.unsettled
+
     def test_how_many_are_outstanding(self, link: Link) -> None:
         link.publish()
         link.session.ping()
@@ -791,6 +805,14 @@ class TestPresence:
         link.session.lost(lambda: ConnectionLostError("gone"))
         link.hear(change("a/b/"))
         assert link.session.nonsense == 1, "it cannot come from the link before"
+
+    def test_none_is_on_its_way_when_the_broker_has_ended_the_feed(self, link: Link) -> None:
+        link.session.watch(KEY, "a/")
+        link.session.unwatch("a/")
+        link.session.unwatched("a/")
+        link.session.unwatched("b/")
+        link.hear(change())
+        assert link.session.nonsense == 1
 
     def test_a_feed_ends_with_its_last_user(self, link: Link) -> None:
         assert link.session.watch(KEY, "a/") is link.session.watch(KEY, "a/")

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, get_args
 
 import anyio
@@ -17,6 +18,7 @@ from emitter_anyio._errors import ConnectionLostError, SlowConsumerError
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._subscription import (
     MAX_BYTES,
+    Entering,
     EventStream,
     Overflow,
     StreamStatistics,
@@ -705,6 +707,46 @@ class TestTheEnd:
         assert stream.statistics() == figures(0, 0, 0, 1)
         stream.end()
         assert stream.drain() == []
+
+
+class TestEntering:
+    async def test_once(self) -> None:
+        made = []
+
+        @asynccontextmanager
+        async def make() -> AsyncGenerator[str]:
+            made.append("in")
+            yield "value"
+            made.append("out")
+
+        entering = Entering(make)
+        assert made == [], "nothing happens before"
+        async with entering as value:
+            assert value == "value"
+            assert made == ["in"]
+        assert made == ["in", "out"]
+        with pytest.raises(RuntimeError, match="entered before"):
+            async with entering:
+                made.append("never")
+        assert made == ["in", "out"]
+
+    async def test_exceptions_pass(self) -> None:
+        seen = []
+
+        @asynccontextmanager
+        async def make() -> AsyncGenerator[None]:
+            try:
+                yield
+            except ZeroDivisionError as exc:
+                seen.append(exc)
+                raise
+
+        boom = ZeroDivisionError()
+        with pytest.raises(ZeroDivisionError) as caught:
+            async with Entering(make):
+                raise boom
+        assert caught.value is boom
+        assert seen == [boom]
 
 
 class TestSayingWhatItIs:

@@ -34,7 +34,7 @@ from tests.support.peer import (
     tcp_peer,
     unix_peer,
 )
-from tests.support.steps import cancel_in_step, styles
+from tests.support.steps import all_styles, cancel_in_step
 
 HINT = "Emitter listens on 8080"
 
@@ -538,8 +538,7 @@ async def test_large_messages_go_through_tls_both_ways(anyio_backend: object) ->
         for _ in range(20):
             packet = await peer.until(PUBLISH)
             await peer.send(packets.publish("a/", packet.payload))
-        while (packet_ := await peer.packet()) and await peer.answer(packet_):
-            pass
+        await peer.answer_all()
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         emitter = connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context())
@@ -665,7 +664,7 @@ async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, li
             async with connect(**options) as emitter:
                 await emitter.flush()
 
-        for style in styles():
+        for style in all_styles():
             step = 0
             while await cancel_in_step(open_and_leave(), step, style):
                 step += 1

@@ -31,7 +31,7 @@ async def nine(emitter: Emitter, key: str, unique: str) -> str:
 
 def answers_held(server: Server) -> AbstractContextManager[None]:
     """Keep back what answers the history request, where the broker can be told to."""
-    return nullcontext() if server.broker is None else server.broker.hold("answer")
+    return nullcontext() if server.broker is None else server.broker.hold("answer", "puback")
 
 
 # To it alone
@@ -119,7 +119,7 @@ async def test_a_replay_comes_before_what_is_live(
         with answers_held(server):
             tasks.start_soon(subscribe)
             await emitter.flush()
-            await other.publish(key, nine, "live", qos=1)
+            await other.publish(key, nine, "live")
             assert await until(first, "live") == ["live"]
 
 
@@ -194,7 +194,7 @@ async def test_more_than_the_broker_can_send_is_replayed_in_part_the_newest(
         await emitter.publish(key, unique, f"{number:0>16000}", ttl=600)
     async with emitter.subscribe(key, unique, last=0):
         async with emitter.subscribe(key, unique, last=9) as messages:
-            found = list(map(int, await arrived(emitter, messages)))
+            found = [int(text[-1]) for text in await arrived(emitter, messages)]
     assert found
     assert found == list(range(9))[-len(found) :]
 

@@ -57,7 +57,7 @@ class MemoryStream(ByteStream):
         while True:
             if self._closed:
                 raise ClosedResourceError
-            if self._out.broken:
+            if self._out.broken or self._out.ended:
                 raise BrokenResourceError
             room = max(0, self._out.capacity - len(self._out.held))
             if room and item:

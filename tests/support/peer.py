@@ -135,18 +135,17 @@ class Peer:
         return connect
 
     async def serve(self) -> None:
-        """Answer as a broker does, until the client leaves."""
+        """Be a broker that refuses nothing."""
         await self.accept()
-        while packet := await self.packet():
-            if not await self.answer(packet):
-                return
+        await self.answer_all()
 
-    async def answer(self, packet: Packet) -> bool:
-        """
-        Answer a packet as a broker that refuses nothing.
+    async def answer_all(self) -> None:
+        """Answer what comes until the client leaves."""
+        while (packet := await self.packet()) and packet.kind != DISCONNECT:
+            await self.answer(packet)
 
-        :return: whether the link goes on
-        """
+    async def answer(self, packet: Packet) -> None:
+        """Answer one packet."""
         if packet.kind == PINGREQ:
             await self.send(packets.PINGRESP)
         elif packet.kind == SUBSCRIBE:
@@ -155,7 +154,6 @@ class Peer:
             await self.send(packets.unsuback(packet.packet_id))
         elif packet.kind == PUBLISH and packet.flags & 6:
             await self.send(packets.puback(packet.packet_id))
-        return packet.kind != DISCONNECT
 
     def reset(self) -> None:
         """Have the link, a socket, end with a reset when the script ends."""

@@ -1,4 +1,4 @@
-"""Something done in a chosen suspension of a coroutine: how each of its waits gets cancelled."""
+"""A coroutine cancelled in a chosen one of its waits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ import sniffio
 
 
 class _Stepwise:
+    """
+    Does something when a coroutine waits for the n-th time, from 0.
+
+    :param do: is given what the coroutine waits for: on asyncio a future, or ``None``
+    """
+
     def __init__(
-        self, coroutine: Coroutine[Any, Any, object], step: int, do: Callable[[], object]
+        self, coroutine: Coroutine[Any, Any, object], step: int, do: Callable[[Any], object]
     ) -> None:
         self.steps = 0
         self._coroutine = coroutine
@@ -29,7 +35,7 @@ class _Stepwise:
             except StopIteration:
                 return
             if self.steps == self._step:
-                self._do()
+                self._do(waited_for)
             self.steps += 1
             try:
                 value, error = (yield waited_for), None
@@ -37,36 +43,46 @@ class _Stepwise:
                 error = exc
 
 
+LATE = "native and late"
+"""When what is waited for has just happened, so that a result is thrown away."""
+
+
 def styles() -> tuple[str, ...]:
-    """How the running backend cancels: AnyIO's way, and asyncio's own."""
+    """How the running backend cancels: by a scope of AnyIO's, and asyncio's own way."""
     return ("scope", "native") if sniffio.current_async_library() == "asyncio" else ("scope",)
 
 
-async def cancel_in_step(
-    coroutine: Coroutine[Any, Any, object], step: int, style: str = "scope"
-) -> bool:
-    """
-    Cancel a coroutine in its suspension of this number, from 0.
+def all_styles() -> tuple[str, ...]:
+    """``styles()``, and ``LATE`` where there is such a thing."""
+    return (*styles(), LATE) if "native" in styles() else styles()
 
+
+async def cancel_in_step(coroutine: Coroutine[Any, Any, object], step: int, style: str) -> bool:
+    """
+    Cancel a coroutine in its n-th wait, from 0.
+
+    :param style: one of ``all_styles()``
     :return: whether it got so far
     """
-    if style == "native":
+    if style == "scope":
+        scope = anyio.CancelScope()
+        stepwise = _Stepwise(coroutine, step, lambda _: scope.cancel())
+        with scope:
+            await stepwise
+        return stepwise.steps > step
 
-        async def run() -> None:
-            await native
-
-        def cancel() -> None:
+    def cancel(waited_for: Any) -> None:
+        if style == LATE and waited_for is not None:
+            waited_for.add_done_callback(lambda _: task.cancel())
+        else:
             task.cancel()
 
-        native = _Stepwise(coroutine, step, cancel)
+    async def run() -> None:
+        await stepwise
 
-        task = asyncio.ensure_future(run())
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.result()
-        return native.steps > step
-    scope = anyio.CancelScope()
-    scoped = _Stepwise(coroutine, step, scope.cancel)
-    with scope:
-        await scoped
-    return scoped.steps > step
+    stepwise = _Stepwise(coroutine, step, cancel)
+    task = asyncio.ensure_future(run())
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.result()
+    return stepwise.steps > step
