@@ -36,11 +36,6 @@ def levels(channel: str) -> list[str]:
     return channel[:-1].split("/")
 
 
-def has_wildcard(channel: str) -> bool:
-    """Tell whether a level of a checked channel is ``+`` or ``#``."""
-    return "+" in channel or "#" in channel
-
-
 def check_channel(channel: str, *, wildcards: bool = False) -> str:
     """
     Check a channel and give it its trailing slash.
@@ -246,6 +241,7 @@ def _mix(k: int) -> int:
     return k * 0x1B873593 & 0xFFFFFFFF
 
 
+@lru_cache(maxsize=4096)
 def fingerprint(channel: str) -> int:
     """
     Give what the broker tells the subscriptions of one link apart by: the level hashes, XORed.

@@ -451,7 +451,9 @@ class Life(EventSource):
         )
 
     def _send_packet(self, packet: Packet) -> None:
-        self._link().send(packet)
+        # Behind DISCONNECT nothing leaves; what is given back then needs no word to the broker.
+        if self._connection is not None:
+            self._connection.send(packet)
 
     def _ping(self) -> None:
         self._session.ping(awaited=False)

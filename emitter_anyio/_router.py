@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
 from ._channels import levels
@@ -41,7 +42,7 @@ def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
 
 def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
     """Tell whether some channel reaches both of two subscriptions."""
-    a, b = levels(one), levels(other)
+    a, b = _path(one), _path(other)
     if matcher == "mqtt":
         shortest = min(len(x) - 1 if x[-1] == "#" else len(x) for x in (a, b))
         if len(a) != len(b) and not any(
@@ -58,6 +59,11 @@ def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
 class _Node(Generic[T]):
     below: dict[str, _Node[T]] = field(default_factory=dict)
     here: dict[T, int] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4096)
+def _path(channel: str) -> tuple[str, ...]:
+    return tuple(levels(channel))
 
 
 class Router(Generic[T]):

@@ -18,7 +18,6 @@ from emitter_anyio._channels import (
     fingerprint,
     format_options,
     format_topic,
-    has_wildcard,
     is_number,
     is_whole,
     level_hash,
@@ -115,10 +114,6 @@ class TestCheckChannel:
     def test_is_a_str(self, channel: str) -> None:
         with pytest.raises(TypeError, match=f"not {type(channel).__name__}"):
             check_channel(channel)
-
-    @given(parts, st.sampled_from(["", "+/", "#/"]))
-    def test_has_wildcard(self, given: list[str], wildcard: str) -> None:
-        assert has_wildcard("/".join(given) + "/" + wildcard) == (wildcard != "")
 
 
 class TestGroups:

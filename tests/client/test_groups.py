@@ -217,7 +217,8 @@ async def test_a_key_of_another_group_is_refused(
 
 
 @pytest.mark.parametrize(
-    "options", [{"last": 1}, {"since": 1700000000}, {"until": 1700000000}, {"last": 5, "until": 2e9}]
+    "options",
+    [{"last": 1}, {"since": 1700000000}, {"until": 1700000000}, {"last": 5, "until": 2e9}],
 )
 async def test_a_replay_to_a_group_is_refused(
     emitter: Emitter, unique: str, options: dict[str, Any]

@@ -215,9 +215,7 @@ async def test_each_connection_has_a_private_channel_of_its_own(
         await other.publish(theirs.key, mine.channel, "m", qos=1)
 
 
-async def test_an_extend_key_does_not_extend_another_channel(
-    emitter: Emitter, extend: str
-) -> None:
+async def test_an_extend_key_does_not_extend_another_channel(emitter: Emitter, extend: str) -> None:
     with pytest.raises(UnauthorizedError, match="'e' \\(extend\\)"):
         await emitter.keygen(extend, "elsewhere/", "rw")
 

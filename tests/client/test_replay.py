@@ -161,9 +161,7 @@ async def until(messages: EventStream[EmitterMessage], last: str) -> list[str]:
     return found
 
 
-async def test_a_replay_to_handlers_beside_a_stream(
-    emitter: Emitter, key: str, nine: str
-) -> None:
+async def test_a_replay_to_handlers_beside_a_stream(emitter: Emitter, key: str, nine: str) -> None:
     calls = Calls()
     emitter.on("message", calls, channel=nine)
     async with emitter.subscribe(key, nine, last=0) as messages:

@@ -7,7 +7,15 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import Any
 
 import anyio
-from anyio.abc import ByteReceiveStream, ByteSendStream, ByteStream, SocketAttribute, TaskGroup
+from anyio.abc import (
+    ByteReceiveStream,
+    ByteSendStream,
+    ByteStream,
+    Listener,
+    SocketAttribute,
+    SocketStream,
+    TaskGroup,
+)
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream
 from tests.support.server import Server
@@ -116,15 +124,14 @@ async def _open(server: Server) -> ByteStream:
 async def relay(server: Server, path: str | None = None) -> AsyncGenerator[Relay]:
     """Relay from a port on loopback, or from a Unix socket."""
     made = Relay(server)
+    listener: Listener[SocketStream]
     if path is None:
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
         made.port = listener.extra(SocketAttribute.local_port)
-        serve = listener.serve
     else:
-        unix = await anyio.create_unix_listener(path)
-        listener, serve = unix, unix.serve  # type: ignore[assignment]
+        listener = await anyio.create_unix_listener(path)
     async with listener, anyio.create_task_group() as tasks:
-        tasks.start_soon(serve, made.serve)
+        tasks.start_soon(listener.serve, made.serve)
         try:
             yield made
         finally:
