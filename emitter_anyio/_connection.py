@@ -48,8 +48,6 @@ class Connection:
         self.writer = Writer(transport)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
-        self.leaving = False
-        """Whether DISCONNECT has been queued, behind which nothing goes."""
         self._transport = transport
         self._codec = codec
         self._first = first
@@ -60,10 +58,15 @@ class Connection:
         self._ended = anyio.Event()
         self._broken: Exception | None = None
 
+    @property
+    def leaving(self) -> bool:
+        """Whether DISCONNECT has been queued, behind which nothing goes."""
+        return self.writer.ended
+
     def send(self, packet: Packet) -> None:
         """Encode a packet and queue it; nothing goes behind DISCONNECT."""
         if not self.leaving:
-            self.leaving = isinstance(packet, Disconnect)
+            self.writer.ended = isinstance(packet, Disconnect)
             self.writer.write(self._codec.encode(packet))
 
     async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
@@ -127,8 +130,10 @@ class Connection:
             self._break(exc)
 
     def _break(self, exc: Exception) -> None:
-        # How the link ends is of no interest once DISCONNECT has left.
-        if self._broken is None and not (self.leaving and not self.writer.size):
+        # How the link ends is of no interest once DISCONNECT has left. A stream may still have it
+        # under way, as far as we know, when the broker has read it and closed.
+        left = not (self.writer.kept if isinstance(exc, EOFError) else self.writer.size)
+        if self._broken is None and not (self.leaving and left):
             self._broken = exc
         self._scope.cancel()
 

@@ -35,8 +35,10 @@ class Writer:
         self._wake = anyio.Event()
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, anyio.Event]] = deque()
-        self._under_way = False
+        self._under_way = 0
         self._broken = False
+        self.ended = False
+        """Whether the last packet has been queued."""
         self.queued = 0
         """How many bytes have been queued on this link."""
         self.sent = 0
@@ -49,9 +51,14 @@ class Writer:
         return self._size
 
     @property
+    def kept(self) -> int:
+        """How many bytes the link has not been offered yet."""
+        return self._size - self._under_way
+
+    @property
     def has_room(self) -> bool:
         """Tell whether one more packet may be queued now, and nobody is in front."""
-        return self._size < _HIGH_WATER and not self._waiting
+        return self._size < _HIGH_WATER and not self._waiting and not self.ended
 
     async def room(self) -> None:
         """Wait until there is room for one more packet; first come, first served."""
@@ -94,9 +101,9 @@ class Writer:
                 continue
             data = self._gather()
             if not (sent := self._transport.try_send(data)):
-                self._under_way = True
+                self._under_way = len(data)
                 sent = await self._transport.send(data)
-                self._under_way = False
+                self._under_way = 0
             self._took(sent)
 
     def hurry(self) -> None:

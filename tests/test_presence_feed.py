@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Literal
@@ -100,10 +101,9 @@ class TestBelow:
         asked(feed)
         feed.note(came("X", "a/b/"))
         assert list(feed.members) == ["X"]
-        assert feed.channels == ["a/", "a/b/"]
+        assert feed.next_below() == ["a/b/"]
         feed.note(went("X", "a/b/"))
         assert dict(feed.members) == {}
-        assert feed.channels == ["a/"]
         assert not in_doubt(feed)
 
     def test_who_is_in_two_places_is_there_until_it_has_left_both(self, feed: PresenceFeed) -> None:
@@ -130,16 +130,47 @@ class TestBelow:
         assert list(feed.members) == ["Y"]
         assert asked(feed, channel="a/b/")
         assert dict(feed.members) == {}
-        assert feed.channels == ["a/"]
 
     def test_it_names_those_above_too(self, feed: PresenceFeed) -> None:
         asked(feed, "X")
         feed.note(came("Y", "a/b/"))
         assert not asked(feed, "X", "Y", channel="a/b/")
         feed.note(went("Y", "a/b/"))
-        assert feed.channels == ["a/"], "X is not held by the channel below"
         assert asked(feed)
-        assert dict(feed.members) == {}
+        assert dict(feed.members) == {}, "X is not held by the channel below"
+
+    def test_all_channels_are_looked_at_each_in_its_turn(self, feed: PresenceFeed) -> None:
+        assert feed.next_below() == []
+        channels = [f"a/{number}/" for number in range(100)]
+        for channel in channels:
+            feed.note(came("X", channel))
+        assert feed.next_below() == channels[:64]
+        feed.note(came("Y", "a/new/"))
+        assert feed.next_below() == [*channels[64:], "a/new/", *channels[:27]]
+
+    def test_one_that_everybody_has_left_is_remembered(self, feed: PresenceFeed) -> None:
+        """Somebody may come back, and no event tell of it."""
+        feed.note(came("X", "a/b/"))
+        feed.note(went("X", "a/b/"))
+        assert not asked(feed, channel="a/b/")
+        assert feed.next_below() == ["a/b/"]
+        assert asked(feed, "Y", channel="a/b/")
+        assert list(feed.members) == ["Y"]
+
+    def test_of_those_that_everybody_has_left_the_latest_are_remembered(
+        self, feed: PresenceFeed
+    ) -> None:
+        feed.note(came("X", "a/stays/"))
+        for number in range(2000):
+            feed.note(came("Y", f"a/{number}/"))
+            feed.note(went("Y", f"a/{number}/"))
+        below = {channel for _ in range(40) for channel in feed.next_below()}
+        assert below == {"a/stays/"} | {f"a/{number}/" for number in range(2000 - 1023, 2000)}
+
+    def test_all_in_which_somebody_is_are_remembered(self, feed: PresenceFeed) -> None:
+        for number in range(1100):
+            feed.note(came("X", f"a/{number}/"))
+        assert len({channel for _ in range(20) for channel in feed.next_below()}) == 1100
 
 
 class TestDoubts:
@@ -165,7 +196,6 @@ class TestDoubts:
         feed.note(went("X"))
         feed.note(went("Y", "a/b/"))
         assert dict(feed.members) == {}
-        assert feed.channels == ["a/"]
         assert in_doubt(feed)
 
     def test_who_comes_is_beyond_doubt(self, feed: PresenceFeed) -> None:
@@ -251,7 +281,6 @@ class TestChangesWhileAskingForAStatus:
             feed.note(went(*place) if place in places else came(*place))
             places ^= {place}
             assert set(feed.members) == {id for id, _ in places}
-            assert set(feed.channels) == {"a/"} | {channel for _, channel in places}
         assert not in_doubt(feed)
         feed.close()
 
@@ -271,7 +300,7 @@ class TestTheStream:
 
 @pytest.mark.virtual_time
 class TestWaitingForDoubts:
-    async def waited(self, feed: PresenceFeed, seconds: float | None) -> tuple[bool, float]:
+    async def waited(self, feed: PresenceFeed, seconds: float) -> tuple[bool, float]:
         """Whether there is a doubt, and how long that took."""
         start = anyio.current_time()
         doubted = await feed.doubted(seconds)
@@ -292,7 +321,7 @@ class TestWaitingForDoubts:
     async def test_a_doubt_that_comes_later(self, feed: PresenceFeed) -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.later, 5, feed.doubt)
-            assert await self.waited(feed, None) == (True, 5.1)
+            assert await self.waited(feed, math.inf) == (True, 5.1)
 
     async def test_a_doubt_puts_nothing_off(self, feed: PresenceFeed) -> None:
         async with anyio.create_task_group() as tasks:

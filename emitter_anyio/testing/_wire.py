@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._websocket import WebSocket
 
-#: The longest head of an HTTP request that is read.
+#: The longest head of an HTTP request that is read, in bytes.
 MAX_HEAD = 16384
 #: The subprotocols of WebSocket that Emitter offers; of those that a client wants, the first here
 #: is taken (``internal/network/websocket``).
@@ -75,10 +75,11 @@ class Wire:
 
     def _read_head(self, head: bytearray, data: bytes) -> bytes:
         """Take a part of a request's head, and give what comes behind it."""
+        start = max(0, len(head) - 3)
         head += data
-        end = _END.search(head)
+        end = _END.search(head, start, MAX_HEAD)
         if end is None:
-            if len(head) > MAX_HEAD:
+            if len(head) >= MAX_HEAD:
                 self._refuse(_Response(431))
             return b""
         self._head = None

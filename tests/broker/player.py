@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -104,10 +105,13 @@ class Player:
     Plays one conversation, and compares every packet.
 
     How one is written, ``conversations/README.md`` says.
+
+    :param dial: makes each link to the broker
     """
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Broker, dial: Callable[[Broker], Awaitable[Link]]) -> None:
         self._broker = broker
+        self._dial = dial
         self._ahead = 0.0
         self._known = {"secret": broker.secret_key, "run": secrets.token_hex(4)}
         self._links: dict[str, Link] = {}
@@ -140,7 +144,7 @@ class Player:
             await self._served[who].wait_closed()  # only the broker knows when it has noticed
         else:
             if who not in self._links:
-                self._links[who] = await Link.open(self._broker)
+                self._links[who] = await self._dial(self._broker)
             link = self._links[who]
             if do == "open":
                 got[who] = []

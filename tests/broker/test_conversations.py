@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import anyio
 import pytest
 
 from emitter_anyio.testing import Broker
-from tests.broker.player import Player
+from tests.broker.player import Link, Player
+from tests.broker.websocket import WebSocketStream
 
 HERE = Path(__file__).parent
 CONVERSATIONS = {
@@ -21,6 +23,11 @@ LICENSES = {
 }
 
 
+async def open_websocket(broker: Broker) -> Link:
+    stream = await anyio.connect_tcp(broker.host, broker.port)
+    return Link(await WebSocketStream.connect(stream))
+
+
 def test_all_conversations_are_here() -> None:
     assert len(CONVERSATIONS) == 70
 
@@ -29,7 +36,13 @@ def test_all_conversations_are_here() -> None:
 @pytest.mark.parametrize("name", CONVERSATIONS)
 async def test_the_broker_answers_as_recorded(name: str, license: str) -> None:
     async with Broker(license=license) as broker:
-        await Player(broker).play(CONVERSATIONS[name])
+        await Player(broker, Link.open).play(CONVERSATIONS[name])
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+async def test_and_over_websocket(name: str) -> None:
+    async with Broker() as broker:
+        await Player(broker, open_websocket).play(CONVERSATIONS[name])
 
 
 @pytest.mark.parametrize(
@@ -49,6 +62,6 @@ async def test_the_player_notices_another_answer(
     publish = {"do": "publish", "client": "a", "topic": f"{key}/a/", "qos": 1, "id": 7}
     async with Broker() as broker:
         with pytest.raises(AssertionError, match="step 2: a wants"):
-            await Player(broker).play(
+            await Player(broker, Link.open).play(
                 {"steps": [connect, {**publish, "receives": {"a": wanted}, "unordered": unordered}]}
             )

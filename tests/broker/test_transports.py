@@ -1,0 +1,243 @@
+"""TCP, TLS and WebSocket on one port; and other clients than ours."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import anyio
+import pytest
+from anyio import to_thread
+from anyio.abc import ByteStream
+from anyio.streams.tls import TLSStream
+from paho.mqtt.client import Client as Paho
+from paho.mqtt.client import MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion
+from wsproto.events import CloseConnection, Ping, Pong
+
+from emitter_anyio.testing import Broker, _connection
+from emitter_anyio.testing._packets import (
+    ConnAck,
+    Connect,
+    Disconnect,
+    PingReq,
+    PingResp,
+    Publish,
+    SubAck,
+    Subscribe,
+)
+from tests.broker.player import Link
+from tests.broker.websocket import WebSocketStream
+from tests.support import tls
+
+
+@pytest.fixture(params=["plain", "TLS"])
+async def broker(
+    anyio_backend: object, request: pytest.FixtureRequest
+) -> AsyncIterator[Broker]:
+    context = tls.server_context() if request.param == "TLS" else None
+    async with Broker(ssl_context=context) as broker:
+        yield broker
+
+
+@pytest.fixture
+async def streams(anyio_backend: object) -> AsyncIterator[list[ByteStream]]:
+    """What a test puts in here is closed at its end."""
+    streams: list[ByteStream] = []
+    yield streams
+    for stream in streams:
+        await anyio.aclose_forcefully(stream)
+
+
+async def dial(broker: Broker) -> ByteStream:
+    stream = await anyio.connect_tcp(broker.host, broker.port)
+    if broker.url.startswith("mqtts:"):
+        return await TLSStream.wrap(
+            stream,
+            hostname=broker.host,
+            ssl_context=tls.client_context(),
+            standard_compatible=False,
+        )
+    return stream
+
+
+async def read_to_end(stream: ByteStream) -> bytes:
+    received = b""
+    while True:
+        try:
+            received += await stream.receive()
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            return received
+
+
+class TestOnePort:
+    async def test_all_transports_meet_there(
+        self, broker: Broker, streams: list[ByteStream]
+    ) -> None:
+        streams += [await dial(broker), await WebSocketStream.connect(await dial(broker), "/any")]
+        links = [Link(stream) for stream in streams]
+        key = broker.keygen("a/")
+        for link in links:
+            asked = Subscribe(1, ((f"{key}/a/", 0),))
+            assert await link.ask(Connect(), asked) == [ConnAck(), SubAck(1, (0,))]
+        for link in links:
+            await link.send(Publish(f"{key}/a/", bytes(60000)))
+            for receiver in links:
+                assert await receiver.receive() == Publish("a/", bytes(60000))
+
+    async def test_health(self, broker: Broker, streams: list[ByteStream]) -> None:
+        streams.append(await dial(broker))
+        await streams[0].send(b"GET /health HTTP/1.1\r\n")
+        await streams[0].send(b"Host: localhost\r\n\r\n")
+        assert (await read_to_end(streams[0])).startswith(b"HTTP/1.1 200 OK\r\n")
+
+    @pytest.mark.parametrize("garbage", [b"GET\r\n\r\n", b"\0\0", b"\xff\xff\xff\xff\xff"])
+    async def test_garbage_closes_one_link_only(
+        self, broker: Broker, streams: list[ByteStream], garbage: bytes
+    ) -> None:
+        streams += [await dial(broker), await dial(broker)]
+        link = Link(streams[0])
+        assert await link.ask(Connect()) == [ConnAck()]
+        await streams[1].send(garbage)
+        await read_to_end(streams[1])
+        assert await link.ask() == []
+        assert not link.closed
+
+    async def test_a_link_that_has_not_said_what_it_speaks_can_be_dropped(
+        self, broker: Broker, streams: list[ByteStream]
+    ) -> None:
+        streams += [await anyio.connect_tcp(broker.host, broker.port), await dial(broker)]
+        await streams[1].send(b"GET")
+        link = Link(await dial(broker))
+        streams.append(link.stream)
+        # the broker has taken them in the order of their coming
+        assert await link.ask(Connect()) == [ConnAck()]
+        await broker.drop()
+        for stream in streams:
+            assert await read_to_end(stream) == b""
+
+
+class TestWebSocket:
+    @pytest.fixture
+    async def websocket(self, broker: Broker, streams: list[ByteStream]) -> WebSocketStream:
+        websocket = await WebSocketStream.connect(await dial(broker))
+        streams.append(websocket)
+        return websocket
+
+    async def test_each_packet_comes_in_a_frame_of_its_own(
+        self, websocket: WebSocketStream
+    ) -> None:
+        assert websocket.subprotocol == "mqtt"
+        await Link(websocket).ask(Connect(), PingReq())
+        assert websocket.frames == [ConnAck().encode(), PingResp().encode(), PingResp().encode()]
+
+    async def test_a_ping_is_answered(self, websocket: WebSocketStream) -> None:
+        await websocket.send_event(Ping(b"hey"))
+        await Link(websocket).ask(Connect())
+        assert websocket.received == [Pong(b"hey")]
+
+    async def test_a_close_is_answered_and_ends_the_link(
+        self, broker: Broker, websocket: WebSocketStream
+    ) -> None:
+        assert await Link(websocket).ask(Connect()) == [ConnAck()]
+        [client] = broker.clients
+        await websocket.send_event(CloseConnection(1000, "enough"))
+        assert await read_to_end(websocket) == b""
+        assert websocket.received == [CloseConnection(1000, "enough")]
+        await client.wait_closed()
+
+    async def test_after_a_disconnect_the_link_ends_without_a_close(
+        self, websocket: WebSocketStream
+    ) -> None:
+        link = Link(websocket)
+        await link.send(Connect(), PingReq(), Disconnect())
+        assert await link.read_to_end() == [ConnAck(), PingResp()]
+        assert websocket.received == []
+
+
+class TestTLS:
+    @pytest.fixture
+    async def broker(self, anyio_backend: object) -> AsyncIterator[Broker]:
+        async with Broker(ssl_context=tls.server_context()) as broker:
+            yield broker
+
+    async def test_the_url(self, broker: Broker) -> None:
+        assert broker.url == f"mqtts://127.0.0.1:{broker.port}"
+
+    @pytest.mark.parametrize("said", [Connect().encode(), b"GET /health HTTP/1.1\r\n\r\n"])
+    async def test_one_that_does_not_speak_it(
+        self, broker: Broker, streams: list[ByteStream], said: bytes
+    ) -> None:
+        streams.append(await anyio.connect_tcp(broker.host, broker.port))
+        await streams[0].send(said)
+        # at most an alert
+        assert (await read_to_end(streams[0]))[:1] in (b"", b"\x15")
+        assert broker.clients == []
+
+    async def test_one_that_says_nothing(
+        self, broker: Broker, streams: list[ByteStream], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_connection, "SILENCE", 0)
+        streams.append(await anyio.connect_tcp(broker.host, broker.port))
+        assert await read_to_end(streams[0]) == b""
+
+    async def test_garbage_behind_the_handshake(
+        self, broker: Broker, streams: list[ByteStream], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        streams.append(await dial(broker))
+        link = Link(streams[0])
+        assert await link.ask(Connect()) == [ConnAck()]
+        [client] = broker.clients
+        assert isinstance(link.stream, TLSStream)
+        await link.stream.transport_stream.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+        await client.wait_closed()
+        assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+class TestPaho:
+    """A client that is not ours, in a thread."""
+
+    @pytest.mark.parametrize("transport", ["tcp", "websockets"])
+    async def test_publishes_and_receives(
+        self, broker: Broker, transport: Literal["tcp", "websockets"]
+    ) -> None:
+        topic = f"{broker.keygen('a/')}/a/"
+        context = tls.client_context() if broker.url.startswith("mqtts:") else None
+        received = await to_thread.run_sync(
+            partial(_converse, broker.host, broker.port, transport, context, topic)
+        )
+        assert received == [("a/", bytes(size)) for size in (0, 1, 100, 1000, 60000)]
+
+
+def _converse(
+    host: str,
+    port: int,
+    transport: Literal["tcp", "websockets"],
+    context: ssl.SSLContext | None,
+    topic: str,
+) -> list[tuple[str, bytes]]:
+    client = Paho(CallbackAPIVersion.VERSION2, transport=transport)
+    if context is not None:
+        client.tls_set_context(context)
+    happened: SimpleQueue[Any] = SimpleQueue()
+    # No callback holds the client: it closes its last sockets when nothing does.
+    client.on_connect = lambda client, *_: client.subscribe(topic)
+    client.on_subscribe = lambda *_: happened.put("subscribed")
+
+    def on_message(client: Paho, userdata: object, message: MQTTMessage) -> None:
+        happened.put((message.topic, message.payload))
+
+    client.on_message = on_message
+    client.connect(host, port)
+    client.loop_start()
+    try:
+        assert happened.get(timeout=30) == "subscribed"
+        for qos, size in enumerate((0, 1, 100, 1000, 60000)):
+            client.publish(topic, bytes(size), qos % 3)
+        return [happened.get(timeout=30) for _ in range(5)]
+    finally:
+        client.disconnect()
+        client.loop_stop()

@@ -1,0 +1,300 @@
+"""What stands between a link's bytes and MQTT, without any link."""
+
+from __future__ import annotations
+
+import struct
+import sys
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from wsproto.frame_protocol import Opcode
+
+from emitter_anyio.testing._packets import ConnAck, Connect, PingReq, PingResp
+from emitter_anyio.testing._websocket import _TextAsBytes
+from emitter_anyio.testing._wire import MAX_HEAD, Wire
+
+HEADERS = {
+    "Host": "localhost",
+    "Upgrade": "websocket",
+    "Connection": "keep-alive, Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+CONNECT, PING = Connect("me").encode(), PingReq().encode()
+
+
+def request(
+    target: str = "/", *, method: str = "GET", headers: dict[str, str] = HEADERS, newline: str = "\r\n"
+) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {headers[name]}" for name in headers)]
+    return newline.join([*lines, newline]).encode("latin-1")
+
+
+def frame(opcode: int, data: bytes, *, last: bool = True, mask: bytes | None = b"\1\2\3\4") -> bytes:
+    """A client's frame, written by hand."""
+    head = bytes((last << 7 | opcode,))
+    masked = 128 * (mask is not None)
+    if len(data) < 126:
+        head += bytes((masked | len(data),))
+    elif len(data) < 65536:
+        head += bytes((masked | 126,)) + struct.pack("!H", len(data))
+    else:
+        head += bytes((masked | 127,)) + struct.pack("!Q", len(data))
+    if mask is not None:
+        head += mask
+        data = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    return head + data
+
+
+def take(*pieces: bytes) -> tuple[bytes, bytes, bool]:
+    """Give what is carried, what is answered, and whether that was all."""
+    wire, carried, answer = Wire(), b"", b""
+    for piece in pieces:
+        if not wire.closed:
+            carried += wire.receive(piece)
+            answer += wire.answer()
+    assert wire.answer() == b""
+    return carried, answer, wire.closed
+
+
+def upgraded() -> Wire:
+    wire = Wire()
+    assert wire.receive(request()) == b""
+    assert wire.answer().startswith(b"HTTP/1.1 101 ")
+    return wire
+
+
+def response(head: bytes) -> tuple[int, bytes]:
+    """Give the status and the body of the answer to a request that is not an upgrade."""
+    carried, answer, closed = take(head)
+    assert carried == b""
+    assert closed
+    said, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Connection: close" in said
+    if not head.startswith(b"HEAD "):
+        assert f"Content-Length: {len(body)}".encode() in said
+    return int(said.split()[1]), body
+
+
+class TestPlain:
+    @pytest.mark.parametrize("data", [CONNECT, b"\x10", b"get /", b"\xff", b"\0"])
+    def test_what_begins_with_no_capital_is_passed_on(self, data: bytes) -> None:
+        assert take(data, request()) == (data + request(), b"", False)
+
+    def test_packets_are_sent_as_they_are(self) -> None:
+        wire = Wire()
+        wire.receive(CONNECT)
+        assert wire.wrap(ConnAck().encode()) == ConnAck().encode()
+
+
+class TestHTTP:
+    @pytest.mark.parametrize("target", ["/health", "/health?from=me"])
+    @pytest.mark.parametrize("headers", [{}, HEADERS])
+    def test_health(self, target: str, headers: dict[str, str]) -> None:
+        assert response(request(target, headers=headers)) == (200, b"OK\n")
+        assert response(request(target, method="POST", headers=headers)) == (200, b"OK\n")
+        assert response(request(target, method="HEAD", headers=headers)) == (200, b"")
+
+    @pytest.mark.parametrize("target", ["/keygen", "/presence", "/metrics", "/debug", "/debug/x"])
+    def test_pages_that_are_not_here(self, target: str) -> None:
+        status, body = response(request(target))
+        assert status == 404
+        assert b"publish requests to emitter/..." in body
+
+    @pytest.mark.parametrize(
+        "head",
+        [
+            pytest.param(request(headers={}), id="no upgrade"),
+            pytest.param(request("/health/", headers={}), id="below health"),
+            pytest.param(request(headers={**HEADERS, "Upgrade": "h2c"}), id="another upgrade"),
+            pytest.param(request(headers={**HEADERS, "Connection": "close"}), id="connection"),
+            pytest.param(request(headers={**HEADERS, "Sec-WebSocket-Version": "8"}), id="version"),
+            pytest.param(request(headers={**HEADERS, "Sec-WebSocket-Key": "YWJj"}), id="short key"),
+            pytest.param(request(headers={**HEADERS, "Sec-WebSocket-Key": "\xfc"}), id="no base64"),
+            pytest.param(
+                request(headers={name: HEADERS[name] for name in HEADERS if name != "Host"}),
+                id="no host",
+            ),
+            pytest.param(b"GET /\r\n\r\n", id="HTTP/0.9"),
+            pytest.param(b"PRI * HTTP/2.0\r\n\r\n", id="HTTP/2"),
+            pytest.param(b"GET / HTTP/1.1\r\nno colon\r\n\r\n", id="no header"),
+            pytest.param(b"GET / HTTP/1.1\r\n: no name\r\n\r\n", id="no name"),
+            pytest.param(b"GET / HTTP/1.1\r\nA: 1\r\n folded: 2\r\n\r\n", id="folded"),
+            pytest.param(b"A\n\n", id="nonsense"),
+        ],
+    )
+    def test_bad_requests(self, head: bytes) -> None:
+        assert response(head)[0] == 400
+
+    def test_an_upgrade_is_a_get(self) -> None:
+        assert response(request(method="POST"))[0] == 405
+
+    def test_a_head_that_is_too_long(self) -> None:
+        assert response(b"GET / HTTP/1.1\r\nA: " + bytes(MAX_HEAD))[0] == 431
+        fits = b"GET /health HTTP/1.1\r\nA: "
+        fits += b"a" * (MAX_HEAD - len(fits) - 4) + b"\r\n\r\n"
+        assert response(fits)[0] == 200
+        assert response(fits.replace(b"A:", b"A: "))[0] == 431
+
+    def test_without_wsproto_it_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "emitter_anyio.testing._websocket", None)
+        status, body = response(request())
+        assert status == 501
+        assert body == b"no WebSocket without wsproto: pip install 'emitter_anyio[websocket]'\n"
+        assert response(request("/health")) == (200, b"OK\n")
+
+
+class TestUpgrade:
+    def test_the_answer(self) -> None:
+        # the key is the example of RFC 6455, section 1.3
+        for target in ("/", "/any/path?at=all", "/healthy"):
+            assert take(request(target)) == (
+                b"",
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n",
+                False,
+            )
+
+    @pytest.mark.parametrize(
+        ("wanted", "chosen"),
+        [
+            ("mqtt", "mqtt"),
+            ("mqttv3.1", "mqttv3.1"),
+            ("mqttv3", "mqttv3"),
+            ("mqtt, mqttv3.1", "mqttv3.1"),
+            ("mqttv3,mqtt", "mqttv3"),
+            ("soap, mqtt", "mqtt"),
+            ("soap", None),
+        ],
+    )
+    def test_subprotocols(self, wanted: str, chosen: str | None) -> None:
+        answer = take(request(headers={**HEADERS, "Sec-WebSocket-Protocol": wanted}))[1]
+        lines = [line for line in answer.splitlines() if line.startswith(b"Sec-WebSocket-Protocol")]
+        assert lines == [f"Sec-WebSocket-Protocol: {chosen}".encode()] * (chosen is not None)
+
+    def test_header_names_and_tokens_in_any_case_and_in_several_lines(self) -> None:
+        head = request(headers={name.upper(): HEADERS[name] for name in HEADERS}, newline="\n")
+        head = head.replace(b"keep-alive, Upgrade", b"keep-alive\nconnection:UPGRADE ")
+        assert take(head)[1].startswith(b"HTTP/1.1 101 ")
+
+    def test_frames_may_come_with_the_request(self) -> None:
+        carried, answer, closed = take(request() + frame(2, CONNECT) + frame(9, b"hey"))
+        assert (carried, closed) == (CONNECT, False)
+        assert answer.endswith(b"\r\n\r\n\x8a\x03hey")
+
+
+class TestWebSocket:
+    @pytest.mark.parametrize("opcode", [1, 2])
+    @pytest.mark.parametrize("size", [0, 2, 125, 126, 65535, 65536])
+    def test_a_frame(self, opcode: int, size: int) -> None:
+        # bytes that are no UTF-8: Emitter takes them in text frames too
+        data = (PING * size)[:size]
+        assert upgraded().receive(frame(opcode, data)) == data
+
+    @pytest.mark.parametrize("opcode", [1, 2])
+    def test_a_message_in_fragments_with_others_between(self, opcode: int) -> None:
+        wire = upgraded()
+        data = frame(opcode, CONNECT[:3], last=False) + frame(9, b"\xc0")
+        data += frame(0, CONNECT[3:] + PING[:1], last=False) + frame(10, b"") + frame(0, PING[1:])
+        assert wire.receive(data + frame(3 - opcode, PING)) == CONNECT + PING + PING
+        assert wire.answer() == b"\x8a\x01\xc0"
+
+    def test_each_packet_goes_into_a_frame_of_its_own(self) -> None:
+        assert upgraded().wrap(PingResp().encode()) == b"\x82\x02\xd0\x00"
+
+    @pytest.mark.parametrize(
+        ("reason", "said"),
+        [(b"", b"\x88\x00"), (struct.pack("!H", 1000) + b"bye", b"\x88\x05\x03\xe8bye")],
+    )
+    def test_close(self, reason: bytes, said: bytes) -> None:
+        wire = upgraded()
+        assert wire.receive(frame(2, PING) + frame(8, reason) + frame(2, PING)) == PING
+        assert wire.answer() == said
+        assert wire.closed
+        assert wire.wrap(PING) == b""
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            pytest.param(frame(2, PING, mask=None), id="not masked"),
+            pytest.param(frame(2 | 64, PING), id="a reserved bit"),
+            pytest.param(frame(3, PING), id="an unknown opcode"),
+            pytest.param(frame(0, PING), id="nothing to continue"),
+            pytest.param(frame(2, b"", last=False) + frame(2, b""), id="not continued"),
+            pytest.param(frame(9, b"", last=False), id="a ping in fragments"),
+            pytest.param(frame(8, b"\0"), id="a close with half a code"),
+        ],
+    )
+    def test_what_breaks_the_rules_is_closed(self, data: bytes) -> None:
+        wire = upgraded()
+        assert wire.receive(frame(2, CONNECT) + data + frame(2, PING)) == CONNECT
+        assert wire.answer()[:1] == b"\x88"
+        assert wire.answer()[2:4] != struct.pack("!H", 1000)
+        assert wire.closed
+        assert wire.wrap(PING) == b""
+
+    def test_nobody_is_offered_our_way_with_text(self) -> None:
+        assert not _TextAsBytes().offer()
+
+
+def cuts(data: bytes) -> st.SearchStrategy[list[bytes]]:
+    return st.lists(st.integers(0, len(data)), max_size=12).map(
+        lambda at: [
+            data[start:end]
+            for start, end in zip([0, *sorted(at)], [*sorted(at), len(data)], strict=True)
+            if start < end
+        ]
+    )
+
+
+frames = st.builds(
+    frame,
+    st.one_of(st.sampled_from([0, 1, 2, 8, 9, 10]), st.integers(0, 15)),
+    st.binary(max_size=200),
+    last=st.booleans(),
+    mask=st.one_of(st.binary(min_size=4, max_size=4), st.none()),
+)
+valid_frames = st.builds(
+    frame,
+    st.sampled_from([int(Opcode.TEXT), int(Opcode.BINARY), int(Opcode.PING), int(Opcode.PONG)]),
+    st.binary(max_size=125),
+    mask=st.binary(min_size=4, max_size=4),
+)
+heads = st.one_of(
+    st.just(request()),
+    st.builds(
+        lambda head, at, junk: head[:at] + junk + head[at:],
+        st.just(request()),
+        st.integers(0, len(request())),
+        st.binary(max_size=5),
+    ),
+)
+streams = st.one_of(
+    st.binary(),
+    st.tuples(st.just(b"G"), st.binary()).map(b"".join),
+    st.tuples(heads, st.lists(frames).map(b"".join)).map(b"".join),
+    st.tuples(st.just(request()), st.lists(valid_frames).map(b"".join), st.binary()).map(b"".join),
+)
+
+
+class TestAnyBytes:
+    @given(st.data())
+    def test_come_to_the_same_however_they_are_cut(self, data: st.DataObject) -> None:
+        stream = data.draw(streams)
+        pieces = data.draw(cuts(stream))
+        assert b"".join(pieces) == stream
+        assert take(*pieces) == take(stream)
+
+    @given(st.lists(valid_frames))
+    @example([frame(1, b"\xff"), frame(9, b"\xff")])
+    def test_good_frames_end_nothing(self, good: list[bytes]) -> None:
+        carried, _, closed = take(request() + b"".join(good))
+        assert not closed
+        data = [each for each in good if each[0] & 15 in (Opcode.TEXT, Opcode.BINARY)]
+        assert len(carried) == sum(len(each) - 6 for each in data)
+
+    @given(st.binary(max_size=70000))
+    def test_go_through_frames_unchanged(self, payload: bytes) -> None:
+        assert take(request(), frame(2, payload))[0] == payload
+        assert take(request(), frame(1, payload))[0] == payload
