@@ -130,10 +130,10 @@ class Connection:
             self._break(exc)
 
     def _break(self, exc: Exception) -> None:
-        # How the link ends is of no interest once DISCONNECT has left. A stream may still have it
-        # under way, as far as we know, when the broker has read it and closed.
-        left = not (self.writer.kept if isinstance(exc, EOFError) else self.writer.size)
-        if self._broken is None and not (self.leaving and left):
+        # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
+        # while our stream has yet to say that it has. Silence tells that it has not.
+        left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
+        if self._broken is None and not (self.leaving and not left):
             self._broken = exc
         self._scope.cancel()
 

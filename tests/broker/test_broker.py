@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import json
-import ssl
 from collections.abc import AsyncIterator
+from typing import Literal
 
 import anyio
 import pytest
-import trustme
 from anyio.lowlevel import checkpoint
-from anyio.streams.tls import TLSStream
 
 from emitter_anyio.testing import Broker, _connection
 from emitter_anyio.testing._connection import HIGH_WATER, Client, Traffic
@@ -71,6 +69,10 @@ class TestEntering:
         with pytest.raises(ValueError, match="not a licence of Emitter"):
             Broker(license="nonsense")
 
+    async def test_an_unknown_matcher(self) -> None:
+        with pytest.raises(ValueError, match="no matcher 'exact': there are emitter, mqtt"):
+            Broker(matcher="exact")  # type: ignore[arg-type]  # that is the point
+
     async def test_where_it_listens(self, broker: Broker) -> None:
         assert broker.host == "127.0.0.1"
         assert broker.port > 0
@@ -119,49 +121,6 @@ class TestEntering:
         assert scope.cancelled_caught
         assert await links[0].read_to_end() == []
         await links[0].stream.aclose()
-
-
-class TestTLS:
-    @pytest.fixture
-    def authority(self) -> trustme.CA:
-        return trustme.CA()
-
-    @pytest.fixture
-    async def broker(self, authority: trustme.CA) -> AsyncIterator[Broker]:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        authority.issue_cert("localhost").configure_cert(context)
-        async with Broker(ssl_context=context) as broker:
-            yield broker
-
-    async def test_a_client(self, broker: Broker, authority: trustme.CA) -> None:
-        assert broker.url == f"mqtts://127.0.0.1:{broker.port}"
-        context = ssl.create_default_context()
-        authority.configure_trust(context)
-        stream = await anyio.connect_tcp(broker.host, broker.port)
-        link = Link(
-            await TLSStream.wrap(
-                stream, hostname="localhost", ssl_context=context, standard_compatible=False
-            )
-        )
-        assert await link.ask(Connect()) == [ConnAck()]
-        [client] = broker.clients
-        await link.stream.aclose()
-        await client.wait_closed()
-
-    async def test_one_that_does_not_speak_it(self, broker: Broker) -> None:
-        link = await Link.open(broker)
-        await link.send(Connect())
-        await link.read_to_end()
-        await link.stream.aclose()
-        assert broker.clients == []
-
-    async def test_one_that_says_nothing(
-        self, broker: Broker, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(_connection, "SILENCE", 0)
-        link = await Link.open(broker)
-        assert await link.read_to_end() == []
-        await link.stream.aclose()
 
 
 class TestKnobs:
@@ -301,6 +260,30 @@ class TestKnobs:
         assert await links[1].ask(Connect("a")) == [ConnAck(0)]
 
 
+class TestMatchers:
+    @pytest.mark.parametrize(
+        ("matcher", "reached"),
+        [("emitter", ["a/", "a/b/", "a/b/c/"]), ("mqtt", ["a/"])],
+    )
+    async def test_which_channels_reach_a_subscriber(
+        self, matcher: Literal["emitter", "mqtt"], reached: list[str], links: list[Link]
+    ) -> None:
+        async with Broker(matcher=matcher) as broker:
+            links.append(await Link.connect(broker))
+            await subscribe(links[0], broker, "a/")
+            for channel in ("a/", "a/b/", "a/b/c/", "b/"):
+                await broker.publish(channel, "x")
+            assert await links[0].ask() == [Publish(channel, b"x") for channel in reached]
+
+    async def test_the_tail_is_matched_by_mqtts_only(self, links: list[Link]) -> None:
+        async with Broker(matcher="mqtt") as broker:
+            links.append(await Link.connect(broker))
+            await subscribe(links[0], broker, "a/#/")
+            for channel in ("a/", "a/b/", "a/b/c/"):
+                await broker.publish(channel, "x")
+            assert await links[0].ask() == [Publish("a/b/", b"x"), Publish("a/b/c/", b"x")]
+
+
 class TestLinks:
     @pytest.mark.parametrize(
         "packet",
@@ -390,6 +373,15 @@ class TestLinks:
         assert record.levelname == "ERROR"
         assert record.exc_info is not None
         assert "failed" in record.message
+
+
+class TestCoalescing:
+    async def test_what_waits_is_lost_when_its_client_leaves(self, links: list[Link]) -> None:
+        async with Broker(coalesce=True) as broker:
+            links.append(await Link.open(broker))
+            await links[0].send(Connect(), *([PingReq()] * 299), Disconnect())
+            # a moment may have passed, and a 60th of a second is another packet
+            assert 60 <= len(await links[0].read_to_end()) < 150
 
 
 class TestSlowOnes:
