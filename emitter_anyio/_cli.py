@@ -362,7 +362,10 @@ def _ssl_context(certificate: str | None, key: str | None) -> ssl.SSLContext | N
         context.load_cert_chain(certificate, key)
     except OSError as exc:
         files = certificate if key is None else f"{certificate} and {key}"
-        raise _CommandError(f"cannot serve TLS with {files}: {exc.strerror or exc}") from exc
+        raise _CommandError(
+            f"cannot serve TLS with {files}: {exc.strerror or exc} (a certificate and its key, in "
+            "PEM form)"
+        ) from exc
     return context
 
 

@@ -149,7 +149,7 @@ class Connection:
         self.close()
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
-        if (written := self._codec.take_written()) and not self.leaving:
+        if written := self._codec.take_written():
             self.writer.write(written)
         await deliver(events)
         if self.held_up:
@@ -165,8 +165,7 @@ class Connection:
             heard = self._last_heard
             if now < min(heard, self.writer.last_sent) + self._keepalive:
                 continue
-            if not self.leaving:
-                ping()
+            ping()
             self.writer.last_sent = now
             if now < heard + self._keepalive:
                 continue

@@ -1,8 +1,8 @@
 """
 Fixtures for pytest, which finds them by itself: ``emitter_broker`` and ``emitter``.
 
-They live under AnyIO's plugin: mark a test with ``pytest.mark.anyio``, or set ``anyio_mode = "auto"``,
-and it runs on each backend that the fixture ``anyio_backend`` names.
+They live under AnyIO's plugin: a test that is marked with ``pytest.mark.anyio`` runs on each
+backend that the fixture ``anyio_backend`` names.
 """
 
 from __future__ import annotations

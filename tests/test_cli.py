@@ -7,11 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import anyio
 import pytest
 
 import emitter_anyio
+from emitter_anyio import connect
 from emitter_anyio._cli import main
+from emitter_anyio.testing._keys import License
+from tests.support import tls
 from tests.support.command import run, running
 
 BACKENDS = ["asyncio", "trio"]
@@ -39,7 +46,8 @@ def broker(
         assert process.stderr is not None
         url = process.stdout.readline()
         license = process.stdout.readline()
-        assert url.startswith("listening on mqtt://127.0.0.1:")
+        scheme = "mqtts" if "--tls-cert" in arguments else "mqtt"
+        assert url.startswith(f"listening on {scheme}://127.0.0.1:")
         assert license.startswith("license ")
         secret = None
         if "--license" not in arguments:
@@ -195,6 +203,44 @@ class TestBroker:
             assert (same, none) == (license, None)
             assert demo("--url", url, secret=secret).returncode == 0
 
+    @pytest.mark.parametrize("files", [1, 2])
+    def test_tls(self, files: int, tmp_path: Path) -> None:
+        certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+        made = tls.certificate("127.0.0.1")
+        arguments = ["--tls-cert", str(certificate)]
+        if files == 1:
+            made.private_key_and_cert_chain_pem.write_to_path(certificate)
+        else:
+            made.cert_chain_pems[0].write_to_path(certificate)
+            made.private_key_pem.write_to_path(key)
+            arguments += ["--tls-key", str(key)]
+        with broker(*arguments) as (url, _, secret):
+            assert anyio.run(partial(_exchange, url, secret, ssl_context=tls.client_context())) == [
+                "a/",
+                "a/b/",
+            ]
+
+    @pytest.mark.parametrize("arguments", [[], ["--tls-key", __file__]])
+    def test_tls_without_a_certificate(self, arguments: list[str]) -> None:
+        done = run("-m", "emitter_anyio", "broker", "--tls-cert", __file__, *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert only_line(done.stderr).startswith(
+            f"emitter-anyio: cannot serve TLS with {' and '.join([__file__, *arguments[1:]])}: "
+        )
+        assert done.stderr.endswith("(a certificate and its key, in PEM form)\n")
+
+    def test_matcher(self) -> None:
+        with broker("--matcher", "mqtt") as (url, _, secret):
+            assert anyio.run(partial(_exchange, url, secret, matcher="mqtt")) == ["a/"]
+
+    def test_ctrl_c_before_anything_waits_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*args: object, **keywords: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(anyio, "run", interrupted)
+        assert main(["broker"]) == 0
+        assert main(["demo"]) == 128 + signal.SIGINT
+
     def test_a_port_that_is_taken(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = str(listener.getsockname()[1])
@@ -205,6 +251,34 @@ class TestBroker:
             r"\(--port 0 takes a free port\)\n",
             done.stderr,
         )
+
+
+async def _exchange(url: str, secret: str | None, **options: Any) -> list[str]:
+    """Give which of two channels reach a subscriber of the first."""
+    assert secret is not None
+    async with connect(url, **options) as emitter:
+        key = (await emitter.keygen(secret, "a/#/", "rw")).key
+        async with emitter.subscribe(key, "a/") as messages:
+            for channel in ("a/", "a/b/"):
+                await emitter.publish(key, channel, "x", qos=1)
+            await emitter.flush()
+            return [
+                messages.receive_nowait().channel for _ in range(messages.statistics().buffered)
+            ]
+
+
+class TestLicense:
+    def test_its_secret_is_a_master_key_of_it(self) -> None:
+        done = run("-m", "emitter_anyio", "license")
+        assert (done.returncode, done.stderr) == (0, "")
+        said = re.fullmatch(r"license (\S+:3)\nsecret key (\S+)\n", done.stdout)
+        assert said is not None
+        assert License.parse(said[1]).decrypt(said[2]).is_master
+
+    def test_the_broker_takes_it(self) -> None:
+        license = run("-m", "emitter_anyio", "license").stdout.split()[1]
+        with broker("--license", license) as (_, same, _):
+            assert same == license
 
 
 WRONG = {
@@ -219,6 +293,8 @@ WRONG = {
     "no number": (["demo", "--timeout", "soon"], "'soon' is no number of seconds"),
     "negative": (["demo", "--timeout", "-1"], "'-1' is no number of seconds"),
     "dash": (["demo", "--url", "mqtt://127.0.0.1", "--secret", "-x"], "write --option=VALUE"),
+    "key only": (["broker", "--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
+    "unknown matcher": (["broker", "--matcher", "exact"], "'emitter', 'mqtt'"),
     "port range": (["broker", "--port", "65536"], "'65536' is no port from 0 to 65535"),
     "port": (["broker", "--port", "http"], "'http' is no port"),
     "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
@@ -275,6 +351,7 @@ class TestUsage:
             ([], f"  {shown} demo\n"),
             (["demo"], f"  EMITTER_SECRET=... {shown} demo --url mqtt://127.0.0.1:8080\n"),
             (["broker"], f"  {shown} broker --port 0 "),
+            (["license"], f"  {shown} license\n"),
         ):
             with pytest.raises(SystemExit) as left:
                 main([*arguments, "--help"])

@@ -18,9 +18,10 @@ from emitter_anyio import (
     Will,
     connect,
 )
+from emitter_anyio._packets import Publish
 from tests.support import packets
 from tests.support.leaks import open_sockets
-from tests.support.memory import MemoryConnectable
+from tests.support.memory import MemoryConnectable, MemoryStream
 from tests.support.peer import (
     DISCONNECT,
     LINKS,
@@ -571,6 +572,9 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
             with pytest.raises(anyio.ClosedResourceError):
                 await emitter.publish("k", "a/", "too late")
             refused.append(emitter.state)
+            # What is given back now has nothing to say, either.
+            assert emitter._connection is not None
+            emitter._connection.send(Publish(b"k/a/", b"too late"))
 
     async with memory_peer(script) as connectable, anyio.create_task_group() as tasks:
         start = anyio.current_time()
@@ -583,6 +587,72 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
         assert anyio.current_time() - start == pytest.approx(1.5)
     assert refused == ["closing"] * 14
     assert connectable.streams[0].closed
+
+
+@pytest.mark.virtual_time
+async def test_no_acknowledgement_goes_behind_disconnect(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await anyio.sleep(1)
+        # DISCONNECT is queued, but waits behind what the link does not take.
+        await peer.send(packets.publish("a/", b"x", packet_id=1))
+        await anyio.sleep(1)
+        kinds.extend(packet.kind for packet in await peer.rest())
+        assert await peer.packet() is None
+
+    kinds: list[int] = []
+    async with memory_peer(script, capacity=100) as connectable:
+        async with connect(connectable=connectable) as emitter:
+            await emitter.publish("k", "a/", bytes(1000))
+    assert kinds == [PUBLISH, DISCONNECT]
+
+
+@pytest.mark.virtual_time
+async def test_a_consumer_that_holds_up_the_link_does_not_hold_the_goodbye(
+    anyio_backend: object,
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(5):
+            await peer.send(packets.publish("a/", b"x"))
+        await peer.rest()
+
+    async with memory_peer(script) as connectable, connect(connectable=connectable) as emitter:
+        async with emitter.stream("message", buffer=1, overflow="block") as messages:
+            await anyio.wait_all_tasks_blocked()
+            await emitter.publish("k", "a/", "x")
+            start = anyio.current_time()
+            await emitter.disconnect()
+            assert anyio.current_time() == start
+            assert messages.statistics().buffered == 1
+
+
+async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> None:
+    # It has read DISCONNECT and closed before the stream has told us that it is sent.
+    class Slow(MemoryStream):
+        async def send(self, item: bytes) -> None:
+            await super().send(item)
+            if item.endswith(b"\xe0\x00"):
+                await anyio.sleep_forever()
+
+    class SlowConnectable(MemoryConnectable):
+        async def connect(self) -> MemoryStream:
+            stream = await super().connect()
+            stream.__class__ = Slow
+            return stream
+
+    connectable = SlowConnectable()
+
+    async def play() -> None:
+        stream = await connectable.accept()
+        await Peer(stream).serve()
+        await stream.aclose()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(play)
+        async with connect(connectable=connectable) as emitter:
+            await emitter.publish("k", "a/", "x")
+    connectable.close()
 
 
 @pytest.mark.virtual_time
@@ -779,6 +849,8 @@ async def test_the_link_is_closed_on_every_way_out(
             with suppress(OSError, anyio.BrokenResourceError):
                 await peer.answer(packet)
         ended.append(packet)
+        # Nothing comes behind it, and the client closes.
+        ended.append(await peer.packet())
 
     async with serving(link, script) as options:
         listening = open_sockets()
@@ -793,7 +865,7 @@ async def test_the_link_is_closed_on_every_way_out(
         if link == "memory":
             connectable: MemoryConnectable = options["connectable"]
             assert [stream.closed for stream in connectable.streams] == [True]
-    assert ended == [Packet(DISCONNECT, 0, b"")]
+    assert ended == [Packet(DISCONNECT, 0, b""), None]
 
 
 async def publish_and_leave(emitter: Emitter) -> None:

@@ -76,8 +76,8 @@ class Broker(AsyncContextManagerMixin):
         if matcher not in get_args(Matcher):
             raise ValueError(f"no matcher {matcher!r}: there are {', '.join(get_args(Matcher))}")
         licence = License.new() if license is None else License.parse(license)
-        self.license = licence.text
-        self.secret_key = licence.master_key()
+        self.license: str = licence.text
+        self.secret_key: str = licence.master_key()
         self._address = host, port
         self._port = port
         self._ssl_context = ssl_context

@@ -113,8 +113,8 @@ class Client(Peer):
         coalesce: bool = False,
     ) -> None:
         super().__init__()
-        self.client_id = ""
-        self.connected = False
+        self.client_id: str = ""
+        self.connected: bool = False
         self._exchange = exchange
         self._traffic = traffic
         self._stream = stream
@@ -262,13 +262,12 @@ class Client(Peer):
 
     def _connect(self, packet: Connect) -> bool:
         # a second CONNECT is taken like the first
-        self.client_id, self.username = packet.client_id, packet.username or ""
-        self.send("connack", ConnAck(self._traffic.refusal).encode())
-        if self._traffic.refusal:
-            return False
-        self.will = packet.will
-        self.connected = True
-        return True
+        refusal = self._traffic.refusal
+        self.client_id = packet.client_id
+        self.introduce(packet.username or "", None if refusal else packet.will)
+        self.connected = not refusal
+        self.send("connack", ConnAck(refusal).encode())
+        return self.connected
 
     def _subscribe(self, packet_id: int, topic: str, qos: int) -> int:
         try:

@@ -33,10 +33,10 @@ class Exchange:
     def __init__(self, license: License, matcher: Matcher = "emitter") -> None:
         self.license = license
         self.banned: set[str] = set()
-        self.storage = Storage(license.contract)
+        self.storage: Storage = Storage(license.contract)
         self.subscriptions: Subscriptions[Peer] = Subscriptions(matcher)
         self.watchers: Trie[Peer] = Trie(matcher)
-        self.ahead = 0.0
+        self.ahead: float = 0.0
         self._grant = lru_cache(maxsize=4096)(self._find_key)
 
     def now(self) -> float:

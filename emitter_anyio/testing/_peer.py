@@ -26,12 +26,16 @@ class Peer(ABC):
 
     def __init__(self) -> None:
         #: what ``me`` answers and presence shows: a new one for every connection
-        self.id = base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
-        self.username = ""
+        self.id: str = base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
+        self.username: str = ""
         self.will: Will | None = None
         self.links: dict[str, Topic] = {}
         self.subscribed: dict[Words, str] = {}
         self.watched: set[Words] = set()
+
+    def introduce(self, username: str, will: Will | None) -> None:
+        """Take over what CONNECT says."""
+        self.username, self.will = username, will
 
     @abstractmethod
     def send(self, kind: Kind, data: bytes) -> None:

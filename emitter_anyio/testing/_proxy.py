@@ -357,4 +357,5 @@ class _Way:
 def _reset_on_close(stream: ByteStream) -> None:
     sock = stream.extra(SocketAttribute.raw_socket, None)
     if sock is not None:  # a test may have a link in memory
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        with suppress(OSError):  # it may be closed by now
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)

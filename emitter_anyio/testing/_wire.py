@@ -142,7 +142,7 @@ class Wire:
         ).encode()
 
 
-class _Response(Exception):
+class _Response(Exception):  # noqa: N818 - an answer is no error
     """An answer of HTTP that ends the link."""
 
     def __init__(self, status: int, text: str = "", *, body: bool = True) -> None:

@@ -92,7 +92,7 @@ class TestAtOnce:
             await anyio.sleep(1)
             outbox.put(b"b")
             outbox.put(b"c")
-        assert stream.writes == [(0, b"a"), (5, b"bc")]
+        assert stream.writes == [(0, b"a"), (pytest.approx(5), b"bc")]
 
     async def test_a_broken_stream_ends_it(self) -> None:
         stream, outbox = Recorder(), Outbox()
@@ -132,7 +132,9 @@ class TestCoalescing:
             # thirty more by now
             put(outbox, packets(31, 100))
             await anyio.sleep(0.1)
-            assert stream.writes[1:] == [(pytest.approx(0.5), b"".join(packets(70, 60)))]
+            time, data = stream.writes[1]
+            assert time == pytest.approx(0.5)
+            assert data == b"".join(packets(70, 60))
             await anyio.sleep(1)
         assert [data for _, data in stream.writes[2:]] == packets(1, 130)
 
@@ -159,7 +161,6 @@ class TestCoalescing:
         stream, outbox = Recorder(), Outbox(coalesce=True, limit=1000)
         async with writing(stream, outbox):
             put(outbox, packets(70))
-            await anyio.sleep(0)
             outbox.put(bytes(1000))
             await anyio.sleep(0.1)
             assert sum(len(data) for _, data in stream.writes) == 1280

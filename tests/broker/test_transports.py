@@ -35,9 +35,7 @@ from tests.support import tls
 
 
 @pytest.fixture(params=["plain", "TLS"])
-async def broker(
-    anyio_backend: object, request: pytest.FixtureRequest
-) -> AsyncIterator[Broker]:
+async def broker(anyio_backend: object, request: pytest.FixtureRequest) -> AsyncIterator[Broker]:
     context = tls.server_context() if request.param == "TLS" else None
     async with Broker(ssl_context=context) as broker:
         yield broker
@@ -223,13 +221,16 @@ def _converse(
     if context is not None:
         client.tls_set_context(context)
     happened: SimpleQueue[Any] = SimpleQueue()
-    # No callback holds the client: it closes its last sockets when nothing does.
-    client.on_connect = lambda client, *_: client.subscribe(topic)
     client.on_subscribe = lambda *_: happened.put("subscribed")
+
+    # No callback holds the client: it closes its last sockets when nothing does.
+    def on_connect(client: Paho, *_: object) -> None:
+        client.subscribe(topic)
 
     def on_message(client: Paho, userdata: object, message: MQTTMessage) -> None:
         happened.put((message.topic, message.payload))
 
+    client.on_connect = on_connect
     client.on_message = on_message
     client.connect(host, port)
     client.loop_start()

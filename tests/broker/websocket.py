@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anyio import EndOfStream
 from anyio.abc import ByteStream
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
     BytesMessage,
-    CloseConnection,
     Event,
     Ping,
-    Pong,
     Request,
-    TextMessage,
 )
 
 
@@ -24,13 +20,14 @@ class WebSocketStream(ByteStream):
     The bytes that frames carry, as a stream.
 
     :ivar subprotocol: what the broker has chosen
-    :ivar received: every event after the handshake but the messages
+    :ivar frames: the data of every frame so far
+    :ivar received: every other event
     """
 
     def __init__(self, stream: ByteStream) -> None:
         self.subprotocol: str | None = None
-        self.received: list[Event] = []
         self.frames: list[bytes] = []
+        self.received: list[Event] = []
         self._stream = stream
         self._websocket = WSConnection(ConnectionType.CLIENT)
 
@@ -61,7 +58,7 @@ class WebSocketStream(ByteStream):
                 match event:
                     case BytesMessage():
                         carried += event.data
-                        self.frames.append(event.data)
+                        self.frames.append(bytes(event.data))
                     case Ping():
                         await self.send_event(event.response())
                     case _:

@@ -249,7 +249,9 @@ async def test_what_the_handler_raises_is_raised_where_it_was_asked(
     assert isinstance(record.exc_info[1], OutOfOrderError)
 
 
-@pytest.mark.parametrize("text", ["\ud800", "é" * 10000, ""])
+@pytest.mark.parametrize(
+    "text", ["\ud800", "é" * 10000, ""], ids=["no UTF-8", "long", "empty"]
+)
 async def test_words_of_any_kind_cross(
     emitter: Emitter, other: Emitter, key: str, unique: str, text: str
 ) -> None:
@@ -264,6 +266,7 @@ async def test_words_of_any_kind_cross(
 @pytest.mark.parametrize(
     ("returned", "words"),
     [(b"x" * 65536, "MessageTooLargeError"), (object(), "TypeError"), ("\ud800", "ValueError")],
+    ids=["too large", "no JSON", "no UTF-8"],
 )
 async def test_a_reply_that_cannot_be_sent_is_an_error(
     emitter: Emitter, other: Emitter, key: str, unique: str, returned: object, words: str

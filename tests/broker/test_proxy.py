@@ -1,0 +1,406 @@
+"""The network that fails when a test says so."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+import anyio
+import pytest
+from anyio import BrokenResourceError, EndOfStream
+from anyio.abc import ByteStream, SocketAttribute
+from anyio.streams.tls import TLSStream
+
+from emitter_anyio import ConnectionLostError, connect
+from emitter_anyio.testing import Broker, Direction, FaultProxy
+from emitter_anyio.testing._packets import (
+    ConnAck,
+    Connect,
+    PingReq,
+    PubAck,
+    Publish,
+    Subscribe,
+)
+from tests.broker.player import Link, MemoryStream
+from tests.broker.websocket import WebSocketStream
+from tests.support import tls
+
+DIRECTIONS: list[Direction] = ["to_broker", "to_client"]
+
+
+@pytest.fixture
+async def streams(anyio_backend: object) -> AsyncIterator[list[ByteStream]]:
+    """What a test puts in here is closed at its end."""
+    streams: list[ByteStream] = []
+    yield streams
+    for stream in streams:
+        await anyio.aclose_forcefully(stream)
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def proxy(broker: Broker) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(broker.host, broker.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def link(proxy: FaultProxy, streams: list[ByteStream]) -> Link:
+    """A link through the proxy, connected."""
+    return await connected(proxy.host, proxy.port, streams)
+
+
+async def connected(host: str, port: int, streams: list[ByteStream]) -> Link:
+    link = Link(await anyio.connect_tcp(host, port))
+    streams.append(link.stream)
+    assert await link.ask(Connect()) == [ConnAck()]
+    return link
+
+
+async def how_it_ends(stream: ByteStream) -> type[Exception]:
+    """Read to the end of a link, and give what that was: an orderly one, or a reset."""
+    while True:
+        try:
+            await stream.receive()
+        except (EndOfStream, BrokenResourceError) as exc:
+            return type(exc)
+
+
+class TestPassing:
+    async def test_where_it_listens(self, proxy: FaultProxy, broker: Broker) -> None:
+        assert proxy.host == "127.0.0.1"
+        assert proxy.port not in (0, broker.port)
+        assert proxy.url == f"mqtt://127.0.0.1:{proxy.port}"
+
+    async def test_everything_goes_both_ways(self, proxy: FaultProxy, link: Link) -> None:
+        messages = [Publish("emitter/me/", bytes(60000), 1, each) for each in range(1, 50)]
+        answers = await link.ask(*messages)
+        assert [packet.packet_id for packet in answers if isinstance(packet, PubAck)] == [
+            *range(1, 50)
+        ]
+
+    async def test_our_own_client(self, proxy: FaultProxy, broker: Broker) -> None:
+        key = broker.keygen("a/")
+        async with connect(proxy.url) as emitter, emitter.subscribe(key, "a/") as messages:
+            await emitter.publish(key, "a/", "through")
+            assert (await messages.receive()).as_string() == "through"
+
+    async def test_websocket_in_tls(self, streams: list[ByteStream]) -> None:
+        async with (
+            Broker(ssl_context=tls.server_context()) as broker,
+            FaultProxy(broker.host, broker.port) as proxy,
+        ):
+            stream = await TLSStream.wrap(
+                await anyio.connect_tcp(proxy.host, proxy.port),
+                hostname=proxy.host,
+                ssl_context=tls.client_context(),
+                standard_compatible=False,
+            )
+            streams.append(stream)
+            link = Link(await WebSocketStream.connect(stream))
+            assert await link.ask(Connect()) == [ConnAck()]
+
+    async def test_the_end_of_a_client(self, proxy: FaultProxy, broker: Broker, link: Link) -> None:
+        [client] = broker.clients
+        await link.stream.aclose()
+        await client.wait_closed()
+
+    async def test_the_reset_of_a_client(
+        self, proxy: FaultProxy, broker: Broker, link: Link
+    ) -> None:
+        [client] = broker.clients
+        link.stream.extra(SocketAttribute.raw_socket).setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
+        await link.stream.aclose()
+        await client.wait_closed()
+
+    async def test_the_end_of_the_broker(
+        self, proxy: FaultProxy, broker: Broker, link: Link
+    ) -> None:
+        await broker.drop()
+        assert await how_it_ends(link.stream) is EndOfStream
+
+    async def test_no_broker_is_there(self, streams: list[ByteStream]) -> None:
+        async with Broker() as broker:
+            gone = broker.port
+        async with FaultProxy("127.0.0.1", gone) as proxy:
+            streams.append(await anyio.connect_tcp(proxy.host, proxy.port))
+            assert await how_it_ends(streams[0]) is BrokenResourceError
+
+
+class TestEntering:
+    async def test_it_can_be_entered_again(self, broker: Broker, streams: list[ByteStream]) -> None:
+        proxy = FaultProxy(broker.host, broker.port)
+        for _ in range(2):
+            async with proxy:
+                link = await connected(proxy.host, proxy.port, streams)
+                [client] = broker.clients
+            await client.wait_closed()
+            assert await how_it_ends(link.stream) is EndOfStream
+
+    async def test_an_exception_of_the_body_leaves_bare(self, broker: Broker) -> None:
+        group = ExceptionGroup("of the body", [ValueError()])
+        with pytest.raises(ExceptionGroup) as info:
+            async with FaultProxy(broker.host, broker.port):
+                raise group
+        assert info.value is group
+
+    async def test_the_body_can_be_cancelled(
+        self, broker: Broker, streams: list[ByteStream]
+    ) -> None:
+        with anyio.CancelScope() as scope:
+            async with FaultProxy(broker.host, broker.port) as proxy:
+                await connected(proxy.host, proxy.port, streams)
+                scope.cancel()
+                await anyio.sleep_forever()
+        assert scope.cancelled_caught
+        assert await how_it_ends(streams[0]) is EndOfStream
+
+
+class TestCutting:
+    @pytest.mark.parametrize(("reset", "end"), [(True, BrokenResourceError), (False, EndOfStream)])
+    async def test_now(
+        self,
+        proxy: FaultProxy,
+        broker: Broker,
+        streams: list[ByteStream],
+        reset: bool,
+        end: type[Exception],
+    ) -> None:
+        links = [await connected(proxy.host, proxy.port, streams) for _ in range(2)]
+        clients = broker.clients
+        await proxy.cut(reset=reset)
+        for link in links:
+            assert await how_it_ends(link.stream) is end
+        for client in clients:
+            await client.wait_closed()
+
+    async def test_others_may_come_then(self, proxy: FaultProxy, streams: list[ByteStream]) -> None:
+        await proxy.cut()
+        for _ in range(2):
+            await connected(proxy.host, proxy.port, streams)
+            await proxy.cut()
+
+    async def test_what_our_own_client_says(self, proxy: FaultProxy) -> None:
+        with pytest.raises(ConnectionLostError):
+            async with connect(proxy.url, reconnect=None):
+                await proxy.cut()
+                await anyio.sleep_forever()
+
+    @pytest.mark.parametrize(("reset", "end"), [(True, BrokenResourceError), (False, EndOfStream)])
+    async def test_after_some_bytes(
+        self, proxy: FaultProxy, broker: Broker, link: Link, reset: bool, end: type[Exception]
+    ) -> None:
+        [client] = broker.clients
+        proxy.cut_after(1, "to_broker", reset=reset)
+        await link.send(PingReq())
+        assert await how_it_ends(link.stream) is end
+        await client.wait_closed()
+
+    async def test_only_once(self, proxy: FaultProxy, streams: list[ByteStream]) -> None:
+        proxy.cut_after(0, "to_client")
+        streams.append(await anyio.connect_tcp(proxy.host, proxy.port))
+        await streams[0].send(Connect().encode())
+        assert await how_it_ends(streams[0]) is BrokenResourceError
+        await connected(proxy.host, proxy.port, streams)
+
+
+class TestHalfClosing:
+    async def test_the_client_may_still_speak(
+        self, proxy: FaultProxy, broker: Broker, link: Link, streams: list[ByteStream]
+    ) -> None:
+        listener = await connected(broker.host, broker.port, streams)
+        key = broker.keygen("a/")
+        await listener.ask(Subscribe(1, ((f"{key}/a/", 0),)))
+        await proxy.half_close("to_client")
+        assert await how_it_ends(link.stream) is EndOfStream
+        await link.send(PingReq(), Publish(f"{key}/a/", b"still here"))
+        assert await listener.receive() == Publish("a/", b"still here")
+        assert len(broker.clients) == 2
+
+    async def test_the_broker_ends_the_link(
+        self, proxy: FaultProxy, broker: Broker, link: Link
+    ) -> None:
+        [client] = broker.clients
+        await proxy.half_close("to_broker")
+        await client.wait_closed()
+        assert await how_it_ends(link.stream) is EndOfStream
+
+    async def test_it_does_no_harm_twice_or_to_no_link(self, proxy: FaultProxy, link: Link) -> None:
+        for _ in range(2):
+            await proxy.half_close("to_client")
+        await proxy.cut()
+        await proxy.half_close("to_client")
+        assert await how_it_ends(link.stream) is EndOfStream
+
+
+class TestWhatCannotBe:
+    @pytest.mark.parametrize(
+        ("set_it", "says"),
+        [
+            (lambda proxy: proxy.cut_after(-1, "to_client"), "after -1 bytes"),
+            (lambda proxy: proxy.stall_after(-1, "to_client"), "after -1 bytes"),
+            (lambda proxy: proxy.split(0), "at least one byte, not 0"),
+            (lambda proxy: proxy.delay(-1), "has not come yet"),
+        ],
+    )
+    def test_is_said(self, set_it: Callable[[FaultProxy], None], says: str) -> None:
+        with pytest.raises(ValueError, match=says):
+            set_it(FaultProxy("127.0.0.1", 1))
+
+
+class End:
+    """One direction: what is sent into it, and what comes out, with the seconds until then."""
+
+    def __init__(self, source: MemoryStream, sink: MemoryStream) -> None:
+        self.source = source
+        self.sink = sink
+        self._start = anyio.current_time()
+
+    async def receive(self) -> tuple[float, bytes]:
+        data = await self.sink.receive()
+        return round(anyio.current_time() - self._start, 6), data
+
+
+@pytest.mark.virtual_time
+class TestTime:
+    """Over links in memory, which keep pieces apart, so that the clock may jump."""
+
+    @pytest.fixture
+    def proxy(self) -> FaultProxy:
+        return FaultProxy("nowhere", 0)
+
+    @pytest.fixture
+    async def ends(self, proxy: FaultProxy) -> AsyncIterator[dict[Direction, End]]:
+        """Whoever sends and whoever receives in each direction."""
+        client, near = MemoryStream.pair()
+        far, broker = MemoryStream.pair()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(proxy._join, near, far)
+            yield {"to_broker": End(client, broker), "to_client": End(broker, client)}
+            task_group.cancel_scope.cancel()
+        for stream in (client, near, far, broker):
+            await stream.aclose()
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    async def test_stall_and_resume(
+        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+    ) -> None:
+        end = ends.pop(direction)
+        [other] = ends.values()
+        proxy.stall(direction)
+        proxy.stall(direction)
+        await end.source.send(b"held")
+        await other.source.send(b"not held")
+        assert await other.receive() == (0, b"not held")
+        await anyio.sleep(3600)
+        proxy.resume(direction)
+        proxy.resume(direction)
+        assert await end.receive() == (3600, b"held")
+
+    async def test_both_directions_unless_said(
+        self, proxy: FaultProxy, ends: dict[Direction, End]
+    ) -> None:
+        proxy.stall()
+        for end in ends.values():
+            await end.source.send(b"held")
+        await anyio.sleep(60)
+        proxy.resume("to_broker")
+        assert await ends["to_broker"].receive() == (60, b"held")
+        await anyio.sleep(60)
+        proxy.resume()
+        assert await ends["to_client"].receive() == (120, b"held")
+
+    async def test_what_is_stalled_is_not_read(
+        self, proxy: FaultProxy, ends: dict[Direction, End]
+    ) -> None:
+        end = ends["to_broker"]
+        proxy.stall("to_broker")
+        sent = 0
+        with anyio.move_on_after(3600):
+            while True:
+                await end.source.send(b"x")
+                sent += 1
+        assert sent <= 6
+        proxy.resume()
+        for _ in range(sent):
+            assert await end.receive() == (3600, b"x")
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    async def test_stall_after(
+        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+    ) -> None:
+        proxy.stall_after(5, direction)
+        await ends[direction].source.send(b"abc")
+        await ends[direction].source.send(b"defg")
+        assert await ends[direction].receive() == (0, b"abc")
+        assert await ends[direction].receive() == (0, b"de")
+        await anyio.sleep(60)
+        proxy.resume(direction)
+        assert await ends[direction].receive() == (60, b"fg")
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    async def test_split(
+        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+    ) -> None:
+        proxy.split(3, direction)
+        for end in ends.values():
+            await end.source.send(b"abcdefg")
+        pieces = [b"abc", b"def", b"g"]
+        for way, end in ends.items():
+            for piece in pieces if way == direction else [b"abcdefg"]:
+                assert await end.receive() == (0, piece)
+        proxy.split(None)
+        await ends[direction].source.send(b"abcdefg")
+        assert await ends[direction].receive() == (0, b"abcdefg")
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    async def test_delay(
+        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+    ) -> None:
+        proxy.delay(10, direction)
+        for data in (b"a", b"b", b"c"):
+            for end in ends.values():
+                await end.source.send(data)
+            await anyio.sleep(1)
+        delayed = ends.pop(direction)
+        for data in (b"a", b"b", b"c"):
+            for end in ends.values():
+                assert await end.receive() == (3, data)  # has been there for a while
+        for sent, data in enumerate((b"a", b"b", b"c")):
+            assert await delayed.receive() == (sent + 10, data)
+
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 8])
+    async def test_exactly_so_many_bytes_pass_before_a_cut(
+        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction, count: int
+    ) -> None:
+        end = ends[direction]
+        proxy.cut_after(count, direction, reset=False)
+        with suppress(BrokenResourceError):
+            for data in (b"abc", b"defg", b"hij"):
+                await end.source.send(data)
+        assert await how_it_ends(end.source) is EndOfStream
+        received = b""
+        with suppress(EndOfStream):
+            while True:
+                received += (await end.receive())[1]
+        assert received == b"abcdefghij"[:count]
+
+    async def test_a_link_of_which_one_end_breaks(
+        self, proxy: FaultProxy, ends: dict[Direction, End]
+    ) -> None:
+        end = ends["to_broker"]
+        end.sink.take_no_more()
+        await end.source.send(b"a")
+        assert await how_it_ends(end.source) is EndOfStream
+        await anyio.wait_all_tasks_blocked()
+        assert proxy._links == {}

@@ -1,0 +1,160 @@
+"""The pytest plugin, and the page ``docs/testing.md`` that teaches it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import anyio
+import pytest
+import sniffio
+
+from emitter_anyio.pytest_plugin import EmitterFixture
+from emitter_anyio.testing import Broker, FaultProxy
+from tests.support.command import ROOT, run
+
+PAGE = (ROOT / "docs" / "testing.md").read_text()
+MODULE, PROGRAM = re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def run_pytest(folder: Path, source: str) -> dict[str, list[str]]:
+    """
+    Run a test module as a user does, who has no configuration.
+
+    :return: by outcome, the tests that had it
+    """
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "test_it.py").write_text(source)
+    done = run("-m", "pytest", "--color=no", "-rA", "-p", "no:cacheprovider", str(folder))
+    outcomes: dict[str, list[str]] = {}
+    for outcome, name in re.findall(
+        r"^(PASSED|FAILED|ERROR) .*test_it\.py::(\S+)", done.stdout, re.MULTILINE
+    ):
+        outcomes.setdefault(outcome, []).append(name)
+    assert outcomes, done.stdout + done.stderr
+    return outcomes
+
+
+def on_both_backends(*names: str) -> list[str]:
+    return sorted(f"{name}[{backend}]" for name in names for backend in ("asyncio", "trio"))
+
+
+class TestFixtures:
+    async def test_a_broker_and_a_client_that_is_connected_to_it(
+        self, emitter: EmitterFixture, emitter_broker: Broker
+    ) -> None:
+        assert emitter.secret_key == emitter_broker.secret_key
+        made = await emitter.client.keygen(emitter.secret_key, "a/", "rw")
+        async with emitter.client.subscribe(made.key, "a/") as messages:
+            await emitter_broker.publish("a/", sniffio.current_async_library())
+            assert (await messages.receive()).as_string() in ("asyncio", "trio")
+        [client] = emitter_broker.clients
+        assert client.id == (await emitter.client.me()).id
+
+    async def test_the_secret_is_not_shown(self, emitter: EmitterFixture) -> None:
+        assert emitter.secret_key not in repr(emitter)
+        assert repr(emitter.client) in repr(emitter)
+
+    async def test_the_client_leaves_before_the_broker(
+        self, emitter: EmitterFixture, emitter_broker: Broker, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        await emitter.client.disconnect()
+        assert emitter.client.state == "closed"
+        assert caplog.records == []
+
+    def test_what_fails_in_them(self, tmp_path: Path) -> None:
+        outcomes = run_pytest(tmp_path, TROUBLE)
+        assert sorted(outcomes["PASSED"]) == on_both_backends(
+            "test_a_link_that_is_lost_does_not_end_the_test",
+            "test_a_handler_fails",
+            "test_the_next_one",
+        )
+        assert sorted(outcomes["FAILED"]) == on_both_backends("test_that_fails")
+        assert sorted(outcomes["ERROR"]) == on_both_backends(
+            "test_a_handler_fails", "TestRefused::test_cannot_connect"
+        )
+
+    def test_nothing_is_loaded_before_it_is_asked_for(self) -> None:
+        program = "import emitter_anyio.pytest_plugin, json, sys; print(json.dumps([*sys.modules]))"
+        done = run("-c", program)
+        assert done.returncode == 0
+        loaded = set(json.loads(done.stdout))
+        assert "emitter_anyio.pytest_plugin" in loaded
+        assert not loaded & {"emitter_anyio.testing", "emitter_anyio._cli", "wsproto", "trio"}
+
+
+TROUBLE = """
+import anyio
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_link_that_is_lost_does_not_end_the_test(emitter, emitter_broker):
+    with emitter_broker.refuse():
+        await emitter_broker.drop()
+        while emitter.client.state == "connected":
+            await anyio.lowlevel.checkpoint()
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_handler_fails(emitter, emitter_broker):
+    emitter.client.on("message", lambda message: 1 / 0)
+    await emitter.client.subscribe(emitter_broker.keygen("a/"), "a/")
+    await emitter_broker.publish("a/", "x")
+    await emitter.client.wait_closed()
+
+
+async def test_that_fails(emitter):
+    assert emitter.client.state == "closed"
+
+
+class TestRefused:
+    @pytest.fixture
+    async def emitter_broker(self, emitter_broker):
+        with emitter_broker.refuse():
+            yield emitter_broker
+
+    async def test_cannot_connect(self, emitter):
+        pass
+
+
+async def test_the_next_one(emitter):
+    await emitter.client.me()
+"""
+
+
+class TestPage:
+    def test_its_module(self, tmp_path: Path) -> None:
+        names = re.findall(r"^async def (test_\w+)", MODULE, re.MULTILINE)
+        assert len(names) == 6
+        outcomes = run_pytest(tmp_path, MODULE)
+        assert outcomes.keys() == {"PASSED"}
+        assert sorted(outcomes["PASSED"]) == on_both_backends(*names)
+
+    def test_its_module_notices_mistakes(self, tmp_path: Path) -> None:
+        # in what is tested, and in how the tests set it up
+        source = MODULE.replace('{"degrees": degrees}', '{"degrees": 0}').replace('"r")', '"w")')
+        source = source.replace("emitter_broker.lose(", "emitter_broker.hold(")
+        source = source.replace(".refuse()", ".hold()").replace("await proxy.cut()", "return")
+        names = re.findall(r"^async def (test_\w+)", MODULE, re.MULTILINE)
+        names.remove("test_the_broker_does_not_answer")  # late is as bad as never
+        outcomes = run_pytest(tmp_path, source)
+        assert sorted(outcomes["FAILED"]) == on_both_backends(*names)
+
+    async def test_its_program(self, anyio_backend: object) -> None:
+        names: dict[str, object] = {}
+        exec(PROGRAM, names)
+        main = names["main"]
+        assert inspect.iscoroutinefunction(main)
+        with anyio.fail_after(30):
+            await main()
+
+    @pytest.mark.parametrize("thing", [Broker, FaultProxy])
+    def test_it_names_every_knob(self, thing: type) -> None:
+        knobs = [name for name in vars(thing) if not name.startswith("_")]
+        assert len(knobs) > 5
+        for name in knobs:
+            assert re.search(rf"`(await |with )?{name}\b", PAGE), name
