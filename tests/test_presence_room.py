@@ -199,9 +199,7 @@ async def test_the_members_are_right_whether_or_not_anybody_reads(
                     full.receive_nowait()
 
 
-async def test_each_phase_of_losing_ends_right(
-    broker: Broker, watcher: Emitter, key: str
-) -> None:
+async def test_each_phase_of_losing_ends_right(broker: Broker, watcher: Emitter, key: str) -> None:
     statuses = Statuses(watcher)
     async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:
         async with crowd(broker, key, 3, count=10, phases=2) as members:
@@ -368,9 +366,7 @@ async def test_a_room_that_becomes_too_large_ends_the_feed_with_an_error_that_sa
     broker: Broker, watcher: Emitter, key: str
 ) -> None:
     async with AsyncExitStack() as stack:
-        feed = await stack.enter_async_context(
-            watcher.watch_presence(key, ROOM, refresh=OFTEN)
-        )
+        feed = await stack.enter_async_context(watcher.watch_presence(key, ROOM, refresh=OFTEN))
         for number in range(2):
             member = connect(broker.url, username=f"{number}" * 40000)
             await (await stack.enter_async_context(member)).subscribe(key, ROOM)

@@ -39,6 +39,7 @@ from tests.support.peer import (
     serving,
     tcp_peer,
     unix_peer,
+    unix_socket,
 )
 from tests.support.steps import all_styles, cancel_in_step
 
@@ -384,7 +385,7 @@ async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
     anyio_backend: object,
 ) -> None:
     with TemporaryDirectory() as folder:
-        with socket.socket(socket.AF_UNIX) as sock:
+        with unix_socket() as sock:
             sock.bind(f"{folder}/s")
         with pytest.raises(ConnectError, match="Connection refused") as caught:
             async with connect(f"unix://{folder}/s"):
@@ -394,12 +395,12 @@ async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
 
 async def test_a_unix_socket_whose_queue_is_full(anyio_backend: object) -> None:
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener = stack.enter_context(unix_socket())
         listener.bind(f"{folder}/s")
         listener.listen(0)
         code = 0
         while not code:
-            filler = stack.enter_context(socket.socket(socket.AF_UNIX))
+            filler = stack.enter_context(unix_socket())
             filler.setblocking(False)
             code = filler.connect_ex(f"{folder}/s")
         assert code == errno.EAGAIN

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-import struct
-import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Literal, TypeAlias
@@ -18,17 +16,17 @@ from anyio import (
     EndOfStream,
     Event,
     aclose_forcefully,
-    connect_tcp,
     create_memory_object_stream,
     create_task_group,
-    create_tcp_listener,
     current_time,
     get_cancelled_exc_class,
     sleep_until,
 )
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import ByteStream, TaskGroup
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ._sockets import SocketStream, accept, listening, open_socket
 
 #: One of the two ways through a link.
 Direction: TypeAlias = Literal["to_broker", "to_client"]
@@ -36,8 +34,6 @@ Direction: TypeAlias = Literal["to_broker", "to_client"]
 _CHUNK = 65536
 #: Chunks that are on their way in one direction of one link, while they wait for the latency.
 _UNDER_WAY = 16
-#: Closing a socket with this set resets the connection.
-_NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 
 class FaultProxy(AsyncContextManagerMixin):
@@ -64,19 +60,17 @@ class FaultProxy(AsyncContextManagerMixin):
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[FaultProxy]:
         failure: BaseException | None = None
-        async with (
-            await create_tcp_listener(local_host=self.host) as listener,
-            create_task_group() as task_group,
-        ):
-            self._port = listener.extra(SocketAttribute.local_port)
-            task_group.start_soon(listener.serve, self._serve, task_group)
-            try:
-                yield self
-            except get_cancelled_exc_class():
-                raise
-            except BaseException as exc:  # leaves bare, and not in the group of our tasks
-                failure = exc
-            task_group.cancel_scope.cancel()
+        with listening(self.host) as sock:
+            self._port = sock.getsockname()[1]
+            async with create_task_group() as task_group:
+                task_group.start_soon(self._accept, sock, task_group)
+                try:
+                    yield self
+                except get_cancelled_exc_class():
+                    raise
+                except BaseException as exc:  # leaves bare, and not in the group of our tasks
+                    failure = exc
+                task_group.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
@@ -183,16 +177,19 @@ class FaultProxy(AsyncContextManagerMixin):
         for link in self._links:
             link.cut(reset)
 
-    async def _serve(self, client: ByteStream) -> None:
+    async def _accept(self, sock: socket.socket, task_group: TaskGroup) -> None:
+        while True:
+            task_group.start_soon(self._serve, await accept(sock))
+
+    async def _serve(self, client: SocketStream) -> None:
         try:
-            broker = await connect_tcp(*self._broker)
+            broker = await open_socket(*self._broker)
         except OSError:
-            _reset_on_close(client)
+            await client.reset()
         else:
             await self._join(client, broker)
         finally:
-            with CancelScope(shield=True):
-                await aclose_forcefully(client)
+            await client.aclose()
 
     async def _join(self, client: ByteStream, broker: ByteStream) -> None:
         link = _Link(client, broker, self._lanes)
@@ -318,10 +315,10 @@ class _Way:
         await self._ended.wait()
 
     async def aclose(self, reset: bool) -> None:
-        if reset:
-            _reset_on_close(self._sink)
-        else:
+        if not reset:
             await self._send_eof()
+        elif isinstance(self._sink, SocketStream):  # a test may have a link in memory
+            await self._sink.reset()
         await aclose_forcefully(self._sink)
 
     async def _receive(self, came: MemoryObjectSendStream[tuple[float, bytes]]) -> None:
@@ -352,10 +349,3 @@ class _Way:
     async def _send_eof(self) -> None:
         with suppress(OSError, BrokenResourceError, ClosedResourceError):
             await self._sink.send_eof()
-
-
-def _reset_on_close(stream: ByteStream) -> None:
-    sock = stream.extra(SocketAttribute.raw_socket, None)
-    if sock is not None:  # a test may have a link in memory
-        with suppress(OSError):  # it may be closed by now
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)

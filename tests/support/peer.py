@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -195,7 +196,7 @@ class _Playing:
                     stream, server_side=True, ssl_context=self._context, standard_compatible=False
                 )
             await self._script(Peer(stream))
-        except (EndOfStream, BrokenResourceError, OSError):
+        except* (EndOfStream, BrokenResourceError, OSError):
             # The client has gone, perhaps in the middle of the handshake.
             pass
         finally:
@@ -241,10 +242,16 @@ async def tcp_peer(script: Script, *, context: ssl.SSLContext | None = None) -> 
         yield listener.getsockname()[1]
 
 
+def unix_socket() -> socket.socket:
+    """Make a Unix socket, of which type checkers know nothing on Windows."""
+    assert sys.platform != "win32"
+    return socket.socket(socket.AF_UNIX)
+
+
 @asynccontextmanager
 async def unix_peer(script: Script, path: Path) -> AsyncGenerator[None]:
     """Play the script to each client of a Unix socket."""
-    listener = socket.socket(socket.AF_UNIX)
+    listener = unix_socket()
     listener.bind(str(path))
     async with _listening(script, listener, None):
         yield

@@ -1,0 +1,102 @@
+"""Sockets of our own: AnyIO's say a polite goodbye, also where a test wants none."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from anyio import (
+    BrokenResourceError,
+    EndOfStream,
+    notify_closing,
+    to_thread,
+    wait_readable,
+    wait_writable,
+)
+from anyio.abc import ByteStream
+
+T = TypeVar("T")
+
+#: Closing a socket with this set resets the connection.
+_NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+
+
+class SocketStream(ByteStream):
+    """
+    A TCP socket.
+
+    :param sock: the socket, which is owned from now on
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if data := await _patiently(wait_readable, self._sock, self._sock.recv, max_bytes):
+            return data
+        raise EndOfStream
+
+    async def send(self, item: bytes) -> None:
+        while item:
+            item = item[await _patiently(wait_writable, self._sock, self._sock.send, item) :]
+
+    async def send_eof(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    async def aclose(self) -> None:
+        notify_closing(self._sock)
+        self._sock.close()
+
+    async def reset(self) -> None:
+        """Close, and tell the other side with a reset."""
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        await self.aclose()
+
+
+async def open_socket(host: str, port: int) -> SocketStream:
+    """
+    Connect to a server.
+
+    :raises OSError: if it cannot be reached
+    """
+    return SocketStream(await to_thread.run_sync(socket.create_connection, (host, port), 10))
+
+
+@contextmanager
+def listening(host: str) -> Iterator[socket.socket]:
+    """Listen on a free port."""
+    with socket.create_server((host, 0)) as sock:
+        sock.setblocking(False)
+        try:
+            yield sock
+        finally:
+            notify_closing(sock)
+
+
+async def accept(sock: socket.socket) -> SocketStream:
+    """Wait for a client of a socket that listens."""
+    client, _ = await _patiently(wait_readable, sock, sock.accept)
+    return SocketStream(client)
+
+
+async def _patiently(
+    wait: Callable[[socket.socket], Awaitable[None]],
+    sock: socket.socket,
+    call: Callable[..., T],
+    *args: Any,
+) -> T:
+    """Call what may need to wait for a socket first."""
+    while True:
+        try:
+            return call(*args)
+        except (BlockingIOError, InterruptedError):
+            await wait(sock)
+        except OSError as exc:
+            raise BrokenResourceError from exc
