@@ -146,7 +146,8 @@ class TestBelow:
             feed.note(came("X", channel))
         assert feed.next_below() == channels[:64]
         feed.note(came("Y", "a/new/"))
-        assert feed.next_below() == [*channels[64:], "a/new/", *channels[:27]]
+        assert feed.next_below() == [*channels[64:], *channels[:28]]
+        assert feed.next_below() == [*channels[28:64], "a/new/", *channels[64:91]]
 
     def test_one_that_everybody_has_left_is_remembered(self, feed: PresenceFeed) -> None:
         """Somebody may come back, and no event tell of it."""

@@ -244,7 +244,9 @@ async def tcp_peer(script: Script, *, context: ssl.SSLContext | None = None) -> 
 
 def unix_socket() -> socket.socket:
     """Make a Unix socket, of which type checkers know nothing on Windows."""
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        raise NotImplementedError("Python has no Unix sockets on Windows")
+
     return socket.socket(socket.AF_UNIX)
 
 
