@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -62,7 +63,7 @@ class _Registration:
         self.stream: EventStream[Any] | None = None
 
 
-class EventSource:
+class EventSource(ABC):
     """
     What :class:`~emitter_anyio.Emitter` has of ``on()``, ``off()`` and ``stream()``.
 
@@ -329,11 +330,13 @@ class EventSource:
         self._routers[event].discard(stream)
         self._leave_stream(stream)
 
+    @abstractmethod
     def _leave_stream(self, stream: EventStream[Any]) -> None:
-        stream.close()
+        """Close a stream, and keep what is to be known of it."""
 
+    @abstractmethod
     def _fail(self, error: BaseException) -> None:
-        raise NotImplementedError
+        """End the client because of an error that nobody handles."""
 
     def _register(self, registration: _Registration) -> None:
         self._registrations.append(registration)

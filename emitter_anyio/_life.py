@@ -198,9 +198,10 @@ class Life(EventSource):
         if not self._leaving:
             self._leaving = True
             self._deadline = anyio.current_time() + self._options.disconnect_timeout
-            if self._connection is not None and self._tasks is not None:
-                self._set_state("closing")
-                self._tasks.start_soon(self._say_goodbye, self._connection)
+            assert self._connection is not None
+            assert self._tasks is not None
+            self._set_state("closing")
+            self._tasks.start_soon(self._say_goodbye, self._connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
         with anyio.CancelScope(deadline=self._deadline):
@@ -209,8 +210,7 @@ class Life(EventSource):
             for pending in self._session.awaited():
                 done = anyio.Event()
                 pending.call_when_done(done.set)
-                if not pending.done:
-                    await done.wait()
+                await done.wait()
             await connection.say_goodbye(unsettled=self._session.unsettled)
         connection.close()
 
@@ -279,8 +279,8 @@ class Life(EventSource):
     def _fail(self, error: BaseException) -> None:
         if self._failure is None or not isinstance(error, Exception):
             self._failure = error
-        if self._body is not None:
-            self._body.cancel()
+        assert self._body is not None
+        self._body.cancel()
 
     async def disconnect(self) -> None:
         """
@@ -451,9 +451,9 @@ class Life(EventSource):
         )
 
     def _send_packet(self, packet: Packet) -> None:
-        # Behind DISCONNECT nothing leaves; what is given back then needs no word to the broker.
-        if self._connection is not None:
-            self._connection.send(packet)
+        # Not by _link(): behind DISCONNECT nothing leaves, and what is given back then need not.
+        assert self._connection is not None
+        self._connection.send(packet)
 
     def _ping(self) -> None:
         self._session.ping(awaited=False)

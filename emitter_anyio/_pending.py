@@ -70,8 +70,11 @@ class Pending(Generic[T]):
         self._wakers: list[Callable[[], None]] = []
 
     def call_when_done(self, waker: Callable[[], None]) -> None:
-        """Have a function called once there is an outcome."""
-        self._wakers.append(waker)
+        """Have a function called once there is an outcome, which may be now."""
+        if self.done:
+            waker()
+        else:
+            self._wakers.append(waker)
 
     def succeed(self, value: T) -> None:
         """Settle it with a value, if nothing has settled it yet."""

@@ -166,7 +166,7 @@ class Watcher(Conversation):
         period = math.inf if refresh is None else refresh
         due = anyio.current_time() + period
         with scope:
-            while self._connection is not None:
+            while True:
                 doubted = await feed.doubted(due - anyio.current_time())
                 # A doubt is about those whom the status of the channel names. Now and then, who
                 # is below it is looked at, too.

@@ -14,6 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
     ClosedError,
+    ConnectError,
     ConnectionLostError,
     Emitter,
     EmitterMessage,
@@ -490,3 +491,34 @@ async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
         await emitter.publish(key, "a/", "x")
         await started.wait()
     assert emitter.state == "closed"
+
+
+async def test_handlers_survive_an_opening_that_failed(broker: Broker) -> None:
+    emitter = connect(broker.url)
+    came: list[str] = []
+    emitter.on("connect", lambda: came.append("connect"))
+    with broker.refuse(), pytest.raises(ConnectError):
+        await emitter.__aenter__()
+    async with emitter:
+        await emitter.me()
+    assert came == ["connect"]
+
+
+async def test_of_two_failing_handlers_the_first_one_counts(broker: Broker) -> None:
+    first, second = Oops("first"), Oops("second")
+    emitter = connect(broker.url)
+
+    @emitter.on("message")
+    def fail(message: EmitterMessage) -> None:
+        raise first
+
+    @emitter.on("disconnect")
+    def fail_too() -> None:
+        raise second
+
+    with pytest.raises(Oops) as caught:
+        async with emitter:
+            await emitter.subscribe(broker.keygen("a/"), "a/")
+            await broker.publish("a/", "x")
+            await anyio.sleep_forever()
+    assert caught.value is first

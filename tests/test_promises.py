@@ -15,14 +15,17 @@ from emitter_anyio import (
     ConnectionLostError,
     Emitter,
     EmitterMessage,
+    NotFoundError,
     RemoteProtocolError,
     RequestError,
     RequestTimeoutError,
     SlowConsumerError,
+    StoredMessage,
     SubscriptionConflictError,
     UnauthorizedError,
     connect,
 )
+from emitter_anyio._requests import Request
 from emitter_anyio.testing import Broker
 
 
@@ -338,3 +341,76 @@ async def test_channels_whose_hashes_cancel_out_conflict(broker: Broker) -> None
         async with emitter.subscribe(key, "p/q/"), emitter.subscribe(key, "q/p/") as messages:
             await emitter.publish(key, "q/p/", "x")
             assert (await messages.receive()).binary == b"x"
+
+
+# Corners
+
+
+async def test_more_channels_than_are_kept_ready(broker: Broker) -> None:
+    key = broker.keygen("a/#/")
+    async with (
+        connect(broker.url) as emitter,
+        emitter.subscribe(key, "a/", buffer=2000) as messages,
+    ):
+        for number in range(1100):
+            await emitter.publish(key, f"a/{number}/", "x")
+        await emitter.flush()
+        assert [(await messages.receive()).channel for _ in range(1100)] == [
+            f"a/{number}/" for number in range(1100)
+        ]
+
+
+async def test_a_channel_that_cannot_be_hashed_is_a_type_error(broker: Broker) -> None:
+    async with connect(broker.url) as emitter:
+        with pytest.raises(TypeError, match="a channel is a str"):
+            await emitter.publish(broker.keygen("a/"), ["a/"], "x")  # type: ignore[arg-type]  # the fault in question
+
+
+async def test_when_packet_ids_are_scarce_a_verb_waits(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emitter_anyio._session._KEPT_IDS", 65535 - 2)
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter:
+        async with anyio.create_task_group() as tasks:
+            with broker.hold("puback"):
+                for text in "xyz":
+                    tasks.start_soon(confirm, emitter, key, text)
+                await anyio.wait_all_tasks_blocked()
+                assert emitter.statistics().pending == 2
+        assert emitter.statistics().pending == 0
+
+
+async def test_unsubscribing_what_a_stream_uses_leaves_it_alone(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        await emitter.unsubscribe(key, "a/")
+        await emitter.publish(key, "a/", "x")
+        assert (await messages.receive()).binary == b"x"
+
+
+async def test_a_replay_that_is_refused_gives_the_subscription_back(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def history(*args: object, **options: object) -> Request[list[StoredMessage]]:
+        return Request("nosuch", b"", lambda answer: [])
+
+    key = broker.keygen("a/#/", "rwl")
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/", last=0):
+        monkeypatch.setattr("emitter_anyio._requests.history", history)
+        with pytest.raises(NotFoundError):
+            async with emitter.subscribe(key, "a/b/", last=5):
+                raise AssertionError("entered")
+        await emitter.flush()
+        (client,) = broker.clients
+        assert len(client.subscriptions) == 1
+
+
+async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Broker) -> None:
+    async with connect(broker.url) as emitter:
+        async with emitter.watch_presence(broker.keygen("a/", "p"), "a/", refresh=0.001) as feed:
+            assert (await feed.receive()).event == "status"
+            await emitter.disconnect()
+            while any("_heal" in (task.name or "") for task in anyio.get_running_tasks()):
+                await checkpoint()
+            assert [event async for event in feed] == []
