@@ -414,3 +414,22 @@ async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Brok
             while any("_heal" in (task.name or "") for task in anyio.get_running_tasks()):
                 await checkpoint()
             assert [event async for event in feed] == []
+
+
+async def test_a_broker_that_matches_as_mqtt_does(anyio_backend: object) -> None:
+    async with Broker(matcher="mqtt") as broker, connect(broker.url, matcher="mqtt") as emitter:
+        key = broker.keygen("a/#/")
+        async with (
+            emitter.subscribe(key, "a/+/") as plus,
+            emitter.subscribe(key, "a/#/") as tail,
+            emitter.subscribe(key, "a/") as exact,
+        ):
+            for channel in ("a/", "a/b/", "a/b/c/"):
+                await emitter.publish(key, channel, channel, qos=1)
+            for stream, channels in (
+                (plus, ["a/b/"]),
+                (tail, ["a/", "a/b/", "a/b/c/"]),
+                (exact, ["a/"]),
+            ):
+                assert [(await stream.receive()).as_string() for _ in channels] == channels
+                assert stream.statistics().buffered == 0
