@@ -1330,3 +1330,14 @@ def outcome(pending: Pending[Any]) -> object:
 
 TestConversation = Conversation.TestCase
 TestConversation.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_who_asks_when_it_is_done_is_called_at_once() -> None:
+    called: list[str] = []
+    pending: Pending[int] = Pending("me")
+    pending.call_when_done(lambda: called.append("before"))
+    assert called == []
+    pending.succeed(7)
+    pending.call_when_done(lambda: called.append("after"))
+    assert called == ["before", "after"]
+    assert pending.result() == 7
