@@ -163,7 +163,7 @@ async def test_a_target_under_a_hash_that_is_too_deep_is_refused_before_it_is_se
 # How long a key lasts
 
 
-@pytest.mark.parametrize("ttl", [1, 86400, 2**31 - 1])
+@pytest.mark.parametrize("ttl", [3600, 86400, 2**31 - 1])
 async def test_a_key_lasts_for_its_ttl(
     emitter: Emitter, server: Server, unique: str, ttl: int
 ) -> None:

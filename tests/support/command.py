@@ -26,7 +26,8 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
         if not name.startswith("EMITTER_") and name != "PYTHONUNBUFFERED"
     }
     return subprocess.Popen(
-        [sys.executable, "-X", "dev", "-W", "error", *arguments],
+        # Not with -X dev: asyncio would tell on stderr which steps took long on a loaded machine.
+        [sys.executable, "-W", "error", *arguments],
         cwd=ROOT,
         env={**inherited, **(environment or {})},
         stdout=subprocess.PIPE,
