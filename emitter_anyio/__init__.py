@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ._backoff import Backoff as Backoff
+from ._channels import Key as Key
 from ._client import Emitter as Emitter
 from ._client import connect as connect
 from ._errors import BadRequestError as BadRequestError
@@ -27,6 +29,7 @@ from ._errors import UnauthorizedError as UnauthorizedError
 from ._life import ConnectionInfo as ConnectionInfo
 from ._life import Statistics as Statistics
 from ._messages import EmitterMessage as EmitterMessage
+from ._messages import Gap as Gap
 from ._messages import StoredMessage as StoredMessage
 from ._messages import Will as Will
 from ._presence import PresenceFeed as PresenceFeed

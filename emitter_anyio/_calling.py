@@ -10,20 +10,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from . import _requests as asking
-from ._channels import check_channel, check_key, format_topic, levels
+from ._channels import Key, check_channel, check_source, format_topic, levels
 from ._conversation import DEFAULT, Timeout
-from ._errors import EmitterError, ReplyError, RequestTimeoutError
+from ._errors import ConnectionLostError, EmitterError, ReplyError, RequestTimeoutError
 from ._events import logger
-from ._messages import EmitterMessage, Payload, encode_payload
+from ._messages import EmitterMessage, Gap, Payload, encode_payload
 from ._options import Options
 from ._pending import Replay
-from ._subscribing import Subscriber
+from ._subscribing import Subscriber, Subscription
 from ._subscription import EventStream
 
 Serve: TypeAlias = Callable[[EmitterMessage], "Payload | Awaitable[Payload]"]
@@ -44,16 +45,18 @@ class _Reply:
         self.message: EmitterMessage | None = None
 
 
-class _Replies(EventStream[EmitterMessage]):
+class _Replies(EventStream["EmitterMessage | Gap"]):
     """Where the replies on one channel come in, each to the one who waits for it."""
 
     def __init__(self, channel: str) -> None:
         super().__init__(f"replies on {channel!r}", 1, "drop_newest")
         self.channel = channel
         self.waiting: dict[str, _Reply] = {}
+        self.subscription: Subscription | None = None
 
-    def push(self, item: EmitterMessage, *, extra: bool = False) -> bool:
+    def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
         """Hand a reply over; a late one, or one to nobody, is dropped."""
+        assert isinstance(item, EmitterMessage)
         path = levels(item.channel[len(self.channel) :] or "/")
         reply = self.waiting.get(path[0])
         if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
@@ -64,6 +67,15 @@ class _Replies(EventStream[EmitterMessage]):
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """Let go those who wait."""
         super().end(error)
+        self.let_go()
+
+    def note_gap(self) -> None:
+        """Let go those who wait: a reply may have been lost with the link."""
+        super().note_gap()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Have those who wait look why nothing came."""
         for reply in self.waiting.values():
             reply.came.set()
 
@@ -73,7 +85,7 @@ class Caller(Subscriber):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._replies: dict[tuple[str, str], _Replies] = {}
+        self._replies: dict[tuple[Key, str], _Replies] = {}
         self._requests = 0
         self._served = 0
 
@@ -85,12 +97,13 @@ class Caller(Subscriber):
     def _finish(self) -> None:
         super()._finish()
         for replies in self._replies.values():
-            self._routers["message"].discard(replies)
+            if replies.subscription is not None:
+                self._forget(replies.subscription)
             replies.close()
         self._replies = {}
 
     async def request(
-        self, key: str, channel: str, message: Payload, *, timeout: Timeout = DEFAULT
+        self, key: Key, channel: str, message: Payload, *, timeout: Timeout = DEFAULT
     ) -> EmitterMessage:
         """
         Ask those who :meth:`serve` a channel, and wait for the first reply.
@@ -107,19 +120,25 @@ class Caller(Subscriber):
 
         Cancelling it, or a timeout, cancels the handler that serves it.
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
-        self._link()
-        replies = await self._replies_on(key, channel)
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        await self._linked()
+        return await self._keyed(key, partial(self._ask, key, channel, payload, seconds))
+
+    async def _ask(
+        self, source: Key, channel: str, payload: bytes, seconds: float | None, key: str
+    ) -> EmitterMessage:
+        replies = await self._replies_on(source, channel)
         # One count for all: two keys of one channel have their replies in the same place.
         self._requests += 1
         number = str(self._requests)
         where = f"{replies.channel}{number}/"
         topic = self._topic(key, where)
         self._check_size(topic, payload, 1)
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
         await self._room()
+        link = self._connection
         reply = replies.waiting[number] = _Reply()
         sent = self._session.publish_confirmed(topic, payload, key=key, channel=where)
         try:
@@ -131,7 +150,8 @@ class Caller(Subscriber):
             if reply.message is None and sent.refusal is None:
                 self._say(key, f"{where}{_CANCEL}/", b"")
         if reply.message is None:
-            self._link()
+            if link is not self._connection or not self._usable(link):
+                raise self._reply_lost(channel)
             raise RequestTimeoutError(
                 f"request {channel!r}: nobody replied within {seconds:g} s; whether it took "
                 "effect is unknown"
@@ -141,9 +161,17 @@ class Caller(Subscriber):
             raise ReplyError(f"request {channel!r}: {words}")
         return EmitterMessage(where, reply.message.binary)
 
+    def _reply_lost(self, channel: str) -> Exception:
+        if self._may_come() or self._usable(self._connection):
+            return ConnectionLostError(
+                f"request {channel!r}: the link was lost before a reply came; whether it took "
+                "effect is unknown"
+            )
+        return self._gone()
+
     async def serve(
         self,
-        key: str,
+        key: Key,
         channel: str,
         handler: Serve,
         *,
@@ -162,7 +190,7 @@ class Caller(Subscriber):
         :raises UnauthorizedError: if the key may not
         :raises ConnectionLostError: if the link is gone for good
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel)
         failure: EmitterError | None = None
         async with (
@@ -183,7 +211,7 @@ class Caller(Subscriber):
 
     async def _serve_all(
         self,
-        key: str,
+        key: Key,
         channel: str,
         handler: Serve,
         requests: EventStream[EmitterMessage],
@@ -202,13 +230,14 @@ class Caller(Subscriber):
 
     async def _serve_one(
         self,
-        key: str,
+        source: Key,
         handler: Serve,
         message: EmitterMessage,
         scope: anyio.CancelScope,
         running: dict[str, anyio.CancelScope],
     ) -> None:
         with scope:
+            key = await self._keys.get(source)
             try:
                 reply = handler(message)
                 if inspect.isawaitable(reply):
@@ -224,25 +253,30 @@ class Caller(Subscriber):
                 self._say(key, f"{message.channel}{kind}/", payload)
         del running[message.channel]
 
-    async def _replies_on(self, key: str, channel: str) -> _Replies:
+    async def _replies_on(self, source: Key, channel: str) -> _Replies:
         async with self._replies_lock:
-            replies = self._replies.get((key, channel))
+            replies = self._replies.get((source, channel))
+            if replies is not None and replies.ended:
+                # It could not be subscribed to again when the link was lost: ask once more.
+                replies = None
             if replies is None:
                 connection_id = self._session.connection_id
                 if connection_id is None:
                     connection_id = (await self._request(asking.me(), DEFAULT)).id
                 replies = _Replies(f"{channel}{connection_id}/")
+                replies.subscription = Subscription(source, replies.channel, replies)
+                ask = partial(self._subscribe, replies.subscription, Replay(last=0), DEFAULT)
                 try:
-                    await self._subscribe(key, replies.channel, Replay(last=0), replies, DEFAULT)
+                    await self._keyed(source, ask)
                 except BaseException:
                     replies.close()
                     raise
-                self._replies[key, channel] = replies
+                self._replies[source, channel] = replies
             return replies
 
     def _say(self, key: str, channel: str, payload: bytes) -> None:
         # Without waiting, since it may be said under cancellation.
-        if self._connection is not None and not self._connection.leaving:
+        if self._usable(self._connection):
             self._session.publish(self._topic(key, channel), payload)
 
     def _topic(self, key: str, channel: str) -> bytes:

@@ -9,12 +9,15 @@ running one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from functools import lru_cache
-from typing import Final, TypeGuard
+from typing import Final, TypeAlias, TypeGuard
 
 from ._errors import InvalidChannelError
+
+Key: TypeAlias = str | Callable[[], Awaitable[str]]
+"""A key, or an ``async`` function that returns one and is asked again when it was refused."""
 
 MAX_KEY_LEVELS: Final = 23
 """The target of a key has at most so many levels: the broker keeps a bit for each."""
@@ -122,6 +125,16 @@ def check_target(channel: str) -> str:
     return target
 
 
+def check_source(key: Key) -> Key:
+    """
+    Check what stands for a key: the key, or a function that will be asked for it.
+
+    :raises TypeError: if it is neither
+    :raises ValueError: as :func:`check_key`
+    """
+    return key if callable(key) else check_key(key)
+
+
 def check_key(key: str) -> str:
     """
     Check that a key can stand in a topic; whether it opens anything, the broker says.
@@ -130,7 +143,9 @@ def check_key(key: str) -> str:
         shown
     """
     if not isinstance(key, str):
-        raise TypeError(f"a key is a str, not {type(key).__name__}")
+        raise TypeError(
+            f"a key is a str, not {type(key).__name__} (or an async function that returns a str)"
+        )
     if not key:
         raise ValueError("the key is empty; keygen() makes one")
     if bad := _NOT_IN_A_KEY.search(key):

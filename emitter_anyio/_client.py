@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Final, Literal
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _requests as requests
 from ._calling import Caller
-from ._channels import check_channel, check_key, check_target, check_whole, format_topic
+from ._channels import (
+    Key,
+    check_channel,
+    check_key,
+    check_source,
+    check_target,
+    check_whole,
+    format_topic,
+)
 from ._conversation import DEFAULT, Timeout
-from ._errors import MessageTooLargeError
-from ._history import Historian
+from ._errors import ConnectionLostError, MessageTooLargeError, RequestTimeoutError
+from ._events import logger
+from ._life import RESTORING
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
 from ._requests import ChannelKey, Link, Me
 from ._watching import Watcher
+
+_LinkOptions: TypeAlias = tuple[tuple[str, int | None], ...]
 
 _LINK = re.compile(r"[a-zA-Z0-9]{1,2}", re.ASCII)
 
@@ -27,6 +39,14 @@ _MAX_DELIVERED: Final = 65528
 
 _TOPICS: Final = 1024
 """So many topics are kept ready to be published to."""
+
+
+class _Made(NamedTuple):
+    """How a link was made, to make it again."""
+
+    key: Key
+    channel: str
+    options: _LinkOptions
 
 
 def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Emitter:
@@ -44,7 +64,8 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
         ``"mqtt"``, as the broker is configured), ``max_message_size`` (65536 bytes),
         ``allow_collisions`` (``False``; for brokers that keep channels of equal hashes apart),
         ``connectable`` (an ``anyio.abc.ByteStreamConnectable`` instead of host and TLS),
-        ``reconnect`` (``None``: one link)
+        ``reconnect`` (``Backoff()``: a link that is lost comes back; ``None``: one link only),
+        ``while_down`` (``"wait"`` until it is back, or ``"raise"``: what a call does meanwhile)
     :return: a client to be entered
     :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
     :raises ValueError: if a value is out of its range
@@ -52,14 +73,20 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     return Emitter(make_options(options, keywords))
 
 
-class Emitter(Caller, Watcher, Historian):
+class Emitter(Caller, Watcher):
     """
     A client of an Emitter broker; :func:`connect` makes one.
 
     It lives inside ``async with``, or in a task group by ``await task_group.start(emitter.run)``,
-    on asyncio and on Trio. The body starts connected. When the link is gone for good, the body is
-    cancelled and the block raises :class:`ConnectionLostError`. Entering it again after it ended
-    is fine.
+    on asyncio and on Trio. The body starts connected. Entering it again after it ended is fine.
+
+    A link that is lost comes back, with subscriptions, groups, presence and links confirmed before
+    ``connect`` is emitted again. Calls that waited for an answer raise
+    :class:`ConnectionLostError`, as their outcome is unknown; calls made meanwhile wait. Publishes
+    of ``qos=0`` of which no byte was handed over go out first on the next link, in order; those
+    handed over are never sent again, and ``statistics().uncertain`` counts them. When the link is
+    gone for good (``reconnect=None``, or its tries used up), the body is cancelled and the block
+    raises :class:`ConnectionLostError`.
 
     Every verb may be cancelled at any time: there is never half a packet on the wire, and the
     client stays usable. Every awaited verb is a checkpoint, but ``publish(qos=0)``, which notices
@@ -70,7 +97,8 @@ class Emitter(Caller, Watcher, Historian):
         super().__init__(options)
         self._topics: dict[tuple[object, ...], bytes] = {}
         self._publishes = 0
-        self._links: dict[str, str] = {}
+        self._links: dict[str, _Made] = {}
+        self._restorers.append(self._restore_links)
 
     def _begin(self) -> None:
         super()._begin()
@@ -82,7 +110,7 @@ class Emitter(Caller, Watcher, Historian):
 
     async def publish(
         self,
-        key: str,
+        key: Key,
         channel: str,
         message: Payload,
         ttl: int | None = None,
@@ -95,7 +123,9 @@ class Emitter(Caller, Watcher, Historian):
         """
         Publish a message.
 
-        :param key: a key with the permission to write (``w``)
+        :param key: a key with the permission to write (``w``); or, as wherever a key is taken, an
+            ``async`` function that returns one. Its answer is kept, and when the broker refuses
+            it, here or after a lost link, the function is asked for another one
         :param channel: the channel, without wildcards
         :param message: bytes-like or ``str`` (as UTF-8); anything else is sent as JSON
         :param ttl: store it for so many seconds; ``None`` or 0 does not. Without the permission to
@@ -118,6 +148,14 @@ class Emitter(Caller, Watcher, Historian):
         Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
         """
+        if type(key) is not str and callable(key):
+            await self._keyed(
+                key,
+                lambda text: self.publish(
+                    text, channel, message, ttl, qos=qos, retain=retain, echo=echo, timeout=timeout
+                ),
+            )
+            return
         try:
             # Not by index: a KeyError would show the key in the tracebacks of the errors below.
             topic = self._topics.get((key, channel, ttl, echo))
@@ -153,7 +191,8 @@ class Emitter(Caller, Watcher, Historian):
         """
         _check_link(name)
         payload = encode_payload(message)
-        channel = self._links.get(name)
+        made = self._links.get(name)
+        channel = None if made is None else made.channel
         if channel is not None and len(channel) + len(payload) > _MAX_DELIVERED:
             raise MessageTooLargeError(
                 f"channel and payload have {len(channel) + len(payload)} bytes; through a link "
@@ -182,7 +221,7 @@ class Emitter(Caller, Watcher, Historian):
 
     async def keygen(
         self,
-        key: str,
+        key: Key,
         channel: str,
         permissions: str = "rw",
         ttl: int = 0,
@@ -203,7 +242,7 @@ class Emitter(Caller, Watcher, Historian):
         :return: the key and its channel
         :raises UnauthorizedError: if ``key`` may not make keys
         """
-        check_key(key)
+        check_source(key)
         channel = check_target(channel)
         check_whole("ttl", ttl)
         if not isinstance(permissions, str):
@@ -213,10 +252,14 @@ class Emitter(Caller, Watcher, Historian):
                 f"permissions has {', '.join(sorted(map(repr, unknown)))}, which Emitter does not "
                 "know; there are r, w, s, l, p, e and x"
             )
-        return await self._request(requests.keygen(key, channel, permissions, ttl), timeout)
+
+        async def ask(text: str) -> ChannelKey:
+            return await self._request(requests.keygen(text, channel, permissions, ttl), timeout)
+
+        return await self._keyed(key, ask)
 
     async def keyban(
-        self, secret: str, target: str, banned: bool = True, *, timeout: Timeout = DEFAULT
+        self, secret: Key, target: Key, banned: bool = True, *, timeout: Timeout = DEFAULT
     ) -> bool:
         """
         Ban a key, or take that back.
@@ -231,15 +274,20 @@ class Emitter(Caller, Watcher, Historian):
         :return: whether it is banned now
         :raises UnauthorizedError: if ``secret`` may not ban
         """
-        check_key(secret)
-        check_key(target)
+        check_source(secret)
+        check_source(target)
         if not isinstance(banned, bool):
             raise TypeError(f"banned is a bool, not {type(banned).__name__}")
-        return await self._request(requests.keyban(secret, target, banned), timeout)
+        banning = await self._keys.get(target, restoring=RESTORING.get())
+
+        async def ask(text: str) -> bool:
+            return await self._request(requests.keyban(text, banning, banned), timeout)
+
+        return await self._keyed(secret, ask)
 
     async def link(
         self,
-        key: str,
+        key: Key,
         channel: str,
         name: str,
         *,
@@ -251,10 +299,11 @@ class Emitter(Caller, Watcher, Historian):
         """
         Make a short name for a channel, to publish to with :meth:`publish_with_link`.
 
-        It lasts as long as this link to the broker, and cannot be taken back. The broker looks at
-        the key only when the name is used.
+        It cannot be taken back, and lasts as long as the client: a new connection gets it, too.
+        The broker looks at the key only when the name is used.
 
-        :param key: a key with the permission to write (``w``)
+        :param key: a key with the permission to write (``w``), or a function as in
+            :meth:`publish`
         :param channel: the channel
         :param name: one or two letters or digits
         :param subscribe: whether to subscribe to the channel too, as an awaited
@@ -265,15 +314,35 @@ class Emitter(Caller, Watcher, Historian):
         :return: the name, and the channel with its options
         :raises UnauthorizedError: with ``subscribe``, if the key may not read; the link is there
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel)
         _check_link(name)
         options = (("ttl", check_whole("ttl", ttl) or None), ("me", None if echo else 0))
-        made = await self._request(requests.link(key, channel, name, options), timeout)
-        self._links[name] = channel
+        ask = partial(self._ask_for_link, name, channel, options, timeout)
+        made = await self._keyed(key, ask)
+        self._links[name] = _Made(key, channel, options)
         if subscribe:
             await self.subscribe(key, channel, 0, timeout=timeout)
         return made
+
+    async def _ask_for_link(
+        self, name: str, channel: str, options: _LinkOptions, timeout: Timeout, key: str
+    ) -> Link:
+        return await self._request(requests.link(key, channel, name, options), timeout)
+
+    def _restore_links(self) -> Iterable[Callable[[], Awaitable[None]]]:
+        return [partial(self._restore_link, name, made) for name, made in self._links.items()]
+
+    async def _restore_link(self, name: str, made: _Made) -> None:
+        ask = partial(self._ask_for_link, name, made.channel, made.options, DEFAULT)
+        try:
+            await self._keyed(made.key, ask)
+        except (ConnectionLostError, RequestTimeoutError):
+            raise
+        except Exception as exc:
+            del self._links[name]
+            logger.warning("the link %r could not be made again: %s", name, exc)
+            self._report(exc)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """
@@ -299,7 +368,8 @@ class Emitter(Caller, Watcher, Historian):
             self._publishes += 1
             if not self._publishes & 15:
                 await (checkpoint() if not self._publishes & 63 else checkpoint_if_cancelled())
-            if self._connection is None or not self._connection.writer.has_room:
+            link = self._connection
+            if link is None or not self._ready or not link.writer.has_room:
                 await self._room()
             self._session.publish(topic, payload, retain=retain)
         elif qos == 1:

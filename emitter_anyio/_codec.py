@@ -301,6 +301,11 @@ def encode_publish(packet: Publish) -> bytes:
     return bytes((head, *_varint(size))) + _PACKET_ID.pack(length) + topic + payload
 
 
+def is_unconfirmed_publish(packet: bytes) -> bool:
+    """Tell whether an encoded packet is a ``PUBLISH`` of QoS 0."""
+    return packet[0] & 0xF6 == 0x30
+
+
 def _varint(value: int) -> list[int]:
     digits = []
     while value > 0x7F:

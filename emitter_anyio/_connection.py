@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import anyio
 
 from ._channels import check_channel, check_key, format_topic
-from ._codec import Codec, Hello
+from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
@@ -63,11 +63,26 @@ class Connection:
         """Whether DISCONNECT has been queued, behind which nothing goes."""
         return self.writer.ended
 
+    @property
+    def broken(self) -> bool:
+        """Whether it has ended, or will, and not because we closed it."""
+        return self._broken is not None
+
     def send(self, packet: Packet) -> None:
         """Encode a packet and queue it; nothing goes behind DISCONNECT."""
         if not self.leaving:
             self.writer.ended = isinstance(packet, Disconnect)
             self.writer.write(self._codec.encode(packet))
+
+    def send_again(self, packets: Sequence[bytes]) -> None:
+        """Queue packets as they are, for which an earlier link had no time."""
+        for packet in packets:
+            self.writer.write(packet)
+
+    @property
+    def unsent(self) -> list[bytes]:
+        """The publishes of QoS 0 of which no byte has been handed over."""
+        return list(filter(is_unconfirmed_publish, self.writer.untouched))
 
     async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
         """
@@ -94,6 +109,10 @@ class Connection:
                 self.writer.stop()
                 self._ended.set()
         return self._broken
+
+    def fail(self, exc: Exception) -> None:
+        """End :meth:`run` as though the link had broken, since it is of no use."""
+        self._break(exc)
 
     async def abandon(self) -> None:
         """Close a link that was never run."""
@@ -177,17 +196,22 @@ class Connection:
                 )
 
 
-async def open_connection(options: Options) -> Connection:
+async def open_connection(
+    options: Options, *, will_key: str | None = None, after: Server | None = None
+) -> Connection:
     """
     Try each server once, in turn, each under ``connect_timeout``.
 
     Cancelling it at any point leaves nothing behind.
 
+    :param will_key: the key of the will, if there is one
+    :param after: begin behind this server, which has just failed
     :raises ConnectError: if none can be reached, with every cause
     """
-    hello = _make_hello(options)
+    hello = _make_hello(options, will_key)
     causes: dict[str, Exception] = {}
-    for server in options.servers:
+    begin = 0 if after is None else options.servers.index(after) + 1
+    for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
             with anyio.fail_after(options.connect_timeout):
                 return await _open(server, options, hello)
@@ -223,11 +247,11 @@ async def _open(server: Server, options: Options, hello: Hello) -> Connection:
         raise
 
 
-def _make_hello(options: Options) -> Hello:
+def _make_hello(options: Options, will_key: str | None) -> Hello:
     will = None
-    if options.will is not None:
+    if options.will is not None and will_key is not None:
         given = options.will
-        topic = format_topic(check_key(given.key), check_channel(given.channel))
+        topic = format_topic(check_key(will_key), check_channel(given.channel))
         will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
     # MQTT counts in whole seconds; Emitter passes over what it is told here.
     return Hello(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Final, Literal, TypeAlias, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
 
-from ._errors import MessageTooLargeError, RequestTimeoutError
-from ._life import Life
+from ._channels import Key
+from ._errors import MessageTooLargeError, RequestTimeoutError, UnauthorizedError
+from ._life import RESTORING, Life
 from ._pending import Pending
 from ._requests import Request
 
@@ -33,14 +35,32 @@ class Conversation(Life):
 
     async def _room(self) -> None:
         """Wait until a packet may be queued; nothing may be awaited before it is."""
-        writer = self._link().writer
-        if not writer.has_room:
-            await writer.room()
-        while self._session.full:
-            freed = anyio.Event()
-            self._session.call_when_free(freed.set)
-            await freed.wait()
-        self._link()
+        link = None
+        while not self._usable(link):
+            link = await self._linked()
+            if not link.writer.has_room:
+                await link.writer.room()
+            while self._session.full and self._usable(link):
+                freed = anyio.Event()
+                self._session.call_when_free(freed.set)
+                await freed.wait()
+
+    async def _keyed(self, source: Key, use: Callable[[str], Awaitable[T]]) -> T:
+        """
+        Do something with a key. If the broker refuses one that a function has given, the function
+        is asked for another one, once.
+        """
+        if isinstance(source, str):
+            return await use(source)
+        restoring = RESTORING.get()
+        key = await self._keys.get(source, restoring=restoring)
+        try:
+            return await use(key)
+        except UnauthorizedError:
+            renewed = await self._keys.renew(source, key, restoring=restoring)
+            if renewed == key:
+                raise
+        return await use(renewed)
 
     async def _request(self, request: Request[T], timeout: Timeout) -> T:
         self._check_size(request.topic.encode(), request.body, 1)
@@ -55,7 +75,8 @@ class Conversation(Life):
             return pending.result()
         done = anyio.Event()
         pending.call_when_done(done.set)
-        writer = self._link().writer
+        assert self._connection is not None
+        writer = self._connection.writer
         pending.waiters += 1
         try:
             await writer.left(writer.queued)

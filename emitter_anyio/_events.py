@@ -335,6 +335,10 @@ class EventSource(ABC):
         """Close a stream, and keep what is to be known of it."""
 
     @abstractmethod
+    def _passes(self, error: Exception) -> bool:
+        """Tell whether a handler's exception is about something that will soon be over."""
+
+    @abstractmethod
     def _fail(self, error: BaseException) -> None:
         """End the client because of an error that nobody handles."""
 
@@ -396,6 +400,9 @@ class EventSource(ABC):
             f"the handler {name} of {event!r} raised {type(exc).__name__}", event=event
         )
         error.__cause__ = exc
+        if self._passes(exc):
+            self._report(error)
+            return
         if event == "error" or not self._receivers("error", error):
             exc.add_note(f"raised by the handler {name} of {event!r}, and nobody handled 'error'")
             raise exc

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from datetime import datetime
-from typing import Final, Literal
+from functools import partial
+from typing import Any, Final, Literal
 
 from . import _requests as requests
-from ._channels import check_channel, check_key, check_whole, levels, unix_seconds
+from ._channels import Key, check_channel, check_source, check_whole, levels, unix_seconds
 from ._conversation import DEFAULT, Conversation, Timeout
 from ._errors import InvalidChannelError, RequestError
 from ._messages import StoredMessage
@@ -21,7 +22,7 @@ class Historian(Conversation):
 
     def history(
         self,
-        key: str,
+        key: Key,
         channel: str,
         last: int = 100,
         *,
@@ -51,13 +52,9 @@ class Historian(Conversation):
         :raises RequestError: when iterated, without a status, if one message alone is too large
             for the broker to send
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel, wildcards=True)
-        if levels(channel)[0] in ("+", "#"):
-            raise InvalidChannelError(
-                f"channel {channel!r}: history needs a literal first level, by which the broker "
-                "finds what it has stored"
-            )
+        check_stored(channel)
         if check_whole("last", last) is None:
             raise TypeError("last is a whole number, not NoneType")
         if order not in ("oldest", "newest"):
@@ -68,7 +65,7 @@ class Historian(Conversation):
 
     async def _newest_first(
         self,
-        key: str,
+        key: Key,
         channel: str,
         last: int,
         since: int | None,
@@ -78,11 +75,10 @@ class Historian(Conversation):
         size, before = _PAGE, None
         while last:
             size = min(size, last)
-            asked = requests.history(
-                key, channel, last=size, since=since, until=until, before=before
-            )
+            window = {"last": size, "since": since, "until": until}
+            ask = partial(self._page, channel, window, before, timeout)
             try:
-                page = await self._request(asked, timeout)
+                page = await self._keyed(key, ask)
             except RequestError as exc:
                 # Only an acknowledgement came: the answer was too large for the broker to send.
                 if exc.status is not None or size == 1:
@@ -98,6 +94,29 @@ class Historian(Conversation):
             size = min(2 * size, _PAGE)
             for message in reversed(page):
                 yield message
+
+    async def _page(
+        self,
+        channel: str,
+        window: Mapping[str, Any],
+        before: bytes | None,
+        timeout: Timeout,
+        key: str,
+    ) -> list[StoredMessage]:
+        return await self._request(requests.history(key, channel, **window, before=before), timeout)
+
+
+def check_stored(channel: str) -> None:
+    """
+    Check that what is stored of a channel can be read back.
+
+    :raises InvalidChannelError: if the broker would find nothing
+    """
+    if levels(channel)[0] in ("+", "#"):
+        raise InvalidChannelError(
+            f"channel {channel!r}: history needs a literal first level, by which the broker finds "
+            "what it has stored"
+        )
 
 
 async def _reversed(messages: AsyncIterator[StoredMessage]) -> AsyncGenerator[StoredMessage]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Literal, Self, TypeAlias
 
@@ -15,8 +17,15 @@ from anyio.abc import TaskGroup, TaskStatus
 from anyio.lowlevel import checkpoint
 
 from ._connection import Connection, open_connection
-from ._errors import ClosedError, ConnectionLostError
+from ._errors import (
+    ClosedError,
+    ConnectError,
+    ConnectionLostError,
+    RequestTimeoutError,
+    UnauthorizedError,
+)
 from ._events import EventSource, logger
+from ._keys import KeyRing
 from ._messages import EmitterMessage
 from ._options import Options
 from ._packets import Event, Packet
@@ -27,8 +36,14 @@ from ._subscription import EventStream
 
 State: TypeAlias = Literal["closed", "connecting", "connected", "closing"]
 
+Restorer: TypeAlias = Callable[[], Iterable[Callable[[], Awaitable[None]]]]
+"""Asks at once for what a new link has to have, and gives what waits for the answers."""
+
 _AFTER_THE_LINK: Final = ("disconnect", "error")
 """Events that still come when the link is closed."""
+
+RESTORING: Final[ContextVar[bool]] = ContextVar("emitter_anyio restoring", default=False)
+"""Whether the present task restores a link, and so may use it before all others may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,10 @@ class Statistics:
     :ivar nonsense: how many things came that the broker would not send
     :ivar queued_bytes: how many bytes wait for the link
     :ivar pending: how many acknowledgements are outstanding
+    :ivar links: how many links there have been
+    :ivar uncertain: how many publishes of ``qos=0`` had been handed to a link that was then lost:
+        the broker may have taken them or not, and they are not sent again
+    :ivar unsent: how many publishes of ``qos=0`` were given up, since there was no next link
     """
 
     received: int
@@ -67,6 +86,9 @@ class Statistics:
     nonsense: int
     queued_bytes: int
     pending: int
+    links: int
+    uncertain: int
+    unsent: int
 
 
 class Life(EventSource):
@@ -79,7 +101,14 @@ class Life(EventSource):
         self._entered: AbstractAsyncContextManager[Self] | None = None
         self._lived = False
         self._session = self._new_session()
+        self._keys = KeyRing()
         self._connection: Connection | None = None
+        self._ready = False
+        """Whether the present link has all that the ones before it had."""
+        self._carried: list[bytes] = []
+        """Publishes that were accepted, and of which no link has had a byte."""
+        self._restorers: list[Restorer] = []
+        self._retrying: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
         self._body: anyio.CancelScope | None = None
         self._feeds: Router[PresenceFeed] = Router(options.matcher)
@@ -88,12 +117,16 @@ class Life(EventSource):
         self._last_error: Exception | None = None
         self._unread: list[EmitterMessage] = []
         self._leaving = False
+        self._over = True
         self._deadline = math.inf
         self._changed = anyio.Event()
         self._received = 0
         self._unhandled = 0
         self._dropped = 0
         self._nonsense = 0
+        self._links_had = 0
+        self._uncertain = 0
+        self._unsent = 0
 
     # Entering and leaving
 
@@ -163,11 +196,20 @@ class Life(EventSource):
     async def _open(self, scope: anyio.CancelScope) -> Connection:
         self._body = scope
         with scope:
-            connection = await open_connection(self._options)
+            connection = await self._open_link(None)
             if not scope.cancel_called:
                 return connection
             await connection.abandon()
         raise ClosedError("disconnect() was called while the client was connecting")
+
+    async def _open_link(self, last: Connection | None) -> Connection:
+        will = self._options.will
+        key = None
+        if will is not None:
+            # The function that stands for it may use the client only once there is a link.
+            key = await self._keys.get(will.key, restoring=True)
+        after = None if last is None else last.server
+        return await open_connection(self._options, will_key=key, after=after)
 
     def _begin(self) -> None:
         self._lived = True
@@ -175,18 +217,29 @@ class Life(EventSource):
         self._lost = None
         self._failure = None
         self._unread = []
+        self._carried = []
         self._deadline = math.inf
         self._session = self._new_session()
         self._set_state("connecting")
 
     def _start(self, connection: Connection, tasks: TaskGroup) -> None:
-        self._connection = connection
+        self._over = False
         self._tasks = tasks
-        self._set_state("connected")
-        logger.info("connected to %s", connection.server)
         self._start_handlers(tasks)
-        self._emit("connect")
+        self._connection = connection
+        self._be_ready(connection)
         tasks.start_soon(self._supervise, connection, name="emitter_anyio link")
+
+    def _be_ready(self, connection: Connection) -> None:
+        self._ready = True
+        self._links_had += 1
+        if not self._leaving:
+            self._set_state("connected")
+        self._changed_now()
+        logger.info("connected to %s", connection.server)
+        self._emit("connect")
+
+    # Leaving
 
     async def _leave(self) -> None:
         self._start_leaving()
@@ -195,16 +248,32 @@ class Life(EventSource):
             await self._handlers_done(leavers=True)
 
     def _start_leaving(self) -> None:
+        if self._leaving:
+            return
+        self._note_leaving()
+        self._set_state("closing")
+        if self._connection is not None:
+            self._start_goodbye(self._connection)
+        elif self._retrying is not None:
+            # There is a time for the goodbye, so that what is queued may find a link yet.
+            if self._carried:
+                self._retrying.deadline = self._deadline
+            else:
+                self._retrying.cancel()
+
+    def _note_leaving(self) -> None:
         if not self._leaving:
             self._leaving = True
             self._deadline = anyio.current_time() + self._options.disconnect_timeout
-            assert self._connection is not None
-            assert self._tasks is not None
-            self._set_state("closing")
-            self._tasks.start_soon(self._say_goodbye, self._connection)
+
+    def _start_goodbye(self, connection: Connection) -> None:
+        assert self._tasks is not None
+        self._tasks.start_soon(self._say_goodbye, connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
         with anyio.CancelScope(deadline=self._deadline):
+            while self._connection is connection and not self._ready:
+                await self._changed.wait()
             self._end_handlers(but=_AFTER_THE_LINK)
             await self._handlers_done(but=_AFTER_THE_LINK)
             for pending in self._session.awaited():
@@ -214,9 +283,19 @@ class Life(EventSource):
             await connection.say_goodbye(unsettled=self._session.unsettled)
         connection.close()
 
+    # The links, one after another
+
     async def _supervise(self, connection: Connection) -> None:
-        broken = await connection.run(self._deliver, self._ping)
-        self._end_link(broken)
+        attempt = 0
+        link: Connection | None = connection
+        while link is not None:
+            began = anyio.current_time()
+            broken = await self._run_link(link)
+            self._end_link(link, broken)
+            if anyio.current_time() > began + self._longest(attempt):
+                attempt = 0
+            link, attempt = await self._next_link(link, broken, attempt)
+        self._end()
         with anyio.CancelScope(deadline=self._deadline):
             # Those of "error" come last: another one may raise to the end.
             self._end_handlers(but=("error",))
@@ -225,31 +304,144 @@ class Life(EventSource):
             await self._handlers_done()
         self._set_state("closed")
 
-    def _end_link(self, broken: Exception | None) -> None:
-        connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        if broken is None:
-            logger.info("disconnected from %s", connection.server)
-        else:
-            self._lost = f"the link to {connection.server} is lost: {broken}"
-            logger.warning("%s", self._lost)
-            self._last_error = broken
+    def _longest(self, attempt: int) -> float:
+        backoff = self._options.reconnect
+        return math.inf if backoff is None else backoff.longest(attempt)
+
+    async def _run_link(self, link: Connection) -> Exception | None:
+        async with anyio.create_task_group() as tasks:
+            if not self._ready:
+                tasks.start_soon(self._restore, link, self._ask_again())
+            if self._leaving:
+                self._start_goodbye(link)
+            broken = await link.run(self._deliver, self._ping)
+            tasks.cancel_scope.cancel()
+        return broken
+
+    def _ask_again(self) -> list[Callable[[], Awaitable[None]]]:
+        # All is asked before anything is waited for: what is given up meanwhile finds either
+        # nothing on this link, or something to be taken back behind it.
+        return [wait for restorer in self._restorers for wait in restorer()]
+
+    async def _restore(
+        self, link: Connection, waits: Iterable[Callable[[], Awaitable[None]]]
+    ) -> None:
+        """See to it that a new link has all that the last one had, and let everybody use it."""
+        RESTORING.set(True)
+        async with anyio.create_task_group() as tasks:
+            for wait in waits:
+                tasks.start_soon(self._await_restored, link, wait)
+        if not link.broken:
+            carried, self._carried = self._carried, []
+            self._session.published(len(carried))
+            link.send_again(carried)
+            self._be_ready(link)
+
+    async def _await_restored(self, link: Connection, wait: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await wait()
+        except (ConnectionLostError, RequestTimeoutError) as exc:
+            link.fail(exc)
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as exc:
+            self._fail(exc)
+
+    async def _next_link(
+        self, last: Connection, broken: Exception | None, attempt: int
+    ) -> tuple[Connection | None, int]:
+        backoff = self._options.reconnect
+        if broken is None or backoff is None or (self._leaving and not self._carried):
+            return None, attempt
+        deadline = self._deadline if self._leaving else math.inf
+        with anyio.CancelScope(deadline=deadline) as self._retrying:
+            while backoff.tries is None or attempt < backoff.tries:
+                delay = backoff.delay(attempt)
+                attempt += 1
+                await anyio.sleep(delay)
+                try:
+                    link = await self._open_link(last)
+                except ConnectError as exc:
+                    self._last_error = exc
+                    logger.info("try %d to connect again: %s", attempt, exc)
+                    continue
+                if self._retrying.cancel_called:
+                    await link.abandon()
+                    continue
+                self._connection = link
+                self._retrying = None
+                return link, attempt
+            if not self._leaving:
+                self._lost = (
+                    f"{self._lost_link(last)}, and {attempt} tries have opened no other: "
+                    f"{self._last_error}"
+                )
+                logger.error("%s", self._lost)
+        self._retrying = None
+        return None, attempt
+
+    def _lost_link(self, link: Connection) -> str:
+        return f"the link to {link.server} is lost"
+
+    def _end_link(self, link: Connection, broken: Exception | None) -> None:
+        """Take leave of a link; what may go on is kept for the next one."""
+        was_ready, self._ready = self._ready, False
+        self._connection = None
         self._nonsense += self._session.nonsense
         self._session.nonsense = 0
-        self._session.lost(self._gone)
-        self._emit("disconnect")
-        if broken is not None:
+        # What had to wait for the restoration comes behind what this link has not sent either.
+        unsent = link.unsent
+        self._carried = [*unsent, *self._carried]
+        gone: Callable[[], Exception] = self._gone
+        if broken is None:
+            logger.info("disconnected from %s", link.server)
+            self._session.lost(gone)
+        else:
+            self._last_error = broken
+            logger.warning("%s: %s", self._lost_link(link), broken)
+            if self._options.reconnect is None:
+                self._lost = f"{self._lost_link(link)}: {broken}"
+            else:
+                gone = partial(self._interrupted, link, broken)
+                if not self._leaving:
+                    self._set_state("connecting")
+            uncertain = self._session.lost(gone) - len(unsent)
+            self._uncertain += uncertain
+            if uncertain:
+                logger.warning(
+                    "%d publishes of qos=0 were under way: the broker may have taken them or not",
+                    uncertain,
+                )
+        self._changed_now()
+        if was_ready:
+            self._link_lost()
+            self._emit("disconnect")
+
+    def _link_lost(self) -> None:
+        """Tell those who must know that what was under way will not come."""
+
+    def _end(self) -> None:
+        """There will be no link any more."""
+        unsent, self._carried = len(self._carried), []
+        self._unsent += unsent
+        if self._over:
+            return
+        self._over = True
+        if self._lost is not None:
             self._fail(self._connection_lost())
-        if not self._leaving:
-            self._leaving = True
-            self._deadline = anyio.current_time() + self._options.disconnect_timeout
+        if unsent:
+            words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
+            self._report(ConnectionLostError(words))
+        self._note_leaving()
         for stream in self._streams():
             stream.end(self._connection_lost if self._lost else None)
 
     def _finish(self) -> None:
         """End what cancellation has kept from ending in its own time."""
-        self._end_link(None)
+        if self._connection is not None:
+            self._end_link(self._connection, None)
+        self._retrying = None
+        self._end()
         self._stop_handlers()
         self._tasks = None
         self._set_state("closed")
@@ -276,6 +468,12 @@ class Life(EventSource):
             return all(map(self._is_this_loss, error.exceptions))
         return isinstance(error, ConnectionLostError) and error.unread is self._unread
 
+    def _passes(self, error: Exception) -> bool:
+        if isinstance(error, ExceptionGroup):
+            return all(map(self._passes, error.exceptions))
+        transient = isinstance(error, ConnectionLostError) and self._options.reconnect is not None
+        return transient and self._lost is None
+
     def _fail(self, error: BaseException) -> None:
         if self._failure is None or not isinstance(error, Exception):
             self._failure = error
@@ -292,7 +490,7 @@ class Life(EventSource):
         raising :class:`ClosedError`. Cancelling it does not stop the leaving.
         """
         self._handler_leaves()
-        if self._connection is not None:
+        if self._tasks is not None:
             self._start_leaving()
         elif self._state == "connecting" and self._body is not None:
             self._body.cancel()
@@ -302,13 +500,15 @@ class Life(EventSource):
 
     @property
     def state(self) -> State:
-        """``"connecting"``, ``"connected"``, ``"closing"`` or ``"closed"``."""
+        """
+        ``"connecting"`` (between two links, too), ``"connected"``, ``"closing"`` or ``"closed"``.
+        """
         return self._state
 
     @property
     def connection(self) -> ConnectionInfo | None:
         """What is known of the present link; ``None`` when there is none."""
-        if self._connection is None:
+        if self._connection is None or not self._ready:
             return None
         return ConnectionInfo(
             str(self._connection.server),
@@ -346,17 +546,43 @@ class Life(EventSource):
             self._nonsense + self._session.nonsense,
             0 if writer is None else writer.size,
             self._session.pending,
+            self._links_had,
+            self._uncertain,
+            self._unsent,
         )
 
     def _set_state(self, state: State) -> None:
         if state != self._state:
             self._state = state
-            self._changed.set()
-            self._changed = anyio.Event()
+            self._changed_now()
 
-    def _link(self) -> Connection:
-        if self._connection is None or self._connection.leaving:
-            raise self._gone()
+    def _changed_now(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    def _usable(self, link: Connection | None) -> bool:
+        return (
+            link is not None
+            and link is self._connection
+            and not link.leaving
+            and (self._ready or RESTORING.get())
+        )
+
+    def _may_come(self) -> bool:
+        """Tell whether a link may come that can be used."""
+        if self._state == "closing":
+            return self._connection is not None and not self._ready
+        return self._state == "connecting" and self._tasks is not None
+
+    async def _linked(self) -> Connection:
+        """Wait until there is a link to use, if there may be one."""
+        while not self._usable(self._connection):
+            if not self._may_come():
+                raise self._gone()
+            if self._options.while_down == "raise":
+                raise ConnectionLostError("the link is away, and another one is being opened")
+            await self._changed.wait()
+        assert self._connection is not None
         return self._connection
 
     def _gone(self) -> Exception:
@@ -374,6 +600,14 @@ class Life(EventSource):
         error.__cause__ = self._last_error
         return error
 
+    def _interrupted(self, link: Connection, broken: Exception) -> ConnectionLostError:
+        error = ConnectionLostError(
+            f"the link to {link.server} was lost meanwhile: {broken}; whether it took effect is "
+            "unknown"
+        )
+        error.__cause__ = broken
+        return error
+
     # What comes in
 
     async def _deliver(self, events: Sequence[Event]) -> None:
@@ -387,6 +621,8 @@ class Life(EventSource):
                     message = emission.value
                     await self._deliver_message(message, router.receivers(message.channel))
                 elif emission.event == "error":
+                    if isinstance(emission.value, UnauthorizedError):
+                        self._keys.doubt()
                     self._report(emission.value)
                 else:
                     for stream in self._receivers(emission.event, emission.value):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
+from ._channels import Key
+
 Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
 """What can be published: bytes-like and ``str`` (UTF-8) go as they are, all else as JSON."""
 
@@ -68,6 +70,7 @@ class EmitterMessage(Readable):
     :ivar binary: the payload
     """
 
+    # Made for every message: what is rare is in a class of its own.
     __slots__ = ("binary", "channel")
 
     channel: str
@@ -78,7 +81,53 @@ class EmitterMessage(Readable):
         self.binary = binary
 
     def __repr__(self) -> str:
-        return f"<EmitterMessage channel={self.channel!r} binary={self._shown()}>"
+        replayed = ", replayed" if self.replayed else ""
+        return f"<EmitterMessage channel={self.channel!r} binary={self._shown()}{replayed}>"
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it was read back from the broker's storage, so that it may come twice."""
+        return False
+
+    @property
+    def id(self) -> bytes | None:
+        """What the broker's storage knows it by, where ``replayed``; else ``None``."""
+        return None
+
+
+class ReplayedMessage(EmitterMessage):
+    """A message that a subscription has read back from the broker's storage."""
+
+    __slots__ = ("_id",)
+
+    def __init__(self, channel: str, binary: bytes, id: bytes) -> None:
+        super().__init__(channel, binary)
+        self._id = id
+
+    @property
+    def replayed(self) -> bool:
+        return True
+
+    @property
+    def id(self) -> bytes | None:
+        return self._id
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """
+    A place in a stream at which messages may be missing, since the link was away.
+
+    :ivar channel: the channel of the subscription
+    :ivar resumed: how many stored messages follow that the gap would have lost
+    :ivar complete: whether these are all that were stored meanwhile
+    :ivar reason: why not, where they are not
+    """
+
+    channel: str
+    resumed: int = 0
+    complete: bool = False
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -111,13 +160,13 @@ class Will:
 
     Emitter publishes it after a clean goodbye too (its ``pubsub/lastwill.go``).
 
-    :ivar key: a key with the permission to write
+    :ivar key: a key with the permission to write, or a function as in :meth:`Emitter.publish`
     :ivar channel: the channel to publish to
     :ivar message: the payload, as in ``publish()``
     :ivar retain: whether to store it, for which the key needs the permission to store
     """
 
-    key: str
+    key: Key
     channel: str
     message: Payload
     retain: bool = False

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from anyio.abc import ByteStreamConnectable
 
+from ._backoff import Backoff
 from ._channels import is_number, is_whole
 from ._messages import Will
 from ._router import Matcher
@@ -64,10 +65,11 @@ class Options:
     max_message_size: int = 65536
     allow_collisions: bool = False
     connectable: ByteStreamConnectable | None = None
-    reconnect: None = None
+    reconnect: Backoff | None = field(default_factory=Backoff)
+    while_down: Literal["wait", "raise"] = "wait"
 
 
-_PLAIN: Final = tuple(field.name for field in fields(Options) if field.name != "servers")
+_PLAIN: Final = tuple(each.name for each in fields(Options) if each.name != "servers")
 _PLACE: Final = ("host", "port", "secure", "servers")
 _NAMES: Final = (*_PLACE, *_PLAIN)
 
@@ -230,8 +232,13 @@ def _check(options: Options) -> None:
         raise TypeError(
             f"allow_collisions is a bool, not {type(options.allow_collisions).__name__}"
         )
-    if options.reconnect is not None:
-        raise ValueError("reconnect is None: a client has one link")
+    if options.reconnect is not None and not isinstance(options.reconnect, Backoff):
+        raise TypeError(
+            "reconnect is a Backoff(), or None for one link only, not "
+            + type(options.reconnect).__name__
+        )
+    if options.while_down not in ("wait", "raise"):
+        raise ValueError(f"while_down is 'wait' or 'raise', not {options.while_down!r}")
     connectable = options.connectable
     if connectable is not None and not isinstance(connectable, ByteStreamConnectable):
         raise TypeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ._channels import unshare
+from ._channels import Key, unshare
 from ._requests import Request
 
 T = TypeVar("T")
@@ -101,25 +101,25 @@ class Pending(Generic[T]):
 
 
 class Grant:
-    """One key's right to one subscription, and how many use it."""
+    """
+    One key's right to one subscription, and how many use it.
 
-    def __init__(self, key: str, filter: str, asked: Pending[None]) -> None:
+    :param source: the key as the user gave it
+    :param key: the key as the broker is told it
+    """
+
+    def __init__(self, source: Key, key: str, filter: str) -> None:
+        self.source = source
         self.key = key
         self.filter = filter
         """The channel, with its group in front if it is shared."""
         self.channel = unshare(filter)[1]
-        self.asked = asked
-        """The SUBSCRIBE that asked for it; once it is done without an error, it is granted."""
+        self.asked: Pending[None]
+        """The SUBSCRIBE that asked for it on this link, or on the last one."""
+        self.granted = False
+        """Whether the broker has said yes to it, on this link or an earlier one."""
         self.users = 0
         self.replay_left = 65536
-
-
-class Feed:
-    """A channel whose changes of presence the broker tells us, and how many want them."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.users = 0
 
 
 class Emission(NamedTuple):

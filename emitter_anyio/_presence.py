@@ -34,7 +34,8 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def __init__(self, channel: str, buffer: int, overflow: Overflow) -> None:
         super().__init__(f"watch_presence({channel!r})", buffer, overflow)
-        self._channel = channel
+        self.channel = channel
+        """The channel that is watched."""
         self._there: dict[str, dict[str, Member]] = {channel: {}}
         self._members: dict[str, Member] = {}
         self._witnessed: set[str] = set()
@@ -50,7 +51,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def next_below(self) -> list[str]:
         """Give channels below the watched one in which somebody is or was, each in its turn."""
-        below = [channel for channel in self._there if channel != self._channel][:_LOOKED_AT]
+        below = [channel for channel in self._there if channel != self.channel][:_LOOKED_AT]
         for channel in below:
             self._there[channel] = self._there.pop(channel)
         return below
@@ -85,7 +86,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
         for id in there.keys() - told.keys() - self._touched:
             del there[id]
         # A status names the subscribers of the parents too: they need no place below.
-        above = {} if channel == self._channel else self._there[self._channel]
+        above = {} if channel == self.channel else self._there[self.channel]
         for id in told.keys() - above.keys() - self._touched:
             there[id] = self._members[id] = told[id]
         if self._touched:
@@ -111,7 +112,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def _place(self, channel: str) -> dict[str, Member]:
         if channel not in self._there and len(self._there) > _REMEMBERED:
-            empty = (c for c, there in self._there.items() if not there and c != self._channel)
+            empty = (c for c, there in self._there.items() if not there and c != self.channel)
             if (longest_ago := next(empty, None)) is not None:
                 del self._there[longest_ago]
         return self._there.setdefault(channel, {})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from . import _requests as requests
-from ._channels import fingerprint, format_topic, is_whole, unshare
+from ._channels import Key, fingerprint, format_topic, is_whole, unshare
 from ._errors import (
     EmitterError,
     RemoteProtocolError,
@@ -37,7 +37,7 @@ from ._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from ._pending import Emission, Feed, Grant, Pending, Replay
+from ._pending import Emission, Grant, Pending, Replay
 from ._requests import NonsenseError, Request
 from ._router import Matcher, overlap, reaches
 
@@ -67,14 +67,16 @@ class Session:
         allow_collisions: bool = False,
     ) -> None:
         self._send = send
+        self._linked = True
         self._matcher: Matcher = matcher
         self._allow_collisions = allow_collisions
         self._pending: dict[int, Pending[Any]] = {}
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self._grants: dict[str, dict[str, Grant]] = {}
-        self._feeds: dict[str, Feed] = {}
+        self._grants: dict[str, dict[Key, Grant]] = {}
+        self._feeds: dict[str, int] = {}
+        """How many use the feed of a channel's changes of presence."""
         self._left_feeds: set[str] = set()
         self.replays: set[Grant] = set()
         """The subscriptions whose stored messages the broker may be replaying now."""
@@ -86,6 +88,11 @@ class Session:
         self.connection_id: str | None = None
 
     # What is asked
+
+    @property
+    def linked(self) -> bool:
+        """Tell whether there is a link that has been told what is subscribed."""
+        return self._linked
 
     @property
     def pending(self) -> int:
@@ -106,6 +113,10 @@ class Session:
     def call_when_free(self, waker: Callable[[], None]) -> None:
         """Have a function called when a packet id is free again, or the link is lost."""
         self._when_free.append(waker)
+
+    def published(self, count: int) -> None:
+        """Note publishes of QoS 0 that an earlier link had no time for, and that leave now."""
+        self._published += count
 
     def publish(self, topic: bytes, payload: bytes, *, retain: bool = False) -> None:
         """Publish at QoS 0."""
@@ -145,10 +156,12 @@ class Session:
         self._send(PingReq())
         return pending
 
-    def subscribe(self, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
+    def subscribe(self, source: Key, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
         """
         Use a subscription; the broker is asked once for each key and filter.
 
+        :param source: the key as the user gave it
+        :param key: the key itself
         :param filter: the channel, with its group in front if it is shared
         :return: the grant, and whether the replay has to come from a history request, since on
             the wire it would reach other subscribers too
@@ -159,18 +172,29 @@ class Session:
             self._check_collision("subscription", filter, self._grants)
             self._check_groups(filter)
         shared = self.overlapped(filter) or self._is_deaf(filter)
-        grant = None if others is None else others.get(key)
+        grant = None if others is None else others.get(source)
         if grant is None:
-            pending: Pending[None] = self._new("subscribe", key, filter)
-            grant = pending.grant = Grant(key, filter, pending)
-            asked = Replay(last=0) if shared else replay
-            if not asked.nothing:
-                self.replays.add(grant)
-            self._grants.setdefault(filter, {})[key] = grant
-            topic = format_topic(key, filter, asked.options)
-            self._send(Subscribe(self._register(pending), topic))
+            grant = Grant(source, key, filter)
+            self._ask_for(grant, Replay(last=0) if shared else replay)
         grant.users += 1
         return grant, shared and not replay.nothing
+
+    def restore(self) -> list[Grant]:
+        """
+        Ask for every subscription again, on a new link.
+
+        :return: what was asked for
+        """
+        self._linked = True
+        grants = [grant for by_source in self._grants.values() for grant in by_source.values()]
+        for grant in grants:
+            self._ask_for(grant, Replay(last=0))
+        return grants
+
+    def ask_again(self, grant: Grant, key: str) -> None:
+        """Ask with another key for a subscription that was refused."""
+        grant.key = key
+        self._ask_for(grant, Replay(last=0))
 
     def release(self, grant: Grant) -> Pending[None] | None:
         """
@@ -226,30 +250,24 @@ class Session:
         asked = (*self._pending.values(), *self._pings)
         return [pending for pending in asked if pending.awaited and not pending.done]
 
-    def watch(self, key: str, channel: str) -> Feed:
+    def watch(self, channel: str) -> None:
         """
         Use the feed of a channel's changes of presence; asking the broker is up to the caller.
 
         :raises SubscriptionConflictError: if the broker would mix it up with another one
         """
-        feed = self._feeds.get(channel)
-        if feed is None:
+        if channel not in self._feeds:
             self._check_collision("presence feed", channel, self._feeds)
-            feed = self._feeds[channel] = Feed(key)
-        feed.users += 1
-        return feed
+        self._feeds[channel] = self._feeds.get(channel, 0) + 1
 
     def unwatch(self, channel: str) -> bool:
         """Stop using a feed; tells whether nobody uses it any more."""
-        feed = self._feeds.get(channel)
-        if feed is None:
-            return False
-        feed.users -= 1
-        if feed.users:
-            return False
-        del self._feeds[channel]
-        self._left_feeds.add(channel)
-        return True
+        users = self._feeds.pop(channel, 0) - 1
+        if users > 0:
+            self._feeds[channel] = users
+        elif not users and self._linked:
+            self._left_feeds.add(channel)
+        return not users
 
     def unwatched(self, channel: str) -> None:
         """The broker has ended the feed that nobody used any more."""
@@ -284,20 +302,44 @@ class Session:
             case _:
                 raise event
 
-    def lost(self, error: Callable[[], Exception]) -> None:
-        """The link is gone: what is pending fails, and the packet ids are free again."""
+    def lost(self, error: Callable[[], Exception]) -> int:
+        """
+        The link is gone: what is pending fails, and the packet ids are free again.
+
+        What was granted is kept, to be restored on the next link.
+
+        :return: how many publishes of QoS 0 the broker is not known to have taken
+        """
+        self._linked = False
         pending = [*self._pending.values(), *self._pings]
         self._pending.clear()
         self._pings.clear()
         self._tell_free()
         self.replays.clear()
         self._left_feeds.clear()
+        unsettled = self._published - self._settled
         self._published = self._settled = 0
         self.connection_id = None
+        for filter, grants in list(self._grants.items()):
+            kept = {source: g for source, g in grants.items() if g.granted and g.users}
+            if kept:
+                self._grants[filter] = kept
+            else:
+                del self._grants[filter]
         for one in pending:
             one.fail(error)
+        return unsettled
 
     # How
+
+    def _ask_for(self, grant: Grant, replay: Replay) -> None:
+        pending: Pending[None] = self._new("subscribe", grant.key, grant.filter)
+        pending.grant, grant.asked = grant, pending
+        if not replay.nothing:
+            self.replays.add(grant)
+        self._grants.setdefault(grant.filter, {})[grant.source] = grant
+        topic = format_topic(grant.key, grant.filter, replay.options)
+        self._send(Subscribe(self._register(pending), topic))
 
     def _new(self, *args: Any, **kwargs: Any) -> Pending[Any]:
         return Pending(*args, settles=self._published, **kwargs)
@@ -344,8 +386,8 @@ class Session:
     def _refused(self, grant: Grant) -> None:
         # What was refused is not unsubscribed; another key, whose users have left, may have to be.
         grants = self._grants.get(grant.filter, {})
-        if grants.get(grant.key) is grant:
-            del grants[grant.key]
+        if grants.get(grant.source) is grant:
+            del grants[grant.source]
             self._tidy(grant.filter)
 
     def _tidy(self, filter: str) -> Pending[None] | None:
@@ -354,6 +396,9 @@ class Session:
         if any(grant.users for grant in grants.values()):
             return None
         self._grants.pop(filter, None)
+        if not self._linked:
+            # The broker has forgotten all of it with the link.
+            return None
         # A key that is granted will do. Of those that may be refused yet, any may be the good one;
         # if the SUBSCRIBE is going to be refused, so is the UNSUBSCRIBE, and that is no news.
         granted = [grant for grant in grants.values() if grant.asked.done]
@@ -382,6 +427,7 @@ class Session:
             # Only subscribe() waits for a SUBACK, and it has made a grant.
             assert pending.grant is not None
             self.replays.discard(pending.grant)
+            pending.grant.granted = not denied
             if denied:
                 self._refused(pending.grant)
         if refusal is not None:

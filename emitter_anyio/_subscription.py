@@ -33,7 +33,7 @@ _PATIENCE: Final = 8
 checkpoints of its own, and on Trio those who are ready run in any order."""
 
 
-class _Gap:
+class _Missing:
     """The place in a buffer at which messages are missing."""
 
     def __init__(self) -> None:
@@ -49,12 +49,14 @@ class StreamStatistics:
     :ivar buffered_bytes: how many bytes of payload they have
     :ivar received: how many items have been received
     :ivar dropped: how many items were dropped because the buffer was full
+    :ivar gaps: how many times the link was away, so that something may be missing
     """
 
     buffered: int
     buffered_bytes: int
     received: int
     dropped: int
+    gaps: int
 
 
 def check_buffer(buffer: int, overflow: Overflow) -> None:
@@ -89,7 +91,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
     def __init__(self, what: str, buffer: int, overflow: Overflow) -> None:
         # An item is put into the memory-object stream and taken out at once or not at all: its own
         # waiting receive() hands an item over a turn early, where a cancellation can lose it.
-        self._in, self._out = anyio.create_memory_object_stream["T | _Gap"](math.inf)
+        self._in, self._out = anyio.create_memory_object_stream["T | _Missing"](math.inf)
         self._what = what
         self._buffer = buffer
         self._overflow: Overflow = overflow
@@ -99,9 +101,12 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._taken = 0
         self._stalled = -1
         self._dropped = 0
-        self._gap: _Gap | None = None
+        self._missing: _Missing | None = None
         self._arrival: anyio.Event | None = None
         self._departure: anyio.Event | None = None
+        self._gaps = 0
+        self._holds = 0
+        self._held: list[T | _Missing] = []
         self._ended = False
         self._left = False
         self._error: Callable[[], Exception] | None = None
@@ -146,9 +151,9 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if self._error is not None:
                 raise self._error() from None
             raise
-        if isinstance(item, _Gap):
-            if item is self._gap:
-                self._gap = None
+        if isinstance(item, _Missing):
+            if item is self._missing:
+                self._missing = None
             raise SlowConsumerError(
                 f"{self._what}: the buffer of {self._buffer} was full and {item.dropped} were "
                 "dropped here; receive again for what follows, or give a larger buffer= or "
@@ -173,7 +178,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     def statistics(self) -> StreamStatistics:
         """Return the figures of this stream."""
-        return StreamStatistics(self._count, self._bytes, self._taken, self._dropped)
+        return StreamStatistics(self._count, self._bytes, self._taken, self._dropped, self._gaps)
 
     # The side of the client
 
@@ -191,7 +196,9 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         """
         if self._ended:
             return True
-        if extra:
+        if extra or (self._holds and (self._overflow == "block" or self._bytes < MAX_BYTES)):
+            # What is held back cannot be taken by the best of consumers, nor may it keep the link
+            # from bringing what it waits for.
             self._extra += 1
         elif self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES:
             return False
@@ -199,7 +206,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         if isinstance(item, EmitterMessage):
             self._bytes += len(item.binary)
         self._put(item)
-        self._gap = None
+        self._missing = None
         return True
 
     async def make_room(self) -> None:
@@ -220,6 +227,11 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             await departure.wait()
 
     @property
+    def ended(self) -> bool:
+        """Tell whether nothing more comes in."""
+        return self._ended
+
+    @property
     def blocks(self) -> bool:
         """Tell whether the link is to wait for this stream now."""
         return self._overflow == "block" and self._full
@@ -232,18 +244,19 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
                 return
             self._dropped += 1
             if self._overflow == "drop_oldest":
-                self._forget(self._out.receive_nowait())
+                self._forget(self._take_oldest())
                 continue
             if self._overflow == "raise":
-                if self._gap is None:
-                    self._gap = _Gap()
-                    self._put(self._gap)
-                self._gap.dropped += 1
+                if self._missing is None:
+                    self._missing = _Missing()
+                    self._put(self._missing)
+                self._missing.dropped += 1
             return
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """Let nothing more in; what is buffered can still be received, then comes the error."""
         if not self._ended:
+            self._release_all()
             self._ended = True
             self._error = error
             self._in.close()
@@ -251,24 +264,56 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     def drain(self) -> list[T]:
         """Take out all that is buffered."""
-        items = [item for item in self._take_all() if not isinstance(item, _Gap)]
+        items = [item for item in self._take_all() if not isinstance(item, _Missing)]
         for item in items:
             self._forget(item)
         return items
+
+    def note_gap(self) -> None:
+        """Note that something may be missing, since the link was away."""
+        self._gaps += 1
+
+    def hold(self) -> None:
+        """Hold back what comes from now on, until as many :meth:`release` have followed."""
+        self._holds += 1
+
+    def release(self) -> None:
+        """Let through what was held back, unless somebody else holds it, too."""
+        self._holds = max(0, self._holds - 1)
+        if not self._holds:
+            self._release_all()
+
+    def put_ahead(self, items: Iterable[T]) -> None:
+        """Put items behind what is buffered and before what is held, beside the buffer."""
+        holds, self._holds = self._holds, 0
+        for item in items:
+            self.push(item, extra=True)
+        self._holds = holds
+
+    def _release_all(self) -> None:
+        held, self._held, self._holds = self._held, [], 0
+        for item in held:
+            self._put(item)
+
+    def _take_oldest(self) -> T | _Missing:
+        try:
+            return self._out.receive_nowait()
+        except WouldBlock:
+            return self._held.pop(0)
 
     def put_in_front(self, items: Iterable[T]) -> None:
         """Put items before what is buffered, beside the buffer."""
         if self._ended:
             return
-        buffered, gap = self._take_all(), self._gap
+        buffered, missing = self._take_all(), self._missing
         for item in items:
             self.push(item, extra=True)
         for later in buffered:
             self._put(later)
-        self._gap = gap
+        self._missing = missing
 
-    def _take_all(self) -> list[T | _Gap]:
-        items: list[T | _Gap] = []
+    def _take_all(self) -> list[T | _Missing]:
+        items: list[T | _Missing] = []
         with suppress(WouldBlock, EndOfStream):
             while True:
                 items.append(self._out.receive_nowait())
@@ -280,13 +325,16 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES
         )
 
-    def _put(self, item: T | _Gap) -> None:
+    def _put(self, item: T | _Missing) -> None:
+        if self._holds:
+            self._held.append(item)
+            return
         self._in.send_nowait(item)
         if self._arrival is not None:
             self._arrival.set()
             self._arrival = None
 
-    def _forget(self, item: T | _Gap) -> None:
+    def _forget(self, item: T | _Missing) -> None:
         self._count -= 1
         if isinstance(item, EmitterMessage):
             self._bytes -= len(item.binary)

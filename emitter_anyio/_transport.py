@@ -36,6 +36,9 @@ BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
 class Transport(ABC):
     """A way to a broker."""
 
+    tears: bool
+    """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
+
     @abstractmethod
     async def receive(self) -> bytes:
         """
@@ -63,6 +66,8 @@ class Transport(ABC):
 
 class SocketTransport(Transport):
     """A non-blocking socket of our own: TCP, or a Unix socket."""
+
+    tears = False
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -99,6 +104,8 @@ class SocketTransport(Transport):
 
 class StreamTransport(Transport):
     """An AnyIO byte stream: TLS, or whatever a ``connectable`` gives."""
+
+    tears = True
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream

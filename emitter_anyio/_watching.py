@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
 import anyio
 
 from . import _requests as requests
-from ._channels import check_channel, check_key
+from ._channels import Key, check_channel, check_source
 from ._conversation import DEFAULT, Conversation, Timeout
-from ._errors import EmitterError, RequestError, RequestTimeoutError
+from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
+from ._events import logger
 from ._options import Options
 from ._presence import PresenceFeed
 from ._requests import PresenceStatus
@@ -24,7 +25,9 @@ class Watcher(Conversation):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._presence_wanted: set[str] = set()
+        self._presence_wanted: dict[str, Key] = {}
+        self._watches: dict[PresenceFeed, Key] = {}
+        self._restorers.append(self._restore_presence)
 
     def _begin(self) -> None:
         super()._begin()
@@ -32,7 +35,7 @@ class Watcher(Conversation):
 
     async def presence(
         self,
-        key: str,
+        key: Key,
         channel: str,
         *,
         changes: bool | None = None,
@@ -50,23 +53,29 @@ class Watcher(Conversation):
         :raises UnauthorizedError: if the key may not
         :raises RequestError: without a status, if the answer was too large for the broker to send
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel, wildcards=True)
         fresh = changes is True and channel not in self._presence_wanted
         if fresh:
-            self._session.watch(key, channel)
-            self._presence_wanted.add(channel)
+            self._session.watch(channel)
+            self._presence_wanted[channel] = key
         try:
             told = changes
             if changes is False:
                 told = False if self._unwant_presence(channel) else None
-            status = await self._request(
-                requests.presence(key, channel, status=True, changes=told), timeout
-            )
+            status = await self._keyed(key, partial(self._ask_presence, channel, told, timeout))
         except BaseException:
             if fresh:
                 self._unwant_presence(channel)
             raise
+        return status
+
+    async def _ask_presence(
+        self, channel: str, changes: bool | None, timeout: Timeout, key: str
+    ) -> PresenceStatus:
+        status = await self._request(
+            requests.presence(key, channel, status=True, changes=changes), timeout
+        )
         assert status is not None
         return status
 
@@ -74,12 +83,12 @@ class Watcher(Conversation):
         """Take back ``changes=True``; tells whether nobody else needs the feed."""
         if channel not in self._presence_wanted:
             return not self._session.watched(channel)
-        self._presence_wanted.discard(channel)
+        del self._presence_wanted[channel]
         return self._session.unwatch(channel)
 
     def watch_presence(
         self,
-        key: str,
+        key: Key,
         channel: str,
         *,
         buffer: int = 1024,
@@ -99,7 +108,7 @@ class Watcher(Conversation):
         :return: to be entered, for a :class:`PresenceFeed`
         :raises UnauthorizedError: when entered, if the key may not
         """
-        check_key(key)
+        check_source(key)
         channel = check_channel(channel, wildcards=True)
         check_buffer(buffer, overflow)
         if refresh is not None and not refresh > 0:
@@ -109,31 +118,34 @@ class Watcher(Conversation):
     @asynccontextmanager
     async def _watching(
         self,
-        key: str,
+        key: Key,
         channel: str,
         buffer: int,
         overflow: Overflow,
         refresh: float | None,
         timeout: Timeout,
     ) -> AsyncGenerator[PresenceFeed]:
-        self._link()
-        self._session.watch(key, channel)
+        await self._linked()
+        self._session.watch(channel)
         feed = PresenceFeed(channel, buffer, overflow)
         self._feeds.add(feed, channel)
         healing = anyio.CancelScope()
         try:
             status, _ = await self._status(feed, key, channel, timeout, changes=True)
             feed.put_in_front([status])
+            self._watches[feed] = key
             assert self._tasks is not None
             self._tasks.start_soon(self._heal, feed, key, channel, refresh, healing)
             yield feed
         finally:
             healing.cancel()
+            self._watches.pop(feed, None)
             self._feeds.discard(feed)
             self._leave_stream(feed)
-            if self._session.unwatch(channel) and self._connection is not None:
+            text = self._keys.known(key)
+            if self._session.unwatch(channel) and self._session.linked and text is not None:
                 off = self._session.request(
-                    requests.presence(key, channel, status=False, changes=False), awaited=False
+                    requests.presence(text, channel, status=False, changes=False), awaited=False
                 )
                 # If it was refused, so is this, and that is no news.
                 off.quiet = True
@@ -142,36 +154,35 @@ class Watcher(Conversation):
     async def _status(
         self,
         feed: PresenceFeed,
-        key: str,
+        key: Key,
         channel: str,
         timeout: Timeout = DEFAULT,
         *,
         changes: bool | None = None,
     ) -> tuple[PresenceStatus, bool]:
         feed.asking()
-        status = await self._request(
-            requests.presence(key, channel, status=True, changes=changes), timeout
-        )
-        assert status is not None
+        status = await self._keyed(key, partial(self._ask_presence, channel, changes, timeout))
         return status, feed.correct(channel, status)
 
     async def _heal(
         self,
         feed: PresenceFeed,
-        key: str,
+        key: Key,
         channel: str,
         refresh: float | None,
         scope: anyio.CancelScope,
     ) -> None:
         period = math.inf if refresh is None else refresh
+        gaps = 0
         due = anyio.current_time() + period
         with scope:
             while True:
                 doubted = await feed.doubted(due - anyio.current_time())
-                # A doubt is about those whom the status of the channel names. Now and then, who
-                # is below it is looked at, too.
+                # A doubt is about those whom the status of the channel names. Now and then, and
+                # when the link was away, who is below it is looked at, too.
                 channels = [channel]
-                if not doubted or anyio.current_time() >= due:
+                gaps, known_gaps = feed.statistics().gaps, gaps
+                if not doubted or gaps > known_gaps or anyio.current_time() >= due:
                     channels += feed.next_below()
                     due = anyio.current_time() + period
                 for asked in channels:
@@ -184,12 +195,53 @@ class Watcher(Conversation):
                         # The key is not for what is below: events alone must tell of it.
                     except RequestTimeoutError as exc:
                         self._report(exc)
+                    except ConnectionLostError:
+                        if not self._may_come():
+                            return
+                        # The next link begins with a status of its own.
+                        await self._changed.wait()
+                        break
                     except EmitterError:
-                        # The link is gone, and the feed has been told so.
+                        # There is no link any more, and the feed has been told so.
                         return
                     else:
                         if new:
                             await self._hand_over(feed, status)
+
+    # When the link was lost
+
+    def _restore_presence(self) -> Iterable[Callable[[], Awaitable[None]]]:
+        for feed, key in self._watches.items():
+            yield partial(self._restore_feed, feed, key)
+        for channel, key in self._presence_wanted.items():
+            yield partial(self._restore_changes, channel, key)
+
+    async def _restore_feed(self, feed: PresenceFeed, key: Key) -> None:
+        if feed not in self._watches:
+            return
+        try:
+            status, new = await self._status(feed, key, feed.channel, changes=True)
+        except (ConnectionLostError, RequestTimeoutError):
+            raise
+        except Exception as exc:
+            logger.warning("%r could not be watched again: %s", feed.channel, exc)
+            feed.end(partial(_same, exc))
+        else:
+            feed.doubt()
+            if new:
+                await self._hand_over(feed, status)
+
+    async def _restore_changes(self, channel: str, key: Key) -> None:
+        if channel not in self._presence_wanted:
+            return
+        try:
+            await self._keyed(key, partial(self._ask_presence, channel, True, DEFAULT))
+        except (ConnectionLostError, RequestTimeoutError):
+            raise
+        except Exception as exc:
+            logger.warning("%r could not be watched again: %s", channel, exc)
+            self._unwant_presence(channel)
+            self._report(exc)
 
 
 def _same(error: Exception) -> Exception:

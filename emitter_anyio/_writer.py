@@ -36,6 +36,7 @@ class Writer:
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, anyio.Event]] = deque()
         self._under_way = 0
+        self._torn = False
         self._broken = False
         self.ended = False
         """Whether the last packet has been queued."""
@@ -49,6 +50,18 @@ class Writer:
     def size(self) -> int:
         """How many bytes wait."""
         return self._size
+
+    @property
+    def untouched(self) -> list[bytes]:
+        """The packets of which no byte has been handed over."""
+        whole: list[bytes] = []
+        gone = self._under_way
+        for packet in self._packets:
+            if gone > 0:
+                gone -= len(packet)
+            else:
+                whole.append(packet)
+        return whole[1:] if self._torn and not self._under_way else whole
 
     @property
     def kept(self) -> int:
@@ -101,7 +114,8 @@ class Writer:
                 continue
             data = self._gather()
             if not (sent := self._transport.try_send(data)):
-                self._under_way = len(data)
+                # Not to be reset where the sending fails: it may have handed over a part.
+                self._under_way = len(data) if self._transport.tears else 0
                 sent = await self._transport.send(data)
                 self._under_way = 0
             self._took(sent)
@@ -148,7 +162,8 @@ class Writer:
         self.last_sent = anyio.current_time()
         while sent:
             packet = self._packets.popleft()
-            if len(packet) > sent:
+            self._torn = len(packet) > sent
+            if self._torn:
                 self._packets.appendleft(packet[sent:])
                 break
             sent -= len(packet)

@@ -1,0 +1,69 @@
+"""Keys that renew themselves: functions that stand where a key does."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import anyio
+
+from ._channels import Key, check_key
+
+_KNOWN: Final = 1024
+"""The answers of so many functions are kept."""
+
+
+class KeyRing:
+    """
+    What the functions that stand for keys have answered.
+
+    A function is asked when its key is first used, and again when the broker has refused what it
+    answered. Those who want the same answer at the same time ask once; but while subscriptions are
+    restored, they do not wait for those who wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Callable[[], Awaitable[str]], str] = {}
+        self._asking: dict[tuple[Callable[[], Awaitable[str]], bool], anyio.Lock] = {}
+
+    async def get(self, source: Key, *, restoring: bool = False) -> str:
+        """Give the key that something stands for, and ask for it if it is not known."""
+        if isinstance(source, str):
+            return source
+        known = self._known.get(source)
+        return await self._ask(source, None, restoring) if known is None else known
+
+    async def renew(self, source: Key, refused: str, *, restoring: bool = False) -> str:
+        """Give another key for one that was refused, or the same if there is no other."""
+        if isinstance(source, str):
+            return source
+        known = self._known.get(source)
+        if known is None or known == refused:
+            known = await self._ask(source, refused, restoring)
+        return known
+
+    def known(self, source: Key) -> str | None:
+        """Give the key that something stands for, if it is known."""
+        return source if isinstance(source, str) else self._known.get(source)
+
+    def doubt(self) -> None:
+        """Ask every function again: one of the keys was refused, and it is not known which."""
+        self._known.clear()
+
+    async def _ask(
+        self, source: Callable[[], Awaitable[str]], refused: str | None, restoring: bool
+    ) -> str:
+        lock = self._asking.setdefault((source, restoring), anyio.Lock())
+        try:
+            async with lock:
+                known = self._known.get(source)
+                if known is not None and known != refused:
+                    return known
+                key = check_key(await source())
+                if len(self._known) >= _KNOWN:
+                    self._known.clear()
+                self._known[source] = key
+                return key
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._asking.pop((source, restoring), None)
