@@ -16,11 +16,11 @@ from emitter_anyio import (
     Emitter,
     RemoteProtocolError,
     Will,
-    connect,
 )
 from emitter_anyio._packets import Publish
 from tests.support import packets
 from tests.support.leaks import open_sockets
+from tests.support.links import one_link
 from tests.support.memory import MemoryConnectable, MemoryStream
 from tests.support.peer import (
     DISCONNECT,
@@ -55,7 +55,7 @@ async def test_a_peer_that_never_speaks_is_given_up(anyio_backend: object) -> No
     async with memory_peer(ignore) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectError, match="no answer within 7 s") as caught:
-            async with connect(connectable=connectable, connect_timeout=7):
+            async with one_link(connectable=connectable, connect_timeout=7):
                 pass
         assert anyio.current_time() - start == pytest.approx(7)
     assert isinstance(caught.value.__cause__, TimeoutError)
@@ -70,7 +70,7 @@ async def test_a_peer_that_takes_nothing_is_given_up(anyio_backend: object) -> N
     async with memory_peer(script, capacity=5) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectError, match="no answer within 7 s"):
-            async with connect(connectable=connectable, connect_timeout=7):
+            async with one_link(connectable=connectable, connect_timeout=7):
                 pass
         assert anyio.current_time() - start == pytest.approx(7)
 
@@ -91,7 +91,7 @@ async def test_one_timeout_covers_everything(
         await peer.answer_all()
 
     async with memory_peer(script, before=before) as connectable:
-        emitter = connect(connectable=connectable, connect_timeout=10)
+        emitter = one_link(connectable=connectable, connect_timeout=10)
         if works:
             async with emitter:
                 await emitter.flush()
@@ -106,7 +106,7 @@ async def test_without_a_timeout_the_caller_decides(anyio_backend: object) -> No
     async with memory_peer(ignore) as connectable:
         start = anyio.current_time()
         with anyio.move_on_after(86400) as scope:
-            async with connect(connectable=connectable, connect_timeout=None):
+            async with one_link(connectable=connectable, connect_timeout=None):
                 pass
         assert scope.cancelled_caught
         assert anyio.current_time() - start == pytest.approx(86400)
@@ -122,7 +122,7 @@ async def test_connack_may_come_in_pieces(anyio_backend: object, link: str) -> N
             await anyio.wait_all_tasks_blocked()
         await peer.answer_all()
 
-    async with serving(link, script) as options, connect(**options) as emitter:
+    async with serving(link, script) as options, one_link(**options) as emitter:
         await emitter.flush()
 
 
@@ -134,7 +134,7 @@ async def test_a_peer_that_closes_before_connack(anyio_backend: object, link: st
 
     async with serving(link, script) as options:
         with pytest.raises(ConnectError, match="closed the link instead of answering CONNECT"):
-            async with connect(**options):
+            async with one_link(**options):
                 pass
 
 
@@ -145,7 +145,7 @@ async def test_a_peer_that_resets_the_link_before_connack(anyio_backend: object)
 
     async with tcp_peer(script) as port:
         with pytest.raises(ConnectError, match="reset"):
-            async with connect(f"mqtt://127.0.0.1:{port}"):
+            async with one_link(f"mqtt://127.0.0.1:{port}"):
                 pass
 
 
@@ -168,7 +168,7 @@ async def test_what_is_no_connack(anyio_backend: object, garbage: bytes, words: 
 
     async with memory_peer(script) as connectable:
         with pytest.raises(ConnectError, match=words) as caught:
-            async with connect(connectable=connectable):
+            async with one_link(connectable=connectable):
                 pass
     assert isinstance(caught.value.__cause__, RemoteProtocolError)
     assert connectable.streams[0].closed
@@ -186,7 +186,7 @@ async def test_a_broker_that_refuses(anyio_backend: object, code: int) -> None:
 
     async with tcp_peer(script) as port:
         with pytest.raises(ConnectRefusedError, match=f"mqtt://127.0.0.1:{port} refused") as caught:
-            async with connect(f"mqtt://127.0.0.1:{port}"):
+            async with one_link(f"mqtt://127.0.0.1:{port}"):
                 pass
     assert caught.value.code == code
     assert len(clients) == 1
@@ -218,7 +218,7 @@ async def test_servers_are_tried_in_turn(anyio_backend: object) -> None:
         tcp_peer(never) as fourth,
     ):
         servers = [f"mqtt://127.0.0.1:{port}" for port in (first, second, third, fourth)]
-        async with connect(servers=servers) as emitter:
+        async with one_link(servers=servers) as emitter:
             assert emitter.connection is not None
             assert emitter.connection.server == servers[2]
     assert asked == ["unavailable", "closes", "works"]
@@ -236,7 +236,7 @@ async def test_every_cause_is_told_by_server(anyio_backend: object, refuses_last
         ports = (closing, refusing) if refuses_last else (refusing, closing)
         servers = [f"mqtt://127.0.0.1:{port}" for port in ports]
         with pytest.raises(ConnectError) as caught:
-            async with connect(servers=servers):
+            async with one_link(servers=servers):
                 pass
     error = caught.value
     assert list(error.causes) == servers
@@ -258,7 +258,7 @@ async def test_what_connect_says(anyio_backend: object) -> None:
 
     async with memory_peer(script) as connectable:
         will = Will("key", "a/b", "gone", retain=True)
-        async with connect(
+        async with one_link(
             connectable=connectable,
             client_id="me",
             username="ann",
@@ -267,7 +267,7 @@ async def test_what_connect_says(anyio_backend: object) -> None:
             keepalive=2.6,
         ):
             pass
-        async with connect(connectable=connectable, keepalive=1.2):
+        async with one_link(connectable=connectable, keepalive=1.2):
             pass
     fields = [b"me", b"key/a/b/", b"gone", b"ann", b"secret"]
     # User, password, will with retain, a clean session; then the keepalive in whole seconds.
@@ -284,7 +284,7 @@ async def test_a_connect_larger_than_the_link_goes_in_pieces(anyio_backend: obje
         await peer.rest()
 
     async with memory_peer(script, capacity=10) as connectable:
-        async with connect(connectable=connectable, client_id="x" * 1000):
+        async with one_link(connectable=connectable, client_id="x" * 1000):
             pass
     assert said[0].endswith(b"x" * 1000)
 
@@ -294,7 +294,7 @@ async def test_no_secret_is_in_the_error(anyio_backend: object) -> None:
         await peer.accept(4)
 
     async with tcp_peer(script) as port:
-        emitter = connect(f"mqtt://ann:secret@127.0.0.1:{port}", will=Will("k3y", "a/", "w"))
+        emitter = one_link(f"mqtt://ann:secret@127.0.0.1:{port}", will=Will("k3y", "a/", "w"))
         with pytest.raises(ConnectRefusedError, match="bad user name or password") as caught:
             async with emitter:
                 pass
@@ -321,7 +321,7 @@ async def test_messages_may_come_together_with_connack(anyio_backend: object) ->
     messages = b"".join(packets.publish("a/", b"%d" % number) for number in range(5))
     received: list[bytes] = []
     async with memory_peer(says(packets.CONNACK + messages)) as connectable:
-        emitter = connect(connectable=connectable)
+        emitter = one_link(connectable=connectable)
         emitter.on("message", lambda message: received.append(message.binary))
         async with emitter:
             await anyio.wait_all_tasks_blocked()
@@ -332,7 +332,7 @@ async def test_messages_may_come_together_with_connack(anyio_backend: object) ->
 async def test_nonsense_behind_connack_is_a_lost_link(anyio_backend: object, behind: bytes) -> None:
     async with memory_peer(says(packets.CONNACK + behind)) as connectable:
         with pytest.raises(ConnectionLostError) as caught:
-            async with connect(connectable=connectable):
+            async with one_link(connectable=connectable):
                 await anyio.sleep_forever()
     assert isinstance(caught.value.__cause__, RemoteProtocolError)
 
@@ -349,7 +349,7 @@ async def test_a_chunk_of_many_messages_is_taken_whole(anyio_backend: object) ->
         await peer.rest()
 
     async with tcp_peer(script) as port:
-        emitter = connect(f"mqtt://127.0.0.1:{port}")
+        emitter = one_link(f"mqtt://127.0.0.1:{port}")
         emitter.on("message", lambda message: received.append(message.binary))
         async with emitter:
             await emitter.flush()
@@ -377,7 +377,7 @@ async def test_paho_answers_for_itself(anyio_backend: object, together: bool) ->
 
     answered = anyio.Event()
     async with memory_peer(script) as connectable:
-        emitter = connect(connectable=connectable)
+        emitter = one_link(connectable=connectable)
         emitter.on("message", lambda message: None)
         async with emitter:
             await answered.wait()
@@ -395,7 +395,7 @@ async def test_what_came_before_the_end_of_the_link_is_delivered(
     received = []
     async with serving(link, script) as options:
         with pytest.raises(ConnectionLostError, match="closed the link") as caught:
-            emitter = connect(**options)
+            emitter = one_link(**options)
             emitter.on("message", lambda message: received.append(message.binary))
             async with emitter:
                 await anyio.sleep_forever()
@@ -413,7 +413,7 @@ async def test_a_peer_that_closes_its_side_only(anyio_backend: object, link: str
 
     async with serving(link, script) as options:
         with pytest.raises(ConnectionLostError, match="closed the link"):
-            async with connect(**options):
+            async with one_link(**options):
                 await anyio.sleep_forever()
 
 
@@ -425,7 +425,7 @@ async def test_a_link_that_is_reset(anyio_backend: object) -> None:
 
     async with tcp_peer(script) as port:
         with pytest.raises(ConnectionLostError, match="reset") as caught:
-            async with connect(f"mqtt://127.0.0.1:{port}") as emitter:
+            async with one_link(f"mqtt://127.0.0.1:{port}") as emitter:
                 with pytest.raises(ConnectionLostError, match="reset"):
                     await emitter.flush()
                 await anyio.sleep_forever()
@@ -448,7 +448,7 @@ async def test_nothing_of_an_old_link_is_said_on_a_new_one(anyio_backend: object
             links.append(await peer.rest())
 
     async with tcp_peer(script) as port:
-        emitter = connect(f"mqtt://127.0.0.1:{port}")
+        emitter = one_link(f"mqtt://127.0.0.1:{port}")
         with pytest.raises(ConnectionLostError):
             async with emitter:
                 await emitter.publish("k", "a/", "never acknowledged", qos=1)
@@ -477,7 +477,7 @@ async def test_a_packet_id_that_waits_for_its_acknowledgement_is_not_used_again(
         ids.append(withheld)
         await peer.rest()
 
-    async with tcp_peer(script) as port, connect(f"mqtt://127.0.0.1:{port}") as emitter:
+    async with tcp_peer(script) as port, one_link(f"mqtt://127.0.0.1:{port}") as emitter:
         sent = emitter.statistics
         with anyio.CancelScope() as scope:
 
@@ -511,7 +511,7 @@ async def test_all_that_was_queued_arrives_with_disconnect_behind_it(
         taken.extend(await peer.rest())
 
     async with serving(link, script) as options:
-        async with connect(**options) as emitter:
+        async with one_link(**options) as emitter:
             for number in range(40):
                 await emitter.publish("k", "a/", b"%02d" % number + bytes(30_000))
     assert [packet.kind for packet in taken] == [PUBLISH] * 40 + [DISCONNECT]
@@ -542,7 +542,7 @@ async def test_what_the_broker_says_meanwhile_costs_nothing_that_was_sent(
         leaves.set()
 
     async with serving(link, script) as options, anyio.create_task_group() as tasks:
-        emitter = connect(**options)
+        emitter = one_link(**options)
         emitter.on("message", lambda message: None)
         async with emitter:
             # As much as the system takes off our hands without the peer's reading any of it.
@@ -578,7 +578,7 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
 
     async with memory_peer(script) as connectable, anyio.create_task_group() as tasks:
         start = anyio.current_time()
-        emitter = connect(connectable=connectable, keepalive=1, disconnect_timeout=5)
+        emitter = one_link(connectable=connectable, keepalive=1, disconnect_timeout=5)
         emitter.on("message", lambda message: None)
         async with emitter:
             await emitter.publish("k", "a/", "x")
@@ -602,7 +602,7 @@ async def test_no_acknowledgement_goes_behind_disconnect(anyio_backend: object) 
 
     kinds: list[int] = []
     async with memory_peer(script, capacity=100) as connectable:
-        async with connect(connectable=connectable) as emitter:
+        async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", bytes(1000))
     assert kinds == [PUBLISH, DISCONNECT]
 
@@ -617,7 +617,7 @@ async def test_a_consumer_that_holds_up_the_link_does_not_hold_the_goodbye(
             await peer.send(packets.publish("a/", b"x"))
         await peer.rest()
 
-    async with memory_peer(script) as connectable, connect(connectable=connectable) as emitter:
+    async with memory_peer(script) as connectable, one_link(connectable=connectable) as emitter:
         async with emitter.stream("message", buffer=1, overflow="block") as messages:
             await anyio.wait_all_tasks_blocked()
             await emitter.publish("k", "a/", "x")
@@ -650,7 +650,7 @@ async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> N
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(play)
-        async with connect(connectable=connectable) as emitter:
+        async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", "x")
     connectable.close()
 
@@ -669,7 +669,7 @@ async def test_who_has_lost_nothing_by_it_does_not_wait_for_the_peer(
 
     async with memory_peer(script) as connectable:
         start = anyio.current_time()
-        async with connect(connectable=connectable) as emitter:
+        async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", "x")
             await emitter.flush()
         assert anyio.current_time() == start
@@ -688,7 +688,7 @@ async def test_the_peer_is_told_that_nothing_more_comes(anyio_backend: object, l
 
     closes: list[str] = []
     async with serving(link, script) as options:
-        emitter = connect(**options)
+        emitter = one_link(**options)
         async with emitter:
             await emitter.publish("k", "a/", "x")
     assert closes == ["closing"]
@@ -706,7 +706,7 @@ async def test_a_peer_can_hold_the_goodbye_for_so_long_only(
         await anyio.sleep(100)
 
     async with memory_peer(script, capacity=100) as connectable:
-        async with connect(connectable=connectable, disconnect_timeout=3) as emitter:
+        async with one_link(connectable=connectable, disconnect_timeout=3) as emitter:
             await emitter.publish("k", "a/", bytes(50_000))
             start = anyio.current_time()
         assert anyio.current_time() - start == pytest.approx(3)
@@ -725,7 +725,7 @@ async def test_under_cancellation_the_goodbye_is_at_once(
     async with memory_peer(script, capacity=capacity) as connectable:
         start = anyio.current_time()
         with anyio.CancelScope() as scope:
-            async with connect(connectable=connectable) as emitter:
+            async with one_link(connectable=connectable) as emitter:
                 await emitter.publish("k", "a/", bytes(50_000))
                 scope.cancel()
                 await checkpoint()
@@ -746,7 +746,7 @@ async def test_under_cancellation_a_socket_still_takes_what_it_can(
 
     async with serving(link, script) as options:
         with anyio.CancelScope() as scope:
-            async with connect(**options) as emitter:
+            async with one_link(**options) as emitter:
                 await anyio.wait_all_tasks_blocked()
                 for _ in range(publishes):
                     await emitter.publish("k", "a/", "x")
@@ -768,7 +768,7 @@ async def test_how_the_link_ends_behind_disconnect_is_of_no_interest(
 
     async with serving(link, script) as options:
         for _ in range(5):
-            async with connect(**options):
+            async with one_link(**options):
                 pass
 
 
@@ -789,7 +789,7 @@ async def test_a_link_that_breaks_before_disconnect_has_left_is_lost(
 
     async with serving(link, script) as options, anyio.create_task_group() as tasks:
         with pytest.raises(ConnectionLostError):
-            async with connect(**options) as emitter:
+            async with one_link(**options) as emitter:
                 # More than the link takes.
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as publishing:
@@ -855,7 +855,7 @@ async def test_the_link_is_closed_on_every_way_out(
     async with serving(link, script) as options:
         listening = open_sockets()
         try:
-            async with connect(**options) as emitter:
+            async with one_link(**options) as emitter:
                 await way(emitter)
         except KeyError:
             pass
@@ -885,7 +885,7 @@ async def test_leaving_may_be_cancelled_at_every_point(anyio_backend: object, li
         for style in all_styles():
             step, cancelled = 0, True
             while cancelled:
-                emitter = connect(**options)
+                emitter = one_link(**options)
                 cancelled = await cancel_in_step(publish_and_leave(emitter), step, style)
                 assert emitter.state == "closed"
                 step += 1
@@ -904,7 +904,7 @@ async def test_disconnect_in_the_turn_of_connack_leaves(anyio_backend: object) -
             pass
 
     connectable = MemoryConnectable()
-    emitter = connect(connectable=connectable)
+    emitter = one_link(connectable=connectable)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(live, emitter)
         stream = await connectable.accept()

@@ -17,9 +17,9 @@ from emitter_anyio import (
     PresenceStatus,
     RemoteProtocolError,
     RequestError,
-    connect,
 )
 from tests.support import packets
+from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Packet, Peer, tcp_peer
 
 KEY = "k" * 32
@@ -128,7 +128,7 @@ async def test_what_answers_nothing_is_dropped(anyio_backend: object, operation:
         await answer_pings(peer)
 
     async with tcp_peer(script) as port:
-        emitter = connect(host="127.0.0.1", port=port, secure=False, max_message_size=200000)
+        emitter = one_link(host="127.0.0.1", port=port, secure=False, max_message_size=200000)
         errors: list[Exception] = []
         emitter.on("error", errors.append)
         async with emitter:
@@ -163,7 +163,7 @@ async def test_an_answer_of_the_wrong_shape_is_no_value(
         await answer_pings(peer)
 
     async with tcp_peer(script) as port:
-        async with connect(host="127.0.0.1", port=port, secure=False) as emitter:
+        async with one_link(host="127.0.0.1", port=port, secure=False) as emitter:
             assert value_of(operation, await verb(emitter)) == outcome
             with pytest.raises(RemoteProtocolError, match="nonsense") as caught:
                 await verb(emitter)

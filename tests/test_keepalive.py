@@ -13,8 +13,9 @@ import pytest
 import sniffio
 import trio
 
-from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage, connect
+from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage
 from tests.support import packets
+from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer
 
 pytestmark = pytest.mark.virtual_time
@@ -75,7 +76,7 @@ async def test_a_silent_peer_is_lost_after_one_and_a_half_periods(
     watched = Watched(falls_silent=0)
     async with memory_peer(watched.play) as connectable:
         with pytest.raises(ConnectionLostError, match="silent") as caught:
-            async with connect(connectable=connectable, keepalive=keepalive):
+            async with one_link(connectable=connectable, keepalive=keepalive):
                 await anyio.sleep_forever()
         assert watched.now == exactly(1.5 * keepalive)
         assert watched.pings == [exactly(keepalive)]
@@ -101,7 +102,7 @@ async def test_the_period_begins_with_the_last_byte(
 
     watched.says = say
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None)
         with pytest.raises(ConnectionLostError, match="silent"):
             async with emitter:
@@ -120,7 +121,7 @@ async def test_pending_calls_and_the_body_learn_of_it(anyio_backend: object) -> 
 
     body_ended = []
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30, request_timeout=None)
+        emitter = one_link(connectable=connectable, keepalive=30, request_timeout=None)
 
         async def enter(emitter: Emitter) -> None:
             async with emitter.subscribe("key", "b/"):
@@ -149,7 +150,7 @@ async def test_a_busy_publisher_notices_all_the_same(anyio_backend: object) -> N
     watched = Watched(falls_silent=100)
     async with memory_peer(watched.play) as connectable:
         with pytest.raises(ConnectionLostError, match="silent"):
-            async with connect(connectable=connectable, keepalive=30) as emitter:
+            async with one_link(connectable=connectable, keepalive=30) as emitter:
                 while True:
                     await emitter.publish("k", "a/", "x")
                     await anyio.sleep(1)
@@ -165,7 +166,7 @@ async def test_a_peer_that_takes_nothing_is_lost_too(anyio_backend: object) -> N
     async with memory_peer(script, capacity=1000) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectionLostError, match="silent"):
-            async with connect(connectable=connectable, keepalive=30) as emitter:
+            async with one_link(connectable=connectable, keepalive=30) as emitter:
                 while True:
                     await emitter.publish("k", "a/", bytes(10_000))
         assert anyio.current_time() - start == exactly(45)
@@ -179,7 +180,7 @@ async def test_a_peer_that_falls_silent_during_the_goodbye_is_lost(anyio_backend
     async with memory_peer(script, capacity=100) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectionLostError, match="silent"):
-            async with connect(
+            async with one_link(
                 connectable=connectable, keepalive=2, disconnect_timeout=60
             ) as emitter:
                 await emitter.publish("k", "a/", bytes(10_000))
@@ -192,7 +193,7 @@ async def test_a_peer_that_falls_silent_during_the_goodbye_is_lost(anyio_backend
 async def test_a_peer_that_answers_pings_keeps_the_link_for_hours(anyio_backend: object) -> None:
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
-        async with connect(connectable=connectable, keepalive=30):
+        async with one_link(connectable=connectable, keepalive=30):
             await anyio.sleep(3 * HOUR + 1)
     assert watched.pings == [exactly(30 * number) for number in range(1, 361)]
 
@@ -208,7 +209,7 @@ async def test_a_client_that_only_receives_still_speaks(anyio_backend: object) -
 
     watched.says = say
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None)
         async with emitter:
             await anyio.sleep(HOUR + 1)
@@ -220,7 +221,7 @@ async def test_a_client_that_only_publishes_still_asks(anyio_backend: object) ->
     # Nothing answers a publish of QoS 0: without a PINGREQ a dead peer would look alive.
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
-        async with connect(connectable=connectable, keepalive=30) as emitter:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
             for _ in range(514):
                 await emitter.publish("k", "a/", "x")
                 await anyio.sleep(7)
@@ -231,7 +232,7 @@ async def test_a_client_that_only_publishes_still_asks(anyio_backend: object) ->
 async def test_traffic_both_ways_needs_no_ping(anyio_backend: object) -> None:
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
-        async with connect(connectable=connectable, keepalive=30) as emitter:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
             for _ in range(300):
                 await emitter.publish("k", "a/", "x", qos=1)
                 await anyio.sleep(12)
@@ -249,7 +250,7 @@ async def test_a_slow_link_is_no_silent_peer(anyio_backend: object) -> None:
     watched = Watched(falls_silent=0)
     watched.says = say
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         async with emitter, emitter.stream("message") as messages:
             assert (await messages.receive()).binary == b"x" * 100
             assert watched.now == exactly(29 * len(CHUNK))
@@ -284,7 +285,7 @@ async def test_a_pause_under_block_is_no_silence(anyio_backend: object) -> None:
 
     watched.says = say
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", handle, buffer=1, overflow="block")
         async with emitter:
             await all_handled.wait()
@@ -301,7 +302,7 @@ async def test_a_peer_that_falls_silent_behind_a_pause_is_lost(anyio_backend: ob
 
     watched.says = say
     async with memory_peer(watched.play) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", pause, buffer=1, overflow="block")
         with pytest.raises(ConnectionLostError, match="silent"):
             async with emitter:
@@ -323,7 +324,7 @@ async def test_what_came_with_connack_is_no_pause_for_ever(anyio_backend: object
         lost.append(anyio.current_time() - start)
 
     async with memory_peer(script) as connectable:
-        emitter = connect(connectable=connectable, keepalive=30)
+        emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None, buffer=1, overflow="block")
         with pytest.raises(ConnectionLostError, match="silent"):
             async with emitter:
@@ -363,7 +364,7 @@ class _CountingInstrument(trio.abc.Instrument):
 async def test_nothing_is_polled(anyio_backend: object, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
-        async with connect(connectable=connectable, keepalive=60):
+        async with one_link(connectable=connectable, keepalive=60):
             await anyio.sleep(1)
             turns = Turns(monkeypatch)
             await anyio.sleep(HOUR)
@@ -386,7 +387,7 @@ async def test_a_busy_link_sets_no_more_timers(
     monkeypatch.setattr(anyio, "sleep_until", noted)
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
-        async with connect(connectable=connectable, keepalive=60) as emitter:
+        async with one_link(connectable=connectable, keepalive=60) as emitter:
             for _ in range(500):
                 await emitter.publish("k", "a/", "x", qos=1)
                 await anyio.sleep(7.2)

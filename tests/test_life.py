@@ -18,9 +18,9 @@ from emitter_anyio import (
     ConnectionLostError,
     Emitter,
     EmitterMessage,
-    connect,
 )
 from emitter_anyio.testing import Broker
+from tests.support.links import one_link
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ async def test_the_bodys_exception_leaves_as_the_same_object(broker: Broker) -> 
     error = Oops("body")
     error.__cause__, error.__context__ = cause, context
     with pytest.raises(Oops) as caught:
-        async with connect(broker.url):
+        async with one_link(broker.url):
             raise error
     assert caught.value is error
     assert error.__cause__ is cause
@@ -52,7 +52,7 @@ async def test_the_bodys_exception_leaves_as_the_same_object(broker: Broker) -> 
 async def test_a_group_that_the_body_raised_stays_that_group(broker: Broker) -> None:
     group = ExceptionGroup("mine", [Oops("one"), ValueError("two")])
     with pytest.raises(ExceptionGroup) as caught:
-        async with connect(broker.url):
+        async with one_link(broker.url):
             raise group
     assert caught.value is group
 
@@ -62,7 +62,7 @@ async def test_a_task_group_in_the_body_raises_its_own_group(broker: Broker) -> 
         raise Oops("child")
 
     with pytest.raises(ExceptionGroup) as caught:
-        async with connect(broker.url), anyio.create_task_group() as tasks:
+        async with one_link(broker.url), anyio.create_task_group() as tasks:
             tasks.start_soon(fail)
             await anyio.sleep_forever()
     assert [type(exc) for exc in caught.value.exceptions] == [Oops]
@@ -74,7 +74,7 @@ async def test_an_interrupt_in_the_body_leaves_bare(
 ) -> None:
     error = kind("body")
     with pytest.raises(kind) as caught:
-        async with connect(broker.url):
+        async with one_link(broker.url):
             raise error
     assert caught.value is error
 
@@ -88,7 +88,7 @@ async def test_an_interrupt_in_a_handler_wins_over_the_bodys_exception(
     def interrupt(message: EmitterMessage) -> None:
         raise error
 
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     emitter.on("message", interrupt)
     with pytest.raises(kind) as caught:
         async with emitter:
@@ -108,7 +108,7 @@ async def test_a_failing_handler_ends_the_client_and_leaves_bare(broker: Broker)
         await checkpoint()
         raise error
 
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     emitter.on("message", fail)
     with pytest.raises(Oops) as caught:
         async with emitter:
@@ -126,7 +126,7 @@ async def test_an_error_handler_that_fails_ends_the_client(broker: Broker) -> No
     def fail(value: object) -> None:
         raise error
 
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     emitter.on("error", fail)
     emitter.on("message", fail)
     with pytest.raises(Oops) as caught:
@@ -140,7 +140,7 @@ async def test_an_error_handler_that_fails_ends_the_client(broker: Broker) -> No
 async def test_a_handlers_failure_is_noted_on_the_bodys_exception(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     error = Oops("body")
 
     def fail(message: EmitterMessage) -> None:
@@ -166,7 +166,7 @@ async def test_a_handlers_failure_is_noted_on_the_bodys_exception(
 async def test_a_program_of_handlers_that_sleeps_ends_when_the_link_is_lost(
     broker: Broker,
 ) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     gone = []
     emitter.on("disconnect", lambda: gone.append(emitter.state))
     with pytest.raises(ConnectionLostError, match="lost") as caught:
@@ -184,7 +184,7 @@ async def test_a_program_of_handlers_that_sleeps_ends_when_the_link_is_lost(
 async def test_what_was_received_and_not_read_is_in_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
     with pytest.raises(ConnectionLostError) as caught:
-        async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
             for text in "xyz":
                 await emitter.publish(key, "a/", text)
             await emitter.flush()
@@ -205,7 +205,7 @@ async def test_pending_calls_raise_when_the_link_is_lost(broker: Broker) -> None
             outcomes.append(type(exc))
             raise
 
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
         with pytest.raises(ExceptionGroup) as caught:
             async with anyio.create_task_group() as tasks:
@@ -228,7 +228,7 @@ async def test_pending_calls_raise_when_the_link_is_lost(broker: Broker) -> None
 async def test_a_call_that_raises_in_the_body_leaves_with_what_was_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
     with broker.hold("puback"), pytest.raises(ConnectionLostError) as caught:
-        async with connect(broker.url) as emitter, emitter.subscribe(key, "a/"):
+        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/"):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(cut_after_delivery, broker, emitter)
                 with anyio.CancelScope(shield=True):
@@ -245,7 +245,7 @@ async def cut_after_delivery(broker: Broker, emitter: Emitter) -> None:
 
 
 async def test_run_raises_into_the_callers_task_group(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     with pytest.raises(ExceptionGroup) as caught:
         async with anyio.create_task_group() as tasks:
             assert await tasks.start(emitter.run) is emitter
@@ -256,7 +256,7 @@ async def test_run_raises_into_the_callers_task_group(broker: Broker) -> None:
 
 async def test_streams_give_what_is_buffered_before_they_raise(broker: Broker) -> None:
     key = broker.keygen("a/")
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     read = []
 
     async def consume() -> None:
@@ -286,7 +286,7 @@ async def test_streams_give_what_is_buffered_before_they_raise(broker: Broker) -
 
 async def test_handlers_finish_what_they_have_when_the_link_is_lost(broker: Broker) -> None:
     handled: list[bytes] = []
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
 
     @emitter.on("message")
     async def handle(message: EmitterMessage) -> None:
@@ -309,7 +309,7 @@ async def test_handlers_finish_what_they_have_when_the_link_is_lost(broker: Brok
 
 async def test_disconnect_in_the_body_leaves_the_body_running(broker: Broker) -> None:
     key = broker.keygen("a/")
-    async with connect(broker.url) as emitter:
+    async with one_link(broker.url) as emitter:
         async with emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "x")
             await emitter.flush()
@@ -325,7 +325,7 @@ async def test_disconnect_in_the_body_leaves_the_body_running(broker: Broker) ->
 
 
 async def test_disconnect_from_a_handler(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     steps: list[str] = []
 
     @emitter.on("message")
@@ -345,7 +345,7 @@ async def test_disconnect_from_a_handler(broker: Broker) -> None:
 
 
 async def test_disconnect_from_another_task_ends_run(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
         await emitter.disconnect()
@@ -355,7 +355,7 @@ async def test_disconnect_from_another_task_ends_run(broker: Broker) -> None:
 async def test_disconnect_while_connecting_ends_the_opening(anyio_backend: object) -> None:
     async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        emitter = connect(host="127.0.0.1", port=port, secure=False)
+        emitter = one_link(host="127.0.0.1", port=port, secure=False)
 
         async def leave() -> None:
             await anyio.wait_all_tasks_blocked()
@@ -369,7 +369,7 @@ async def test_disconnect_while_connecting_ends_the_opening(anyio_backend: objec
 
 
 async def test_a_cancelled_disconnect_leaves_all_the_same(broker: Broker) -> None:
-    async with connect(broker.url) as emitter:
+    async with one_link(broker.url) as emitter:
         with anyio.CancelScope() as scope:
             scope.cancel()
             await emitter.disconnect()
@@ -379,7 +379,7 @@ async def test_a_cancelled_disconnect_leaves_all_the_same(broker: Broker) -> Non
 
 async def test_handlers_finish_what_is_queued_before_the_goodbye(broker: Broker) -> None:
     handled = []
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     key = broker.keygen("a/")
 
     @emitter.on("message")
@@ -399,7 +399,7 @@ async def test_handlers_finish_what_is_queued_before_the_goodbye(broker: Broker)
 
 async def test_cancelling_the_block_closes_the_link_at_once(broker: Broker) -> None:
     with anyio.move_on_after(1) as scope:
-        async with connect(broker.url) as emitter:
+        async with one_link(broker.url) as emitter:
             await emitter.subscribe(broker.keygen("a/"), "a/")
             scope.cancel()
             await anyio.sleep_forever()
@@ -410,14 +410,14 @@ async def test_cancelling_the_block_closes_the_link_at_once(broker: Broker) -> N
 async def test_a_deadline_around_the_block_raises_timeout_error(broker: Broker) -> None:
     with pytest.raises(TimeoutError):
         with anyio.fail_after(0.01):
-            async with connect(broker.url) as emitter:
+            async with one_link(broker.url) as emitter:
                 await emitter.me()
                 await anyio.sleep_forever()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_native_cancellation_of_the_block(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
 
     async def live() -> None:
         async with emitter:
@@ -433,7 +433,7 @@ async def test_native_cancellation_of_the_block(broker: Broker) -> None:
 
 
 async def test_entering_again_after_it_ended(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     came = []
     emitter.on("message", lambda message: came.append(message.binary))
     key = broker.keygen("a/")
@@ -446,7 +446,7 @@ async def test_entering_again_after_it_ended(broker: Broker) -> None:
 
 
 async def test_entering_twice_at_once_is_an_error(broker: Broker) -> None:
-    async with connect(broker.url) as emitter:
+    async with one_link(broker.url) as emitter:
         with pytest.raises(RuntimeError, match=r"already entered.*connect\(\)"):
             async with emitter:
                 pass  # pragma: no cover - it does not come so far
@@ -454,7 +454,7 @@ async def test_entering_twice_at_once_is_an_error(broker: Broker) -> None:
 
 
 async def test_use_before_entering_names_the_way_in(anyio_backend: object) -> None:
-    emitter = connect("mqtt://127.0.0.1:1")
+    emitter = one_link("mqtt://127.0.0.1:1")
     with pytest.raises(ClosedError, match="async with"):
         await emitter.publish("key", "a/", "x")
     with pytest.raises(ClosedError, match="async with"):
@@ -469,7 +469,7 @@ async def test_use_before_entering_names_the_way_in(anyio_backend: object) -> No
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_a_trio_nursery_holds_the_client(broker: Broker) -> None:
     async with trio.open_nursery() as nursery:
-        emitter = await nursery.start(connect(broker.url).run)
+        emitter = await nursery.start(one_link(broker.url).run)
         assert (await emitter.me()).id
         await emitter.disconnect()
 
@@ -477,7 +477,7 @@ async def test_a_trio_nursery_holds_the_client(broker: Broker) -> None:
 async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
     broker: Broker,
 ) -> None:
-    emitter = connect(broker.url, disconnect_timeout=0.05)
+    emitter = one_link(broker.url, disconnect_timeout=0.05)
     started = anyio.Event()
 
     @emitter.on("message")
@@ -494,7 +494,7 @@ async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
 
 
 async def test_handlers_survive_an_opening_that_failed(broker: Broker) -> None:
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
     came: list[str] = []
     emitter.on("connect", lambda: came.append("connect"))
     with broker.refuse(), pytest.raises(ConnectError):
@@ -506,7 +506,7 @@ async def test_handlers_survive_an_opening_that_failed(broker: Broker) -> None:
 
 async def test_of_two_failing_handlers_the_first_one_counts(broker: Broker) -> None:
     first, second = Oops("first"), Oops("second")
-    emitter = connect(broker.url)
+    emitter = one_link(broker.url)
 
     @emitter.on("message")
     def fail(message: EmitterMessage) -> None:

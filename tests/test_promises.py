@@ -27,6 +27,7 @@ from emitter_anyio import (
 )
 from emitter_anyio._requests import Request
 from emitter_anyio.testing import Broker
+from tests.support.links import one_link
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ async def test_block_stops_reading_and_loses_nothing(broker: Broker) -> None:
 
 async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker: Broker) -> None:
     key = broker.keygen("a/#/")
-    async with connect(broker.url) as emitter:
+    async with one_link(broker.url) as emitter:
         async with (
             emitter.subscribe(key, "a/", buffer=1) as stalled,
             emitter.subscribe(key, "a/b/", buffer=1) as healthy,
@@ -230,7 +231,7 @@ async def test_an_acknowledgement_without_an_answer_ends_the_request(broker: Bro
 
 async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker) -> None:
     key = broker.keygen("a/")
-    async with connect(broker.url, request_timeout=0.01) as emitter:
+    async with one_link(broker.url, request_timeout=0.01) as emitter:
         lost = broker.lose("puback", "answer", "suback", "unsuback")
         with lost, broker.hold("pingresp"):
             for verb in (
@@ -317,7 +318,7 @@ async def test_a_peer_that_sends_nonsense_is_a_lost_link(broker: Broker) -> None
             tasks.start_soon(listener.serve, serve)
             port = listener.extra(anyio.abc.SocketAttribute.local_port)
             with pytest.raises(ConnectionLostError, match="topic") as caught:
-                async with connect(host="127.0.0.1", port=port, secure=False):
+                async with one_link(host="127.0.0.1", port=port, secure=False):
                     await anyio.sleep_forever()
             tasks.cancel_scope.cancel()
     assert isinstance(caught.value.__cause__, RemoteProtocolError)

@@ -29,6 +29,7 @@ from emitter_anyio._transport import (
 )
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
+from tests.support.links import one_link
 from tests.support.memory import MemoryConnectable, MemoryStream, memory_link
 from tests.support.peer import (
     LINKS,
@@ -564,7 +565,7 @@ async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         with pytest.raises(ConnectionLostError, match="reset"):
-            async with connect(
+            async with one_link(
                 f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()
             ) as emitter:
                 await emitter.flush()

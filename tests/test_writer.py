@@ -14,9 +14,10 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio import ConnectionLostError, Emitter, connect
+from emitter_anyio import ConnectionLostError, Emitter
 from emitter_anyio._transport import SocketTransport, StreamTransport
 from emitter_anyio._writer import _HIGH_WATER, Writer
+from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
 from tests.support.steps import styles
@@ -470,7 +471,7 @@ async def test_cancelled_publishes_leave_whole_or_not_at_all(
 
     async with serving(link, script) as options:
         for style in styles():
-            async with connect(**options) as emitter:
+            async with one_link(**options) as emitter:
                 returned, count = await cancelled_publishers(emitter, style, seed=3)
             numbers = [int(packet.payload[:6]) for packet in published]
             assert len(numbers) == len(set(numbers)) == count
@@ -489,7 +490,7 @@ async def test_a_verb_does_not_wait_for_a_link_that_takes_nothing(anyio_backend:
         payloads.extend(packet.payload for packet in await peer.rest() if packet.kind == PUBLISH)
 
     async with memory_peer(script, capacity=100) as connectable:
-        async with connect(connectable=connectable) as emitter:
+        async with one_link(connectable=connectable) as emitter:
             # Nothing but room is waited for, and the first of these fills the link.
             for number in range(30):
                 await emitter.publish("k", "a/", b"%02d" % number + bytes(2000))
@@ -516,7 +517,7 @@ async def test_those_who_wait_for_room_or_to_leave_learn_that_the_link_is_lost(
 
     async with memory_peer(script, capacity=100) as connectable:
         with pytest.raises(ConnectionLostError):
-            async with connect(connectable=connectable) as emitter:
+            async with one_link(connectable=connectable) as emitter:
                 with anyio.CancelScope(shield=True):
                     async with anyio.create_task_group() as tasks:
                         for qos in (1, 1, 0, 0):
