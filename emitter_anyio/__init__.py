@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ._backoff import Backoff as Backoff
-from ._channels import Key as Key
 from ._client import Emitter as Emitter
 from ._client import connect as connect
 from ._errors import BadRequestError as BadRequestError

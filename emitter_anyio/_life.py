@@ -291,7 +291,6 @@ class Life(EventSource):
         while link is not None:
             began = anyio.current_time()
             broken = await self._run_link(link)
-            self._end_link(link, broken)
             if anyio.current_time() > began + self._longest(attempt):
                 attempt = 0
             link, attempt = await self._next_link(link, broken, attempt)
@@ -315,6 +314,8 @@ class Life(EventSource):
             if self._leaving:
                 self._start_goodbye(link)
             broken = await link.run(self._deliver, self._ping)
+            # In the same turn: those whom the link has let go must find that it is none any more.
+            self._end_link(link, broken)
             tasks.cancel_scope.cancel()
         return broken
 

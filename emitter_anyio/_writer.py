@@ -114,10 +114,7 @@ class Writer:
                 continue
             data = self._gather()
             if not (sent := self._transport.try_send(data)):
-                # Not to be reset where the sending fails: it may have handed over a part.
-                self._under_way = len(data) if self._transport.tears else 0
-                sent = await self._transport.send(data)
-                self._under_way = 0
+                sent = await self._send(data)
             self._took(sent)
 
     def hurry(self) -> None:
@@ -144,6 +141,17 @@ class Writer:
             return
         if sent:
             self._took(sent)
+
+    async def _send(self, data: bytes) -> int:
+        self._under_way = len(data)
+        try:
+            sent = await self._transport.send(data)
+        except BaseException:
+            if not self._transport.tears:
+                self._under_way = 0
+            raise
+        self._under_way = 0
+        return sent
 
     def _gather(self) -> bytes:
         if len(self._packets) == 1:

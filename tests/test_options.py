@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emitter_anyio import Backoff
 from emitter_anyio._messages import Will
 from emitter_anyio._options import Options, Server, make_options
 
@@ -36,7 +37,9 @@ class TestDefaults:
         assert options.matcher == "emitter"
         assert options.max_message_size == 65536
         assert options.allow_collisions is False
-        for name in ("will", "ssl_context", "connectable", "reconnect"):
+        assert options.reconnect == Backoff(initial=0.1, maximum=30, tries=None)
+        assert options.while_down == "wait"
+        for name in ("will", "ssl_context", "connectable"):
             assert getattr(options, name) is None
 
     def test_the_port_follows_the_scheme(self) -> None:
@@ -240,6 +243,8 @@ class TestEachOption:
             ("allow_collisions", True),
             ("connectable", anyio.as_connectable(("127.0.0.1", 1))),
             ("reconnect", None),
+            ("reconnect", Backoff(tries=3)),
+            ("while_down", "raise"),
         ],
     )
     def test_is_taken(self, name: str, value: Any) -> None:
@@ -282,7 +287,9 @@ class TestEachOption:
             ("max_message_size", 0x10000000, ValueError),
             ("allow_collisions", 1, TypeError),
             ("connectable", "h:1", TypeError),
-            ("reconnect", 5, ValueError),
+            ("reconnect", 5, TypeError),
+            ("reconnect", True, TypeError),
+            ("while_down", "queue", ValueError),
         ],
     )
     def test_is_refused_by_its_name(self, name: str, value: Any, error: type[Exception]) -> None:

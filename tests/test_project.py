@@ -22,6 +22,7 @@ LIBRARY = ROOT / "emitter_anyio"
 
 CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
+    *["Backoff", "Gap"],
     *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
     *[
         "Member",
@@ -43,7 +44,7 @@ SURFACE = [*CALLS, *VALUES, *ERRORS]
 
 # The rows of the map that hold values, rules and the session: no I/O, no clock.
 PURE = ["_errors", "_channels", "_messages", "_packets", "_hints", "_requests", "_router"]
-PURE += ["_pending", "_session"]
+PURE += ["_pending", "_session", "_backoff"]
 
 
 def public_names() -> dict[str, object]:

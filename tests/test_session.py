@@ -82,7 +82,7 @@ class Link:
         return self.session.publish_confirmed(topic, b"x", key=key, channel=channel)
 
     def subscribe(self, key: str = KEY, channel: str = "a/", replay: Replay = ANY) -> Grant:
-        return self.session.subscribe(key, channel, replay)[0]
+        return self.session.subscribe(key, key, channel, replay)[0]
 
     def granted(self, key: str = KEY, channel: str = "a/") -> Grant:
         grant = self.subscribe(key, channel)
@@ -448,7 +448,7 @@ class TestSubscriptions:
     def test_the_broker_is_asked_with_the_options(
         self, link: Link, replay: Replay, options: str
     ) -> None:
-        grant, by_history = link.session.subscribe(KEY, "a/", replay)
+        grant, by_history = link.session.subscribe(KEY, KEY, "a/", replay)
         assert link.sent == [Subscribe(1, f"{KEY}/a/{options}")]
         assert not by_history
         assert not grant.asked.done
@@ -469,19 +469,19 @@ class TestSubscriptions:
         ]
 
     def test_the_replay_of_one_more_comes_from_history(self, link: Link) -> None:
-        assert link.session.subscribe(KEY, "a/", ANY)[1] is False
-        assert link.session.subscribe(KEY, "a/", ANY)[1] is True
-        assert link.session.subscribe(KEY, "a/", NONE)[1] is False
-        assert link.session.subscribe(KEY, "a/b/", Replay(5))[1] is True
-        assert link.session.subscribe(KEY, "+/b/", ANY)[1] is True
-        assert link.session.subscribe(KEY, "b/", ANY)[1] is True, "it overlaps +/b/"
-        assert link.session.subscribe(KEY, "c/d/", ANY)[1] is False
+        assert link.session.subscribe(KEY, KEY, "a/", ANY)[1] is False
+        assert link.session.subscribe(KEY, KEY, "a/", ANY)[1] is True
+        assert link.session.subscribe(KEY, KEY, "a/", NONE)[1] is False
+        assert link.session.subscribe(KEY, KEY, "a/b/", Replay(5))[1] is True
+        assert link.session.subscribe(KEY, KEY, "+/b/", ANY)[1] is True
+        assert link.session.subscribe(KEY, KEY, "b/", ANY)[1] is True, "it overlaps +/b/"
+        assert link.session.subscribe(KEY, KEY, "c/d/", ANY)[1] is False
 
     def test_under_the_other_matcher_less_overlaps(self) -> None:
         link = Link("mqtt")
         link.subscribe()
-        assert link.session.subscribe(KEY, "a/b/", ANY)[1] is False
-        assert link.session.subscribe(KEY, "a/#/", ANY)[1] is True
+        assert link.session.subscribe(KEY, KEY, "a/b/", ANY)[1] is False
+        assert link.session.subscribe(KEY, KEY, "a/#/", ANY)[1] is True
         assert link.session.overlapped("a/b/c/")
         assert not link.session.overlapped("c/")
 
@@ -682,14 +682,15 @@ class TestCollisions:
         assert not link.session.in_use("q/p/")
 
     def test_of_two_presence_feeds(self, link: Link) -> None:
-        link.session.watch(KEY, "d/d/")
+        link.session.watch("d/d/")
         with pytest.raises(SubscriptionConflictError, match="the presence feed of 'g/g/'"):
-            link.session.watch(KEY, "g/g/")
+            link.session.watch("g/g/")
         assert not link.session.watched("g/g/")
 
     def test_a_subscription_and_a_feed_are_apart(self, link: Link) -> None:
         link.subscribe(channel="p/q/")
-        assert link.session.watch(KEY, "q/p/").users == 1
+        link.session.watch("q/p/")
+        assert link.session.watched("q/p/")
 
     def test_a_channel_is_in_no_ones_way_but_others(self, link: Link) -> None:
         link.subscribe(channel="p/q/")
@@ -706,8 +707,8 @@ class TestCollisions:
         link = Link(allow_collisions=True)
         link.subscribe(channel="p/q/")
         link.subscribe(channel="q/p/")
-        link.session.watch(KEY, "d/d/")
-        link.session.watch(KEY, "g/g/")
+        link.session.watch("d/d/")
+        link.session.watch("g/g/")
         assert len(link.sent) == 2
 
     def test_the_key_is_not_shown(self, link: Link) -> None:
@@ -780,25 +781,25 @@ class TestPresence:
     @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
     @pytest.mark.parametrize("channel", ["a/", "a/b/c/"])
     def test_a_change_of_what_is_watched(self, link: Link, channel: str, event: str) -> None:
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         (emission,) = link.hear(change(channel, event))
         assert emission.event == "presence"
         assert (emission.value.channel, emission.value.event) == (channel, event)
 
     def test_of_what_nobody_watches(self, link: Link) -> None:
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         (emission,) = link.hear(change("b/"))
         assert isinstance(emission.value, RemoteProtocolError)
         assert link.session.nonsense == 1
 
     def test_a_change_with_a_req_is_none(self, link: Link) -> None:
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         forged = json.loads(change().binary) | {"req": 5}
         link.hear(answer("presence", **forged))
         assert link.session.nonsense == 1
 
     def test_one_that_was_on_its_way_when_the_feed_was_left(self, link: Link) -> None:
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         link.session.unwatch("a/")
         assert link.hear(change("a/b/")) == []
         assert link.session.nonsense == 0
@@ -807,7 +808,7 @@ class TestPresence:
         assert link.session.nonsense == 1, "it cannot come from the link before"
 
     def test_none_is_on_its_way_when_the_broker_has_ended_the_feed(self, link: Link) -> None:
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         link.session.unwatch("a/")
         link.session.unwatched("a/")
         link.session.unwatched("b/")
@@ -815,7 +816,8 @@ class TestPresence:
         assert link.session.nonsense == 1
 
     def test_a_feed_ends_with_its_last_user(self, link: Link) -> None:
-        assert link.session.watch(KEY, "a/") is link.session.watch(KEY, "a/")
+        link.session.watch("a/")
+        link.session.watch("a/")
         assert link.session.watched("a/")
         assert link.session.unwatch("a/") is False
         assert link.session.watched("a/")
@@ -981,7 +983,7 @@ class TestHostileAnswers:
     def test_any_bytes_do_no_harm(self, operation: str, binary: bytes) -> None:
         link = Link()
         pending = link.session.request(requests.me())
-        link.session.watch(KEY, "a/")
+        link.session.watch("a/")
         link.hear(EmitterMessage(f"emitter/{operation}/", binary))
         assert not pending.done
         assert link.session.nonsense == 1
@@ -1230,10 +1232,10 @@ class Conversation(RuleBasedStateMachine):
         held = {grant.filter for grant in self.users if grant not in self.refused} - {channel}
         if any((group or unshare(one)[0]) and overlap(plain, unshare(one)[1]) for one in held):
             with pytest.raises(SubscriptionConflictError, match="a group"):
-                self.session.subscribe(key, channel, replay)
+                self.session.subscribe(key, key, channel, replay)
             assert len(self.broker.packets) == before
             return
-        grant, by_history = self.session.subscribe(key, channel, replay)
+        grant, by_history = self.session.subscribe(key, key, channel, replay)
         assert by_history == (overlapped and replay is ANY)
         self.users.append(grant)
         if len(self.broker.packets) > before:

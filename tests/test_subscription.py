@@ -62,7 +62,7 @@ def read(stream: EventStream[Any]) -> list[object]:
 
 
 def figures(buffered: int, buffered_bytes: int, received: int, dropped: int) -> StreamStatistics:
-    return StreamStatistics(buffered, buffered_bytes, received, dropped)
+    return StreamStatistics(buffered, buffered_bytes, received, dropped, 0)
 
 
 class TestReceiving:
