@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import ASKED, TARGETS, feed
@@ -91,6 +91,7 @@ json_values = st.recursive(
 )
 
 
+@settings(max_examples=30)  # it takes long to make them up
 @given(
     st.lists(
         st.tuples(

@@ -19,6 +19,7 @@ from emitter_anyio._packets import Disconnect, Event, Packet, PubAck, SubAck
 from emitter_anyio._pending import Pending, Replay
 from emitter_anyio._session import Session
 from tests.fuzz import seeds
+from tests.support.secrets import shown
 
 LIMIT: Final = 1024
 """So small that a fuzzer soon finds what happens at it."""
@@ -153,18 +154,12 @@ def options(data: bytes) -> None:
     try:
         made = make_options(url, {})
     except (TypeError, ValueError) as exc:
-        words = shown(exc)
+        words = " ".join(shown(exc))
     if made is None:
         assert words
     elif PASSWORD in (made.password or ""):
         words = f"{made!r} {made.servers} {made.servers[0]}"
     assert PASSWORD not in words
-
-
-def shown(error: BaseException) -> str:
-    """What a traceback shows of an error and of those behind it."""
-    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return f"{error!r} {error}" + ("" if behind is None else shown(behind))
 
 
 TARGETS: Final = {
