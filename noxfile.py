@@ -98,6 +98,13 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "report")
 
 
+@nox.session(python=OLDEST, default=False)
+def fuzz(session: nox.Session) -> None:
+    """Any bytes, guided by coverage, for a minute each: -- codec -max_total_time=600."""
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "fuzz"))
+    session.run("python", "-m", "tests.fuzz", *session.posargs)
+
+
 @nox.session(default=False)
 def emitter(session: nox.Session) -> None:
     """The client suite against a real Emitter: EMITTER_URL and EMITTER_SECRET say which."""

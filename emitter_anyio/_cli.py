@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import secrets
 import signal
 import ssl
@@ -58,6 +59,8 @@ class _Parser(argparse.ArgumentParser):
         # argparse would put the usage before it, several lines long.
         if message.endswith("expected one argument"):
             message += "; if its value begins with '-', write --option=VALUE"
+        # What it repeats may be a URL in a wrong place, with a password.
+        message = re.sub(r"://\S*@", "://…@", message)
         self.exit(2, f"{_NAME}: {message} (see {self.prog} --help)\n")
 
 

@@ -52,6 +52,9 @@ class Hello(NamedTuple):
     keepalive: int = 30
     will: Publish | None = None
 
+    def __repr__(self) -> str:
+        return f"Hello(username={self.username!r}, password=…, will={self.will})"
+
 
 class _MemorySocket:
     """What Paho takes for its socket."""

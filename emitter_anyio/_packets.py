@@ -12,6 +12,10 @@ from ._errors import RemoteProtocolError
 from ._messages import EmitterMessage
 
 
+def _keyless(topic: str) -> str:
+    return repr(f"…/{topic.partition('/')[2]}")
+
+
 class Publish(NamedTuple):
     """A ``PUBLISH``; a packet id makes it one of QoS 1."""
 
@@ -20,6 +24,13 @@ class Publish(NamedTuple):
     packet_id: int | None = None
     retain: bool = False
 
+    def __repr__(self) -> str:
+        # A request's payload carries keys, too.
+        return (
+            f"Publish(topic={_keyless(self.topic.decode(errors='replace'))}, "
+            f"{len(self.payload)} bytes, packet_id={self.packet_id}, retain={self.retain})"
+        )
+
 
 class Subscribe(NamedTuple):
     """A ``SUBSCRIBE`` to one filter, at QoS 0, the only one at which Emitter delivers."""
@@ -27,12 +38,18 @@ class Subscribe(NamedTuple):
     packet_id: int
     topic: str
 
+    def __repr__(self) -> str:
+        return f"Subscribe(packet_id={self.packet_id}, topic={_keyless(self.topic)})"
+
 
 class Unsubscribe(NamedTuple):
     """An ``UNSUBSCRIBE`` from one filter."""
 
     packet_id: int
     topic: str
+
+    def __repr__(self) -> str:
+        return f"Unsubscribe(packet_id={self.packet_id}, topic={_keyless(self.topic)})"
 
 
 class PingReq(NamedTuple):

@@ -11,6 +11,7 @@ from blockbuster import blockbuster_ctx
 
 from tests.support.clock import virtual_time_options
 from tests.support.leaks import Leaks
+from tests.support.secrets import Witness
 from tests.support.server import Server, real_server
 
 # No test measures the time, so no example of Hypothesis has a deadline.
@@ -38,10 +39,20 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+_WITNESS = pytest.StashKey[Witness]()
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    # What a test has logged goes to another process, which takes no lone surrogates.
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if call.when == "teardown" and (witness := item.stash.get(_WITNESS, None)) is not None:
+        # Only here is all that a test has printed together.
+        witness.note("what was printed", f"{report.capstdout}{report.capstderr}")
+        if (leaks := witness.leaks()) and report.passed:
+            report.outcome, report.longrepr = "failed", "\n".join(leaks)
+    # What a test has logged goes to another process, which takes no lone surrogates.
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
@@ -65,7 +76,18 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(request: pytest.FixtureRequest) -> None:
+def _secrets_stay_secret(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "anyio_backend" not in request.fixturenames:
+        yield
+        return
+    witness = request.node.stash[_WITNESS] = Witness()
+    witness.begin()
+    yield
+    witness.end()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind(request: pytest.FixtureRequest, _secrets_stay_secret: None) -> None:
     # Set up before, and so torn down after, every other fixture of an asynchronous test.
     if "anyio_backend" in request.fixturenames:
         request.getfixturevalue("_no_leaks")

@@ -504,6 +504,23 @@ class TestAgainstPaho:
         assert plain(connected().decode(b"".join(stream))) == peer.heard
 
 
+def test_no_packet_shows_a_key_or_a_password() -> None:
+    shown = [
+        repr(Publish(b"private/a/?ttl=5", b"x", 7, True)),
+        repr(Publish(b"emitter/keygen/", b'{"key":"private"}')),
+        repr(Subscribe(8, "private/a/")),
+        repr(Unsubscribe(9, "private/a/")),
+        repr(Hello("me", "ann", "private", 30)),
+    ]
+    assert shown == [
+        "Publish(topic='…/a/?ttl=5', 1 bytes, packet_id=7, retain=True)",
+        "Publish(topic='…/keygen/', 17 bytes, packet_id=None, retain=False)",
+        "Subscribe(packet_id=8, topic='…/a/')",
+        "Unsubscribe(packet_id=9, topic='…/a/')",
+        "Hello(username='ann', password=…, will=None)",
+    ]
+
+
 def test_events_are_told_apart_by_their_kind() -> None:
     assert plain([UnsubAck(1), PubAck(1), SubAck(1, (0,))]) == [
         ("UnsubAck", 1),

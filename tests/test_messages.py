@@ -113,6 +113,10 @@ class TestValues:
         assert repr(will) == "Will(key=…, channel='a/', retain=True)"
         assert not Will("secret", "a/", "x").retain
 
+    def test_the_repr_of_an_answer_shows_no_key(self) -> None:
+        answer = EmitterMessage("emitter/keygen/", b'{"status":200,"key":"private"}')
+        assert repr(answer) == "<EmitterMessage channel='emitter/keygen/' binary=<30 bytes>>"
+
     def test_reprs(self) -> None:
         assert repr(message(b"x")) == "<EmitterMessage channel='a/b/' binary=b'x'>"
         assert repr(stored(b"x")) == (

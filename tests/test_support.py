@@ -15,9 +15,36 @@ import trio.testing
 
 from tests.support.clock import JumpingEventLoop
 from tests.support.leaks import Leaks, living_tasks
+from tests.support.secrets import Witness
 from tests.support.server import real_server
 
 YEAR = 365 * 24 * 3600.0
+
+LEAKS = 15
+"""So many of ``leaky_tests.py`` show a secret."""
+
+
+def verdicts_of(name: str) -> set[tuple[str, str]]:
+    """Run deliberately bad tests; gives what pytest says of each."""
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA"),
+            str(Path(__file__).parent / "support" / name),
+        ],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    return {
+        (verdict, name)
+        for verdict, _, name in (
+            line.partition(" - ")[0].replace("::", " ").split()
+            for line in run.stdout.splitlines()
+            if line.startswith(("PASSED ", "FAILED ", "ERROR ")) and "::" in line
+        )
+    }
 
 
 class TestVirtualTime:
@@ -105,23 +132,7 @@ class TestLeaks:
         leaks.check()
 
     def test_whatever_a_test_leaves_behind_fails_that_test(self) -> None:
-        bad = Path(__file__).parent / "support" / "bad_tests.py"
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", str(bad)],
-            cwd=Path(__file__).parent.parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
-        verdicts = {
-            (verdict, name)
-            for verdict, _, name in (
-                line.partition(" - ")[0].replace("::", " ").split()
-                for line in run.stdout.splitlines()
-                if line.startswith(("PASSED ", "FAILED ", "ERROR "))
-            )
-        }
+        verdicts = verdicts_of("bad_tests.py")
         both = ("asyncio", "trio")
         assert {verdict for verdict in verdicts if verdict[0] != "PASSED"} == {
             *(("ERROR", f"test_a_task[{backend}]") for backend in both),
@@ -129,6 +140,25 @@ class TestLeaks:
             *(("FAILED", f"test_an_unclosed_stream[{backend}]") for backend in both),
             ("FAILED", "test_a_blocking_call[asyncio]"),
         }
+
+
+class TestSecrets:
+    def test_a_secret_that_is_shown_fails_the_test_that_uses_it(self) -> None:
+        verdicts = verdicts_of("leaky_tests.py")
+        # They pass, and what fails is the look at them that follows.
+        failed = {name for verdict, name in verdicts if verdict == "ERROR"}
+        assert len(failed) == 2 * LEAKS
+        clean = {f"test_showing_nothing[{backend}]" for backend in ("asyncio", "trio")}
+        assert {name for verdict, name in verdicts if verdict == "PASSED"} == failed | clean
+        assert "FAILED" not in {verdict for verdict, _ in verdicts}
+
+    def test_the_secret_is_not_shown_once_more(self) -> None:
+        witness = Witness()
+        witness.keep("a-secret-key", "short", None)
+        witness.note("a log line", "subscribed to a-secret-key/a/ with short")
+        assert witness.leaks() == [
+            "a log line shows a secret: subscribed to <a secret>/a/ with short"
+        ]
 
 
 class TestServer:

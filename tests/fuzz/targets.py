@@ -1,0 +1,169 @@
+"""What is fuzzed: each target takes any bytes, and raises what nobody has promised.
+
+To add one, write the function, give it some seeds, and name both in :data:`TARGETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+from emitter_anyio import _requests as requests
+from emitter_anyio._codec import Codec, Hello
+from emitter_anyio._errors import EmitterError, RemoteProtocolError
+from emitter_anyio._messages import EmitterMessage
+from emitter_anyio._options import make_options
+from emitter_anyio._packets import Disconnect, Event, Packet, PubAck, SubAck
+from emitter_anyio._pending import Pending, Replay
+from emitter_anyio._session import Session
+from tests.fuzz import seeds
+from tests.support.secrets import shown
+
+LIMIT: Final = 1024
+"""So small that a fuzzer soon finds what happens at it."""
+
+KEY: Final = "aKeyOf32CharactersThatNobodyMade"
+PASSWORD: Final = "a-secret-password"
+
+_BEGUN: Final = 1
+_LEAVING: Final = 2
+
+
+class Target(NamedTuple):
+    """
+    Something that has to cope with any bytes.
+
+    :ivar check: raises if it does not
+    :ivar seeds: gives inputs to begin with
+    """
+
+    check: Callable[[bytes], None]
+    seeds: Callable[[], Iterable[bytes]]
+
+
+def codec(data: bytes) -> None:
+    """
+    Bytes from a peer: the first says how to feed the rest.
+
+    Its lowest bit stands for a CONNACK in front, the next one for a DISCONNECT that we have sent,
+    and the others for the size of the pieces, where 0 is all at once.
+    """
+    head, wire = data[0] if data else 0, data[1:]
+    size = head >> 2 or len(wire) + 1
+    places = [*range(0, len(wire), size), len(wire)]
+    in_pieces = feed(head, [wire[a:b] for a, b in pairwise(places)])
+    assert in_pieces == feed(head, [wire]), "what comes out depends on how it is cut"
+
+
+def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
+    """
+    Let a codec decode pieces, and hold it to its promises.
+
+    :return: the events, written so that they can be compared
+    """
+    made = Codec(Hello(), LIMIT)
+    made.connect()
+    events: list[Event] = []
+    if head & _BEGUN:
+        events += made.decode(b"\x20\2\0\0")
+    if head & _LEAVING:
+        made.encode(Disconnect())
+    broken = False
+    for piece in pieces:
+        more = made.decode(piece)
+        assert not (broken and more), "something comes out behind an error"
+        *before, last = more or (None,)
+        assert not any(isinstance(event, RemoteProtocolError) for event in before)
+        broken = broken or isinstance(last, RemoteProtocolError)
+        events += more
+        made.take_written()
+        assert held(made) <= LIMIT + 5, "more is held than a packet"
+        assert not made._heard, "an event is kept for later"
+        assert not (broken and made._rest), "what a broken link has said is kept"
+    return [
+        f"message {event.channel!r} {event.binary!r}"
+        if isinstance(event, EmitterMessage)
+        else repr(event)
+        for event in events
+    ]
+
+
+def held(made: Codec) -> int:
+    """How many bytes from the peer and to it a codec holds: its own, and what Paho has."""
+    client = made._paho
+    paho = (client._in_packet["packet"], *client._out_packet, *client._in_messages)
+    link = made._link
+    own = len(made._rest) + len(link.inbound) + len(link.outbound)
+    return own + sum(len(item) if isinstance(item, bytes | bytearray) else 1 for item in paho)
+
+
+ASKED: Final = ("keygen", "keyban", "link", "me", "presence", "history", "error", "nothing")
+"""What the messages for :func:`answers` may be on, below ``emitter/``."""
+
+
+def answers(data: bytes) -> None:
+    """
+    Answers from a broker, or from somebody who plays one: a message for each line.
+
+    The first byte of a line says what it is on; the rest is the payload.
+    """
+    sent: list[Packet] = []
+    session = Session(sent.append)
+    asked: tuple[requests.Request[Any], ...] = (
+        requests.keygen(KEY, "a/", "rw", 0),
+        requests.keyban(KEY, KEY, True),
+        requests.link(KEY, "a/", "l", ()),
+        requests.me(),
+        requests.presence(KEY, "a/", status=True, changes=True),
+        requests.history(KEY, "a/", last=5),
+        requests.presence(KEY, "a/", status=False, changes=False),
+    )
+    pending: list[Pending[Any]] = [session.request(request) for request in asked]
+    pending.append(session.publish_confirmed(b"k/a/", b"x", key=KEY, channel="a/"))
+    pending.append(session.subscribe(KEY, "a/", Replay())[0].asked)
+    session.publish(b"k/a/", b"x")
+    session.watch(KEY, "a/")
+    for line in data.split(b"\n"):
+        where = ASKED[line[0] % len(ASKED)] if line else ""
+        tell(session, EmitterMessage(f"emitter/{where}/", line[1:]))
+    for packet_id in range(1, len(pending) + 1):
+        tell(session, SubAck(packet_id, (0,)) if packet_id == len(pending) else PubAck(packet_id))
+    for one in pending:
+        assert one.done, f"{one.operation} is acknowledged and not done"
+        with suppress(EmitterError):
+            one.result()
+    assert not session.pending
+
+
+def tell(session: Session, event: Event) -> None:
+    """Let a session hear something; no message is a reason to end the link."""
+    for emission in session.receive(event):
+        assert emission.event in (*ASKED, "message")
+        assert repr(emission.value)
+        assert KEY not in repr(emission.value)
+
+
+def options(data: bytes) -> None:
+    """A URL, with a password put in where a line ends, if one does."""
+    text = data.decode(errors="surrogateescape")
+    before, line, after = text.partition("\n")
+    url = f"{before}:{PASSWORD}@{after}" if line else text
+    made, words = None, ""
+    try:
+        made = make_options(url, {})
+    except (TypeError, ValueError) as exc:
+        words = " ".join(shown(exc))
+    if made is None:
+        assert words
+    elif PASSWORD in (made.password or ""):
+        words = f"{made!r} {made.servers} {made.servers[0]}"
+    assert PASSWORD not in words
+
+
+TARGETS: Final = {
+    "codec": Target(codec, seeds.conversations),
+    "answers": Target(answers, seeds.answers),
+    "options": Target(options, seeds.urls),
+}
