@@ -48,6 +48,8 @@ class Connection:
         self.writer = Writer(transport)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
+        self.parted = False
+        """Whether the broker has closed the link behind our DISCONNECT, and so has taken all."""
         self._transport = transport
         self._codec = codec
         self._first = first
@@ -165,6 +167,7 @@ class Connection:
             raise EOFError("the broker closed the link")
         while await self._transport.receive():
             pass
+        self.parted = True
         self.close()
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:

@@ -102,6 +102,7 @@ class Life(EventSource):
         self._lived = False
         self._session = self._new_session()
         self._keys = KeyRing()
+        self._will_key: str | None = None
         self._connection: Connection | None = None
         self._ready = False
         """Whether the present link has all that the ones before it had."""
@@ -204,12 +205,13 @@ class Life(EventSource):
 
     async def _open_link(self, last: Connection | None) -> Connection:
         will = self._options.will
-        key = None
         if will is not None:
-            # The function that stands for it may use the client only once there is a link.
-            key = await self._keys.get(will.key, restoring=True)
+            # A function that stands for the key is asked for the first link only: it may want to
+            # use the client, which waits for the next one.
+            self._will_key = self._keys.known(will.key) or self._will_key
+            self._will_key = self._will_key or await self._keys.get(will.key)
         after = None if last is None else last.server
-        return await open_connection(self._options, will_key=key, after=after)
+        return await open_connection(self._options, will_key=self._will_key, after=after)
 
     def _begin(self) -> None:
         self._lived = True
@@ -396,7 +398,6 @@ class Life(EventSource):
         gone: Callable[[], Exception] = self._gone
         if broken is None:
             logger.info("disconnected from %s", link.server)
-            self._session.lost(gone)
         else:
             self._last_error = broken
             logger.warning("%s: %s", self._lost_link(link), broken)
@@ -406,13 +407,13 @@ class Life(EventSource):
                 gone = partial(self._interrupted, link, broken)
                 if not self._leaving:
                     self._set_state("connecting")
-            uncertain = self._session.lost(gone) - len(unsent)
+        uncertain = self._session.lost(gone) - len(unsent)
+        if uncertain and not link.parted:
             self._uncertain += uncertain
-            if uncertain:
-                logger.warning(
-                    "%d publishes of qos=0 were under way: the broker may have taken them or not",
-                    uncertain,
-                )
+            logger.warning(
+                "%d publishes of qos=0 were under way: the broker may have taken them or not",
+                uncertain,
+            )
         self._changed_now()
         if was_ready:
             self._link_lost()

@@ -118,12 +118,8 @@ class Subscription:
         self.grant: Grant | None = None
         self.held: Sequence[EventStream[Any]] = ()
         """What waits behind the stored messages that a gap would have lost."""
-        self._scopes: list[anyio.CancelScope] = []
-
-    def scope(self) -> anyio.CancelScope:
-        """Make a scope that ends with the subscription."""
-        self._scopes.append(anyio.CancelScope())
-        return self._scopes[-1]
+        self.watching = anyio.CancelScope()
+        self.resuming = anyio.CancelScope()
 
     def let_through(self) -> None:
         """Hold back no longer what comes."""
@@ -134,8 +130,8 @@ class Subscription:
     def end(self) -> None:
         """End what is done for it."""
         self.let_through()
-        for scope in self._scopes:
-            scope.cancel()
+        self.watching.cancel()
+        self.resuming.cancel()
         if self.watermark is not None:
             self.watermark.close()
 
@@ -365,6 +361,7 @@ class Subscriber(Historian):
             raise
         if watermark is not None:
             assert self._tasks is not None
+            subscription.watching = anyio.CancelScope()
             self._tasks.start_soon(self._keep_watermark, subscription, watermark)
 
     def _give_back(self, subscription: Subscription) -> Pending[None] | None:
@@ -475,6 +472,8 @@ class Subscriber(Historian):
 
     def _restore_subscriptions(self) -> Iterable[Callable[[], Awaitable[None]]]:
         for subscription in self._subscriptions:
+            # What the last link has not brought to its end begins anew.
+            subscription.resuming.cancel()
             if subscription.watermark is not None and not subscription.held:
                 # What is live waits behind what was stored meanwhile.
                 stream = subscription.stream
@@ -502,6 +501,7 @@ class Subscriber(Historian):
             assert self._tasks is not None
             for subscription in self._users(grant):
                 if subscription.watermark is not None:
+                    subscription.resuming = anyio.CancelScope()
                     self._tasks.start_soon(self._resume, subscription, subscription.watermark)
 
     def _message_listeners(self) -> tuple[EventStream[Any], ...]:
@@ -530,7 +530,7 @@ class Subscriber(Historian):
         return found[-1] if found else None
 
     async def _keep_watermark(self, subscription: Subscription, watermark: Watermark) -> None:
-        with subscription.scope():
+        with subscription.watching:
             while True:
                 await watermark.stale.wait()
                 await anyio.sleep(RENEWED)
@@ -546,7 +546,8 @@ class Subscriber(Historian):
 
     async def _resume(self, subscription: Subscription, watermark: Watermark) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
-        with subscription.scope():
+        RESTORING.set(False)
+        with subscription.resuming:
             found: list[StoredMessage] = []
             reason = None
             try:

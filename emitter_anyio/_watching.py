@@ -229,7 +229,8 @@ class Watcher(Conversation):
         else:
             feed.doubt()
             if new:
-                await self._hand_over(feed, status)
+                # Nobody is kept waiting for this reader before the link may be used.
+                feed.push_or_drop(status)
 
     async def _restore_changes(self, channel: str, key: Key) -> None:
         if channel not in self._presence_wanted:
