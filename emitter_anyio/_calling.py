@@ -192,7 +192,7 @@ class Caller(Subscriber):
         """
         check_source(key)
         channel = check_channel(channel)
-        failure: EmitterError | None = None
+        failure: Exception | None = None
         async with (
             self.subscribe(key, channel, 0, buffer=buffer) as requests,
             anyio.create_task_group() as tasks,
@@ -201,7 +201,7 @@ class Caller(Subscriber):
             try:
                 task_status.started()
                 await self._serve_all(key, channel, handler, requests, tasks)
-            except EmitterError as exc:  # leaves bare, and not in the group
+            except Exception as exc:  # leaves bare, and not in the group
                 failure = exc
             finally:
                 self._served -= 1
@@ -222,7 +222,8 @@ class Caller(Subscriber):
             path = levels(message.channel[len(channel) :] or "/")
             if len(path) == 2 and message.channel not in running:
                 scope = running[message.channel] = anyio.CancelScope()
-                tasks.start_soon(self._serve_one, key, handler, message, scope, running)
+                text = await self._keys.get(key)
+                tasks.start_soon(self._serve_one, text, handler, message, scope, running)
             elif len(path) == 3 and path[2] == _CANCEL:
                 asked = message.channel.removesuffix(f"{_CANCEL}/")
                 if asked in running:
@@ -230,14 +231,13 @@ class Caller(Subscriber):
 
     async def _serve_one(
         self,
-        source: Key,
+        key: str,
         handler: Serve,
         message: EmitterMessage,
         scope: anyio.CancelScope,
         running: dict[str, anyio.CancelScope],
     ) -> None:
         with scope:
-            key = await self._keys.get(source)
             try:
                 reply = handler(message)
                 if inspect.isawaitable(reply):
