@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import anyio
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
@@ -41,8 +42,9 @@ _TOPICS: Final = 1024
 """So many topics are kept ready to be published to."""
 
 
-class _Made(NamedTuple):
-    """How a link was made, to make it again."""
+@dataclass(frozen=True, slots=True, repr=False)
+class _Made:
+    """How a link was made, to make it again; its ``repr`` does not show the key."""
 
     key: Key
     channel: str

@@ -14,6 +14,7 @@ import sniffio
 from emitter_anyio.pytest_plugin import EmitterFixture
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.support.command import ROOT, run
+from tests.support.logs import logged
 
 PAGE = (ROOT / "docs" / "testing.md").read_text()
 MODULE, PROGRAM = re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -62,7 +63,7 @@ class TestFixtures:
     ) -> None:
         await emitter.client.disconnect()
         assert emitter.client.state == "closed"
-        assert caplog.records == []
+        assert logged(caplog) == []
 
     def test_what_fails_in_them(self, tmp_path: Path) -> None:
         outcomes = run_pytest(tmp_path, TROUBLE)

@@ -28,6 +28,7 @@ from emitter_anyio import (
 from emitter_anyio._requests import Request
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
+from tests.support.logs import logged
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ async def test_a_refusal_that_nobody_waits_for_is_logged_with_the_way_out(
         with pytest.raises(UnauthorizedError, match="qos=1"):
             await emitter.flush()
         await emitter.flush()
-    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    (record,) = logged(caplog, logging.WARNING)
     assert "qos=1" in record.getMessage()
     assert "flush()" in record.getMessage()
     assert key not in record.getMessage()

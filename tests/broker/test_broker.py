@@ -32,6 +32,7 @@ from emitter_anyio.testing._packets import (
 )
 from emitter_anyio.testing._topics import parse
 from tests.broker.player import Link, MemoryStream
+from tests.support.logs import logged
 
 REFUSED = "the security key provided is not authorized to perform this operation"
 
@@ -369,7 +370,7 @@ class TestLinks:
         assert links[0].closed
         assert await links[1].ask() == []
         assert not links[1].closed
-        [record] = caplog.records
+        [record] = logged(caplog)
         assert record.levelname == "ERROR"
         assert record.exc_info is not None
         assert "failed" in record.message

@@ -24,6 +24,7 @@ from emitter_anyio import (
 )
 from tests.client.tools import Calls, arrived, relay, turns
 from tests.support.links import one_link
+from tests.support.logs import logged
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -245,7 +246,7 @@ async def test_what_the_handler_raises_is_raised_where_it_was_asked(
             await emitter.request(key, unique, "bad")
         assert repr(unique) in str(caught.value)
         assert (await emitter.request(key, unique, "good")).as_string() == "fine"
-    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    (record,) = logged(caplog, logging.WARNING)
     assert record.exc_info is not None
     assert isinstance(record.exc_info[1], OutOfOrderError)
 

@@ -15,6 +15,7 @@ from emitter_anyio import (
     UnauthorizedError,
 )
 from tests.client.tools import Calls, arrived, turns
+from tests.support.logs import logged
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -296,7 +297,7 @@ async def test_without_an_error_handler_it_is_a_warning_that_names_the_ways_to_l
     await emitter.publish(NO_KEY, unique, "m")
     with pytest.raises(UnauthorizedError):
         await emitter.flush()
-    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    (warning,) = logged(caplog, logging.WARNING)
     assert warning.name == "emitter_anyio"
     assert "qos=1" in warning.getMessage()
     assert "flush()" in warning.getMessage()
