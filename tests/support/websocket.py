@@ -11,7 +11,6 @@ from wsproto.events import (
     BytesMessage,
     CloseConnection,
     Event,
-    Request,
 )
 
 
@@ -25,6 +24,7 @@ class ServerStream(ByteStream):
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
+        self.request: Event | None = None
         self.received: list[Event] = []
         self._websocket = WSConnection(ConnectionType.SERVER)
 
@@ -32,12 +32,12 @@ class ServerStream(ByteStream):
     async def accept(cls, stream: ByteStream, subprotocol: str | None = "mqtt") -> ServerStream:
         """Shake hands over a stream."""
         self = cls(stream)
-        [self.request] = await self._events()
-        assert isinstance(self.request, Request)
+        events: list[Event] = []
+        while not events:
+            events = await self._events()
+        [self.request] = events
         await self.send_event(AcceptConnection(subprotocol=subprotocol))
         return self
-
-    request: Event
 
     async def send_event(self, event: Event) -> None:
         await self.stream.send(bytes(self._websocket.send(event)))
