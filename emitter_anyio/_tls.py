@@ -19,7 +19,7 @@ _MEANINGS: Final = {
         "the peer does not speak TLS there: mqtt:// and ws://, or secure=False, do without"
     ),
 }
-"""What it means that OpenSSL's reason has this in it."""
+"""What it means that OpenSSL's words have this in them."""
 
 
 async def client_context(given: ssl.SSLContext | None) -> ssl.SSLContext:
@@ -32,8 +32,7 @@ async def client_context(given: ssl.SSLContext | None) -> ssl.SSLContext:
 
 def explain(error: ssl.SSLError) -> None:
     """Add to OpenSSL's words what they mean, and what can be done."""
-    meaning = _meaning(error)
-    if meaning and meaning not in str(error):
+    if meaning := _meaning(error):
         error.strerror = f"{error} ({meaning})"
 
 
@@ -47,5 +46,4 @@ def _meaning(error: ssl.SSLError) -> str:
             "if the server's authority is one of your own, give "
             "ssl_context=ssl.create_default_context(cafile=...)"
         )
-    reason = error.reason or ""
-    return next((words for part, words in _MEANINGS.items() if part in reason), "")
+    return next((words for part, words in _MEANINGS.items() if part in str(error)), "")

@@ -130,17 +130,17 @@ class Upgrade:
 
     def _take(self, events: Iterable[Event]) -> bool:
         for event in events:
-            match event:
-                case AcceptConnection():
-                    return True
-                case RejectConnection():
-                    self._refusal = event
-                    if not event.has_body:
-                        raise self.refusal()
-                case RejectData():
-                    self._words += event.data
-                    if event.body_finished:
-                        raise self.refusal()
+            if isinstance(event, AcceptConnection):
+                return True
+            if isinstance(event, RejectConnection):
+                self._refusal = event
+                finished = not event.has_body
+            else:
+                assert isinstance(event, RejectData)
+                self._words += event.data
+                finished = event.body_finished
+            if finished:
+                raise self.refusal()
         return False
 
     def refusal(self) -> ConnectError:

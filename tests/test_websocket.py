@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import generate_accept_token
 
 from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError, connect
+from emitter_anyio._tls import explain
 from emitter_anyio._transport import SocketTransport, StreamTransport, WebSocketTransport
 from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
-from tests.support.memory import memory_link
+from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer, serving, tcp_peer
 from tests.support.websocket import ServerStream
 
@@ -583,12 +585,13 @@ async def test_a_ping_is_answered_while_nothing_else_is_sent(anyio_backend: obje
 async def test_a_ping_is_answered_while_a_send_is_under_way(
     anyio_backend: object, capacity: int
 ) -> None:
-    payload = bytes(range(250)) * 200
+    payload = bytes(range(250)) * 2 * capacity
 
     async def script(peer: Peer) -> None:
         await peer.accept()
         stream = stream_of(peer)
-        # The client's frame is cut by these, and must not be torn.
+        await anyio.sleep(0.1)
+        # A frame of the client's waits for room now, and must not be torn by the answers.
         for number in range(100):
             await stream.send_event(Ping(b"%d" % number))
         await anyio.sleep(1)
@@ -940,6 +943,46 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
             with pytest.raises(ConnectError, match=words):
                 async with connect(f"wss://{host}:{broker.port}", ssl_context=tls.client_context()):
                     pass
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (9, "the certificate is not valid yet, or this clock is wrong"),
+        (10, "the certificate has expired, or this clock is wrong"),
+        (19, r"ssl_context=ssl\.create_default_context\(cafile=\.\.\.\)"),
+        (62, "connect to a name that is in the certificate"),
+    ],
+)
+def test_what_is_wrong_with_a_certificate_is_told(code: int, words: str) -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code = code
+    explain(error)
+    assert re.fullmatch(rf"certificate verify failed \({words}\)", str(error))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "load_cert_chain"),
+        ("WRONG_VERSION_NUMBER", "does not speak TLS there"),
+        ("INTERNAL_ERROR", "INTERNAL_ERROR$"),
+    ],
+)
+async def test_what_a_tls_link_breaks_of_is_told(
+    anyio_backend: object, said: str, words: str
+) -> None:
+    class Broken(MemoryStream):
+        async def receive(self, max_bytes: int = 65536) -> bytes:
+            raise ssl.SSLError(1, said)
+
+    ours, peer = memory_link()
+    ours.__class__ = Broken
+    transport = StreamTransport(ours)
+    with pytest.raises(ssl.SSLError, match=words):
+        await transport.receive()
+    await transport.aclose()
+    await peer.aclose()
 
 
 async def test_who_checks_nothing_is_let_in(anyio_backend: object) -> None:

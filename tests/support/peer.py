@@ -159,7 +159,7 @@ class Peer:
 
     def reset(self) -> None:
         """Have the link, a socket, end with a reset when the script ends."""
-        stream = self.stream
+        stream: Any = self.stream
         if isinstance(stream, ServerStream):
             stream = stream.stream
         if isinstance(stream, TLSStream):
