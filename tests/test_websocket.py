@@ -24,7 +24,7 @@ from wsproto.utilities import generate_accept_token
 from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError, connect
 from emitter_anyio._tls import explain
 from emitter_anyio._transport import SocketTransport, StreamTransport, WebSocketTransport
-from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket
+from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
 from tests.support.memory import MemoryStream, memory_link
@@ -300,6 +300,9 @@ class TestFrames:
         assert websocket.wrap(b"x") == b""
         assert events(websocket.close()) == [CloseConnection(code, "")]
         assert websocket.close() == b""
+
+    def test_nobody_is_offered_our_way_to_look_at_them(self) -> None:
+        assert not _Limits(MAX).offer()
 
     def test_a_ping_that_waits_for_its_answer_is_forgotten_for_a_later_one(self) -> None:
         websocket = WebSocket(MAX)
