@@ -56,7 +56,8 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     Make a client; nothing happens until it is entered.
 
     :param options: a mapping of options, as in the original SDK, or a URL: ``mqtt://`` (port 8080
-        unless said), ``mqtts://`` (port 443) or ``unix://``
+        unless said), ``mqtts://`` (port 443), ``unix://`` or, with wsproto, ``ws://`` (8080) and
+        ``wss://`` (443), which may have a path
     :param keywords: options; ``host`` (``"api.emitter.io"``), ``port`` (443, or 8080 if not
         secure), ``secure`` (``True``), ``servers`` (URLs to try in turn, instead), ``keepalive``
         (30 s, from 1 to 60), ``username``, ``password``, ``client_id``, ``will`` (a
@@ -71,6 +72,7 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     :return: a client to be entered
     :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
     :raises ValueError: if a value is out of its range
+    :raises ImportError: if WebSocket is wanted, and wsproto is not there
     """
     return Emitter(make_options(options, keywords))
 

@@ -130,9 +130,9 @@ class Connection:
         """
         self.send(Disconnect())
         await self.writer.left(self.writer.queued)
+        await self._transport.send_eof()
         if unsettled and not self._ended.is_set():
             self._reading.cancel()
-            await self._transport.send_eof()
             await self._ended.wait()
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ async def open_connection(
         try:
             with anyio.fail_after(options.connect_timeout):
                 return await _open(server, options, hello)
-        except (*BROKEN, EOFError, RemoteProtocolError, ConnectRefusedError) as exc:
+        except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from typing import Any, Final, Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from anyio.abc import ByteStreamConnectable
 
@@ -16,8 +18,11 @@ from ._messages import Will
 from ._router import Matcher
 
 DEFAULT_HOST: Final = "api.emitter.io"
-PORTS: Final = {"mqtt": 8080, "mqtts": 443}
+PORTS: Final = {"mqtt": 8080, "mqtts": 443, "ws": 8080, "wss": 443}
 """Emitter's own ports, where MQTT's would be 1883 and 8883."""
+
+_PATH: Final = "/%:@!$&'()*+,;=~"
+"""What stands for itself in a path, beside letters and digits (RFC 3986)."""
 
 MAX_KEEPALIVE: Final = 60
 """The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
@@ -28,15 +33,27 @@ class Server:
     """
     Where a broker listens.
 
-    :ivar scheme: ``"mqtt"``, ``"mqtts"`` or ``"unix"``; ``"connectable"`` where a connectable
-        knows the way
+    :ivar scheme: ``"mqtt"``, ``"mqtts"``, ``"ws"``, ``"wss"`` or ``"unix"``; ``"connectable"``
+        where a connectable knows the way
     :ivar host: a name, an address, or the path of a Unix socket
     :ivar port: the port, 0 where there is none
+    :ivar path: for WebSocket, what is asked for, quoted; else empty
     """
 
     scheme: str
     host: str
     port: int
+    path: str = ""
+
+    @property
+    def secure(self) -> bool:
+        """Whether it is reached by TLS."""
+        return self.scheme in ("mqtts", "wss")
+
+    @property
+    def websocket(self) -> bool:
+        """Whether it is reached by WebSocket."""
+        return self.scheme in ("ws", "wss")
 
     def __str__(self) -> str:
         if self.scheme == "connectable":
@@ -44,7 +61,8 @@ class Server:
         if self.scheme == "unix":
             return f"unix://{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        path = "" if self.path == "/" else self.path
+        return f"{self.scheme}://{host}:{self.port}{path}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,6 +87,8 @@ class Options:
     while_down: Literal["wait", "raise"] = "wait"
 
 
+logger = logging.getLogger("emitter_anyio")
+
 _PLAIN: Final = tuple(each.name for each in fields(Options) if each.name != "servers")
 _PLACE: Final = ("host", "port", "secure", "servers")
 _NAMES: Final = (*_PLACE, *_PLAIN)
@@ -80,8 +100,10 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
 
     :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
     :raises ValueError: if a value is out of its range
+    :raises ImportError: if WebSocket is wanted, and wsproto is not there
     """
     said: dict[str, Any] = {}
+    server: Server | None = None
     origin = "the mapping"
     if isinstance(options, str):
         server, said = _parse_url(options)
@@ -104,12 +126,12 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
     if said.get("connectable") is not None and not place:
         made = Options(servers=(Server("connectable", "", 0),), **said)
     else:
-        made = Options(servers=_servers(place), **said)
+        made = Options(servers=_servers(place, server), **said)
     _check(made)
     return made
 
 
-def _servers(place: dict[str, Any]) -> tuple[Server, ...]:
+def _servers(place: dict[str, Any], of_url: Server | None) -> tuple[Server, ...]:
     urls = place.pop("servers", None)
     if urls is not None:
         if place:
@@ -126,7 +148,9 @@ def _servers(place: dict[str, Any]) -> tuple[Server, ...]:
         raise ValueError("host is empty")
     if host.startswith("/"):
         return (Server("unix", host, 0),)
-    return (Server(scheme, host, _check_port(place.get("port", PORTS[scheme]))),)
+    server = Server(scheme, host, _check_port(place.get("port", PORTS[scheme])))
+    # No keyword disagrees with a URL, which may say more: WebSocket, and a path.
+    return (of_url or server,)
 
 
 def _check_port(port: Any) -> int:
@@ -168,11 +192,13 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
         return Server("unix", unquote(parts.path), 0), {}
     if parts.scheme not in PORTS:
         raise ValueError(
-            f"the URL's scheme is {parts.scheme!r}; there are mqtt, mqtts and unix, such as "
-            "mqtt://127.0.0.1:8080"
+            f"the URL's scheme is {parts.scheme!r}; there are mqtt, mqtts, ws, wss and unix, such "
+            "as mqtt://127.0.0.1:8080"
         )
-    if parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ValueError("the URL ends after host and port; channels and keys go to the calls")
+    websocket = parts.scheme in ("ws", "wss")
+    if (parts.path not in ("", "/") and not websocket) or parts.query or parts.fragment:
+        where = "its path" if websocket else "host and port"
+        raise ValueError(f"the URL ends after {where}; channels and keys go to the calls")
     if not parts.hostname:
         raise ValueError("the URL has no host")
     try:
@@ -185,13 +211,14 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
     if parts.password is not None:
         credentials["password"] = unquote(parts.password)
     port = _check_port(PORTS[parts.scheme] if port is None else port)
-    return Server(parts.scheme, parts.hostname, port), credentials
+    path = quote(parts.path or "/", safe=_PATH) if websocket else ""
+    return Server(parts.scheme, parts.hostname, port, path), credentials
 
 
 def _place_of(server: Server) -> dict[str, Any]:
     if server.scheme == "unix":
         return {"host": server.host}
-    return {"host": server.host, "port": server.port, "secure": server.scheme == "mqtts"}
+    return {"host": server.host, "port": server.port, "secure": server.secure}
 
 
 def _check(options: Options) -> None:
@@ -219,8 +246,14 @@ def _check(options: Options) -> None:
             raise TypeError(
                 f"ssl_context is an ssl.SSLContext, not {type(options.ssl_context).__name__}"
             )
-        if options.connectable is not None or options.servers[0].scheme != "mqtts":
-            raise TypeError("ssl_context is for TLS: it needs secure=True, and no connectable")
+        if options.connectable is not None or not options.servers[0].secure:
+            raise TypeError(
+                "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no "
+                "connectable"
+            )
+        _check_trust(options.ssl_context)
+    if options.servers[0].websocket:
+        _check_websocket()
     if options.matcher not in ("emitter", "mqtt"):
         raise ValueError(f"matcher is 'emitter' or 'mqtt', not {options.matcher!r}")
     size = options.max_message_size
@@ -244,6 +277,27 @@ def _check(options: Options) -> None:
         raise TypeError(
             "connectable is an anyio.abc.ByteStreamConnectable, not " + type(connectable).__name__
         )
+
+
+def _check_trust(context: ssl.SSLContext) -> None:
+    if context.protocol is ssl.PROTOCOL_TLS_SERVER:
+        raise ValueError(
+            "ssl_context is one for servers: a client's is made by ssl.create_default_context()"
+        )
+    if context.verify_mode is ssl.CERT_NONE:
+        logger.warning(
+            "the broker's identity is not checked: ssl_context takes any certificate (CERT_NONE)"
+        )
+
+
+def _check_websocket() -> None:
+    # It is loaded here, where the event loop need not be running yet.
+    try:
+        import_module("wsproto")
+    except ImportError as exc:
+        raise ImportError(
+            "ws:// and wss:// need wsproto: pip install 'emitter_anyio[websocket]'", name="wsproto"
+        ) from exc
 
 
 def _check_seconds(name: str, value: float, least: float = 0, most: float = float("inf")) -> None:

@@ -14,20 +14,29 @@ import socket
 import ssl
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, to_thread
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
 from ._options import Options, Server
+from ._tls import client_context, explain
+
+if TYPE_CHECKING:
+    # It needs wsproto, which only those have who speak WebSocket.
+    from ._websocket import WebSocket
 
 _CHUNK: Final = 65536
 
 # Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
 _UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
+
+_PATIENCE: Final = 1.0
+"""Seconds for the last words of a link: a server's when it refuses, ours when the peer ends it."""
 
 BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
 """What a transport raises when the link is broken."""
@@ -62,6 +71,16 @@ class Transport(ABC):
     @abstractmethod
     async def aclose(self) -> None:
         """Close at once; safe under cancellation, and to be called twice."""
+
+    def on_due(self, wake: Callable[[], None]) -> None:  # noqa: B027 - most have no such thing
+        """
+        Have the writer woken for :meth:`send_due`.
+
+        :param wake: is called when the transport itself has something to send
+        """
+
+    async def send_due(self) -> None:  # noqa: B027 - most have no such thing
+        """Send what the transport itself has to send, such as the answer to a ping."""
 
 
 class SocketTransport(Transport):
@@ -117,6 +136,9 @@ class StreamTransport(Transport):
             return b""
         except BrokenResourceError as exc:
             raise _worded(exc) from exc
+        except ssl.SSLError as exc:
+            explain(exc)
+            raise
 
     def try_send(self, data: bytes) -> int:
         return 0
@@ -135,6 +157,83 @@ class StreamTransport(Transport):
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
+
+
+class WebSocketTransport(Transport):
+    """
+    The frames of a WebSocket, over another transport.
+
+    Whole frames go into one buffer and leave it in their order, so that none is torn by another.
+    The reader never waits in a send: it leaves the answers to pings to the writer, since a peer
+    that waits for us to read may not read itself.
+
+    :param below: what carries the frames
+    :param websocket: the protocol
+    :param received: what came behind the handshake
+    """
+
+    tears = True
+
+    def __init__(self, below: Transport, websocket: WebSocket, received: bytes) -> None:
+        self._below = below
+        self._websocket = websocket
+        self._carried = websocket.receive(received)
+        self._due = bytearray()
+        self._sending = anyio.Lock(fast_acquire=True)
+        self._wake: Callable[[], None] | None = None
+
+    async def receive(self) -> bytes:
+        while not self._carried:
+            if self._websocket.end is not None:
+                with anyio.move_on_after(_PATIENCE):
+                    await self.send_eof()
+                raise self._websocket.end
+            if not (data := await self._below.receive()):
+                return b""
+            self._carried = self._websocket.receive(data)
+            if self._websocket.answer and self._wake is not None:
+                self._wake()
+        carried, self._carried = self._carried, b""
+        return carried
+
+    def try_send(self, data: bytes) -> int:
+        # A stream takes nothing at once: making a frame for it would be in vain.
+        if self._due or not self._websocket.open or not isinstance(self._below, SocketTransport):
+            return 0
+        frame = self._websocket.wrap(data)
+        if sent := self._below.try_send(frame):
+            self._due += frame[sent:]
+            return len(data)
+        return 0
+
+    async def send(self, data: bytes) -> int:
+        if self._websocket.end is not None:
+            raise self._websocket.end
+        self._due += self._websocket.wrap(data)
+        await self.send_due()
+        return len(data)
+
+    def on_due(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+
+    async def send_due(self) -> None:
+        async with self._sending:
+            while self._due or self._websocket.answer:
+                self._due += self._websocket.answer
+                self._websocket.answer = b""
+                del self._due[: await self._below.send(bytes(self._due))]
+
+    async def send_eof(self) -> None:
+        with suppress(*BROKEN):
+            self._due += self._websocket.close()
+            await self.send_due()
+
+    async def aclose(self) -> None:
+        with suppress(*BROKEN):
+            # Behind half a frame there is no place for it.
+            if not self._due:
+                self._below.try_send(self._websocket.close())
+        await self._below.aclose()
 
 
 class _SocketStream(ByteStream):
@@ -168,22 +267,50 @@ async def open_transport(server: Server, options: Options) -> Transport:
 
     :raises OSError: if it cannot be reached
     :raises ssl.SSLError: if TLS does not come about
+    :raises ConnectError: if it refuses WebSocket
+    :raises RemoteProtocolError: if it answers with something else
     """
+    transport = await _open_below(server, options)
+    if not server.websocket:
+        return transport
+    try:
+        return await _upgrade(transport, server, options.max_message_size)
+    except BaseException:
+        await transport.aclose()
+        raise
+
+
+async def _open_below(server: Server, options: Options) -> Transport:
     if options.connectable is not None:
         return StreamTransport(await options.connectable.connect())
     if server.scheme == "unix":
         if sys.platform == "win32":  # pragma: no cover - not on Linux
             raise OSError("Python has no Unix sockets on Windows")
         return SocketTransport(await _connect(socket.AF_UNIX, server.host))
-    if server.scheme == "mqtts":
-        return await _open_tls(server, options.ssl_context)
+    if server.secure:
+        return await _open_tls(server, await client_context(options.ssl_context))
     return SocketTransport(await _connect_tcp(server))
 
 
-async def _open_tls(server: Server, context: ssl.SSLContext | None) -> Transport:
-    if context is None:
-        # Reading the system's authorities takes long enough to hold up the loop.
-        context = await to_thread.run_sync(ssl.create_default_context)
+async def _upgrade(below: Transport, server: Server, max_message_size: int) -> Transport:
+    from ._websocket import Upgrade, WebSocket
+
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    if server.port != (443 if server.secure else 80):
+        host += f":{server.port}"
+    upgrade = Upgrade(host, server.path)
+    request = upgrade.request
+    while request:
+        request = request[await below.send(request) :]
+    with anyio.CancelScope() as patience:
+        while (received := upgrade.receive(await below.receive())) is None:
+            if upgrade.refused:
+                patience.deadline = min(patience.deadline, anyio.current_time() + _PATIENCE)
+        return WebSocketTransport(below, WebSocket(max_message_size), received)
+    raise upgrade.refusal()
+
+
+async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
     transport = SocketTransport(await _connect_tcp(server))
     try:
         # Emitter's clients close without the closing message of TLS, and MQTT has an end of its
@@ -200,6 +327,8 @@ async def _open_tls(server: Server, context: ssl.SSLContext | None) -> Transport
             raise EOFError("the peer closed the link in the TLS handshake") from None
         if isinstance(exc, BrokenResourceError):
             raise _worded(exc) from exc
+        if isinstance(exc, ssl.SSLError):
+            explain(exc)
         raise
     return StreamTransport(stream)
 

@@ -29,6 +29,7 @@ class Writer:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        transport.on_due(self._rouse)
         self._packets: deque[bytes] = deque()
         self._size = 0
         self._idle = False
@@ -93,8 +94,7 @@ class Writer:
         self.queued += len(data)
         self._packets.append(data)
         if self._idle:
-            self._idle = False
-            self._wake.set()
+            self._rouse()
             self._send_now(data)
 
     async def left(self, mark: int) -> None:
@@ -107,6 +107,8 @@ class Writer:
     async def run(self) -> None:
         """Send what is queued, until cancelled or until the link breaks."""
         while True:
+            if not self._packets:
+                await self._transport.send_due()
             if not self._packets:
                 self._idle = True
                 self._wake = anyio.Event()
@@ -132,6 +134,11 @@ class Writer:
             turn.set()
         for _, event in self._marks:
             event.set()
+
+    def _rouse(self) -> None:
+        if self._idle:
+            self._idle = False
+            self._wake.set()
 
     def _send_now(self, data: bytes) -> None:
         try:

@@ -733,7 +733,7 @@ async def test_under_cancellation_the_goodbye_is_at_once(
         assert connectable.streams[0].closed
 
 
-@pytest.mark.parametrize("link", ["tcp", "unix"])
+@pytest.mark.parametrize("link", ["tcp", "ws", "unix"])
 @pytest.mark.parametrize("publishes", [0, 1, 3])
 async def test_under_cancellation_a_socket_still_takes_what_it_can(
     anyio_backend: object, link: str, publishes: int

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ssl
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ class TestUrls:
             ("MQTT://H:1", Server("mqtt", "h", 1)),
             ("mqtt://[::1]:8080", Server("mqtt", "::1", 8080)),
             ("unix:///tmp/a%20b", Server("unix", "/tmp/a b", 0)),
+            ("ws://h", Server("ws", "h", 8080, "/")),
+            ("ws://h:80/", Server("ws", "h", 80, "/")),
+            ("wss://h", Server("wss", "h", 443, "/")),
+            ("WSS://H:1/mqtt", Server("wss", "h", 1, "/mqtt")),
+            ("ws://h/a%20b/é c;d/", Server("ws", "h", 8080, "/a%20b/%C3%A9%20c;d/")),
         ],
     )
     def test_say_where_the_broker_is(self, url: str, server: Server) -> None:
@@ -93,27 +99,42 @@ class TestUrls:
         assert (options.username, options.password) == ("ann@x", "p/w")
         assert made("mqtt://ann@h").password is None
 
+    def test_of_websocket_carry_them_too(self) -> None:
+        options = made("wss://ann:p@h/mqtt")
+        assert (options.username, options.password) == ("ann", "p")
+        assert "ann" not in str(options.servers)
+
     def test_a_path_as_the_host_is_a_unix_socket(self) -> None:
         assert server_of(host="/tmp/x") == Server("unix", "/tmp/x", 0)
 
-    @pytest.mark.parametrize("url", ["mqtt://h:8080", "mqtts://[::1]:443", "unix:///tmp/x"])
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "mqtt://h:8080",
+            "mqtts://[::1]:443",
+            "unix:///tmp/x",
+            "ws://h:8080",
+            "wss://[::1]:443/mqtt/",
+        ],
+    )
     def test_come_back_as_they_were(self, url: str) -> None:
         assert str(server_of(url)) == url
 
     @given(
-        st.sampled_from(["mqtt", "mqtts"]),
+        st.sampled_from(["mqtt", "mqtts", "ws", "wss"]),
         st.from_regex(r"[a-z][a-z0-9.-]{0,20}", fullmatch=True),
         st.integers(1, 65535),
+        st.from_regex(r"/([a-zA-Z0-9;:@!$&'()*+,=~_./-]|%[0-9A-F]{2}){0,20}", fullmatch=True),
     )
-    def test_round_trip(self, scheme: str, host: str, port: int) -> None:
-        server = Server(scheme, host, port)
+    def test_round_trip(self, scheme: str, host: str, port: int, path: str) -> None:
+        server = Server(scheme, host, port, path if scheme.startswith("ws") else "")
         assert server_of(str(server)) == server
 
     @pytest.mark.parametrize(
         ("url", "why"),
         [
             ("h:8080", "scheme is 'h'"),
-            ("h", "scheme is ''; there are mqtt, mqtts and unix"),
+            ("h", "scheme is ''; there are mqtt, mqtts, ws, wss and unix"),
             ("http://h", "scheme is 'http'"),
             ("mqtt://", "no host"),
             ("mqtt://:8080", "no host"),
@@ -123,6 +144,10 @@ class TestUrls:
             ("mqtt://h/chat/", "ends after host and port"),
             ("mqtt://h?last=5", "ends after host and port"),
             ("mqtt://h#x", "ends after host and port"),
+            ("ws://h/?last=5", "ends after its path"),
+            ("wss://h/mqtt#x", "ends after its path"),
+            ("ws:///mqtt", "no host"),
+            ("ws://h/\ud800", "surrogates"),
             ("mqtt://[::1", "something wrong with its host"),
             ("unix://", r"is unix:///path"),
             ("unix://host/path", r"is unix:///path"),
@@ -145,6 +170,8 @@ class TestUrls:
             "mqtt://ann:password\u2100@h",
             "mqtt://ann:password@h:99999",
             "http://ann:password@h",
+            "ws://ann:password@h/mqtt?query",
+            "ws://ann:password@h/\ud800",
             "unix://ann:password@h/x",
         ],
     )
@@ -171,6 +198,20 @@ class TestUrls:
         with pytest.raises(TypeError, match=f"^the URL and the keyword disagree about '{name}'"):
             made("mqtt://ann:word@h:8080", **keywords)
 
+    @pytest.mark.parametrize("scheme", ["ws", "wss"])
+    def test_of_websocket_that_disagree_with_a_keyword(self, scheme: str) -> None:
+        secure = scheme == "wss"
+        for name, value in (("host", "other"), ("port", 1), ("secure", not secure)):
+            with pytest.raises(TypeError, match=f"^the URL and the keyword disagree .*'{name}'"):
+                made(f"{scheme}://h:2/mqtt", **{name: value})
+        agreed = server_of(f"{scheme}://h:2/mqtt", host="h", port=2, secure=secure)
+        assert agreed == Server(scheme, "h", 2, "/mqtt")
+
+    @pytest.mark.parametrize("keywords", [{"secure": 0}, {"port": 8080.0}])
+    def test_a_keyword_of_another_kind_is_none(self, keywords: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=next(iter(keywords))):
+            made("ws://h", **keywords)
+
     def test_a_mapping_that_disagrees(self) -> None:
         with pytest.raises(TypeError, match=r"^the mapping and the keyword disagree about 'host'"):
             made({"host": "a"}, host="b")
@@ -196,6 +237,13 @@ class TestServers:
         options = made(servers=["mqtt://a", "mqtt://b:1"])
         assert options.servers == (Server("mqtt", "a", 8080), Server("mqtt", "b", 1))
 
+    def test_may_be_of_websocket_each_with_its_path(self) -> None:
+        options = made(servers=["wss://a/mqtt", "wss://b"])
+        assert options.servers == (
+            Server("wss", "a", 443, "/mqtt"),
+            Server("wss", "b", 443, "/"),
+        )
+
     @pytest.mark.parametrize("other", [{"host": "h"}, {"port": 1}, {"secure": True}])
     def test_stand_instead_of_the_rest(self, other: dict[str, Any]) -> None:
         with pytest.raises(TypeError, match=f"^servers stands instead of {next(iter(other))}"):
@@ -211,6 +259,7 @@ class TestServers:
             (5, TypeError, "a sequence of URLs"),
             ([5], TypeError, "a URL is a str, not int"),
             (["mqtt://a", "mqtts://a"], ValueError, "of one scheme"),
+            (["mqtt://a", "ws://a"], ValueError, "of one scheme"),
             (["mqtt://ann:password@a"], TypeError, "no user and password"),
             (["http://a"], ValueError, "scheme is 'http'"),
         ],
@@ -329,12 +378,41 @@ class TestEachOption:
         for place in (
             {"secure": False},
             {"servers": ["mqtt://h"]},
+            {"servers": ["ws://h"]},
             {"host": str(tmp_path / "socket")},
             {"connectable": connectable},
         ):
             with pytest.raises(TypeError, match=r"^ssl_context is for TLS"):
                 made(place, ssl_context=context)
-        assert made("mqtts://h", ssl_context=context).ssl_context is context
+        for url in ("mqtts://h", "wss://h"):
+            assert made(url, ssl_context=context).ssl_context is context
+
+    def test_an_ssl_context_is_for_clients(self) -> None:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        with pytest.raises(ValueError, match=r"^ssl_context is one for servers"):
+            made(ssl_context=context)
+
+    def test_one_that_trusts_everybody_is_taken_with_a_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        context = ssl.create_default_context()
+        made(ssl_context=context)
+        assert caplog.records == []
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        assert made("wss://h", ssl_context=context).ssl_context is context
+        [record] = caplog.records
+        assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
+        assert "identity is not checked" in record.getMessage()
+
+    @pytest.mark.parametrize("place", [{"servers": ["ws://h"]}, {"servers": ["wss://h"]}])
+    def test_websocket_needs_wsproto(
+        self, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "wsproto", None)
+        with pytest.raises(ImportError, match=r"pip install 'emitter_anyio\[websocket\]'"):
+            made(place)
+        made("mqtt://h")
 
     def test_no_secret_is_shown(self) -> None:
         options = made("mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden")

@@ -19,6 +19,7 @@ from anyio.streams.tls import TLSStream
 
 from tests.support import packets, tls
 from tests.support.memory import MemoryConnectable
+from tests.support.websocket import ServerStream
 
 CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
 
@@ -158,7 +159,11 @@ class Peer:
 
     def reset(self) -> None:
         """Have the link, a socket, end with a reset when the script ends."""
-        stream = self.stream.transport_stream if isinstance(self.stream, TLSStream) else self.stream
+        stream: Any = self.stream
+        if isinstance(stream, ServerStream):
+            stream = stream.stream
+        if isinstance(stream, TLSStream):
+            stream = stream.transport_stream
         assert isinstance(stream, SocketStream)
         stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -182,9 +187,12 @@ class Peer:
 class _Playing:
     """A script being played to clients."""
 
-    def __init__(self, script: Script, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, script: Script, context: ssl.SSLContext | None = None, *, websocket: bool = False
+    ) -> None:
         self._script = script
         self._context = context
+        self._websocket = websocket
         self._clients = 0
         self._one_less = anyio.Event()
 
@@ -195,6 +203,8 @@ class _Playing:
                 stream = await TLSStream.wrap(
                     stream, server_side=True, ssl_context=self._context, standard_compatible=False
                 )
+            if self._websocket:
+                stream = await ServerStream.accept(stream)
             await self._script(Peer(stream))
         except* (EndOfStream, BrokenResourceError, OSError):
             # The client has gone, perhaps in the middle of the handshake.
@@ -213,9 +223,13 @@ class _Playing:
 
 @asynccontextmanager
 async def _listening(
-    script: Script, listener: socket.socket, context: ssl.SSLContext | None
+    script: Script,
+    listener: socket.socket,
+    context: ssl.SSLContext | None,
+    *,
+    websocket: bool = False,
 ) -> AsyncGenerator[None]:
-    playing = _Playing(script, context)
+    playing = _Playing(script, context, websocket=websocket)
 
     async def accept() -> None:
         while True:
@@ -234,11 +248,13 @@ async def _listening(
 
 
 @asynccontextmanager
-async def tcp_peer(script: Script, *, context: ssl.SSLContext | None = None) -> AsyncGenerator[int]:
+async def tcp_peer(
+    script: Script, *, context: ssl.SSLContext | None = None, websocket: bool = False
+) -> AsyncGenerator[int]:
     """Play the script to each client of a port of 127.0.0.1, which it gives."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    async with _listening(script, listener, context):
+    async with _listening(script, listener, context, websocket=websocket):
         yield listener.getsockname()[1]
 
 
@@ -265,10 +281,11 @@ async def memory_peer(
     *,
     capacity: int = 65536,
     before: Callable[[int], Awaitable[None]] | None = None,
+    websocket: bool = False,
 ) -> AsyncGenerator[MemoryConnectable]:
     """Play the script to each client of a connectable in memory, which it gives."""
     connectable = MemoryConnectable(capacity, before)
-    playing = _Playing(script)
+    playing = _Playing(script, websocket=websocket)
 
     async def accept() -> None:
         while True:
@@ -284,7 +301,7 @@ async def memory_peer(
         connectable.close()
 
 
-LINKS = ("tcp", "tls", "unix", "memory")
+LINKS = ("tcp", "tls", "ws", "wss", "unix", "memory")
 
 
 @asynccontextmanager
@@ -304,6 +321,12 @@ async def serving(link: str, script: Script) -> AsyncGenerator[dict[str, Any]]:
     elif link == "tls":
         async with tcp_peer(script, context=tls.server_context()) as port:
             yield {"host": "127.0.0.1", "port": port, "ssl_context": tls.client_context()}
+    elif link == "ws":
+        async with tcp_peer(script, websocket=True) as port:
+            yield {"servers": [f"ws://127.0.0.1:{port}"]}
+    elif link == "wss":
+        async with tcp_peer(script, context=tls.server_context(), websocket=True) as port:
+            yield {"servers": [f"wss://127.0.0.1:{port}"], "ssl_context": tls.client_context()}
     else:
         async with tcp_peer(script) as port:
             yield {"host": "127.0.0.1", "port": port, "secure": False}
