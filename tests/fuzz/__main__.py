@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 # Not by an import statement: it is there only in the session that fuzzes.
 atheris = importlib.import_module("atheris")
 
-with atheris.instrument_imports(include=["emitter_anyio", "paho"]):
+with atheris.instrument_imports(include=["emitter_anyio", "paho", "wsproto", "h11"]):
     from tests.fuzz.targets import TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"

@@ -55,6 +55,34 @@ def answers() -> Iterator[bytes]:
             yield bytes((number,)) + line.encode()
 
 
+def frames() -> Iterator[bytes]:
+    """Frames of every kind, in one piece and in small ones."""
+    whole = [frame(2, b"MQTT"), frame(9, b"ping"), frame(10, b""), frame(8, b"\x03\xe8bye")]
+    parts = [frame(2, b"MQ", final=False), frame(9, b"?"), frame(0, b"TT")]
+    bad = [frame(1, b"text"), frame(2, bytes(2000)), frame(3, b""), frame(9, bytes(126))]
+    for wire in (*whole, *bad, b"".join(parts), b"".join([*parts, *whole])):
+        yield b"\0" + wire
+        yield b"\3" + wire
+
+
+def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
+    """A frame as a server sends it."""
+    size = len(payload)
+    head = bytes((opcode | (0x80 if final else 0), size if size < 126 else 126))
+    return head + (b"" if size < 126 else size.to_bytes(2, "big")) + payload
+
+
+def handshakes() -> Iterator[bytes]:
+    """Answers of servers to a handshake, none of which can know its key."""
+    upgraded = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    yield upgraded + b"Sec-WebSocket-Accept: AAAA\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n\x82\0"
+    yield b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot here\n"
+    yield b"HTTP/1.1 302 Found\r\nLocation: wss://elsewhere/?secret\r\n\r\n"
+    yield b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    yield b"\x15\x03\x03\0\2\2\x46"
+    yield b"\x20\2\0\0"
+
+
 def urls() -> Iterator[bytes]:
     """URLs of every scheme, the places for a password marked by the end of a line."""
     yield from (

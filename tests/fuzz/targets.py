@@ -12,12 +12,13 @@ from typing import Any, Final, NamedTuple
 
 from emitter_anyio import _requests as requests
 from emitter_anyio._codec import Codec, Hello
-from emitter_anyio._errors import EmitterError, RemoteProtocolError
+from emitter_anyio._errors import ConnectError, EmitterError, RemoteProtocolError
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Disconnect, Event, Packet, PubAck, SubAck
 from emitter_anyio._pending import Pending, Replay
 from emitter_anyio._session import Session
+from emitter_anyio._websocket import Upgrade, WebSocket
 from tests.fuzz import seeds
 from tests.support.secrets import shown
 
@@ -26,6 +27,9 @@ LIMIT: Final = 1024
 
 KEY: Final = "aKeyOf32CharactersThatNobodyMade"
 PASSWORD: Final = "a-secret-password"
+
+MAX_CONTROL_FRAME: Final = 125 + 14
+"""A control frame has so many bytes at most, its head with a mask included."""
 
 _BEGUN: Final = 1
 _LEAVING: Final = 2
@@ -162,7 +166,57 @@ def options(data: bytes) -> None:
     assert PASSWORD not in words
 
 
+def websocket(data: bytes) -> None:
+    """Frames from a peer: the first byte says in how large pieces, where 0 is all at once."""
+    size, wire = data[0] if data else 0, data[1:]
+    size = size or len(wire) + 1
+    in_pieces = unwrap([wire[at : at + size] for at in range(0, len(wire), size)])
+    assert in_pieces == unwrap([wire]), "what comes out depends on how it is cut"
+
+
+def unwrap(pieces: Iterable[bytes]) -> tuple[bytes, str]:
+    """
+    Take frames apart, and hold the reader to its promises.
+
+    :return: what they carried, and how it ended
+    """
+    made = WebSocket(LIMIT)
+    carried = bytearray()
+    for piece in pieces:
+        ended = made.end is not None
+        more = made.receive(piece)
+        assert not (ended and more), "something comes out behind the end"
+        carried += more
+        assert len(made.answer) <= MAX_CONTROL_FRAME, "more than one ping is kept"
+        if made.end is None:
+            assert len(made._connection._proto._frame_decoder.buffer) <= MAX_CONTROL_FRAME
+    assert made.end is None or isinstance(made.end, EOFError | RemoteProtocolError)
+    assert made.end is None or (not made.open and made.wrap(b"x") == b"")
+    return bytes(carried), repr(made.end)
+
+
+def upgrade(data: bytes) -> None:
+    """The answer to a handshake, at once and byte for byte."""
+    shaken = {shake([data]), shake([data[at : at + 1] for at in range(len(data))])}
+    assert len(shaken) == 1, "what comes out depends on how it is cut"
+
+
+def shake(pieces: Iterable[bytes]) -> str:
+    """Go on with a handshake until it is over; tells by what, but for a refusal's cut words."""
+    made = Upgrade("localhost", "/")
+    try:
+        for piece in pieces:
+            if made.receive(piece) is not None:
+                return "accepted"
+        made.receive(b"")
+    except (ConnectError, EOFError, RemoteProtocolError) as exc:
+        return type(exc).__name__
+    raise AssertionError("the link has ended, and nobody says so")
+
+
 TARGETS: Final = {
+    "websocket": Target(websocket, seeds.frames),
+    "upgrade": Target(upgrade, seeds.handshakes),
     "codec": Target(codec, seeds.conversations),
     "answers": Target(answers, seeds.answers),
     "options": Target(options, seeds.urls),
