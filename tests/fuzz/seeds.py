@@ -68,7 +68,7 @@ def frames() -> Iterator[bytes]:
 def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
     """A frame as a server sends it."""
     size = len(payload)
-    head = bytes((opcode | (0x80 if final else 0), size if size < 126 else 126))
+    head = bytes((opcode | (0x80 if final else 0), min(126, size)))
     return head + (b"" if size < 126 else size.to_bytes(2, "big")) + payload
 
 

@@ -26,6 +26,7 @@ class ServerStream(ByteStream):
         self.stream = stream
         self.request: Event | None = None
         self.received: list[Event] = []
+        self._left = b""
         self._websocket = WSConnection(ConnectionType.SERVER)
 
     @classmethod
@@ -48,15 +49,18 @@ class ServerStream(ByteStream):
         await self.send_event(BytesMessage(item))
 
     async def until(self, kind: type[Event]) -> Event:
-        """Take what comes up to an event of this kind, but not of bytes."""
+        """Take what comes up to an event of this kind, but not of bytes, which are kept."""
         while True:
             for event in self.received:
                 if isinstance(event, kind):
                     self.received.remove(event)
                     return event
-            await self._carried()
+            self._left += await self._carried()
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
+        if self._left:
+            left, self._left = self._left, b""
+            return left
         while not any(isinstance(event, CloseConnection) for event in self.received):
             if carried := await self._carried():
                 return carried
