@@ -342,7 +342,7 @@ class Emitter(Caller, Watcher):
         except Exception as exc:
             del self._links[name]
             logger.warning("the link %r could not be made again: %s", name, exc)
-            self._report(exc)
+            self._emit("error", exc)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """

@@ -431,7 +431,8 @@ class Life(EventSource):
             self._fail(self._connection_lost())
         if unsent:
             words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
-            self._report(ConnectionLostError(words))
+            logger.warning("%s", words)
+            self._emit("error", ConnectionLostError(words))
         self._note_leaving()
         for stream in self._streams():
             stream.end(self._connection_lost if self._lost else None)

@@ -517,7 +517,7 @@ class Subscriber(Historian):
             subscription.stream.end(lambda: error)
         else:
             self._awaited.pop((subscription.source, subscription.filter), None)
-            self._report(error)
+            self._emit("error", error)
 
     async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
         try:

@@ -238,7 +238,7 @@ class Watcher(Conversation):
         except Exception as exc:
             logger.warning("%r could not be watched again: %s", channel, exc)
             self._unwant_presence(channel)
-            self._report(exc)
+            self._emit("error", exc)
 
 
 def _same(error: Exception) -> Exception:
