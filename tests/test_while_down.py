@@ -328,7 +328,7 @@ async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: 
     async with emitter:
         await emitter.subscribe(key, "a/")
         await emitter.link(key, "a/", "x")
-        with broker.hold("suback", "answer"):
+        with broker.hold("suback", "puback", "answer"):
             await broker.drop()
             while not held(broker):
                 await checkpoint()
