@@ -110,6 +110,8 @@ class Life(EventSource):
         self._restorers: list[Restorer] = []
         self._retrying: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
+        self._link_tasks: TaskGroup | None = None
+        """For what ends with the present link."""
         self._body: anyio.CancelScope | None = None
         self._feeds: Router[PresenceFeed] = Router(options.matcher)
         self._failure: BaseException | None = None
@@ -310,6 +312,7 @@ class Life(EventSource):
 
     async def _run_link(self, link: Connection) -> Exception | None:
         async with anyio.create_task_group() as tasks:
+            self._link_tasks = tasks
             if not self._ready:
                 tasks.start_soon(self._restore, link, self._ask_again())
             if self._leaving:

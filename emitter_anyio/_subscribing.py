@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Literal, TypeVar, overload
+from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -118,12 +119,13 @@ class Subscription:
         self.grant: Grant | None = None
         self.held: Sequence[EventStream[Any]] = ()
         """What waits behind the stored messages that a gap would have lost."""
-        self._scopes: list[anyio.CancelScope] = []
+        self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
 
     def scope(self) -> anyio.CancelScope:
         """Make a scope that ends with the subscription."""
-        self._scopes.append(anyio.CancelScope())
-        return self._scopes[-1]
+        scope = anyio.CancelScope()
+        self._scopes.add(scope)
+        return scope
 
     def let_through(self) -> None:
         """Hold back no longer what comes."""
@@ -365,7 +367,8 @@ class Subscriber(Historian):
             raise
         if watermark is not None:
             assert self._tasks is not None
-            self._tasks.start_soon(self._keep_watermark, subscription, watermark)
+            scope = subscription.scope()
+            self._tasks.start_soon(self._keep_watermark, subscription, watermark, grant, scope)
 
     def _give_back(self, subscription: Subscription) -> Pending[None] | None:
         self._forget(subscription)
@@ -499,10 +502,12 @@ class Subscriber(Historian):
             for subscription in self._users(grant):
                 self._not_restored(subscription, exc)
         else:
-            assert self._tasks is not None
+            assert self._link_tasks is not None
             for subscription in self._users(grant):
-                if subscription.watermark is not None:
-                    self._tasks.start_soon(self._resume, subscription, subscription.watermark)
+                if (watermark := subscription.watermark) is not None:
+                    # Cut short with the link: the next one does it all again.
+                    scope = subscription.scope()
+                    self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
 
     def _message_listeners(self) -> tuple[EventStream[Any], ...]:
         return tuple(one for one in self._routers["message"] if one in self._listeners)
@@ -529,13 +534,18 @@ class Subscriber(Historian):
             raise
         return found[-1] if found else None
 
-    async def _keep_watermark(self, subscription: Subscription, watermark: Watermark) -> None:
-        with subscription.scope():
+    async def _keep_watermark(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
+        with scope:
             while True:
                 await watermark.stale.wait()
                 await anyio.sleep(RENEWED)
-                link, grant = self._connection, subscription.grant
-                assert grant is not None
+                link = self._connection
                 try:
                     newest = await self._newest_stored(grant.key, subscription.channel)
                 except EmitterError:
@@ -544,21 +554,24 @@ class Subscriber(Historian):
                 if link is self._connection and not subscription.held:
                     watermark.renew(newest)
 
-    async def _resume(self, subscription: Subscription, watermark: Watermark) -> None:
+    async def _resume(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
-        with subscription.scope():
+        with scope:
             found: list[StoredMessage] = []
             reason = None
             try:
-                async with aclosing(self._stored_behind(subscription, watermark)) as stored:
+                async with aclosing(self._stored_behind(grant, watermark)) as stored:
                     async for message in stored:
                         if len(found) == subscription.resume_limit:
                             reason = f"there are more than resume_limit={len(found)}"
                             break
                         found.append(message)
-            except ConnectionLostError:
-                # The next link does it all again.
-                return
             except EmitterError as exc:
                 reason = str(exc)
             found.reverse()
@@ -566,13 +579,9 @@ class Subscriber(Historian):
             self._put_resumed(subscription, found, reason)
 
     async def _stored_behind(
-        self, subscription: Subscription, watermark: Watermark
+        self, grant: Grant, watermark: Watermark
     ) -> AsyncGenerator[StoredMessage]:
-        grant = subscription.grant
-        assert grant is not None
-        pages = self._newest_first(
-            grant.key, subscription.channel, _ALL, watermark.since, None, DEFAULT
-        )
+        pages = self._newest_first(grant.key, grant.channel, _ALL, watermark.since, None, DEFAULT)
         async with aclosing(pages):
             async for message in pages:
                 if watermark.behind(message):
