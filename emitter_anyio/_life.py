@@ -208,8 +208,12 @@ class Life(EventSource):
         will = self._options.will
         key = None
         if will is not None:
-            # The function that stands for it may use the client only once there is a link.
-            key = await self._keys.get(will.key, restoring=True)
+            try:
+                # In time: a function that asks the client itself would wait for this very link.
+                with anyio.fail_after(self._options.connect_timeout):
+                    key = await self._keys.get(will.key, restoring=True)
+            except Exception as exc:
+                raise ConnectError(f"there is no key of the will: {exc!r}") from exc
         after = None if last is None else last.server
         return await open_connection(self._options, will_key=key, after=after)
 
@@ -293,7 +297,6 @@ class Life(EventSource):
         while link is not None:
             began = anyio.current_time()
             broken = await self._run_link(link)
-            self._end_link(link, broken)
             if anyio.current_time() > began + self._longest(attempt):
                 attempt = 0
             link, attempt = await self._next_link(link, broken, attempt)
@@ -319,6 +322,8 @@ class Life(EventSource):
                 self._start_goodbye(link)
             broken = await link.run(self._deliver, self._ping)
             tasks.cancel_scope.cancel()
+            # In the same turn: those who are let go must find that there is no link any more.
+            self._end_link(link, broken)
         return broken
 
     def _ask_again(self) -> list[Callable[[], Awaitable[None]]]:

@@ -572,6 +572,9 @@ class Subscriber(Historian):
                             reason = f"there are more than resume_limit={len(found)}"
                             break
                         found.append(message)
+            except ConnectionLostError:
+                # The next link does it all again.
+                return
             except EmitterError as exc:
                 reason = str(exc)
             found.reverse()
