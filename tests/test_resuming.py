@@ -393,6 +393,18 @@ async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) ->
     assert got == ["live"]
 
 
+async def test_what_comes_first_of_all_comes_before_what_is_held(anyio_backend: object) -> None:
+    stream: EventStream[int] = EventStream("test", 10, "raise")
+    stream.push(2)
+    stream.hold()
+    stream.push(4)
+    stream.put_ahead([3])
+    stream.put_in_front([0, 1])
+    stream.release()
+    assert [stream.receive_nowait() for _ in range(5)] == [0, 1, 2, 3, 4]
+    stream.close()
+
+
 # Nothing stored is lost
 
 
