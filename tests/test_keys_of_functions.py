@@ -463,6 +463,17 @@ async def test_a_ring_forgets_what_is_too_much(
     assert await ring.get("k") == await ring.renew("k", "k") == "k"
 
 
+async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: object) -> None:
+    ring, keys = KeyRing(), Keys(EXPIRED)
+    assert await ring.get(keys) == EXPIRED
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(ring.renew, keys, EXPIRED)
+    assert keys.asked == 2
+    assert await ring.renew(keys, EXPIRED) == EXPIRED
+    assert keys.asked == 3
+
+
 async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: object) -> None:
     ring = KeyRing()
     restored = anyio.Event()
