@@ -233,16 +233,16 @@ class Life(EventSource):
         self._tasks = tasks
         self._start_handlers(tasks)
         self._connection = connection
-        self._be_ready(connection)
+        logger.info("connected to %s", connection.server)
+        self._be_ready()
         tasks.start_soon(self._supervise, connection, name="emitter_anyio link")
 
-    def _be_ready(self, connection: Connection) -> None:
+    def _be_ready(self) -> None:
         self._ready = True
         self._links_had += 1
         if not self._leaving:
             self._set_state("connected")
         self._changed_now()
-        logger.info("connected to %s", connection.server)
         self._emit("connect")
 
     # Leaving
@@ -332,7 +332,7 @@ class Life(EventSource):
         return [wait for restorer in self._restorers for wait in restorer()]
 
     async def _restore(
-        self, link: Connection, waits: Iterable[Callable[[], Awaitable[None]]]
+        self, link: Connection, waits: Sequence[Callable[[], Awaitable[None]]]
     ) -> None:
         """See to it that a new link has all that the last one had, and let everybody use it."""
         RESTORING.set(True)
@@ -343,7 +343,8 @@ class Life(EventSource):
             carried, self._carried = self._carried, []
             self._session.published(len(carried))
             link.send_again(carried)
-            self._be_ready(link)
+            logger.info("connected again to %s, with %d things restored", link.server, len(waits))
+            self._be_ready()
 
     async def _await_restored(self, link: Connection, wait: Callable[[], Awaitable[None]]) -> None:
         try:

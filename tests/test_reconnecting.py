@@ -222,6 +222,22 @@ async def test_the_connection_is_another_one(broker: Broker, emitter: Emitter) -
     assert (await emitter.me()).id != first.id
 
 
+async def test_each_event_is_a_line_of_the_log(
+    broker: Broker, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    async with many_links(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "b/"):
+            await another_link(emitter, broker)
+    lines = [text for text in caplog.messages if not text.startswith("try ")]
+    assert lines == [
+        f"connected to {broker.url}",
+        f"the link to {broker.url} is lost: {emitter._last_error}",
+        f"connected again to {broker.url}, with 2 things restored",
+        f"disconnected from {broker.url}",
+    ]
+
+
 # Brokers that do badly
 
 
