@@ -258,6 +258,7 @@ class Caller(Subscriber):
             replies = self._replies.get((source, channel))
             if replies is not None and replies.ended:
                 # It could not be subscribed to again when the link was lost: ask once more.
+                replies.close()
                 replies = None
             if replies is None:
                 connection_id = self._session.connection_id

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
@@ -49,6 +49,8 @@ class _Made:
     key: Key
     channel: str
     options: _LinkOptions
+    text: str = ""
+    """The key as the broker was told it."""
 
 
 def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Emitter:
@@ -202,7 +204,14 @@ class Emitter(Caller, Watcher):
                 f"channel and payload have {len(channel) + len(payload)} bytes; through a link "
                 f"the broker cannot send on more than {_MAX_DELIVERED}"
             )
-        await self._publish(name.encode(), payload, None, channel, qos, retain, timeout)
+
+        async def through(key: str) -> None:
+            if made is not None and key != self._links.get(name, made).text:
+                # The broker looks at the key only now, and has refused the one that it was told.
+                await self._ask_for_link(name, made, timeout, key)
+            await self._publish(name.encode(), payload, None, channel, qos, retain, timeout)
+
+        await self._keyed("" if made is None else made.key, through)
 
     async def flush(self, *, timeout: Timeout = DEFAULT) -> float:
         """
@@ -322,31 +331,30 @@ class Emitter(Caller, Watcher):
         channel = check_channel(channel)
         _check_link(name)
         options = (("ttl", check_whole("ttl", ttl) or None), ("me", None if echo else 0))
-        ask = partial(self._ask_for_link, name, channel, options, timeout)
+        ask = partial(self._ask_for_link, name, _Made(key, channel, options), timeout)
         made = await self._keyed(key, ask)
-        self._links[name] = _Made(key, channel, options)
         if subscribe:
             await self.subscribe(key, channel, 0, timeout=timeout)
         return made
 
-    async def _ask_for_link(
-        self, name: str, channel: str, options: _LinkOptions, timeout: Timeout, key: str
-    ) -> Link:
-        return await self._request(requests.link(key, channel, name, options), timeout)
+    async def _ask_for_link(self, name: str, made: _Made, timeout: Timeout, key: str) -> Link:
+        asked = requests.link(key, made.channel, name, made.options)
+        link = await self._request(asked, timeout)
+        self._links[name] = replace(made, text=key)
+        return link
 
     def _restore_links(self) -> Iterable[Callable[[], Awaitable[None]]]:
         return [partial(self._restore_link, name, made) for name, made in self._links.items()]
 
     async def _restore_link(self, name: str, made: _Made) -> None:
-        ask = partial(self._ask_for_link, name, made.channel, made.options, DEFAULT)
         try:
-            await self._keyed(made.key, ask)
+            await self._keyed(made.key, partial(self._ask_for_link, name, made, DEFAULT))
         except (ConnectionLostError, RequestTimeoutError):
             raise
         except Exception as exc:
             del self._links[name]
             logger.warning("the link %r could not be made again: %s", name, exc)
-            self._report(exc)
+            self._emit("error", exc)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """

@@ -13,6 +13,14 @@ _KNOWN: Final = 1024
 """The answers of so many functions are kept."""
 
 
+class _Asking:
+    """Those who want one answer at one time."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.answers = 0
+
+
 class KeyRing:
     """
     What the functions that stand for keys have answered.
@@ -24,7 +32,7 @@ class KeyRing:
 
     def __init__(self) -> None:
         self._known: dict[Callable[[], Awaitable[str]], str] = {}
-        self._asking: dict[tuple[Callable[[], Awaitable[str]], bool], anyio.Lock] = {}
+        self._asking: dict[tuple[Callable[[], Awaitable[str]], bool], _Asking] = {}
 
     async def get(self, source: Key, *, restoring: bool = False) -> str:
         """Give the key that something stands for, and ask for it if it is not known."""
@@ -53,17 +61,19 @@ class KeyRing:
     async def _ask(
         self, source: Callable[[], Awaitable[str]], refused: str | None, restoring: bool
     ) -> str:
-        lock = self._asking.setdefault((source, restoring), anyio.Lock())
+        asking = self._asking.setdefault((source, restoring), _Asking())
+        answers = asking.answers
         try:
-            async with lock:
+            async with asking.lock:
                 known = self._known.get(source)
-                if known is not None and known != refused:
+                if known is not None and (known != refused or asking.answers > answers):
                     return known
                 key = check_key(await source())
                 if len(self._known) >= _KNOWN:
                     self._known.clear()
                 self._known[source] = key
+                asking.answers += 1
                 return key
         finally:
-            if not lock.statistics().tasks_waiting and not lock.locked():
+            if not asking.lock.statistics().tasks_waiting and not asking.lock.locked():
                 self._asking.pop((source, restoring), None)

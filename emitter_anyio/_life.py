@@ -111,6 +111,8 @@ class Life(EventSource):
         self._restorers: list[Restorer] = []
         self._retrying: anyio.CancelScope | None = None
         self._tasks: TaskGroup | None = None
+        self._link_tasks: TaskGroup | None = None
+        """For what ends with the present link."""
         self._body: anyio.CancelScope | None = None
         self._feeds: Router[PresenceFeed] = Router(options.matcher)
         self._failure: BaseException | None = None
@@ -209,7 +211,11 @@ class Life(EventSource):
             # A function that stands for the key is asked for the first link only: it may want to
             # use the client, which waits for the next one.
             self._will_key = self._keys.known(will.key) or self._will_key
-            self._will_key = self._will_key or await self._keys.get(will.key)
+            try:
+                with anyio.fail_after(self._options.connect_timeout):
+                    self._will_key = self._will_key or await self._keys.get(will.key)
+            except Exception as exc:
+                raise ConnectError(f"there is no key of the will: {exc!r}") from exc
         after = None if last is None else last.server
         return await open_connection(self._options, will_key=self._will_key, after=after)
 
@@ -229,16 +235,16 @@ class Life(EventSource):
         self._tasks = tasks
         self._start_handlers(tasks)
         self._connection = connection
-        self._be_ready(connection)
+        logger.info("connected to %s", connection.server)
+        self._be_ready()
         tasks.start_soon(self._supervise, connection, name="emitter_anyio link")
 
-    def _be_ready(self, connection: Connection) -> None:
+    def _be_ready(self) -> None:
         self._ready = True
         self._links_had += 1
         if not self._leaving:
             self._set_state("connected")
         self._changed_now()
-        logger.info("connected to %s", connection.server)
         self._emit("connect")
 
     # Leaving
@@ -311,6 +317,7 @@ class Life(EventSource):
 
     async def _run_link(self, link: Connection) -> Exception | None:
         async with anyio.create_task_group() as tasks:
+            self._link_tasks = tasks
             if not self._ready:
                 tasks.start_soon(self._restore, link, self._ask_again())
             if self._leaving:
@@ -327,7 +334,7 @@ class Life(EventSource):
         return [wait for restorer in self._restorers for wait in restorer()]
 
     async def _restore(
-        self, link: Connection, waits: Iterable[Callable[[], Awaitable[None]]]
+        self, link: Connection, waits: Sequence[Callable[[], Awaitable[None]]]
     ) -> None:
         """See to it that a new link has all that the last one had, and let everybody use it."""
         RESTORING.set(True)
@@ -338,7 +345,8 @@ class Life(EventSource):
             carried, self._carried = self._carried, []
             self._session.published(len(carried))
             link.send_again(carried)
-            self._be_ready(link)
+            logger.info("connected again to %s, with %d things restored", link.server, len(waits))
+            self._be_ready()
 
     async def _await_restored(self, link: Connection, wait: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -433,7 +441,8 @@ class Life(EventSource):
             self._fail(self._connection_lost())
         if unsent:
             words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
-            self._report(ConnectionLostError(words))
+            logger.warning("%s", words)
+            self._emit("error", ConnectionLostError(words))
         self._note_leaving()
         for stream in self._streams():
             stream.end(self._connection_lost if self._lost else None)

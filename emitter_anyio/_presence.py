@@ -76,7 +76,9 @@ class PresenceFeed(EventStream[PresenceEvent]):
     def asking(self) -> None:
         """Note that a status is being asked for: what changes meanwhile, it may not know."""
         self._touched.clear()
-        self._doubt = anyio.Event()
+        if self._doubt.is_set():
+            # Else somebody may be waiting for just this one.
+            self._doubt = anyio.Event()
 
     def correct(self, channel: str, status: PresenceStatus) -> bool:
         """Take in the status of a channel; tells whether it says something new."""

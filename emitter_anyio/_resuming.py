@@ -57,8 +57,11 @@ class Watermark(EventStream[EmitterMessage]):
         self._known = self._newest = newest
 
     def renew(self, newest: StoredMessage | None) -> None:
-        """Take in what is the newest now."""
+        """Take in what is the newest now, if there is one that can be read."""
         self.stale = anyio.Event()
+        if newest is None:
+            # It has expired, or is too large: the older one will do.
+            return
         if self._newest != newest:
             # It is believed the next time, for which nothing more has to come.
             self.stale.set()

@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Literal, TypeVar, overload
+from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -118,8 +119,13 @@ class Subscription:
         self.grant: Grant | None = None
         self.held: Sequence[EventStream[Any]] = ()
         """What waits behind the stored messages that a gap would have lost."""
-        self.watching = anyio.CancelScope()
-        self.resuming = anyio.CancelScope()
+        self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
+
+    def scope(self) -> anyio.CancelScope:
+        """Make a scope that ends with the subscription."""
+        scope = anyio.CancelScope()
+        self._scopes.add(scope)
+        return scope
 
     def let_through(self) -> None:
         """Hold back no longer what comes."""
@@ -130,8 +136,8 @@ class Subscription:
     def end(self) -> None:
         """End what is done for it."""
         self.let_through()
-        self.watching.cancel()
-        self.resuming.cancel()
+        for scope in self._scopes:
+            scope.cancel()
         if self.watermark is not None:
             self.watermark.close()
 
@@ -361,8 +367,8 @@ class Subscriber(Historian):
             raise
         if watermark is not None:
             assert self._tasks is not None
-            subscription.watching = anyio.CancelScope()
-            self._tasks.start_soon(self._keep_watermark, subscription, watermark)
+            scope = subscription.scope()
+            self._tasks.start_soon(self._keep_watermark, subscription, watermark, grant, scope)
 
     def _give_back(self, subscription: Subscription) -> Pending[None] | None:
         self._forget(subscription)
@@ -472,8 +478,6 @@ class Subscriber(Historian):
 
     def _restore_subscriptions(self) -> Iterable[Callable[[], Awaitable[None]]]:
         for subscription in self._subscriptions:
-            # What the last link has not brought to its end begins anew.
-            subscription.resuming.cancel()
             if subscription.watermark is not None and not subscription.held:
                 # What is live waits behind what was stored meanwhile.
                 stream = subscription.stream
@@ -498,11 +502,12 @@ class Subscriber(Historian):
             for subscription in self._users(grant):
                 self._not_restored(subscription, exc)
         else:
-            assert self._tasks is not None
+            assert self._link_tasks is not None
             for subscription in self._users(grant):
-                if subscription.watermark is not None:
-                    subscription.resuming = anyio.CancelScope()
-                    self._tasks.start_soon(self._resume, subscription, subscription.watermark)
+                if (watermark := subscription.watermark) is not None:
+                    # Cut short with the link: the next one does it all again.
+                    scope = subscription.scope()
+                    self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
 
     def _message_listeners(self) -> tuple[EventStream[Any], ...]:
         return tuple(one for one in self._routers["message"] if one in self._listeners)
@@ -517,7 +522,7 @@ class Subscriber(Historian):
             subscription.stream.end(lambda: error)
         else:
             self._awaited.pop((subscription.source, subscription.filter), None)
-            self._report(error)
+            self._emit("error", error)
 
     async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
         try:
@@ -529,13 +534,18 @@ class Subscriber(Historian):
             raise
         return found[-1] if found else None
 
-    async def _keep_watermark(self, subscription: Subscription, watermark: Watermark) -> None:
-        with subscription.watching:
+    async def _keep_watermark(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
+        with scope:
             while True:
                 await watermark.stale.wait()
                 await anyio.sleep(RENEWED)
-                link, grant = self._connection, subscription.grant
-                assert grant is not None
+                link = self._connection
                 try:
                     newest = await self._newest_stored(grant.key, subscription.channel)
                 except EmitterError:
@@ -544,14 +554,19 @@ class Subscriber(Historian):
                 if link is self._connection and not subscription.held:
                     watermark.renew(newest)
 
-    async def _resume(self, subscription: Subscription, watermark: Watermark) -> None:
+    async def _resume(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
-        RESTORING.set(False)
-        with subscription.resuming:
+        with scope:
             found: list[StoredMessage] = []
             reason = None
             try:
-                async with aclosing(self._stored_behind(subscription, watermark)) as stored:
+                async with aclosing(self._stored_behind(grant, watermark)) as stored:
                     async for message in stored:
                         if len(found) == subscription.resume_limit:
                             reason = f"there are more than resume_limit={len(found)}"
@@ -567,13 +582,9 @@ class Subscriber(Historian):
             self._put_resumed(subscription, found, reason)
 
     async def _stored_behind(
-        self, subscription: Subscription, watermark: Watermark
+        self, grant: Grant, watermark: Watermark
     ) -> AsyncGenerator[StoredMessage]:
-        grant = subscription.grant
-        assert grant is not None
-        pages = self._newest_first(
-            grant.key, subscription.channel, _ALL, watermark.since, None, DEFAULT
-        )
+        pages = self._newest_first(grant.key, grant.channel, _ALL, watermark.since, None, DEFAULT)
         async with aclosing(pages):
             async for message in pages:
                 if watermark.behind(message):

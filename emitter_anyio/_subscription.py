@@ -306,10 +306,9 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         if self._ended:
             return
         buffered, missing = self._take_all(), self._missing
-        for item in items:
-            self.push(item, extra=True)
+        self.put_ahead(items)
         for later in buffered:
-            self._put(later)
+            self._in.send_nowait(later)
         self._missing = missing
 
     def _take_all(self) -> list[T | _Missing]:

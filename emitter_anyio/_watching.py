@@ -176,7 +176,7 @@ class Watcher(Conversation):
         gaps = 0
         due = anyio.current_time() + period
         with scope:
-            while True:
+            while not feed.ended:
                 doubted = await feed.doubted(due - anyio.current_time())
                 # A doubt is about those whom the status of the channel names. Now and then, and
                 # when the link was away, who is below it is looked at, too.
@@ -196,10 +196,7 @@ class Watcher(Conversation):
                     except RequestTimeoutError as exc:
                         self._report(exc)
                     except ConnectionLostError:
-                        if not self._may_come():
-                            return
                         # The next link begins with a status of its own.
-                        await self._changed.wait()
                         break
                     except EmitterError:
                         # There is no link any more, and the feed has been told so.
@@ -242,7 +239,7 @@ class Watcher(Conversation):
         except Exception as exc:
             logger.warning("%r could not be watched again: %s", channel, exc)
             self._unwant_presence(channel)
-            self._report(exc)
+            self._emit("error", exc)
 
 
 def _same(error: Exception) -> Exception:

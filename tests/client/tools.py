@@ -72,10 +72,12 @@ class Relay:
         self.port = 0
         self.sent = bytearray()
         self._server = server
-        self._scope = anyio.CancelScope()
+        self._scopes: list[anyio.CancelScope] = []
 
     def cut(self) -> None:
-        self._scope.cancel()
+        """Cut what goes through; what comes later is let through again."""
+        for scope in self._scopes:
+            scope.cancel()
 
     def packets(self) -> list[int]:
         """The types of the MQTT packets that the client has sent."""
@@ -95,7 +97,8 @@ class Relay:
 
     async def serve(self, client: ByteStream) -> None:
         server = self._server
-        with self._scope:
+        with anyio.CancelScope() as scope:
+            self._scopes.append(scope)
             async with client, await _open(server) as broker, anyio.create_task_group() as tasks:
                 tasks.start_soon(self._pump, tasks, broker, client)
                 tasks.start_soon(self._pump, tasks, client, broker, self.sent)

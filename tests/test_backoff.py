@@ -1,0 +1,244 @@
+"""How long a client waits before it tries again, how often, and where."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import anyio
+import pytest
+
+from emitter_anyio import Backoff, ConnectError, ConnectionLostError, EmitterError, connect
+from emitter_anyio.testing import Broker
+from tests.support.peer import Peer, memory_peer
+
+# The value
+
+
+def test_the_ceiling_doubles_up_to_the_maximum() -> None:
+    backoff = Backoff(initial=0.5, maximum=3)
+    assert [backoff.longest(attempt) for attempt in range(5)] == [0.5, 1, 2, 3, 3]
+
+
+def test_a_client_that_has_tried_for_years_still_waits_no_longer() -> None:
+    assert Backoff().longest(10**9) == 30
+
+
+def test_any_time_up_to_the_ceiling_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def uniform(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
+    backoff = Backoff(initial=1, maximum=4)
+    assert [backoff.delay(attempt) for attempt in range(4)] == [1, 2, 4, 4]
+    assert drawn == [(0, 1), (0, 2), (0, 4), (0, 4)]
+
+
+def test_clients_do_not_come_back_as_a_crowd() -> None:
+    delays = {Backoff().delay(3) for _ in range(100)}
+    assert len(delays) > 90
+    assert all(0 <= delay <= 0.8 for delay in delays)
+
+
+def test_no_wait_at_all_is_possible() -> None:
+    assert Backoff(initial=0, maximum=0).delay(7) == 0
+
+
+@pytest.mark.parametrize("wrong", ["1", None, True, 1j])
+def test_a_time_that_is_no_number_is_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="initial is a number of seconds"):
+        Backoff(initial=wrong)
+    with pytest.raises(TypeError, match="maximum is a number of seconds"):
+        Backoff(maximum=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
+def test_a_time_out_of_range_is_a_value_error(wrong: float) -> None:
+    with pytest.raises(ValueError, match="initial is at least 0"):
+        Backoff(initial=wrong)
+
+
+def test_a_maximum_below_the_beginning_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"at least initial, 2, not 1"):
+        Backoff(initial=2, maximum=1)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "3", True])
+def test_tries_that_are_no_whole_number_are_a_type_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="tries is a whole number or None"):
+        Backoff(tries=wrong)
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_no_tries_at_all_are_said_otherwise(wrong: int) -> None:
+    with pytest.raises(ValueError, match="reconnect=None"):
+        Backoff(tries=wrong)
+
+
+def test_it_is_a_value() -> None:
+    assert Backoff(1, 2, 3) == Backoff(initial=1, maximum=2, tries=3)
+    assert repr(Backoff()) == "Backoff(initial=0.1, maximum=30, tries=None)"
+
+
+# A row of tries
+
+
+class Line:
+    """
+    A connectable that notes when it is asked for a link.
+
+    :param lives: for how long each link lives; ``None`` is one that cannot be opened
+    """
+
+    def __init__(self, *lives: float | None) -> None:
+        self.times: list[float] = []
+        self._lives = [float("inf") if life is None else life for life in lives]
+        self._opens = [life is not None for life in lives]
+        self._played = 0
+
+    async def before(self, attempt: int) -> None:
+        self.times.append(anyio.current_time())
+        if not self._opens[attempt - 1]:
+            self._played += 1
+            raise OSError("nobody is there")
+
+    async def play(self, peer: Peer) -> None:
+        life = self._lives[self._played]
+        self._played += 1
+        with anyio.move_on_after(life):
+            await peer.serve()
+
+    @property
+    def waits(self) -> list[float]:
+        """The times between two tries."""
+        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+
+
+@pytest.fixture
+def longest_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(low: float, high: float) -> float:
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
+
+
+def exactly(*seconds: float) -> Any:
+    # asyncio's virtual clock goes a hair beyond each deadline.
+    return pytest.approx(list(seconds), abs=1e-6)
+
+
+async def run(line: Line, backoff: Backoff) -> EmitterError | None:
+    """Sleep inside a client, and return what comes out of it."""
+    async with memory_peer(line.play, before=line.before) as connectable:
+        try:
+            async with connect(connectable=connectable, reconnect=backoff):
+                await anyio.sleep_forever()
+        except EmitterError as exc:
+            return exc
+    return None
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("longest_waits")
+async def test_tries_that_are_used_up_end_the_client(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    line = Line(100, None, None, None)
+    lost = await run(line, Backoff(1, 3, tries=3))
+    assert line.waits == exactly(101, 2, 3)
+    assert isinstance(lost, ConnectionLostError)
+    assert isinstance(lost.__cause__, ConnectError)
+    assert str(lost.__cause__.__cause__) == "nobody is there"
+    assert "3 tries have opened no other" in str(lost)
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    failed = f"to connect again: {lost.__cause__}"
+    assert said == [
+        ("INFO", "connected to the connectable"),
+        ("WARNING", "the link to the connectable is lost: the broker closed the link"),
+        *[("INFO", f"try {number} {failed}") for number in (1, 2, 3)],
+        ("ERROR", str(lost)),
+    ]
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("longest_waits")
+async def test_a_link_that_lives_ends_the_row(anyio_backend: object) -> None:
+    line = Line(100, None, None, 100, None, None, None)
+    assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
+    assert line.waits == exactly(101, 2, 4, 101, 2, 4)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("longest_waits")
+async def test_a_link_that_is_lost_at_once_belongs_to_the_row(anyio_backend: object) -> None:
+    # The ceilings behind 1, 2 and 3 tries are 2, 4 and 8 seconds.
+    line = Line(100, 1.9, 3.9, 7.9)
+    assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
+    assert line.waits == exactly(101, 3.9, 7.9)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("longest_waits")
+async def test_without_a_number_it_tries_for_ever(anyio_backend: object) -> None:
+    line = Line(100, *[None] * 50, 1000)
+    with anyio.move_on_after(1600):
+        await run(line, Backoff(1, 30))
+    assert line.waits == exactly(101, 2, 4, 8, 16, *[30] * 46)
+
+
+@pytest.mark.virtual_time
+async def test_entering_tries_once_only(anyio_backend: object) -> None:
+    line = Line(None)
+    assert type(await run(line, Backoff(1, 30))) is ConnectError
+    assert len(line.times) == 1
+
+
+# Several servers
+
+
+async def test_the_server_behind_the_lost_one_is_tried_first(anyio_backend: object) -> None:
+    async with Broker() as one, Broker() as two, Broker() as three:
+        urls = [broker.url for broker in (one, two, three)]
+        seen = []
+        async with (
+            connect(servers=urls, reconnect=Backoff(0, 0)) as emitter,
+            emitter.stream("connect") as connected,
+        ):
+            for broker in (one, two, three, one):
+                assert emitter.connection is not None
+                seen.append(emitter.connection.server)
+                await broker.drop()
+                await connected.receive()
+        assert seen == [*urls, urls[0]]
+
+
+async def test_a_server_that_is_down_is_passed_over(anyio_backend: object) -> None:
+    async with Broker() as one, Broker() as two, Broker() as three:
+        urls = [broker.url for broker in (one, two, three)]
+        async with (
+            connect(servers=urls, reconnect=Backoff(0, 0)) as emitter,
+            emitter.stream("connect") as connected,
+        ):
+            with two.refuse():
+                await one.drop()
+                await connected.receive()
+            assert emitter.connection is not None
+            assert emitter.connection.server == three.url
+            assert isinstance(emitter.connection.last_error, EOFError | OSError)
+
+
+async def test_with_all_servers_down_every_cause_is_told(anyio_backend: object) -> None:
+    async with Broker() as one, Broker() as two:
+        with pytest.raises(ConnectionLostError) as caught:
+            async with connect(
+                servers=[one.url, two.url], reconnect=Backoff(0.001, 0.001, tries=2)
+            ):
+                with one.refuse(), two.refuse():
+                    await one.drop()
+                    await anyio.sleep_forever()
+        assert isinstance(caught.value.__cause__, ConnectError)
+        assert list(caught.value.__cause__.causes) == [two.url, one.url]

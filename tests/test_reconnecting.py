@@ -1,0 +1,316 @@
+"""A lost link comes back, with all that was on it, before ``connect`` is emitted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+
+from emitter_anyio import Emitter, EmitterMessage, RequestTimeoutError, connect
+from emitter_anyio.testing import Broker, FaultProxy
+from tests.client.tools import Calls, texts
+from tests.support.links import SOON, another_link, many_links, while_away
+from tests.support.peer import Peer, memory_peer
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
+    async with many_links(broker.url) as emitter:
+        yield emitter
+
+
+@pytest.fixture
+def key(broker: Broker) -> str:
+    return broker.keygen("#/", "rwlsp")
+
+
+def held(broker: Broker) -> list[str]:
+    """What the broker's clients are subscribed to."""
+    return sorted(channel for client in broker.clients for channel in client.subscriptions)
+
+
+# What is restored
+
+
+async def test_streams_go_on_with_what_comes_then(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/") as one, emitter.subscribe(key, "b/") as two:
+        for round in "123":
+            await broker.publish("a/", f"a{round}")
+            await broker.publish("b/", f"b{round}")
+            assert (await one.receive()).as_string() == f"a{round}"
+            assert (await two.receive()).as_string() == f"b{round}"
+            await another_link(emitter, broker)
+        assert held(broker) == ["a/", "b/"]
+        assert one.statistics().gaps == 3
+    assert emitter.statistics().links == 4
+
+
+async def test_nothing_is_replayed_a_second_time(broker: Broker, key: str) -> None:
+    async with many_links(broker.url) as emitter:
+        await emitter.publish(key, "a/", "old", 60, qos=1)
+        async with emitter.subscribe(key, "a/", last=5) as messages:
+            assert (await messages.receive()).as_string() == "old"
+            await another_link(emitter, broker)
+            await emitter.publish(key, "a/", "new", qos=1)
+            assert (await messages.receive()).as_string() == "new"
+
+
+async def test_awaited_subscriptions_reach_the_handlers_again(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    await emitter.subscribe(key, "a/")
+    await another_link(emitter, broker)
+    await emitter.subscribe(key, "a/")
+    await broker.publish("a/", "x")
+    assert texts(await calls.get(1)) == ["x"]
+    await emitter.unsubscribe(key, "a/")
+    assert held(broker) == []
+    await another_link(emitter, broker)
+    assert held(broker) == []
+
+
+async def test_every_key_of_a_channel_is_confirmed(broker: Broker, emitter: Emitter) -> None:
+    keys = [broker.keygen("a/"), broker.keygen("a/#/")]
+    async with emitter.subscribe(keys[0], "a/") as one, emitter.subscribe(keys[1], "a/") as two:
+        await another_link(emitter, broker)
+        await broker.publish("a/", "x")
+        assert (await one.receive()).binary == (await two.receive()).binary == b"x"
+    await emitter.flush()
+    assert held(broker) == []
+
+
+async def test_groups_come_back_as_groups(broker: Broker, emitter: Emitter) -> None:
+    key = broker.keygen("$share/g/a/", "r")
+    async with emitter.subscribe(key, "a/", group="g") as messages:
+        await another_link(emitter, broker)
+        assert held(broker) == ["$share/g/a/"]
+        await broker.publish("a/", "x")
+        assert (await messages.receive()).binary == b"x"
+
+
+async def test_a_presence_feed_learns_who_came_and_went_meanwhile(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with connect(broker.url, username="old") as old:
+        await old.subscribe(key, "a/")
+        async with emitter.watch_presence(key, "a/", refresh=None) as feed:
+            assert [member.username for member in feed.members.values()] == ["old"]
+            async with connect(broker.url, username="new", reconnect=SOON) as new:
+                await new.subscribe(key, "a/")
+                await old.disconnect()
+                async with new.stream("connect") as connected:
+                    await another_link(emitter, broker)
+                    await connected.receive()
+                while [member.username for member in feed.members.values()] != ["new"]:
+                    await feed.receive()
+                assert feed.statistics().gaps == 1
+
+
+async def test_a_presence_feed_learns_who_left_below_it_meanwhile(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.watch_presence(key, "a/", refresh=None) as feed:
+        assert (await feed.receive()).event == "status"
+        async with connect(broker.url, username="guest") as guest:
+            await guest.subscribe(key, "a/b/")
+            assert (await feed.receive()).event == "subscribe"
+            async with while_away(emitter, broker):
+                await guest.disconnect()
+        while feed.members:
+            await feed.receive()
+
+
+async def test_changes_of_presence_are_told_again(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    calls = Calls()
+    emitter.on("presence", calls)
+    await emitter.presence(key, "a/", changes=True)
+    await calls.get(1)
+    await another_link(emitter, broker)
+    came = len(calls.values)
+    async with connect(broker.url, username="guest") as guest:
+        await guest.subscribe(key, "a/b/")
+        last = (await calls.get(came + 1))[-1]
+        assert [member.username for member in last.who] == ["guest"]
+    await emitter.presence(key, "a/", changes=False)
+    await another_link(emitter, broker)
+    assert not any(client.watched for client in broker.clients)
+
+
+async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, key: str) -> None:
+    await emitter.link(key, "a/", "x", subscribe=True, ttl=60)
+    calls = Calls()
+    emitter.on("message", calls)
+    await another_link(emitter, broker)
+    await emitter.publish_with_link("x", "through", qos=1)
+    assert texts(await calls.get(1)) == ["through"]
+    stored = [message.as_string() async for message in emitter.history(key, "a/")]
+    assert stored == ["through"]
+
+
+async def test_requests_and_those_who_serve_them_go_on(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async def double(message: EmitterMessage) -> int:
+        return 2 * int(message.as_object())
+
+    async with many_links(broker.url) as server, anyio.create_task_group() as tasks:
+        await tasks.start(server.serve, key, "double/", double)
+        for number in range(3):
+            reply = await emitter.request(key, "double/", number)
+            assert reply.as_object() == 2 * number
+            async with server.stream("connect") as connected:
+                await another_link(emitter, broker)
+                await connected.receive()
+        tasks.cancel_scope.cancel()
+
+
+async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker, key: str) -> None:
+    found: list[list[str]] = []
+    emitter = many_links(broker.url)
+    emitter.on("connect", lambda: found.append(held(broker)))
+    async with emitter:
+        await emitter.link(key, "l/", "x")
+        await emitter.presence(key, "p/", changes=True)
+        async with (
+            emitter.subscribe(key, "a/"),
+            emitter.subscribe(key, "b/"),
+            emitter.watch_presence(key, "w/"),
+        ):
+            with broker.hold("suback"):
+                async with emitter.stream("connect") as connected:
+                    await broker.drop()
+                    while not held(broker):
+                        await anyio.lowlevel.checkpoint()
+                    await anyio.wait_all_tasks_blocked()
+                    assert emitter.state == "connecting"
+                    assert emitter.connection is None
+                    with pytest.raises(anyio.WouldBlock):
+                        connected.receive_nowait()
+            await emitter.wait_connected()
+            (client,) = broker.clients
+            assert list(client.links) == ["x"]
+            assert len(client.watched) == 2
+    assert found == [[], ["a/", "b/"]]
+
+
+async def test_the_connection_is_another_one(broker: Broker, emitter: Emitter) -> None:
+    first = await emitter.me()
+    before = emitter.connection
+    assert before is not None
+    assert before.id == first.id
+    assert before.last_error is None
+    await another_link(emitter, broker)
+    after = emitter.connection
+    assert after is not None
+    assert after.server == before.server
+    assert after.since >= before.since
+    assert after.id is None
+    assert isinstance(after.last_error, EOFError | OSError)
+    assert (await emitter.me()).id != first.id
+
+
+async def test_each_event_is_a_line_of_the_log(
+    broker: Broker, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    async with many_links(broker.url) as emitter:
+        async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "b/"):
+            await another_link(emitter, broker)
+    lines = [text for text in caplog.messages if not text.startswith("try ")]
+    assert lines == [
+        f"connected to {broker.url}",
+        f"the link to {broker.url} is lost: {emitter._last_error}",
+        f"connected again to {broker.url}, with 2 things restored",
+        f"disconnected from {broker.url}",
+    ]
+
+
+# Brokers that do badly
+
+
+async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
+    broker: Broker, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with many_links(broker.url, request_timeout=0.05) as emitter:
+        async with emitter.subscribe(key, "a/") as messages:
+            with broker.lose("suback"):
+                await broker.drop()
+                while emitter.connection is not None or not held(broker):
+                    await anyio.lowlevel.checkpoint()
+                (silent,) = broker.clients
+                await silent.wait_closed()
+                assert emitter.state == "connecting"
+            await emitter.wait_connected()
+            await broker.publish("a/", "x")
+            assert (await messages.receive()).binary == b"x"
+            assert emitter.connection is not None
+            assert isinstance(emitter.connection.last_error, RequestTimeoutError)
+            assert messages.statistics().gaps == 1
+    assert "the broker did not answer within 0.05 s" in caplog.text
+
+
+async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
+    broker: Broker, key: str
+) -> None:
+    async with many_links(broker.url) as emitter, emitter.stream("connect") as connected:
+        async with emitter.stream("disconnect") as gone, emitter.subscribe(key, "a/") as messages:
+            for _ in range(3):
+                with broker.hold("suback"):
+                    await broker.drop()
+                    while not held(broker):
+                        await anyio.lowlevel.checkpoint()
+            await connected.receive()
+            await broker.publish("a/", "x")
+            assert (await messages.receive()).binary == b"x"
+            assert messages.statistics().gaps == 1
+            assert gone.statistics().buffered == 1
+            assert emitter.statistics().links == 2
+
+
+@pytest.mark.virtual_time
+async def test_a_broker_that_accepts_and_never_speaks_is_given_up(anyio_backend: object) -> None:
+    scripts = [Peer.accept, Peer.packet, Peer.serve]
+
+    async def play(peer: Peer) -> None:
+        script = scripts.pop(0)
+        await script(peer)
+        if script is Peer.packet:
+            await peer.rest()
+
+    async with memory_peer(play) as connectable:
+        async with many_links(connectable=connectable, connect_timeout=7) as emitter:
+            await anyio.sleep(1)
+            start = anyio.current_time()
+            await emitter.flush()
+            assert anyio.current_time() - start == pytest.approx(6, abs=0.1)
+            assert emitter.connection is not None
+            assert "no answer within 7 s" in str(emitter.connection.last_error)
+
+
+async def test_all_that_is_needed_to_come_back_may_come_in_single_bytes(
+    broker: Broker, key: str
+) -> None:
+    async with (
+        FaultProxy(broker.host, broker.port) as proxy,
+        many_links(proxy.url) as emitter,
+        emitter.stream("connect") as connected,
+        emitter.subscribe(key, "a/") as messages,
+    ):
+        proxy.split(1)
+        await proxy.cut()
+        await connected.receive()
+        await emitter.publish(key, "a/", "x", qos=1)
+        assert (await messages.receive()).binary == b"x"

@@ -1,0 +1,368 @@
+"""What is refused when a link is restored, and what comes and goes meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import (
+    Backoff,
+    ConnectionLostError,
+    Emitter,
+    UnauthorizedError,
+    connect,
+)
+from emitter_anyio.testing import Broker
+from tests.client.tools import Calls, texts
+from tests.support.links import another_link, link_away, many_links, while_away
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
+    async with many_links(broker.url) as emitter:
+        yield emitter
+
+
+@pytest.fixture
+async def other(broker: Broker) -> AsyncIterator[Emitter]:
+    """Another client, to do something while the first one has no link."""
+    async with connect(broker.url, reconnect=Backoff(0, 0)) as other:
+        yield other
+
+
+@pytest.fixture
+def key(broker: Broker) -> str:
+    return broker.keygen("#/", "rwlsp")
+
+
+def held(broker: Broker) -> list[str]:
+    """What the broker's clients are subscribed to."""
+    return sorted(channel for client in broker.clients for channel in client.subscriptions)
+
+
+async def ban(broker: Broker, *keys: str) -> None:
+    async with connect(broker.url) as banner:
+        for key in keys:
+            assert await banner.keyban(broker.secret_key, key)
+
+
+async def until_subscribed(broker: Broker) -> None:
+    """Wait until the broker has been told of a subscription."""
+    while not held(broker):
+        await checkpoint()
+
+
+# What is refused
+
+
+async def test_a_banned_key_raises_in_its_own_stream_alone(
+    broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = broker.keygen("a/"), broker.keygen("b/")
+    errors = Calls()
+    emitter.on("error", errors)
+    async with emitter.subscribe(good, "a/") as one, emitter.subscribe(bad, "b/") as two:
+        await broker.publish("b/", "before")
+        await emitter.flush()
+        await ban(broker, bad)
+        await another_link(emitter, broker)
+        await broker.publish("a/", "after")
+        assert (await one.receive()).binary == b"after"
+        assert (await two.receive()).binary == b"before"
+        for _ in range(2):
+            with pytest.raises(UnauthorizedError, match="subscribe 'b/'"):
+                await two.receive()
+        assert held(broker) == ["a/"]
+        assert not errors.values
+    await emitter.flush()
+    assert held(broker) == []
+    assert not errors.values
+    refused = [text for text in caplog.messages if "could not be subscribed to again" in text]
+    assert len(refused) == 1
+    assert bad not in caplog.text
+
+
+async def test_of_two_keys_of_a_channel_the_good_one_goes_on(
+    broker: Broker, emitter: Emitter
+) -> None:
+    good, bad = broker.keygen("a/"), broker.keygen("a/#/")
+    async with emitter.subscribe(bad, "a/") as two:
+        async with emitter.subscribe(good, "a/") as one:
+            await ban(broker, bad)
+            await another_link(emitter, broker)
+            with pytest.raises(UnauthorizedError):
+                await two.receive()
+            await broker.publish("a/", "after")
+            assert (await one.receive()).binary == b"after"
+        await emitter.flush()
+        assert held(broker) == []
+
+
+async def test_a_refused_awaited_subscription_is_an_error_once(
+    broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = broker.keygen("a/")
+    errors = Calls()
+    emitter.on("error", errors)
+    await emitter.subscribe(key, "a/")
+    await ban(broker, key)
+    await another_link(emitter, broker)
+    (error,) = await errors.get(1)
+    assert isinstance(error, UnauthorizedError)
+    with pytest.raises(UnauthorizedError):
+        await emitter.subscribe(key, "a/")
+    await another_link(emitter, broker)
+    assert len(errors.values) == 1
+
+
+async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
+    broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = broker.keygen("#/", "rp")
+    await emitter.subscribe(key, "a/")
+    await emitter.presence(key, "p/", changes=True)
+    await ban(broker, key)
+    await another_link(emitter, broker)
+    said = [text for text in caplog.messages if "401" in text]
+    assert len(said) == 2
+    assert "'a/' could not be subscribed to again" in said[0]
+    assert "'p/' could not be watched again" in said[1]
+
+
+async def test_a_refused_presence_feed_raises_in_its_own_stream(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    bad = broker.keygen("b/", "p")
+    async with emitter.watch_presence(key, "a/") as one, emitter.watch_presence(bad, "b/") as two:
+        assert (await one.receive()).event == "status"
+        assert (await two.receive()).event == "status"
+        await ban(broker, bad)
+        await another_link(emitter, broker)
+        for _ in range(2):
+            with pytest.raises(UnauthorizedError):
+                await two.receive()
+        await emitter.subscribe(key, "a/b/")
+        assert (await one.receive()).event == "subscribe"
+
+
+async def test_refused_changes_of_presence_are_an_error(broker: Broker, emitter: Emitter) -> None:
+    bad = broker.keygen("b/", "p")
+    errors = Calls()
+    emitter.on("error", errors)
+    await emitter.presence(bad, "b/", changes=True)
+    await ban(broker, bad)
+    await another_link(emitter, broker)
+    (error,) = await errors.get(1)
+    assert isinstance(error, UnauthorizedError)
+    await another_link(emitter, broker)
+    assert len(errors.values) == 1
+
+
+async def test_a_link_that_cannot_be_made_again_is_an_error(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    asked = 0
+
+    async def provide() -> str:
+        nonlocal asked
+        asked += 1
+        return key
+
+    errors = Calls()
+    emitter.on("error", errors)
+    await emitter.link(provide, "a/", "x")
+    with broker.lose("answer"):
+        await another_link(emitter, broker)
+    (error,) = await errors.get(1)
+    assert "acknowledged without an answer" in str(error)
+    await another_link(emitter, broker)
+    assert len(errors.values) == 1
+    assert asked == 1
+
+
+async def test_replies_that_are_refused_are_asked_for_again(
+    broker: Broker, emitter: Emitter
+) -> None:
+    key = broker.keygen("double/#/")
+    async with many_links(broker.url) as server, anyio.create_task_group() as tasks:
+        await tasks.start(server.serve, broker.keygen("double/#/"), "double/", lambda _: "yes")
+        assert (await emitter.request(key, "double/", "?")).binary == b"yes"
+        await ban(broker, key)
+        async with server.stream("connect") as connected:
+            await another_link(emitter, broker)
+            await connected.receive()
+        with pytest.raises(UnauthorizedError):
+            await emitter.request(key, "double/", "?")
+        await emitter.keyban(broker.secret_key, key, False)
+        assert (await emitter.request(key, "double/", "?")).binary == b"yes"
+        tasks.cancel_scope.cancel()
+
+
+async def test_those_who_serve_learn_that_they_may_no_more(
+    broker: Broker, emitter: Emitter
+) -> None:
+    key = broker.keygen("double/#/")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(emitter.serve, key, "double/", lambda _: "yes")
+            await ban(broker, key)
+            await another_link(emitter, broker)
+            await anyio.sleep_forever()
+    assert [type(exc) for exc in caught.value.exceptions] == [UnauthorizedError]
+
+
+async def test_a_broker_with_another_licence_refuses_all_of_it(anyio_backend: object) -> None:
+    async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
+        async with Broker() as old:
+            emitter: Emitter = await tasks.start(many_links(old.url).run)
+            enter = stack.enter_async_context
+            one = await enter(emitter.subscribe(old.keygen("a/"), "a/"))
+            two = await enter(emitter.subscribe(old.keygen("b/"), "b/"))
+            feed = await enter(emitter.watch_presence(old.keygen("w/", "p"), "w/"))
+            assert (await feed.receive()).event == "status"
+            connected = await enter(emitter.stream("connect"))
+        async with Broker(port=old.port) as new:
+            await connected.receive()
+            for receive in (one.receive, two.receive, feed.receive):
+                with pytest.raises(UnauthorizedError):
+                    await receive()
+            # The client itself is as good as ever.
+            async with emitter.subscribe(new.keygen("a/"), "a/") as fresh:
+                await new.publish("a/", "x")
+                assert (await fresh.receive()).binary == b"x"
+            await emitter.disconnect()
+
+
+# What comes and goes meanwhile
+
+
+async def test_a_subscription_entered_while_down_is_made_once(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    got = []
+
+    async def subscribe() -> None:
+        async with emitter.subscribe(key, "a/") as messages:
+            assert messages.statistics().gaps == 0
+            got.append((await messages.receive()).binary)
+
+    async with anyio.create_task_group() as tasks:
+        async with while_away(emitter, broker):
+            tasks.start_soon(subscribe)
+            for _ in range(10):
+                await checkpoint()
+        await until_subscribed(broker)
+        await broker.publish("a/", "x")
+    assert got == [b"x"]
+    await emitter.flush()
+    assert held(broker) == []
+
+
+async def test_a_subscription_left_while_down_is_not_made_again(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    await emitter.subscribe(key, "b/")
+    async with AsyncExitStack() as stack:
+        async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "w/"):
+            await stack.enter_async_context(while_away(emitter, broker))
+    assert held(broker) == ["b/"]
+    assert not any(client.watched for client in broker.clients)
+
+
+async def test_leaving_in_the_middle_of_the_restoration(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    leave = anyio.Event()
+
+    async def subscribe(channel: str) -> None:
+        async with emitter.subscribe(key, channel), emitter.watch_presence(key, channel):
+            entered.append(channel)
+            await leave.wait()
+
+    entered: list[str] = []
+    async with anyio.create_task_group() as tasks, emitter.stream("connect") as connected:
+        tasks.start_soon(subscribe, "a/")
+        tasks.start_soon(subscribe, "b/")
+        while len(entered) < 2:
+            await checkpoint()
+        with broker.hold("suback", "puback", "answer"):
+            await broker.drop()
+            await until_subscribed(broker)
+            leave.set()
+            await anyio.wait_all_tasks_blocked()
+        await connected.receive()
+        await emitter.flush()
+        assert held(broker) == []
+        assert not any(client.watched for client in broker.clients)
+
+
+async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async def enter() -> None:
+        with pytest.raises(ConnectionLostError):
+            async with emitter.subscribe(key, "a/"):
+                raise AssertionError("entered")
+
+    async def watch() -> None:
+        with pytest.raises(ConnectionLostError):
+            async with emitter.watch_presence(key, "w/"):
+                raise AssertionError("entered")
+
+    async with anyio.create_task_group() as tasks:
+        with broker.hold("suback", "puback", "answer"):
+            tasks.start_soon(enter)
+            tasks.start_soon(watch)
+            await until_subscribed(broker)
+            await broker.drop()
+    await emitter.flush()
+    assert held(broker) == []
+    assert not any(client.watched for client in broker.clients)
+
+
+async def test_unsubscribing_waits_for_the_link(broker: Broker, emitter: Emitter, key: str) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    await emitter.subscribe(key, "a/")
+    async with anyio.create_task_group() as tasks:
+        async with link_away(emitter, broker):
+            tasks.start_soon(emitter.unsubscribe, key, "a/")
+            for _ in range(10):
+                await checkpoint()
+    assert held(broker) == []
+    await emitter.subscribe(key, "a/")
+    await broker.publish("a/", "x")
+    assert texts(await calls.get(1)) == ["x"]
+
+
+async def test_subscribers_who_come_and_go_leave_nothing_behind(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    """Whatever the moment at which the link is cut."""
+
+    async def come_and_go(channel: str) -> None:
+        for _ in range(10):
+            try:
+                async with emitter.subscribe(key, channel), emitter.subscribe(key, "c/"):
+                    await checkpoint()
+            except ConnectionLostError:
+                pass
+
+    async with anyio.create_task_group() as tasks:
+        for channel in ("a/", "b/", "c/"):
+            tasks.start_soon(come_and_go, channel)
+        for _ in range(8):
+            await another_link(emitter, broker)
+    await emitter.flush()
+    assert held(broker) == []
+    assert emitter.statistics().pending == 0

@@ -1,0 +1,458 @@
+"""Gaps, and what was stored meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import (
+    Backoff,
+    Emitter,
+    EmitterMessage,
+    EventStream,
+    Gap,
+    InvalidChannelError,
+    SlowConsumerError,
+    UnauthorizedError,
+    connect,
+)
+from emitter_anyio._subscription import Overflow
+from emitter_anyio.testing import Broker
+from tests.client.tools import Calls
+from tests.support.links import another_link, many_links, while_away
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
+    async with many_links(broker.url) as emitter:
+        yield emitter
+
+
+@pytest.fixture
+def key(broker: Broker) -> str:
+    return broker.keygen("#/", "rwls")
+
+
+Items = EventStream[EmitterMessage | Gap]
+
+
+def shown(item: EmitterMessage | Gap) -> str:
+    """A message with a ``*`` where it was replayed; a gap with how much was."""
+    if isinstance(item, Gap):
+        return f"gap of {item.resumed}{'' if item.complete else ', and more'}"
+    assert item.replayed == (item.id is not None)
+    return item.as_string() + "*" * item.replayed
+
+
+async def take(stream: EventStream[EmitterMessage] | Items, count: int) -> list[str]:
+    return [shown(await stream.receive()) for _ in range(count)]
+
+
+async def store(broker: Broker, *texts: str, channel: str = "a/") -> None:
+    for text in texts:
+        await broker.publish(channel, text, ttl=60)
+
+
+@asynccontextmanager
+async def answers_held(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]:
+    """Cut the link, store ``meanwhile``, and let the next one come; but it answers nothing."""
+    async with emitter.stream("connect") as connected:
+        with broker.hold("answer", "puback"):
+            async with while_away(emitter, broker):
+                await store(broker, "meanwhile")
+            while not emitter.statistics().pending:
+                await checkpoint()
+            yield
+        await connected.receive()
+
+
+# Gaps
+
+
+async def test_a_gap_is_marked_at_its_place(broker: Broker, emitter: Emitter, key: str) -> None:
+    async with emitter.subscribe(key, "a/", mark_gaps=True) as messages:
+        await store(broker, "before")
+        await emitter.flush()
+        async with while_away(emitter, broker):
+            await store(broker, "lost")
+        await store(broker, "after")
+        assert await take(messages, 1) == ["before"]
+        gap = await messages.receive()
+        assert gap == Gap("a/")
+        assert await take(messages, 1) == ["after"]
+        assert messages.statistics().gaps == 1
+
+
+async def test_gaps_are_not_for_handlers(emitter: Emitter, key: str, broker: Broker) -> None:
+    with pytest.raises(ValueError, match="mark_gaps is for a stream"):
+        await emitter.subscribe(key, "a/", mark_gaps=True)
+    await emitter.flush()
+    assert broker.clients[0].subscriptions == []
+
+
+async def test_a_gap_needs_no_room(broker: Broker, emitter: Emitter, key: str) -> None:
+    async with emitter.subscribe(key, "a/", buffer=1, mark_gaps=True) as messages:
+        await store(broker, "one")
+        await emitter.flush()
+        await another_link(emitter, broker)
+        assert await take(messages, 2) == ["one", "gap of 0, and more"]
+
+
+# What is resumed
+
+
+async def test_what_was_stored_comes_before_what_is_live(
+    broker: Broker, emitter: Emitter, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    await store(broker, "old")
+    async with emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, "1", "2", "3")
+            await broker.publish("a/", "not stored")
+        assert await take(messages, 4) == ["gap of 3", "1*", "2*", "3*"]
+        await store(broker, "4")
+        assert await take(messages, 1) == ["4"]
+        await another_link(emitter, broker)
+        # What has been replayed is known to have come; what was live is not, yet.
+        assert await take(messages, 2) == ["gap of 1", "4*"]
+        await another_link(emitter, broker)
+        assert await take(messages, 1) == ["gap of 0"]
+    assert "'a/': resumed, with 3 stored messages" in caplog.messages
+
+
+async def test_channels_below_are_resumed_too(broker: Broker, emitter: Emitter, key: str) -> None:
+    async with emitter.subscribe(key, "a/", resume=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, "1", channel="a/b/")
+            await store(broker, "2", channel="a/c/d/")
+            await store(broker, "elsewhere", channel="b/")
+        message = await messages.receive()
+        assert (message.channel, message.as_string()) == ("a/b/", "1")
+        assert repr(message) == "<EmitterMessage channel='a/b/' binary=b'1', replayed>"
+        assert message.id is not None
+        message = await messages.receive()
+        assert (message.channel, message.as_string()) == ("a/c/d/", "2")
+
+
+async def test_handlers_get_what_was_stored_first(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    calls, elsewhere = Calls(), Calls()
+    emitter.on("message", calls)
+    emitter.on("message", elsewhere, channel="b/")
+    await emitter.subscribe(key, "a/", resume=True)
+    async with answers_held(emitter, broker):
+        await store(broker, "live")
+    assert [shown(message) for message in await calls.get(3)] == ["meanwhile*", "live*", "live"]
+    assert not elsewhere.values
+    await emitter.unsubscribe(key, "a/")
+    await another_link(emitter, broker)
+    await emitter.flush()
+    assert broker.clients[0].subscriptions == []
+    assert len(calls.values) == 3
+
+
+async def test_overlapping_subscriptions_resume_each_for_itself(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with (
+        emitter.subscribe(key, "a/", resume=True) as wide,
+        emitter.subscribe(key, "a/b/", resume=True) as narrow,
+        emitter.subscribe(key, "a/b/") as forgetful,
+    ):
+        async with while_away(emitter, broker):
+            await store(broker, "1", channel="a/b/")
+            await store(broker, "2")
+        assert await take(wide, 2) == ["1*", "2*"]
+        assert await take(narrow, 1) == ["1*"]
+        await store(broker, "3", channel="a/b/")
+        for stream in (wide, narrow, forgetful):
+            assert await take(stream, 1) == ["3"]
+
+
+async def test_more_than_a_page_is_resumed_in_order(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, *map(str, range(300)))
+        assert await take(messages, 300) == [f"{number}*" for number in range(300)]
+
+
+async def test_large_messages_are_resumed(broker: Broker, emitter: Emitter, key: str) -> None:
+    large = [str(number) * 15000 for number in range(9)]
+    async with emitter.subscribe(key, "a/", resume=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, *large)
+        assert await take(messages, 9) == [f"{text}*" for text in large]
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+async def test_the_brokers_clock_may_be_wrong(
+    broker: Broker, emitter: Emitter, key: str, ahead: float
+) -> None:
+    broker._exchange.ahead = ahead
+    await store(broker, "old")
+    async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
+        for text in "12":
+            async with while_away(emitter, broker):
+                await store(broker, text)
+            assert await take(messages, 1) == [f"{text}*"]
+
+
+# Not all of it
+
+
+async def test_no_more_than_the_limit_is_resumed(
+    broker: Broker, emitter: Emitter, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with emitter.subscribe(
+        key, "a/", resume=True, resume_limit=3, mark_gaps=True
+    ) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, *"12345")
+        gap = await messages.receive()
+        assert isinstance(gap, Gap)
+        assert not gap.complete
+        assert gap.reason == "there are more than resume_limit=3"
+        assert gap.resumed == 3
+        assert await take(messages, 3) == ["3*", "4*", "5*"]
+        async with while_away(emitter, broker):
+            await store(broker, *"678")
+        assert await take(messages, 4) == ["gap of 3", "6*", "7*", "8*"]
+    assert "'a/': resumed with a gap, since there are more than resume_limit=3" in caplog.messages
+
+
+async def test_a_message_too_large_to_be_read_back_leaves_a_gap(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, "1", "x" * 60000, "2", "3")
+        gap = await messages.receive()
+        assert isinstance(gap, Gap)
+        assert gap.reason is not None
+        assert "too large" in gap.reason
+        assert await take(messages, 2) == ["2*", "3*"]
+        await store(broker, "live")
+        assert await take(messages, 1) == ["live"]
+
+
+async def test_a_newest_message_that_is_too_large_is_no_hindrance(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    await store(broker, "x" * 60000)
+    async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
+        async with while_away(emitter, broker):
+            await store(broker, "1")
+        assert await take(messages, 1) == ["1*"]
+
+
+async def test_a_key_that_may_not_load_is_refused_at_once(broker: Broker, emitter: Emitter) -> None:
+    key = broker.keygen("a/", "rw")
+    with pytest.raises(UnauthorizedError, match="history"):
+        async with emitter.subscribe(key, "a/", resume=True):
+            raise AssertionError("entered")
+    with pytest.raises(UnauthorizedError, match="history"):
+        await emitter.subscribe(key, "a/", resume=True)
+    assert broker.clients[0].subscriptions == []
+
+
+async def test_what_cannot_be_resumed_is_refused_at_once(emitter: Emitter, key: str) -> None:
+    with pytest.raises(ValueError, match="not for a group"):
+        emitter.subscribe(key, "a/", group="g", resume=True)
+    with pytest.raises(InvalidChannelError, match="literal first level"):
+        emitter.subscribe(key, "+/a/", resume=True)
+    with pytest.raises(ValueError, match="resume_limit"):
+        emitter.subscribe(key, "a/", resume=True, resume_limit=-1)
+
+
+# What happens meanwhile
+
+
+@pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest", "block"])
+async def test_what_is_held_back_needs_no_room(
+    broker: Broker, emitter: Emitter, key: str, overflow: Overflow
+) -> None:
+    live = [str(number) for number in range(50)]
+    async with emitter.subscribe(key, "a/", buffer=2, overflow=overflow, resume=True) as messages:
+        async with answers_held(emitter, broker):
+            for text in live:
+                await broker.publish("a/", text)
+            while messages.statistics().buffered < 50:
+                await checkpoint()
+            with pytest.raises(anyio.WouldBlock):
+                messages.receive_nowait()
+        assert await take(messages, 51) == ["meanwhile*", *live]
+        assert messages.statistics().dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("overflow", "left"),
+    [("raise", [*"0123"]), ("drop_oldest", [*"6789"]), ("drop_newest", [*"0123"])],
+)
+async def test_too_many_bytes_that_are_held_back_are_dropped_as_ever(
+    broker: Broker,
+    emitter: Emitter,
+    key: str,
+    overflow: Overflow,
+    left: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("emitter_anyio._subscription.MAX_BYTES", 4)
+    async with emitter.subscribe(key, "a/", overflow=overflow, resume=True) as messages:
+        async with answers_held(emitter, broker):
+            for text in "0123456789":
+                await broker.publish("a/", text)
+            while messages.statistics().dropped < 6:
+                await checkpoint()
+        assert await take(messages, 5) == ["meanwhile*", *left]
+        if overflow == "raise":
+            with pytest.raises(SlowConsumerError) as caught:
+                await messages.receive()
+            assert caught.value.dropped == 6
+
+
+async def test_a_link_lost_in_the_middle_begins_all_over(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
+        async with answers_held(emitter, broker):
+            await store(broker, "held")
+            while messages.statistics().buffered < 1:
+                await checkpoint()
+            async with emitter.stream("connect") as connected:
+                await broker.drop()
+                await connected.receive()
+        assert await take(messages, 4) == ["gap of 2", "meanwhile*", "held*", "held"]
+        assert messages.statistics().gaps == 2
+
+
+async def test_a_subscription_left_in_the_middle_holds_up_nobody(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    await emitter.subscribe(key, "b/")
+    with ExitStack() as stack:
+        async with emitter.subscribe(key, "a/", resume=True), emitter.stream("connect") as came:
+            stack.enter_context(broker.hold("answer", "puback"))
+            await broker.drop()
+            await came.receive()
+        await emitter.publish(key, "b/", "live")
+        assert [shown(message) for message in await calls.get(1)] == ["live"]
+        await emitter.unsubscribe(key, "b/")
+        assert broker.clients[0].subscriptions == []
+
+
+async def test_a_subscription_left_as_its_resuming_begins(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.stream("connect") as connected:
+        for _ in range(3):
+            async with emitter.subscribe(key, "a/", resume=True):
+                await broker.drop()
+                await connected.receive()
+    await emitter.flush()
+    assert broker.clients[0].subscriptions == []
+
+
+async def test_leaving_a_subscription_at_once_leaves_no_task(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True):
+        pass
+    while any("_keep_watermark" in (task.name or "") for task in anyio.get_running_tasks()):
+        await checkpoint()
+
+
+async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) -> None:
+    got: list[str] = []
+    async with many_links(broker.url, disconnect_timeout=0.05) as emitter:
+        async with emitter.subscribe(key, "a/", resume=True) as messages:
+            async with emitter.stream("connect") as connected:
+                with broker.hold("answer", "puback"):
+                    await broker.drop()
+                    await connected.receive()
+                    await store(broker, "live")
+                    await emitter.flush()
+                    await emitter.disconnect()
+            got += [shown(message) async for message in messages]
+    assert got == ["live"]
+
+
+async def test_what_comes_first_of_all_comes_before_what_is_held(anyio_backend: object) -> None:
+    stream: EventStream[int] = EventStream("test", 10, "raise")
+    stream.push(2)
+    stream.hold()
+    stream.push(4)
+    stream.put_ahead([3])
+    stream.put_in_front([0, 1])
+    stream.release()
+    assert [stream.receive_nowait() for _ in range(5)] == [0, 1, 2, 3, 4]
+    stream.close()
+
+
+# Nothing stored is lost
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -> None:
+    chance = random.Random(seed)
+    count = 150
+    received: list[EmitterMessage | Gap] = []
+
+    async def consume(emitter: Emitter, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        async with emitter.subscribe(
+            key, "a/", resume=True, mark_gaps=True, buffer=count
+        ) as messages:
+            task_status.started()
+            async for item in messages:
+                received.append(item)
+                if isinstance(item, EmitterMessage) and item.binary == b"end":
+                    return
+                if chance.random() < 0.1:
+                    await checkpoint()
+
+    options = {"client_id": "subscriber", "reconnect": Backoff(0, 0.002)}
+    async with connect(broker.url) as publisher, connect(broker.url, **options) as emitter:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(lambda task_status: consume(emitter, task_status=task_status))
+            for number in range(count):
+                await publisher.publish(key, "a/", str(number), 60, qos=chance.choice([0, 1]))
+                if chance.random() < 0.1:
+                    await publisher.flush()
+                    if any(client.client_id == "subscriber" for client in broker.clients):
+                        await broker.drop("subscriber")
+                while chance.random() < 0.3:
+                    await checkpoint()
+            await publisher.publish(key, "a/", "end", 60, qos=1)
+
+    lives: list[list[EmitterMessage]] = [[]]
+    for item in received:
+        if isinstance(item, Gap):
+            assert item.complete
+            lives.append([])
+        elif item.binary != b"end":
+            lives[-1].append(item)
+    assert len(lives) > 3
+    numbers = [int(message.as_string()) for life in lives for message in life]
+    assert set(numbers) == set(range(count))
+    live = [int(m.as_string()) for life in lives for m in life if not m.replayed]
+    assert live == sorted(set(live))
+    for life in lives:
+        replayed = [int(message.as_string()) for message in life if message.replayed]
+        assert replayed == sorted(set(replayed))
+        assert all(message.replayed for message in life[: len(replayed)])

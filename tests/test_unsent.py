@@ -1,0 +1,437 @@
+"""Publishes of QoS 0 around a lost link: sent later, uncertain, or never sent, and always told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import Backoff, ConnectionLostError, Emitter, connect
+from emitter_anyio._transport import Transport
+from emitter_anyio._writer import Writer
+from emitter_anyio.testing import Broker, FaultProxy
+from tests.client.tools import Calls
+from tests.support.links import SOON, another_link, many_links, one_link, while_away
+from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Peer, memory_peer
+
+KEY = "k" * 32
+
+# Which packets the link has had nothing of
+
+
+class Taking(Transport):
+    """
+    A link that takes so many bytes at a time, and nothing when it has had them all.
+
+    :param sizes: how many
+    :param tears: whether it hands over a part where it fails
+    """
+
+    def __init__(self, *sizes: int, tears: bool = False) -> None:
+        self.sizes = list(sizes)
+        self.tears = tears
+
+    async def receive(self) -> bytes:
+        raise NotImplementedError
+
+    def try_send(self, data: bytes) -> int:
+        return 0 if self.tears or not self.sizes else min(self.sizes.pop(0), len(data))
+
+    async def send(self, data: bytes) -> int:
+        if self.tears and self.sizes:
+            await checkpoint()
+            self.sizes.pop(0)
+            return len(data)
+        await anyio.sleep_forever()
+        raise AssertionError("it slept for ever")
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        raise NotImplementedError
+
+
+async def untouched(transport: Transport, *packets: bytes) -> list[bytes]:
+    """Write packets, let the link take what it takes, and tell what it had nothing of."""
+    writer = Writer(transport)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(writer.run)
+        await anyio.wait_all_tasks_blocked()
+        for packet in packets:
+            writer.write(packet)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    return writer.untouched
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ((), [b"aaa", b"bb", b"c"]),
+        ((3,), [b"bb", b"c"]),
+        ((2,), [b"bb", b"c"]),
+        ((3, 1), [b"c"]),
+        ((3, 2), [b"c"]),
+        ((2, 1, 2), [b"c"]),
+        ((2, 2), [b"c"]),
+        ((3, 3), []),
+        ((1, 1, 1, 1, 1), [b"c"]),
+    ],
+)
+async def test_a_packet_is_touched_by_its_first_byte(
+    anyio_backend: object, sizes: tuple[int, ...], left: list[bytes]
+) -> None:
+    assert await untouched(Taking(*sizes), b"aaa", b"bb", b"c") == left
+
+
+async def test_all_of_what_a_stream_has_in_hand_is_touched(anyio_backend: object) -> None:
+    # What was gathered for one send may have gone in part.
+    assert await untouched(Taking(tears=True), b"aaa", b"bb") == []
+    large = bytes(65536)
+    assert await untouched(Taking(tears=True), b"a", large, b"bb", b"c") == [b"bb", b"c"]
+    assert await untouched(Taking(1, tears=True), large, b"bb", b"c") == []
+
+
+async def test_before_the_writer_runs_nothing_is_touched(anyio_backend: object) -> None:
+    writer = Writer(Taking(tears=True))
+    writer.write(b"aaa")
+    assert writer.untouched == [b"aaa"]
+
+
+# On the next link
+
+
+class Stuck:
+    """Peers of which the first takes CONNECT and no byte more, and the later ones are brokers."""
+
+    def __init__(self) -> None:
+        self.cut = anyio.Event()
+        self.peers: list[Peer] = []
+        self.open = True
+
+    async def before(self, attempt: int) -> None:
+        if attempt > 1 and not self.open:
+            raise OSError("nobody is there")
+
+    async def play(self, peer: Peer) -> None:
+        self.peers.append(peer)
+        if len(self.peers) > 1:
+            await peer.serve()
+            return
+        await peer.accept()
+        await self.cut.wait()
+
+    def payloads(self) -> list[str]:
+        """What was published on the last link."""
+        return [one.payload.decode() for one in self.peers[-1].received if one.kind == PUBLISH]
+
+    async def fill(self, emitter: Emitter, *texts: str) -> None:
+        """Publish what gets stuck on the way, and behind it what no link has had a byte of."""
+        await emitter.publish(KEY, "a/", "stuck" * 100)
+        await anyio.wait_all_tasks_blocked()
+        for text in texts:
+            await emitter.publish(KEY, "a/", text)
+
+
+async def test_what_no_link_has_had_goes_out_first_on_the_next(anyio_backend: object) -> None:
+    stuck = Stuck()
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        async with many_links(connectable=connectable) as emitter:
+            await stuck.fill(emitter, *"123")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(emitter.publish, KEY, "a/", "4")
+                async with emitter.stream("connect") as connected:
+                    stuck.cut.set()
+                    await connected.receive()
+            await emitter.publish(KEY, "a/", "5")
+            await emitter.flush()
+            assert stuck.payloads() == [*"12345"]
+            assert emitter.statistics().uncertain == 1
+    assert emitter.statistics().unsent == 0
+
+
+async def test_confirmed_publishes_are_never_sent_again(anyio_backend: object) -> None:
+    stuck = Stuck()
+
+    async def publish() -> None:
+        with pytest.raises(ConnectionLostError):
+            await emitter.publish(KEY, "a/", "confirmed", qos=1)
+
+    async with memory_peer(stuck.play, capacity=200) as connectable:
+        async with many_links(connectable=connectable) as emitter:
+            await stuck.fill(emitter, "1")
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(publish)
+                await anyio.wait_all_tasks_blocked()
+                await emitter.publish(KEY, "a/", "2")
+                stuck.cut.set()
+            await emitter.flush()
+            assert stuck.payloads() == [*"12"]
+
+
+async def test_a_link_that_is_not_restored_is_given_none_of_them(anyio_backend: object) -> None:
+    stuck = Stuck()
+    lost = 0
+
+    async def play(peer: Peer) -> None:
+        nonlocal lost
+        if len(stuck.peers) in (1, 2):
+            stuck.peers.append(peer)
+            await peer.accept()
+            await peer.until(SUBSCRIBE)
+            lost += 1
+        elif stuck.peers:
+            await stuck.play(peer)
+        else:
+            # The first link takes a subscription before it gets stuck.
+            stuck.peers.append(peer)
+            await peer.accept()
+            await peer.answer(await peer.until(SUBSCRIBE))
+            await stuck.cut.wait()
+
+    async with memory_peer(play, capacity=200) as connectable:
+        async with many_links(connectable=connectable) as emitter:
+            await emitter.subscribe(KEY, "s/", 0)
+            await stuck.fill(emitter, *"123")
+            async with emitter.stream("connect") as connected:
+                stuck.cut.set()
+                await connected.receive()
+            await emitter.publish(KEY, "a/", "4")
+            await emitter.flush()
+            assert lost == 2
+            assert stuck.payloads() == [*"1234"]
+            assert emitter.statistics().uncertain == 1
+
+
+async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
+    anyio_backend: object,
+) -> None:
+    async with Broker() as broker, FaultProxy(broker.host, broker.port) as proxy:
+        key = broker.keygen("a/")
+        async with (
+            connect(broker.url) as subscriber,
+            subscriber.subscribe(key, "a/", buffer=10000) as messages,
+            many_links(proxy.url) as emitter,
+            emitter.stream("connect") as connected,
+        ):
+            proxy.stall("to_broker")
+            count = 0
+            while emitter.statistics().queued_bytes < 50000:
+                await emitter.publish(key, "a/", str(count).ljust(8000))
+                count += 1
+                for _ in range(5):
+                    await checkpoint()
+            await proxy.cut()
+            proxy.resume("to_broker")
+            await connected.receive()
+            await emitter.publish(key, "a/", "end", qos=1)
+            arrived = []
+            while (message := await messages.receive()).binary != b"end":
+                arrived.append(int(message.as_string()))
+            uncertain = emitter.statistics().uncertain
+            assert 0 < uncertain < count
+            assert arrived == list(range(uncertain, count))
+
+
+# Uncertain
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+async def test_only_what_the_broker_has_not_confirmed_is_uncertain(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = broker.keygen("a/")
+    async with many_links(broker.url) as emitter:
+        for _ in range(3):
+            await emitter.publish(key, "a/", "x")
+        await emitter.flush()
+        for _ in range(2):
+            await emitter.publish(key, "a/", "x")
+        await another_link(emitter, broker)
+        assert emitter.statistics().uncertain == 2
+        await another_link(emitter, broker)
+        assert emitter.statistics().uncertain == 2
+    told = [text for text in caplog.messages if "may have taken them or not" in text]
+    assert told == ["2 publishes of qos=0 were under way: the broker may have taken them or not"]
+
+
+async def test_what_is_published_while_down_is_certain(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    async with many_links(broker.url) as emitter, connect(broker.url, reconnect=SOON) as other:
+        async with other.subscribe(key, "a/") as messages, anyio.create_task_group() as tasks:
+            async with other.stream("connect") as connected:
+                async with while_away(emitter, broker):
+                    tasks.start_soon(emitter.publish, key, "a/", "x")
+                    await checkpoint()
+                    with pytest.raises(TimeoutError), anyio.fail_after(0.001):
+                        await emitter.publish(key, "a/", "given up")
+                await connected.receive()
+            await emitter.flush()
+            await other.flush()
+            assert messages.statistics().buffered <= 1
+        assert emitter.statistics().uncertain == 0
+
+
+# Never sent
+
+
+@pytest.mark.parametrize("backoff", [None, Backoff(0.001, 0.001, tries=3)])
+async def test_without_a_next_link_they_are_told(
+    anyio_backend: object, backoff: Backoff | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck, errors = Stuck(), Calls()
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        emitter = connect(connectable=connectable, reconnect=backoff)
+        emitter.on("error", errors)
+        with pytest.raises(ConnectionLostError, match="is lost"):
+            async with emitter:
+                await stuck.fill(emitter, *"123")
+                stuck.open = False
+                stuck.cut.set()
+                await anyio.sleep_forever()
+    assert emitter.statistics().unsent == 3
+    assert emitter.statistics().uncertain == 1
+    (error,) = errors.values
+    assert isinstance(error, ConnectionLostError)
+    words = "3 publishes of qos=0 were never sent, since the link is gone for good"
+    assert str(error) == words
+    assert caplog.messages.count(words) == 1
+
+
+def exactly(seconds: float) -> object:
+    # asyncio's virtual clock goes a hair beyond each deadline.
+    return pytest.approx(seconds, abs=1e-3)
+
+
+@pytest.mark.virtual_time
+async def test_leaving_while_down_tries_on_until_the_time_is_up(anyio_backend: object) -> None:
+    stuck = Stuck()
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        async with emitter, emitter.stream("disconnect") as gone:
+            await stuck.fill(emitter, *"123")
+            stuck.open = False
+            stuck.cut.set()
+            await gone.receive()
+            start = anyio.current_time()
+        assert anyio.current_time() - start == exactly(7)
+        assert connectable.attempts > 10
+    assert emitter.statistics().unsent == 3
+    assert emitter.state == "closed"
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("leave", ["body", "disconnect"])
+async def test_leaving_while_down_sends_them_if_a_link_comes_in_time(
+    anyio_backend: object, leave: str
+) -> None:
+    stuck = Stuck()
+
+    async def open_later() -> None:
+        await anyio.sleep(5)
+        stuck.open = True
+
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        async with anyio.create_task_group() as tasks:
+            async with emitter, emitter.stream("disconnect") as gone:
+                await stuck.fill(emitter, *"123")
+                stuck.open = False
+                stuck.cut.set()
+                await gone.receive()
+                tasks.start_soon(open_later)
+                start = anyio.current_time()
+                if leave == "disconnect":
+                    await emitter.disconnect()
+                    assert emitter.state == "closed"
+            assert anyio.current_time() - start == pytest.approx(5, abs=0.1)
+    assert stuck.payloads() == [*"123"]
+    assert stuck.peers[-1].received[-1].kind == DISCONNECT
+    assert emitter.statistics().unsent == 0
+
+
+@pytest.mark.virtual_time
+async def test_a_link_that_is_lost_while_leaving_is_made_up_for(anyio_backend: object) -> None:
+    stuck = Stuck()
+
+    async def cut_later() -> None:
+        await anyio.sleep(1)
+        stuck.cut.set()
+
+    async with memory_peer(stuck.play, capacity=200) as connectable:
+        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        async with anyio.create_task_group() as tasks, emitter:
+            await stuck.fill(emitter, *"123")
+            tasks.start_soon(cut_later)
+    assert stuck.payloads() == [*"123"]
+    assert emitter.statistics().unsent == 0
+    assert emitter.statistics().uncertain == 1
+
+
+@pytest.mark.virtual_time
+async def test_a_link_that_takes_nothing_holds_the_goodbye_for_the_timeout_only(
+    anyio_backend: object,
+) -> None:
+    stuck = Stuck()
+    async with memory_peer(stuck.play, capacity=200) as connectable:
+        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        async with emitter:
+            await stuck.fill(emitter, *"123")
+            start = anyio.current_time()
+        assert anyio.current_time() - start == exactly(7)
+        stuck.cut.set()
+    assert emitter.statistics().unsent == 3
+    assert emitter.statistics().links == 1
+
+
+@pytest.mark.parametrize("down", [False, True])
+async def test_cancelling_counts_them_at_once(
+    anyio_backend: object, down: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = Stuck()
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        emitter = many_links(connectable=connectable)
+        with anyio.CancelScope() as scope:
+            async with emitter, emitter.stream("disconnect") as gone:
+                await stuck.fill(emitter, *"123")
+                stuck.open = False
+                if down:
+                    stuck.cut.set()
+                    await gone.receive()
+                scope.cancel()
+                await checkpoint()
+        assert scope.cancelled_caught
+        stuck.cut.set()
+    assert emitter.statistics().unsent == 3
+    assert "3 publishes of qos=0 were never sent" in caplog.text
+
+
+async def test_what_waits_for_room_was_not_accepted(anyio_backend: object) -> None:
+    stuck = Stuck()
+    raised: list[type[BaseException]] = []
+
+    async def publish() -> None:
+        try:
+            await emitter.publish(KEY, "a/", "waits")
+        except ConnectionLostError as exc:
+            raised.append(type(exc))
+
+    async with memory_peer(stuck.play, capacity=200) as connectable:
+        emitter = one_link(connectable=connectable)
+        with pytest.raises(ConnectionLostError):
+            async with emitter, anyio.create_task_group() as tasks:
+                await stuck.fill(emitter, "x" * 60000, "y" * 6000)
+                tasks.start_soon(publish)
+                await anyio.wait_all_tasks_blocked()
+                stuck.cut.set()
+                await anyio.sleep_forever()
+    assert raised == [ConnectionLostError]
+    assert emitter.statistics().unsent == 2

@@ -1,0 +1,448 @@
+"""What calls, handlers and leaving do while there is no link."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import (
+    Backoff,
+    ClosedError,
+    ConnectError,
+    ConnectionLostError,
+    Emitter,
+    EmitterMessage,
+    HandlerError,
+    connect,
+)
+from emitter_anyio.testing import Broker
+from tests.client.tools import Calls
+from tests.support.links import another_link, link_away, many_links, one_link, while_away
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    async with Broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
+    async with many_links(broker.url) as emitter:
+        yield emitter
+
+
+@pytest.fixture
+def key(broker: Broker) -> str:
+    return broker.keygen("#/", "rwlsp")
+
+
+def held(broker: Broker) -> list[str]:
+    """What the broker's clients are subscribed to."""
+    return sorted(channel for client in broker.clients for channel in client.subscriptions)
+
+
+def calls_of(emitter: Emitter, broker: Broker, key: str) -> list[Callable[[], Awaitable[object]]]:
+    async def enter() -> None:
+        async with emitter.subscribe(key, "b/"):
+            pass
+
+    async def watch() -> None:
+        async with emitter.watch_presence(key, "b/"):
+            pass
+
+    async def read() -> None:
+        assert [message async for message in emitter.history(key, "b/")] == []
+
+    return [
+        partial(emitter.publish, key, "a/", "x"),
+        partial(emitter.publish, key, "a/", "x", qos=1),
+        partial(emitter.publish_with_link, "x", "x"),
+        partial(emitter.keygen, broker.secret_key, "a/"),
+        partial(emitter.keyban, broker.secret_key, key, False),
+        partial(emitter.link, key, "a/", "x"),
+        partial(emitter.presence, key, "a/"),
+        partial(emitter.unsubscribe, key, "c/"),
+        lambda: emitter.subscribe(key, "a/"),
+        emitter.flush,
+        emitter.me,
+        enter,
+        watch,
+        read,
+    ]
+
+
+# Calls
+
+
+async def test_calls_wait_for_the_next_link(broker: Broker, emitter: Emitter, key: str) -> None:
+    await emitter.subscribe(key, "a/")
+    await emitter.link(key, "a/", "x")
+    done: list[int] = []
+
+    async def call(number: int, one: Callable[[], Awaitable[object]]) -> None:
+        await one()
+        done.append(number)
+
+    async with anyio.create_task_group() as tasks:
+        async with while_away(emitter, broker):
+            calls = calls_of(emitter, broker, key)
+            for number, one in enumerate(calls):
+                tasks.start_soon(call, number, one)
+            for _ in range(10):
+                await checkpoint()
+            assert not done
+            assert emitter.state == "connecting"
+            assert emitter.connection is None
+    assert sorted(done) == list(range(len(calls)))
+
+
+async def test_calls_raise_at_once_if_that_is_wanted(broker: Broker, key: str) -> None:
+    async with many_links(broker.url, while_down="raise") as emitter:
+        await emitter.subscribe(key, "a/")
+        async with while_away(emitter, broker):
+            for call in calls_of(emitter, broker, key):
+                with pytest.raises(ConnectionLostError, match="away"):
+                    await call()
+        await emitter.me()
+        assert held(broker) == ["a/"]
+
+
+async def test_a_call_waits_no_longer_than_its_caller_would(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with while_away(emitter, broker):
+        for call in calls_of(emitter, broker, key):
+            with pytest.raises(TimeoutError):
+                with anyio.fail_after(0.001):
+                    await call()
+    await emitter.flush()
+    assert held(broker) == []
+    assert emitter.statistics().pending == 0
+    assert emitter.statistics().uncertain == 0
+
+
+async def test_pending_calls_raise_and_the_client_goes_on(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    lost: list[ConnectionLostError] = []
+
+    async def call(one: Callable[[], Awaitable[object]]) -> None:
+        with pytest.raises(ConnectionLostError, match="whether it took effect is unknown") as exc:
+            await one()
+        lost.append(exc.value)
+
+    async with anyio.create_task_group() as tasks:
+        with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
+            calls = calls_of(emitter, broker, key)
+            del calls[2], calls[0]  # a publish of QoS 0 is done as soon as it is queued
+            for one in calls:
+                tasks.start_soon(call, one)
+            await anyio.wait_all_tasks_blocked()
+            await broker.drop()
+    assert len(lost) == len(calls)
+    assert all(isinstance(error.__cause__, EOFError | OSError) for error in lost)
+    await emitter.flush()
+    assert held(broker) == []
+    assert not any(client.watched for client in broker.clients)
+
+
+async def test_waiting_to_be_connected(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    connected: list[str] = []
+
+    async def wait() -> None:
+        await emitter.wait_connected()
+        connected.append(emitter.state)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        async with emitter:
+            await emitter.wait_connected()
+            async with while_away(emitter, broker):
+                tasks.start_soon(wait)
+                for _ in range(10):
+                    await checkpoint()
+                assert connected == ["connected"]
+            while len(connected) < 2:
+                await checkpoint()
+        with pytest.raises(ClosedError):
+            await emitter.wait_connected()
+
+
+async def test_who_waits_learns_that_the_link_is_gone_for_good(broker: Broker, key: str) -> None:
+    emitter = connect(broker.url, reconnect=Backoff(0, 0, tries=3))
+    waiting: list[Callable[[], Awaitable[object]]] = [
+        emitter.wait_connected,
+        partial(emitter.publish, key, "a/", "x"),
+        emitter.me,
+    ]
+    lost: list[BaseException | None] = []
+
+    async def wait(one: Callable[[], Awaitable[object]]) -> None:
+        with pytest.raises(ConnectionLostError, match="3 tries") as exc:
+            await one()
+        lost.append(exc.value.__cause__)
+
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(ConnectionLostError, match="3 tries"):
+            async with emitter, emitter.stream("disconnect") as gone:
+                with broker.refuse():
+                    await broker.drop()
+                    await gone.receive()
+                    for one in waiting:
+                        tasks.start_soon(wait, one)
+                    await anyio.sleep_forever()
+    assert len(lost) == len(waiting)
+    assert all(isinstance(cause, ConnectError) for cause in lost)
+
+
+async def test_streams_are_read_to_the_end_when_the_link_is_gone_for_good(
+    broker: Broker, key: str
+) -> None:
+    emitter = connect(broker.url, reconnect=Backoff(0, 0, tries=1))
+    with pytest.raises(ConnectionLostError) as caught:
+        async with emitter, emitter.subscribe(key, "a/") as messages:
+            for text in "xyz":
+                await emitter.publish(key, "a/", text)
+            await emitter.flush()
+            with broker.refuse():
+                await broker.drop()
+                with anyio.CancelScope(shield=True):
+                    await emitter.wait_closed()
+                    assert (await messages.receive()).binary == b"x"
+            await checkpoint()
+    assert [message.binary for message in caught.value.unread] == [b"y", b"z"]
+
+
+# Leaving
+
+
+async def test_disconnecting_while_down_is_at_once(broker: Broker, key: str) -> None:
+    async with many_links(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with link_away(emitter, broker):
+            await emitter.disconnect()
+            await emitter.disconnect()
+            assert emitter.state == "closed"
+            assert [message async for message in messages] == []
+            with pytest.raises(ClosedError):
+                await emitter.me()
+
+
+@pytest.mark.parametrize("error", [None, KeyError("body")])
+async def test_the_body_may_end_while_down(broker: Broker, error: Exception | None) -> None:
+    emitter = many_links(broker.url)
+    raised = None
+    async with AsyncExitStack() as stack:
+        try:
+            async with emitter:
+                await stack.enter_async_context(link_away(emitter, broker))
+                if error is not None:
+                    raise error
+        except KeyError as exc:
+            raised = exc
+        assert emitter.state == "closed"
+    assert raised is error
+
+
+async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: str) -> None:
+    emitter = many_links(broker.url)
+
+    async def publish() -> None:
+        with pytest.raises(ClosedError):
+            await emitter.publish(key, "a/", "x")
+
+    async with anyio.create_task_group() as tasks, emitter:
+        async with link_away(emitter, broker):
+            tasks.start_soon(publish)
+            for _ in range(10):
+                await checkpoint()
+            await emitter.disconnect()
+
+
+async def test_a_handler_may_disconnect_while_down(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    states = []
+
+    @emitter.on("disconnect")
+    async def leave() -> None:
+        states.append(emitter.state)
+        await emitter.disconnect()
+        states.append(emitter.state)
+
+    async with emitter:
+        with broker.refuse():
+            await broker.drop()
+            await emitter.wait_closed()
+    assert states == ["connecting", "closed"]
+
+
+async def test_another_task_may_disconnect_while_down(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(emitter.run)
+        async with link_away(emitter, broker):
+            tasks.start_soon(emitter.disconnect)
+            await emitter.disconnect()
+    assert emitter.state == "closed"
+
+
+async def test_cancelling_the_block_while_down(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    with anyio.CancelScope() as scope:
+        async with emitter:
+            async with link_away(emitter, broker):
+                scope.cancel()
+                await checkpoint()
+    assert scope.cancelled_caught
+    assert emitter.state == "closed"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_native_cancellation_while_down(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+
+    async def live() -> None:
+        async with emitter:
+            await anyio.sleep_forever()
+
+    task = asyncio.create_task(live())
+    await emitter.wait_connected()
+    async with link_away(emitter, broker):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert emitter.state == "closed"
+
+
+@pytest.mark.parametrize("kind", ["answer", "suback"])
+async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: str) -> None:
+    emitter = many_links(broker.url, disconnect_timeout=0.05)
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        await emitter.link(key, "a/", "x")
+        with broker.hold("suback", "puback", "answer"):
+            await broker.drop()
+            while not held(broker):
+                await checkpoint()
+            if kind == "suback":
+                await emitter.disconnect()
+            else:
+                with anyio.CancelScope() as scope:
+                    scope.cancel()
+                    await emitter.disconnect()
+                await emitter.wait_closed()
+    assert emitter.statistics().links == 1
+
+
+async def test_a_client_that_is_left_as_its_link_is_restored_waits_for_that(
+    broker: Broker, key: str
+) -> None:
+    emitter = many_links(broker.url)
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        async with anyio.create_task_group() as tasks:
+            with broker.hold("suback"):
+                await broker.drop()
+                while not held(broker):
+                    await checkpoint()
+                tasks.start_soon(emitter.disconnect)
+                while emitter.state != "closing":
+                    await checkpoint()
+    assert emitter.statistics().links == 2
+    assert not broker.clients
+
+
+# Handlers
+
+
+async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, key: str) -> None:
+    emitter = many_links(broker.url)
+    errors = Calls()
+    emitter.on("error", errors)
+    handled = []
+
+    @emitter.on("message")
+    async def handle(message: EmitterMessage) -> None:
+        handled.append(message.binary)
+        if message.binary == b"ask":
+            await emitter.me()
+
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        with broker.hold("answer"):
+            await broker.publish("a/", "ask")
+            while not emitter.statistics().pending:
+                await checkpoint()
+            await another_link(emitter, broker)
+        await broker.publish("a/", "next")
+        while len(handled) < 2:
+            await checkpoint()
+    (error,) = errors.values
+    assert isinstance(error, HandlerError)
+    assert isinstance(error.__cause__, ConnectionLostError)
+
+
+async def test_without_a_handler_of_errors_it_is_logged(
+    broker: Broker, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    emitter = many_links(broker.url)
+
+    @emitter.on("message")
+    async def handle(message: EmitterMessage) -> None:
+        # A task group of the handler's own makes a group of it.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(emitter.me)
+
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        with broker.hold("answer"):
+            await broker.publish("a/", "ask")
+            while not emitter.statistics().pending:
+                await checkpoint()
+            await another_link(emitter, broker)
+        await emitter.me()
+    assert "of 'message' raised ExceptionGroup" in caplog.text
+
+
+async def test_another_exception_of_a_handler_is_fatal_while_down(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    error = KeyError("handler")
+
+    @emitter.on("disconnect")
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(KeyError) as caught:
+        async with emitter:
+            with broker.refuse():
+                await broker.drop()
+                await anyio.sleep_forever()
+    assert caught.value is error
+    assert emitter.state == "closed"
+
+
+async def test_with_one_link_only_a_handlers_lost_call_is_the_loss(
+    broker: Broker, key: str
+) -> None:
+    emitter = one_link(broker.url)
+
+    @emitter.on("message")
+    async def ask(message: EmitterMessage) -> None:
+        await emitter.me()
+
+    with broker.hold("answer"), pytest.raises(ConnectionLostError, match="is lost"):
+        async with emitter:
+            await emitter.subscribe(key, "a/")
+            await broker.publish("a/", "ask")
+            while not emitter.statistics().pending:
+                await checkpoint()
+            await broker.drop()
+            await anyio.sleep_forever()
