@@ -395,7 +395,6 @@ class Life(EventSource):
         gone: Callable[[], Exception] = self._gone
         if broken is None:
             logger.info("disconnected from %s", link.server)
-            self._session.lost(gone)
         else:
             self._last_error = broken
             logger.warning("%s: %s", self._lost_link(link), broken)
@@ -405,13 +404,13 @@ class Life(EventSource):
                 gone = partial(self._interrupted, link, broken)
                 if not self._leaving:
                     self._set_state("connecting")
-            uncertain = self._session.lost(gone) - len(unsent)
+        uncertain = self._session.lost(gone) - len(unsent)
+        if uncertain and not link.seen_off:
             self._uncertain += uncertain
-            if uncertain:
-                logger.warning(
-                    "%d publishes of qos=0 were under way: the broker may have taken them or not",
-                    uncertain,
-                )
+            logger.warning(
+                "%d publishes of qos=0 were under way: the broker may have taken them or not",
+                uncertain,
+            )
         self._changed_now()
         if was_ready:
             self._link_lost()

@@ -11,7 +11,7 @@ import logging
 import pytest
 
 from tests.support.adversity import measure, run_sessions
-from tests.support.memory import DIRECTIONS, Direction, Fault
+from tests.support.memory import DIRECTIONS, Direction, Fault, Kind
 
 PARTS = 16
 """So many loops, each with hundreds of sessions at once."""
@@ -32,7 +32,7 @@ def _without_the_log(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 async def test_cut_at_every_byte(direction: Direction, part: int, anyio_backend_name: str) -> None:
     # What the one backend meets as an orderly end, the other one meets as a reset.
-    kinds = ("reset", "end") if anyio_backend_name == "trio" else ("end", "reset")
+    kinds: tuple[Kind, ...] = ("reset", "end") if anyio_backend_name == "trio" else ("end", "reset")
     total = (await measure())[direction]
     offsets = range(part, total + 1, PARTS)
     await run_sessions(Fault(direction, n, kinds[n // PARTS % 2]) for n in offsets)

@@ -143,7 +143,7 @@ class Fault:
     after: int
     kind: Kind
 
-    def strikes(self, client: MemoryStream, then: Callable[[], None]) -> None:
+    def strikes(self, client: MemoryStream, then: Callable[[], None] = lambda: None) -> None:
         """
         Have it befall a link.
 
