@@ -187,8 +187,7 @@ class Session:
         await self._publish(0, "a/e/")
         await self._publish(1, "a/e/")
         await self._call("flush", emitter.flush)
-        for _ in range(3):
-            await self._publish(0, "a/w/")
+        await self._publish(0, "a/w/")
         await self._publish(0, "a/r/", ttl=_LONG)
         await self._publish(0, None)
         await self._publish(1, None)
@@ -206,7 +205,8 @@ class Session:
         await self._publish(1, "a/r/", ttl=_LONG)
         stored = await self._call("history", self._read_back)
         assert stored is None or self._confirmed_on_r <= stored
-        await self._surely(lambda: emitter.unsubscribe(KEY, "a/u/"))
+        if self.errors:
+            await self._surely(lambda: emitter.unsubscribe(KEY, "a/u/"))
 
     async def _serve(self, *, task_status: TaskStatus[None]) -> None:
         async def answer(message: EmitterMessage) -> bytes:
