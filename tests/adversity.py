@@ -13,7 +13,7 @@ import pytest
 from tests.support.adversity import measure, run_sessions
 from tests.support.memory import DIRECTIONS, Direction, Fault, Kind
 
-PARTS = 16
+PARTS = 10
 """So many loops, each with hundreds of sessions at once."""
 
 pytestmark = [
