@@ -106,6 +106,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def adversity(session: nox.Session) -> None:
+    """A session of every verb, with the link failing at every single byte, in a few minutes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "--numprocesses=auto", "tests/adversity.py", *session.posargs)
+
+
+@nox.session(default=False)
 def emitter(session: nox.Session) -> None:
     """The client suite against a real Emitter: EMITTER_URL and EMITTER_SECRET say which."""
     missing = [name for name in ("EMITTER_URL", "EMITTER_SECRET") if not os.environ.get(name)]

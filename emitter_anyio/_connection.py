@@ -48,8 +48,8 @@ class Connection:
         self.writer = Writer(transport)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
-        self.parted = False
-        """Whether the broker has closed the link behind our DISCONNECT, and so has taken all."""
+        self.seen_off = False
+        """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
         self._first = first
@@ -154,8 +154,11 @@ class Connection:
         # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
         # while our stream has yet to say that it has. Silence tells that it has not.
         left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
-        if self._broken is None and not (self.leaving and not left):
-            self._broken = exc
+        if self._broken is None:
+            if left or not self.leaving:
+                self._broken = exc
+            else:
+                self.seen_off = isinstance(exc, EOFError)
         self._scope.cancel()
 
     async def _read(self, deliver: Deliver) -> None:
@@ -167,8 +170,7 @@ class Connection:
             raise EOFError("the broker closed the link")
         while await self._transport.receive():
             pass
-        self.parted = True
-        self.close()
+        raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         if written := self._codec.take_written():

@@ -416,7 +416,7 @@ class Life(EventSource):
                 if not self._leaving:
                     self._set_state("connecting")
         uncertain = self._session.lost(gone) - len(unsent)
-        if uncertain and not link.parted:
+        if uncertain and not link.seen_off:
             self._uncertain += uncertain
             logger.warning(
                 "%d publishes of qos=0 were under way: the broker may have taken them or not",

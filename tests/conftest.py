@@ -69,10 +69,13 @@ def _blocking_calls_fail() -> Iterator[None]:
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Both backends: asyncio in debug mode, and virtual time for tests that ask for it."""
+    options: dict[str, Any] = {}
     if request.node.get_closest_marker("virtual_time"):
-        return request.param, virtual_time_options(request.param)
+        options = virtual_time_options(request.param)
+    if request.param == "asyncio":
+        options["debug"] = not request.node.get_closest_marker("without_debug")
 
-    return request.param, {"debug": True} if request.param == "asyncio" else {}
+    return request.param, options
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 
 import anyio
@@ -12,6 +14,9 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
 from emitter_anyio.testing import Broker
+from tests.support.adversity import broker_in_memory
+from tests.support.memory import MemoryConnectable
+from tests.support.steps import all_styles, cancel_in_step, styles
 
 Verb = Callable[[], Awaitable[object]]
 
@@ -230,3 +235,185 @@ async def test_a_late_answer_is_dropped(broker: Broker) -> None:
         assert emitter.statistics().pending == 0
         assert emitter.statistics().nonsense == 0
     assert [key.channel for key in made] == ["b/"]
+
+
+# At every single wait: over links in memory, on virtual time
+
+STEPWISE = (
+    *NAMES,
+    "keyban",
+    "link",
+    "publish_with_link",
+    "history",
+    "request and serve",
+    "group",
+    "resume",
+    "key by function",
+    "subscribe, key by function",
+)
+
+
+def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
+    key = broker.keygen("a/#/", "rwslp")
+    group_key = broker.keygen("$share/g/a/g/", "r")
+    other_key = broker.keygen("b/", "r")
+
+    async def link() -> None:
+        await emitter.link(key, "a/l/", "l1", subscribe=True)
+        await emitter.unsubscribe(key, "a/l/")
+
+    async def publish_with_link() -> None:
+        await emitter.link(key, "a/l/", "l2")
+        await emitter.publish_with_link("l2", "x", qos=1)
+
+    async def history() -> None:
+        async with aclosing(emitter.history(key, "a/b/")) as stored:
+            async for message in stored:
+                assert message.channel == "a/b/"
+
+    async def serve_and_ask() -> None:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(emitter.serve, key, "a/s/", lambda message: message.binary)
+            assert (await emitter.request(key, "a/s/", "x")).binary == b"x"
+            tasks.cancel_scope.cancel()
+
+    async def group() -> None:
+        async with emitter.subscribe(group_key, "a/g/", group="g"):
+            pass
+
+    async def resume() -> None:
+        async with emitter.subscribe(key, "a/r/", 0, resume=True, mark_gaps=True):
+            pass
+
+    def new_function() -> Callable[[], Awaitable[str]]:
+        async def by_function() -> str:
+            return (await emitter.keygen(broker.secret_key, "a/#/", "rw")).key
+
+        return by_function
+
+    async def publish_by_function() -> None:
+        await emitter.publish(new_function(), "a/", "x", qos=1)
+
+    async def subscribe_by_function() -> None:
+        async with emitter.subscribe(new_function(), "a/f/", 0):
+            pass
+
+    return {
+        **make_verbs(emitter, broker),
+        "keyban": partial(emitter.keyban, broker.secret_key, other_key),
+        "link": link,
+        "publish_with_link": publish_with_link,
+        "history": history,
+        "request and serve": serve_and_ask,
+        "group": group,
+        "resume": resume,
+        "key by function": publish_by_function,
+        "subscribe, key by function": subscribe_by_function,
+    }
+
+
+async def give_back(emitter: Emitter, broker: Broker) -> None:
+    """End what a verb may have begun before it was cancelled in the next one."""
+    key = broker.keygen("a/#/", "rwslp")
+    for channel in ("a/c/", "a/l/"):
+        await emitter.unsubscribe(key, channel)
+    await emitter.presence(key, "a/", changes=False)
+
+
+async def is_clean(emitter: Emitter, broker: Broker) -> None:
+    await emitter.flush()
+    (client,) = broker.clients
+    # That of the replies is for as long as the client lives.
+    assert [one for one in client.subscriptions if not one.startswith("a/s/")] == []
+    assert not client.watched
+    figures = emitter.statistics()
+    assert (figures.pending, figures.nonsense, figures.dropped) == (0, 0, 0)
+    assert not [one for one in emitter._session._grants if not one.startswith("a/s/")]
+    assert not [one for one in emitter._subscriptions if not one.filter.startswith("a/s/")]
+    tables = (emitter._awaited, emitter._watches, emitter._feeds, emitter._keys._asking)
+    assert not any(tuple(table) for table in tables), tables
+    assert not any(replies.waiting for replies in emitter._replies.values())
+
+
+@pytest.mark.virtual_time
+@pytest.mark.without_debug
+@pytest.mark.parametrize("name", STEPWISE)
+async def test_a_verb_may_be_cancelled_in_each_of_its_waits(name: str) -> None:
+    connectable = MemoryConnectable()
+    async with broker_in_memory(connectable) as broker:
+        async with connect(connectable=connectable) as emitter:
+            for style in all_styles():
+                for step in itertools.count():
+                    verb = make_stepwise_verbs(emitter, broker)[name]
+                    if not await cancel_in_step(run(verb), step, style):
+                        break
+                    await give_back(emitter, broker)
+                    await is_clean(emitter, broker)
+            await give_back(emitter, broker)
+            await works_and_is_usable(emitter, broker)
+            assert emitter.statistics().links == 1
+
+
+@pytest.mark.virtual_time
+@pytest.mark.without_debug
+@pytest.mark.parametrize("name", STEPWISE)
+async def test_a_verb_may_be_cancelled_in_each_of_its_waits_for_a_link(name: str) -> None:
+    connectable = MemoryConnectable()
+    async with broker_in_memory(connectable) as broker:
+        async with connect(connectable=connectable) as emitter:
+            for style in all_styles():
+                for step in itertools.count():
+                    await lose_the_link(emitter, broker)
+                    verb = make_stepwise_verbs(emitter, broker)[name]
+                    if not await cancel_in_step(run(verb), step, style):
+                        break
+                    await emitter.wait_connected()
+                    await give_back(emitter, broker)
+                    await is_clean(emitter, broker)
+            await emitter.wait_connected()
+            await give_back(emitter, broker)
+            await works_and_is_usable(emitter, broker)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.without_debug
+@pytest.mark.parametrize("name", STEPWISE)
+async def test_a_verb_may_be_cancelled_while_the_link_is_restored(name: str) -> None:
+    connectable = MemoryConnectable()
+    async with broker_in_memory(connectable) as broker:
+        key = broker.keygen("k/", "rw")
+        async with (
+            connect(connectable=connectable) as emitter,
+            emitter.subscribe(key, "k/", 0) as messages,
+        ):
+            for style in styles():
+                with broker.hold("suback"):
+                    await lose_the_link(emitter, broker)
+                    await anyio.sleep(1)
+                    assert emitter.state == "connecting"
+                    (client,) = broker.clients
+                    assert client.subscriptions == ["k/"], "it is asked for, and not confirmed"
+                    verb = make_stepwise_verbs(emitter, broker)[name]
+                    assert await cancel_in_step(run(verb), 0, style)
+                await emitter.wait_connected()
+                await give_back(emitter, broker)
+                await emitter.publish(key, "k/", "restored", qos=1)
+                assert (await messages.receive()).binary == b"restored"
+
+
+async def run(verb: Verb) -> None:
+    await verb()
+
+
+async def lose_the_link(emitter: Emitter, broker: Broker) -> None:
+    async with emitter.stream("disconnect") as lost:
+        await broker.drop()
+        await lost.receive()
+
+
+async def works_and_is_usable(emitter: Emitter, broker: Broker) -> None:
+    key = broker.keygen("z/", "rw")
+    async with emitter.subscribe(key, "z/") as messages:
+        await emitter.publish(key, "z/", "still here", qos=1)
+        assert (await messages.receive()).binary == b"still here"
+    await is_clean(emitter, broker)

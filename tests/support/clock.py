@@ -53,4 +53,4 @@ def virtual_time_options(backend: str) -> dict[str, Any]:
     if backend == "trio":
         return {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
-    return {"debug": True, "loop_factory": JumpingEventLoop}
+    return {"loop_factory": JumpingEventLoop}

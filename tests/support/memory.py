@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
@@ -19,11 +21,44 @@ class _Pipe:
         self.held = bytearray()
         self.ended = False
         self.broken = False
+        self.reset = False
+        self.taken = 0
+        self.limit = math.inf
+        """What is behind so many bytes stays on the way."""
+        self.at_limit: Callable[[], None] | None = None
         self.changed = anyio.Event()
 
     def change(self) -> None:
         self.changed.set()
         self.changed = anyio.Event()
+
+    def take(self, max_bytes: int) -> bytes:
+        """Take out what has arrived."""
+        size = int(min(max_bytes, self.limit - self.taken))
+        came = bool(self.held)
+        data = bytes(self.held[:size])
+        if data:
+            del self.held[:size]
+            self.taken += len(data)
+            self.change()
+        if came and self.taken == self.limit and self.at_limit is not None:
+            at_limit, self.at_limit = self.at_limit, None
+            at_limit()
+        return data
+
+    @property
+    def over(self) -> bool:
+        """Tell whether the end has arrived, which may stay on the way as well."""
+        return self.ended and self.taken < self.limit
+
+    def cut(self, *, reset: bool) -> None:
+        """End it here, for both sides; a reset takes along what was on the way."""
+        if reset or self.taken == self.limit:
+            self.held.clear()
+        self.limit = math.inf
+        self.ended = self.broken = True
+        self.reset = reset
+        self.change()
 
 
 class MemoryStream(ByteStream):
@@ -41,15 +76,14 @@ class MemoryStream(ByteStream):
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         await checkpoint()
-        while not self._in.held:
+        while not (data := self._in.take(max_bytes)):
             if self._closed:
                 raise ClosedResourceError
-            if self._in.ended:
+            if self._in.reset:
+                raise BrokenResourceError
+            if self._in.over:
                 raise EndOfStream
             await self._in.changed.wait()
-        data = bytes(self._in.held[:max_bytes])
-        del self._in.held[:max_bytes]
-        self._in.change()
         return data
 
     async def send(self, item: bytes) -> None:
@@ -88,6 +122,44 @@ class MemoryStream(ByteStream):
     @property
     def closed(self) -> bool:
         return self._closed
+
+
+Direction: TypeAlias = Literal["to_broker", "to_client"]
+Kind: TypeAlias = Literal["reset", "end", "stall"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """
+    What happens to a link once just so many bytes have arrived in one direction.
+
+    With 0 it is when there is something to arrive. A cut ends both directions; what is on its way
+    in the other one still arrives before an orderly end, and is lost with a reset. A stall leaves
+    the other direction as it is, and tells nobody.
+    """
+
+    direction: Direction
+    after: int
+    kind: Kind
+
+    def strikes(self, client: MemoryStream, then: Callable[[], None] = lambda: None) -> None:
+        """
+        Have it befall a link.
+
+        :param client: the client's end
+        :param then: called when it has happened
+        """
+        pipes = (client._in, client._out)
+        pipe = client._in if self.direction == "to_client" else client._out
+
+        def strike() -> None:
+            if self.kind != "stall":
+                for each in pipes:
+                    each.cut(reset=self.kind == "reset")
+            then()
+
+        pipe.limit, pipe.at_limit = self.after, strike
 
 
 def memory_link(capacity: int = 65536) -> tuple[MemoryStream, MemoryStream]:
