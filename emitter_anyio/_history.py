@@ -30,7 +30,7 @@ class Historian(Conversation):
         until: datetime | float | None = None,
         order: Literal["oldest", "newest"] = "oldest",
         timeout: Timeout = DEFAULT,
-    ) -> AsyncIterator[StoredMessage]:
+    ) -> AsyncGenerator[StoredMessage]:
         """
         Read back stored messages of a channel, and of all below it.
 
@@ -46,7 +46,7 @@ class Historian(Conversation):
             ``"newest"`` gives the newest first, and holds a page at a time
         :param timeout: seconds for the broker to answer each page, instead of
             ``request_timeout``
-        :return: an asynchronous iterator of :class:`StoredMessage`
+        :return: an asynchronous generator of :class:`StoredMessage`, oldest or newest first
         :raises InvalidChannelError: if the broker would not take the channel
         :raises UnauthorizedError: when iterated, if the key may not load
         :raises RequestError: when iterated, without a status, if one message alone is too large

@@ -405,14 +405,15 @@ async def test_a_will_whose_function_needs_the_link_does_not_keep_it_away(
         return key
 
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
-        client = many_links(broker.url, will=Will(provide, "a/", "gone"))
-        async with client:
+        client = many_links(broker.url, will=Will(provide, "a/", "gone"), client_id="mortal")
+        async with client, client.stream("connect") as connected:
             # Some key or other was refused, so all are asked for again, but for the will's.
             await client.publish(EXPIRED, "a/", "x")
             while client._keys.known(provide) is not None:
                 await checkpoint()
-            await another_link(client, broker)
+            await broker.drop("mortal")
             assert (await messages.receive()).binary == b"gone"
+            await connected.receive()
         assert (await messages.receive()).binary == b"gone"
     assert asked == 1
 

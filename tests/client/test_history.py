@@ -174,7 +174,7 @@ async def test_the_newest_are_asked_for_a_page_at_a_time(
                     break
             await reader.flush()
             assert link.packets().count(3) == 1
-            await history.aclose()  # type: ignore[attr-defined]  # it is an asynchronous generator
+            await history.aclose()
 
 
 async def test_history_can_be_read_by_several_at_once(
