@@ -12,7 +12,7 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Literal, TypeVar, overload
@@ -118,12 +118,21 @@ class Subscription:
         self.grant: Grant | None = None
         self.held: Sequence[EventStream[Any]] = ()
         """What waits behind the stored messages that a gap would have lost."""
-        self._scopes: list[anyio.CancelScope] = []
+        self._scopes: set[anyio.CancelScope] = set()
+        self._ended = False
 
-    def scope(self) -> anyio.CancelScope:
+    @contextmanager
+    def scope(self) -> Generator[None]:
         """Make a scope that ends with the subscription."""
-        self._scopes.append(anyio.CancelScope())
-        return self._scopes[-1]
+        with anyio.CancelScope() as scope:
+            self._scopes.add(scope)
+            if self._ended:
+                # A task that was started for it may begin when it is over.
+                scope.cancel()
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
 
     def let_through(self) -> None:
         """Hold back no longer what comes."""
@@ -133,6 +142,7 @@ class Subscription:
 
     def end(self) -> None:
         """End what is done for it."""
+        self._ended = True
         self.let_through()
         for scope in self._scopes:
             scope.cancel()
@@ -535,7 +545,9 @@ class Subscriber(Historian):
                 await watermark.stale.wait()
                 await anyio.sleep(RENEWED)
                 link, grant = self._connection, subscription.grant
-                assert grant is not None
+                if grant is None:
+                    # The time was up in the same turn in which the subscription ended.
+                    return
                 try:
                     newest = await self._newest_stored(grant.key, subscription.channel)
                 except EmitterError:
@@ -546,11 +558,17 @@ class Subscriber(Historian):
 
     async def _resume(self, subscription: Subscription, watermark: Watermark) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
+        grant = subscription.grant
+        if grant is None:
+            # It has ended before this task began.
+            return
         with subscription.scope():
             found: list[StoredMessage] = []
             reason = None
             try:
-                async with aclosing(self._stored_behind(subscription, watermark)) as stored:
+                async with aclosing(
+                    self._stored_behind(subscription, watermark, grant.key)
+                ) as stored:
                     async for message in stored:
                         if len(found) == subscription.resume_limit:
                             reason = f"there are more than resume_limit={len(found)}"
@@ -566,13 +584,9 @@ class Subscriber(Historian):
             self._put_resumed(subscription, found, reason)
 
     async def _stored_behind(
-        self, subscription: Subscription, watermark: Watermark
+        self, subscription: Subscription, watermark: Watermark, key: str
     ) -> AsyncGenerator[StoredMessage]:
-        grant = subscription.grant
-        assert grant is not None
-        pages = self._newest_first(
-            grant.key, subscription.channel, _ALL, watermark.since, None, DEFAULT
-        )
+        pages = self._newest_first(key, subscription.channel, _ALL, watermark.since, None, DEFAULT)
         async with aclosing(pages):
             async for message in pages:
                 if watermark.behind(message):
