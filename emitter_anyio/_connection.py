@@ -48,6 +48,8 @@ class Connection:
         self.writer = Writer(transport)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
+        self.parted = False
+        """Whether the peer has closed the link in answer to DISCONNECT, so that it took all."""
         self._transport = transport
         self._codec = codec
         self._first = first
@@ -152,8 +154,11 @@ class Connection:
         # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
         # while our stream has yet to say that it has. Silence tells that it has not.
         left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
-        if self._broken is None and not (self.leaving and not left):
-            self._broken = exc
+        if self._broken is None:
+            if self.leaving and not left:
+                self.parted = isinstance(exc, EOFError)
+            else:
+                self._broken = exc
         self._scope.cancel()
 
     async def _read(self, deliver: Deliver) -> None:
@@ -165,6 +170,7 @@ class Connection:
             raise EOFError("the broker closed the link")
         while await self._transport.receive():
             pass
+        self.parted = True
         self.close()
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:

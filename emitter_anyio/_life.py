@@ -397,7 +397,6 @@ class Life(EventSource):
         gone: Callable[[], Exception] = self._gone
         if broken is None:
             logger.info("disconnected from %s", link.server)
-            self._session.lost(gone)
         else:
             self._last_error = broken
             logger.warning("%s: %s", self._lost_link(link), broken)
@@ -407,13 +406,14 @@ class Life(EventSource):
                 gone = partial(self._interrupted, link, broken)
                 if not self._leaving:
                     self._set_state("connecting")
-            uncertain = self._session.lost(gone) - len(unsent)
+        uncertain = self._session.lost(gone) - len(unsent)
+        if uncertain and not link.parted:
+            # A goodbye that nobody answered is no better than none.
             self._uncertain += uncertain
-            if uncertain:
-                logger.warning(
-                    "%d publishes of qos=0 were under way: the broker may have taken them or not",
-                    uncertain,
-                )
+            logger.warning(
+                "%d publishes of qos=0 were under way: the broker may have taken them or not",
+                uncertain,
+            )
         self._changed_now()
         if was_ready or self._received > self._received_before:
             # Where a link that was being restored has brought messages, others may be missing.

@@ -8,7 +8,7 @@ import pytest
 from emitter_anyio import EmitterMessage, Gap, _subscribing, connect
 from emitter_anyio._resuming import Watermark
 from emitter_anyio._subscribing import Subscription
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import Broker, FaultProxy
 
 from .support import packets, peer
 from .support.peer import Peer, memory_peer
@@ -70,6 +70,24 @@ async def test_a_link_lost_while_resuming_leaves_a_gap_behind_what_it_brought() 
             items = [await messages.receive() for _ in range(4)]
             assert list(map(said, items)) == ["gap", "between", "gap", "at last"]
             assert [item.complete for item in items if isinstance(item, Gap)] == [True, False]
+
+
+async def test_what_was_under_way_when_a_goodbye_was_not_answered_is_uncertain() -> None:
+    async with Broker() as broker, FaultProxy(broker.host, broker.port) as proxy:
+        key = broker.keygen("a/", "w")
+        async with connect(proxy.url, disconnect_timeout=0.1) as emitter:
+            await emitter.publish(key, "a/", "before")
+            await emitter.flush()
+            proxy.stall("to_broker")
+            await emitter.publish(key, "a/", "too late")
+        assert emitter.statistics().uncertain == 1
+
+
+async def test_what_was_under_way_when_a_goodbye_was_answered_is_not() -> None:
+    async with Broker() as broker:
+        async with connect(broker.url) as emitter:
+            await emitter.publish(broker.keygen("a/", "w"), "a/", "in time")
+        assert emitter.statistics().uncertain == 0
 
 
 class TestWhatIsDoneForASubscription:
