@@ -124,3 +124,10 @@ def emitter(session: nox.Session) -> None:
 
     session.install("-e", ".[test]")
     session.run("pytest", "-m", "emitter", *session.posargs)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Many clients, a network that fails and a broker that dies, for minutes: see --help."""
+    session.install("-e", ".[test]")
+    session.run("python", "-m", "tests.soak", *session.posargs)

@@ -124,6 +124,8 @@ class Life(EventSource):
         self._deadline = math.inf
         self._changed = anyio.Event()
         self._received = 0
+        self._received_before = 0
+        """How many messages had been received when the last link ended."""
         self._unhandled = 0
         self._dropped = 0
         self._nonsense = 0
@@ -423,8 +425,11 @@ class Life(EventSource):
                 uncertain,
             )
         self._changed_now()
-        if was_ready:
+        if was_ready or self._received > self._received_before:
+            # Where a link that was being restored has brought messages, others may be missing.
             self._link_lost()
+        self._received_before = self._received
+        if was_ready:
             self._emit("disconnect")
 
     def _link_lost(self) -> None:

@@ -60,6 +60,8 @@ _ALL: Final = 0xFFFFFFFF
 _A_KEY: Final = "k" * 32
 """As long as the key that a function will give."""
 
+_AGAIN: Final = "the link was lost again before the last gap was resumed: what was stored is there"
+
 
 class Subscribing(Entering[EventStream[T]]):
     """What ``subscribe()`` returns: to be awaited, or entered with ``async with``, once."""
@@ -473,8 +475,12 @@ class Subscriber(Historian):
         for subscription in self._subscriptions:
             if subscription.watermark is not None:
                 subscription.watermark.doubt()
-            elif subscription.mark_gaps and subscription.stream is not None:
-                subscription.stream.push(Gap(subscription.channel), extra=True)
+                if not subscription.held:
+                    # The gap is marked when it is resumed.
+                    continue
+            if subscription.mark_gaps and subscription.stream is not None:
+                reason = _AGAIN if subscription.held else None
+                subscription.stream.push(Gap(subscription.channel, reason=reason), extra=True)
 
     def _restore_subscriptions(self) -> Iterable[Callable[[], Awaitable[None]]]:
         for subscription in self._subscriptions:

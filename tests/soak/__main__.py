@@ -1,0 +1,330 @@
+"""
+Many clients, a network that fails and a broker that dies: what is lost, and what grows?
+
+``python -m tests.soak --help`` tells of its options. The broker is a process of its own that is
+killed at random and returns at once or seconds later, without what it had stored. Between it and
+the clients are proxies, each with its share of them, that cut and stall. Every client subscribes to
+the channel of a few, in three ways, and publishes to it. What happens is written to a journal, and
+the end works out from it what had to arrive: see ``accounting.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import monotonic
+from typing import Final, NamedTuple
+
+import anyio
+from anyio import to_thread
+
+from emitter_anyio.testing import Broker
+from tests.support.leaks import living_tasks
+
+from .accounting import Account, Accounting
+from .client import Client, Run
+from .processes import BrokerProcess, NetworkProcess
+
+WAYS: Final = 8
+TOGETHER: Final = 4
+"""So many clients share a channel; they come by different ways."""
+RSS_GROWTH: Final = 1.25
+"""The memory may grow to so much of what it was: the allocator's holes fill for a while."""
+BLOCKS_GROWTH: Final = 1.1
+"""The blocks that Python holds may grow to so many, which no holes excuse."""
+LONG: Final = 60.0
+"""Seconds below which nothing is said of the memory: a run is over before it is warm."""
+WARM: Final = 0.3
+"""For this part of a run the memory may grow: caches fill, and the worst has yet to happen."""
+_PAGE: Final = 4096 if sys.platform != "linux" else os.sysconf("SC_PAGE_SIZE")
+
+
+class Sample(NamedTuple):
+    """What the process has at a time."""
+
+    time: float
+    rss: float
+    """In MiB."""
+    blocks: int
+    """Those of memory that Python holds."""
+    descriptors: int
+    tasks: int
+    connected: int
+
+
+class _Incomplete(logging.Handler):
+    """Notes what only the log says: that a resuming for handlers is not complete."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(logging.WARNING)
+        self._run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("%r: resumed with a gap") and isinstance(record.args, tuple):
+            self._run.note("W", record.args[0])
+
+
+class Soak:
+    """A run on one backend."""
+
+    def __init__(
+        self, options: argparse.Namespace, run: Run, broker: BrokerProcess, network: NetworkProcess
+    ) -> None:
+        self.run = run
+        self.faults: dict[str, int] = {}
+        self.samples: list[Sample] = []
+        self.links = 0
+        self._seconds: float = options.seconds
+        self._broker = broker
+        self._network = network
+        self._random = random.Random(f"{options.seed} faults")
+        members = [
+            sum(i % run.rooms == room for i in range(options.clients)) for room in range(run.rooms)
+        ]
+        self._clients = [Client(run, i, members[i % run.rooms]) for i in range(options.clients)]
+
+    async def __call__(self) -> None:
+        """Run, from before the first client until after the last one."""
+        # What is opened once for all, such as the threads that look up names.
+        await to_thread.run_sync(int)
+        before = self._sample()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._watch, tasks.cancel_scope)
+            async with anyio.create_task_group() as clients:
+                for client in self._clients:
+                    clients.start_soon(client.live, name=f"client {client.index}")
+                await self._fail()
+                self.run.quiet.set()
+                await self._wait_steady()
+                self.samples.append(self._sample())
+                self.run.steady.set()
+            tasks.cancel_scope.cancel()
+        self.links = sum(client.emitter.statistics().links for client in self._clients)
+        for client in self._clients:
+            figures = client.emitter.statistics()
+            if figures.pending or figures.queued_bytes or figures.nonsense:
+                self.run.breach(f"client {client.index} ends with {figures}")
+        gc.collect()
+        after = self._sample()
+        for what, was, is_now in (
+            ("descriptors", before.descriptors, after.descriptors),
+            ("tasks", before.tasks, after.tasks),
+        ):
+            if is_now != was:
+                self.run.breach(f"there were {was} {what} before, and are {is_now} behind")
+        self._look_at_memory()
+
+    # What fails
+
+    async def _fail(self) -> None:
+        with anyio.move_on_after(self._seconds):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._kill)
+                while True:
+                    await anyio.sleep(self._random.expovariate(1 / 3))
+                    tasks.start_soon(self._fail_once, self._random.randrange(WAYS))
+        for way in range(WAYS):
+            self._network.tell(way, "resume")
+        await to_thread.run_sync(self._broker.start)
+
+    async def _kill(self) -> None:
+        # The first time early, so that the memory has seen the worst when it is warm.
+        patience = 2.0
+        while True:
+            await anyio.sleep(patience)
+            patience = self._random.uniform(5, 25)
+            self._count("broker killed")
+            began = monotonic()
+            await to_thread.run_sync(self._broker.kill)
+            self.run.note("K", f"{began:.4f}")
+            await anyio.sleep(self._random.choice((0, self._random.uniform(0.2, 4))))
+            await to_thread.run_sync(self._broker.start)
+
+    async def _fail_once(self, way: int) -> None:
+        direction = self._random.choice(("to_broker", "to_client"))
+        kind = self._random.choices(
+            ("cut", "cut after some bytes", "half closed", "stalled", "stalled and cut", "silent"),
+            (6, 4, 1, 3, 5, 1),
+        )[0]
+        self._count(kind)
+        tell = partial(self._network.tell, way)
+        if kind == "cut":
+            tell("cut")
+        elif kind == "cut after some bytes":
+            tell("cut_after", self._random.randrange(4000), direction)
+        elif kind == "half closed":
+            tell("half_close", direction)
+        else:
+            tell("stall", self._random.choice((None, direction)))
+            await anyio.sleep(12 if kind == "silent" else self._random.uniform(0.2, 3))
+            if kind == "stalled and cut":
+                tell("cut")
+            tell("resume")
+
+    def _count(self, fault: str) -> None:
+        self.faults[fault] = self.faults.get(fault, 0) + 1
+
+    async def _wait_steady(self) -> None:
+        quiet_since = monotonic()
+        while monotonic() < quiet_since + 2:
+            await anyio.sleep(0.1)
+            if not all(c.inside and c.emitter.state == "connected" for c in self._clients):
+                quiet_since = monotonic()
+
+    # What grows
+
+    async def _watch(self, scope: anyio.CancelScope) -> None:
+        patience = self._seconds + 300
+        began = monotonic()
+        while monotonic() < began + patience:
+            self.samples.append(self._sample())
+            await anyio.sleep(1)
+        self.run.breach(f"the run is not over after {patience:g} s")
+        scope.cancel()
+
+    def _sample(self) -> Sample:
+        connected = sum(client.emitter.state == "connected" for client in self._clients)
+        return Sample(
+            monotonic(),
+            _rss(),
+            sys.getallocatedblocks(),
+            _descriptors(),
+            len(living_tasks()),
+            connected,
+        )
+
+    def _look_at_memory(self) -> None:
+        warm, end = self.memory()
+        grown = end[0] > RSS_GROWTH * warm[0] or end[1] > BLOCKS_GROWTH * warm[1]
+        if grown and self._seconds >= LONG:
+            self.run.breach(f"the memory has grown from {_memory(warm)} to {_memory(end)}")
+        most = max(sample.descriptors for sample in self.samples)
+        # Each has one socket; a link that is opened again has closed the last one.
+        allowed = self.samples[0].descriptors + len(self._clients)
+        if most > allowed:
+            self.run.breach(f"there were up to {most} descriptors, not {allowed}")
+
+    def memory(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Give the MiB and the blocks behind the warming up, and those at the end."""
+        began = self.samples[0].time
+
+        def over(first: float, last: float) -> tuple[float, float]:
+            # In a failure, what waits for its end takes memory, too: the calmer half is compared.
+            chosen = [s for s in self.samples if first <= (s.time - began) / self._seconds < last]
+            chosen.sort(key=lambda sample: sample.connected)
+            calm = chosen[len(chosen) // 2 :]
+            return median(s.rss for s in calm), median(s.blocks for s in calm)
+
+        return over(WARM, WARM + 0.2), over(0.8, 1)
+
+
+def _memory(figures: tuple[float, float]) -> str:
+    return f"{figures[0]:.1f} MiB in {figures[1]:.0f} blocks"
+
+
+def _rss() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * _PAGE / 2**20
+
+
+def _descriptors() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        return 0
+
+
+def soak(options: argparse.Namespace, backend: str) -> bool:
+    """Run on one backend; tells whether all was well."""
+    keys = Broker()
+    random.seed(options.seed)
+    with ExitStack() as stack:
+        broker = BrokerProcess(keys.license)
+        stack.callback(broker.kill)
+        broker.start()
+        network = NetworkProcess(broker.port, WAYS)
+        stack.callback(network.end)
+        path = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
+        journal = Path(path, f"{backend}.journal")
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        run = Run(
+            keys.keygen("soak/#/", "rwslp"),
+            keys.secret_key,
+            options.seed,
+            network.ports,
+            max(1, options.clients // TOGETHER),
+            options.pace,
+            stack.enter_context(journal.open("w")),
+        )
+        log = logging.getLogger("emitter_anyio")
+        log.propagate = False
+        handler = _Incomplete(run)
+        log.addHandler(handler)
+        stack.callback(log.removeHandler, handler)
+        soak = Soak(options, run, broker, network)
+        anyio.run(soak, backend=backend)
+        run.journal.flush()
+        with journal.open() as lines:
+            account = Accounting().read(lines)
+    return _report(options, backend, soak, account)
+
+
+def _report(options: argparse.Namespace, backend: str, soak: Soak, account: Account) -> bool:
+    print(f"{backend}: {options.clients} clients, {options.seconds:g} s, --seed {options.seed}")
+    _table("faults", soak.faults.items())
+    print(f"  links: {soak.links}, so {soak.links - options.clients} besides the first")
+    _table("calls", ((f"{name}: {end}", n) for (name, end), n in sorted(soak.run.calls.items())))
+    _table("messages", account.figures.items())
+    print("  over time: seconds, MiB, blocks, descriptors, tasks, connected")
+    first = soak.samples[0].time
+    for sample in soak.samples[:: max(1, len(soak.samples) // 12)]:
+        print(
+            f"    {sample.time - first:7.1f} {sample.rss:8.1f} {sample.blocks:8} "
+            f"{sample.descriptors:6} {sample.tasks:6} {sample.connected:6}"
+        )
+    warm, end = map(_memory, soak.memory())
+    print(f"  memory: {warm} when warm, {end} at the end")
+    breaches = [*soak.run.breaches, *account.breaches]
+    print(f"  breaches: {len(breaches)}")
+    for text in breaches[:40]:
+        print(f"    {text}")
+    return not breaches
+
+
+def _table(title: str, rows: Iterable[tuple[str, int]]) -> None:
+    print(f"  {title}:")
+    for name, number in rows:
+        print(f"    {number:9} {name}")
+
+
+def main() -> int:
+    """Run on the backends asked for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120, help="default: %(default)s")
+    parser.add_argument("--clients", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--pace", type=float, default=2, help="seconds between two bursts")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: any")
+    parser.add_argument("--backend", choices=["asyncio", "trio", "both"], default="both")
+    parser.add_argument("--journal", help="a directory to keep the journals in")
+    options = parser.parse_args()
+    backends = ["asyncio", "trio"] if options.backend == "both" else [options.backend]
+    print(f"--seed {options.seed}", flush=True)
+    failed = [backend for backend in backends if not soak(options, backend)]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,328 @@
+"""One of many clients: it publishes, subscribes, asks, leaves and comes back, and notes it all."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from time import monotonic
+from typing import Any, Final, Literal, TextIO
+
+import anyio
+from anyio.abc import ByteStream, ByteStreamConnectable
+
+from emitter_anyio import (
+    Backoff,
+    ConnectionLostError,
+    Emitter,
+    EmitterError,
+    EmitterMessage,
+    Gap,
+    RequestTimeoutError,
+    SlowConsumerError,
+    connect,
+)
+
+HUNG: Final = 90.0
+"""No call may take longer, whatever happens: every fault ends long before."""
+TTL: Final = 600
+_LAST: Final = "last"
+_DOCUMENTED: Final = (ConnectionLostError, RequestTimeoutError)
+"""What a call may raise that asks for nothing wrong, when the link or the broker fails."""
+
+
+class JammedStream(ByteStream):
+    """A link that at times takes nothing for seconds, so that packets wait for it."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+
+    async def send(self, item: bytes) -> None:
+        if random.random() < 0.05:
+            await anyio.sleep(random.uniform(0, 4))
+        await self._stream.send(item)
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        return await self._stream.receive(max_bytes)
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class JammedLink(ByteStreamConnectable):
+    """
+    Opens such links.
+
+    :param port: where they go
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def connect(self) -> ByteStream:
+        return JammedStream(await anyio.connect_tcp("127.0.0.1", self._port))
+
+
+@dataclass
+class Run:
+    """
+    What the clients of a run share.
+
+    :ivar key: for all the channels
+    :ivar ports: those of the ways to the broker
+    :ivar pace: the seconds between two bursts of a client, on average
+    """
+
+    key: str
+    secret: str
+    seed: int
+    ports: list[int]
+    rooms: int
+    pace: float
+    journal: TextIO
+    breaches: list[str] = field(default_factory=list)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    messages: int = 0
+    numbers: count[int] = field(default_factory=count)
+    quiet: anyio.Event = field(default_factory=anyio.Event)
+    """No more is published, and nobody leaves."""
+    steady: anyio.Event = field(default_factory=anyio.Event)
+    """Everybody is connected, and stays so."""
+
+    def note(self, letter: str, *fields: object) -> None:
+        """Write a line of the journal."""
+        words = " ".join(map(str, (letter, *fields)))
+        self.journal.write(f"{monotonic():.4f} {words}\n")
+
+    def breach(self, text: str) -> None:
+        """Note what must not be."""
+        self.breaches.append(text)
+
+
+class Client:
+    """
+    A client of the run.
+
+    :param index: its number, from 0
+    """
+
+    def __init__(self, run: Run, index: int, members: int) -> None:
+        self.run = run
+        self.index = index
+        self.inside = False
+        """Whether it is subscribed to all that it wants."""
+        self.settled = False
+        port = run.ports[index % len(run.ports)]
+        self._jammed = index % 5 == 3
+        self.emitter: Emitter = connect(
+            host="127.0.0.1",
+            port=port,
+            secure=False,
+            connectable=JammedLink(port) if self._jammed else None,
+            username=f"client-{index}",
+            keepalive=5,
+            connect_timeout=5,
+            request_timeout=5,
+            disconnect_timeout=3,
+            reconnect=Backoff(initial=0.1, maximum=1),
+        )
+        self._random = random.Random(f"{run.seed} {index}")
+        self._room = f"soak/{index % run.rooms}/"
+        self._members = members
+        self._number = 0
+        self._heard = ""
+        self._lasts: dict[str, set[int]] = {}
+        self._all_last = anyio.Event()
+        self.emitter.on("message", self._hear, channel=self._room)
+        self.emitter.on("disconnect", self._note_figures)
+        self.emitter.on("error", self._note_error)
+
+    async def live(self) -> None:
+        """Live until the run is over and everything has come."""
+        while not self.settled:
+            try:
+                async with self.emitter:
+                    await self._be_inside()
+            except EmitterError as exc:
+                self._count("connect", exc)
+                await anyio.sleep(self._random.uniform(0.1, 0.5))
+            finally:
+                self.inside = False
+                self._note_figures()
+
+    async def _be_inside(self) -> None:
+        kept_as, plain_as, self._heard = (f"{self.index}.{next(self.run.numbers)}" for _ in "123")
+        self._lasts = {kept_as: set(), plain_as: set(), self._heard: set()}
+        for name, kind in ((kept_as, "kept"), (plain_as, "plain"), (self._heard, "heard")):
+            self.run.note("O", name, kind, self._room)
+        emitter, key = self.emitter, self.run.key
+        await emitter.subscribe(key, self._room, 0, resume=True, resume_limit=100000)
+        async with (
+            emitter.subscribe(
+                *(key, self._room, 0), resume=True, resume_limit=100000, mark_gaps=True
+            ) as kept,
+            emitter.subscribe(key, self._room, 0, mark_gaps=True) as plain,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(self._read, kept, kept_as)
+            tasks.start_soon(self._read, plain, plain_as)
+            tasks.start_soon(self._do_chores)
+            self.inside = True
+            stay = self._random.expovariate(1 / 60) if self._random.random() < 0.5 else 1e9
+            with anyio.move_on_after(stay):
+                await self._publish_until_quiet()
+            if self.run.quiet.is_set():
+                await self._settle()
+            # Who leaves waits for no resuming, and handlers get what was held back for it.
+            self._heard = ""
+            tasks.cancel_scope.cancel()
+
+    # Publishing
+
+    async def _publish_until_quiet(self) -> None:
+        while not self.run.quiet.is_set():
+            with anyio.move_on_after(self._random.expovariate(1 / self.run.pace)):
+                await self.run.quiet.wait()
+            ttl = TTL if self._random.random() < 0.75 else None
+            if self._jammed and self._random.random() < 0.05:
+                for _ in range(60):
+                    await self._publish(0, ttl, size=2048)
+            for _ in range(self._random.choice((1, 1, 2, 3))):
+                patience = self._random.random() * 0.05 if self._random.random() < 0.05 else 1e9
+                with anyio.move_on_after(patience):
+                    await self._publish(self._random.choice((0, 1)), ttl)
+
+    async def _publish(
+        self, qos: Literal[0, 1], ttl: int | None, mark: str = "-", size: int = 0
+    ) -> str:
+        self._number += 1
+        number = self._number
+        self.run.note("P", self.index, number, qos, int(ttl is not None))
+        payload = f"{self.index} {number} {mark} ".ljust(size, ".")
+        publish = partial(self.emitter.publish, self.run.key, self._room, payload, ttl, qos=qos)
+        outcome = "cancelled"
+        try:
+            outcome = await self._call(f"publish qos={qos}", publish)
+        finally:
+            self.run.note("A", self.index, number, outcome)
+        return outcome
+
+    async def _settle(self) -> None:
+        await self.run.steady.wait()
+        while await self._publish(1, TTL, _LAST) != "ok":
+            pass
+        with anyio.move_on_after(HUNG):
+            await self._all_last.wait()
+            self.settled = True
+            return
+        self.settled = True
+        for name, seen in self._lasts.items():
+            if len(seen) < self._members:
+                self.run.breach(f"stream {name} has got no last message but of {sorted(seen)}")
+
+    # Receiving
+
+    async def _read(self, stream: Any, name: str) -> None:
+        while True:
+            try:
+                item = await stream.receive()
+            except anyio.EndOfStream:
+                break
+            except SlowConsumerError as exc:
+                self._count("receive", exc)
+                self.run.note("G", name, 0)
+            except EmitterError as exc:
+                self.run.breach(f"stream {name} raised {exc!r}")
+                break
+            else:
+                if isinstance(item, Gap):
+                    self.run.note("G", name, int(item.complete))
+                else:
+                    self._take(item, name)
+
+    def _hear(self, message: EmitterMessage) -> None:
+        if self._heard:
+            self._take(message, self._heard)
+
+    def _take(self, message: EmitterMessage, name: str) -> None:
+        publisher, number, mark, *_ = message.as_string().split(" ")
+        self.run.messages += 1
+        self.run.note("R", name, publisher, number, int(message.replayed))
+        if mark == _LAST:
+            self._lasts[name].add(int(publisher))
+            if all(len(seen) == self._members for seen in self._lasts.values()):
+                self._all_last.set()
+
+    # What else a client does
+
+    async def _do_chores(self) -> None:
+        emitter, key, room = self.emitter, self.run.key, self._room
+        chores: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+            ("flush", emitter.flush),
+            ("me", emitter.me),
+            ("presence", partial(emitter.presence, key, room)),
+            ("keygen", partial(emitter.keygen, self.run.secret, room, "r")),
+            ("history", self._look_back),
+            ("watch_presence", self._watch),
+            ("subscribe", self._look_in),
+        ]
+        while not self.run.quiet.is_set():
+            with anyio.move_on_after(self._random.expovariate(1 / 10)):
+                await self.run.quiet.wait()
+            name, chore = self._random.choice(chores)
+            patience = self._random.random() * 0.02 if self._random.random() < 0.1 else 1e9
+            with anyio.move_on_after(patience):
+                await self._call(name, chore)
+
+    async def _look_back(self) -> None:
+        async for _ in self.emitter.history(self.run.key, self._room, 10):
+            pass
+
+    async def _watch(self) -> None:
+        async with self.emitter.watch_presence(self.run.key, self._room, refresh=1) as feed:
+            with anyio.move_on_after(2):
+                async for _ in feed:
+                    pass
+
+    async def _look_in(self) -> None:
+        async with self.emitter.subscribe(self.run.key, f"{self._room}aside/", 1):
+            await anyio.sleep(1)
+
+    async def _call(self, name: str, call: Callable[[], Awaitable[object]]) -> str:
+        """Call something, and tell how it ended."""
+        outcome = "cancelled"
+        try:
+            with anyio.move_on_after(HUNG) as scope:
+                await call()
+                outcome = "ok"
+            if scope.cancelled_caught:
+                outcome = "hung"
+                self.run.breach(f"{name} of client {self.index} took more than {HUNG:g} s")
+        except EmitterError as exc:
+            outcome = type(exc).__name__
+            if not isinstance(exc, _DOCUMENTED):
+                self.run.breach(f"{name} of client {self.index} raised {exc!r}")
+        except Exception as exc:
+            outcome = type(exc).__name__
+            self.run.breach(f"{name} of client {self.index} raised {exc!r}")
+        finally:
+            self.run.calls[name, outcome] += 1
+        return outcome
+
+    def _count(self, name: str, exc: Exception) -> None:
+        self.run.calls[name, type(exc).__name__] += 1
+
+    def _note_figures(self) -> None:
+        figures = self.emitter.statistics()
+        self.run.note("L", self.index, figures.uncertain, figures.unsent)
+
+    def _note_error(self, exc: Exception) -> None:
+        self._count("on error", exc)
+        if not isinstance(exc, _DOCUMENTED):
+            self.run.breach(f"client {self.index}: on('error') got {exc!r}")

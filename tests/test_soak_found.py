@@ -1,0 +1,117 @@
+"""What the soak has found, each in the smallest form that shows it."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+
+from emitter_anyio import EmitterMessage, Gap, _subscribing, connect
+from emitter_anyio._resuming import Watermark
+from emitter_anyio._subscribing import Subscription
+from emitter_anyio.testing import Broker, FaultProxy
+
+from .support import packets, peer
+from .support.peer import Peer, memory_peer
+
+KEY = "k" * 32
+
+
+def said(item: EmitterMessage | Gap) -> str:
+    return "gap" if isinstance(item, Gap) else item.as_string()
+
+
+async def test_a_link_lost_before_it_was_restored_leaves_a_gap_behind_what_it_brought() -> None:
+    links = 0
+
+    async def script(broker: Peer) -> None:
+        nonlocal links
+        links += 1
+        await broker.accept()
+        first = await broker.until(peer.SUBSCRIBE)
+        await broker.send(packets.suback(first.packet_id, 0))
+        if links == 2:
+            # The other subscription is not restored yet.
+            await broker.send(packets.publish("a/", b"between"))
+            return
+        second = await broker.until(peer.SUBSCRIBE)
+        await broker.send(packets.suback(second.packet_id, 0))
+        if links == 3:
+            await broker.send(packets.publish("a/", b"at last"))
+            await broker.answer_all()
+
+    async with memory_peer(script) as connectable, connect(connectable=connectable) as emitter:
+        async with (
+            emitter.subscribe(KEY, "a/", 0, mark_gaps=True) as messages,
+            emitter.subscribe(KEY, "b/", 0),
+        ):
+            assert [said(await messages.receive()) for _ in range(4)] == [
+                *("gap", "between"),
+                *("gap", "at last"),
+            ]
+            assert messages.statistics().gaps == 2
+
+
+async def test_a_link_lost_while_resuming_leaves_a_gap_behind_what_it_brought() -> None:
+    async with Broker() as broker, connect(broker.url) as emitter:
+        key = broker.keygen("a/", "rl")
+        async with (
+            emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages,
+            emitter.stream("message") as coming,
+            emitter.stream("connect") as connected,
+        ):
+            with broker.hold("answer"):
+                await broker.drop()
+                await connected.receive()
+                await broker.publish("a/", "between")
+                await coming.receive()
+                await broker.drop()
+            await connected.receive()
+            await broker.publish("a/", "at last")
+            items = [await messages.receive() for _ in range(4)]
+            assert list(map(said, items)) == ["gap", "between", "gap", "at last"]
+            assert [item.complete for item in items if isinstance(item, Gap)] == [True, False]
+
+
+async def test_what_was_under_way_when_a_goodbye_was_not_answered_is_uncertain() -> None:
+    async with Broker() as broker, FaultProxy(broker.host, broker.port) as proxy:
+        key = broker.keygen("a/", "w")
+        async with connect(proxy.url, disconnect_timeout=0.1) as emitter:
+            await emitter.publish(key, "a/", "before")
+            await emitter.flush()
+            proxy.stall("to_broker")
+            await emitter.publish(key, "a/", "too late")
+        assert emitter.statistics().uncertain == 1
+
+
+async def test_what_was_under_way_when_a_goodbye_was_answered_is_not() -> None:
+    async with Broker() as broker:
+        async with connect(broker.url) as emitter:
+            await emitter.publish(broker.keygen("a/", "w"), "a/", "in time")
+        assert emitter.statistics().uncertain == 0
+
+
+class TestWhatIsDoneForASubscription:
+    async def test_ends_when_it_begins_behind_the_end(self) -> None:
+        subscription = Subscription(KEY, "a/", None)
+        subscription.end()
+        with subscription.scope():
+            await anyio.sleep_forever()
+
+    async def test_is_forgotten_when_it_is_done(self) -> None:
+        subscription = Subscription(KEY, "a/", None)
+        with subscription.scope():
+            assert subscription._scopes
+        assert not subscription._scopes
+
+    async def test_asks_nothing_when_it_ends_in_the_turn_in_which_the_time_is_up(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_subscribing, "RENEWED", 0)
+        async with memory_peer(Peer.serve) as connectable:
+            async with connect(connectable=connectable) as emitter:
+                watermark = Watermark("a/")
+                watermark.push(EmitterMessage("a/", b""))
+                left = Subscription(KEY, "a/", None)
+                await emitter._keep_watermark(left, watermark)
+                await emitter._resume(left, watermark)
+                watermark.close()
