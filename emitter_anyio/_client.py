@@ -154,7 +154,7 @@ class Emitter(Caller, Watcher):
         Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
         """
-        if type(key) is not str and callable(key):
+        if not isinstance(key, str) and callable(key):
             await self._keyed(
                 key,
                 lambda text: self.publish(
