@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from functools import partial
 
 import anyio
@@ -267,9 +266,8 @@ def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
         await emitter.publish_with_link("l2", "x", qos=1)
 
     async def history() -> None:
-        async with aclosing(emitter.history(key, "a/b/")) as stored:
-            async for message in stored:
-                assert message.channel == "a/b/"
+        async for message in emitter.history(key, "a/b/"):
+            assert message.channel == "a/b/"
 
     async def serve_and_ask() -> None:
         async with anyio.create_task_group() as tasks:

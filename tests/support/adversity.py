@@ -257,6 +257,8 @@ class Session:
             (self._confirmed if qos else self._accepted).add(number)
 
         await self._call("publish", publish)
+        # On a link that takes nothing it is under way then, and the next one waits behind it.
+        await anyio.sleep(0.001)
 
     # What is to be true
 

@@ -124,6 +124,9 @@ class MemoryStream(ByteStream):
         return self._closed
 
 
+_LITTLE = 16
+"""So many bytes a link takes that does not bring them anywhere."""
+
 Direction: TypeAlias = Literal["to_broker", "to_client"]
 Kind: TypeAlias = Literal["reset", "end", "stall"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -135,8 +138,8 @@ class Fault:
     What happens to a link once just so many bytes have arrived in one direction.
 
     With 0 it is when there is something to arrive. A cut ends both directions; what is on its way
-    in the other one still arrives before an orderly end, and is lost with a reset. A stall leaves
-    the other direction as it is, and tells nobody.
+    in the other one still arrives before an orderly end, and is lost with a reset. A stall takes
+    little more, leaves the other direction as it is, and tells nobody.
     """
 
     direction: Direction
@@ -154,7 +157,9 @@ class Fault:
         pipe = client._in if self.direction == "to_client" else client._out
 
         def strike() -> None:
-            if self.kind != "stall":
+            if self.kind == "stall":
+                pipe.capacity = _LITTLE
+            else:
                 for each in pipes:
                     each.cut(reset=self.kind == "reset")
             then()
