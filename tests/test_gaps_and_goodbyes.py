@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import anyio
-import pytest
-
-from emitter_anyio import EmitterMessage, Gap, _subscribing, connect
-from emitter_anyio._resuming import Watermark
-from emitter_anyio._subscribing import Subscription
+from emitter_anyio import EmitterMessage, Gap, connect
 from emitter_anyio.testing import Broker, FaultProxy
 
 from .support import packets, peer
@@ -88,30 +83,3 @@ async def test_what_was_under_way_when_a_goodbye_was_answered_is_not() -> None:
         async with connect(broker.url) as emitter:
             await emitter.publish(broker.keygen("a/", "w"), "a/", "in time")
         assert emitter.statistics().uncertain == 0
-
-
-class TestWhatIsDoneForASubscription:
-    async def test_ends_when_it_begins_behind_the_end(self) -> None:
-        subscription = Subscription(KEY, "a/", None)
-        subscription.end()
-        with subscription.scope():
-            await anyio.sleep_forever()
-
-    async def test_is_forgotten_when_it_is_done(self) -> None:
-        subscription = Subscription(KEY, "a/", None)
-        with subscription.scope():
-            assert subscription._scopes
-        assert not subscription._scopes
-
-    async def test_asks_nothing_when_it_ends_in_the_turn_in_which_the_time_is_up(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(_subscribing, "RENEWED", 0)
-        async with memory_peer(Peer.serve) as connectable:
-            async with connect(connectable=connectable) as emitter:
-                watermark = Watermark("a/")
-                watermark.push(EmitterMessage("a/", b""))
-                left = Subscription(KEY, "a/", None)
-                await emitter._keep_watermark(left, watermark)
-                await emitter._resume(left, watermark)
-                watermark.close()
