@@ -425,13 +425,15 @@ async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: obj
         while taken := transport.try_send(bytes(size)):
             sent += taken
         assert transport._due
+        peer, carried, closed = server(), b"", False
+        peer.receive_data(theirs.recv(1 << 20))
+        # There is room now, but not for another frame in the middle of that one.
         assert transport.try_send(b"x") == 0
 
         async def send() -> None:
             await transport.send(b"last")
             await transport.send_eof()
 
-        peer, carried, closed = server(), b"", False
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send)
             while not closed:
