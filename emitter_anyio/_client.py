@@ -25,7 +25,6 @@ from ._channels import (
 from ._conversation import DEFAULT, Timeout
 from ._errors import ConnectionLostError, MessageTooLargeError, RequestTimeoutError
 from ._events import logger
-from ._life import RESTORING
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
 from ._requests import ChannelKey, Link, Me
@@ -291,7 +290,7 @@ class Emitter(Caller, Watcher):
         check_source(target)
         if not isinstance(banned, bool):
             raise TypeError(f"banned is a bool, not {type(banned).__name__}")
-        banning = await self._keys.get(target, restoring=RESTORING.get())
+        banning = await self._key_of(target)
 
         async def ask(text: str) -> bool:
             return await self._request(requests.keyban(text, banning, banned), timeout)

@@ -52,15 +52,28 @@ class Conversation(Life):
         """
         if isinstance(source, str):
             return await use(source)
-        restoring = RESTORING.get()
-        key = await self._keys.get(source, restoring=restoring)
+        key = await self._key_of(source)
         try:
             return await use(key)
         except UnauthorizedError:
-            renewed = await self._keys.renew(source, key, restoring=restoring)
+            renewed = await self._key_of(source, key)
             if renewed == key:
                 raise
         return await use(renewed)
+
+    async def _key_of(self, source: Key, refused: str | None = None) -> str:
+        """Give a key, and another one than what was refused if there is one."""
+        restoring = RESTORING.get()
+        seconds = self._options.request_timeout if restoring else None
+        with anyio.move_on_after(seconds):
+            if refused is None:
+                return await self._keys.get(source, restoring=restoring)
+            return await self._keys.renew(source, refused, restoring=restoring)
+        # All others would wait with it.
+        raise TimeoutError(
+            f"the function that gives the key did not answer within {seconds:g} s, while the link "
+            "was being restored"
+        )
 
     async def _request(self, request: Request[T], timeout: Timeout) -> T:
         self._check_size(request.topic.encode(), request.body, 1)

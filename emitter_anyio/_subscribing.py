@@ -45,7 +45,6 @@ from ._errors import (
 )
 from ._events import logger
 from ._history import Historian, check_stored
-from ._life import RESTORING
 from ._messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 from ._options import Options
 from ._pending import Grant, Pending, Replay
@@ -305,7 +304,7 @@ class Subscriber(Historian):
         :raises RequestError: if the broker refused
         """
         filter = self._check_filter(key, channel, group, Replay())
-        text = await self._keys.get(key, restoring=RESTORING.get())
+        text = await self._key_of(key)
         await self._room()
         subscription = self._awaited.pop((key, filter), None)
         if subscription is not None:
@@ -497,7 +496,7 @@ class Subscriber(Historian):
             try:
                 await self._answer(grant.asked, DEFAULT)
             except UnauthorizedError:
-                key = await self._keys.renew(grant.source, grant.key, restoring=True)
+                key = await self._key_of(grant.source, grant.key)
                 if key == grant.key or not grant.users:
                     raise
                 self._session.ask_again(grant, key)

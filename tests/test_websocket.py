@@ -425,13 +425,15 @@ async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: obj
         while taken := transport.try_send(bytes(size)):
             sent += taken
         assert transport._due
+        peer, carried, closed = server(), b"", False
+        peer.receive_data(theirs.recv(1 << 20))
+        # There is room now, but not for another frame in the middle of that one.
         assert transport.try_send(b"x") == 0
 
         async def send() -> None:
             await transport.send(b"last")
             await transport.send_eof()
 
-        peer, carried, closed = server(), b"", False
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send)
             while not closed:
@@ -595,13 +597,13 @@ async def test_a_ping_is_answered_while_a_send_is_under_way(
         stream = stream_of(peer)
         await anyio.sleep(0.1)
         # A frame of the client's waits for room now, and must not be torn by the answers.
-        for number in range(100):
+        for number in range(10):
             await stream.send_event(Ping(b"%d" % number))
         await anyio.sleep(1)
         packet = await peer.until(PUBLISH)
         assert packet.payload == payload
         # Of those that waited, the last is answered.
-        assert await stream.until(Pong) == Pong(b"99")
+        assert await stream.until(Pong) == Pong(b"9")
         await peer.answer_all()
 
     async with memory_peer(script, websocket=True, capacity=capacity) as connectable:

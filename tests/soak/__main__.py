@@ -46,7 +46,10 @@ LONG: Final = 60.0
 """Seconds below which nothing is said of the memory: a run is over before it is warm."""
 WARM: Final = 0.3
 """For this part of a run the memory may grow: caches fill, and the worst has yet to happen."""
-_PAGE: Final = 4096 if sys.platform != "linux" else os.sysconf("SC_PAGE_SIZE")
+if sys.platform == "win32":
+    _PAGE: Final = 4096
+else:
+    _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Sample(NamedTuple):

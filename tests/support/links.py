@@ -6,8 +6,6 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import anyio
-
 from emitter_anyio import Backoff, Emitter, connect
 from emitter_anyio.testing import Broker
 
@@ -49,9 +47,3 @@ async def link_away(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]:
             await broker.drop()
             await gone.receive()
             yield
-
-
-async def until_asked(broker: Broker, kind: str) -> None:
-    """Wait until the broker has something in hand, inside ``broker.hold(kind)``."""
-    while not any(held.kept for held in broker._traffic.diversions if kind in held.kinds):
-        await anyio.lowlevel.checkpoint()

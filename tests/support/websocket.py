@@ -26,7 +26,7 @@ class ServerStream(ByteStream):
         self.stream = stream
         self.request: Event | None = None
         self.received: list[Event] = []
-        self._left = b""
+        self._carried = b""
         self._websocket = WSConnection(ConnectionType.SERVER)
 
     @classmethod
@@ -49,22 +49,21 @@ class ServerStream(ByteStream):
         await self.send_event(BytesMessage(item))
 
     async def until(self, kind: type[Event]) -> Event:
-        """Take what comes up to an event of this kind, but not of bytes, which are kept."""
+        """Wait for an event of this kind, but not of bytes, which are kept."""
         while True:
             for event in self.received:
                 if isinstance(event, kind):
                     self.received.remove(event)
                     return event
-            self._left += await self._carried()
+            await self._take()
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        if self._left:
-            left, self._left = self._left, b""
-            return left
-        while not any(isinstance(event, CloseConnection) for event in self.received):
-            if carried := await self._carried():
-                return carried
-        raise EndOfStream
+        while not self._carried:
+            if any(isinstance(event, CloseConnection) for event in self.received):
+                raise EndOfStream
+            await self._take()
+        carried, self._carried = self._carried, b""
+        return carried
 
     async def send_eof(self) -> None:
         await self.send_event(CloseConnection(1000))
@@ -72,14 +71,12 @@ class ServerStream(ByteStream):
     async def aclose(self) -> None:
         await self.stream.aclose()
 
-    async def _carried(self) -> bytes:
-        carried = b""
+    async def _take(self) -> None:
         for event in await self._events():
             if isinstance(event, BytesMessage):
-                carried += event.data
+                self._carried += event.data
             else:
                 self.received.append(event)
-        return carried
 
     async def _events(self) -> list[Event]:
         self._websocket.receive_data(await self.stream.receive())
