@@ -368,6 +368,30 @@ async def test_a_subscription_left_while_its_key_is_asked_for(
     assert broker.clients[0].subscriptions == []
 
 
+async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscription_only(
+    broker: Broker, key: str
+) -> None:
+    first = broker.keygen("a/", "r")
+
+    async def provide() -> str:
+        if emitter.statistics().links:
+            await anyio.sleep_forever()
+        return first
+
+    async with many_links(broker.url, request_timeout=0.3) as emitter:
+        emitter._keys._known[provide] = first
+        async with (
+            emitter.subscribe(provide, "a/") as silent,
+            emitter.subscribe(key, "b/") as other,
+        ):
+            await emitter.keyban(broker.secret_key, first)
+            await another_link(emitter, broker)
+            with pytest.raises(TimeoutError, match="gives the key did not answer within"):
+                await silent.receive()
+            await emitter.publish(key, "b/", "x")
+            assert (await other.receive()).binary == b"x"
+
+
 # Wills
 
 
