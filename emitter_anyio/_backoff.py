@@ -14,7 +14,7 @@ class Backoff:
     Exponential waiting with full jitter: clients that lost one broker do not come back as a crowd.
 
     Before the n-th try in a row it waits a random time between nothing and ``initial`` doubled
-    n - 1 times, ``maximum`` at most. A link that has lived for longer than that ends the row.
+    n - 1 times, ``maximum`` at most. A link that was good for longer than that ends the row.
 
     :ivar initial: the longest that the first try is waited for, in seconds
     :ivar maximum: the longest that any is waited for, in seconds

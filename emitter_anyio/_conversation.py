@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from typing import Final, Literal, TypeAlias, TypeVar
@@ -93,8 +94,13 @@ class Conversation(Life):
         pending.waiters += 1
         try:
             await writer.left(writer.queued)
-            with anyio.move_on_after(seconds):
-                await done.wait()
+            # All that is restored is asked at once, and Emitter answers one after the other: as
+            # long as it goes on, none of it is late.
+            answered: float = -1
+            while answered < self._session.answered and not pending.done:
+                answered = self._session.answered if RESTORING.get() else math.inf
+                with anyio.move_on_after(seconds):
+                    await done.wait()
         finally:
             pending.waiters -= 1
             pending.awaited = bool(pending.waiters)

@@ -104,6 +104,7 @@ class Life(EventSource):
         self._keys = KeyRing()
         self._will_key: str | None = None
         self._connection: Connection | None = None
+        self._ready_since = math.inf
         self._ready = False
         """Whether the present link has all that the ones before it had."""
         self._carried: list[bytes] = []
@@ -243,6 +244,7 @@ class Life(EventSource):
 
     def _be_ready(self) -> None:
         self._ready = True
+        self._ready_since = anyio.current_time()
         self._links_had += 1
         if not self._leaving:
             self._set_state("connected")
@@ -299,10 +301,10 @@ class Life(EventSource):
         attempt = 0
         link: Connection | None = connection
         while link is not None:
-            began = anyio.current_time()
             broken = await self._run_link(link)
-            if anyio.current_time() > began + self._longest(attempt):
+            if anyio.current_time() > self._ready_since + self._longest(attempt):
                 attempt = 0
+            self._ready_since = math.inf
             link, attempt = await self._next_link(link, broken, attempt)
         self._end()
         with anyio.CancelScope(deadline=self._deadline):

@@ -83,6 +83,8 @@ class Session:
         self._published = 0
         self._settled = 0
         self._refusal: RequestError | None = None
+        self.answered = 0
+        """How many things that were asked have been acknowledged, on all links."""
         self.nonsense = 0
         """How many things came that the broker would not send."""
         self.connection_id: str | None = None
@@ -416,6 +418,7 @@ class Session:
         if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
             return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
         del self._pending[packet_id]
+        self.answered += 1
         self._tell_free()
         self._settled = max(self._settled, pending.settles)
         if pending.done:

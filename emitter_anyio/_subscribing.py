@@ -243,8 +243,8 @@ class Subscriber(Historian):
             reading the link: whoever then awaits an answer while the own buffer is full waits for
             ever, and the broker closes a link that it cannot write to for 120 s
         :param resume: after a lost link, deliver what was stored meanwhile, in order and before
-            the live messages. Nothing that was stored is lost; what came in the seconds before
-            the loss may come twice, and has ``replayed`` set and an ``id``. The key needs ``l``
+            the live messages, as far as the broker has it. Around the gap a message may come
+            twice; what was read back has ``replayed`` set and an ``id``. The key needs ``l``
         :param resume_limit: read back so many messages at most, the newest; if there are more,
             that is logged, and a :class:`Gap` says so
         :param mark_gaps: put a :class:`Gap` into the stream wherever the link was away

@@ -374,21 +374,21 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
     first = broker.keygen("a/", "r")
 
     async def provide() -> str:
-        if emitter.statistics().links:
+        if client.statistics().links:
             await anyio.sleep_forever()
         return first
 
-    async with many_links(broker.url, request_timeout=0.3) as emitter:
-        emitter._keys._known[provide] = first
+    async with many_links(broker.url, request_timeout=0.3) as client:
+        client._keys._known[provide] = first
         async with (
-            emitter.subscribe(provide, "a/") as silent,
-            emitter.subscribe(key, "b/") as other,
+            client.subscribe(provide, "a/") as silent,
+            client.subscribe(key, "b/") as other,
         ):
-            await emitter.keyban(broker.secret_key, first)
-            await another_link(emitter, broker)
+            await client.keyban(broker.secret_key, first)
+            await another_link(client, broker)
             with pytest.raises(TimeoutError, match="gives the key did not answer within"):
                 await silent.receive()
-            await emitter.publish(key, "b/", "x")
+            await client.publish(key, "b/", "x")
             assert (await other.receive()).binary == b"x"
 
 

@@ -7,11 +7,18 @@ from collections.abc import AsyncIterator
 import anyio
 import pytest
 
-from emitter_anyio import Emitter, EmitterMessage, RequestTimeoutError, connect
+from emitter_anyio import (
+    Backoff,
+    ConnectionLostError,
+    Emitter,
+    EmitterMessage,
+    RequestTimeoutError,
+    connect,
+)
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls, texts
 from tests.support.links import SOON, another_link, many_links, while_away
-from tests.support.peer import Peer, memory_peer
+from tests.support.peer import DISCONNECT, Peer, memory_peer
 
 
 @pytest.fixture
@@ -278,6 +285,63 @@ async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
             assert messages.statistics().gaps == 1
             assert gone.statistics().buffered == 1
             assert emitter.statistics().links == 2
+
+
+class Slow:
+    """A broker that takes its time for each answer on every link but the first, or gives none."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.links = 0
+        self.lost = anyio.Event()
+        self._seconds = seconds
+
+    async def play(self, peer: Peer) -> None:
+        self.links += 1
+        await peer.accept()
+        if self.links == 1:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(peer.answer_all)
+                await self.lost.wait()
+                tasks.cancel_scope.cancel()
+            return
+        while (packet := await peer.packet()) and packet.kind != DISCONNECT:
+            if self._seconds is not None:
+                await anyio.sleep(self._seconds)
+                await peer.answer(packet)
+
+
+@pytest.mark.virtual_time
+async def test_a_slow_broker_has_time_as_long_as_it_goes_on(anyio_backend: object) -> None:
+    slow = Slow(3)
+    async with memory_peer(slow.play) as connectable:
+        async with (
+            many_links(connectable=connectable, request_timeout=5) as emitter,
+            emitter.stream("connect") as connected,
+        ):
+            for number in range(6):
+                await emitter.subscribe("k", f"c/{number}/", 0)
+            slow.lost.set()
+            start = anyio.current_time()
+            await connected.receive()
+            assert anyio.current_time() - start == pytest.approx(6 * 3, abs=0.1)
+    assert slow.links == 2
+
+
+@pytest.mark.virtual_time
+async def test_links_that_nothing_can_be_restored_on_use_up_the_tries(
+    anyio_backend: object,
+) -> None:
+    slow = Slow(None)
+    backoff = Backoff(initial=1, maximum=2, tries=3)
+    async with memory_peer(slow.play) as connectable:
+        with pytest.raises(ConnectionLostError, match="3 tries have opened no other"):
+            async with connect(
+                connectable=connectable, request_timeout=5, reconnect=backoff
+            ) as emitter:
+                await emitter.subscribe("k", "c/", 0)
+                slow.lost.set()
+                await anyio.sleep_forever()
+    assert slow.links == 4
 
 
 @pytest.mark.virtual_time
