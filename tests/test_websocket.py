@@ -122,7 +122,7 @@ class TestTheHandshake:
         [
             (b"Accept: ", b"Accept: A", "Bad accept token"),
             (b"Connection: Upgrade", b"Connection: close", "Connection: Upgrade"),
-            (b"Upgrade: websocket", b"Upgrade: h2c", "Upgrade: websocket"),
+            (b"Upgrade: websocket", b"Upgrade: h2c", "(?i)Upgrade: websocket"),
             (b"Protocol: mqtt", b"Protocol: soap", "unrecognized subprotocol soap"),
             (
                 b"Protocol: mqtt",
