@@ -184,7 +184,7 @@ def _add_demo(commands: _Commands) -> None:
         ),
     )
     parser.add_argument(
-        "--url", type=_url, help="a broker that is running: mqtt://HOST:PORT or mqtts://HOST:PORT"
+        "--url", type=_url, help="a broker that is running, such as mqtt://HOST:PORT or wss://HOST"
     )
     parser.add_argument(
         "--secret",
