@@ -97,8 +97,8 @@ class Caller(Subscriber):
     def _finish(self) -> None:
         super()._finish()
         for replies in self._replies.values():
-            if replies.subscription is not None:
-                self._forget(replies.subscription)
+            assert replies.subscription is not None
+            self._forget(replies.subscription)
             replies.close()
         self._replies = {}
 

@@ -265,7 +265,9 @@ async def _story(url: str, secret: str) -> None:
 
 def _named(url: str, name: str) -> Emitter:
     # Presence shows the user name; one in the URL goes first.
-    return connect(url) if urlsplit(url).username else connect(url, username=name)
+    options = {} if urlsplit(url).username else {"username": name}
+    # One that fails is to be told of, and not to be waited for.
+    return connect(url, reconnect=None, **options)
 
 
 def _shown(message: EmitterMessage) -> str:

@@ -23,8 +23,9 @@ from ._channels import (
     format_topic,
 )
 from ._conversation import DEFAULT, Timeout
-from ._errors import ConnectionLostError, MessageTooLargeError, RequestTimeoutError
+from ._errors import MessageTooLargeError
 from ._events import logger
+from ._life import INTERRUPTED
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
 from ._requests import ChannelKey, Link, Me
@@ -348,7 +349,7 @@ class Emitter(Caller, Watcher):
     async def _restore_link(self, name: str, made: _Made) -> None:
         try:
             await self._keyed(made.key, partial(self._ask_for_link, name, made, DEFAULT))
-        except (ConnectionLostError, RequestTimeoutError):
+        except INTERRUPTED:
             raise
         except Exception as exc:
             del self._links[name]

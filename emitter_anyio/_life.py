@@ -42,6 +42,9 @@ Restorer: TypeAlias = Callable[[], Iterable[Callable[[], Awaitable[None]]]]
 _AFTER_THE_LINK: Final = ("disconnect", "error")
 """Events that still come when the link is closed."""
 
+INTERRUPTED: Final = (ClosedError, ConnectionLostError, RequestTimeoutError)
+"""What says of a restoration that the link, and not what is restored, has come to nothing."""
+
 RESTORING: Final[ContextVar[bool]] = ContextVar("emitter_anyio restoring", default=False)
 """Whether the present task restores a link, and so may use it before all others may."""
 
@@ -345,7 +348,7 @@ class Life(EventSource):
         async with anyio.create_task_group() as tasks:
             for wait in waits:
                 tasks.start_soon(self._await_restored, link, wait)
-        if not link.broken:
+        if link is self._connection and not link.broken:
             carried, self._carried = self._carried, []
             self._session.published(len(carried))
             link.send_again(carried)
@@ -355,7 +358,7 @@ class Life(EventSource):
     async def _await_restored(self, link: Connection, wait: Callable[[], Awaitable[None]]) -> None:
         try:
             await wait()
-        except (ConnectionLostError, RequestTimeoutError) as exc:
+        except INTERRUPTED as exc:
             link.fail(exc)
         except anyio.get_cancelled_exc_class():
             raise

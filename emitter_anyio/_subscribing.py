@@ -39,12 +39,12 @@ from ._errors import (
     ConnectionLostError,
     EmitterError,
     RequestError,
-    RequestTimeoutError,
     SubscriptionConflictError,
     UnauthorizedError,
 )
 from ._events import logger
 from ._history import Historian, check_stored
+from ._life import INTERRUPTED
 from ._messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 from ._options import Options
 from ._pending import Grant, Pending, Replay
@@ -501,7 +501,7 @@ class Subscriber(Historian):
                     raise
                 self._session.ask_again(grant, key)
                 await self._answer(grant.asked, DEFAULT)
-        except (ConnectionLostError, RequestTimeoutError):
+        except INTERRUPTED:
             raise
         except Exception as exc:
             for subscription in self._users(grant):

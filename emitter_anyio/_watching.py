@@ -14,6 +14,7 @@ from ._channels import Key, check_channel, check_source
 from ._conversation import DEFAULT, Conversation, Timeout
 from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
 from ._events import logger
+from ._life import INTERRUPTED
 from ._options import Options
 from ._presence import PresenceFeed
 from ._requests import PresenceStatus
@@ -218,7 +219,7 @@ class Watcher(Conversation):
             return
         try:
             status, new = await self._status(feed, key, feed.channel, changes=True)
-        except (ConnectionLostError, RequestTimeoutError):
+        except INTERRUPTED:
             raise
         except Exception as exc:
             logger.warning("%r could not be watched again: %s", feed.channel, exc)
@@ -234,7 +235,7 @@ class Watcher(Conversation):
             return
         try:
             await self._keyed(key, partial(self._ask_presence, channel, True, DEFAULT))
-        except (ConnectionLostError, RequestTimeoutError):
+        except INTERRUPTED:
             raise
         except Exception as exc:
             logger.warning("%r could not be watched again: %s", channel, exc)

@@ -16,7 +16,7 @@ from anyio import create_task_group
 from anyio.abc import TaskStatus
 
 from ._client import Emitter, connect
-from ._errors import ConnectError, ConnectionLostError
+from ._errors import ConnectError
 
 if TYPE_CHECKING:
     from .testing import Broker
@@ -49,8 +49,8 @@ async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
     """
     A client that is connected to ``emitter_broker``, and a master key of it.
 
-    When the link is lost for good, the calls of the test say so. Whatever else ends the client,
-    such as a handler's exception, is raised after the test.
+    A link that is lost comes back. What ends the client, such as a handler's exception, is raised
+    after the test.
     """
     client = connect(emitter_broker.url)
     failures: list[Exception] = []
@@ -70,5 +70,4 @@ async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
         yield EmitterFixture(client, emitter_broker.secret_key)
         await client.disconnect()
     for failure in failures:
-        if not isinstance(failure, ConnectionLostError):
-            raise failure
+        raise failure

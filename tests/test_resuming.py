@@ -443,7 +443,7 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
     lives: list[list[EmitterMessage]] = [[]]
     for item in received:
         if isinstance(item, Gap):
-            assert item.complete
+            assert item.complete or "lost again" in str(item.reason)
             lives.append([])
         elif item.binary != b"end":
             lives[-1].append(item)

@@ -778,3 +778,14 @@ class TestSayingWhatItIs:
     ) -> None:
         with pytest.raises(error, match=why):
             check_buffer(buffer, overflow)
+
+
+def test_what_two_hold_back_waits_for_both(make: MakeStream) -> None:
+    stream = make()
+    stream.hold()
+    stream.hold()
+    stream.push("item")
+    stream.release()
+    assert read(stream) == []
+    stream.release()
+    assert read(stream) == ["item"]

@@ -21,12 +21,13 @@ from wsproto.events import BytesMessage, CloseConnection, Event, Ping, Pong, Req
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import generate_accept_token
 
-from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError, connect
+from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError
 from emitter_anyio._tls import explain
 from emitter_anyio._transport import SocketTransport, StreamTransport, WebSocketTransport
 from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
+from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer, serving, tcp_peer
 from tests.support.websocket import ServerStream
@@ -514,7 +515,7 @@ async def test_who_takes_nothing_is_not_waited_for_with_the_last_words(
 
 
 def over(connectable: Any, **options: Any) -> Emitter:
-    return connect("ws://broker.example/mqtt", connectable=connectable, **options)
+    return one_link("ws://broker.example/mqtt", connectable=connectable, **options)
 
 
 def stream_of(peer: Peer) -> ServerStream:
@@ -560,7 +561,7 @@ async def test_the_port_is_told_unless_it_is_usual(
         await peer.serve()
 
     async with memory_peer(script, websocket=True) as connectable:
-        async with connect(url, connectable=connectable):
+        async with one_link(url, connectable=connectable):
             pass
     assert [name.encode("idna").decode() for name in asked] == [host]
 
@@ -758,7 +759,7 @@ async def test_the_next_server_is_tried_when_one_refuses(anyio_backend: object) 
 
     async with memory_peer(script) as connectable:
         servers = ["ws://a.example/x", "ws://b.example"]
-        async with connect(servers=servers, connectable=connectable) as emitter:
+        async with one_link(servers=servers, connectable=connectable) as emitter:
             assert emitter.connection is not None
             assert emitter.connection.server == "ws://b.example:8080"
 
@@ -784,7 +785,7 @@ async def test_publishes_and_receives(anyio_backend: object, scheme: str) -> Non
     async with broker:
         key = broker.keygen("a/")
         url = f"{scheme}://127.0.0.1:{broker.port}/any/path"
-        async with connect(url, **trust) as emitter:
+        async with one_link(url, **trust) as emitter:
             assert emitter.connection is not None
             assert emitter.connection.server == url
             async with emitter.subscribe(key, "a/") as messages:
@@ -799,7 +800,7 @@ async def test_a_flood_both_ways(anyio_backend: object, scheme: str) -> None:
     broker, trust = broker_of(scheme)
     async with broker:
         key = broker.keygen("a/")
-        async with connect(f"{scheme}://127.0.0.1:{broker.port}", **trust) as emitter:
+        async with one_link(f"{scheme}://127.0.0.1:{broker.port}", **trust) as emitter:
             async with emitter.subscribe(key, "a/", buffer=1000) as messages:
 
                 async def publish() -> None:
@@ -819,12 +820,12 @@ async def test_a_path_on_which_emitter_has_something_else(
     broker, trust = broker_of(scheme)
     async with broker:
         with pytest.raises(ConnectError, match=r"refused WebSocket by HTTP (200|404) .*/keygen"):
-            async with connect(f"{scheme}://127.0.0.1:{broker.port}{path}", **trust):
+            async with one_link(f"{scheme}://127.0.0.1:{broker.port}{path}", **trust):
                 pass
 
 
 @pytest.mark.parametrize("unsettled", [False, True])
-async def test_the_close_comes_behind_disconnect(
+async def test_the_close_comes_behind_disone_link(
     anyio_backend: object, scheme: str, unsettled: bool
 ) -> None:
     async def script(peer: Peer) -> None:
@@ -838,7 +839,7 @@ async def test_the_close_comes_behind_disconnect(
 
     closes: list[Event] = []
     async with serving(scheme, script) as options:
-        async with connect(**options) as emitter:
+        async with one_link(**options) as emitter:
             await emitter.flush()
             if unsettled:
                 await emitter.publish("k", "a/", "x")
@@ -854,7 +855,7 @@ async def test_the_close_comes_behind_disconnect_when_cancelled(anyio_backend: o
     closes: list[Event] = []
     async with serving("ws", script) as options:
         with anyio.CancelScope() as scope:
-            async with connect(**options):
+            async with one_link(**options):
                 await anyio.wait_all_tasks_blocked()
                 scope.cancel()
                 await checkpoint()
@@ -872,7 +873,7 @@ async def test_a_peer_that_does_not_answer_the_close_holds_nobody(
         await closed.wait()
 
     async with serving(scheme, script) as options:
-        async with connect(**options, disconnect_timeout=1000) as emitter:
+        async with one_link(**options, disconnect_timeout=1000) as emitter:
             await emitter.flush()
         closed.set()
 
@@ -893,7 +894,7 @@ async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: 
     async with tcp_peer(script, context=context) as port:
         url = f"{scheme}://127.0.0.1:{port}"
         with pytest.raises(ConnectError, match=rf"{url}: no answer within 0\.3 s"):
-            async with connect(url, connect_timeout=0.3, **trust):
+            async with one_link(url, connect_timeout=0.3, **trust):
                 pass
 
 
@@ -906,21 +907,21 @@ async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
         with pytest.raises(
             ConnectError, match="does not speak HTTP, and so no WebSocket: try mqtt"
         ):
-            async with connect(f"ws://127.0.0.1:{port}"):
+            async with one_link(f"ws://127.0.0.1:{port}"):
                 pass
 
 
 async def test_a_peer_that_speaks_tls(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         with pytest.raises(ConnectError, match=r"try wss://|closed the link|reset"):
-            async with connect(f"ws://127.0.0.1:{broker.port}"):
+            async with one_link(f"ws://127.0.0.1:{broker.port}"):
                 pass
 
 
 async def test_one_that_speaks_no_tls(anyio_backend: object) -> None:
     async with Broker() as broker:
         with pytest.raises(ConnectError, match=f"wss://127.0.0.1:{broker.port}") as caught:
-            async with connect(f"wss://127.0.0.1:{broker.port}"):
+            async with one_link(f"wss://127.0.0.1:{broker.port}"):
                 pass
     assert "SSL" in str(caught.value) or "TLS" in str(caught.value)
 
@@ -932,12 +933,12 @@ async def test_an_authority_of_ones_own(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         url = f"wss://127.0.0.1:{broker.port}"
         with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught:
-            async with connect(url):
+            async with one_link(url):
                 pass
         assert f"{url}: " in str(caught.value)
         assert "cafile=" in str(caught.value)
         assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
-        async with connect(url, ssl_context=tls.client_context()) as emitter:
+        async with one_link(url, ssl_context=tls.client_context()) as emitter:
             await emitter.flush()
 
 
@@ -946,7 +947,9 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
         for host in ("localhost", "127.0.0.1"):
             words = "CERTIFICATE_VERIFY_FAILED.*connect to a name that is in the certificate"
             with pytest.raises(ConnectError, match=words):
-                async with connect(f"wss://{host}:{broker.port}", ssl_context=tls.client_context()):
+                async with one_link(
+                    f"wss://{host}:{broker.port}", ssl_context=tls.client_context()
+                ):
                     pass
 
 
@@ -995,7 +998,7 @@ async def test_who_checks_nothing_is_let_in(anyio_backend: object) -> None:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     async with Broker(ssl_context=tls.server_context("other.example")) as broker:
-        async with connect(f"wss://127.0.0.1:{broker.port}", ssl_context=context) as emitter:
+        async with one_link(f"wss://127.0.0.1:{broker.port}", ssl_context=context) as emitter:
             await emitter.flush()
 
 
@@ -1005,7 +1008,7 @@ async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
     context.sni_callback = lambda sock, name, context: told.append(name)
     async with Broker(ssl_context=context) as broker:
         trust = tls.client_context()
-        async with connect(f"wss://localhost:{broker.port}", ssl_context=trust) as emitter:
+        async with one_link(f"wss://localhost:{broker.port}", ssl_context=trust) as emitter:
             await emitter.flush()
     assert told == ["localhost"]
 
@@ -1025,9 +1028,9 @@ async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
     async with tcp_peer(script, context=context, websocket=True) as port:
         trust = tls.client_context()
         with pytest.raises(ConnectError):
-            async with connect(f"wss://127.0.0.1:{port}", ssl_context=trust):
+            async with one_link(f"wss://127.0.0.1:{port}", ssl_context=trust):
                 pass
         tls.certificate("client.example").configure_cert(trust)
-        async with connect(f"wss://127.0.0.1:{port}", ssl_context=trust) as emitter:
+        async with one_link(f"wss://127.0.0.1:{port}", ssl_context=trust) as emitter:
             await emitter.flush()
     assert shown[0]["subjectAltName"] == (("DNS", "client.example"),)
