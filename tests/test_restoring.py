@@ -87,7 +87,7 @@ async def test_a_banned_key_raises_in_its_own_stream_alone(
     await emitter.flush()
     assert held(broker) == []
     assert not errors.values
-    refused = [text for text in caplog.messages if "could not be subscribed to again" in text]
+    refused = [text for text in caplog.messages if "could not be restored" in text]
     assert len(refused) == 1
     assert bad not in caplog.text
 
@@ -135,8 +135,8 @@ async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
     await another_link(emitter, broker)
     said = sorted(text for text in caplog.messages if "401" in text)
     assert len(said) == 2
-    assert "'a/' could not be subscribed to again" in said[0]
-    assert "'p/' could not be watched again" in said[1]
+    assert "subscription to 'a/' could not be restored" in said[1]
+    assert "changes of presence of 'p/' could not be restored" in said[0]
 
 
 async def test_a_refused_presence_feed_raises_in_its_own_stream(
