@@ -1,0 +1,118 @@
+"""
+What is pretty: on a terminal only, and only where Rich is installed (the extra ``cli``).
+
+Without it everything is there, in plain lines. This is the only module that imports Rich.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+
+def _console(stream: TextIO) -> Console | None:
+    """Give Rich's view of a terminal that can do more than print lines."""
+    if not stream.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    return None if console.is_dumb_terminal else console
+
+
+def painter(stream: TextIO) -> Callable[[str, str], str]:
+    """
+    Make what gives text a style of Rich's, such as ``"dim"`` or ``"bold red"``.
+
+    :param stream: where the text will go; on what is no terminal it stays as it is
+    """
+    console = _console(stream)
+    if console is None:
+        return lambda text, style: text
+
+    from rich.text import Text
+
+    def paint(text: str, style: str) -> str:
+        with console.capture() as captured:
+            console.print(Text(text, style), end="", soft_wrap=True)
+        return captured.get()
+
+    return paint
+
+
+@contextmanager
+def board(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None] | None]:
+    """
+    Keep a table on the terminal up to date for a block.
+
+    :param title: what is above it
+    :return: what shows it anew: the figure behind the title, its rows, and a line below it;
+        ``None`` where there can be no such thing
+    """
+    console = _console(sys.stdout)
+    if console is None:
+        yield None
+        return
+
+    from rich.live import Live
+    from rich.text import Text
+
+    # Without its own thread, which would draw in between at any time.
+    with Live(console=console, auto_refresh=False) as live:
+
+        def show(figure: str, rows: Sequence[Sequence[str]], below: str) -> None:
+            table = _table(Text.assemble((title, "bold"), f"  {figure}"), Text(below, "dim"))
+            for first, *others in rows:
+                table.add_row(Text(first, "bold green"), *map(Text, others))
+            live.update(table, refresh=True)
+
+        yield show
+
+
+def _table(title: Text, below: Text) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(
+        *("who", "since", "connection"),
+        title=title,
+        caption=below,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+
+
+@contextmanager
+def progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
+    """
+    Show on a terminal at stderr how far something has come, until the block ends.
+
+    :param what: what is going on
+    :param most: what it may come to
+    :return: to be told each time how much was added
+    """
+    console = _console(sys.stderr)
+    if console is None:
+        yield lambda number: None
+        return
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(what, total=most)
+
+        def add(number: int) -> None:
+            bar.update(task, advance=number, refresh=True)
+
+        yield add
