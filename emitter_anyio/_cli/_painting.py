@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
 
 def _console(stream: TextIO) -> Console | None:
@@ -63,33 +62,23 @@ def board(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], 
         yield None
         return
 
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.live import Live
+    from rich.table import Table
     from rich.text import Text
 
     # Without its own thread, which would draw in between at any time.
     with Live(console=console, auto_refresh=False) as live:
 
         def show(figure: str, rows: Sequence[Sequence[str]], below: str) -> None:
-            table = _table(Text.assemble((title, "bold"), f"  {figure}"), Text(below, "dim"))
+            table = Table("who", "since", "connection", box=SIMPLE_HEAD)
             for first, *others in rows:
                 table.add_row(Text(first, "bold green"), *map(Text, others))
-            live.update(table, refresh=True)
+            above = Text.assemble((title, "bold"), f"  {figure}")
+            live.update(Group(above, table, Text(below, "dim")), refresh=True)
 
         yield show
-
-
-def _table(title: Text, below: Text) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(
-        *("who", "since", "connection"),
-        title=title,
-        caption=below,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-    )
 
 
 @contextmanager
@@ -109,10 +98,7 @@ def progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=most)
 
-        def add(number: int) -> None:
-            bar.update(task, advance=number, refresh=True)
-
-        yield add
+        yield partial(bar.advance, task)
