@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+from contextlib import aclosing
 from typing import Final
 
 from emitter_anyio import StoredMessage
@@ -95,12 +96,13 @@ async def _history(arguments: argparse.Namespace) -> None:
         # Lines and a bar do not go together on a terminal.
         alone = output.terminal and arguments.newest_first
         with progress(f"reading {arguments.channel}", 0 if alone else arguments.last) as add:
-            async for message in found:
-                gathered.append(message)
-                add(1)
-                if arguments.newest_first and len(gathered) == _TOGETHER:
-                    await write(gathered)
-                    gathered.clear()
+            async with aclosing(found):
+                async for message in found:
+                    gathered.append(message)
+                    add(1)
+                    if arguments.newest_first and len(gathered) == _TOGETHER:
+                        await write(gathered)
+                        gathered.clear()
         if arguments.newest_first:
             await write(gathered)
             return

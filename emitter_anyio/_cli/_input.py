@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 from typing import Final
 
@@ -14,7 +15,7 @@ from anyio import to_thread
 _CHUNK: Final = 65536
 
 
-async def chunks() -> AsyncIterator[bytes]:
+async def chunks() -> AsyncGenerator[bytes]:
     """Give the bytes of standard input as they come."""
     descriptor = sys.stdin.fileno()
     waits = True
@@ -25,20 +26,21 @@ async def chunks() -> AsyncIterator[bytes]:
             except (OSError, ValueError):
                 # A file, for which nothing need be waited; or Windows, where nothing can be.
                 waits = False
-        # In a thread only then: one that waits for a terminal would outlive us.
         read = partial(os.read, descriptor, _CHUNK)
+        # Not in a thread where one can wait: one that reads from a terminal would outlive us.
         data = read() if waits else await to_thread.run_sync(read, abandon_on_cancel=True)
         if not data:
             return
         yield data
 
 
-async def lines() -> AsyncIterator[bytes]:
+async def lines() -> AsyncGenerator[bytes]:
     """Give the lines of standard input as they come, without their ends."""
     rest = b""
-    async for data in chunks():
-        *whole, rest = (rest + data).split(b"\n")
-        for line in whole:
-            yield line
+    async with aclosing(chunks()) as read:
+        async for data in read:
+            *whole, rest = (rest + data).split(b"\n")
+            for line in whole:
+                yield line
     if rest:
         yield rest

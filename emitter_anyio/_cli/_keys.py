@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from argparse import ArgumentTypeError
+from contextlib import aclosing
 
 from . import _arguments as arguments_
 from ._arguments import Commands, UsageError, add_command
@@ -130,9 +131,8 @@ async def _ban(arguments: argparse.Namespace) -> None:
     if target is None:
         if sys.stdin.isatty():
             hint("the key, please")
-        async for line in lines():
-            target = line.decode(errors="replace").strip()
-            break
+        async with aclosing(lines()) as read:
+            target = (await anext(read, b"")).decode(errors="replace").strip()
     if not target:
         raise UsageError("no key came on standard input")
     async with asking(source) as emitter:

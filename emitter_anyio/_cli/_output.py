@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
-from typing import Final, TextIO
+from typing import Final
 
 import anyio
+from anyio import to_thread
 
 from ._arguments import NAME
 
@@ -49,14 +49,7 @@ class Output:
 
     def __init__(self) -> None:
         self.terminal = sys.stdout.isatty()
-        self._file: TextIO | None = sys.stdout
-        self._descriptor = -1
-        try:
-            self._descriptor = sys.stdout.fileno()
-            self._file = None
-        except io.UnsupportedOperation:
-            # Somebody in this process gathers what we print.
-            pass
+        self._descriptor = sys.stdout.fileno()
         self._waits = True
 
     async def write(self, data: bytes) -> None:
@@ -65,17 +58,16 @@ class Output:
 
         :raises BrokenPipeError: if the reader has left
         """
-        if self._file is not None:
-            self._file.write(data.decode(errors="replace"))
-            return
-        while data:
-            await self._writable()
+        while data and await self._writable():
             data = data[os.write(self._descriptor, data[:_PIPE_BUF]) :]
+        while data:
+            data = data[await to_thread.run_sync(os.write, self._descriptor, data) :]
 
-    async def _writable(self) -> None:
+    async def _writable(self) -> bool:
         if self._waits:
             try:
                 await anyio.wait_writable(self._descriptor)
             except (OSError, ValueError):
                 # A file, for which nothing need be waited; or Windows, where nothing can be.
                 self._waits = False
+        return self._waits

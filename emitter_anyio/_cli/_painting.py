@@ -87,11 +87,11 @@ def progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
     Show on a terminal at stderr how far something has come, until the block ends.
 
     :param what: what is going on
-    :param most: what it may come to
+    :param most: what it may come to; 0 shows nothing
     :return: to be told each time how much was added
     """
     console = _console(sys.stderr)
-    if console is None:
+    if console is None or not most:
         yield lambda number: None
         return
 

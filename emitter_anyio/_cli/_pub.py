@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Literal
 
@@ -188,7 +189,7 @@ async def _link(arguments: argparse.Namespace) -> None:
 
 async def _publish_all(
     emitter: Emitter,
-    messages: AsyncIterator[bytes],
+    messages: AsyncGenerator[bytes],
     publish: Callable[[bytes], Awaitable[None]],
 ) -> int:
     """Publish, until the first refusal at the latest; give how many there were."""
@@ -202,29 +203,31 @@ async def _publish_all(
             refusals.append(error)
             scope.cancel()
 
-        async for message in messages:
-            number += 1
-            try:
-                await publish(message)
-            except MessageTooLargeError as exc:
-                raise CommandError(f"message {number}: {exc}") from exc
+        async with aclosing(messages):
+            async for message in messages:
+                number += 1
+                try:
+                    await publish(message)
+                except MessageTooLargeError as exc:
+                    raise CommandError(f"message {number}: {exc}") from exc
         await emitter.flush()
     if refusals:
         raise refusals[0]
     return number
 
 
-async def _each(message: str) -> AsyncIterator[bytes]:
+async def _each(message: str) -> AsyncGenerator[bytes]:
     if message != "-":
         yield message.encode(errors="surrogateescape")
         return
     if sys.stdin.isatty():
         hint("each line is a message; Ctrl-D ends")
-    async for line in lines():
-        yield line
+    async with aclosing(lines()) as read:
+        async for line in read:
+            yield line
 
 
-async def _whole(name: str) -> AsyncIterator[bytes]:
+async def _whole(name: str) -> AsyncGenerator[bytes]:
     if name == "-":
         yield b"".join([chunk async for chunk in chunks()])
         return

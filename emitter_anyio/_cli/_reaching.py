@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import time
@@ -165,7 +166,9 @@ async def _connect(
             report.add("tcp", "wrong", f"{where}: no answer within {timeout:g} s", way)
         except OSError as exc:
             cause = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
-            report.add("tcp", "wrong", f"{where}: {cause.strerror or cause}", _PORTS)
+            # asyncio has words of its own.
+            words = os.strerror(cause.errno) if cause.errno else str(cause)
+            report.add("tcp", "wrong", f"{where}: {words}", _PORTS)
         else:
             took = f"{(time.perf_counter() - start) * 1e3:.1f} ms"
             report.add("tcp", "ok", f"connected to {where} in {took}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Final, TypeAlias, get_args
 
@@ -27,7 +28,7 @@ _TOGETHER: Final = 256
 """So many lines at most are written at once, where they have come at once."""
 
 Messages: TypeAlias = EventStream[EmitterMessage | Gap]
-Batches: TypeAlias = AsyncIterator[list[EmitterMessage]]
+Batches: TypeAlias = AsyncGenerator[list[EmitterMessage]]
 
 
 def add_sub(commands: Commands) -> None:
@@ -131,14 +132,15 @@ async def _sub(arguments: argparse.Namespace) -> None:
             hint(f"listening to {arguments.channel}; Ctrl-C ends")
             output = _Rates(arguments) if arguments.stats else _Lines(arguments)
             with anyio.move_on_after(arguments.timeout):
-                await output.follow(_batches(messages, arguments.count))
+                async with aclosing(_batches(messages, arguments.count)) as batches:
+                    await output.follow(batches)
     if arguments.count is not None and output.taken < arguments.count:
         raise CommandError(
             f"{output.taken} of {arguments.count} messages came within {arguments.timeout:g} s"
         )
 
 
-async def _batches(messages: Messages, most: int | None) -> AsyncIterator[list[EmitterMessage]]:
+async def _batches(messages: Messages, most: int | None) -> AsyncGenerator[list[EmitterMessage]]:
     """Give what has come, as soon as something has; notes tell of gaps."""
     left = sys.maxsize if most is None else most
     while left:
