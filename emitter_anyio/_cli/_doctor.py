@@ -9,7 +9,13 @@ from typing import Final
 
 import anyio
 
-from emitter_anyio import ConnectionLostError, Emitter, EmitterError
+from emitter_anyio import (
+    ConnectionLostError,
+    Emitter,
+    EmitterError,
+    RequestError,
+    RequestTimeoutError,
+)
 from emitter_anyio._options import make_options
 
 from . import _arguments as arguments_
@@ -125,9 +131,7 @@ async def _examine(emitter: Emitter, arguments: argparse.Namespace, report: Repo
     try:
         await _see_latency(emitter, report)
         await _see_flush(emitter, report)
-    except EmitterError as exc:
-        if isinstance(exc, ConnectionLostError):
-            raise
+    except RequestTimeoutError as exc:
         report.add("latency", "wrong", str(exc), "the broker is overloaded, or none of Emitter's")
         return
     if source.secret:
@@ -189,9 +193,7 @@ async def _see_flush(emitter: Emitter, report: Report) -> None:
 async def _see_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> None:
     try:
         await emitter.keygen(secret, channel, "", ttl=1)
-    except (EmitterError, ValueError) as exc:
-        if isinstance(exc, ConnectionLostError):
-            raise
+    except (RequestError, RequestTimeoutError, ValueError) as exc:
         report.add("secret", "wrong", str(exc), "the broker prints it when it makes its licence")
     else:
         report.add("secret", "ok", "the broker makes keys with it")

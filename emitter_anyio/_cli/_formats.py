@@ -21,10 +21,12 @@ class Readable(Protocol):
     @property
     def channel(self) -> str:
         """The channel it was published to."""
+        ...
 
     @property
     def binary(self) -> bytes:
         """The payload."""
+        ...
 
 
 def add_format(parser: argparse.ArgumentParser, default: str) -> None:

@@ -79,8 +79,7 @@ def _outcome(exc: BaseException, arguments: argparse.Namespace) -> int:
         return _BROKEN_PIPE
     if isinstance(exc, UsageError):
         arguments.parser.error(str(exc))
-    if str(exc):
-        note(str(exc))
+    note(str(exc))
     return 1
 
 

@@ -60,25 +60,24 @@ def board(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], 
     console = _console(sys.stdout)
     if console is None:
         yield None
-        return
+    else:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
+        from rich.live import Live
+        from rich.table import Table
+        from rich.text import Text
 
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
+        # Without its own thread, which would draw in between at any time.
+        with Live(console=console, auto_refresh=False) as live:
 
-    # Without its own thread, which would draw in between at any time.
-    with Live(console=console, auto_refresh=False) as live:
+            def show(figure: str, rows: Sequence[Sequence[str]], below: str) -> None:
+                table = Table("who", "since", "connection", box=SIMPLE_HEAD)
+                for first, *others in rows:
+                    table.add_row(Text(first, "bold green"), *map(Text, others))
+                above = Text.assemble((title, "bold"), f"  {figure}")
+                live.update(Group(above, table, Text(below, "dim")), refresh=True)
 
-        def show(figure: str, rows: Sequence[Sequence[str]], below: str) -> None:
-            table = Table("who", "since", "connection", box=SIMPLE_HEAD)
-            for first, *others in rows:
-                table.add_row(Text(first, "bold green"), *map(Text, others))
-            above = Text.assemble((title, "bold"), f"  {figure}")
-            live.update(Group(above, table, Text(below, "dim")), refresh=True)
-
-        yield show
+            yield show
 
 
 @contextmanager

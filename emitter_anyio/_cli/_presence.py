@@ -75,12 +75,12 @@ async def _show(feed: PresenceFeed, arguments: argparse.Namespace) -> None:
     with board(arguments.channel) as show:
         if show is None:
             await _print(feed, arguments)
-            return
-        async for event in feed:
-            time = f"{event.time.astimezone():%H:%M:%S}"
-            for id in feed.members:
-                since.setdefault(id, time if event.event == "subscribe" else f"before {time}")
-            show(f"{len(feed.members)} here", _rows(feed, since), _last(event, time))
+        else:
+            async for event in feed:
+                time = f"{event.time.astimezone():%H:%M:%S}"
+                for id in feed.members:
+                    since.setdefault(id, time if event.event == "subscribe" else f"before {time}")
+                show(f"{len(feed.members)} here", _rows(feed, since), _last(event, time))
 
 
 def _rows(feed: PresenceFeed, since: dict[str, str]) -> Sequence[Sequence[str]]:

@@ -6,7 +6,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
@@ -60,10 +60,6 @@ class _Heard(ByteStream):
     async def aclose(self) -> None:
         await self._below.aclose()
 
-    @property
-    def extra_attributes(self) -> Mapping[Any, Any]:
-        return self._below.extra_attributes
-
 
 class _Open(ByteStreamConnectable):
     """What is connected already."""
@@ -85,11 +81,10 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
     """
     server = make_options(source.url, source.options).servers[0]
     async with AsyncExitStack() as stack:
-        stream = await _stream_to(server, source, report, timeout)
+        stream = await _stream_to(server, source, report, timeout, stack)
         if stream is None:
             yield None
             return
-        stack.push_async_callback(anyio.aclose_forcefully, stream)
         heard = _Heard(stream)
         options = {**source.options, "connectable": _Open(heard), "reconnect": None}
         options.pop("ssl_context", None)
@@ -109,7 +104,7 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
 
 
 async def _stream_to(
-    server: Server, source: Source, report: Report, timeout: float
+    server: Server, source: Source, report: Report, timeout: float, stack: AsyncExitStack
 ) -> ByteStream | None:
     if server.scheme == "unix":
         try:
@@ -117,17 +112,20 @@ async def _stream_to(
         except OSError as exc:
             report.add("socket", "wrong", f"{server.host}: {exc.strerror or exc}", _PORTS)
             return None
+        stack.push_async_callback(anyio.aclose_forcefully, unix)
         report.add("socket", "ok", f"connected to {server.host}")
         return unix
     addresses = await _look_up(server, report, timeout)
     stream = await _connect(server, addresses, report, timeout) if addresses else None
-    if stream is None or not server.secure:
+    if stream is None:
+        return None
+    stack.push_async_callback(anyio.aclose_forcefully, stream)
+    if not server.secure:
         return stream
     try:
         with anyio.fail_after(timeout):
             return await _secure(stream, server, source.context, report)
     except (OSError, EndOfStream, BrokenResourceError) as exc:
-        await anyio.aclose_forcefully(stream)
         report.add("tls", "wrong", *_tls_trouble(exc, timeout))
         return None
 

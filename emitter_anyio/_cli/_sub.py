@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Final, TypeAlias, get_args
 
 import anyio
-from anyio import EndOfStream, WouldBlock
+from anyio import WouldBlock
 
 from emitter_anyio import EmitterMessage, EventStream, Gap
 from emitter_anyio._channels import share
@@ -157,8 +157,6 @@ async def _batches(messages: Messages, most: int | None) -> AsyncGenerator[list[
                 item = messages.receive_nowait()
         except WouldBlock:
             pass
-        except EndOfStream:
-            left = len(batch)
         left -= len(batch)
         if batch:
             yield batch

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 import rich.console
@@ -86,6 +86,22 @@ def code_of(arguments: list[str]) -> int:
         return int(str(left.code))
 
 
+@contextlib.contextmanager
+def _readable(stdin: bytes | int) -> Iterator[TextIO]:
+    """Give a pipe with these bytes in it, or the one of a descriptor."""
+    if isinstance(stdin, int):
+        with open(stdin) as file:
+            yield file
+        return
+    reading, writing = os.pipe()
+    # More than a pipe holds may wait for a reader, who may leave.
+    writer = threading.Thread(target=_fill, args=(writing, stdin))
+    writer.start()
+    with open(reading) as file:
+        yield file
+    writer.join()
+
+
 def _fill(descriptor: int, data: bytes) -> None:
     with contextlib.suppress(BrokenPipeError), open(descriptor, "wb") as pipe:
         pipe.write(data)
@@ -97,18 +113,15 @@ def cli(
 ) -> Cli:
     """Run a command in this process, its output in files, against the broker of the module."""
 
-    def run(*arguments: str, stdin: bytes = b"", secret: bool = True) -> Done:
+    def run(*arguments: str, stdin: bytes | int = b"", secret: bool = True) -> Done:
         monkeypatch.setenv("EMITTER_URL", place.url)
         if secret:
             monkeypatch.setenv("EMITTER_SECRET", place.secret)
-        reading, writing = os.pipe()
-        writer = threading.Thread(target=_fill, args=(writing, stdin))
-        writer.start()
-        with open(reading) as file:
+        with _readable(stdin) as file:
             monkeypatch.setattr(sys, "stdin", file)
             code = code_of(list(arguments))
-        writer.join()
-        return Done(code, *capfd.readouterr())
+        printed = capfd.readouterr()
+        return Done(code, printed.out, printed.err)
 
     return run
 

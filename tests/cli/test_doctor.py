@@ -173,6 +173,23 @@ class TestRights:
         done = cli("doctor", "--channel", unique, "--key", place.key(unique, "r"), "--json")
         assert (done.code, found(done, "key p")["verdict"]) == (1, "wrong")
 
+    def test_others_publish_meanwhile(
+        self, cli: Cli, place: Background, unique: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        publish = Emitter.publish
+
+        async def among_others(emitter: Emitter, *arguments: Any, **options: Any) -> None:
+            await place_publish()
+            await publish(emitter, *arguments, **options)
+            await place_publish()
+
+        async def place_publish() -> None:
+            await anyio.to_thread.run_sync(lambda: place.publish(unique, "another", ttl=60))
+
+        monkeypatch.setattr(Emitter, "publish", among_others)
+        done = cli("doctor", "--channel", unique, "--key", place.key(unique, "rwsl"), "--json")
+        assert (done.code, verdicts(done)["key w"], verdicts(done)["key s"]) == (0, "ok", "ok")
+
     def test_nothing_is_delivered(
         self, cli: Cli, place: Background, unique: str, backend: str
     ) -> None:
@@ -276,7 +293,7 @@ class TestReaching:
         async def fail(*args: object, **options: object) -> None:
             raise socket.gaierror(-2, "Name or service not known")
 
-        monkeypatch.setattr(_reaching.anyio, "getaddrinfo", fail)
+        monkeypatch.setattr(anyio, "getaddrinfo", fail)
         done = cli("doctor", "--url", "mqtt://broker.invalid", "--json")
         assert (done.code, done.error) == (1, "something is wrong: dns")
         assert found(done, "dns")["text"] == "broker.invalid: Name or service not known"
@@ -297,7 +314,7 @@ class TestReaching:
         async def wait(*args: object, **options: object) -> None:
             await anyio.sleep_forever()
 
-        monkeypatch.setattr(_reaching.anyio, "connect_tcp", wait)
+        monkeypatch.setattr(anyio, "connect_tcp", wait)
         done = cli("doctor", "--timeout", "0.01", "--json")
         assert found(done, "tcp")["text"].endswith("no answer within 0.01 s")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.abc import TaskStatus
 
+from emitter_anyio import connect
+from emitter_anyio._cli import main
 from tests.cli.conftest import Cli
 from tests.support.background import Background
 
@@ -15,8 +20,6 @@ def stored(place: Background, channel: str) -> list[str]:
     key = place.key(channel, "l")
 
     async def read() -> list[str]:
-        from emitter_anyio import connect
-
         async with connect(place.url) as emitter:
             return [m.as_string() async for m in emitter.history(key, channel)]
 
@@ -50,10 +53,7 @@ class TestPub:
         # A file as standard input, for which no backend can wait.
         (tmp_path / "lines").write_text("one\ntwo\n")
         with open(tmp_path / "lines") as file, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("emitter_anyio._cli._input.sys.stdin", file, raising=False)
             patch.setattr("sys.stdin", file)
-            from emitter_anyio._cli import main
-
             patch.setenv("EMITTER_SECRET", place.secret)
             assert main(["pub", unique, "--ttl=60", "-u", place.url, "--backend", backend]) == 0
         assert stored(place, unique) == ["one", "two"]
@@ -100,6 +100,30 @@ class TestPub:
         done = cli("pub", unique, "--key", key, "--backend", backend, stdin=b"one\ntwo\n")
         assert done.code == 1
         assert done.error.endswith("(--qos 1 tells which message, and what may be the reason)")
+
+    def test_the_link_is_lost_under_it(
+        self, cli: Cli, place: Background, unique: str, backend: str
+    ) -> None:
+        reading, writing = os.pipe()
+
+        async def cut_between_lines(*, task_status: TaskStatus[None]) -> None:
+            async with connect(place.url) as emitter:
+                async with emitter.subscribe(place.key(unique, "r"), unique) as messages:
+                    task_status.started()
+                    os.write(writing, b"one\n")
+                    assert (await messages.receive()).as_string() == "one"
+                    for client in place.broker.clients:
+                        if client.username == "publisher":
+                            await place.broker.drop(client)
+                    os.write(writing, b"two\n")
+                    os.close(writing)
+
+        place.start(cut_between_lines)
+        done = cli(*("pub", unique, "--username", "publisher", "--backend", backend), stdin=reading)
+        assert done.code == 1
+        # The second one may have left before the loss was noticed.
+        assert re.search("[12] of 2 messages were under way when the link was lost", done.errors)
+        assert "connected again to" in done.errors
 
     def test_on_a_terminal(self, on_terminal: Any, place: Background, unique: str) -> None:
         on_terminal.terminal.type(b"one\ntwo\n\x04")
