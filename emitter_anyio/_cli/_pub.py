@@ -11,8 +11,9 @@ from typing import Literal
 
 import anyio
 from anyio import to_thread
+from anyio.lowlevel import checkpoint
 
-from emitter_anyio import Emitter, MessageTooLargeError, RequestError
+from emitter_anyio import ConnectionLostError, Emitter, MessageTooLargeError, RequestError
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
@@ -210,7 +211,14 @@ async def _publish_all(
                     await publish(message)
                 except MessageTooLargeError as exc:
                     raise CommandError(f"message {number}: {exc}") from exc
-        await emitter.flush()
+        while True:
+            try:
+                await emitter.flush()
+                break
+            except ConnectionLostError:
+                # Asked again on the next link: what was lost with this one is counted. If there is
+                # none, we are cancelled here.
+                await checkpoint()
     if refusals:
         raise refusals[0]
     return number

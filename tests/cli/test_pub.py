@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from anyio.abc import TaskStatus
 
-from emitter_anyio import connect
+from emitter_anyio import Emitter, connect
 from emitter_anyio._cli import main
 from tests.cli.conftest import Cli
 from tests.support.background import Background
@@ -150,6 +150,27 @@ class TestLink:
         done = cli("link", "abc", unique)
         assert done.code == 2
         assert "one or two letters or digits, not 'abc'" in done.error
+
+    def test_the_link_to_the_broker_is_lost(
+        self,
+        cli: Cli,
+        place: Background,
+        unique: str,
+        backend: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        flush = Emitter.flush
+
+        async def cut(emitter: Emitter) -> float:
+            with place.broker.lose("pingresp"):
+                id = (await emitter.me()).id
+                place.begin(lambda: place.broker.drop(id))
+                return await flush(emitter)
+
+        monkeypatch.setattr(Emitter, "flush", cut)
+        done = cli("link", "a", unique, "hello", "--backend", backend)
+        assert (done.code, done.output) == (1, f"a {unique}\n")
+        assert "is lost" in done.error
 
     def test_the_key_is_looked_at_when_it_is_used(
         self, cli: Cli, place: Background, unique: str
