@@ -35,12 +35,6 @@ OFTEN = 0.01
 
 
 @pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
 async def watcher(broker: Broker) -> AsyncIterator[Emitter]:
     async with connect(broker.url) as watcher:
         yield watcher
