@@ -185,6 +185,8 @@ class Session:
         """
         Ask for every subscription again, on a new link.
 
+        What is refused then is kept: whoever restores it asks again with another key, or drops it.
+
         :return: what was asked for
         """
         self._linked = True
@@ -197,6 +199,14 @@ class Session:
         """Ask with another key for a subscription that was refused."""
         grant.key = key
         self._ask_for(grant, Replay(last=0))
+
+    def drop(self, grant: Grant) -> None:
+        """Give up a subscription that was refused, whoever uses it."""
+        # It is not unsubscribed; another key, whose users have left, may have to be.
+        grants = self._grants.get(grant.filter, {})
+        if grants.get(grant.source) is grant:
+            del grants[grant.source]
+            self._tidy(grant.filter)
 
     def release(self, grant: Grant) -> Pending[None] | None:
         """
@@ -336,7 +346,7 @@ class Session:
 
     def _ask_for(self, grant: Grant, replay: Replay) -> None:
         pending: Pending[None] = self._new("subscribe", grant.key, grant.filter)
-        pending.grant, grant.asked = grant, pending
+        pending.grant, grant.asked, grant.refused = grant, pending, False
         if not replay.nothing:
             self.replays.add(grant)
         self._grants.setdefault(grant.filter, {})[grant.source] = grant
@@ -385,13 +395,6 @@ class Session:
                     f"{other!r}, which overlaps with it: use a second Emitter for a group"
                 )
 
-    def _refused(self, grant: Grant) -> None:
-        # What was refused is not unsubscribed; another key, whose users have left, may have to be.
-        grants = self._grants.get(grant.filter, {})
-        if grants.get(grant.source) is grant:
-            del grants[grant.source]
-            self._tidy(grant.filter)
-
     def _tidy(self, filter: str) -> Pending[None] | None:
         """Unsubscribe a filter that nobody uses any more, under whichever key."""
         grants = self._grants.get(filter, {})
@@ -403,9 +406,10 @@ class Session:
             return None
         # A key that is granted will do. Of those that may be refused yet, any may be the good one;
         # if the SUBSCRIBE is going to be refused, so is the UNSUBSCRIBE, and that is no news.
-        granted = [grant for grant in grants.values() if grant.asked.done]
+        usable = [grant for grant in grants.values() if not grant.refused]
+        granted = [grant for grant in usable if grant.asked.done]
         pending: Pending[None] | None = None
-        for grant in granted[:1] or grants.values():
+        for grant in granted[:1] or usable:
             pending = self.unsubscribe(grant.key, filter)
             pending.awaited = False
             pending.quiet = not grant.asked.done
@@ -430,9 +434,11 @@ class Session:
             # Only subscribe() waits for a SUBACK, and it has made a grant.
             assert pending.grant is not None
             self.replays.discard(pending.grant)
-            pending.grant.granted = not denied
-            if denied:
-                self._refused(pending.grant)
+            pending.grant.refused = denied
+            if not denied:
+                pending.grant.granted = True
+            elif not pending.grant.granted:
+                self.drop(pending.grant)
         if refusal is not None:
             return self._refuse(pending, *refusal)
         if pending.request is None:

@@ -512,3 +512,24 @@ async def test_a_function_may_end_the_program_while_the_link_is_restored(
             await anyio.sleep_forever()
     assert caught.value is stop
     assert emitter.state == "closed"
+
+
+async def test_a_function_may_still_be_asked_when_that_link_is_lost_too(broker: Broker) -> None:
+    first, second = broker.keygen("a/"), broker.keygen("#/", "r")
+    asked = 0
+
+    async def keys() -> str:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            await broker.drop()
+            await anyio.sleep_forever()
+        return first if asked == 1 else second
+
+    async with many_links(broker.url) as emitter:
+        async with emitter.subscribe(keys, "a/") as messages:
+            await emitter.keyban(broker.secret_key, first)
+            await another_link(emitter, broker)
+            await broker.publish("a/", "x")
+            assert (await messages.receive()).binary == b"x"
+    assert asked == 3
