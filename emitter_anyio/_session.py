@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from . import _requests as requests
-from ._channels import Key, fingerprint, format_topic, is_whole, unshare
+from ._channels import Key, format_topic, is_whole, unshare
 from ._errors import (
     EmitterError,
     RemoteProtocolError,
     RequestError,
-    SubscriptionConflictError,
 )
 from ._errors import refusal as refusal_of
+from ._grants import Grants
 from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
@@ -39,7 +39,7 @@ from ._packets import (
 )
 from ._pending import Emission, Grant, Pending, Replay
 from ._requests import NonsenseError, Request
-from ._router import Matcher, overlap, reaches
+from ._router import Matcher, reaches
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ _IDS: Final = 65535
 _KEPT_IDS: Final = 4096
 
 
-class Session:
+class Session(Grants):
     """
     The state of the conversation with the broker.
 
@@ -66,20 +66,12 @@ class Session:
         matcher: Matcher = "emitter",
         allow_collisions: bool = False,
     ) -> None:
+        super().__init__(matcher, allow_collisions=allow_collisions)
         self._send = send
-        self._linked = True
-        self._matcher: Matcher = matcher
-        self._allow_collisions = allow_collisions
         self._pending: dict[int, Pending[Any]] = {}
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self._grants: dict[str, dict[Key, Grant]] = {}
-        self._feeds: dict[str, int] = {}
-        """How many use the feed of a channel's changes of presence."""
-        self._left_feeds: set[str] = set()
-        self.replays: set[Grant] = set()
-        """The subscriptions whose stored messages the broker may be replaying now."""
         self._published = 0
         self._settled = 0
         self._refusal: RequestError | None = None
@@ -90,11 +82,6 @@ class Session:
         self.connection_id: str | None = None
 
     # What is asked
-
-    @property
-    def linked(self) -> bool:
-        """Tell whether there is a link that has been told what is subscribed."""
-        return self._linked
 
     @property
     def pending(self) -> int:
@@ -223,71 +210,10 @@ class Session:
         self._send(Unsubscribe(self._register(pending), format_topic(key, filter)))
         return pending
 
-    def overlapped(self, filter: str) -> bool:
-        """Tell whether some channel reaches both this subscription and another one."""
-        _, channel = unshare(filter)
-        return any(overlap(channel, unshare(other)[1], self._matcher) for other in self._grants)
-
-    def _is_deaf(self, filter: str) -> bool:
-        # The default matcher never delivers to "#", though the broker replays to it, and on the
-        # wire a replay looks like any other message.
-        return self._matcher == "emitter" and filter.endswith("#/")
-
-    def in_use(self, filter: str) -> bool:
-        """Tell whether a subscription to just this channel has users."""
-        return filter in self._grants
-
-    def replaying(self, channel: str) -> Pending[None] | None:
-        """
-        Give a SUBSCRIBE whose replay is under way and would reach a subscription to a channel.
-        """
-        for grant in self.replays:
-            if overlap(channel, grant.channel, self._matcher):
-                return grant.asked
-        return None
-
-    def in_replay(self, message: EmitterMessage) -> bool:
-        """
-        Tell whether a message may belong to a replay that is under way; the broker replays 64 KiB
-        at most.
-        """
-        for grant in self.replays:
-            if grant.replay_left > 0 and reaches(grant.channel, message.channel, self._matcher):
-                grant.replay_left -= len(message.binary) + 1
-                return True
-        return False
-
     def awaited(self) -> list[Pending[Any]]:
         """Give what is not settled yet and somebody waits for."""
         asked = (*self._pending.values(), *self._pings)
         return [pending for pending in asked if pending.awaited and not pending.done]
-
-    def watch(self, channel: str) -> None:
-        """
-        Use the feed of a channel's changes of presence; asking the broker is up to the caller.
-
-        :raises SubscriptionConflictError: if the broker would mix it up with another one
-        """
-        if channel not in self._feeds:
-            self._check_collision("presence feed", channel, self._feeds)
-        self._feeds[channel] = self._feeds.get(channel, 0) + 1
-
-    def unwatch(self, channel: str) -> bool:
-        """Stop using a feed; tells whether nobody uses it any more."""
-        users = self._feeds.pop(channel, 0) - 1
-        if users > 0:
-            self._feeds[channel] = users
-        elif not users and self._linked:
-            self._left_feeds.add(channel)
-        return not users
-
-    def unwatched(self, channel: str) -> None:
-        """The broker has ended the feed that nobody used any more."""
-        self._left_feeds.discard(channel)
-
-    def watched(self, channel: str) -> bool:
-        """Tell whether the feed of just this channel has users."""
-        return channel in self._feeds
 
     # What the broker says
 
@@ -322,22 +248,14 @@ class Session:
 
         :return: how many publishes of QoS 0 the broker is not known to have taken
         """
-        self._linked = False
+        self._forget_link()
         pending = [*self._pending.values(), *self._pings]
         self._pending.clear()
         self._pings.clear()
         self._tell_free()
-        self.replays.clear()
-        self._left_feeds.clear()
         unsettled = self._published - self._settled
         self._published = self._settled = 0
         self.connection_id = None
-        for filter, grants in list(self._grants.items()):
-            kept = {source: g for source, g in grants.items() if g.granted and g.users}
-            if kept:
-                self._grants[filter] = kept
-            else:
-                del self._grants[filter]
         for one in pending:
             one.fail(error)
         return unsettled
@@ -372,28 +290,6 @@ class Session:
         wakers, self._when_free = self._when_free, []
         for waker in wakers:
             waker()
-
-    def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
-        if self._allow_collisions:
-            return
-        mark = fingerprint(channel)
-        for other in others:
-            if other != channel and fingerprint(other) == mark:
-                raise SubscriptionConflictError(
-                    f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
-                    "on one link and would never deliver to it: use a second Emitter for it (or "
-                    "connect(allow_collisions=True) with a broker without that fault)"
-                )
-
-    def _check_groups(self, filter: str) -> None:
-        group, channel = unshare(filter)
-        for other in self._grants:
-            other_group, other_channel = unshare(other)
-            if (group or other_group) and overlap(channel, other_channel, self._matcher):
-                raise SubscriptionConflictError(
-                    f"Emitter delivers one copy to a link, and cannot keep {filter!r} apart from "
-                    f"{other!r}, which overlaps with it: use a second Emitter for a group"
-                )
 
     def _tidy(self, filter: str) -> Pending[None] | None:
         """Unsubscribe a filter that nobody uses any more, under whichever key."""
