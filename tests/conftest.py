@@ -71,12 +71,16 @@ def _blocking_calls_fail() -> Iterator[None]:
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Both backends: asyncio in debug mode, and virtual time for tests that ask for it."""
+    """
+    Both backends, with virtual time for tests that ask for it.
+
+    asyncio is in debug mode when ``PYTHONASYNCIODEBUG`` is set, but for tests that do without.
+    """
     options: dict[str, Any] = {}
     if request.node.get_closest_marker("virtual_time"):
         options = virtual_time_options(request.param)
     if request.param == "asyncio":
-        options["debug"] = not request.node.get_closest_marker("without_debug")
+        options["debug"] = False if request.node.get_closest_marker("without_debug") else None
 
     return request.param, options
 

@@ -150,6 +150,19 @@ async def test_changes_of_presence_are_told_again(
     assert not any(client.watched for client in broker.clients)
 
 
+async def test_changes_of_presence_are_asked_for_with_the_last_key(
+    broker: Broker, emitter: Emitter
+) -> None:
+    old, new = broker.keygen("a/", "p"), broker.keygen("a/#/", "rp")
+    await emitter.presence(old, "a/", changes=True)
+    await emitter.presence(new, "a/", changes=True)
+    await emitter.keyban(broker.secret_key, old)
+    await another_link(emitter, broker)
+    async with emitter.stream("presence") as changes, connect(broker.url) as other:
+        await other.subscribe(new, "a/")
+        assert (await changes.receive()).event == "subscribe"
+
+
 async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, key: str) -> None:
     await emitter.link(key, "a/", "x", subscribe=True, ttl=60)
     calls = Calls()
