@@ -350,9 +350,6 @@ class Reconnector(Delivery):
                     self._last_error = exc
                     logger.info("try %d to connect again: %s", attempt, exc)
                     continue
-                if self._retrying.cancel_called:
-                    await link.abandon()
-                    continue
                 self._connection = link
                 self._retrying = None
                 return link, attempt

@@ -149,6 +149,7 @@ class Resumer(Historian):
                 self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
 
     def _grant_refused(self, grant: Grant, error: Exception) -> None:
+        self._session.drop(grant)
         for subscription in self._users(grant):
             self._forget(subscription)
             if subscription.stream is not None:

@@ -68,6 +68,9 @@ class Watcher(Conversation):
             if fresh:
                 self._unwant_presence(channel)
             raise
+        if changes and channel in self._presence_wanted:
+            # The key that has just served is the one to come back with.
+            self._presence_wanted[channel] = key
         return status
 
     async def _ask_presence(

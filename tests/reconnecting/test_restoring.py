@@ -18,19 +18,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls, texts
-from tests.support.links import another_link, link_away, many_links, while_away
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
+from tests.support.links import another_link, held, link_away, many_links, while_away
 
 
 @pytest.fixture
@@ -38,16 +26,6 @@ async def other(broker: Broker) -> AsyncIterator[Emitter]:
     """Another client, to do something while the first one has no link."""
     async with connect(broker.url, reconnect=Backoff(0, 0)) as other:
         yield other
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwlsp")
-
-
-def held(broker: Broker) -> list[str]:
-    """What the broker's clients are subscribed to."""
-    return sorted(channel for client in broker.clients for channel in client.subscriptions)
 
 
 async def ban(broker: Broker, *keys: str) -> None:
