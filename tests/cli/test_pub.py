@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from anyio.abc import TaskStatus
 
 from emitter_anyio import Emitter, connect
@@ -164,7 +165,7 @@ class TestLink:
         async def cut(emitter: Emitter) -> float:
             with place.broker.lose("pingresp"):
                 id = (await emitter.me()).id
-                place.begin(lambda: place.broker.drop(id))
+                await to_thread.run_sync(place.begin, lambda: place.broker.drop(id))
                 return await flush(emitter)
 
         monkeypatch.setattr(Emitter, "flush", cut)
