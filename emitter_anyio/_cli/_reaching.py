@@ -33,6 +33,9 @@ _CERTIFICATE: Final = {
 }
 """What can be done, by OpenSSL's code."""
 
+_CLOSED: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""As some versions of OpenSSL tell it."""
+
 _PORTS: Final = (
     "is the broker running? Emitter listens on 8080, and on 443 with TLS, unless it is told "
     "otherwise"
@@ -202,7 +205,7 @@ def _tls_trouble(exc: Exception, timeout: float) -> tuple[str, str]:
             exc.verify_code, "if its authority is one of your own, --cafile FILE trusts it"
         )
         return f"the broker's certificate is not trusted: {exc.verify_message}", way
-    if isinstance(exc, ssl.SSLError):
+    if isinstance(exc, ssl.SSLError) and not isinstance(exc, _CLOSED):
         words = str(exc.reason or exc).replace("_", " ").lower()
         return words, "does the port speak TLS? mqtt:// and ws:// go without"
     if isinstance(exc, TimeoutError):

@@ -102,6 +102,19 @@ class TestPub:
         assert done.code == 1
         assert done.error.endswith("(--qos 1 tells which message, and what may be the reason)")
 
+    def test_a_refused_line_ends_it_while_no_other_comes(
+        self, cli: Cli, place: Background, unique: str, backend: str
+    ) -> None:
+        reading, writing = os.pipe()
+        os.write(writing, b"one\n")
+        with open(writing, "wb"):
+            done = cli(
+                *("pub", unique, "--key", place.key(unique, "r"), "--backend", backend),
+                stdin=reading,
+            )
+        assert done.code == 1
+        assert "401" in done.error
+
     def test_the_link_is_lost_under_it(
         self, cli: Cli, place: Background, unique: str, backend: str
     ) -> None:
