@@ -8,11 +8,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from emitter_anyio import __version__  # noqa: E402 - it is this checkout that is documented
+from emitter_anyio import __version__
 
 project = "emitter_anyio"
 author = "The emitter_anyio developers"
-copyright = author  # noqa: A001 - Sphinx's name for it
+copyright = author
 release = version = __version__
 
 extensions = [
@@ -34,6 +34,8 @@ html_theme = "furo"
 html_title = f"emitter_anyio {release}"
 html_copy_source = False
 html_show_sourcelink = False
+html_static_path = ["static"]
+html_css_files = ["output.css"]
 
 # The inventories are ours: inventories.py makes them, so that no network is needed.
 intersphinx_mapping = {

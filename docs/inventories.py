@@ -1,5 +1,7 @@
 """
-Make the inventories by which Sphinx links to Python, AnyIO and Trio: ``python docs/inventories.py``.
+Make the inventories by which Sphinx links to Python, AnyIO and Trio.
+
+``python docs/inventories.py`` writes them.
 
 Sphinx would fetch them, each with thousands of names, and a build needs no network here. So they
 hold just the names that our pages and docstrings refer to, at the addresses that they have there.

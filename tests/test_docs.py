@@ -139,9 +139,6 @@ class TestShell:
 class TestReference:
     TEXT = (DOCS / "reference.md").read_text()
 
-    # What the client uses of a stream, and a broker of its clients.
-    INTERNAL: dict[str, set[str]] = {}
-
     def listed(self) -> Iterator[str]:
         """The names that the reference has, as ``Class.member`` or ``name``."""
         inside = ""
@@ -179,14 +176,9 @@ class TestReference:
         assert listed == {f"{kind.__name__}.{name}" for name in members}
 
     def test_every_option_is_in_the_table(self) -> None:
-        start = self.TEXT.index("| option |")
-        table = self.TEXT[start : self.TEXT.index("\n\n", start)]
-        named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (.+?) \|", table, re.M))))
-        assert named == {field for field in Options.__dataclass_fields__} | {
-            "host",
-            "port",
-            "secure",
-        }
+        table = self.TEXT[self.TEXT.index("| option |") :].partition("\n\n")[0]
+        named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+        assert set(named) == set(Options.__dataclass_fields__) | {"host", "port", "secure"}
 
 
 def public(module: ModuleType) -> set[str]:
@@ -195,6 +187,14 @@ def public(module: ModuleType) -> set[str]:
         for name, value in vars(module).items()
         if not name.startswith("_") and name != "annotations" and not inspect.ismodule(value)
     }
+
+
+def test_every_module_is_explained() -> None:
+    page = (DOCS / "how-it-works.md").read_text()
+    library = Path(emitter_anyio.__file__).parent
+    for module in library.iterdir():
+        if module.name not in ("__init__.py", "__pycache__", "_version.py", "py.typed"):
+            assert f"`{module.stem}`" in page
 
 
 class TestErrors:
