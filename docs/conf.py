@@ -28,7 +28,7 @@ nitpick_ignore = [
 ]
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["deflist", "tasklist"]
+myst_enable_extensions = ["deflist"]
 
 html_theme = "furo"
 html_title = f"emitter_anyio {release}"

@@ -74,7 +74,7 @@ def blocks_of(page: Path) -> list[Block]:
             found.append(Block(page.name, line, kind_of(language, source), source, ""))
             end = match.end()
         elif language == "text":
-            if text[end : match.start()].strip() or end < 0:
+            if text[end : match.start()].strip() not in ("", "It prints:") or end < 0:
                 raise ValueError(f"{where}: text that is not what the code before it prints")
             last = found.pop()
             found.append(Block(last.page, last.line, last.kind, last.source, source))
