@@ -50,6 +50,11 @@ def test_at_most_five_are_not_run_each_with_its_reason() -> None:
     assert all(len(reason.split()) > 3 for _, reason in NOT_RUN)
 
 
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind == "piece"}))
+def test_a_page_with_pieces_says_where_they_stand(page: str) -> None:
+    assert "(start.md#how-to-read-the-pieces)" in (DOCS / page).read_text()
+
+
 class TestPython:
     @of_kind("program", "piece")
     async def test_on_both_backends(
