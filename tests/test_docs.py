@@ -7,7 +7,6 @@ run stands in ``docs/not-run.txt`` with its reason.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import inspect
 import re
@@ -69,8 +68,8 @@ class TestPython:
             "print": lambda *values: printed.append(" ".join(map(str, values))),
         }
         source = framed(block) if block.kind == "piece" else block.without_run
-        # As users have it: without this module's own "annotations".
-        exec(compile(source, str(block), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+        # Without this module's own "annotations", as users have it.
+        exec(compile(source, str(block), "exec", dont_inherit=True), names)
         with anyio.fail_after(30):
             await names["main"]()
         assert "".join(f"{line}\n" for line in printed) == block.output
