@@ -37,7 +37,7 @@ html_show_sourcelink = False
 html_static_path = ["static"]
 html_css_files = ["output.css"]
 
-# The inventories are ours: inventories.py makes them, so that no network is needed.
+# The inventories are ours: inventories/make.py makes them, so that no network is needed.
 intersphinx_mapping = {
     "python": ("https://docs.python.org/3", "inventories/python.inv"),
     "anyio": ("https://anyio.readthedocs.io/en/stable", "inventories/anyio.inv"),

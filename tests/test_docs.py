@@ -28,7 +28,7 @@ from emitter_anyio import Emitter, EmitterMessage, StoredMessage
 from emitter_anyio._options import Options
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.support.command import ROOT, run, run_pytest, running
-from tests.support.pages import BLOCKS, DOCS, PAGES, Block, framed
+from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, framed
 
 NOT_RUN = [
     line.split(maxsplit=1)
@@ -47,6 +47,12 @@ def test_at_most_five_are_not_run_each_with_its_reason() -> None:
     assert len(NOT_RUN) <= 5
     assert {where for where, _ in NOT_RUN} <= set(map(str, BLOCKS))
     assert all(len(reason.split()) > 3 for _, reason in NOT_RUN)
+
+
+@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
+def test_who_runs_the_others(page: str, test: str) -> None:
+    if (DOCS / page).exists():
+        assert f"docs/{page}" in (ROOT / test).read_text()
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind == "piece"}))
@@ -213,8 +219,8 @@ class TestErrors:
         }
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, DOCS / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -224,7 +230,7 @@ def script(name: str) -> ModuleType:
 
 class TestMadeByScripts:
     def test_inventories(self) -> None:
-        made = script("inventories")
+        made = script("inventories/make.py")
         assert {path.stem for path in DOCS.glob("inventories/*.inv")} == set(made.NAMES)
         for project in made.NAMES:
             kept = (DOCS / "inventories" / f"{project}.inv").read_bytes()
@@ -232,13 +238,14 @@ class TestMadeByScripts:
             packed = kept.split(b"zlib.\n", 1)[1]
             assert zlib.decompress(packed).decode() == "".join(made.lines(project))
 
-    def test_pictures(self) -> None:
-        made = script("pictures").PICTURES
-        assert {path.stem for path in DOCS.glob("pictures/*.svg")} == set(made)
-        for name, draw in made.items():
+    def test_diagrams(self) -> None:
+        for name, draw in script("pictures/diagrams.py").DIAGRAMS.items():
             assert (DOCS / "pictures" / f"{name}.svg").read_text() == draw()
 
     def test_every_picture_is_on_a_page(self) -> None:
         text = "".join(page.read_text() for page in PAGES)
-        shown = re.findall(r"^:file: pictures/([\w-]+)\.svg$", text, re.MULTILINE)
-        assert sorted(shown) == sorted(script("pictures").PICTURES)
+        shown = re.findall(r"(?:^:file: |\]\()pictures/([\w.-]+)", text, re.MULTILINE)
+        pictures = {
+            path.name for path in DOCS.glob("pictures/*") if path.suffix in (".svg", ".png")
+        }
+        assert set(shown) == pictures

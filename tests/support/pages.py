@@ -83,8 +83,14 @@ def blocks_of(page: Path) -> list[Block]:
     return found
 
 
+ELSEWHERE = {
+    "command-line.md": "tests/cli/test_document.py",
+    "examples.md": "tests/test_examples.py",
+}
+"""Pages of which each block is run by a test of their own."""
+
 PAGES = sorted(DOCS.glob("*.md"))
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+BLOCKS = [block for page in PAGES if page.name not in ELSEWHERE for block in blocks_of(page)]
 
 
 def frame() -> str:

@@ -1,5 +1,5 @@
 """
-Draw the pictures of these pages: ``python docs/pictures.py``.
+Draw the diagrams of the pages: ``python docs/pictures/diagrams.py``.
 
 They stand in the pages themselves, so that they take the colours of the theme, light or dark; seen
 alone, they fall back on the colour of the text.
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).parent
 
 ACCENT = "var(--color-brand-primary, #0a6ebd)"
 PALE = "var(--color-background-secondary, none)"
@@ -181,12 +181,12 @@ def reconnection() -> str:
     return picture.svg()
 
 
-PICTURES = {
+DIAGRAMS = {
     "data-flow": data_flow,
     "refused-publish": refused_publish,
     "reconnection": reconnection,
 }
 
 if __name__ == "__main__":
-    for name, draw in PICTURES.items():
+    for name, draw in DIAGRAMS.items():
         (FOLDER / f"{name}.svg").write_text(draw())

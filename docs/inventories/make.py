@@ -1,7 +1,7 @@
 """
 Make the inventories by which Sphinx links to Python, AnyIO and Trio.
 
-``python docs/inventories.py`` writes them.
+``python docs/inventories/make.py`` writes them.
 
 Sphinx would fetch them, each with thousands of names, and a build needs no network here. So they
 hold just the names that our pages and docstrings refer to, at the addresses that they have there.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "inventories"
+FOLDER = Path(__file__).parent
 
 # By project and page: names, and after a colon their role unless it is "class". "$" in an address
 # stands for the name.
