@@ -27,8 +27,9 @@ import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage
 from emitter_anyio._options import Options
 from emitter_anyio.testing import Broker, FaultProxy
-from tests.support.command import ROOT, run, run_pytest, running
+from tests.support.command import ROOT, run, running
 from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, framed
+from tests.support.tried import run_pytest
 
 NOT_RUN = [
     line.split(maxsplit=1)

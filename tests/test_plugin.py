@@ -11,9 +11,10 @@ import sniffio
 
 from emitter_anyio.pytest_plugin import EmitterFixture
 from emitter_anyio.testing import Broker, FaultProxy
-from tests.support.command import run, run_pytest
+from tests.support.command import run
 from tests.support.logs import logged
 from tests.support.pages import BLOCKS, DOCS
+from tests.support.tried import run_pytest
 
 PAGE = (DOCS / "testing.md").read_text()
 (MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("testing.md", "test"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -56,21 +55,3 @@ def running(
             yield process
         finally:
             process.kill()
-
-
-def run_pytest(folder: Path, source: str) -> dict[str, list[str]]:
-    """
-    Run a test module as a user does, who has no configuration.
-
-    :return: by outcome, the tests that had it
-    """
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "test_it.py").write_text(source)
-    done = run("-m", "pytest", "--color=no", "-rA", "-p", "no:cacheprovider", str(folder))
-    outcomes: dict[str, list[str]] = {}
-    for outcome, name in re.findall(
-        r"^(PASSED|FAILED|ERROR) .*test_it\.py::(\S+)", done.stdout, re.MULTILINE
-    ):
-        outcomes.setdefault(outcome, []).append(name)
-    assert outcomes, done.stdout + done.stderr
-    return outcomes
