@@ -124,6 +124,16 @@ def build(session: nox.Session) -> None:
         session.run(python, "-m", "pytest", "--collect-only", "--quiet", external=True, silent=True)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages of docs/, as HTML in docs/_build/html; a warning is an error."""
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "docs"))
+    built = Path("docs", "_build", "html")
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "-E", "docs", str(built))
+    session.run("pytest", "-q", "tests/built_docs.py")
+    session.log(f"open {built / 'index.html'}")
+
+
 @nox.session(python=OLDEST, default=False)
 def fuzz(session: nox.Session) -> None:
     """Any bytes, guided by coverage, for a minute each: -- codec -max_total_time=600."""
