@@ -1,0 +1,173 @@
+"""
+Measure us beside other MQTT clients.
+
+``python -m benchmarks`` runs everything; ``--quick`` is a glance of about two minutes; ``--rows``
+and ``--clients`` pick. ``python -m nox -s bench -- ...`` does the same in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, TypeVar
+
+from benchmarks import report
+from benchmarks.environments import HERE, MissingError, python_of, requirements
+from benchmarks.report import Results
+from benchmarks.rows import CLIENTS, ROWS, Client, Row
+from benchmarks.running import ROOT, Certificate, RunFailedError, run
+
+BEGIN: Final = "<!-- the table begins -->"
+END: Final = "<!-- the table ends -->"
+
+_QUICK: Final = {"us-asyncio", "us-uvloop", "us-trio", "gmqtt", "mqttium", "zmqtt", "paho-asyncio"}
+"""Who takes part in the rows of a quick run that cannot be short."""
+
+_LONG: Final = {"idle", "links", "stalled", "import"}
+
+
+_Named = TypeVar("_Named", Row, Client)
+
+
+def chosen(every: Sequence[_Named], names: str | None, what: str) -> list[_Named]:
+    """
+    Pick by name; ``fan-in`` and ``us`` also pick ``fan-in-10`` and ``us-trio``.
+
+    :raises SystemExit: if a name is unknown
+    """
+    if names is None:
+        return list(every)
+    wanted = [name.strip() for name in names.split(",")]
+
+    def fits(one: _Named, name: str) -> bool:
+        return one.name == name or one.name.startswith(f"{name}-")
+
+    for name in wanted:
+        if not any(fits(one, name) for one in every):
+            known = ", ".join(one.name for one in every)
+            raise SystemExit(f"no {what} is called {name!r}; there are {known}")
+    return [one for one in every if any(fits(one, name) for name in wanted)]
+
+
+def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]:
+    """Say where, when and of what versions this is."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    peers = {client.environment: requirements(client.environment)[0]
+             for client in clients if client.environment}  # fmt: skip
+    versions = [f"{name} {version(name)}" for name in ("anyio", "trio", "paho-mqtt")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{model}, {os.cpu_count()} processors, {platform.system()}",
+        "Python": platform.python_version(),
+        "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
+        "peers": ", ".join(peers.values()) or "none",
+        "rounds": f"{rounds}{' (quick: too few for a verdict)' if quick else ''}",
+    }
+
+
+def measure(
+    rows: Sequence[Row], clients: Sequence[Client], rounds: int, quick: bool, results: Results
+) -> None:
+    """Run every row: in each round, each client in turn."""
+    pythons: dict[str, str] = {}
+    for client in clients:
+        try:
+            pythons[client.name] = python_of(client)
+        except MissingError as exc:
+            print(f"left out: {exc}", file=sys.stderr)
+            results.about.setdefault("left out", "")
+            results.about["left out"] += f"{client.name} "
+    with tempfile.TemporaryDirectory() as directory:
+        certificate = Certificate.make(Path(directory))
+        for row in rows:
+            taking_part = [
+                client
+                for client in clients
+                if client.name in pythons
+                and row.runs_on(client)
+                and not (quick and row.name in _LONG and client.name not in _QUICK)
+            ]
+            more = {"seconds": 2.0 if quick else 5.0} if row.case == "idle" else {}
+            secure = certificate if row.needs == "tls" else None
+            messages = row.quick if quick else row.messages
+            for number in range(rounds):
+                for client in taking_part:
+                    print(f"{row.name} {number + 1}/{rounds} {client.name}: ",
+                          end="", file=sys.stderr, flush=True)  # fmt: skip
+                    try:
+                        python = pythons[client.name]
+                        figures = run(row, client, python, messages, secure, **more)
+                    except RunFailedError as exc:
+                        results.fail(row.name, client.name, f"failed: {exc}")
+                        print(f"failed: {exc}", file=sys.stderr)
+                    else:
+                        results.add(row.name, client.name, figures)
+                        told = (f"{report.amount(value, 2)} {key}" for key, value in figures.items())
+                        print(", ".join(told), file=sys.stderr)
+
+
+def into_docs(path: Path, table: str) -> None:
+    """Put the table between its two marks."""
+    text = path.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n\n{table}\n{END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rows", help="some rows, by name, with commas")
+    parser.add_argument("--clients", help="some clients, by name, with commas")
+    parser.add_argument("--rounds", type=int, help="5, or 1 with --quick")
+    parser.add_argument("--quick", action="store_true", help="few messages, one round")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="where files go")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/, too")
+    parser.add_argument("--again", type=Path, help="no run: report on this results.json")
+    arguments = parser.parse_args()
+
+    quick = arguments.quick
+    rounds = arguments.rounds or (1 if quick else 5)
+    results = Results()
+    if arguments.again:
+        results = Results(**json.loads(arguments.again.read_text()))
+    else:
+        clients = chosen(CLIENTS, arguments.clients, "client")
+        if quick and arguments.clients is None:
+            clients = [client for client in clients if client.ours or not client.uvloop]
+        results.about = about(clients, rounds, quick)
+        try:
+            measure(chosen(ROWS, arguments.rows, "row"), clients, rounds, quick, results)
+        except KeyboardInterrupt:
+            results.about["note"] = "stopped before the end"
+    table = report.markdown(results)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.json").write_text(json.dumps(asdict(results), indent=1))
+    (arguments.output / "results.md").write_text(table)
+    plots = [arguments.output / "results.svg"]
+    if arguments.docs:
+        into_docs(ROOT / "docs" / "benchmarks.md", table)
+        plots.append(ROOT / "docs" / "benchmarks.svg")
+    for path in plots:
+        report.plot(results.medians(), path)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
