@@ -1,8 +1,8 @@
 """
 Measure us beside other MQTT clients.
 
-``python -m benchmarks`` runs everything; ``--quick`` is a glance of about two minutes; ``--rows``
-and ``--clients`` pick. ``python -m nox -s bench -- ...`` does the same in an environment of its own.
+``python -m benchmarks`` runs everything; ``--quick`` is a glance of some minutes; ``--rows`` and
+``--clients`` pick. ``python -m nox -s bench -- ...`` does it in an environment of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
         lines = cpuinfo.read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        check=False,
+        text=True,
     )
     peers = {client.environment: requirements(client.environment)[0]
              for client in clients if client.environment}  # fmt: skip
@@ -119,7 +122,9 @@ def measure(
                         print(f"failed: {exc}", file=sys.stderr)
                     else:
                         results.add(row.name, client.name, figures)
-                        told = (f"{report.amount(value, 2)} {key}" for key, value in figures.items())
+                        told = (
+                            f"{report.amount(value, 2)} {key}" for key, value in figures.items()
+                        )
                         print(", ".join(told), file=sys.stderr)
 
 

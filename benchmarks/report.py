@@ -11,6 +11,11 @@ from typing import Any, Final, TypeAlias
 
 from benchmarks.rows import CLIENTS, CPU, ROWS, Client, Figure, Goal, Row
 
+_RATIOS: Final = (
+    "Ratios are to the fastest Python peer of the row in the same run; peers on uvloop stand "
+    "beside us on uvloop only."
+)
+
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """By row, client and figure."""
 
@@ -200,13 +205,11 @@ def markdown(results: Results) -> str:
     """Write it all down."""
     medians = results.medians()
     verdicts = judge(medians)
-    missed = sum(v.met is False for v in verdicts)
+    met, missed = (sum(v.met is outcome for v in verdicts) for outcome in (True, False))
     about = "; ".join(f"{name}: {text}" for name, text in results.about.items())
     parts = [
         f"{about}.",
-        f"Goals met: {sum(v.met is True for v in verdicts)}, not met: {missed}. Ratios are to the "
-        "fastest Python peer of the row in the same run; peers on uvloop stand beside us on uvloop "
-        "only.",
+        f"Goals met: {met}, not met: {missed}. {_RATIOS}",
         goals_table(verdicts),
     ]
     for row in ROWS:
