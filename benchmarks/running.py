@@ -133,6 +133,8 @@ def _figures(
     command: list[str], told: Mapping[str, Any], certificate: Certificate | None
 ) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What pip has installed is compiled; a checkout would be compiled at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if certificate is not None:
         # For clients that know the system's authorities only.
         environment["SSL_CERT_FILE"] = certificate.authority
