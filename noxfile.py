@@ -59,12 +59,14 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def tests_oldest(session: nox.Session) -> None:
-    """The same with the lowest versions that our dependencies allow."""
+    """The same with the lowest versions that our dependencies allow, and asyncio's debug mode."""
     lowest = [
         requirement.split(",")[0].replace(">=", "==")
         for requirement in PROJECT["project"]["dependencies"]
     ]
     session.install("-e", ".[test]", *lowest)
+    # It finds what is never awaited or called from a wrong thread, and takes twice the time.
+    session.env["PYTHONASYNCIODEBUG"] = "1"
     _run_tests(session)
 
 

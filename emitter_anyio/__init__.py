@@ -25,13 +25,13 @@ from ._errors import ServerError as ServerError
 from ._errors import SlowConsumerError as SlowConsumerError
 from ._errors import SubscriptionConflictError as SubscriptionConflictError
 from ._errors import UnauthorizedError as UnauthorizedError
-from ._life import ConnectionInfo as ConnectionInfo
-from ._life import Statistics as Statistics
 from ._messages import EmitterMessage as EmitterMessage
 from ._messages import Gap as Gap
 from ._messages import StoredMessage as StoredMessage
 from ._messages import Will as Will
 from ._presence import PresenceFeed as PresenceFeed
+from ._reconnecting import ConnectionInfo as ConnectionInfo
+from ._reconnecting import Statistics as Statistics
 from ._requests import ChannelKey as ChannelKey
 from ._requests import Link as Link
 from ._requests import Me as Me

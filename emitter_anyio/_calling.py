@@ -24,7 +24,8 @@ from ._events import logger
 from ._messages import EmitterMessage, Gap, Payload, encode_payload
 from ._options import Options
 from ._pending import Replay
-from ._subscribing import Subscriber, Subscription
+from ._resuming import Subscription
+from ._subscribing import Subscriber
 from ._subscription import EventStream
 
 Serve: TypeAlias = Callable[[EmitterMessage], "Payload | Awaitable[Payload]"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
@@ -24,10 +24,9 @@ from ._channels import (
 )
 from ._conversation import DEFAULT, Timeout
 from ._errors import MessageTooLargeError
-from ._events import logger
-from ._life import INTERRUPTED
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
+from ._reconnecting import Restoration
 from ._requests import ChannelKey, Link, Me
 from ._watching import Watcher
 
@@ -343,18 +342,20 @@ class Emitter(Caller, Watcher):
         self._links[name] = replace(made, text=key)
         return link
 
-    def _restore_links(self) -> Iterable[Callable[[], Awaitable[None]]]:
-        return [partial(self._restore_link, name, made) for name, made in self._links.items()]
+    def _restore_links(self) -> Iterable[Restoration]:
+        for name, made in self._links.items():
+            yield Restoration(
+                f"the link {name!r}",
+                partial(self._restore_link, name, made),
+                partial(self._link_refused, name),
+            )
 
     async def _restore_link(self, name: str, made: _Made) -> None:
-        try:
-            await self._keyed(made.key, partial(self._ask_for_link, name, made, DEFAULT))
-        except INTERRUPTED:
-            raise
-        except Exception as exc:
-            del self._links[name]
-            logger.warning("the link %r could not be made again: %s", name, exc)
-            self._emit("error", exc)
+        await self._keyed(made.key, partial(self._ask_for_link, name, made, DEFAULT))
+
+    def _link_refused(self, name: str, error: Exception) -> None:
+        del self._links[name]
+        self._emit("error", error)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """

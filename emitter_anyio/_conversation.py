@@ -12,8 +12,9 @@ from anyio.lowlevel import checkpoint
 
 from ._channels import Key
 from ._errors import MessageTooLargeError, RequestTimeoutError, UnauthorizedError
-from ._life import RESTORING, Life
+from ._life import Life
 from ._pending import Pending
+from ._reconnecting import RESTORING
 from ._requests import Request
 
 T = TypeVar("T")

@@ -25,7 +25,8 @@ def refused(
     hint = None
     if operation == "publish_with_link":
         hint = _hint_for_a_link(status)
-    elif status == 401 and key is not None:
+    elif key is not None and (status == 401 or (status, operation) == (404, "keygen")):
+        # A secret of another licence is noise, or, now and then, of an unknown contract: a 404.
         hint = _hint_for_a_key(message, operation, key, channel)
     return refusal(status, message, operation=operation, channel=channel, hint=hint)
 

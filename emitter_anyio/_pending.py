@@ -118,6 +118,8 @@ class Grant:
         """The SUBSCRIBE that asked for it on this link, or on the last one."""
         self.granted = False
         """Whether the broker has said yes to it, on this link or an earlier one."""
+        self.refused = False
+        """Whether the broker has said no to it when it was last asked."""
         self.users = 0
         self.replay_left = 65536
 

@@ -1,77 +1,253 @@
-"""How far a subscription has come, by the ids of the broker's storage."""
+"""Subscriptions that outlive a link: restored, and what was stored meanwhile is read back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Final
+from weakref import WeakSet
 
 import anyio
 
-from ._messages import EmitterMessage, StoredMessage
+from . import _requests as requests
+from ._channels import Key, unshare
+from ._conversation import DEFAULT
+from ._errors import ConnectionLostError, EmitterError, RequestError, UnauthorizedError
+from ._events import logger
+from ._history import Historian
+from ._messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
+from ._options import Options
+from ._pending import Grant
+from ._reconnecting import Restoration
 from ._subscription import EventStream
+from ._watermark import RENEWED, Watermark
 
-RENEWED: Final = 10.0
-"""So many seconds after a message has come, what is stored is looked at."""
+_ALL: Final = 0xFFFFFFFF
+"""As many stored messages as there are, a page at a time."""
+
+_AGAIN: Final = "the link was lost again before the last gap was resumed: what was stored is there"
 
 
-class Watermark(EventStream[EmitterMessage]):
+class Subscription:
     """
-    What has surely been delivered, so that a gap is resumed behind it.
+    What one subscriber has asked for.
 
-    What is delivered has no id, so the broker is asked now and then for the newest id that it has
-    stored. It stores before it delivers, so that message may still be on its way here: the id is
-    believed only when the next one is known. No clock is read: an id has the broker's own time.
-
-    It is a receiver of what comes, to know when there is something to ask for.
-
-    :param channel: the channel of the subscription
+    :param source: the key as the user gave it
+    :param filter: the channel, with its group in front if it is shared
+    :param stream: where its messages go; ``None`` is to the handlers
     """
 
-    def __init__(self, channel: str) -> None:
-        super().__init__(f"resume of {channel!r}", 1, "drop_newest")
-        self.stale = anyio.Event()
-        self._known: StoredMessage | None = None
-        self._newest: StoredMessage | None = None
+    def __init__(
+        self, source: Key, filter: str, stream: EventStream[EmitterMessage | Gap] | None
+    ) -> None:
+        self.source = source
+        self.filter = filter
+        self.channel = unshare(filter)[1]
+        self.stream = stream
+        self.mark_gaps = False
+        self.watermark: Watermark | None = None
+        self.resume_limit = 0
+        self.grant: Grant | None = None
+        self.held: Sequence[EventStream[Any]] = ()
+        """What waits behind the stored messages that a gap would have lost."""
+        self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
 
-    def push(self, item: EmitterMessage, *, extra: bool = False) -> bool:
-        """Note that something has come, and keep nothing of it."""
-        self.stale.set()
-        return True
+    def scope(self) -> anyio.CancelScope:
+        """Make a scope that ends with the subscription."""
+        scope = anyio.CancelScope()
+        self._scopes.add(scope)
+        return scope
 
-    @property
-    def since(self) -> int | None:
-        """The second in which a gap may begin, in unix time; ``None`` is the very beginning."""
-        return None if self._known is None else int(self._known.time.timestamp())
+    def let_through(self) -> None:
+        """Hold back no longer what comes."""
+        held, self.held = self.held, ()
+        for stream in held:
+            stream.release()
 
-    def behind(self, message: StoredMessage) -> bool:
-        """Tell whether a stored message may not have been delivered."""
-        known = self._known
-        if known is None or message.time > known.time:
-            return True
-        # In the ids all counts down. Those of one node alone have an order within a second.
-        mine, other = known.id[12:16], message.id[12:16]
-        return message.time == known.time and (mine != other or message.id[4:12] < known.id[4:12])
+    def end(self) -> None:
+        """End what is done for it."""
+        self.let_through()
+        for scope in self._scopes:
+            scope.cancel()
+        if self.watermark is not None:
+            self.watermark.close()
 
-    def begin(self, newest: StoredMessage | None) -> None:
-        """Begin behind the newest message that is stored before the subscription is made."""
-        self._known = self._newest = newest
 
-    def renew(self, newest: StoredMessage | None) -> None:
-        """Take in what is the newest now, if there is one that can be read."""
-        self.stale = anyio.Event()
-        if newest is None:
-            # It has expired, or is too large: the older one will do.
-            return
-        if self._newest != newest:
-            # It is believed the next time, for which nothing more has to come.
-            self.stale.set()
-        self._known, self._newest = self._newest, newest
+class Resumer(Historian):
+    """What subscriptions are when a link is lost: restored, and those that want it resumed."""
 
-    def doubt(self) -> None:
-        """Forget what is not believed yet: the link is away."""
-        self._newest = self._known
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._subscriptions: dict[Subscription, None] = {}
+        self._awaited: dict[tuple[Key, str], Subscription] = {}
+        self._restorers.append(self._restore_subscriptions)
 
-    def resumed(self, found: Sequence[StoredMessage]) -> None:
-        """Take in what has been delivered out of the storage, the newest of it last."""
-        if found:
-            self.begin(found[-1])
+    def _begin(self) -> None:
+        super()._begin()
+        self._subscriptions.clear()
+        self._awaited.clear()
+
+    def _finish(self) -> None:
+        super()._finish()
+        for subscription in self._awaited.values():
+            self._forget(subscription)
+
+    def _forget(self, subscription: Subscription) -> None:
+        self._subscriptions.pop(subscription, None)
+        subscription.end()
+        for receiver in (subscription.watermark, subscription.stream):
+            if receiver is not None:
+                self._routers["message"].discard(receiver)
+
+    def _link_lost(self) -> None:
+        super()._link_lost()
+        for receiver in (*self._routers["message"], *self._feeds):
+            receiver.note_gap()
+        for subscription in self._subscriptions:
+            if subscription.watermark is not None:
+                subscription.watermark.doubt()
+                if not subscription.held:
+                    # The gap is marked when it is resumed.
+                    continue
+            if subscription.mark_gaps and subscription.stream is not None:
+                reason = _AGAIN if subscription.held else None
+                subscription.stream.push(Gap(subscription.channel, reason=reason), extra=True)
+
+    def _restore_subscriptions(self) -> Iterable[Restoration]:
+        for subscription in self._subscriptions:
+            if subscription.watermark is not None and not subscription.held:
+                # What is live waits behind what was stored meanwhile.
+                stream = subscription.stream
+                subscription.held = self._message_listeners() if stream is None else (stream,)
+                for held in subscription.held:
+                    held.hold()
+        for grant in self._session.restore():
+            yield Restoration(
+                f"the subscription to {grant.filter!r}",
+                partial(self._restore_grant, grant),
+                partial(self._grant_refused, grant),
+            )
+
+    def _message_listeners(self) -> tuple[EventStream[Any], ...]:
+        return tuple(one for one in self._routers["message"] if one in self._listeners)
+
+    async def _restore_grant(self, grant: Grant) -> None:
+        try:
+            await self._answer(grant.asked, DEFAULT)
+        except UnauthorizedError:
+            key = await self._key_of(grant.source, grant.key)
+            if key == grant.key or not grant.users:
+                raise
+            self._session.ask_again(grant, key)
+            await self._answer(grant.asked, DEFAULT)
+        assert self._link_tasks is not None
+        for subscription in self._users(grant):
+            if (watermark := subscription.watermark) is not None:
+                # Cut short with the link: the next one does it all again.
+                scope = subscription.scope()
+                self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
+
+    def _grant_refused(self, grant: Grant, error: Exception) -> None:
+        self._session.drop(grant)
+        for subscription in self._users(grant):
+            self._forget(subscription)
+            if subscription.stream is not None:
+                subscription.stream.end(lambda: error)
+            else:
+                self._awaited.pop((subscription.source, subscription.filter), None)
+                self._emit("error", error)
+
+    def _users(self, grant: Grant) -> list[Subscription]:
+        return [one for one in self._subscriptions if one.grant is grant]
+
+    async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
+        try:
+            found = await self._request(requests.history(key, channel, last=1), DEFAULT)
+        except RequestError as exc:
+            if exc.status is None:
+                # It is too large for the broker to send, and so would be any resuming behind it.
+                return None
+            raise
+        return found[-1] if found else None
+
+    async def _keep_watermark(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
+        with scope:
+            while True:
+                await watermark.stale.wait()
+                await anyio.sleep(RENEWED)
+                link = self._connection
+                try:
+                    newest = await self._newest_stored(grant.key, subscription.channel)
+                except EmitterError:
+                    # The older one will do, until there is a link again.
+                    continue
+                if link is self._connection and not subscription.held:
+                    watermark.renew(newest)
+
+    async def _resume(
+        self,
+        subscription: Subscription,
+        watermark: Watermark,
+        grant: Grant,
+        scope: anyio.CancelScope,
+    ) -> None:
+        """Deliver what was stored while the link was away, and then what waits behind it."""
+        with scope:
+            found: list[StoredMessage] = []
+            reason = None
+            try:
+                async with aclosing(self._stored_behind(grant, watermark)) as stored:
+                    async for message in stored:
+                        if len(found) == subscription.resume_limit:
+                            reason = f"there are more than resume_limit={len(found)}"
+                            break
+                        found.append(message)
+            except ConnectionLostError:
+                # The next link does it all again.
+                return
+            except EmitterError as exc:
+                reason = str(exc)
+            found.reverse()
+            watermark.resumed(found)
+            self._put_resumed(subscription, found, reason)
+
+    async def _stored_behind(
+        self, grant: Grant, watermark: Watermark
+    ) -> AsyncGenerator[StoredMessage]:
+        pages = self._newest_first(grant.key, grant.channel, _ALL, watermark.since, None, DEFAULT)
+        async with aclosing(pages):
+            async for message in pages:
+                if watermark.behind(message):
+                    yield message
+
+    def _put_resumed(
+        self, subscription: Subscription, found: Sequence[StoredMessage], reason: str | None
+    ) -> None:
+        channel = subscription.channel
+        if reason is None:
+            logger.info("%r: resumed, with %d stored messages", channel, len(found))
+        else:
+            logger.warning("%r: resumed with a gap, since %s", channel, reason)
+        if subscription.mark_gaps and subscription.stream is not None:
+            gap = Gap(channel, len(found), reason is None, reason)
+            subscription.stream.put_ahead([gap])
+        for message in map(replayed, found):
+            streams = (
+                self._handler_streams("message", message)
+                if subscription.stream is None
+                else (subscription.stream,)
+            )
+            for stream in streams:
+                stream.put_ahead([message])
+        subscription.let_through()
+
+
+def replayed(stored: StoredMessage) -> ReplayedMessage:
+    return ReplayedMessage(stored.channel, stored.binary, stored.id)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from . import _requests as requests
-from ._channels import Key, fingerprint, format_topic, is_whole, unshare
+from ._channels import Key, format_topic, is_whole, unshare
 from ._errors import (
     EmitterError,
     RemoteProtocolError,
     RequestError,
-    SubscriptionConflictError,
 )
 from ._errors import refusal as refusal_of
+from ._grants import Grants
 from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
@@ -39,7 +39,7 @@ from ._packets import (
 )
 from ._pending import Emission, Grant, Pending, Replay
 from ._requests import NonsenseError, Request
-from ._router import Matcher, overlap, reaches
+from ._router import Matcher, reaches
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ _IDS: Final = 65535
 _KEPT_IDS: Final = 4096
 
 
-class Session:
+class Session(Grants):
     """
     The state of the conversation with the broker.
 
@@ -66,20 +66,12 @@ class Session:
         matcher: Matcher = "emitter",
         allow_collisions: bool = False,
     ) -> None:
+        super().__init__(matcher, allow_collisions=allow_collisions)
         self._send = send
-        self._linked = True
-        self._matcher: Matcher = matcher
-        self._allow_collisions = allow_collisions
         self._pending: dict[int, Pending[Any]] = {}
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self._grants: dict[str, dict[Key, Grant]] = {}
-        self._feeds: dict[str, int] = {}
-        """How many use the feed of a channel's changes of presence."""
-        self._left_feeds: set[str] = set()
-        self.replays: set[Grant] = set()
-        """The subscriptions whose stored messages the broker may be replaying now."""
         self._published = 0
         self._settled = 0
         self._refusal: RequestError | None = None
@@ -90,11 +82,6 @@ class Session:
         self.connection_id: str | None = None
 
     # What is asked
-
-    @property
-    def linked(self) -> bool:
-        """Tell whether there is a link that has been told what is subscribed."""
-        return self._linked
 
     @property
     def pending(self) -> int:
@@ -185,6 +172,8 @@ class Session:
         """
         Ask for every subscription again, on a new link.
 
+        What is refused then is kept: whoever restores it asks again with another key, or drops it.
+
         :return: what was asked for
         """
         self._linked = True
@@ -197,6 +186,14 @@ class Session:
         """Ask with another key for a subscription that was refused."""
         grant.key = key
         self._ask_for(grant, Replay(last=0))
+
+    def drop(self, grant: Grant) -> None:
+        """Give up a subscription that was refused, whoever uses it."""
+        # It is not unsubscribed; another key, whose users have left, may have to be.
+        grants = self._grants.get(grant.filter, {})
+        if grants.get(grant.source) is grant:
+            del grants[grant.source]
+            self._tidy(grant.filter)
 
     def release(self, grant: Grant) -> Pending[None] | None:
         """
@@ -213,71 +210,10 @@ class Session:
         self._send(Unsubscribe(self._register(pending), format_topic(key, filter)))
         return pending
 
-    def overlapped(self, filter: str) -> bool:
-        """Tell whether some channel reaches both this subscription and another one."""
-        _, channel = unshare(filter)
-        return any(overlap(channel, unshare(other)[1], self._matcher) for other in self._grants)
-
-    def _is_deaf(self, filter: str) -> bool:
-        # The default matcher never delivers to "#", though the broker replays to it, and on the
-        # wire a replay looks like any other message.
-        return self._matcher == "emitter" and filter.endswith("#/")
-
-    def in_use(self, filter: str) -> bool:
-        """Tell whether a subscription to just this channel has users."""
-        return filter in self._grants
-
-    def replaying(self, channel: str) -> Pending[None] | None:
-        """
-        Give a SUBSCRIBE whose replay is under way and would reach a subscription to a channel.
-        """
-        for grant in self.replays:
-            if overlap(channel, grant.channel, self._matcher):
-                return grant.asked
-        return None
-
-    def in_replay(self, message: EmitterMessage) -> bool:
-        """
-        Tell whether a message may belong to a replay that is under way; the broker replays 64 KiB
-        at most.
-        """
-        for grant in self.replays:
-            if grant.replay_left > 0 and reaches(grant.channel, message.channel, self._matcher):
-                grant.replay_left -= len(message.binary) + 1
-                return True
-        return False
-
     def awaited(self) -> list[Pending[Any]]:
         """Give what is not settled yet and somebody waits for."""
         asked = (*self._pending.values(), *self._pings)
         return [pending for pending in asked if pending.awaited and not pending.done]
-
-    def watch(self, channel: str) -> None:
-        """
-        Use the feed of a channel's changes of presence; asking the broker is up to the caller.
-
-        :raises SubscriptionConflictError: if the broker would mix it up with another one
-        """
-        if channel not in self._feeds:
-            self._check_collision("presence feed", channel, self._feeds)
-        self._feeds[channel] = self._feeds.get(channel, 0) + 1
-
-    def unwatch(self, channel: str) -> bool:
-        """Stop using a feed; tells whether nobody uses it any more."""
-        users = self._feeds.pop(channel, 0) - 1
-        if users > 0:
-            self._feeds[channel] = users
-        elif not users and self._linked:
-            self._left_feeds.add(channel)
-        return not users
-
-    def unwatched(self, channel: str) -> None:
-        """The broker has ended the feed that nobody used any more."""
-        self._left_feeds.discard(channel)
-
-    def watched(self, channel: str) -> bool:
-        """Tell whether the feed of just this channel has users."""
-        return channel in self._feeds
 
     # What the broker says
 
@@ -312,22 +248,14 @@ class Session:
 
         :return: how many publishes of QoS 0 the broker is not known to have taken
         """
-        self._linked = False
+        self._forget_link()
         pending = [*self._pending.values(), *self._pings]
         self._pending.clear()
         self._pings.clear()
         self._tell_free()
-        self.replays.clear()
-        self._left_feeds.clear()
         unsettled = self._published - self._settled
         self._published = self._settled = 0
         self.connection_id = None
-        for filter, grants in list(self._grants.items()):
-            kept = {source: g for source, g in grants.items() if g.granted and g.users}
-            if kept:
-                self._grants[filter] = kept
-            else:
-                del self._grants[filter]
         for one in pending:
             one.fail(error)
         return unsettled
@@ -336,7 +264,7 @@ class Session:
 
     def _ask_for(self, grant: Grant, replay: Replay) -> None:
         pending: Pending[None] = self._new("subscribe", grant.key, grant.filter)
-        pending.grant, grant.asked = grant, pending
+        pending.grant, grant.asked, grant.refused = grant, pending, False
         if not replay.nothing:
             self.replays.add(grant)
         self._grants.setdefault(grant.filter, {})[grant.source] = grant
@@ -363,35 +291,6 @@ class Session:
         for waker in wakers:
             waker()
 
-    def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
-        if self._allow_collisions:
-            return
-        mark = fingerprint(channel)
-        for other in others:
-            if other != channel and fingerprint(other) == mark:
-                raise SubscriptionConflictError(
-                    f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
-                    "on one link and would never deliver to it: use a second Emitter for it (or "
-                    "connect(allow_collisions=True) with a broker without that fault)"
-                )
-
-    def _check_groups(self, filter: str) -> None:
-        group, channel = unshare(filter)
-        for other in self._grants:
-            other_group, other_channel = unshare(other)
-            if (group or other_group) and overlap(channel, other_channel, self._matcher):
-                raise SubscriptionConflictError(
-                    f"Emitter delivers one copy to a link, and cannot keep {filter!r} apart from "
-                    f"{other!r}, which overlaps with it: use a second Emitter for a group"
-                )
-
-    def _refused(self, grant: Grant) -> None:
-        # What was refused is not unsubscribed; another key, whose users have left, may have to be.
-        grants = self._grants.get(grant.filter, {})
-        if grants.get(grant.source) is grant:
-            del grants[grant.source]
-            self._tidy(grant.filter)
-
     def _tidy(self, filter: str) -> Pending[None] | None:
         """Unsubscribe a filter that nobody uses any more, under whichever key."""
         grants = self._grants.get(filter, {})
@@ -403,9 +302,10 @@ class Session:
             return None
         # A key that is granted will do. Of those that may be refused yet, any may be the good one;
         # if the SUBSCRIBE is going to be refused, so is the UNSUBSCRIBE, and that is no news.
-        granted = [grant for grant in grants.values() if grant.asked.done]
+        usable = [grant for grant in grants.values() if not grant.refused]
+        granted = [grant for grant in usable if grant.asked.done]
         pending: Pending[None] | None = None
-        for grant in granted[:1] or grants.values():
+        for grant in granted[:1] or usable:
             pending = self.unsubscribe(grant.key, filter)
             pending.awaited = False
             pending.quiet = not grant.asked.done
@@ -430,9 +330,11 @@ class Session:
             # Only subscribe() waits for a SUBACK, and it has made a grant.
             assert pending.grant is not None
             self.replays.discard(pending.grant)
-            pending.grant.granted = not denied
-            if denied:
-                self._refused(pending.grant)
+            pending.grant.refused = denied
+            if not denied:
+                pending.grant.granted = True
+            elif not pending.grant.granted:
+                self.drop(pending.grant)
         if refusal is not None:
             return self._refuse(pending, *refusal)
         if pending.request is None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import (
     AsyncGenerator,
-    Awaitable,
     Callable,
     Coroutine,
     Generator,
-    Iterable,
-    Sequence,
 )
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Literal, TypeVar, overload
-from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -36,30 +32,21 @@ from ._channels import (
 )
 from ._conversation import DEFAULT, Timeout
 from ._errors import (
-    ConnectionLostError,
-    EmitterError,
     RequestError,
     SubscriptionConflictError,
     UnauthorizedError,
 )
-from ._events import logger
-from ._history import Historian, check_stored
-from ._life import INTERRUPTED
-from ._messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
-from ._options import Options
-from ._pending import Grant, Pending, Replay
-from ._resuming import RENEWED, Watermark
+from ._history import check_stored
+from ._messages import EmitterMessage, Gap
+from ._pending import Pending, Replay
+from ._resuming import Resumer, Subscription, replayed
 from ._subscription import Entering, EventStream, Overflow, check_buffer
+from ._watermark import Watermark
 
 T = TypeVar("T")
 
-_ALL: Final = 0xFFFFFFFF
-"""As many stored messages as there are, a page at a time."""
-
 _A_KEY: Final = "k" * 32
 """As long as the key that a function will give."""
-
-_AGAIN: Final = "the link was lost again before the last gap was resumed: what was stored is there"
 
 
 class Subscribing(Entering[EventStream[T]]):
@@ -98,69 +85,8 @@ class Subscribing(Entering[EventStream[T]]):
         self._used = True
 
 
-class Subscription:
-    """
-    What one subscriber has asked for.
-
-    :param source: the key as the user gave it
-    :param filter: the channel, with its group in front if it is shared
-    :param stream: where its messages go; ``None`` is to the handlers
-    """
-
-    def __init__(
-        self, source: Key, filter: str, stream: EventStream[EmitterMessage | Gap] | None
-    ) -> None:
-        self.source = source
-        self.filter = filter
-        self.channel = unshare(filter)[1]
-        self.stream = stream
-        self.mark_gaps = False
-        self.watermark: Watermark | None = None
-        self.resume_limit = 0
-        self.grant: Grant | None = None
-        self.held: Sequence[EventStream[Any]] = ()
-        """What waits behind the stored messages that a gap would have lost."""
-        self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
-
-    def scope(self) -> anyio.CancelScope:
-        """Make a scope that ends with the subscription."""
-        scope = anyio.CancelScope()
-        self._scopes.add(scope)
-        return scope
-
-    def let_through(self) -> None:
-        """Hold back no longer what comes."""
-        held, self.held = self.held, ()
-        for stream in held:
-            stream.release()
-
-    def end(self) -> None:
-        """End what is done for it."""
-        self.let_through()
-        for scope in self._scopes:
-            scope.cancel()
-        if self.watermark is not None:
-            self.watermark.close()
-
-
-class Subscriber(Historian):
+class Subscriber(Resumer):
     """The verbs ``subscribe`` and ``unsubscribe``."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self._subscriptions: dict[Subscription, None] = {}
-        self._awaited: dict[tuple[Key, str], Subscription] = {}
-        self._restorers.append(self._restore_subscriptions)
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._subscriptions.clear()
-        self._awaited.clear()
-
-    def _finish(self) -> None:
-        super()._finish()
-        for subscription in self._awaited.values():
-            self._forget(subscription)
 
     @overload
     def subscribe(
@@ -376,13 +302,6 @@ class Subscriber(Historian):
         grant, subscription.grant = subscription.grant, None
         return None if grant is None else self._session.release(grant)
 
-    def _forget(self, subscription: Subscription) -> None:
-        self._subscriptions.pop(subscription, None)
-        subscription.end()
-        for receiver in (subscription.watermark, subscription.stream):
-            if receiver is not None:
-                self._routers["message"].discard(receiver)
-
     async def _replay(
         self, key: str, subscription: Subscription, replay: Replay, timeout: Timeout
     ) -> None:
@@ -404,7 +323,7 @@ class Subscriber(Historian):
                 # Too large for the broker to send; its own replays are cut off at 64 KiB as well.
                 last //= 2
                 continue
-            found = list(map(_replayed, stored))
+            found = list(map(replayed, stored))
             if subscription.stream is not None:
                 subscription.stream.put_in_front(found)
             else:
@@ -464,158 +383,3 @@ class Subscriber(Historian):
         finally:
             self._give_back(subscription)
             self._leave_stream(stream)
-
-    # When the link was lost
-
-    def _link_lost(self) -> None:
-        super()._link_lost()
-        for receiver in (*self._routers["message"], *self._feeds):
-            receiver.note_gap()
-        for subscription in self._subscriptions:
-            if subscription.watermark is not None:
-                subscription.watermark.doubt()
-                if not subscription.held:
-                    # The gap is marked when it is resumed.
-                    continue
-            if subscription.mark_gaps and subscription.stream is not None:
-                reason = _AGAIN if subscription.held else None
-                subscription.stream.push(Gap(subscription.channel, reason=reason), extra=True)
-
-    def _restore_subscriptions(self) -> Iterable[Callable[[], Awaitable[None]]]:
-        for subscription in self._subscriptions:
-            if subscription.watermark is not None and not subscription.held:
-                # What is live waits behind what was stored meanwhile.
-                stream = subscription.stream
-                subscription.held = self._message_listeners() if stream is None else (stream,)
-                for held in subscription.held:
-                    held.hold()
-        return [partial(self._restore_grant, grant) for grant in self._session.restore()]
-
-    async def _restore_grant(self, grant: Grant) -> None:
-        try:
-            try:
-                await self._answer(grant.asked, DEFAULT)
-            except UnauthorizedError:
-                key = await self._key_of(grant.source, grant.key)
-                if key == grant.key or not grant.users:
-                    raise
-                self._session.ask_again(grant, key)
-                await self._answer(grant.asked, DEFAULT)
-        except INTERRUPTED:
-            raise
-        except Exception as exc:
-            for subscription in self._users(grant):
-                self._not_restored(subscription, exc)
-        else:
-            assert self._link_tasks is not None
-            for subscription in self._users(grant):
-                if (watermark := subscription.watermark) is not None:
-                    # Cut short with the link: the next one does it all again.
-                    scope = subscription.scope()
-                    self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
-
-    def _message_listeners(self) -> tuple[EventStream[Any], ...]:
-        return tuple(one for one in self._routers["message"] if one in self._listeners)
-
-    def _users(self, grant: Grant) -> list[Subscription]:
-        return [one for one in self._subscriptions if one.grant is grant]
-
-    def _not_restored(self, subscription: Subscription, error: Exception) -> None:
-        logger.warning("%r could not be subscribed to again: %s", subscription.filter, error)
-        self._forget(subscription)
-        if subscription.stream is not None:
-            subscription.stream.end(lambda: error)
-        else:
-            self._awaited.pop((subscription.source, subscription.filter), None)
-            self._emit("error", error)
-
-    async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
-        try:
-            found = await self._request(requests.history(key, channel, last=1), DEFAULT)
-        except RequestError as exc:
-            if exc.status is None:
-                # It is too large for the broker to send, and so would be any resuming behind it.
-                return None
-            raise
-        return found[-1] if found else None
-
-    async def _keep_watermark(
-        self,
-        subscription: Subscription,
-        watermark: Watermark,
-        grant: Grant,
-        scope: anyio.CancelScope,
-    ) -> None:
-        with scope:
-            while True:
-                await watermark.stale.wait()
-                await anyio.sleep(RENEWED)
-                link = self._connection
-                try:
-                    newest = await self._newest_stored(grant.key, subscription.channel)
-                except EmitterError:
-                    # The older one will do, until there is a link again.
-                    continue
-                if link is self._connection and not subscription.held:
-                    watermark.renew(newest)
-
-    async def _resume(
-        self,
-        subscription: Subscription,
-        watermark: Watermark,
-        grant: Grant,
-        scope: anyio.CancelScope,
-    ) -> None:
-        """Deliver what was stored while the link was away, and then what waits behind it."""
-        with scope:
-            found: list[StoredMessage] = []
-            reason = None
-            try:
-                async with aclosing(self._stored_behind(grant, watermark)) as stored:
-                    async for message in stored:
-                        if len(found) == subscription.resume_limit:
-                            reason = f"there are more than resume_limit={len(found)}"
-                            break
-                        found.append(message)
-            except ConnectionLostError:
-                # The next link does it all again.
-                return
-            except EmitterError as exc:
-                reason = str(exc)
-            found.reverse()
-            watermark.resumed(found)
-            self._put_resumed(subscription, found, reason)
-
-    async def _stored_behind(
-        self, grant: Grant, watermark: Watermark
-    ) -> AsyncGenerator[StoredMessage]:
-        pages = self._newest_first(grant.key, grant.channel, _ALL, watermark.since, None, DEFAULT)
-        async with aclosing(pages):
-            async for message in pages:
-                if watermark.behind(message):
-                    yield message
-
-    def _put_resumed(
-        self, subscription: Subscription, found: Sequence[StoredMessage], reason: str | None
-    ) -> None:
-        channel = subscription.channel
-        if reason is None:
-            logger.info("%r: resumed, with %d stored messages", channel, len(found))
-        else:
-            logger.warning("%r: resumed with a gap, since %s", channel, reason)
-        if subscription.mark_gaps and subscription.stream is not None:
-            gap = Gap(channel, len(found), reason is None, reason)
-            subscription.stream.put_ahead([gap])
-        for message in map(_replayed, found):
-            streams = (
-                self._handler_streams("message", message)
-                if subscription.stream is None
-                else (subscription.stream,)
-            )
-            for stream in streams:
-                stream.put_ahead([message])
-        subscription.let_through()
-
-
-def _replayed(stored: StoredMessage) -> ReplayedMessage:
-    return ReplayedMessage(stored.channel, stored.binary, stored.id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -13,10 +13,9 @@ from . import _requests as requests
 from ._channels import Key, check_channel, check_source
 from ._conversation import DEFAULT, Conversation, Timeout
 from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
-from ._events import logger
-from ._life import INTERRUPTED
 from ._options import Options
 from ._presence import PresenceFeed
+from ._reconnecting import Restoration
 from ._requests import PresenceStatus
 from ._subscription import Entering, Overflow, check_buffer
 
@@ -69,6 +68,9 @@ class Watcher(Conversation):
             if fresh:
                 self._unwant_presence(channel)
             raise
+        if changes and channel in self._presence_wanted:
+            # The key that has just served is the one to come back with.
+            self._presence_wanted[channel] = key
         return status
 
     async def _ask_presence(
@@ -191,7 +193,7 @@ class Watcher(Conversation):
                         status, new = await self._status(feed, key, asked)
                     except RequestError as exc:
                         if asked == channel:
-                            feed.end(partial(_same, exc))
+                            _end_feed(feed, exc)
                             return
                         # The key is not for what is below: events alone must tell of it.
                     except RequestTimeoutError as exc:
@@ -208,40 +210,37 @@ class Watcher(Conversation):
 
     # When the link was lost
 
-    def _restore_presence(self) -> Iterable[Callable[[], Awaitable[None]]]:
+    def _restore_presence(self) -> Iterable[Restoration]:
         for feed, key in self._watches.items():
-            yield partial(self._restore_feed, feed, key)
+            yield Restoration(
+                f"the presence feed of {feed.channel!r}",
+                partial(self._restore_feed, feed, key),
+                partial(_end_feed, feed),
+            )
         for channel, key in self._presence_wanted.items():
-            yield partial(self._restore_changes, channel, key)
+            yield Restoration(
+                f"the changes of presence of {channel!r}",
+                partial(self._restore_changes, channel, key),
+                partial(self._changes_refused, channel),
+            )
 
     async def _restore_feed(self, feed: PresenceFeed, key: Key) -> None:
         if feed not in self._watches:
             return
-        try:
-            status, new = await self._status(feed, key, feed.channel, changes=True)
-        except INTERRUPTED:
-            raise
-        except Exception as exc:
-            logger.warning("%r could not be watched again: %s", feed.channel, exc)
-            feed.end(partial(_same, exc))
-        else:
-            feed.doubt()
-            if new:
-                # Nobody is kept waiting for this reader before the link may be used.
-                feed.push_or_drop(status)
+        status, new = await self._status(feed, key, feed.channel, changes=True)
+        feed.doubt()
+        if new:
+            # Nobody is kept waiting for this reader before the link may be used.
+            feed.push_or_drop(status)
 
     async def _restore_changes(self, channel: str, key: Key) -> None:
-        if channel not in self._presence_wanted:
-            return
-        try:
+        if channel in self._presence_wanted:
             await self._keyed(key, partial(self._ask_presence, channel, True, DEFAULT))
-        except INTERRUPTED:
-            raise
-        except Exception as exc:
-            logger.warning("%r could not be watched again: %s", channel, exc)
-            self._unwant_presence(channel)
-            self._emit("error", exc)
+
+    def _changes_refused(self, channel: str, error: Exception) -> None:
+        self._unwant_presence(channel)
+        self._emit("error", error)
 
 
-def _same(error: Exception) -> Exception:
-    return error
+def _end_feed(feed: PresenceFeed, error: Exception) -> None:
+    feed.end(lambda: error)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import secrets
 from collections.abc import AsyncIterator, Generator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -13,6 +13,9 @@ from tests.support.clock import virtual_time_options
 from tests.support.leaks import Leaks
 from tests.support.secrets import Witness
 from tests.support.server import Server, real_server
+
+if TYPE_CHECKING:
+    from emitter_anyio.testing import Broker
 
 # No test measures the time, so no example of Hypothesis has a deadline.
 hypothesis.settings.register_profile("project", deadline=None, print_blob=True)
@@ -68,12 +71,16 @@ def _blocking_calls_fail() -> Iterator[None]:
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    """Both backends: asyncio in debug mode, and virtual time for tests that ask for it."""
+    """
+    Both backends, with virtual time for tests that ask for it.
+
+    asyncio is in debug mode when ``PYTHONASYNCIODEBUG`` is set, but for tests that do without.
+    """
     options: dict[str, Any] = {}
     if request.node.get_closest_marker("virtual_time"):
         options = virtual_time_options(request.param)
     if request.param == "asyncio":
-        options["debug"] = not request.node.get_closest_marker("without_debug")
+        options["debug"] = False if request.node.get_closest_marker("without_debug") else None
 
     return request.param, options
 
@@ -119,6 +126,15 @@ async def server(anyio_backend: object, request: pytest.FixtureRequest) -> Async
 
     async with Broker() as broker:
         yield Server(broker.url, broker.host, broker.port, False, broker.secret_key, broker)
+
+
+@pytest.fixture
+async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
+    """A development broker, for tests that look into it."""
+    from emitter_anyio.testing import Broker
+
+    async with Broker() as broker:
+        yield broker
 
 
 @pytest.fixture

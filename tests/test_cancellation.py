@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import anyio
@@ -18,12 +18,6 @@ from tests.support.memory import MemoryConnectable
 from tests.support.steps import all_styles, cancel_in_step, styles
 
 Verb = Callable[[], Awaitable[object]]
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
 
 
 def make_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:

@@ -31,6 +31,12 @@ def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestEr
     )
 
 
+def test_to_some_brokers_the_secret_of_another_is_not_found() -> None:
+    hint = refused(404, "no", "keygen", KEY, "a/").hint
+    assert hint is not None
+    assert "the broker's master secret" in hint
+
+
 def test_without_a_key_there_is_nothing_to_say() -> None:
     assert refused(401, "no", "me", None, None).hint is None
 

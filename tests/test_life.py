@@ -23,12 +23,6 @@ from emitter_anyio.testing import Broker
 from tests.support.links import one_link
 
 
-@pytest.fixture
-async def broker(anyio_backend: object):  # type: ignore[no-untyped-def]
-    async with Broker() as broker:
-        yield broker
-
-
 class Oops(Exception):
     pass
 

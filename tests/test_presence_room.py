@@ -35,12 +35,6 @@ OFTEN = 0.01
 
 
 @pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
 async def watcher(broker: Broker) -> AsyncIterator[Emitter]:
     async with connect(broker.url) as watcher:
         yield watcher
@@ -147,6 +141,7 @@ async def crowd(
         yield members
 
 
+@pytest.mark.without_debug
 @pytest.mark.parametrize("seed", range(2))
 async def test_the_members_are_right_in_the_end(
     broker: Broker, watcher: Emitter, key: str, seed: int
@@ -160,6 +155,7 @@ async def test_the_members_are_right_in_the_end(
         assert told(feed) == {}
 
 
+@pytest.mark.without_debug
 async def test_several_feeds_on_overlapping_channels_are_right_at_once(
     broker: Broker, watcher: Emitter, key: str
 ) -> None:
@@ -177,6 +173,7 @@ async def test_several_feeds_on_overlapping_channels_are_right_at_once(
         assert told(too) == told(room)
 
 
+@pytest.mark.without_debug
 @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])
 async def test_the_members_are_right_whether_or_not_anybody_reads(
     broker: Broker, watcher: Emitter, key: str, overflow: Overflow
@@ -200,6 +197,7 @@ async def test_the_members_are_right_whether_or_not_anybody_reads(
                     full.receive_nowait()
 
 
+@pytest.mark.without_debug
 async def test_each_phase_of_losing_ends_right(broker: Broker, watcher: Emitter, key: str) -> None:
     statuses = Statuses(watcher)
     async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:

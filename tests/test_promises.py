@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Literal
 
@@ -29,12 +28,6 @@ from emitter_anyio._requests import Request
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
 from tests.support.logs import logged
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
 
 
 async def publish_numbers(emitter: Emitter, key: str, channel: str, numbers: range) -> None:

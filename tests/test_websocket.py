@@ -878,7 +878,10 @@ async def test_a_peer_that_does_not_answer_the_close_holds_nobody(
         closed.set()
 
 
-@pytest.mark.parametrize("stage", ["tls", "upgrade", "mqtt"])
+@pytest.mark.parametrize(
+    ("scheme", "stage"),
+    [("ws", "upgrade"), ("ws", "mqtt"), ("wss", "tls"), ("wss", "upgrade"), ("wss", "mqtt")],
+)
 async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: str) -> None:
     async def script(peer: Peer) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
@@ -887,8 +890,6 @@ async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: 
             while True:
                 await peer.stream.receive()
 
-    if scheme == "ws" and stage == "tls":
-        pytest.skip("there is no such stage")
     trust = {"ssl_context": tls.client_context()} if scheme == "wss" else {}
     context = tls.server_context() if scheme == "wss" and stage != "tls" else None
     async with tcp_peer(script, context=context) as port:

@@ -41,7 +41,8 @@ async def test_the_broker_answers_as_recorded(name: str, license: str) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 async def test_and_over_websocket(name: str) -> None:
-    async with Broker() as broker:
+    # What is no key reads as another noise under each licence, and now and then as a master key.
+    async with Broker(license=LICENSES["3"]) as broker:
         await Player(broker, open_websocket).play(CONVERSATIONS[name])
 
 

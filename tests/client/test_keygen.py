@@ -8,6 +8,7 @@ from emitter_anyio import (
     ChannelKey,
     Emitter,
     InvalidChannelError,
+    NotFoundError,
     UnauthorizedError,
 )
 from tests.client.tools import Calls, arrived
@@ -116,10 +117,11 @@ async def test_an_extend_key_serves_for_nothing_else_as_the_hint_says(
 async def test_a_bad_secret_is_refused_and_not_shown(
     emitter: Emitter, unique: str, secret: str
 ) -> None:
-    with pytest.raises(UnauthorizedError) as caught:
+    with pytest.raises((UnauthorizedError, NotFoundError)) as caught:
         await emitter.keygen(secret, unique)
     error = caught.value
-    assert (error.status, error.operation, error.channel) == (401, "keygen", unique)
+    # To one licence in 256, any 32 letters read as a master key of another contract: a 404.
+    assert (error.operation, error.channel) == ("keygen", unique)
     assert error.hint is not None
     assert secret not in f"{error} {error!r}"
 

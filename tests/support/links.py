@@ -23,6 +23,11 @@ def many_links(*args: Any, **options: Any) -> Emitter:
     return connect(*args, reconnect=SOON, **options)
 
 
+def held(broker: Broker) -> list[str]:
+    """What the broker's clients are subscribed to."""
+    return sorted(channel for client in broker.clients for channel in client.subscriptions)
+
+
 async def another_link(emitter: Emitter, broker: Broker) -> None:
     """Cut the link, and wait until there is another one."""
     async with emitter.stream("connect") as connected:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from emitter_anyio import EmitterMessage, Gap, connect
 from emitter_anyio.testing import Broker, FaultProxy
-
-from .support import packets, peer
-from .support.peer import Peer, memory_peer
+from tests.support import packets, peer
+from tests.support.peer import Peer, memory_peer
 
 KEY = "k" * 32
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
@@ -239,12 +237,6 @@ async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
 # Uncertain
 
 
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
 async def test_only_what_the_broker_has_not_confirmed_is_uncertain(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -324,6 +316,23 @@ async def test_leaving_while_down_tries_on_until_the_time_is_up(anyio_backend: o
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(7)
         assert connectable.attempts > 10
+    assert emitter.statistics().unsent == 3
+    assert emitter.state == "closed"
+
+
+@pytest.mark.virtual_time
+async def test_leaving_while_down_takes_no_more_tries_than_there_are(anyio_backend: object) -> None:
+    stuck = Stuck()
+    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+        emitter = connect(connectable=connectable, reconnect=Backoff(0.5, 0.5, tries=2))
+        async with emitter, emitter.stream("disconnect") as gone:
+            await stuck.fill(emitter, *"123")
+            stuck.open = False
+            stuck.cut.set()
+            await gone.receive()
+            start = anyio.current_time()
+        assert anyio.current_time() - start <= 1.1
+        assert connectable.attempts == 3
     assert emitter.statistics().unsent == 3
     assert emitter.state == "closed"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -23,29 +23,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
-from tests.support.links import another_link, link_away, many_links, one_link, while_away
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwlsp")
-
-
-def held(broker: Broker) -> list[str]:
-    """What the broker's clients are subscribed to."""
-    return sorted(channel for client in broker.clients for channel in client.subscriptions)
+from tests.support.links import another_link, held, link_away, many_links, one_link, while_away
 
 
 def calls_of(emitter: Emitter, broker: Broker, key: str) -> list[Callable[[], Awaitable[object]]]:

@@ -10,10 +10,10 @@ import anyio
 import pytest
 
 from emitter_anyio import Backoff, Emitter, StoredMessage, connect
-from emitter_anyio._resuming import RENEWED, Watermark
+from emitter_anyio._watermark import RENEWED, Watermark
 from emitter_anyio.testing import Broker
+from tests.reconnecting.test_resuming import take
 from tests.support.memory import MemoryConnectable
-from tests.test_resuming import take
 
 KEYS = "rwls"
 

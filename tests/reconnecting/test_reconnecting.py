@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import anyio
+import anyio.lowlevel
 import pytest
 
 from emitter_anyio import (
@@ -17,31 +16,8 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls, texts
-from tests.support.links import SOON, another_link, many_links, while_away
+from tests.support.links import SOON, another_link, held, many_links, while_away
 from tests.support.peer import DISCONNECT, Peer, memory_peer
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwlsp")
-
-
-def held(broker: Broker) -> list[str]:
-    """What the broker's clients are subscribed to."""
-    return sorted(channel for client in broker.clients for channel in client.subscriptions)
-
 
 # What is restored
 
@@ -138,6 +114,24 @@ async def test_a_presence_feed_learns_who_left_below_it_meanwhile(
             await feed.receive()
 
 
+async def test_a_presence_feed_that_was_being_looked_at_goes_on(broker: Broker) -> None:
+    key = broker.keygen("a/", "rp")
+    async with many_links(broker.url) as emitter, emitter.stream("error") as errors:
+        async with emitter.watch_presence(key, "a/", refresh=0.01) as feed:
+            with broker.hold("answer", "puback"):
+                while not emitter.statistics().pending:
+                    await anyio.lowlevel.checkpoint()
+                async with emitter.stream("disconnect") as gone:
+                    await broker.drop()
+                    await gone.receive()
+            await emitter.wait_connected()
+            async with emitter.subscribe(key, "a/"):
+                async for event in feed:
+                    if event.who:
+                        break
+            assert errors.statistics().buffered == 0
+
+
 async def test_changes_of_presence_are_told_again(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
@@ -154,6 +148,19 @@ async def test_changes_of_presence_are_told_again(
     await emitter.presence(key, "a/", changes=False)
     await another_link(emitter, broker)
     assert not any(client.watched for client in broker.clients)
+
+
+async def test_changes_of_presence_are_asked_for_with_the_last_key(
+    broker: Broker, emitter: Emitter
+) -> None:
+    old, new = broker.keygen("a/", "p"), broker.keygen("a/#/", "rp")
+    await emitter.presence(old, "a/", changes=True)
+    await emitter.presence(new, "a/", changes=True)
+    await emitter.keyban(broker.secret_key, old)
+    await another_link(emitter, broker)
+    async with emitter.stream("presence") as changes, connect(broker.url) as other:
+        await other.subscribe(new, "a/")
+        assert (await changes.receive()).event == "subscribe"
 
 
 async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, key: str) -> None:

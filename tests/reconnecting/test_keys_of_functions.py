@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
 import pytest
@@ -15,23 +15,6 @@ from tests.client.tools import Calls, texts
 from tests.support.links import SOON, another_link, many_links, while_away
 
 EXPIRED = "A" * 32
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwlsp")
 
 
 class Keys:
@@ -507,3 +490,46 @@ async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: 
         assert await ring.get(provide, restoring=True) == "k"
         restored.set()
     assert ring._asking == {}
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+async def test_a_function_may_end_the_program_while_the_link_is_restored(
+    broker: Broker, kind: type[BaseException]
+) -> None:
+    first, stop = broker.keygen("a/"), kind("stop")
+
+    async def keys() -> str:
+        if broker.clients != clients:
+            raise stop
+        return first
+
+    with pytest.raises(kind) as caught:
+        async with many_links(broker.url) as emitter:
+            clients = broker.clients
+            await emitter.subscribe(keys, "a/")
+            await emitter.keyban(broker.secret_key, first)
+            await broker.drop()
+            await anyio.sleep_forever()
+    assert caught.value is stop
+    assert emitter.state == "closed"
+
+
+async def test_a_function_may_still_be_asked_when_that_link_is_lost_too(broker: Broker) -> None:
+    first, second = broker.keygen("a/"), broker.keygen("#/", "r")
+    asked = 0
+
+    async def keys() -> str:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            await broker.drop()
+            await anyio.sleep_forever()
+        return first if asked == 1 else second
+
+    async with many_links(broker.url) as emitter:
+        async with emitter.subscribe(keys, "a/") as messages:
+            await emitter.keyban(broker.secret_key, first)
+            await another_link(emitter, broker)
+            await broker.publish("a/", "x")
+            assert (await messages.receive()).binary == b"x"
+    assert asked == 3

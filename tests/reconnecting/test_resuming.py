@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
 
 import anyio
@@ -25,24 +25,6 @@ from emitter_anyio._subscription import Overflow
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
 from tests.support.links import another_link, many_links, while_away
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwls")
-
 
 Items = EventStream[EmitterMessage | Gap]
 

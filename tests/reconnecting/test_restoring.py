@@ -18,19 +18,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls, texts
-from tests.support.links import another_link, link_away, many_links, while_away
-
-
-@pytest.fixture
-async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    async with Broker() as broker:
-        yield broker
-
-
-@pytest.fixture
-async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    async with many_links(broker.url) as emitter:
-        yield emitter
+from tests.support.links import another_link, held, link_away, many_links, while_away
 
 
 @pytest.fixture
@@ -38,16 +26,6 @@ async def other(broker: Broker) -> AsyncIterator[Emitter]:
     """Another client, to do something while the first one has no link."""
     async with connect(broker.url, reconnect=Backoff(0, 0)) as other:
         yield other
-
-
-@pytest.fixture
-def key(broker: Broker) -> str:
-    return broker.keygen("#/", "rwlsp")
-
-
-def held(broker: Broker) -> list[str]:
-    """What the broker's clients are subscribed to."""
-    return sorted(channel for client in broker.clients for channel in client.subscriptions)
 
 
 async def ban(broker: Broker, *keys: str) -> None:
@@ -87,7 +65,7 @@ async def test_a_banned_key_raises_in_its_own_stream_alone(
     await emitter.flush()
     assert held(broker) == []
     assert not errors.values
-    refused = [text for text in caplog.messages if "could not be subscribed to again" in text]
+    refused = [text for text in caplog.messages if "could not be restored" in text]
     assert len(refused) == 1
     assert bad not in caplog.text
 
@@ -135,8 +113,8 @@ async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
     await another_link(emitter, broker)
     said = sorted(text for text in caplog.messages if "401" in text)
     assert len(said) == 2
-    assert "'a/' could not be subscribed to again" in said[0]
-    assert "'p/' could not be watched again" in said[1]
+    assert "subscription to 'a/' could not be restored" in said[1]
+    assert "changes of presence of 'p/' could not be restored" in said[0]
 
 
 async def test_a_refused_presence_feed_raises_in_its_own_stream(

@@ -1,0 +1,121 @@
+"""What comes in, and to whom it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ._connection import Connection
+from ._errors import UnauthorizedError
+from ._events import EventSource, logger
+from ._keys import KeyRing
+from ._messages import EmitterMessage
+from ._options import Options
+from ._packets import Event, Packet
+from ._presence import PresenceFeed
+from ._router import Router
+from ._session import SYSTEM, Session
+from ._subscription import EventStream
+
+
+class Delivery(EventSource):
+    """What the events of a link become: messages in streams, answers to those who wait."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options.matcher)
+        self._options = options
+        self._connection: Connection | None = None
+        self._session = self._new_session()
+        self._keys = KeyRing()
+        self._feeds: Router[PresenceFeed] = Router(options.matcher)
+        self._unread: list[EmitterMessage] = []
+        """What was received and not read when the link was lost for good."""
+        self._lost: str | None = None
+        """Why there will be no link any more."""
+        self._received = 0
+        self._unhandled = 0
+        self._dropped = 0
+
+    def _new_session(self) -> Session:
+        return Session(
+            self._send_packet,
+            matcher=self._options.matcher,
+            allow_collisions=self._options.allow_collisions,
+        )
+
+    def _send_packet(self, packet: Packet) -> None:
+        # Not by _link(): behind DISCONNECT nothing leaves, and what is given back then need not.
+        assert self._connection is not None
+        self._connection.send(packet)
+
+    def _ping(self) -> None:
+        self._session.ping(awaited=False)
+
+    async def _deliver(self, events: Sequence[Event]) -> None:
+        router, session = self._routers["message"], self._session
+        for event in events:
+            if isinstance(event, EmitterMessage) and not event.channel.startswith(SYSTEM):
+                await self._deliver_message(event, router.receivers(event.channel))
+                continue
+            for emission in session.receive(event):
+                if emission.event == "message":
+                    message = emission.value
+                    await self._deliver_message(message, router.receivers(message.channel))
+                elif emission.event == "error":
+                    if isinstance(emission.value, UnauthorizedError):
+                        self._keys.doubt()
+                    self._report(emission.value)
+                else:
+                    for stream in self._receivers(emission.event, emission.value):
+                        await self._hand_over(stream, emission.value)
+                    if emission.event == "presence":
+                        await self._deliver_presence(emission.value)
+
+    async def _deliver_message(
+        self, message: EmitterMessage, streams: Sequence[EventStream[Any]]
+    ) -> None:
+        self._received += 1
+        replayed = bool(self._session.replays) and self._session.in_replay(message)
+        for stream in streams:
+            if not stream.push(message, extra=replayed):
+                await self._hand_over(stream, message)
+        if not streams:
+            self._unhandled += 1
+            if self._unhandled == 1:
+                logger.warning(
+                    "a message from %r reached no stream and no handler; it and the like are "
+                    "counted in statistics().unhandled",
+                    message.channel[:64],
+                )
+
+    async def _deliver_presence(self, event: Any) -> None:
+        if event.event == "status":
+            return
+        for feed in self._feeds.receivers(event.channel):
+            feed.note(event)
+            await self._hand_over(feed, event)
+
+    async def _hand_over(self, stream: EventStream[Any], item: Any) -> None:
+        if not stream.push(item):
+            if self._connection is not None and stream.blocks:
+                self._connection.held_up = True
+            await stream.make_room()
+            stream.push_or_drop(item)
+
+    def _streams(self) -> list[EventStream[Any]]:
+        handlers = {id(registration.stream) for registration in self._registrations}
+        found: list[EventStream[Any]] = [*self._feeds]
+        for router in self._routers.values():
+            found += [stream for stream in router if id(stream) not in handlers]
+        return found
+
+    def _leave_stream(self, stream: EventStream[Any]) -> None:
+        if self._lost is not None:
+            known = {id(message) for message in self._unread}
+            self._unread += [
+                item
+                for item in stream.drain()
+                if isinstance(item, EmitterMessage) and id(item) not in known
+            ]
+        self._dropped += stream.dropped
+        stream.close()
