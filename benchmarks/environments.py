@@ -42,9 +42,7 @@ def python_of(client: Client) -> str:
         try:
             import uvloop  # noqa: F401 - is it there?
         except ImportError:
-            raise MissingError(
-                f"{client.name}: uvloop is not there (pip install uvloop)"
-            ) from None
+            raise MissingError(f"{client.name}: uvloop is not there (pip install uvloop)") from None
     return _made(client.environment) if client.environment else sys.executable
 
 
@@ -67,6 +65,6 @@ def _made(environment: str) -> str:
 
 
 def _run(*command: str) -> None:
-    made = subprocess.run(command, capture_output=True, text=True)
+    made = subprocess.run(command, capture_output=True, check=False, text=True)
     if made.returncode:
         raise MissingError(f"{' '.join(command)} failed: {made.stderr.strip()}")

@@ -27,7 +27,7 @@ from typing import Final, Literal
 from benchmarks import wire
 
 _CHUNK: Final = 64 * 1024
-_READ: Final = 1024 * 1024
+_READ: Final = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Peer:
     counted: Counted = field(default_factory=Counted)
     filters: int = 0
     started: float = 0.0
+    free: threading.Event = field(default_factory=threading.Event)
+    """Set while no connection is served."""
 
     def serve(self, listener: socket.socket) -> None:
         """Serve one connection after the other."""
@@ -77,7 +79,9 @@ class Peer:
             context.load_cert_chain(*self.part.certificate)
         blob = self._blob() if self.part.mode == "blast" else []
         while True:
+            self.free.set()
             sock, _ = listener.accept()
+            self.free.clear()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.filters, self.started = 0, 0.0
             try:
@@ -170,11 +174,12 @@ class Peer:
         left = self.part.messages * size
         if not confirmed:
             left -= len(data)
+            bucket = bytearray(_READ)
             while left > 0:
-                received = pipe.recv(_READ)
+                received = pipe.recv_into(bucket)
                 if not received:
                     return
-                left -= len(received)
+                left -= received
         else:
             rest = b""
             while True:
@@ -263,6 +268,8 @@ def main() -> None:
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     print(listener.getsockname()[1], flush=True)
     sys.stdin.read()
+    if part.mode != "many":
+        peer.free.wait(5)  # the last words of a client that has left may not have been read yet
     print(json.dumps(asdict(peer.counted)), flush=True)
     os._exit(0)  # nothing that it still does is of use to anybody
 

@@ -7,9 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-from benchmarks.rows import CLIENTS, CPU, ROWS, Client, Figure, Goal, Row
+from benchmarks.rows import CLIENTS, RATE, ROWS, Client, Figure, Goal, Row
+
+_RATIOS: Final = (
+    "Ratios are to the fastest Python peer of the row in the same run; peers on uvloop stand "
+    "beside us on uvloop only."
+)
 
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """By row, client and figure."""
@@ -127,7 +132,7 @@ def _verdict(medians: Medians, row: Row, goal: Goal, client: Client) -> Verdict:
 
 def amount(value: float, digits: int = 0) -> str:
     """Write a number for people."""
-    if value >= 100_000:
+    if value >= 10_000:
         return f"{value / 1000:,.0f}k"
     if value >= 1_000:
         return f"{value:,.0f}"
@@ -200,15 +205,11 @@ def markdown(results: Results) -> str:
     """Write it all down."""
     medians = results.medians()
     verdicts = judge(medians)
-    missed = sum(v.met is False for v in verdicts)
+    met, missed = (sum(v.met is outcome for v in verdicts) for outcome in (True, False))
     about = "; ".join(f"{name}: {text}" for name, text in results.about.items())
-    parts = [
-        f"{about}.",
-        f"Goals met: {sum(v.met is True for v in verdicts)}, not met: {missed}. Ratios are to the "
-        "fastest Python peer of the row in the same run; peers on uvloop stand beside us on uvloop "
-        "only.",
-        goals_table(verdicts),
-    ]
+    parts = [f"{about}."]
+    if verdicts:
+        parts += [f"Goals met: {met}, not met: {missed}. {_RATIOS}", goals_table(verdicts)]
     for row in ROWS:
         measured, why = medians.get(row.name, {}), results.failures.get(row.name, {})
         if measured or why:
@@ -217,34 +218,35 @@ def markdown(results: Results) -> str:
 
 
 def plot(medians: Medians, path: Path) -> None:
-    """Draw the rates of all clients, each row beside its fastest Python peer, as SVG."""
+    """Draw the rates of all clients as SVG, a panel for each row."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "emitter_anyio"
     from matplotlib import pyplot
 
-    rows = [row for row in ROWS if row.figures[:2][-1] is CPU and row.name in medians]
-    rows = [row for row in rows if fastest(medians[row.name], row.figures[0], _OURS[0])]
-    names = [client.name for client in CLIENTS if any(client.name in medians[r.name] for r in rows)]
+    rows = [
+        row
+        for row in ROWS
+        if row.figures[0] is RATE and row.case != "fan_in" and medians.get(row.name)
+    ]
     if not rows:
         return
-    figure, axes = pyplot.subplots(figsize=(9, 0.3 + 0.16 * len(rows) * (len(names) + 2)))
-    height = 0.9 / len(names)
-    colours: Any = matplotlib.colormaps["tab20"]
-    for index, name in enumerate(names):
-        ratios = []
-        for row in rows:
-            best = fastest(medians[row.name], row.figures[0], _OURS[0])
-            value = medians[row.name].get(name, {}).get(row.figures[0].key, math.nan)
-            ratios.append(value / best[1] if best else math.nan)
-        places = [place + index * height for place in range(len(rows))]
-        axes.barh(places, ratios, height, label=name, color=colours(index % 20))
-    axes.set_yticks([place + 0.45 for place in range(len(rows))], [row.name for row in rows])
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("messages per second, times the fastest Python peer without uvloop")
-    axes.legend(fontsize="small", loc="lower right")
+    high = math.ceil(len(rows) / 3)
+    figure, panels = pyplot.subplots(high, 3, figsize=(11, 2.3 * high), squeeze=False)
+    for panel, row in zip(panels.flat, rows, strict=False):
+        rates = {name: figures[RATE.key] for name, figures in medians[row.name].items()}
+        names = sorted(rates, key=lambda name: rates[name])
+        colours = ["tab:orange" if _CLIENTS[name].ours else "tab:gray" for name in names]
+        bars = panel.barh(names, [rates[name] for name in names], color=colours)
+        panel.bar_label(bars, [f" {amount(rates[name])}" for name in names], fontsize=6)
+        panel.margins(x=0.15)
+        panel.set_title(row.name, fontsize=9)
+        panel.tick_params(labelsize=6)
+        panel.set_xticks([])
+    for panel in panels.flat[len(rows) :]:
+        panel.set_axis_off()
+    figure.suptitle("messages per second", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

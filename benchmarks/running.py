@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.peer import Part
 from benchmarks.rows import Client, Row
 
 ROOT: Final = Path(__file__).parents[1]
@@ -45,6 +47,56 @@ class RunFailedError(Exception):
     """A run gave no figures; says why."""
 
 
+@dataclass
+class RunningPeer:
+    """
+    A peer in a process of its own.
+
+    :ivar counted: what it has counted, once it has ended
+    """
+
+    port: int
+    counted: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def running_peer(part: Part) -> Iterator[RunningPeer]:
+    """Have a peer."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.peer", json.dumps(asdict(part))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            peer = RunningPeer(int(process.stdout.readline()))
+            yield peer
+        finally:
+            told = process.communicate()[0]
+        peer.counted = json.loads(told)
+
+
+def job_and_part(
+    row: Row, client: Client, messages: int, certificate: Certificate | None = None, **more: Any
+) -> tuple[dict[str, Any], Part]:
+    """
+    Work out what the client is told, but for the port, and what the peer does.
+
+    :param more: what else the client is told
+    """
+    told: dict[str, Any] = {"messages": messages, "case": row.case, "variant": client.variant}
+    told |= {**row.job, "websocket": row.needs == "websocket", **more}
+    if row.case == "stalled" and client.ours:
+        told["subscriptions"] = 2
+    part = row.part(messages, told.get("subscriptions", 1))
+    if certificate is not None:
+        told["ca"] = certificate.authority
+        part = replace(part, certificate=(certificate.chain, certificate.key))
+    return told, part
+
+
 def run(
     row: Row,
     client: Client,
@@ -57,52 +109,40 @@ def run(
     Measure once.
 
     :param python: the interpreter that has the client
-    :param messages: of how many messages; a client whose ``share`` is smaller gets fewer
+    :param messages: how many messages; a client whose ``share`` is smaller gets fewer
+    :param certificate: speak TLS
     :param more: what else the client is told
     :raises RunFailedError: if it gave no figures
     """
-    scaled = row.mode in ("blast", "sink") and row.case != "stalled"
-    messages = max(1, round(messages * client.share)) if scaled else messages
-    said: dict[str, Any] = {"messages": messages, **row.job, **more}
-    if row.case == "stalled" and client.ours:
-        said["subscriptions"] = 2
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if certificate is not None:
-        said["ca"] = environment["SSL_CERT_FILE"] = certificate.authority
-    said |= {"case": row.case, "variant": client.variant, "websocket": row.needs == "websocket"}
+    if row.mode in ("blast", "sink") and row.case != "stalled":
+        messages = max(1, round(messages * client.share))
     command = [python, "-m", f"benchmarks.clients.{client.module}"]
     if row.mode == "none":
-        return _figures(command, said, environment)
+        return _figures(command, {"case": row.case, "messages": messages}, certificate)
 
-    part = row.part(messages, said.get("subscriptions", 1))
-    if certificate is not None:
-        part = replace(part, certificate=(certificate.chain, certificate.key))
-    with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.peer", json.dumps(asdict(part))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        text=True,
-    ) as peer:
-        assert peer.stdout is not None
-        try:
-            said["port"] = int(peer.stdout.readline())
-            figures = _figures(command, said, environment)
-        finally:
-            counted = json.loads(peer.communicate()[0] or "{}")
+    told, part = job_and_part(row, client, messages, certificate, **more)
+    with running_peer(part) as peer:
+        figures = _figures(command, {**told, "port": peer.port}, certificate)
     if not client.python:
         # It cannot say how long it took; the peer can.
-        figures["rate"] = messages / counted["seconds"]
+        figures["rate"] = messages / peer.counted["seconds"]
     return figures
 
 
 def _figures(
-    command: list[str], said: Mapping[str, Any], environment: Mapping[str, str]
+    command: list[str], told: Mapping[str, Any], certificate: Certificate | None
 ) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # What pip has installed is compiled; a checkout would be compiled at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    if certificate is not None:
+        # For clients that know the system's authorities only.
+        environment["SSL_CERT_FILE"] = certificate.authority
     try:
         done = subprocess.run(
-            [*command, json.dumps(said)],
+            [*command, json.dumps(told)],
             capture_output=True,
+            check=False,
             text=True,
             timeout=_TIMEOUT,
             cwd=ROOT,

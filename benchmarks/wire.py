@@ -6,6 +6,7 @@ import base64
 import hashlib
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Final, Protocol
 
 CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
@@ -66,6 +67,7 @@ class Pipe(Protocol):
     """What the peer needs of a socket; also a TLS socket, and a WebSocket."""
 
     def recv(self, size: int, /) -> bytes: ...
+    def recv_into(self, buffer: bytearray, /) -> int: ...
     def sendall(self, data: bytes, /) -> None: ...
 
 
@@ -75,6 +77,7 @@ class WebSocketPipe:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._data = bytearray()
+        self._taken = 0
         head = b""
         while not head.endswith(b"\r\n\r\n"):
             head += sock.recv(4096)
@@ -101,20 +104,31 @@ class WebSocketPipe:
         self._sock.sendall(head + data)
 
     def recv(self, size: int, /) -> bytes:
-        while True:
-            payload, kind = self._frames()
-            if payload or kind == 8:
-                return payload
-            received = self._sock.recv(size)
-            if not received:
-                return b""
-            self._data += received
+        parts = list[bytes]()
+        while not parts and self._read(size):
+            for mask, start, end in self._frames():
+                parts.append(_unmask(self._data[start:end], mask))
+        return b"".join(parts)
 
-    def _frames(self) -> tuple[bytes, int]:
-        """Take the payload of all whole frames, and the kind of the last one."""
-        data, position, parts, kind = self._data, 0, [], 0
-        while len(data) >= position + 6:
-            start, length = position + 2, data[position + 1] & 127
+    def recv_into(self, buffer: bytearray, /) -> int:
+        """Tell how much has come, without writing it into the buffer: who counts needs no more."""
+        size = 0
+        while not size and self._read(len(buffer)):
+            size = sum(end - start for _, start, end in self._frames())
+        return size
+
+    def _read(self, size: int) -> bool:
+        del self._data[: self._taken]
+        self._taken = 0
+        received = self._sock.recv(size)
+        self._data += received
+        return bool(received)
+
+    def _frames(self) -> Iterator[tuple[bytes, int, int]]:
+        """Find the payloads of all whole frames: their masks, and where they are."""
+        data = self._data
+        while len(data) >= self._taken + 6:
+            start, length = self._taken + 2, data[self._taken + 1] & 127
             if length == 126:
                 start, length = start + 2, int.from_bytes(data[start : start + 2], "big")
             elif length == 127:
@@ -122,12 +136,10 @@ class WebSocketPipe:
             end = start + 4 + length
             if end > len(data):
                 break
-            kind = data[position] & 15
-            if kind < 8:
-                parts.append(_unmask(data[start + 4 : end], bytes(data[start : start + 4])))
-            position = end
-        del data[:position]
-        return b"".join(parts), kind
+            of_control = data[self._taken] & 8
+            self._taken = end
+            if not of_control:
+                yield bytes(data[start : start + 4]), start + 4, end
 
 
 def _unmask(data: bytearray, mask: bytes) -> bytes:

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 import anyio
-import emitter_anyio
 
+import emitter_anyio
 from benchmarks.clients import common
 from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, KEY, channel
@@ -206,7 +206,7 @@ async def stalled(job: Job) -> Figures:
         emitter.subscribe(KEY, channel(0)) as unread,
     ):
         before = common.memory()
-        async with emitter.subscribe(KEY, "bench/") as read:
+        async with emitter.subscribe(KEY, "bench/", last=0) as read:
             received = 0
             with anyio.move_on_after(60):
                 async for _ in read:

@@ -1,5 +1,5 @@
 """
-mqttium, by its iterator, and by a callback where the case is ``handler``.
+mqttium, by its iterator, and by a callback where the case is ``handler``; not for uvloop.
 
 Publishes with QoS 1 keep receipts in a window: it says itself that no task is needed for each.
 """
@@ -10,10 +10,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from mqttium.api import AsyncClient
+
 from benchmarks.clients import aio, common
 from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, channel, topic
-from mqttium.api import AsyncClient
 
 
 @asynccontextmanager
@@ -90,9 +91,7 @@ async def round_trip(job: Job) -> Figures:
     async with link(job) as client:
         await client.subscribe(channel(0))
         messages = client.messages()
-        return await aio.trips(
-            job, lambda: client.publish(name, body), lambda: anext(messages)
-        )
+        return await aio.trips(job, lambda: client.publish(name, body), lambda: anext(messages))
 
 
 async def stalled(job: Job) -> Figures:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
+from zmqtt import QoS, create_client
+
 from benchmarks.clients import aio, common
 from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, channel, topic
-from zmqtt import QoS, create_client
 
 
 def link(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AbstractAsyncContextManager
 
 from aiomqtt import Client
@@ -66,9 +65,7 @@ async def round_trip(job: Job) -> Figures:
     async with link(job) as client:
         await client.subscribe(channel(0))
         messages = client.messages
-        return await aio.trips(
-            job, lambda: client.publish(name, body), lambda: anext(messages)
-        )
+        return await aio.trips(job, lambda: client.publish(name, body), lambda: anext(messages))
 
 
 async def stalled(job: Job) -> Figures:

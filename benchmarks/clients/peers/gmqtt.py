@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from gmqtt import Client
+from gmqtt.mqtt.constants import MQTTv311
+
 from benchmarks.clients import aio, common
 from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, channel, topic
-from gmqtt import Client
-from gmqtt.mqtt.constants import MQTTv311
 
 
 @asynccontextmanager

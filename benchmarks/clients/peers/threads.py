@@ -51,7 +51,11 @@ class Paho:
 
 
 class EmitterIo:
-    """The original SDK; it tells of no acknowledgement, so QoS 1 goes by Paho inside."""
+    """
+    The original SDK; it tells of no acknowledgement, so QoS 1 goes by Paho inside.
+
+    More than 20 messages in flight it does not know.
+    """
 
     def __init__(self, job: Job, keepalive: int, on_message=None) -> None:
         from emitter import Client
@@ -63,7 +67,6 @@ class EmitterIo:
             client.on_message = lambda message: on_message(message.binary)
         # It knows the system's authorities only: SSL_CERT_FILE names the peer's.
         client.connect(HOST, job.port, secure=job.ca is not None, keepalive=keepalive)
-        client._mqtt.max_inflight_messages_set(max(20, job.in_flight))
         client.loop_start()
         connected.wait()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -26,8 +26,14 @@ class Loop:
         client.on_socket_unregister_write = self._unregister
 
     def _open(self, client, userdata, sock) -> None:
-        self._loop.add_reader(sock, client.loop_read)
+        self._loop.add_reader(sock, self._read, sock)
         self._misc = self._loop.create_task(self._tend())
+
+    def _read(self, sock) -> None:
+        self._client.loop_read()
+        # What TLS has read ahead makes no socket readable.
+        while isinstance(sock, ssl.SSLSocket) and sock.pending():
+            self._client.loop_read()
 
     def _close(self, client, userdata, sock) -> None:
         self._loop.remove_reader(sock)
@@ -64,7 +70,6 @@ async def link(
         client.on_publish = on_publish
     Loop(client)
     client.connect(HOST, job.port, keepalive)
-    client.socket().setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     await connected.wait()
     try:
         yield client
