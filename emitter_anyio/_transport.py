@@ -14,9 +14,9 @@ import socket
 import ssl
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
@@ -331,10 +331,7 @@ async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
 
 
 async def _connect_tcp(server: Server) -> socket.socket:
-    try:
-        found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    except UnicodeError as exc:
-        raise OSError(f"{server.host!r} is no host name: {exc}") from exc
+    found = await _look_up(server.host, server.port)
     failures = []
     deadline = anyio.current_effective_deadline()
     for number, (family, *_, address) in enumerate(found):
@@ -355,6 +352,18 @@ async def _connect_tcp(server: Server) -> socket.socket:
     raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
         "no address could be reached", failures
     )
+
+
+async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+    try:
+        # A number needs no thread to be looked up in.
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        pass
+    try:
+        return await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise OSError(f"{host!r} is no host name: {exc}") from exc
 
 
 async def _connect(family: int, address: object) -> socket.socket:
