@@ -85,9 +85,8 @@ class Connection:
             writer.write(self._codec.encode(packet))
 
     def publish(self, topic: bytes, payload: bytes, retain: bool) -> None:
-        """Queue a PUBLISH of QoS 0, without a packet of it being made."""
-        if not self.writer.ended:
-            self.writer.write(encode_publish(topic, payload, retain))
+        """Queue a PUBLISH of QoS 0, for which there is room, without making a packet of it."""
+        self.writer.write(encode_publish(topic, payload, retain))
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""
