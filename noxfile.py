@@ -167,3 +167,10 @@ def soak(session: nox.Session) -> None:
     """Many clients, a network that fails and a broker that dies, for minutes: see --help."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure us beside other MQTT clients: -- --quick, or see benchmarks/README.md."""
+    session.install("-e", ".[websocket]", *nox.project.dependency_groups(PROJECT, "bench"))
+    session.run("python", "-m", "benchmarks", *session.posargs)
