@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from threading import Thread
 
 import anyio
-from anyio import to_thread
+from anyio.abc import ObjectReceiveStream
+from anyio.from_thread import BlockingPortal
 
 from emitter_anyio import ConnectionLostError, Emitter, connect
 from emitter_anyio.testing import Broker
@@ -48,21 +50,33 @@ async def show_people(emitter: Emitter, key: str) -> None:
     async with emitter.watch_presence(key, CHANNEL) as changes:
         async for _ in changes:
             names = sorted(member.username or "?" for member in changes.members.values())
-            print(f"-- here: {', '.join(names)}", flush=True)
+            if names:
+                print(f"-- here: {', '.join(names)}", flush=True)
 
 
-async def read_line() -> str:
-    """Read a line in a thread, which is left to itself when nobody waits any more."""
-    return await to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
+@asynccontextmanager
+async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
+    """Read lines in a thread of our own: nothing can interrupt it, and a daemon is not waited for."""
+    send, receive = anyio.create_memory_object_stream[str]()
+
+    def read() -> None:
+        with suppress(RuntimeError):  # the portal is closed: nobody waits for lines any more
+            for line in sys.stdin:
+                portal.call(send.send, line)
+            portal.call(send.aclose)
+
+    async with BlockingPortal() as portal, receive, send:
+        Thread(target=read, daemon=True).start()
+        yield receive
 
 
 async def main(name: str) -> None:
     async with broker() as (url, secret), connect(url, username=name) as emitter:
         key = (await emitter.keygen(secret, CHANNEL, "rwslp")).key
-        async with anyio.create_task_group() as tasks:
+        async with typed_lines() as lines, anyio.create_task_group() as tasks:
             tasks.start_soon(show_messages, emitter, key)
             tasks.start_soon(show_people, emitter, key)
-            while line := await read_line():
+            async for line in lines:
                 said = {"name": name, "text": line.strip()}
                 try:
                     await emitter.publish(key, CHANNEL, said, ttl=3600, qos=1, echo=False)
@@ -76,5 +90,5 @@ if __name__ == "__main__":
         sys.exit("who are you?  python examples/terminal_chat.py NAME")
     try:
         anyio.run(main, sys.argv[1], backend="trio" if "trio" in sys.argv[2:] else "asyncio")
-    except KeyboardInterrupt:
+    except* KeyboardInterrupt:
         pass
