@@ -56,7 +56,7 @@ async def show_people(emitter: Emitter, key: str) -> None:
 
 @asynccontextmanager
 async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
-    """Read lines in a thread of our own: nothing can interrupt it, and a daemon is not waited for."""
+    """Read lines in a thread that nothing can interrupt, and so nobody waits for: a daemon."""
     send, receive = anyio.create_memory_object_stream[str]()
 
     def read() -> None:

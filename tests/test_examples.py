@@ -97,7 +97,8 @@ class Program:
     """An example that runs until it is told to end."""
 
     def __init__(self, process: anyio.abc.Process) -> None:
-        assert process.stdin and process.stdout
+        assert process.stdin
+        assert process.stdout
         self._process = process
         self._stdin = process.stdin
         self._lines = BufferedByteReceiveStream(process.stdout)

@@ -22,7 +22,8 @@ ID = "0123456789abcdef" * 2
 def load(name: str = "app") -> Application:
     """Load the application: under each name, it is one of its own."""
     spec = importlib.util.spec_from_file_location(f"examples.web_chat.{name}", APP)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     app: Application = module.app

@@ -64,6 +64,13 @@ function say(state, words) {
 
 addEventListener("offline", () => name && lost());
 addEventListener("online", () => name && connect());
+// A page that is kept for the way back is not there meanwhile.
+addEventListener("pagehide", () => {
+  clearTimeout(retry);
+  clearTimeout(silence);
+  drop();
+});
+addEventListener("pageshow", (event) => event.persisted && name && connect());
 
 // What comes
 
