@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from threading import Thread
+from uuid import uuid4
 
 import anyio
 from anyio.abc import ObjectReceiveStream
@@ -32,26 +33,29 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
         yield url, os.environ["EMITTER_SECRET"]
     else:
         async with Broker() as own:
-            print("In another terminal (the secret is good for this broker, while it lasts):\n")
+            print("In another terminal (the secret is good for this broker, while it lasts):")
             print(f"EMITTER_URL={own.url} EMITTER_SECRET={own.secret_key} \\")
-            print("    python examples/terminal_chat.py ben\n", flush=True)
+            print("    python examples/terminal_chat.py ben", flush=True)
             yield own.url, own.secret_key
 
 
-async def show_messages(emitter: Emitter, key: str) -> None:
-    # resume: when the link has been away, what was said meanwhile is read back.
+async def show_messages(emitter: Emitter, key: str, seen: set[str]) -> None:
+    # When the link was away, what was said meanwhile is read back, and some of before.
     async with emitter.subscribe(key, CHANNEL, last=10, resume=True) as messages:
         async for message in messages:
             said = message.as_object()
-            print(f"{said['name']}: {said['text']}", flush=True)
+            if said["id"] not in seen:
+                seen.add(said["id"])
+                print(f"{said['name']}: {said['text']}", flush=True)
 
 
 async def show_people(emitter: Emitter, key: str) -> None:
+    shown: list[str] = []
     async with emitter.watch_presence(key, CHANNEL) as changes:
         async for _ in changes:
             names = sorted(member.username or "?" for member in changes.members.values())
-            if names:
-                print(f"-- here: {', '.join(names)}", flush=True)
+            if names != shown:
+                print(f"-- here: {', '.join(shown := names)}", flush=True)
 
 
 @asynccontextmanager
@@ -72,12 +76,13 @@ async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
 
 async def main(name: str) -> None:
     async with broker() as (url, secret), connect(url, username=name) as emitter:
-        key = (await emitter.keygen(secret, CHANNEL, "rwslp")).key
+        key, seen = (await emitter.keygen(secret, CHANNEL, "rwslp")).key, set[str]()
         async with typed_lines() as lines, anyio.create_task_group() as tasks:
-            tasks.start_soon(show_messages, emitter, key)
+            tasks.start_soon(show_messages, emitter, key, seen)
             tasks.start_soon(show_people, emitter, key)
             async for line in lines:
-                said = {"name": name, "text": line.strip()}
+                said = {"id": uuid4().hex, "name": name, "text": line.strip()}
+                seen.add(said["id"])
                 try:
                     await emitter.publish(key, CHANNEL, said, ttl=3600, qos=1, echo=False)
                 except ConnectionLostError:

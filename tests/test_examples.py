@@ -176,3 +176,32 @@ def test_thermostat(tmp_path: Path) -> None:
     folder = ("-c", str(tmp_path / "pytest.ini"), "-p", "no:cacheprovider")
     done = run("-m", "pytest", *folder, "examples/test_thermostat.py")
     assert re.search(r"=== 8 passed in ", done.stdout), done.stdout
+
+
+class TestThePage:
+    PAGE = (ROOT / "docs/examples.md").read_text()
+
+    def test_it_lists_each(self) -> None:
+        listed = re.findall(r"^\| `examples/(\S+?)/?` \|", self.PAGE, re.MULTILINE)
+        there = (path for path in (ROOT / "examples").iterdir() if path.name != "__pycache__")
+        assert sorted(listed) == sorted(path.name for path in there)
+
+    def test_every_command_is_one_that_a_test_runs(self) -> None:
+        blocks = re.findall(r"^```sh\n(.+?)^```$", self.PAGE, re.MULTILINE | re.DOTALL)
+        for line in "".join(blocks).splitlines():
+            match re.sub(r"\b[A-Z_]+=\S+ ", "", line).split():
+                case ["python", program, *_] if program.startswith("examples/"):
+                    assert Path(program).name in [*OUTPUT, *OTHERS]
+                case ["python", "-m", "pytest", program]:
+                    assert Path(program).name in OTHERS
+                case ["python", "-m", "pip", "install", ".", *others]:
+                    assert {*others} <= {"starlette", "uvicorn", "websockets", "pytest"}
+                case _:
+                    # tests/browser.py starts it so.
+                    assert line == "python -m uvicorn examples.web_chat.app:app"
+
+    def test_every_picture_is_there(self) -> None:
+        pictures = re.findall(r"^!\[.+?\]\((\S+?)\)$", self.PAGE, re.MULTILINE)
+        assert len(pictures) == 3
+        for picture in pictures:
+            assert 0 < (ROOT / "docs" / picture).stat().st_size < 150_000

@@ -1,7 +1,7 @@
 """
 A chat in the browser: one client of Emitter for the server, and a WebSocket to each browser.
 
-    python -m pip install . starlette "uvicorn[standard]"
+    python -m pip install . starlette uvicorn websockets
     python -m uvicorn examples.web_chat.app:app    # and open http://127.0.0.1:8000 twice
 
 It has a development broker of its own, or takes yours, named by EMITTER_URL (mqtt://HOST:PORT)
