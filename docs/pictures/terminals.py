@@ -1,5 +1,5 @@
 """
-Draws ``terminals.svg``: two people in the chat of ``examples/terminal_chat.py``, one of them cut off.
+Draws ``terminals.svg``: two people in ``examples/terminal_chat.py``, one of them cut off.
 
     python docs/pictures/terminals.py
 
@@ -88,8 +88,8 @@ def draw(terminals: list[Terminal]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         "font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', "
-        'monospace" font-size="14" aria-label="Two terminals: Ann and Ben chat, Ben loses his link, '
-        'and gets what was said meanwhile">' + "\n".join(drawn) + "</svg>\n"
+        'monospace" font-size="14" aria-label="Two terminals: Ann and Ben chat, Ben loses his '
+        'link, and gets what was said meanwhile">' + "\n".join(drawn) + "</svg>\n"
     )
 
 
