@@ -149,6 +149,20 @@ def adversity(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """The web chat of the examples, in Chromium: two talk, are cut off, and come back."""
+    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+    if missing:
+        session.error(
+            f"there is no {' and no '.join(missing)}: this session drives a browser. On Debian and "
+            "Ubuntu: apt-get install chromium chromium-driver"
+        )
+
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "browser"))
+    session.run("pytest", "tests/browser.py", *session.posargs)
+
+
+@nox.session(default=False)
 def emitter(session: nox.Session) -> None:
     """The client suite against a real Emitter: EMITTER_URL and EMITTER_SECRET say which."""
     missing = [name for name in ("EMITTER_URL", "EMITTER_SECRET") if not os.environ.get(name)]

@@ -5,11 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import anyio
+from anyio.abc import Process
+
 ROOT = Path(__file__).parent.parent.parent
+
+# Not with -X dev: asyncio would tell on stderr which steps took long on a loaded machine.
+_PYTHON = (sys.executable, "-W", "error")
+
+
+def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        # Without a buffer, nobody would see that a line has not been flushed.
+        if not name.startswith("EMITTER_") and name != "PYTHONUNBUFFERED"
+    }
+    return {**inherited, **(more or {})}
 
 
 def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -19,17 +35,10 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
     :param arguments: what follows ``python``
     :param environment: variables besides the usual ones; no broker is named unless here
     """
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        # Without a buffer, nobody would see that a line has not been flushed.
-        if not name.startswith("EMITTER_") and name != "PYTHONUNBUFFERED"
-    }
     return subprocess.Popen(
-        # Not with -X dev: asyncio would tell on stderr which steps took long on a loaded machine.
-        [sys.executable, "-W", "error", *arguments],
+        [*_PYTHON, *arguments],
         cwd=ROOT,
-        env={**inherited, **(environment or {})},
+        env=_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,3 +64,21 @@ def running(
             yield process
         finally:
             process.kill()
+
+
+@asynccontextmanager
+async def open_process(
+    *arguments: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[Process]:
+    """Do what :func:`running` does, with the pipes of AnyIO; what comes on stderr is passed on."""
+    async with await anyio.open_process(
+        [*_PYTHON, *arguments],
+        stderr=None,
+        cwd=ROOT,
+        env=_environment(environment),
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()

@@ -1,0 +1,76 @@
+"""
+A presence board: who is in the office, kept up to date while people come and go.
+
+Run it as it is, with a development broker of its own:  python examples/presence_board.py
+Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio
+
+from emitter_anyio import Emitter, Member, PresenceEvent, connect
+from emitter_anyio.testing import Broker
+
+CHANNEL = "office/"
+WORDS = {"subscribe": "has come", "unsubscribe": "has left"}
+
+
+@asynccontextmanager
+async def broker() -> AsyncIterator[tuple[str, str]]:
+    """Give the URL and the secret key of a broker."""
+    if url := os.environ.get("EMITTER_URL"):
+        yield url, os.environ["EMITTER_SECRET"]
+    else:
+        async with Broker() as own:
+            yield own.url, own.secret_key
+
+
+def draw(change: PresenceEvent, members: Iterable[Member]) -> None:
+    # A status comes first, of who is there already, and whenever a change has not been heard of.
+    if change.event == "status":
+        news = "here is who is in"
+    else:
+        news = f"{change.who[0].username} {WORDS[change.event]}"
+    names = sorted(member.username or "somebody" for member in members)
+    print(f"{change.time:%H:%M:%S}  {news:<17}  in the office: {', '.join(names) or 'nobody'}")
+
+
+async def keep_board(emitter: Emitter, key: str, until_left: str) -> None:
+    async with emitter.watch_presence(key, CHANNEL) as changes:
+        async for change in changes:
+            draw(change, changes.members.values())
+            if change.event == "unsubscribe" and change.who[0].username == until_left:
+                return
+
+
+@asynccontextmanager
+async def in_the_office(url: str, key: str, name: str) -> AsyncIterator[None]:
+    """Be there: as long as somebody subscribes to the channel, presence shows the user name."""
+    async with connect(url, username=name) as emitter, emitter.subscribe(key, CHANNEL, last=0):
+        yield
+
+
+async def main() -> None:
+    async with (
+        broker() as (url, secret),
+        connect(url) as emitter,
+        anyio.create_task_group() as tasks,
+    ):
+        key = (await emitter.keygen(secret, CHANNEL, "rp")).key
+        async with in_the_office(url, key, "ann"):
+            tasks.start_soon(keep_board, emitter, key, "ann")
+            async with AsyncExitStack() as others:
+                for name in ("ben", "carl"):
+                    await anyio.sleep(0.2)
+                    await others.enter_async_context(in_the_office(url, key, name))
+                await anyio.sleep(0.2)
+
+
+if __name__ == "__main__":
+    anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")

@@ -1,0 +1,95 @@
+"""
+A chat in the browser: one client of Emitter for the server, and a WebSocket to each browser.
+
+    python -m pip install . starlette uvicorn websockets
+    python -m uvicorn examples.web_chat.app:app    # and open http://127.0.0.1:8000 twice
+
+It has a development broker of its own, or takes yours, named by EMITTER_URL (mqtt://HOST:PORT)
+and EMITTER_SECRET: then any number of servers are one chat.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+from starlette.applications import Starlette
+from starlette.routing import Mount, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from emitter_anyio import Emitter, EmitterError, connect
+from emitter_anyio.testing import Broker
+
+from .people import People
+
+CHANNEL = "webchat/room/"
+
+
+@asynccontextmanager
+async def broker() -> AsyncIterator[tuple[str, str]]:
+    """Give the URL and the secret key of a broker."""
+    if url := os.environ.get("EMITTER_URL"):
+        yield url, os.environ["EMITTER_SECRET"]
+    else:
+        async with Broker() as own:
+            yield own.url, own.secret_key
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    server = People.new_server()
+    async with broker() as (url, secret), connect(url, username=server) as emitter:
+        key = (await emitter.keygen(secret, "webchat/#/", "rwslp")).key
+        people = People(server, emitter, key)
+        emitter.on("connect", people.show)
+        emitter.on("disconnect", people.show)
+        app.state.emitter, app.state.key, app.state.people = emitter, key, people
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(people.run)
+            yield
+            tasks.cancel_scope.cancel()
+
+
+async def serve(websocket: WebSocket) -> None:
+    """Serve a browser. Each text from it is 32 letters to know the message by, and the message."""
+    emitter: Emitter = websocket.app.state.emitter
+    key: str = websocket.app.state.key
+    people: People = websocket.app.state.people
+    name = " ".join(websocket.query_params.get("name", "").split())[:24] or "Somebody"
+
+    async def send_messages() -> None:
+        # A browser that was away gets what was said meanwhile, and knows by the ids what is new;
+        # what this server itself missed, without its broker, is read back.
+        async with emitter.subscribe(key, CHANNEL, last=50, resume=True) as messages:
+            async for message in messages:
+                await websocket.send_text(message.binary.decode(errors="replace"))
+
+    async def send_people() -> None:
+        while True:
+            changed, live = people.changed, emitter.state == "connected"
+            await websocket.send_json({"people": people.names, "live": live})
+            with anyio.move_on_after(10):  # and then again: to a browser, silence is a lost link
+                await changed.wait()
+
+    await websocket.accept()
+    try:
+        with people.visit(name):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(send_people)
+                tasks.start_soon(send_messages)
+                async for said in websocket.iter_text():
+                    id, text = said[:32], said[32:2032]
+                    message = {"id": id, "name": name, "text": text, "at": time.time()}
+                    await emitter.publish(key, CHANNEL, message, ttl=86400, qos=1)
+                tasks.cancel_scope.cancel()
+    except* (EmitterError, WebSocketDisconnect):
+        pass  # it comes again by itself, and repeats what it has not seen arrive
+
+
+static = StaticFiles(directory=Path(__file__).parent / "static", html=True)
+app = Starlette(lifespan=lifespan, routes=[WebSocketRoute("/chat", serve), Mount("/", static)])

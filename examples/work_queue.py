@@ -1,0 +1,85 @@
+"""
+A work queue: a share group hands each job to one worker, and what is not done is handed out again.
+
+Run it as it is, with a development broker of its own:  python examples/work_queue.py
+Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+from anyio.abc import TaskStatus
+
+from emitter_anyio import connect
+from emitter_anyio.testing import Broker
+
+JOBS, DONE, GROUP = "work/jobs/", "work/done/", "workers"
+
+
+@asynccontextmanager
+async def broker() -> AsyncIterator[tuple[str, str]]:
+    """Give the URL and the secret key of a broker."""
+    if url := os.environ.get("EMITTER_URL"):
+        yield url, os.environ["EMITTER_SECRET"]
+    else:
+        async with Broker() as own:
+            yield own.url, own.secret_key
+
+
+async def work(
+    name: str,
+    url: str,
+    key: str,
+    group_key: str,
+    *,
+    task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
+) -> None:
+    async with (
+        connect(url, username=name) as emitter,
+        emitter.subscribe(group_key, JOBS, group=GROUP) as jobs,
+    ):
+        task_status.started()
+        async for job in jobs:
+            number = job.as_object()
+            if name == "carl":
+                print(f"carl goes home with job {number}")
+                return
+            done = {"job": number, "result": number**2, "worker": name}
+            await emitter.publish(key, DONE, done, qos=1)
+
+
+async def main() -> None:
+    async with broker() as (url, secret), connect(url) as emitter:
+        key = (await emitter.keygen(secret, "work/#/", "rw")).key
+        # A group has a key of its own, made for the group and its channel together.
+        group_key = (await emitter.keygen(secret, f"$share/{GROUP}/{JOBS}", "r")).key
+        open_jobs = set(range(1, 13))
+        async with (
+            emitter.subscribe(key, DONE, last=0) as results,
+            anyio.create_task_group() as workers,
+        ):
+            for name in ("ann", "ben", "carl"):
+                await workers.start(work, name, url, key, group_key)
+            while open_jobs:
+                # The broker forgets a job that it has handed out. So we do not, and hand it out
+                # again when nothing comes any more: a job may be done twice, and none is lost.
+                for number in sorted(open_jobs):
+                    await emitter.publish(key, JOBS, number, qos=1)
+                while open_jobs:
+                    with anyio.move_on_after(1.5) as patience:
+                        done = (await results.receive()).as_object()
+                    if patience.cancelled_caught:
+                        break
+                    if done["job"] in open_jobs:
+                        open_jobs.remove(done["job"])
+                        print(f"job {done['job']}: {done['result']}, says {done['worker']}")
+            workers.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
