@@ -116,6 +116,7 @@ class Reconnector(Delivery):
         """Publishes that were accepted, and of which no link has had a byte."""
         self._restorers: list[Restorer] = []
         self._retrying: anyio.CancelScope | None = None
+        self._goodbye_to: Connection | None = None
         self._tasks: TaskGroup | None = None
         self._link_tasks: TaskGroup | None = None
         """For what ends with the present link."""
@@ -285,7 +286,9 @@ class Reconnector(Delivery):
 
     def _start_goodbye(self, connection: Connection) -> None:
         assert self._tasks is not None
-        self._tasks.start_soon(self._say_goodbye, connection)
+        if self._goodbye_to is not connection:
+            self._goodbye_to = connection
+            self._tasks.start_soon(self._say_goodbye, connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
         with anyio.CancelScope(deadline=self._deadline):
