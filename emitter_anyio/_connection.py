@@ -198,8 +198,6 @@ class Connection:
 class _Keepalive(Due):
     """The broker counts our silence, we count its."""
 
-    done = False
-
     def __init__(self, link: Connection, seconds: float, ping: Callable[[], None]) -> None:
         self._link = link
         self._seconds = seconds
@@ -207,6 +205,10 @@ class _Keepalive(Due):
         self._doubted: float | None = None
         """When the peer was last heard, if it was pinged for its silence since then."""
         link.timer.add(self._next, self)
+
+    @property
+    def done(self) -> bool:
+        return False
 
     @property
     def _next(self) -> float:

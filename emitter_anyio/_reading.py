@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from typing import Final, Protocol
+from abc import ABC, abstractmethod
+from typing import Final
 
 import anyio
 from anyio import ClosedResourceError
@@ -14,17 +15,19 @@ CHUNK: Final = 65536
 """So many bytes are read at a time, where nothing larger is awaited."""
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """What reads one socket, for one task at a time."""
 
+    @abstractmethod
     async def receive(self, size: int) -> bytes:
         """Wait for some bytes, at most ``size``; none are the end. Cancelling it loses none."""
 
+    @abstractmethod
     def close(self) -> None:
         """Read no more; whoever waits gets a :exc:`~anyio.ClosedResourceError`."""
 
 
-class AskingReader:
+class AskingReader(Reader):
     """Asks the loop each time, which costs little on Trio."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -42,7 +45,7 @@ class AskingReader:
         """Whoever closes the socket says so to the loop."""
 
 
-class WatchingReader:
+class WatchingReader(Reader):
     """
     Has the loop of asyncio watch the socket all the time: to begin and to end it for each message
     takes two system calls and twice the time.

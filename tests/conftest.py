@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import secrets
+import signal
 from collections.abc import AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ from tests.support.server import Server, real_server
 
 if TYPE_CHECKING:
     from emitter_anyio.testing import Broker
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs behind it so, and the programs that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test measures the time, so no example of Hypothesis has a deadline.
 hypothesis.settings.register_profile("project", deadline=None, print_blob=True)
