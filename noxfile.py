@@ -100,6 +100,40 @@ def coverage(session: nox.Session) -> None:
     session.run("coverage", "report")
 
 
+@nox.session
+def build(session: nox.Session) -> None:
+    """What is released: built, checked, and installed where nothing else is."""
+    session.install(*nox.project.dependency_groups(PROJECT, "build"))
+    made = Path(session.create_tmp()).absolute()
+    shutil.rmtree(made, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(made))
+    (wheel,), (sdist,) = made.glob("*.whl"), made.glob("*.tar.gz")
+    session.run("twine", "check", "--strict", str(wheel), str(sdist))
+
+    empty = made / "empty"
+    session.run("python", "-m", "venv", str(empty))
+    python = str(empty / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+    session.run(python, "-m", "pip", "install", "--quiet", str(wheel), external=True)
+    session.run(python, "-m", "pip", "list", external=True)
+    # Away from the checkout, which Python would find first.
+    with session.chdir(made):
+        session.run(python, "-m", "emitter_anyio", "demo", external=True)
+        session.run(python, "-m", "tarfile", "-e", str(sdist), external=True)
+    with session.chdir(made / sdist.name.removesuffix(".tar.gz")):
+        session.run(python, "-m", "pip", "install", "--quiet", ".[test]", external=True)
+        session.run(python, "-m", "pytest", "--collect-only", "--quiet", external=True, silent=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages of docs/, as HTML in docs/_build/html; a warning is an error."""
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "docs"))
+    built = Path("docs", "_build", "html")
+    session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "-E", "docs", str(built))
+    session.run("pytest", "-q", "tests/built_docs.py")
+    session.log(f"open {built / 'index.html'}")
+
+
 @nox.session(python=OLDEST, default=False)
 def fuzz(session: nox.Session) -> None:
     """Any bytes, guided by coverage, for a minute each: -- codec -max_total_time=600."""
@@ -147,3 +181,10 @@ def soak(session: nox.Session) -> None:
     """Many clients, a network that fails and a broker that dies, for minutes: see --help."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure us beside other MQTT clients: -- --quick, or see benchmarks/README.md."""
+    session.install("-e", ".[websocket]", *nox.project.dependency_groups(PROJECT, "bench"))
+    session.run("python", "-m", "benchmarks", *session.posargs)

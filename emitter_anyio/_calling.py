@@ -279,7 +279,7 @@ class Caller(Subscriber):
     def _say(self, key: str, channel: str, payload: bytes) -> None:
         # Without waiting, since it may be said under cancellation.
         if self._usable(self._connection):
-            self._session.publish(self._topic(key, channel), payload)
+            self._send_publish(self._topic(key, channel), payload)
 
     def _topic(self, key: str, channel: str) -> bytes:
         # Only who asks and serves, both, has to hear what it says itself.

@@ -40,7 +40,9 @@ _PUBACK: Final = 4
 _PINGRESP: Final = 13
 
 _SHORT_PUBLISH: Final = struct.Struct("!BBH")
-_PACKET_ID: Final = struct.Struct("!H")
+_PUBLISH_HEAD: Final = struct.Struct("!BBBH")
+_LENGTH: Final = struct.Struct("!H")
+_PACKET_ID: Final = _LENGTH
 
 
 class Hello(NamedTuple):
@@ -121,8 +123,10 @@ class Codec:
         self._keepalive = hello.keepalive
         self._connected = False
         self._broken = False
-        self._rest = bytearray()
-        self._missing = 0
+        self._rest: list[bytes] = []
+        """What has come of a packet, in pieces."""
+        self.missing = 0
+        """How many bytes of it have yet to come, as far as that is known."""
         self._heard: list[Event] = []
         self._link = _MemorySocket()
         self._paho = client = _PahoClient(self._link, hello.client_id)
@@ -142,9 +146,9 @@ class Codec:
 
     def encode(self, packet: Packet) -> bytes:
         """Turn a packet into bytes."""
+        if type(packet) is Publish:
+            return encode_publish(packet.topic, packet.payload, packet.retain, packet.packet_id)
         match packet:
-            case Publish():
-                return encode_publish(packet)
             case Subscribe(packet_id, topic):
                 self._paho.next_mid = packet_id
                 self._paho.subscribe(topic)
@@ -167,11 +171,13 @@ class Codec:
         if self._broken:
             return []
         if self._rest:
-            self._rest += data
-            if len(self._rest) < self._missing:
+            self._rest.append(data)
+            self.missing -= len(data)
+            if self.missing > 0:
                 return []
-            data = bytes(self._rest)
+            data = b"".join(self._rest)
             self._rest.clear()
+            self.missing = 0
         events: list[Event] = []
         try:
             self._take_packets(data, events)
@@ -194,7 +200,7 @@ class Codec:
             shift = 0
             while True:
                 if start == end:
-                    return self._keep(data, at, 0)
+                    return self._keep(data, at, 1)
                 byte = data[start]
                 start += 1
                 size |= (byte & 0x7F) << shift
@@ -210,7 +216,7 @@ class Codec:
                 )
             stop = start + size
             if stop > end:
-                return self._keep(data, at, stop - at)
+                return self._keep(data, at, stop - end)
             kind = head >> 4
             if not self._connected:
                 self._take_connack(head, data[at:stop], size, events)
@@ -225,9 +231,9 @@ class Codec:
             at = stop
         return None
 
-    def _keep(self, data: bytes, at: int, whole: int) -> None:
-        self._rest += data[at:] if at else data
-        self._missing = whole
+    def _keep(self, data: bytes, at: int, missing: int) -> None:
+        self._rest.append(data[at:] if at else data)
+        self.missing = missing
 
     def _take_connack(self, head: int, packet: bytes, size: int, events: list[Event]) -> None:
         if head >> 4 != _CONNACK or size != 2:
@@ -287,24 +293,25 @@ class Codec:
             self._heard.append(Undecodable(len(payload)))
 
 
-def encode_publish(packet: Publish) -> bytes:
+def encode_publish(
+    topic: bytes, payload: bytes, retain: bool = False, packet_id: int | None = None
+) -> bytes:
     """Encode a ``PUBLISH`` of QoS 0 or, with a packet id, 1."""
-    topic, payload, packet_id, retain = packet
-    size = 2 + len(topic) + len(payload)
+    length = len(topic)
+    size = 2 + length + len(payload)
     head = 0x30 | retain
     if packet_id is not None:
         size += 2
         head |= 0x02
         topic += _PACKET_ID.pack(packet_id)
-        length = len(topic) - 2
-    else:
-        length = len(topic)
     if size < 0x80:
         return _SHORT_PUBLISH.pack(head, size, length) + topic + payload
-    return bytes((head, *_varint(size))) + _PACKET_ID.pack(length) + topic + payload
+    if size < 0x4000:
+        return _PUBLISH_HEAD.pack(head, size & 0x7F | 0x80, size >> 7, length) + topic + payload
+    return b"".join((bytes((head, *_varint(size))), _LENGTH.pack(length), topic, payload))
 
 
-def is_unconfirmed_publish(packet: bytes) -> bool:
+def is_unconfirmed_publish(packet: bytes | memoryview) -> bool:
     """Tell whether an encoded packet is a ``PUBLISH`` of QoS 0."""
     return packet[0] & 0xF6 == 0x30
 

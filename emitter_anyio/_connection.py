@@ -9,15 +9,20 @@ from typing import Final, TypeAlias
 import anyio
 
 from ._channels import check_channel, check_key, format_topic
-from ._codec import Codec, Hello, is_unconfirmed_publish
+from ._codec import Codec, Hello, encode_publish, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._reading import CHUNK
+from ._timer import Due, Timer
 from ._transport import BROKEN, Transport, open_transport
 from ._writer import Writer
 
 Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
+
+_LARGEST_READ: Final = 1048576
+"""So many bytes are read at a time of a packet that is as large as that."""
 
 _REFUSALS: Final = {
     1: "it does not speak MQTT 3.1.1",
@@ -52,9 +57,11 @@ class Connection:
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
+        self.timer = Timer()
+        self.last_heard = anyio.current_time()
+        """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
-        self._last_heard = anyio.current_time()
         self._scope = anyio.CancelScope()
         self._reading = anyio.CancelScope()
         self._ended = anyio.Event()
@@ -72,9 +79,14 @@ class Connection:
 
     def send(self, packet: Packet) -> None:
         """Encode a packet and queue it; nothing goes behind DISCONNECT."""
-        if not self.leaving:
-            self.writer.ended = isinstance(packet, Disconnect)
-            self.writer.write(self._codec.encode(packet))
+        writer = self.writer
+        if not writer.ended:
+            writer.ended = type(packet) is Disconnect
+            writer.write(self._codec.encode(packet))
+
+    def publish(self, topic: bytes, payload: bytes, retain: bool) -> None:
+        """Queue a PUBLISH of QoS 0, for which there is room, without making a packet of it."""
+        self.writer.write(encode_publish(topic, payload, retain))
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""
@@ -84,7 +96,7 @@ class Connection:
     @property
     def unsent(self) -> list[bytes]:
         """The publishes of QoS 0 of which no byte has been handed over."""
-        return list(filter(is_unconfirmed_publish, self.writer.untouched))
+        return [bytes(one) for one in self.writer.untouched if is_unconfirmed_publish(one)]
 
     async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
         """
@@ -98,7 +110,8 @@ class Connection:
             with self._scope:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._guard, self.writer.run)
-                    tasks.start_soon(self._guard, self._keep_alive, ping)
+                    _Keepalive(self, self._keepalive, ping)
+                    tasks.start_soon(self._guard, self.timer.run)
                     await self._guard(self._read, deliver)
         finally:
             if self._broken is None:
@@ -164,9 +177,10 @@ class Connection:
     async def _read(self, deliver: Deliver) -> None:
         with self._reading:
             await self._take_in(deliver, self._first)
-            while data := await self._transport.receive():
-                self._last_heard = anyio.current_time()
-                await self._take_in(deliver, self._codec.decode(data))
+            receive, codec = self._transport.receive, self._codec
+            while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
+                self.last_heard = anyio.current_time()
+                await self._take_in(deliver, codec.decode(data))
             raise EOFError("the broker closed the link")
         while await self._transport.receive():
             pass
@@ -178,27 +192,42 @@ class Connection:
         await deliver(events)
         if self.held_up:
             self.held_up = False
-            self._last_heard = anyio.current_time()
+            self.last_heard = anyio.current_time()
 
-    async def _keep_alive(self, ping: Callable[[], None]) -> None:
-        # The broker counts our silence, we count its: one timer to whichever comes first.
-        while True:
-            quiet_since = min(self._last_heard, self.writer.last_sent)
-            await anyio.sleep_until(quiet_since + self._keepalive)
-            now = anyio.current_time()
-            heard = self._last_heard
-            if now < min(heard, self.writer.last_sent) + self._keepalive:
-                continue
-            ping()
-            self.writer.last_sent = now
-            if now < heard + self._keepalive:
-                continue
-            await anyio.sleep(self._keepalive / 2)
-            if self._last_heard == heard and not self.held_up:
-                raise TimeoutError(
-                    f"the broker was silent for {self._keepalive * 1.5:g} s and did not answer "
-                    "a PINGREQ"
-                )
+
+class _Keepalive(Due):
+    """The broker counts our silence, we count its."""
+
+    done = False
+
+    def __init__(self, link: Connection, seconds: float, ping: Callable[[], None]) -> None:
+        self._link = link
+        self._seconds = seconds
+        self._ping = ping
+        self._doubted: float | None = None
+        """When the peer was last heard, if it was pinged for its silence since then."""
+        link.timer.add(self._next, self)
+
+    @property
+    def _next(self) -> float:
+        return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
+
+    def fall_due(self, now: float) -> None:
+        heard, doubted = self._link.last_heard, self._doubted
+        self._doubted = None
+        if heard == doubted and not self._link.held_up:
+            raise TimeoutError(
+                f"the broker was silent for {self._seconds * 1.5:g} s and did not answer a PINGREQ"
+            )
+        when = self._next
+        if when <= now:
+            self._ping()
+            self._link.writer.last_sent = now
+            when = self._next
+            if when <= now:
+                self._doubted = heard
+                when = now + self._seconds / 2
+        self._link.timer.add(when, self)
 
 
 async def open_connection(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
 
 from ._channels import Key
+from ._connection import Connection
 from ._errors import MessageTooLargeError, RequestTimeoutError, UnauthorizedError
 from ._life import Life
 from ._pending import Pending
 from ._reconnecting import RESTORING
 from ._requests import Request
+from ._session import Session
+from ._timer import Due
 
 T = TypeVar("T")
 
@@ -32,12 +34,48 @@ Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
 """Seconds to wait for the broker; ``None`` waits for ever."""
 
 
+class _Waiting(Due):
+    """One who waits for an answer."""
+
+    __slots__ = ("_answered", "_link", "_pending", "_seconds", "_session", "over")
+
+    def __init__(self, pending: Pending[Any]) -> None:
+        self._pending = pending
+        self.over = anyio.Event()
+        pending.call_when_done(self.over.set)
+
+    def limit(self, seconds: float, link: Connection, session: Session | None) -> None:
+        """
+        Wait no longer than so many seconds, from the time that all that is queued has left.
+
+        :param session: all that is restored is asked at once, and Emitter answers one after the
+            other: as long as this one is answered anything, nothing is late
+        """
+        self._seconds, self._link, self._session = seconds, link, session
+        self._answered = -1
+        link.writer.call_when_left(link.writer.queued, self._begin)
+
+    def _begin(self) -> None:
+        self._link.timer.add(self._link.writer.last_sent + self._seconds, self)
+
+    @property
+    def done(self) -> bool:
+        return self._pending.done or not self._pending.waiters
+
+    def fall_due(self, now: float) -> None:
+        if self._session is not None and self._answered < self._session.answered:
+            self._answered = self._session.answered
+            self._link.timer.add(now + self._seconds, self)
+        else:
+            self.over.set()
+
+
 class Conversation(Life):
     """What every verb does: wait for room, ask with no await in between, wait for the answer."""
 
     async def _room(self) -> None:
         """Wait until a packet may be queued; nothing may be awaited before it is."""
-        link = None
+        link: Connection | None = None
         while not self._usable(link):
             link = await self._linked()
             if not link.writer.has_room:
@@ -84,24 +122,18 @@ class Conversation(Life):
 
     async def _answer(self, pending: Pending[T], timeout: Timeout) -> T:
         """Wait for what the broker says, from the time that the question has left."""
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
         if pending.done:
             await checkpoint()
             return pending.result()
-        done = anyio.Event()
-        pending.call_when_done(done.set)
-        assert self._connection is not None
-        writer = self._connection.writer
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        waiting = _Waiting(pending)
+        if seconds is not None:
+            assert self._connection is not None
+            session = self._session if RESTORING.get() else None
+            waiting.limit(seconds, self._connection, session)
         pending.waiters += 1
         try:
-            await writer.left(writer.queued)
-            # All that is restored is asked at once, and Emitter answers one after the other: as
-            # long as it goes on, none of it is late.
-            answered: float = -1
-            while answered < self._session.answered and not pending.done:
-                answered = self._session.answered if RESTORING.get() else math.inf
-                with anyio.move_on_after(seconds):
-                    await done.wait()
+            await waiting.over.wait()
         finally:
             pending.waiters -= 1
             pending.awaited = bool(pending.waiters)

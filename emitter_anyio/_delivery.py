@@ -48,6 +48,11 @@ class Delivery(EventSource):
         assert self._connection is not None
         self._connection.send(packet)
 
+    def _send_publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
+        assert self._connection is not None
+        self._session.published()
+        self._connection.publish(topic, payload, retain)
+
     def _ping(self) -> None:
         self._session.ping(awaited=False)
 

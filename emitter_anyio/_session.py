@@ -103,14 +103,9 @@ class Session(Grants):
         """Have a function called when a packet id is free again, or the link is lost."""
         self._when_free.append(waker)
 
-    def published(self, count: int) -> None:
-        """Note publishes of QoS 0 that an earlier link had no time for, and that leave now."""
+    def published(self, count: int = 1) -> None:
+        """Note publishes of QoS 0, of which there is nothing more to know."""
         self._published += count
-
-    def publish(self, topic: bytes, payload: bytes, *, retain: bool = False) -> None:
-        """Publish at QoS 0."""
-        self._published += 1
-        self._send(Publish(topic, payload, None, retain))
 
     def publish_confirmed(
         self,

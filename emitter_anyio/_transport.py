@@ -14,9 +14,9 @@ import socket
 import ssl
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
@@ -24,13 +24,12 @@ from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
 from ._options import Options, Server
+from ._reading import CHUNK, open_reader
 from ._tls import client_context, explain
 
 if TYPE_CHECKING:
     # It needs wsproto, which only those have who speak WebSocket.
     from ._websocket import WebSocket
-
-_CHUNK: Final = 65536
 
 # Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
 _UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
@@ -49,19 +48,20 @@ class Transport(ABC):
     """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
 
     @abstractmethod
-    async def receive(self) -> bytes:
+    async def receive(self, size: int = CHUNK) -> bytes:
         """
         Wait for bytes from the peer.
 
+        :param size: how many to take at most
         :return: some bytes; none when the peer has closed its side
         """
 
     @abstractmethod
-    def try_send(self, data: bytes) -> int:
+    def try_send(self, data: bytes | memoryview) -> int:
         """Hand over what the link takes without waiting, and return how many bytes that is."""
 
     @abstractmethod
-    async def send(self, data: bytes) -> int:
+    async def send(self, data: bytes | memoryview) -> int:
         """Wait until the link takes some bytes, and return how many bytes it took."""
 
     @abstractmethod
@@ -90,22 +90,18 @@ class SocketTransport(Transport):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._reader = open_reader(sock)
 
-    async def receive(self) -> bytes:
-        while True:
-            await anyio.wait_readable(self._sock)
-            try:
-                return self._sock.recv(_CHUNK)
-            except (BlockingIOError, InterruptedError):
-                continue
+    async def receive(self, size: int = CHUNK) -> bytes:
+        return await self._reader.receive(size)
 
-    def try_send(self, data: bytes) -> int:
+    def try_send(self, data: bytes | memoryview) -> int:
         try:
             return self._sock.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
 
-    async def send(self, data: bytes) -> int:
+    async def send(self, data: bytes | memoryview) -> int:
         while not (sent := self.try_send(data)):
             await anyio.wait_writable(self._sock)
         return sent
@@ -117,6 +113,7 @@ class SocketTransport(Transport):
     async def aclose(self) -> None:
         if self._sock.fileno() >= 0:
             # Those who wait for the socket must know before its number is given to another one.
+            self._reader.close()
             anyio.notify_closing(self._sock)
             self._sock.close()
 
@@ -129,9 +126,9 @@ class StreamTransport(Transport):
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
 
-    async def receive(self) -> bytes:
+    async def receive(self, size: int = CHUNK) -> bytes:
         try:
-            return await self._stream.receive(_CHUNK)
+            return await self._stream.receive(size)
         except EndOfStream:
             return b""
         except BrokenResourceError as exc:
@@ -140,12 +137,12 @@ class StreamTransport(Transport):
             explain(exc)
             raise
 
-    def try_send(self, data: bytes) -> int:
+    def try_send(self, data: bytes | memoryview) -> int:
         return 0
 
-    async def send(self, data: bytes) -> int:
+    async def send(self, data: bytes | memoryview) -> int:
         try:
-            await self._stream.send(data)
+            await self._stream.send(bytes(data))
         except BrokenResourceError as exc:
             raise _worded(exc) from exc
         return len(data)
@@ -182,13 +179,13 @@ class WebSocketTransport(Transport):
         self._sending = anyio.Lock(fast_acquire=True)
         self._wake: Callable[[], None] | None = None
 
-    async def receive(self) -> bytes:
+    async def receive(self, size: int = CHUNK) -> bytes:
         while not self._carried:
             if self._websocket.end is not None:
                 with anyio.move_on_after(_PATIENCE):
                     await self.send_eof()
                 raise self._websocket.end
-            if not (data := await self._below.receive()):
+            if not (data := await self._below.receive(size)):
                 return b""
             self._carried = self._websocket.receive(data)
             if self._websocket.answer and self._wake is not None:
@@ -196,20 +193,20 @@ class WebSocketTransport(Transport):
         carried, self._carried = self._carried, b""
         return carried
 
-    def try_send(self, data: bytes) -> int:
+    def try_send(self, data: bytes | memoryview) -> int:
         # A stream takes nothing at once: making a frame for it would be in vain.
         if self._due or not self._websocket.open or not isinstance(self._below, SocketTransport):
             return 0
-        frame = self._websocket.wrap(data)
+        frame = self._websocket.wrap(bytes(data))
         if sent := self._below.try_send(frame):
             self._due += frame[sent:]
             return len(data)
         return 0
 
-    async def send(self, data: bytes) -> int:
+    async def send(self, data: bytes | memoryview) -> int:
         if self._websocket.end is not None:
             raise self._websocket.end
-        self._due += self._websocket.wrap(data)
+        self._due += self._websocket.wrap(bytes(data))
         await self.send_due()
         return len(data)
 
@@ -243,8 +240,8 @@ class _SocketStream(ByteStream):
         self._transport = transport
         self._sending = anyio.Lock(fast_acquire=True)
 
-    async def receive(self, max_bytes: int = _CHUNK) -> bytes:
-        if data := await self._transport.receive():
+    async def receive(self, max_bytes: int = CHUNK) -> bytes:
+        if data := await self._transport.receive(max_bytes):
             return data
         raise EndOfStream
 
@@ -334,10 +331,7 @@ async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
 
 
 async def _connect_tcp(server: Server) -> socket.socket:
-    try:
-        found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
-    except UnicodeError as exc:
-        raise OSError(f"{server.host!r} is no host name: {exc}") from exc
+    found = await _look_up(server.host, server.port)
     failures = []
     deadline = anyio.current_effective_deadline()
     for number, (family, *_, address) in enumerate(found):
@@ -358,6 +352,18 @@ async def _connect_tcp(server: Server) -> socket.socket:
     raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
         "no address could be reached", failures
     )
+
+
+async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+    try:
+        # A number needs no thread to be looked up in.
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        pass
+    try:
+        return await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise OSError(f"{host!r} is no host name: {exc}") from exc
 
 
 async def _connect(family: int, address: object) -> socket.socket:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from ._transport import Transport
 
@@ -30,12 +32,12 @@ class Writer:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         transport.on_due(self._rouse)
-        self._packets: deque[bytes] = deque()
+        self._packets: deque[bytes | memoryview] = deque()
         self._size = 0
         self._idle = False
         self._wake = anyio.Event()
         self._waiting: deque[anyio.Event] = deque()
-        self._marks: deque[tuple[int, anyio.Event]] = deque()
+        self._marks: deque[tuple[int, Callable[[], None]]] = deque()
         self._under_way = 0
         self._torn = False
         self._broken = False
@@ -53,9 +55,9 @@ class Writer:
         return self._size
 
     @property
-    def untouched(self) -> list[bytes]:
+    def untouched(self) -> list[bytes | memoryview]:
         """The packets of which no byte has been handed over."""
-        whole: list[bytes] = []
+        whole: list[bytes | memoryview] = []
         gone = self._under_way
         for packet in self._packets:
             if gone > 0:
@@ -97,11 +99,21 @@ class Writer:
             self._rouse()
             self._send_now(data)
 
+    def call_when_left(self, mark: int, waker: Callable[[], None]) -> None:
+        """
+        Have a function called when the first ``mark`` bytes of the link have been handed over, or
+        it is gone; which may be now.
+        """
+        if self.sent < mark and not self._broken:
+            self._marks.append((mark, waker))
+        else:
+            waker()
+
     async def left(self, mark: int) -> None:
         """Wait until the first ``mark`` bytes of the link have been handed over, or it is gone."""
         if self.sent < mark and not self._broken:
             event = anyio.Event()
-            self._marks.append((mark, event))
+            self.call_when_left(mark, event.set)
             await event.wait()
 
     async def run(self) -> None:
@@ -114,10 +126,14 @@ class Writer:
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue
+            several = len(self._packets) > 1
             data = self._gather()
             if not (sent := self._transport.try_send(data)):
                 sent = await self._send(data)
             self._took(sent)
+            if several and not self._packets:
+                # Where many leave, more are coming: together they cost less than one by one.
+                await checkpoint()
 
     def hurry(self) -> None:
         """Hand over what the link takes at once, since there will be no later."""
@@ -132,8 +148,8 @@ class Writer:
         self._broken = True
         for turn in self._waiting:
             turn.set()
-        for _, event in self._marks:
-            event.set()
+        for _, waker in self._marks:
+            waker()
 
     def _rouse(self) -> None:
         if self._idle:
@@ -149,7 +165,7 @@ class Writer:
         if sent:
             self._took(sent)
 
-    async def _send(self, data: bytes) -> int:
+    async def _send(self, data: bytes | memoryview) -> int:
         self._under_way = len(data)
         try:
             sent = await self._transport.send(data)
@@ -160,7 +176,7 @@ class Writer:
         self._under_way = 0
         return sent
 
-    def _gather(self) -> bytes:
+    def _gather(self) -> bytes | memoryview:
         if len(self._packets) == 1:
             return self._packets[0]
         chosen, size = [], 0
@@ -175,15 +191,19 @@ class Writer:
         self._size -= sent
         self.sent += sent
         self.last_sent = anyio.current_time()
+        if not self._size:
+            self._packets.clear()
+            self._torn = False
+            sent = 0
         while sent:
             packet = self._packets.popleft()
             self._torn = len(packet) > sent
             if self._torn:
-                self._packets.appendleft(packet[sent:])
+                self._packets.appendleft(memoryview(packet)[sent:])
                 break
             sent -= len(packet)
         while self._marks and self._marks[0][0] <= self.sent:
-            self._marks.popleft()[1].set()
+            self._marks.popleft()[1]()
         self._admit()
 
     def _admit(self) -> None:

@@ -473,7 +473,7 @@ class TestAgainstPaho:
         mid, qos = (0, 0) if packet_id is None else (packet_id, 1)
         info = paho.MQTTMessageInfo(mid)
         peer._send_publish(mid, topic, payload, qos, retain, info=info)
-        assert encode_publish(Publish(topic, payload, packet_id, retain)) == peer.wire.outbound
+        assert encode_publish(topic, payload, retain, packet_id) == peer.wire.outbound
 
     @given(st.lists(wild_packets, max_size=8), st.integers(0, 30))
     def test_publish_and_puback_are_decoded_alike(self, stream: list[bytes], missing: int) -> None:

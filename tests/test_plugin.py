@@ -1,41 +1,23 @@
-"""The pytest plugin, and the page ``docs/testing.md`` that teaches it."""
+"""The pytest plugin, and that the page ``docs/testing.md`` teaches all of it."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from pathlib import Path
 
-import anyio
 import pytest
 import sniffio
 
 from emitter_anyio.pytest_plugin import EmitterFixture
 from emitter_anyio.testing import Broker, FaultProxy
-from tests.support.command import ROOT, run
+from tests.support.command import run
 from tests.support.logs import logged
+from tests.support.pages import BLOCKS, DOCS
+from tests.support.tried import run_pytest
 
-PAGE = (ROOT / "docs" / "testing.md").read_text()
-MODULE, PROGRAM = re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def run_pytest(folder: Path, source: str) -> dict[str, list[str]]:
-    """
-    Run a test module as a user does, who has no configuration.
-
-    :return: by outcome, the tests that had it
-    """
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "test_it.py").write_text(source)
-    done = run("-m", "pytest", "--color=no", "-rA", "-p", "no:cacheprovider", str(folder))
-    outcomes: dict[str, list[str]] = {}
-    for outcome, name in re.findall(
-        r"^(PASSED|FAILED|ERROR) .*test_it\.py::(\S+)", done.stdout, re.MULTILINE
-    ):
-        outcomes.setdefault(outcome, []).append(name)
-    assert outcomes, done.stdout + done.stderr
-    return outcomes
+PAGE = (DOCS / "testing.md").read_text()
+(MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("testing.md", "test"))
 
 
 def on_both_backends(*names: str) -> list[str]:
@@ -128,30 +110,16 @@ async def test_the_next_one(emitter):
 
 
 class TestPage:
-    def test_its_module(self, tmp_path: Path) -> None:
-        names = re.findall(r"^async def (test_\w+)", MODULE, re.MULTILINE)
-        assert len(names) == 6
-        outcomes = run_pytest(tmp_path, MODULE)
-        assert outcomes.keys() == {"PASSED"}
-        assert sorted(outcomes["PASSED"]) == on_both_backends(*names)
-
     def test_its_module_notices_mistakes(self, tmp_path: Path) -> None:
         # in what is tested, and in how the tests set it up
         source = MODULE.replace('{"degrees": degrees}', '{"degrees": 0}').replace('"r")', '"w")')
         source = source.replace("emitter_broker.lose(", "emitter_broker.hold(")
         source = source.replace(".refuse()", ".hold()").replace("await proxy.cut()", "return")
         names = re.findall(r"^async def (test_\w+)", MODULE, re.MULTILINE)
+        assert len(names) == 6
         names.remove("test_the_broker_does_not_answer")  # late is as bad as never
         outcomes = run_pytest(tmp_path, source)
         assert sorted(outcomes["FAILED"]) == on_both_backends(*names)
-
-    async def test_its_program(self, anyio_backend: object) -> None:
-        names: dict[str, object] = {}
-        exec(PROGRAM, names)
-        main = names["main"]
-        assert inspect.iscoroutinefunction(main)
-        with anyio.fail_after(30):
-            await main()
 
     @pytest.mark.parametrize("thing", [Broker, FaultProxy])
     def test_it_names_every_knob(self, thing: type) -> None:

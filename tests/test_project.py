@@ -125,6 +125,21 @@ class TestImports:
         unwanted = {"trio", "wsproto", "rich", "argparse", "emitter_anyio.testing"}
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
+        ours = {name for name in loaded if name.startswith("emitter_anyio.")}
+        assert ours == {
+            f"emitter_anyio.{path.stem}"
+            for path in LIBRARY.glob("_*.py")
+            if path.stem not in ("__init__", "__main__", "_websocket")
+        }
+        started = modules_loaded_by("")
+        others = {name.split(".")[0] for name in loaded - started} - {*sys.stdlib_module_names}
+        assert others - {"emitter_anyio"} <= {
+            "anyio",
+            "idna",
+            "paho",
+            "sniffio",
+            "typing_extensions",
+        }
 
     @pytest.mark.parametrize("module", PURE)
     def test_pure_modules_take_only_exceptions_from_anyio(self, module: str) -> None:

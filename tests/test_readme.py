@@ -92,12 +92,6 @@ class TestLimits:
         for name in re.findall(r"`(\w+\.md|examples)/?`", README):
             assert (ROOT / name).exists()
 
-    def test_what_it_says_is_missing_is_missing(self) -> None:
-        (paragraph,) = re.findall(r"^\*\*Not there yet\*\*.+?\.", README, re.MULTILINE | re.DOTALL)
-        commands = set(re.findall(r"`(\w+)`", paragraph))
-        listed = run("-m", "emitter_anyio", "--help", environment={"NO_COLOR": "1"}).stdout
-        assert set(re.findall(r"^    (\w+) ", listed, re.MULTILINE)) == commands
-
     def test_every_verb_it_names_is_there(self) -> None:
         (paragraph,) = re.findall(
             r"^\*\*There is more\*\*.+?\n\n", README, re.MULTILINE | re.DOTALL

@@ -120,6 +120,7 @@ async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) ->
 
     async def receive(transport: SocketTransport) -> None:
         received.append(await transport.receive())
+        await transport.aclose()
 
     with peer:
         async with anyio.create_task_group() as tasks:
@@ -134,8 +135,6 @@ async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) ->
             assert received == [b"a"]
             peer.send(b"b")
     assert received == [b"a", b"b"]
-    for transport in transports:
-        await transport.aclose()
 
 
 async def test_a_full_socket_takes_nothing_and_is_waited_for(anyio_backend: object) -> None:

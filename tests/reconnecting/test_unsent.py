@@ -31,13 +31,13 @@ class Taking(Transport):
         self.sizes = list(sizes)
         self.tears = tears
 
-    async def receive(self) -> bytes:
+    async def receive(self, size: int = 65536) -> bytes:
         raise NotImplementedError
 
-    def try_send(self, data: bytes) -> int:
+    def try_send(self, data: bytes | memoryview) -> int:
         return 0 if self.tears or not self.sizes else min(self.sizes.pop(0), len(data))
 
-    async def send(self, data: bytes) -> int:
+    async def send(self, data: bytes | memoryview) -> int:
         if self.tears and self.sizes:
             await checkpoint()
             self.sizes.pop(0)
@@ -62,7 +62,7 @@ async def untouched(transport: Transport, *packets: bytes) -> list[bytes]:
             writer.write(packet)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
-    return writer.untouched
+    return list(map(bytes, writer.untouched))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import emitter_anyio
 from emitter_anyio import connect
 from emitter_anyio._cli import main
+from emitter_anyio._cli._arguments import CommandError, moment
 from emitter_anyio.testing._keys import License
 from tests.support import tls
 from tests.support.command import run, running
@@ -300,6 +301,13 @@ WRONG = {
     "port": (["broker", "--port", "http"], "'http' is no port"),
     "URL": (["demo", "mqtt://ann:hush@h"], "unrecognized arguments: mqtt://…@h"),
     "URL first": (["mqtt://ann:hush@h"], "invalid choice: 'mqtt://…@h'"),
+    "channel": (["pub", "a b/"], "the character ' '"),
+    "count": (["sub", "a/", "--last", "-1"], "'-1' is no whole number from 0"),
+    "large count": (["sub", "a/", "--last", "9999999999"], "is no whole number from 0"),
+    "no count": (["sub", "a/", "--count", "0"], "nothing to do for 0"),
+    "no period": (["sub", "a/", "--stats", "0"], "0 seconds are too few"),
+    "time": (["sub", "a/", "--since", "soon"], "'soon' is no time: write 10m"),
+    "group": (["sub", "a/", "--group", "a/b"], "has a slash"),
     "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
 }
 
@@ -322,6 +330,37 @@ class TestUsage:
         assert says in only_line(errors)
         assert errors.endswith("--help)\n")
         assert "hush" not in errors
+
+    @pytest.mark.parametrize(
+        ("text", "seconds"),
+        [
+            ("1700000000", 1700000000),
+            ("2030-01-31T12:00:00+00:00", 1896091200),
+            ("1d", 1000000 - 86400),
+            ("1.5m", 1000000 - 90),
+        ],
+    )
+    def test_times(self, text: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("time.time", lambda: 1000000)
+        assert moment(text) == seconds
+
+    def test_what_a_task_beside_others_raises(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*args: object, **keywords: object) -> None:
+            raise ExceptionGroup("", [ExceptionGroup("", [OSError()]), CommandError("a reason")])
+
+        monkeypatch.setattr(anyio, "run", fail)
+        assert main(["demo"]) == 1
+        assert only_line(capsys.readouterr().err) == "emitter-anyio: a reason"
+
+    def test_a_mistake_of_ours_is_shown_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*args: object, **keywords: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(anyio, "run", fail)
+        with pytest.raises(ZeroDivisionError):
+            main(["demo"])
 
     def test_in_a_process(self) -> None:
         done = run("-m", "emitter_anyio", "demo", "--louder")

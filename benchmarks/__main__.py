@@ -1,0 +1,193 @@
+"""
+Measure us beside other MQTT clients.
+
+``python -m benchmarks`` runs everything; ``--quick`` is a glance of two minutes; ``--rows`` and
+``--clients`` pick. ``python -m nox -s bench -- ...`` does it in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, TypeVar
+
+from benchmarks import report
+from benchmarks.environments import HERE, MissingError, python_of, requirements
+from benchmarks.report import Results
+from benchmarks.rows import CLIENTS, ROWS, Client, Row
+from benchmarks.running import ROOT, Certificate, RunFailedError, run
+
+BEGIN: Final = "<!-- the table begins -->"
+END: Final = "<!-- the table ends -->"
+
+_QUICK: Final = ("us", "gmqtt", "mqttium", "zmqtt", "paho-asyncio", "mosquitto")
+"""A quick run does without those that are the fastest in no row."""
+
+_LONG: Final = {"idle", "links", "stalled", "import"}
+"""Rows that cannot be short, and whose goals are amounts: a quick run has few peers in them."""
+
+_Named = TypeVar("_Named", Row, Client)
+
+
+def chosen(every: Sequence[_Named], names: str | None, what: str) -> list[_Named]:
+    """
+    Pick by name; ``fan-in`` and ``us`` also pick ``fan-in-10`` and ``us-trio``.
+
+    :raises SystemExit: if a name is unknown
+    """
+    if names is None:
+        return list(every)
+    wanted = [name.strip() for name in names.split(",")]
+
+    def fits(one: _Named, name: str) -> bool:
+        return one.name == name or one.name.startswith(f"{name}-")
+
+    for name in wanted:
+        if not any(fits(one, name) for one in every):
+            known = ", ".join(one.name for one in every)
+            raise SystemExit(f"no {what} is called {name!r}; there are {known}")
+    return [one for one in every if any(fits(one, name) for name in wanted)]
+
+
+def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]:
+    """Say where, when and of what versions this is."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), model)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    peers = {client.environment: requirements(client.environment)[0]
+             for client in clients if client.environment}  # fmt: skip
+    versions = [f"{name} {version(name)}" for name in ("anyio", "trio", "paho-mqtt")]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{model}, {os.cpu_count()} processors, {platform.system()}",
+        # From about 0.5 on, others have taken time that the rates miss; the CPU column does not.
+        "load before it": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "Python": platform.python_version(),
+        "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
+        "peers": ", ".join(peers.values()) or "none",
+        "rounds": f"{rounds}{' (quick: too few for a verdict)' if quick else ''}",
+    }
+
+
+def measure(
+    rows: Sequence[Row],
+    clients: Sequence[Client],
+    lasting: Sequence[Client],
+    rounds: int,
+    quick: bool,
+    results: Results,
+) -> None:
+    """
+    Run every row: in each round, each client in turn.
+
+    :param lasting: the clients that take part in rows that cannot be short
+    """
+    pythons: dict[str, str] = {}
+    for client in clients:
+        try:
+            pythons[client.name] = python_of(client)
+        except MissingError as exc:
+            print(f"left out: {exc}", file=sys.stderr)
+            results.about.setdefault("left out", "")
+            results.about["left out"] += f"{client.name} "
+    with tempfile.TemporaryDirectory() as directory:
+        certificate = Certificate.make(Path(directory))
+        for row in rows:
+            taking_part = [
+                client
+                for client in clients
+                if client.name in pythons
+                and row.runs_on(client)
+                and (client in lasting or row.name not in _LONG)
+            ]
+            more = {"seconds": 2.0 if quick else 5.0} if row.case == "idle" else {}
+            secure = certificate if row.needs == "tls" else None
+            messages = row.quick if quick else row.messages
+            for number in range(rounds):
+                for client in taking_part:
+                    print(f"{row.name} {number + 1}/{rounds} {client.name}: ",
+                          end="", file=sys.stderr, flush=True)  # fmt: skip
+                    try:
+                        python = pythons[client.name]
+                        figures = run(row, client, python, messages, secure, **more)
+                    except RunFailedError as exc:
+                        results.fail(row.name, client.name, f"failed: {exc}")
+                        print(f"failed: {exc}", file=sys.stderr)
+                    else:
+                        results.add(row.name, client.name, figures)
+                        told = (
+                            f"{report.amount(value, 2)} {key}" for key, value in figures.items()
+                        )
+                        print(", ".join(told), file=sys.stderr)
+
+
+def into_docs(path: Path, table: str) -> None:
+    """Put the table between its two marks."""
+    text = path.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    path.write_text(f"{head}{BEGIN}\n\n{table}\n{END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rows", help="some rows, by name, with commas")
+    parser.add_argument("--clients", help="some clients, by name, with commas")
+    parser.add_argument("--rounds", type=int, help="5, or 1 with --quick")
+    parser.add_argument("--quick", action="store_true", help="few messages, one round")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="where files go")
+    parser.add_argument("--docs", action="store_true", help="put the table into docs/, too")
+    parser.add_argument("--again", type=Path, help="no run: report on this results.json")
+    arguments = parser.parse_args()
+
+    quick = arguments.quick
+    rounds = arguments.rounds or (1 if quick else 5)
+    results = Results()
+    if arguments.again:
+        results = Results(**json.loads(arguments.again.read_text()))
+    else:
+        names = arguments.clients or (",".join(_QUICK) if quick else None)
+        clients = chosen(CLIENTS, names, "client")
+        lasting = clients
+        if quick and arguments.clients is None:
+            clients = [client for client in clients if client.ours or not client.uvloop]
+            lasting = [client for client in clients if client.ours or client.name == "gmqtt"]
+        results.about = about(clients, rounds, quick)
+        try:
+            rows = chosen(ROWS, arguments.rows, "row")
+            measure(rows, clients, lasting, rounds, quick, results)
+        except KeyboardInterrupt:
+            results.about["note"] = "stopped before the end"
+    table = report.markdown(results)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.json").write_text(json.dumps(asdict(results), indent=1))
+    (arguments.output / "results.md").write_text(table)
+    plots = [arguments.output / "results.svg"]
+    if arguments.docs:
+        into_docs(ROOT / "docs" / "benchmarks.md", table)
+        plots.append(ROOT / "docs" / "benchmarks.svg")
+    for path in plots:
+        report.plot(results.medians(), path)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""
+The other end of every measured link: a process that blasts, counts, echoes or accepts.
+
+It behaves towards a client as Emitter does: a topic to subscribe or publish to begins with a key,
+and a message is delivered under its channel alone. To keep it out of what is measured it sends
+blobs made beforehand, and counts packets of one length by the bytes that they have.
+
+It is started with one argument, a :class:`Part` as JSON; prints its port; serves one connection
+after the other (``"many"`` serves them all at once); and prints what it has counted as JSON when
+its standard input is closed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import ssl
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
+from typing import Final, Literal
+
+from benchmarks import wire
+
+_CHUNK: Final = 64 * 1024
+_READ: Final = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    What the peer does.
+
+    :ivar mode: ``"blast"`` sends ``messages`` once it has seen ``subscriptions`` filters;
+        ``"sink"`` counts ``messages`` and then publishes one to the topic ``DONE``; ``"echo"``
+        returns each; ``"many"`` serves many links at once, and tells what it has counted to whom
+        asks with ``STAT``
+    :ivar topics: how many channels take turns in a blast
+    :ivar certificate: of TLS: the files of certificate and key
+    """
+
+    mode: Literal["blast", "sink", "echo", "many"]
+    messages: int = 0
+    payload: int = 64
+    subscriptions: int = 1
+    topics: int = 1
+    certificate: tuple[str, str] | None = None
+    websocket: bool = False
+
+
+@dataclass
+class Counted:
+    """What the peer has seen; ``seconds`` from its first to its last message."""
+
+    connections: int = 0
+    messages: int = 0
+    pings: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Peer:
+    part: Part
+    counted: Counted = field(default_factory=Counted)
+    filters: int = 0
+    started: float = 0.0
+    free: threading.Event = field(default_factory=threading.Event)
+    """Set while no connection is served."""
+
+    def serve(self, listener: socket.socket) -> None:
+        """Serve one connection after the other."""
+        context = None
+        if self.part.certificate is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.part.certificate)
+        blob = self._blob() if self.part.mode == "blast" else []
+        while True:
+            self.free.set()
+            sock, _ = listener.accept()
+            self.free.clear()
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.filters, self.started = 0, 0.0
+            try:
+                if context is not None:
+                    sock = context.wrap_socket(sock, server_side=True)
+                self._converse(wire.WebSocketPipe(sock) if self.part.websocket else sock, blob)
+            except OSError:
+                pass  # a client that has what it wanted may leave as it likes
+            finally:
+                sock.close()
+
+    def _converse(self, pipe: wire.Pipe, blob: list[bytes]) -> None:
+        buffer = b""
+        while received := pipe.recv(_READ):
+            buffer += received
+            position = 0
+            while (found := wire.framed(buffer, position)) is not None:
+                start, end = found
+                kind = buffer[position] >> 4
+                if kind == wire.PUBLISH and self.part.mode == "sink":
+                    self._count(pipe, buffer[position:], end - position, start - position)
+                    end = len(buffer)
+                elif kind == wire.PUBLISH and self.part.mode == "echo":
+                    pipe.sendall(_echo(buffer[start:end]))
+                elif kind == wire.DISCONNECT:
+                    if self.started and self.part.mode == "blast":
+                        self.counted.seconds = time.perf_counter() - self.started
+                    return
+                else:
+                    pipe.sendall(self._answer(kind, buffer[start:end]))
+                position = end
+                if self.part.mode == "blast" and self.filters >= self.part.subscriptions:
+                    self.filters = 0
+                    self.started = time.perf_counter()
+                    for chunk in blob:
+                        pipe.sendall(chunk)
+            buffer = buffer[position:]
+
+    def _answer(self, kind: int, body: bytes) -> bytes:
+        """Answer whatever is no PUBLISH."""
+        if kind == wire.CONNECT:
+            if body[6] != 4:
+                raise SystemExit(f"the peer speaks MQTT 3.1.1 (4), and not {body[6]}")
+            self.counted.connections += 1
+            return wire.CONNACK
+        if kind == wire.PINGREQ:
+            self.counted.pings += 1
+            return wire.PINGRESP
+        if kind == wire.SUBSCRIBE:
+            position, filters = 2, 0
+            while position < len(body):
+                position += 3 + int.from_bytes(body[position : position + 2], "big")
+                filters += 1
+            self.filters += filters
+            return b"\x90" + wire.remaining_length(2 + filters) + body[:2] + bytes(filters)
+        if kind == wire.UNSUBSCRIBE:
+            return b"\xb0\x02" + body[:2]
+        if kind == wire.PUBLISH:
+            self.counted.messages += 1
+        return b""
+
+    def _blob(self) -> list[bytes]:
+        """Make what is blasted, in chunks that hold whole packets."""
+        payload = b"x" * self.part.payload
+        turns = [wire.publish(wire.channel(number), payload) for number in range(self.part.topics)]
+        packets = cycle(turns)
+        by_chunk = max(1, _CHUNK // len(turns[0]))
+        left, blob = self.part.messages, list[bytes]()
+        same = b"".join(islice(packets, by_chunk)) if len(turns) == 1 else None
+        while left > 0:
+            number = min(by_chunk, left)
+            if same is not None and number == by_chunk:
+                blob.append(same)
+            else:
+                blob.append(b"".join(islice(packets, number)))
+            left -= number
+        return blob
+
+    def _count(self, pipe: wire.Pipe, data: bytes, size: int, body: int) -> None:
+        """
+        Count publishes of one length, and acknowledge those of QoS 1.
+
+        :param data: what has come of them so far
+        :param size: how long each is
+        :param body: where the body of the first one begins
+        """
+        start = time.perf_counter()
+        confirmed = bool(data[0] & 6)
+        at = body + 2 + int.from_bytes(data[body : body + 2], "big")
+        left = self.part.messages * size
+        if not confirmed:
+            left -= len(data)
+            bucket = bytearray(_READ)
+            while left > 0:
+                received = pipe.recv_into(bucket)
+                if not received:
+                    return
+                left -= received
+        else:
+            rest = b""
+            while True:
+                data = rest + data
+                whole = len(data) // size
+                if whole:
+                    cut = whole * size
+                    acks = bytearray(4 * whole)
+                    acks[0::4], acks[1::4] = b"\x40" * whole, b"\x02" * whole
+                    acks[2::4], acks[3::4] = data[at:cut:size], data[at + 1 : cut : size]
+                    pipe.sendall(bytes(acks))
+                    left -= cut
+                    data = data[cut:]
+                if left <= 0:
+                    break
+                rest = data
+                data = pipe.recv(_READ)
+                if not data:
+                    return
+        self.counted.messages += self.part.messages
+        self.counted.seconds = time.perf_counter() - start
+        pipe.sendall(wire.publish(wire.DONE, b"done"))
+
+
+def _echo(body: bytes) -> bytes:
+    length = int.from_bytes(body[:2], "big")
+    name = body[2 : 2 + length].decode()
+    return wire.publish(name.removeprefix(wire.KEY + "/"), body[2 + length :])
+
+
+class Links:
+    """Serves many links at once, none of which says much."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._selector = selectors.DefaultSelector()
+        self._buffers: dict[socket.socket, bytes] = {}
+
+    def serve(self, listener: socket.socket) -> None:
+        self._selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in self._selector.select():
+                assert isinstance(key.fileobj, socket.socket)
+                if key.fileobj is listener:
+                    sock, _ = listener.accept()
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    self._buffers[sock] = b""
+                    self._selector.register(sock, selectors.EVENT_READ)
+                else:
+                    self._read(key.fileobj)
+
+    def _read(self, sock: socket.socket) -> None:
+        try:
+            received = sock.recv(_CHUNK)
+            if received == b"STAT":
+                sock.sendall(json.dumps(asdict(self._peer.counted)).encode())
+                received = b""
+            if received and self._answered(sock, self._buffers[sock] + received):
+                return
+        except OSError:
+            pass
+        self._selector.unregister(sock)
+        del self._buffers[sock]
+        sock.close()
+
+    def _answered(self, sock: socket.socket, buffer: bytes) -> bool:
+        position = 0
+        while (found := wire.framed(buffer, position)) is not None:
+            kind = buffer[position] >> 4
+            if kind == wire.DISCONNECT:
+                return False
+            sock.sendall(self._peer._answer(kind, buffer[found[0] : found[1]]))
+            position = found[1]
+        self._buffers[sock] = buffer[position:]
+        return True
+
+
+def main() -> None:
+    said = json.loads(sys.argv[1])
+    if said.get("certificate"):
+        said["certificate"] = tuple(said["certificate"])
+    part = Part(**said)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    peer = Peer(part)
+    serve = Links(peer).serve if part.mode == "many" else peer.serve
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    print(listener.getsockname()[1], flush=True)
+    sys.stdin.read()
+    if part.mode != "many":
+        peer.free.wait(5)  # the last words of a client that has left may not have been read yet
+    print(json.dumps(asdict(peer.counted)), flush=True)
+    os._exit(0)  # nothing that it still does is of use to anybody
+
+
+if __name__ == "__main__":
+    main()

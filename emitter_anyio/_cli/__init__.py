@@ -1,0 +1,5 @@
+"""The command line: ``emitter-anyio``, and ``python -m emitter_anyio``."""
+
+from __future__ import annotations
+
+from ._main import main as main

@@ -1,0 +1,113 @@
+"""The command line as a whole: which commands there are, and what a shell is told at the end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from emitter_anyio import EmitterError, __version__
+
+from ._arguments import NAME, CommandError, Parser, UsageError
+from ._broker import add_broker, add_license, run_broker
+from ._demo import add_demo
+from ._doctor import add_doctor
+from ._history import add_history
+from ._keys import add_ban, add_keygen, add_me
+from ._output import note
+from ._presence import add_presence
+from ._pub import add_link, add_pub
+from ._source import find_source
+from ._sub import add_sub
+
+_COMMANDS: Final = (
+    *(add_demo, add_broker, add_license, add_doctor),
+    *(add_pub, add_sub, add_presence, add_history),
+    *(add_keygen, add_ban, add_link, add_me),
+)
+
+# What a shell reports of a process that such a signal has ended; Windows knows no SIGPIPE.
+_INTERRUPTED: Final = 128 + signal.SIGINT
+_BROKEN_PIPE: Final = 128 + 13
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    :param argv: its name and arguments; the process's own unless given
+    :return: the exit code: 0, 1 if the command failed, or what a shell reports of a process that
+        was interrupted, or whose reader has left
+    :raises SystemExit: with 2 if the command line is wrong, with 0 behind ``--help``
+    """
+    arguments = _make_parser().parse_args(argv)
+    try:
+        if "env_file" in arguments:
+            arguments.source = find_source(arguments)
+        anyio.run(arguments.run, arguments, backend=arguments.backend)
+    except BaseException as raised:
+        # Where tasks run side by side, what one of them raises comes in a group.
+        for kind in (KeyboardInterrupt, BrokenPipeError, UsageError, CommandError, EmitterError):
+            for exc in _leaves(raised):
+                if isinstance(exc, kind):
+                    return _outcome(exc, arguments)
+        raise
+    return 0
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        for each in exc.exceptions:
+            yield from _leaves(each)
+    else:
+        yield exc
+
+
+def _outcome(exc: BaseException, arguments: argparse.Namespace) -> int:
+    if isinstance(exc, KeyboardInterrupt):
+        # That is how the broker is told to end, where or while nothing waits for the signal.
+        return 0 if arguments.run is run_broker else _INTERRUPTED
+    if isinstance(exc, BrokenPipeError):
+        # Python flushes once more at exit, and must not fail then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    if isinstance(exc, UsageError):
+        arguments.parser.error(str(exc))
+    note(str(exc))
+    return 1
+
+
+def _make_parser() -> Parser:
+    as_module = Path(sys.argv[0]).name == "__main__.py"
+    parser = Parser(
+        prog="python -m emitter_anyio" if as_module else NAME,
+        description=(
+            "A client of Emitter (https://emitter.io), and a broker to develop against.\n\n"
+            "The broker is at mqtt://127.0.0.1:8080 unless --url or EMITTER_URL says something "
+            "else; channels are\nopened by --key or EMITTER_KEY, or by a key made with --secret or "
+            "EMITTER_SECRET."
+        ),
+        epilog=(
+            "start with:\n"
+            "  %(prog)s demo\n"
+            "or with a broker of your own, and in another terminal its URL and secret key:\n"
+            "  %(prog)s broker\n"
+            "  export EMITTER_URL=mqtt://127.0.0.1:8080 EMITTER_SECRET=...\n"
+            "  %(prog)s sub chat/ &\n"
+            "  %(prog)s pub chat/ hello\n\n"
+            "exit codes: 0 all is well, 1 it failed, 2 a wrong command line, 130 Ctrl-C, 141 a "
+            "closed pipe"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(commands)
+    return parser

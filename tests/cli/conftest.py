@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+import rich.console
+import rich.live
+import rich.progress
+
+from emitter_anyio._cli import main
+from tests.support import tls
+from tests.support.background import Background, background
+from tests.support.terminal import Terminal, as_ours, terminal
+
+# Imported here, for it looks at the current directory, and not while a loop runs.
+RICH = (rich.console, rich.live, rich.progress)
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Background]:
+    """A broker for all tests of a module: each has a channel of its own."""
+    with background() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def secure() -> Iterator[Background]:
+    """A broker with TLS."""
+    with background(ssl_context=tls.server_context()) as made:
+        yield made
+
+
+@pytest.fixture
+def cafile(tmp_path: Path) -> str:
+    """A file with the authority of that broker."""
+    tls.authority().cert_pem.write_to_path(tmp_path / "ca.pem")
+    return str(tmp_path / "ca.pem")
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EMITTER_URL", "EMITTER_KEY", "EMITTER_SECRET", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command has ended, and what it has printed."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.splitlines()
+
+    @property
+    def error(self) -> str:
+        """The only line on stderr, without the program's name."""
+        (line,) = self.errors.splitlines()
+        assert line.startswith("emitter-anyio: ")
+        return line.removeprefix("emitter-anyio: ")
+
+
+Cli = Callable[..., Done]
+
+
+def code_of(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as left:
+        return int(str(left.code))
+
+
+@contextlib.contextmanager
+def _readable(stdin: bytes | int) -> Iterator[TextIO]:
+    """Give a pipe with these bytes in it, or the one of a descriptor."""
+    if isinstance(stdin, int):
+        with open(stdin) as file:
+            yield file
+        return
+    reading, writing = os.pipe()
+    # More than a pipe holds may wait for a reader, who may leave.
+    writer = threading.Thread(target=_fill, args=(writing, stdin))
+    writer.start()
+    with open(reading) as file:
+        yield file
+    writer.join()
+
+
+def _fill(descriptor: int, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), open(descriptor, "wb") as pipe:
+        pipe.write(data)
+
+
+@pytest.fixture
+def cli(
+    place: Background, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Cli:
+    """Run a command in this process, its output in files, against the broker of the module."""
+
+    def run(*arguments: str, stdin: bytes | int = b"", secret: bool = True) -> Done:
+        monkeypatch.setenv("EMITTER_URL", place.url)
+        if secret:
+            monkeypatch.setenv("EMITTER_SECRET", place.secret)
+        with _readable(stdin) as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            code = code_of(list(arguments))
+        printed = capfd.readouterr()
+        return Done(code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture
+def on_terminal(place: Background, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Run a command in this process on a pseudo-terminal, against the broker of the module."""
+    with terminal() as made:
+
+        def run(*arguments: str) -> tuple[int, Terminal]:
+            monkeypatch.setenv("EMITTER_URL", place.url)
+            monkeypatch.setenv("EMITTER_SECRET", place.secret)
+            with as_ours(made):
+                code = code_of(list(arguments))
+            return code, made
+
+        run.terminal = made  # type: ignore[attr-defined]  # for what is typed before
+        yield run

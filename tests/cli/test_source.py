@@ -1,0 +1,95 @@
+"""Where the broker and the keys come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+from tests.support.background import Background
+
+NOWHERE = "mqtt://127.0.0.1:1"
+
+
+class TestOrder:
+    def test_a_flag_goes_before_a_file_and_a_file_before_the_environment(
+        self, cli: Cli, place: Background, unique: str, tmp_path: Path
+    ) -> None:
+        good, bad = place.key(unique, "w"), "b" * 32
+        file = tmp_path / "env"
+        publish = ("pub", unique, "hello", "--env-file", str(file))
+        file.write_text(f"EMITTER_KEY={bad}\n")
+        assert cli(*publish).code == 1
+        assert cli(*publish, "--key", good).code == 0
+        file.write_text(f"# ours\n\nexport EMITTER_KEY='{good}'  # to write\nOTHER=\n")
+        assert cli(*publish, secret=False).code == 0
+        file.write_text(f"EMITTER_URL={NOWHERE}")
+        assert NOWHERE in cli(*publish).error
+        assert cli(*publish, "--url", place.url).code == 0
+
+    def test_nothing_is_said(self, cli: Cli, unique: str) -> None:
+        done = cli("pub", unique, "hello", secret=False)
+        assert done.code == 2
+        assert "a key is needed" in done.error
+
+    @pytest.mark.parametrize("channel", ["{}", "{}+/", "{}+/a/", "{}#/", "{}+/+/"])
+    def test_a_key_is_made_with_the_secret(self, cli: Cli, unique: str, channel: str) -> None:
+        assert cli("sub", channel.format(unique), "--timeout", "0").code == 0
+
+    def test_everything(self, cli: Cli) -> None:
+        assert cli("sub", "+/", "--last=0", "--timeout", "0").code == 0
+
+
+class TestWrong:
+    def test_no_such_file(self, cli: Cli) -> None:
+        done = cli("me", "--env-file", "/no/such/file")
+        assert (done.code, done.error) == (
+            1,
+            "cannot read /no/such/file: No such file or directory",
+        )
+
+    def test_no_text(self, cli: Cli, tmp_path: Path) -> None:
+        (tmp_path / "env").write_bytes(b"\xff")
+        done = cli("me", "--env-file", str(tmp_path / "env"))
+        assert (done.code, done.error) == (1, f"cannot read {tmp_path}/env: it is no UTF-8")
+
+    @pytest.mark.parametrize("line", ["EMITTER_KEY", "EMITTER_KEY='hush", "EMITTER_KEY=hush hush"])
+    def test_no_variable(self, cli: Cli, tmp_path: Path, line: str) -> None:
+        (tmp_path / "env").write_text(f"A=B\n{line}\n")
+        done = cli("me", "--env-file", str(tmp_path / "env"))
+        assert (done.code, done.error) == (1, f"{tmp_path}/env, line 2 is not NAME=VALUE")
+
+    def test_a_url_in_the_environment(self, cli: Cli, tmp_path: Path) -> None:
+        (tmp_path / "env").write_text("EMITTER_URL=http://ann:hush@x")
+        done = cli("me", "--env-file", str(tmp_path / "env"))
+        assert done.code == 2
+        assert done.error.startswith(f"{tmp_path}/env: the URL's scheme is 'http'")
+        assert "hush" not in done.errors
+
+    def test_websocket_without_wsproto(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "wsproto", None)
+        done = cli("me", "--url", "ws://127.0.0.1")
+        assert done.code == 2
+        assert "pip install 'emitter_anyio[websocket]'" in done.error
+
+
+class TestTls:
+    def test_cafile(self, cli: Cli, secure: Background, cafile: str, backend: str) -> None:
+        done = cli("me", "--url", secure.url, "--cafile", cafile, "--backend", backend)
+        assert (done.code, done.errors) == (0, "")
+
+    def test_without(self, cli: Cli, secure: Background) -> None:
+        done = cli("me", "--url", secure.url)
+        assert done.code == 1
+        assert "certificate" in done.error
+
+    def test_no_authority(self, cli: Cli, secure: Background) -> None:
+        done = cli("me", "--url", secure.url, "--cafile", __file__)
+        assert done.code == 1
+        assert done.error.startswith(f"cannot trust {__file__}: ")
+
+    def test_no_tls(self, cli: Cli, cafile: str) -> None:
+        done = cli("me", "--cafile", cafile)
+        assert done.code == 2
+        assert "--cafile is for TLS" in done.error

@@ -1,0 +1,240 @@
+"""``sub``, and what is told of a link that was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from emitter_anyio.testing import Broker
+from tests.cli.conftest import Cli
+from tests.support.background import Background, publishing, subscriber
+from tests.support.command import ROOT, running
+from tests.support.terminal import terminal
+
+
+class TestFormats:
+    def test_text(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        place.when_subscribed(unique, publishing(unique, "one", b"\xff\x1b"))
+        done = cli("sub", unique, "--count", "1", "--backend", backend)
+        assert (done.code, done.output, done.errors) == (0, "one\n", "")
+
+    def test_verbose(self, cli: Cli, place: Background, unique: str) -> None:
+        place.when_subscribed(unique, publishing(f"{unique}a/", "one", "two"))
+        done = cli("sub", unique, "-n", "2", "-v")
+        assert done.output == f"{unique}a/ one\n{unique}a/ two\n"
+
+    def test_json(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        place.when_subscribed(unique, publishing(unique, "öne", b"\xff"))
+        done = cli("sub", unique, "--count", "2", "--format", "json", "--backend", backend)
+        first, second = map(json.loads, done.lines)
+        assert first.pop("time").endswith("Z")
+        assert first == {"channel": unique, "payload": "öne"}
+        assert second["payload_base64"] == "/w=="
+
+    def test_hex(self, cli: Cli, place: Background, unique: str) -> None:
+        place.when_subscribed(unique, publishing(unique, b"\x00\xff"))
+        done = cli("sub", unique, "--count", "1", "--format", "hex")
+        assert done.output == "00ff\n"
+
+    def test_on_a_terminal_nothing_steers_it(
+        self, on_terminal: Any, place: Background, unique: str, backend: str
+    ) -> None:
+        place.when_subscribed(unique, publishing(unique, "a\x1b[2J[b]\u202e"))
+        code, screen = on_terminal("sub", unique, "--count", "1", "--backend", backend)
+        assert code == 0
+        assert f"listening to {unique}; Ctrl-C ends\n" in screen.text
+        assert f"{unique} a\\x1b[2J[b]\\u202e\n" in screen.text
+        assert b"\x1b[36m" in screen.raw
+
+    def test_json_on_a_terminal(self, on_terminal: Any, place: Background, unique: str) -> None:
+        place.when_subscribed(unique, publishing(unique, b"\xc2\x9b"))
+        code, screen = on_terminal("sub", unique, "--count", "1", "--format", "json")
+        assert code == 0
+        assert '"payload": "\\x9b"' in screen.text
+
+    @pytest.mark.parametrize("without", ["colour", "Rich", "a terminal that can"])
+    def test_plain_on_a_terminal(
+        self,
+        on_terminal: Any,
+        place: Background,
+        unique: str,
+        without: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        if without == "colour":
+            monkeypatch.setenv("NO_COLOR", "1")
+        elif without == "Rich":
+            monkeypatch.setitem(sys.modules, "rich.console", None)
+        else:
+            monkeypatch.setenv("TERM", "dumb")
+        place.when_subscribed(unique, publishing(unique, "hello"))
+        code, screen = on_terminal("sub", unique, "--count", "1")
+        assert code == 0
+        assert f"{unique} hello\r\n".encode() in screen.raw
+
+
+class TestWhich:
+    def test_last_and_since(self, cli: Cli, place: Background, unique: str) -> None:
+        for number in range(3):
+            place.publish(unique, str(number), ttl=60)
+        done = cli("sub", unique, "--last", "2", "--since", "1h", "--count", "2")
+        assert sorted(done.lines) == ["1", "2"]
+
+    def test_a_group(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        place.when_subscribed(f"$share/g/{unique}", publishing(unique, "a job"))
+        done = cli("sub", unique, "--group", "g", "--count", "1", "--backend", backend)
+        assert (done.code, done.output) == (0, "a job\n")
+
+    def test_nothing_is_replayed_to_a_group(self, cli: Cli, unique: str) -> None:
+        done = cli("sub", unique, "--group", "g", "--last", "1")
+        assert done.code == 2
+        assert "nothing is replayed to a group" in done.error
+
+    def test_a_wildcard(self, cli: Cli, place: Background, unique: str) -> None:
+        place.when_subscribed(unique, publishing(f"{unique}a/", "hello"))
+        done = cli("sub", f"{unique}+/", "--count", "1", "--matcher", "emitter")
+        assert (done.code, done.output) == (0, "hello\n")
+
+    def test_a_flood(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        numbers = [str(number) for number in range(3000)]
+        place.when_subscribed(unique, publishing(unique, *numbers))
+        done = cli("sub", unique, "--count", "2500", "--backend", backend)
+        assert (done.code, done.errors, done.lines) == (0, "", numbers[:2500])
+
+    def test_timeout(self, cli: Cli, unique: str, backend: str) -> None:
+        assert cli("sub", unique, "--timeout", "0", "--backend", backend).code == 0
+        done = cli("sub", unique, "--timeout", "0", "--count", "3", "--backend", backend)
+        assert (done.code, done.error) == (1, "0 of 3 messages came within 0 s")
+
+    def test_refused(self, cli: Cli, place: Background, unique: str) -> None:
+        done = cli("sub", unique, "--key", place.key(unique, "w"))
+        assert done.code == 1
+        assert "'r' (read)" in done.error
+
+
+class TestStats:
+    def test_rates(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        place.when_subscribed(unique, publishing(unique, *["hello"] * 1000))
+        done = cli("sub", unique, "--stats", "--count", "1000", "--backend", backend)
+        assert done.code == 0
+        assert re.match(r"all  1,000 messages in \d.* s  [\d,]+/s  [\d.,]+ MB/s", done.lines[-1])
+
+    def test_now_and_then(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        done = cli(
+            *("sub", unique, "--stats=0.01", "--timeout=0.1", "--format=json"),
+            *("--backend", backend),
+        )
+        assert done.code == 0
+        *now, whole = map(json.loads, done.lines)
+        assert {line["span"] for line in now} == {"now"}
+        assert (whole["span"], whole["messages"], whole["bytes"]) == ("all", 0, 0)
+
+
+class TestLostLink:
+    def test_it_comes_back_with_a_note(
+        self, cli: Cli, place: Background, unique: str, backend: str
+    ) -> None:
+        async def drop(broker: Broker) -> None:
+            await broker.drop(subscriber(broker))
+
+        place.when_subscribed(unique, drop, publishing(unique, "hello"))
+        done = cli("sub", unique, "--count", "1", "--backend", backend)
+        assert (done.code, done.output) == (0, "hello\n")
+        lost, *others = done.errors.splitlines()
+        assert f"the link to {place.url} is lost: " in lost
+        assert f"emitter-anyio: connected again to {place.url}" in others
+        assert any("messages may be missing here" in line for line in others)
+
+    def test_resume(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+        async def drop(broker: Broker) -> None:
+            await broker.drop(subscriber(broker))
+            await broker.publish(unique, "meanwhile", ttl=60)
+
+        place.when_subscribed(unique, drop, publishing(unique, "after"))
+        done = cli(
+            *("sub", unique, "--resume", "--count", "2", "--format", "json"), "--backend", backend
+        )
+        assert done.code == 0
+        first, second = map(json.loads, done.lines)
+        assert (first["payload"], first["replayed"]) == ("meanwhile", True)
+        assert second["payload"] == "after"
+        assert "emitter-anyio: 1 messages that were stored meanwhile follow\n" in done.errors
+
+
+def environment(place: Background) -> dict[str, str]:
+    return {"EMITTER_URL": place.url, "EMITTER_SECRET": place.secret}
+
+
+class TestProcess:
+    def test_each_line_comes_at_once_and_ctrl_c_ends(
+        self, place: Background, unique: str, backend: str
+    ) -> None:
+        place.when_subscribed(unique, publishing(unique, "hello"))
+        arguments = ["-m", "emitter_anyio", "sub", unique, "--backend", backend]
+        with running(*arguments, environment=environment(place)) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "hello\n"
+            process.send_signal(signal.SIGINT)
+            assert process.communicate() == ("", "")
+        assert process.returncode == 130
+
+    def test_ctrl_c_while_rates_are_told(
+        self, place: Background, unique: str, backend: str
+    ) -> None:
+        place.when_subscribed(unique, publishing(unique, "hello"))
+        arguments = ["sub", unique, "--stats=0.01", "--backend", backend]
+        with running("-m", "emitter_anyio", *arguments, environment=environment(place)) as process:
+            assert process.stdout is not None
+            while "  1 messages" not in process.stdout.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+            output, errors = process.communicate()
+        assert output.splitlines()[-1].startswith("all  1 messages")
+        assert (errors, process.returncode) == ("", 130)
+
+    def test_a_reader_that_leaves(self, place: Background, unique: str, backend: str) -> None:
+        for _ in range(2):
+            place.publish(unique, "x" * 30000, ttl=60)
+        arguments = ["-m", "emitter_anyio", "sub", unique, "--last=2", "--backend", backend]
+        with running(*arguments, environment=environment(place)) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == 141
+
+    def test_on_a_terminal(self, place: Background, unique: str, backend: str) -> None:
+        place.when_subscribed(unique, publishing(unique, "hello"))
+        with terminal() as screen:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "emitter_anyio", "sub", unique),
+                    *("--backend", backend),
+                ],
+                cwd=ROOT,
+                env={**os.environ, **environment(place)},
+                stdin=screen.theirs,
+                stdout=screen.theirs,
+                stderr=screen.theirs,
+                start_new_session=True,
+            )
+            screen.wait_for(f"{unique} hello\n")
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == 130
+            screen.close_theirs()
+        assert "Traceback" not in screen.text
+
+    def test_nobody_listens(self, cli: Cli, unique: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        done = cli("sub", unique, "--url", f"mqtt://127.0.0.1:{port}")
+        assert (done.code, done.output) == (1, "")
+        assert "could not connect" in done.error

@@ -1,0 +1,102 @@
+"""A development broker in a thread, for what is called as a program is and blocks ours."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from emitter_anyio import Emitter, connect
+from emitter_anyio.testing import Broker
+
+T = TypeVar("T")
+
+
+class Background:
+    """
+    The broker, and a client of it that may do what it likes.
+
+    :ivar broker: the broker; from outside only what is not asynchronous
+    """
+
+    def __init__(self, portal: BlockingPortal, broker: Broker, emitter: Emitter) -> None:
+        self.broker = broker
+        self._portal = portal
+        self._emitter = emitter
+
+    @property
+    def url(self) -> str:
+        return self.broker.url
+
+    @property
+    def secret(self) -> str:
+        return self.broker.secret_key
+
+    def key(self, channel: str, permissions: str) -> str:
+        return self.broker.keygen(channel, permissions)
+
+    def publish(self, channel: str, payload: bytes | str, *, ttl: int = 0) -> None:
+        self.call(lambda: self.broker.publish(channel, payload, ttl=ttl))
+
+    def call(self, function: Callable[[], Awaitable[T]]) -> T:
+        return self._portal.call(function)
+
+    def when_subscribed(self, channel: str, *steps: Callable[[Broker], Awaitable[None]]) -> None:
+        """Do each step when somebody has subscribed to a channel, again for the next one."""
+        self.begin(functools.partial(self._follow, channel, steps))
+
+    def start(self, function: Callable[..., Awaitable[None]]) -> Callable[[], object]:
+        """Begin something that tells when it has begun; give what ends it."""
+        future, _ = self._portal.start_task(function)
+        return future.cancel
+
+    def begin(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Do something beside the test."""
+        self._portal.start_task_soon(function)
+
+    async def _follow(
+        self, channel: str, steps: tuple[Callable[[Broker], Awaitable[None]], ...]
+    ) -> None:
+        key = self.broker.keygen(channel, "p")
+        async with self._emitter.watch_presence(key, channel) as changes:
+            for step in steps:
+                while (await changes.receive()).event != "subscribe":
+                    pass
+                await step(self.broker)
+
+
+def publishing(channel: str, *payloads: bytes | str) -> Callable[[Broker], Awaitable[None]]:
+    """Make a step that publishes."""
+
+    async def publish(broker: Broker) -> None:
+        for payload in payloads:
+            await broker.publish(channel, payload)
+
+    return publish
+
+
+def subscriber(broker: Broker) -> str:
+    """Give the id of the client that is subscribed."""
+    (id,) = {client.id for client in broker.clients if client.subscriptions}
+    return id
+
+
+@contextmanager
+def background(**options: Any) -> Iterator[Background]:
+    """Run a broker in a thread, with these options of its own."""
+    # On Trio, where the guard against what blocks asyncio does not look into this thread.
+    with start_blocking_portal("trio") as portal:
+        broker = Broker(**options)
+        with portal.wrap_async_context_manager(broker):
+            emitter = connect(broker.url, **_trust(options))
+            with portal.wrap_async_context_manager(emitter):
+                yield Background(portal, broker, emitter)
+
+
+def _trust(options: dict[str, Any]) -> dict[str, Any]:
+    from tests.support import tls
+
+    return {"ssl_context": tls.client_context()} if "ssl_context" in options else {}

@@ -1,0 +1,205 @@
+"""The harness of the benchmarks: what its report says, and that it runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import report
+from benchmarks.clients import common, us
+from benchmarks.environments import requirements
+from benchmarks.report import Results
+from benchmarks.rows import CLIENTS, CPU, P50, RATE, ROWS, Client, Row
+from benchmarks.running import RunFailedError, RunningPeer, job_and_part, run, running_peer
+
+ROW = {row.name: row for row in ROWS}
+CLIENT = {client.name: client for client in CLIENTS}
+
+
+def results(row: str, key: str, **figures: float) -> Results:
+    made = Results()
+    for client, value in figures.items():
+        made.add(row, client.replace("_", "-"), {key: value})
+    return made
+
+
+def verdicts(made: Results) -> dict[tuple[str, str, str], tuple[str, float | None, bool | None]]:
+    return {
+        (v.client.name, v.goal.figure.key, v.goal.against): (v.reference, v.ratio, v.met)
+        for v in report.judge(made.medians())
+    }
+
+
+class TestReport:
+    def test_medians_are_of_all_rounds(self) -> None:
+        made = Results()
+        for rate in (5.0, 1.0, 3.0):
+            made.add("receive", "gmqtt", {"rate": rate, "cpu_us": 1 / rate})
+        assert made.medians() == {"receive": {"gmqtt": {"rate": 3.0, "cpu_us": 1 / 3}}}
+
+    @pytest.mark.parametrize("reached", [149, 150])
+    def test_a_rate_is_held_against_the_fastest_peer(self, reached: float) -> None:
+        told = verdicts(results("receive", "rate", us_trio=reached, gmqtt=100, zmqtt=50))
+        assert told["us-trio", "rate", "fastest"] == ("gmqtt", reached / 100, reached == 150)
+
+    @pytest.mark.parametrize("reached", [100, 101])
+    def test_of_a_time_less_is_better(self, reached: float) -> None:
+        told = verdicts(results("round-trip", "p50_us", us_asyncio=reached, gmqtt=100, zmqtt=150))
+        assert told["us-asyncio", "p50_us", "fastest"] == ("gmqtt", reached / 100, reached == 100)
+
+    def test_mosquitto_is_no_python_peer(self) -> None:
+        told = verdicts(results("receive", "rate", us_trio=300, gmqtt=100, mosquitto=240))
+        assert told["us-trio", "rate", "fastest"] == ("gmqtt", 3.0, True)
+        assert told["us-trio", "rate", "mosquitto"] == ("mosquitto", 1.25, False)
+
+    def test_peers_on_uvloop_stand_beside_us_on_uvloop(self) -> None:
+        made = results("receive", "rate", us_trio=300, us_uvloop=300, gmqtt=100, gmqtt_uvloop=250)
+        told = verdicts(made)
+        assert told["us-trio", "rate", "fastest"] == ("gmqtt", 3.0, True)
+        assert told["us-uvloop", "rate", "fastest"] == ("gmqtt-uvloop", 1.2, False)
+
+    def test_an_amount_is_compared_with_nobody(self) -> None:
+        told = verdicts(results("links", "memory_kb", us_trio=61, gmqtt=25))
+        assert told["us-trio", "memory_kb", "nothing"] == ("", 61, False)
+
+    def test_fan_in_is_compared_with_one_subscription(self) -> None:
+        made = results("fan-in-10", "cpu_us", us_trio=3, us_asyncio=5)
+        made.runs |= results("fan-in-1", "cpu_us", us_trio=2.5, us_asyncio=4).runs
+        told = verdicts(made)
+        assert told["us-trio", "cpu_us", "row"] == ("fan-in-1", 1.2, True)
+        assert told["us-asyncio", "cpu_us", "row"] == ("fan-in-1", 1.25, False)
+
+    def test_without_a_peer_nothing_can_be_told(self) -> None:
+        told = verdicts(results("publish", "rate", us_trio=300))
+        assert told["us-trio", "rate", "fastest"] == ("", None, None)
+
+    def test_it_is_laid_out_as_a_table(self) -> None:
+        made = results("publish", "rate", us_trio=300_000, us_asyncio=240_000, gmqtt=100_000)
+        made.about = {"date": "2001-01-01", "machine": "a loom"}
+        made.fail("publish", "zmqtt", "failed: alas")
+        text = report.markdown(made)
+        assert text.startswith("date: 2001-01-01; machine: a loom.\n")
+        assert "Goals met: 1, not met: 1." in text
+        assert "≥ 2.5 × the fastest Python peer" in text
+        assert "| 240k (2.40 × gmqtt) ✗ | 300k (3.00 × gmqtt) ✓ |" in text
+        assert "| us-trio | 300k | – | 3.00 |" in text
+        assert "| zmqtt | failed: alas |" in text
+
+    def test_every_goal_is_about_a_figure_of_its_row(self) -> None:
+        for row in ROWS:
+            assert {goal.figure for goal in row.goals} <= set(row.figures)
+            assert {goal.row for goal in row.goals if goal.against == "row"} <= set(ROW)
+
+
+class TestChoosing:
+    def test_a_name_stands_for_its_family(self) -> None:
+        chosen = command.chosen(CLIENTS, "us,zmqtt", "client")
+        assert [client.name for client in chosen] == ["us-asyncio", "us-uvloop", "us-trio", "zmqtt"]
+
+    def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
+        with pytest.raises(SystemExit, match=r"no row is called 'recieve'; there are receive, "):
+            command.chosen(ROWS, "receive,recieve", "row")
+
+    def test_every_environment_is_pinned(self) -> None:
+        for client in CLIENTS:
+            if client.environment:
+                assert all("==" in wanted for wanted in requirements(client.environment))
+
+    def test_the_table_goes_between_its_marks(self, tmp_path: Path) -> None:
+        page = tmp_path / "benchmarks.md"
+        page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nbehind\n")
+        command.into_docs(page, "new\n")
+        text = page.read_text()
+        assert text == f"before\n{command.BEGIN}\n\nnew\n\n{command.END}\nbehind\n"
+
+
+class TestClock:
+    def test_percentiles(self) -> None:
+        seconds = [number / 1e6 for number in range(200, 0, -1)]
+        told = common.percentiles(seconds)
+        assert told == pytest.approx({P50.key: 101, "p99_us": 199})
+
+    def test_a_ping_costs_what_idling_does_not(self) -> None:
+        quiet = common.Idling(seconds=10, processor=0.002, pings=0)
+        pinging = common.Idling(seconds=10, processor=0.102, pings=1000)
+        told = common.idle_figures(quiet, pinging)
+        assert told == pytest.approx({"idle_ms": 2, "ping_us": 100})
+
+    def test_links_that_ping_are_not_idle(self) -> None:
+        busy = common.Idling(seconds=10, processor=0.1, pings=7)
+        with pytest.raises(SystemExit, match="have sent pings"):
+            common.idle_figures(busy, busy)
+
+
+@pytest.fixture
+def peer(request: pytest.FixtureRequest) -> Iterator[tuple[common.Job, RunningPeer]]:
+    """A peer for the row that the test names, and what the client is told."""
+    row, messages, more = request.param
+    told, part = job_and_part(row, CLIENT["us-trio"], messages, **more)
+    with running_peer(part) as running:
+        yield common.Job(**told, port=running.port), running
+
+
+def rows(*chosen: tuple[str, int, dict[str, int]]) -> pytest.MarkDecorator:
+    parameters = [(ROW[name], messages, more) for name, messages, more in chosen]
+    return pytest.mark.parametrize(
+        "peer", parameters, indirect=True, ids=[name for name, *_ in chosen]
+    )
+
+
+@pytest.mark.without_debug
+class TestOurCases:
+    @rows(
+        ("receive", 300, {}),
+        ("handler", 300, {}),
+        ("fan-in-10", 300, {}),
+        ("publish", 300, {}),
+        ("confirmed-1", 20, {}),
+        ("confirmed-20", 100, {}),
+        ("ws-receive", 300, {}),
+        ("ws-publish", 300, {}),
+    )
+    async def test_rates(self, peer: tuple[common.Job, RunningPeer]) -> None:
+        job, _ = peer
+        figures = await us.CASES[job.case](job)
+        assert set(figures) == {RATE.key, CPU.key}
+        assert all(math.isfinite(value) for value in figures.values())
+
+    @rows(("round-trip", 20, {}), ("connect", 5, {}))
+    async def test_times(self, peer: tuple[common.Job, RunningPeer]) -> None:
+        job, _ = peer
+        figures = await us.CASES[job.case](job)
+        assert 0 < figures["p50_us"] <= figures["p99_us"]
+
+    @rows(("links", 0, {"links": 5}))
+    async def test_links(
+        self, peer: tuple[common.Job, RunningPeer], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(common, "SETTLING", 0)
+        job, _ = peer
+        await us.CASES[job.case](job)
+        assert common.ask_peer(job.port)["messages"] == 5
+
+    @rows(("stalled", 3000, {}))
+    async def test_stalled(self, peer: tuple[common.Job, RunningPeer]) -> None:
+        job, _ = peer
+        figures = await us.CASES[job.case](job)
+        assert (figures["uncounted"], figures["lost_by_healthy"]) == (0, 0)
+
+
+class TestRun:
+    @pytest.mark.parametrize("client", ["us-asyncio", "us-trio"])
+    def test_a_run_gives_figures(self, client: str) -> None:
+        figures = run(ROW["receive"], CLIENT[client], sys.executable, 100)
+        assert figures["rate"] > 0
+
+    def test_a_run_that_fails_says_why(self) -> None:
+        broken = Client("broken", "us", "trio")
+        unknown = Row("none", "", "no such case", (), (), "none", 1, 1)
+        with pytest.raises(RunFailedError, match="no such case"):
+            run(unknown, broken, sys.executable, 1)

@@ -1,0 +1,252 @@
+"""
+The pages of ``docs/``, held to what they say: every block is run, and prints what stands below it.
+
+What a block may be, and what a piece may use, is in ``tests/support/pages.py``. A block that cannot
+run stands in ``docs/not-run.txt`` with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import shlex
+import tomllib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import anyio
+import pytest
+import trustme
+
+import emitter_anyio
+import emitter_anyio.testing
+from emitter_anyio import Emitter, EmitterMessage, StoredMessage
+from emitter_anyio._options import Options
+from emitter_anyio.testing import Broker, FaultProxy
+from tests.support.command import ROOT, run, running
+from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, framed
+from tests.support.tried import run_pytest
+
+NOT_RUN = [
+    line.split(maxsplit=1)
+    for line in (DOCS / "not-run.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+RUN = [block for block in BLOCKS if str(block) not in {where for where, _ in NOT_RUN}]
+
+
+def of_kind(*kinds: str, trio_only: bool = False) -> pytest.MarkDecorator:
+    chosen = [block for block in RUN if block.kind in kinds and block.trio_only is trio_only]
+    return pytest.mark.parametrize("block", chosen, ids=str)
+
+
+def test_at_most_five_are_not_run_each_with_its_reason() -> None:
+    assert len(NOT_RUN) <= 5
+    assert {where for where, _ in NOT_RUN} <= set(map(str, BLOCKS))
+    assert all(len(reason.split()) > 3 for _, reason in NOT_RUN)
+
+
+@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
+def test_who_runs_the_others(page: str, test: str) -> None:
+    if (DOCS / page).exists():
+        assert f"docs/{page}" in (ROOT / test).read_text()
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind == "piece"}))
+def test_a_page_with_pieces_says_where_they_stand(page: str) -> None:
+    assert "(start.md#how-to-read-the-pieces)" in (DOCS / page).read_text()
+
+
+class TestPython:
+    @of_kind("program", "piece")
+    async def test_on_both_backends(
+        self, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if ".pem" in block.source:
+            make_certificates(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        printed: list[str] = []
+        names: dict[str, Any] = {
+            "__name__": "the_page",
+            "print": lambda *values: printed.append(" ".join(map(str, values))),
+        }
+        source = framed(block) if block.kind == "piece" else block.without_run
+        # Without this module's own "annotations", as users have it.
+        exec(compile(source, str(block), "exec", dont_inherit=True), names)
+        with anyio.fail_after(30):
+            await names["main"]()
+        assert "".join(f"{line}\n" for line in printed) == block.output
+
+    @pytest.mark.parametrize("anyio_backend", ["trio"])
+    @of_kind("program", "piece", trio_only=True)
+    async def test_on_trio(
+        self, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await self.test_on_both_backends(block, tmp_path, monkeypatch)
+
+    @of_kind("test")
+    def test_for_pytest(self, block: Block, tmp_path: Path) -> None:
+        names = re.findall(r"^(?:async )?def (test_\w+)", block.source, re.MULTILINE)
+        outcomes = run_pytest(tmp_path, block.source)
+        assert outcomes.keys() == {"PASSED"}
+        assert {name.partition("[")[0] for name in outcomes["PASSED"]} == set(names)
+
+
+def make_certificates(folder: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(folder / "authority.pem")
+    client = authority.issue_cert("client@example.org")
+    client.private_key_pem.write_to_path(folder / "client.key")
+    for pem in client.cert_chain_pems:
+        pem.write_to_path(folder / "client.pem", append=True)
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOR_USERS = {"nox", "pytest", "emitter_anyio", "."}
+
+
+class TestShell:
+    @of_kind("shell")
+    def test_each_line(self, block: Block) -> None:
+        assert not block.output
+        for line in block.source.splitlines():
+            for command in line.split(" && "):
+                self.do(block, shlex.split(command))
+
+    def do(self, block: Block, words: list[str]) -> None:
+        match words:
+            case ["python", "-m", "pip", "install", *packages]:
+                for package in packages:
+                    name, _, extra = package.rstrip("]").partition("[")
+                    assert name in FOR_USERS
+                    assert not extra or extra in PROJECT["project"]["optional-dependencies"]
+            case ["python", "-m", "nox", "-s", session]:
+                assert f"\ndef {session}(session: nox.Session)" in (ROOT / "noxfile.py").read_text()
+            case ["python", "-m", "emitter_anyio", "broker", *_]:
+                # The port that is named may be taken on this machine.
+                with running(*words[1:4], "--port", "0") as process:
+                    assert process.stdout is not None
+                    said = [process.stdout.readline().split()[0] for _ in range(3)]
+                assert said == ["listening", "license", "secret"]
+            case ["python", "-m", "emitter_anyio", *_]:
+                done = run(*words[1:])
+                assert (done.returncode, done.stderr) == (0, "")
+            case _:
+                pytest.fail(f"{block}: this is not tested: {words}")
+
+
+class TestReference:
+    TEXT = (DOCS / "reference.md").read_text()
+
+    def listed(self) -> Iterator[str]:
+        """The names that the reference has, as ``Class.member`` or ``name``."""
+        inside = ""
+        for line in self.TEXT.splitlines():
+            if found := re.match(r"\.\. auto(class|exception|function)::\s+(\w+)", line):
+                inside = found[2]
+                yield inside
+            elif found := re.match(r"\.\. py:type::\s+(\w+)", line):
+                yield found[1]
+            elif found := re.match(r"( *)\.\. auto(?:method|attribute)::\s+([\w.]+)", line):
+                yield f"{inside}.{found[2]}" if found[1] else found[2]
+            elif found := re.match(r" +:members: (.+)", line):
+                for member in found[1].split(", "):
+                    yield f"{inside}.{member}"
+
+    def test_every_name_is_there_once(self) -> None:
+        listed = list(self.listed())
+        assert sorted(set(listed)) == sorted(listed)
+        top = {name for name in listed if "." not in name}
+        explained = {"Key", "Payload", "Overflow", "Timeout"}
+        assert top == public(emitter_anyio) | public(emitter_anyio.testing) | explained | {
+            "EmitterFixture"
+        }
+
+    @pytest.mark.parametrize("kind", [Emitter, EmitterMessage, StoredMessage, Broker, FaultProxy])
+    def test_every_member_is_there(self, kind: type) -> None:
+        listed = {name for name in self.listed() if name.startswith(f"{kind.__name__}.")}
+        members = {
+            name
+            for name, member in inspect.getmembers_static(kind)
+            if not name.startswith("_") and (callable(member) or isinstance(member, property))
+            if name.islower()  # the original SDK's names stand beside ours
+        }
+        assert listed == {f"{kind.__name__}.{name}" for name in members}
+
+    def test_every_option_is_in_the_table(self) -> None:
+        table = self.TEXT[self.TEXT.index("| option |") :].partition("\n\n")[0]
+        named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+        assert set(named) == set(Options.__dataclass_fields__) | {"host", "port", "secure"}
+
+
+def public(module: ModuleType) -> set[str]:
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "annotations" and not inspect.ismodule(value)
+    }
+
+
+def test_every_module_is_explained() -> None:
+    page = (DOCS / "how-it-works.md").read_text()
+    library = Path(emitter_anyio.__file__).parent
+    for module in library.iterdir():
+        if module.name not in ("__init__.py", "__pycache__", "_version.py", "py.typed"):
+            assert f"`{module.stem}`" in page
+
+
+class TestErrors:
+    def test_every_error_is_in_the_tree(self) -> None:
+        """With the same parent, by the indentation of the list."""
+        page = (DOCS / "errors.md").read_text()
+        tree: dict[str, str] = {}
+        above: dict[int, str] = {}
+        for indent, name in re.findall(r"^( *)- \[`(\w+)`\]", page, re.MULTILINE):
+            above[len(indent)] = name
+            if indent:
+                tree[name] = above[len(indent) - 2]
+        errors = {
+            value
+            for value in vars(emitter_anyio).values()
+            if inspect.isclass(value) and issubclass(value, emitter_anyio.EmitterError)
+        }
+        assert tree == {
+            error.__name__: error.__bases__[0].__name__
+            for error in errors - {emitter_anyio.EmitterError}
+        }
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, DOCS / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestMadeByScripts:
+    def test_inventories(self) -> None:
+        made = script("inventories/make.py")
+        assert {path.stem for path in DOCS.glob("inventories/*.inv")} == set(made.NAMES)
+        for project in made.NAMES:
+            kept = (DOCS / "inventories" / f"{project}.inv").read_bytes()
+            # Another zlib packs other bytes.
+            packed = kept.split(b"zlib.\n", 1)[1]
+            assert zlib.decompress(packed).decode() == "".join(made.lines(project))
+
+    def test_diagrams(self) -> None:
+        for name, draw in script("pictures/diagrams.py").DIAGRAMS.items():
+            assert (DOCS / "pictures" / f"{name}.svg").read_text() == draw()
+
+    def test_every_picture_is_on_a_page(self) -> None:
+        text = "".join(page.read_text() for page in PAGES)
+        shown = re.findall(r"(?:^:file: |\]\()pictures/([\w.-]+)", text, re.MULTILINE)
+        pictures = {
+            path.name for path in DOCS.glob("pictures/*") if path.suffix in (".svg", ".png")
+        }
+        assert set(shown) == pictures

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+
+import anyio
+import pytest
+from anyio import ClosedResourceError
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio._reading import CHUNK, AskingReader, WatchingReader, open_reader
+
+pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def is_watched(sock: socket.socket) -> bool:
+    """Tell whether the loop looks at a socket."""
+    loop = asyncio.get_running_loop()
+    return sock.fileno() in loop._selector.get_map()  # type: ignore[attr-defined]  # selects
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until the socket takes no more, and tell how much it took."""
+    sent = 0
+    try:
+        while True:
+            sent += sock.send(bytes(CHUNK))
+    except BlockingIOError:
+        return sent
+
+
+async def test_it_reads_one_chunk_ahead_and_then_holds_the_peer_up(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    reader = open_reader(ours)
+    assert isinstance(reader, WatchingReader)
+    sent = fill(theirs)
+    while is_watched(ours):
+        await checkpoint()
+    sent += fill(theirs)
+    for _ in range(10):
+        await checkpoint()
+    sent += fill(theirs)
+    theirs.shutdown(socket.SHUT_WR)
+    received = 0
+    while data := await reader.receive(CHUNK):
+        assert len(data) <= CHUNK
+        received += len(data)
+    assert received == sent
+    reader.close()
+    assert not is_watched(ours)
+
+
+async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    reader = open_reader(ours)
+    task = asyncio.create_task(reader.receive(CHUNK))
+    await checkpoint()
+    theirs.send(b"x")
+    while not task._fut_waiter.done():  # type: ignore[attr-defined]  # a turn before it runs
+        await asyncio.sleep(0)
+        if task.done():
+            pytest.fail("it ran before it could be cancelled")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await reader.receive(CHUNK) == b"x"
+    reader.close()
+
+
+async def test_a_link_that_is_reset(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    reader = open_reader(ours)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    theirs.close()
+    for _ in range(2):
+        with pytest.raises(OSError) as caught:
+            await reader.receive(CHUNK)
+        assert caught.value.errno == errno.ECONNRESET
+    reader.close()
+
+
+async def test_closing_it_lets_go_who_waits(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, _ = pair
+    reader = open_reader(ours)
+
+    async def receive() -> None:
+        with pytest.raises(ClosedResourceError):
+            await reader.receive(CHUNK)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(receive)
+        await anyio.wait_all_tasks_blocked()
+        reader.close()
+
+
+async def test_a_loop_that_watches_no_sockets(
+    pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_reader(*args: object) -> None:
+        raise NotImplementedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio.get_running_loop(), "add_reader", add_reader)
+        reader = open_reader(pair[0])
+    assert isinstance(reader, AskingReader)
+    pair[1].send(b"x")
+    assert await reader.receive(CHUNK) == b"x"
+    reader.close()
