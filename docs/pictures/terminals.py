@@ -80,8 +80,8 @@ def draw(terminals: list[Terminal]) -> str:
             'fill="#febc2e"/><circle cx="60" cy="20" r="6" fill="#28c840"/>'
             f'<text x="{WIDTH / 2}" y="25" text-anchor="middle" fill="#8b949e">{each.name}</text>'
         )
-        for row, (kind, *rest) in enumerate(each.lines):
-            text = "$" + "".join(rest) if kind == "$" else "".join(rest)
+        for row, line in enumerate(each.lines):
+            kind, text = line[0], line if line[0] == "$" else line[1:]
             y = TOP + row * LINE
             drawn.append(f'<text x="18" y="{y}" fill="{COLOURS[kind]}">{escape(text)}</text>')
         drawn.append("</g>")
