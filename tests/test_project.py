@@ -137,6 +137,7 @@ class TestImports:
             "anyio",
             "idna",
             "paho",
+            "socks",  # where something else has brought it, Paho takes it
             "sniffio",
             "typing_extensions",
         }

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import struct
 from collections.abc import Iterator
@@ -91,9 +90,8 @@ async def test_a_link_that_is_reset(pair: tuple[socket.socket, socket.socket]) -
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     theirs.close()
     for _ in range(2):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(ConnectionResetError):
             await reader.receive(CHUNK)
-        assert caught.value.errno == errno.ECONNRESET
     reader.close()
 
 

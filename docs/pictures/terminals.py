@@ -81,7 +81,8 @@ def draw(terminals: list[Terminal]) -> str:
             f'<text x="{WIDTH / 2}" y="25" text-anchor="middle" fill="#8b949e">{each.name}</text>'
         )
         for row, line in enumerate(each.lines):
-            kind, text = line[0], line if line[0] == "$" else line[1:]
+            kind = line[0]
+            text = line if kind == "$" else line[1:]
             y = TOP + row * LINE
             drawn.append(f'<text x="18" y="{y}" fill="{COLOURS[kind]}">{escape(text)}</text>')
         drawn.append("</g>")
