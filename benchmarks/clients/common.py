@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
+assert sys.platform != "win32", "the benchmarks ask POSIX what a process has cost"
+
 HOST: Final = "127.0.0.1"
 
 SETTLING: Final = 0.5

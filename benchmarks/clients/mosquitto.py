@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import resource
 import subprocess
+import sys
 import tempfile
 
 from benchmarks.clients import common
 from benchmarks.clients.common import HOST, Figures, Job
 from benchmarks.wire import channel, topic
+
+assert sys.platform != "win32", "the benchmarks ask POSIX what a process has cost"
 
 
 def _run(job: Job, tool: str, *arguments: str, given: str | None = None) -> Figures:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+assert sys.platform != "win32", "Windows has no pseudo-terminals"
+
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 
