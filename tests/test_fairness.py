@@ -95,7 +95,9 @@ async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
 
 async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:
     class Noted(Due):
-        done = False
+        @property
+        def done(self) -> bool:
+            return False
 
         def fall_due(self, now: float) -> None:
             fallen.append(reading.count)
