@@ -90,7 +90,8 @@ async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
         while (received := emitter.statistics().received) < 50_000:
             await checkpoint()
             most = max(most, emitter.statistics().received - received)
-    assert most <= 2 * CHUNK
+    # A packet that a chunk has cut is of the next one.
+    assert most <= 2 * (CHUNK + 1)
 
 
 async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:
