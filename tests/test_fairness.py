@@ -1,0 +1,273 @@
+"""Nobody starves: a flood and a hot loop leave the others their turns, counted and not timed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import Emitter, EmitterMessage, EventStream
+from emitter_anyio._timer import Due
+from emitter_anyio.testing import Broker
+from tests.support import packets
+from tests.support.links import one_link
+from tests.support.peer import SUBSCRIBE, Peer, serving
+
+TURN: Final = 64
+"""So many messages or calls may come between two turns of the others, who on Trio may come behind
+us once more, as the tasks of a turn run in any order."""
+
+PACKET: Final = packets.publish("a/", b"x")
+CHUNK: Final = 65536 // len(PACKET)
+"""What the client reads at a time is delivered in one go, as far as there is room for it."""
+
+BUFFER: Final = 1024
+
+# A flood from a link
+
+
+class Flood:
+    """A peer that sends without end, once the client has subscribed."""
+
+    def __init__(self, packets: bytes = PACKET * 20_000, subscriptions: int = 1) -> None:
+        self._packets = packets
+        self._subscriptions = subscriptions
+
+    async def play(self, peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(self._subscriptions):
+            await peer.answer(await peer.until(SUBSCRIBE))
+        while True:
+            await peer.send(self._packets)
+            await checkpoint()  # a stream in memory need not have waited
+
+
+@asynccontextmanager
+async def flooded(link: str, flood: Flood) -> AsyncGenerator[Emitter]:
+    async with serving(link, flood.play) as options, one_link(**options) as emitter:
+        yield emitter
+
+
+class Reading:
+    """A task that reads a stream without end, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def run(self, messages: EventStream[EmitterMessage]) -> None:
+        async for _ in messages:
+            self.count += 1
+
+
+@pytest.mark.parametrize("link", ["tcp", "memory"])
+async def test_a_flood_leaves_their_turns_to_others(anyio_backend: object, link: str) -> None:
+    reading = Reading()
+    async with flooded(link, Flood()) as emitter:
+        async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
+            tasks.start_soon(reading.run, messages)
+            most_read = most_delivered = 0
+            while reading.count < 20_000:
+                read, delivered = reading.count, emitter.statistics().received
+                await checkpoint()
+                most_read = max(most_read, reading.count - read)
+                most_delivered = max(most_delivered, emitter.statistics().received - delivered)
+            tasks.cancel_scope.cancel()
+    assert most_read <= 2 * TURN + 1
+    assert most_delivered <= 2 * BUFFER
+
+
+async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
+    anyio_backend: object,
+) -> None:
+    async with flooded("tcp", Flood()) as emitter:
+        await emitter.subscribe("k", "a/")
+        most = 0
+        while (received := emitter.statistics().received) < 50_000:
+            await checkpoint()
+            most = max(most, emitter.statistics().received - received)
+    # A packet that a chunk has cut is of the next one.
+    assert most <= 2 * (CHUNK + 1)
+
+
+async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:
+    class Noted(Due):
+        @property
+        def done(self) -> bool:
+            return False
+
+        def fall_due(self, now: float) -> None:
+            fallen.append(reading.count)
+
+    reading, fallen = Reading(), list[int]()
+    async with flooded("tcp", Flood()) as emitter:
+        async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
+            tasks.start_soon(reading.run, messages)
+            while reading.count < 5000:
+                await checkpoint()
+            link = emitter._connection
+            assert link is not None
+            start = reading.count
+            # As the keepalive and the time for an answer do.
+            link.timer.add(anyio.current_time(), Noted())
+            while not fallen and reading.count < start + 100_000:
+                await checkpoint()
+            tasks.cancel_scope.cancel()
+    assert fallen
+    assert fallen[0] - start <= 10 * TURN
+
+
+async def test_a_flood_on_one_subscription_does_not_hold_up_another(anyio_backend: object) -> None:
+    rare = packets.publish("b/", b"x")
+    flooding, read_before = Reading(), list[int]()
+    async with flooded("tcp", Flood(PACKET * 999 + rare, 2)) as emitter:
+        async with (
+            emitter.subscribe("k", "a/") as many,
+            emitter.subscribe("k", "b/") as few,
+            anyio.create_task_group() as tasks,
+        ):
+            tasks.start_soon(flooding.run, many)
+            for _ in range(20):
+                await few.receive()
+                read_before.append(flooding.count)
+            tasks.cancel_scope.cancel()
+        assert many.statistics().dropped == 0
+    # Never later than those who read what came before and behind it in the same chunk.
+    for number, read in enumerate(read_before, 1):
+        assert read <= 999 * number + CHUNK + BUFFER
+
+
+async def test_a_flood_on_one_link_does_not_hold_up_another(
+    anyio_backend: object, broker: Broker
+) -> None:
+    reading = Reading()
+    async with flooded("tcp", Flood()) as emitter, one_link(broker.url) as other:
+        async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
+            tasks.start_soon(reading.run, messages)
+            most = 0
+            for _ in range(50):
+                before = reading.count
+                await other.me()
+                most = max(most, reading.count - before)
+            tasks.cancel_scope.cancel()
+    assert reading.count
+    # Question and answer take some turns of the loop, in the broker too.
+    assert most <= 40 * TURN
+
+
+# Hot loops
+
+
+def calls(emitter: Emitter, broker: Broker) -> dict[str, Callable[[], Awaitable[object]]]:
+    key = broker.keygen("a/#/", "rwslp")
+
+    async def history() -> None:
+        async for _ in emitter.history(key, "a/"):
+            pass
+
+    async def enter_and_leave() -> None:
+        async with emitter.subscribe(key, "a/b/"):
+            pass
+
+    async def watch() -> None:
+        async with emitter.watch_presence(key, "a/") as feed:
+            await feed.receive()
+
+    return {
+        "publish": partial(emitter.publish, key, "a/", b"x"),
+        "publish, qos=1": partial(emitter.publish, key, "a/", b"x", qos=1),
+        "publish_with_link": partial(emitter.publish_with_link, "li", b"x"),
+        "publish_with_link, qos=1": partial(emitter.publish_with_link, "li", b"x", qos=1),
+        "subscribe": lambda: emitter.subscribe(key, "a/"),
+        "unsubscribe": partial(emitter.unsubscribe, key, "a/c/"),
+        "subscribe, entered": enter_and_leave,
+        "keygen": partial(emitter.keygen, broker.secret_key, "b/"),
+        "keyban": partial(emitter.keyban, broker.secret_key, broker.keygen("z/"), False),
+        "link": partial(emitter.link, key, "a/", "li"),
+        "me": emitter.me,
+        "presence": partial(emitter.presence, key, "a/"),
+        "watch_presence": watch,
+        "history": history,
+        "flush": emitter.flush,
+        "wait_connected": emitter.wait_connected,
+    }
+
+
+VERBS: Final = (
+    "publish",
+    "publish, qos=1",
+    "publish_with_link",
+    "publish_with_link, qos=1",
+    "subscribe",
+    "unsubscribe",
+    "subscribe, entered",
+    "keygen",
+    "keyban",
+    "link",
+    "me",
+    "presence",
+    "watch_presence",
+    "history",
+    "flush",
+    "wait_connected",
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_hot_loop_leaves_their_turns_to_others_and_ends_when_cancelled(
+    broker: Broker, verb: str
+) -> None:
+    async with one_link(broker.url) as emitter:
+        await emitter.link(broker.keygen("a/#/", "rwslp"), "a/", "li")
+        call = calls(emitter, broker)[verb]
+        await call()
+        count = 0
+        async with anyio.create_task_group() as tasks:
+
+            async def cancel() -> None:
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(cancel)
+            while count < 1000:
+                await call()
+                count += 1
+        assert count <= 2 * TURN + 1
+
+
+async def test_a_hot_loop_that_receives_ends_when_cancelled(anyio_backend: object) -> None:
+    reading = Reading()
+    async with flooded("tcp", Flood()) as emitter, emitter.subscribe("k", "a/") as messages:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(reading.run, messages)
+            while reading.count < 5000:
+                await checkpoint()
+            count = reading.count
+            tasks.cancel_scope.cancel()
+        assert reading.count - count <= TURN
+
+
+async def test_a_handler_under_a_flood_ends_when_the_client_is_cancelled(
+    anyio_backend: object,
+) -> None:
+    count = cancelled = 0
+
+    def take(message: EmitterMessage) -> None:
+        nonlocal count, cancelled
+        count += 1
+        if count == 5000:
+            scope.cancel()
+            cancelled = count
+
+    async with serving("tcp", Flood().play) as options:
+        with anyio.CancelScope() as scope:
+            emitter: Any = one_link(**options)
+            emitter.on("message", take)
+            async with emitter:
+                await emitter.subscribe("k", "a/")
+                await anyio.sleep_forever()
+    assert cancelled
+    assert count - cancelled <= TURN

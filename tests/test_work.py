@@ -1,0 +1,315 @@
+"""What a message costs, counted and not timed, so that a slow change turns red without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Final, TypeAlias
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import Emitter, EmitterMessage
+from emitter_anyio._codec import Codec, Hello
+from tests.support import packets
+from tests.support.links import one_link
+from tests.support.peer import SUBSCRIBE, Peer, SocketStream, serving
+from tests.support.work import CopiedBytes, Work, blocks_kept, peak_of, uncounted, work_of
+
+pytestmark = pytest.mark.without_debug
+
+Step: TypeAlias = Callable[[], Awaitable[None]]
+Path: TypeAlias = Callable[[], AbstractAsyncContextManager[tuple[Step, int]]]
+
+BODY: Final = bytes(64)
+MESSAGES: Final = 400
+"""In one step: what the socket holds, and the buffer of a stream."""
+LARGE: Final = 256 * 1024
+IN_FLIGHT: Final = 20
+
+
+def at_most(calls: float, all_calls: float, system_calls: float) -> Work:
+    """
+    What a message may cost: what it does, and less than one call of ours more.
+
+    What AnyIO and the loops call changes with their versions: 15 % more are theirs.
+    """
+    return Work(calls + 0.6, all_calls * 1.15, system_calls * 1.15)
+
+
+# As they are with Python 3.11 to 3.13.
+BOUNDS: Final = {
+    ("receiving", "asyncio"): at_most(21.1, 28, 0.026),
+    ("receiving", "trio"): at_most(21.1, 29, 0.046),
+    ("handling", "asyncio"): at_most(24.2, 35, 0.028),
+    ("handling", "trio"): at_most(24.2, 36, 0.050),
+    ("publishing", "asyncio"): at_most(20.4, 22, 0.036),
+    ("publishing", "trio"): at_most(20.4, 23, 0.058),
+    ("confirming", "asyncio"): at_most(77.7, 136, 0.36),
+    ("confirming", "trio"): at_most(79.0, 153, 0.67),
+    ("receiving_large", "asyncio"): at_most(136, 540, 10),
+    ("receiving_large", "trio"): at_most(124, 740, 16.5),
+    ("publishing_large", "asyncio"): at_most(49.1, 184, 3),
+    ("publishing_large", "trio"): at_most(49.1, 300, 6.5),
+}
+DECODING: Final = at_most(4, 6, 0)
+COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
+"""How often a large message may be in memory at the same time, beside what the caller has."""
+KEPT: Final = 400
+"""Blocks of memory that may be left by thousands of messages: the loops keep some."""
+
+ADVICE: Final = "run the benchmarks and see 'Speed' in CONTRIBUTING.md before you raise the bound"
+
+
+class Far:
+    """The other end of a socket, which does nothing on its own, and whose work is not counted."""
+
+    def __init__(self, subscriptions: int) -> None:
+        self._subscriptions = subscriptions
+        self._over = anyio.Event()
+        self._sock: Any = None
+        self._buffer = bytearray(65536)
+
+    async def play(self, peer: Peer) -> None:
+        assert isinstance(peer.stream, SocketStream)
+        self._sock = peer.stream.sock
+        await peer.accept()
+        for _ in range(self._subscriptions):
+            await peer.answer(await peer.until(SUBSCRIBE))
+        await self._over.wait()
+        await peer.answer_all()
+
+    def leave(self) -> None:
+        self._over.set()
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it, in turns with the client where it is too much at once."""
+        view = memoryview(data)
+        while True:
+            with uncounted(), suppress(BlockingIOError):
+                view = view[self._sock.send(view) :]
+            if not view:
+                return
+            await checkpoint()
+
+    async def take(self, size: int) -> None:
+        """Take so many bytes."""
+        while size > 0:
+            with uncounted(), suppress(BlockingIOError):
+                while size > 0:
+                    size -= self._sock.recv_into(self._buffer)
+            if size > 0:
+                await checkpoint()
+
+    async def confirm(self, messages: int, size: int) -> None:
+        """Take PUBLISH packets of one size and of QoS 1, and acknowledge them."""
+        while messages:
+            with uncounted(), suppress(BlockingIOError):
+                data = self._sock.recv(65536)
+                starts = range(size - len(BODY) - 2, len(data), size)
+                self._sock.send(b"".join(b"\x40\x02" + data[at : at + 2] for at in starts))
+                messages -= len(starts)
+            await checkpoint()
+
+
+@asynccontextmanager
+async def case(
+    channels: tuple[str, ...] = (), on_message: Callable[[EmitterMessage], None] | None = None
+) -> AsyncGenerator[tuple[Emitter, Far]]:
+    """A client, awaited subscriptions of it, and the far end."""
+    far = Far(len(channels))
+    async with serving("unix", far.play) as options:
+        emitter = one_link(max_message_size=LARGE + 1024, **options)
+        if on_message is not None:
+            emitter.on("message", on_message)
+        async with emitter:
+            for channel in channels:
+                await emitter.subscribe("k", channel)
+            try:
+                yield emitter, far
+            finally:
+                far.leave()
+
+
+# The paths. Each is a step that is repeated, and how many messages it has.
+
+
+@asynccontextmanager
+async def receiving() -> AsyncGenerator[tuple[Step, int]]:
+    data = packets.publish("a/", BODY) * MESSAGES
+    far = Far(1)
+    async with serving("unix", far.play) as options:
+        async with one_link(**options) as emitter, emitter.subscribe("k", "a/") as messages:
+
+            async def step() -> None:
+                await far.send(data)
+                left = MESSAGES
+                async for _ in messages:
+                    left -= 1
+                    if not left:
+                        break
+
+            try:
+                yield step, MESSAGES
+            finally:
+                far.leave()
+
+
+@asynccontextmanager
+async def handling() -> AsyncGenerator[tuple[Step, int]]:
+    data = packets.publish("a/", BODY) * MESSAGES
+    taken = 0
+
+    def take(message: EmitterMessage) -> None:
+        nonlocal taken
+        taken += 1
+
+    async with case(("a/",), take) as (_, far):
+
+        async def step() -> None:
+            nonlocal taken
+            taken = 0
+            await far.send(data)
+            while taken < MESSAGES:
+                await checkpoint()
+
+        yield step, MESSAGES
+
+
+@asynccontextmanager
+async def publishing() -> AsyncGenerator[tuple[Step, int]]:
+    size = MESSAGES * len(packets.publish("k/a/", BODY))
+    async with case() as (emitter, far):
+
+        async def step() -> None:
+            for _ in range(MESSAGES):
+                await emitter.publish("k", "a/", BODY)
+            await far.take(size)
+
+        yield step, MESSAGES
+
+
+@asynccontextmanager
+async def confirming() -> AsyncGenerator[tuple[Step, int]]:
+    size = len(packets.publish("k/a/", BODY, 1))
+    async with case() as (emitter, far):
+
+        async def work() -> None:
+            for _ in range(MESSAGES // IN_FLIGHT):
+                await emitter.publish("k", "a/", BODY, qos=1)
+
+        async def step() -> None:
+            async with anyio.create_task_group() as tasks:
+                for _ in range(IN_FLIGHT):
+                    tasks.start_soon(work)
+                await far.confirm(MESSAGES, size)
+
+        yield step, MESSAGES
+
+
+@asynccontextmanager
+async def receiving_large() -> AsyncGenerator[tuple[Step, int]]:
+    data = packets.publish("a/", bytes(LARGE))
+    taken = 0
+
+    def take(message: EmitterMessage) -> None:
+        nonlocal taken
+        taken += 1
+
+    async with case(("a/",), take) as (_, far):
+
+        async def step() -> None:
+            nonlocal taken
+            taken = 0
+            await far.send(data)
+            while not taken:
+                await checkpoint()
+
+        yield step, 1
+
+
+@asynccontextmanager
+async def publishing_large() -> AsyncGenerator[tuple[Step, int]]:
+    body = bytes(LARGE)
+    size = len(packets.publish("k/a/", body))
+    async with case() as (emitter, far):
+
+        async def step() -> None:
+            await emitter.publish("k", "a/", body)
+            await far.take(size)
+
+        yield step, 1
+
+
+SMALL = (receiving, handling, publishing, confirming)
+LARGER = (receiving_large, publishing_large)
+
+
+def check(work: Work, bound: Work) -> None:
+    for what in ("calls", "all_calls", "system_calls"):
+        does, may = getattr(work, what), getattr(bound, what)
+        words = what.replace("_", " ")
+        assert does <= may, f"{does:.2f} {words} a message, at most {may:.2f}: {ADVICE}"
+        # A bound that has become loose finds nothing any more.
+        if what == "calls":
+            assert does > may - 1.6, f"only {does:.2f} {words} a message: lower the bound {may:.2f}"
+
+
+@pytest.mark.parametrize("path", [*SMALL, *LARGER])
+async def test_what_a_message_calls(path: Path, anyio_backend: tuple[str, object]) -> None:
+    async with path() as (step, messages):
+        work = await work_of(step, messages, steps=8)
+    check(work, BOUNDS[path.__name__, anyio_backend[0]])
+
+
+@pytest.mark.parametrize("path", SMALL)
+async def test_what_messages_leave_in_memory(path: Path, anyio_backend: object) -> None:
+    async with path() as (step, messages):
+        kept = await blocks_kept(step, 20)
+    assert kept <= KEPT, f"{kept} blocks are left by {20 * messages} messages, at most {KEPT}"
+
+
+@pytest.mark.parametrize("path", LARGER)
+async def test_how_often_a_large_message_is_in_memory(path: Path, anyio_backend: object) -> None:
+    async with path() as (step, _):
+        copies = await peak_of(step) / LARGE
+    bound = COPIES[path.__name__]
+    assert copies <= bound, f"{copies:.2f} times at once, at most {bound}: {ADVICE}"
+
+
+SMALL_PACKET: Final = packets.publish("a/", BODY)
+CHUNK: Final = SMALL_PACKET * (65536 // len(SMALL_PACKET))
+
+
+def connected() -> Codec:
+    codec = Codec(Hello())
+    codec.connect()
+    codec.decode(packets.connack())
+    return codec
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_decoding_a_chunk_calls(anyio_backend: object) -> None:
+    codec = connected()
+
+    async def step() -> None:
+        codec.decode(CHUNK)
+
+    check(await work_of(step, len(CHUNK) // len(SMALL_PACKET)), DECODING)
+
+
+def test_decoding_copies_no_byte_twice() -> None:
+    chunk = CopiedBytes(CHUNK)
+    assert len(connected().decode(chunk)) == len(CHUNK) // len(SMALL_PACKET)
+    # Topic and payload, but not their headers.
+    assert 0 < chunk.copied < len(CHUNK), f"{chunk.copied} bytes of {len(CHUNK)}: {ADVICE}"
+
+
+def test_the_pieces_of_a_large_packet_are_joined_once() -> None:
+    codec = connected()
+    data = packets.publish("a/", bytes(60000))
+    pieces = [CopiedBytes(data[at : at + 1000]) for at in range(0, len(data), 1000)]
+    events = [event for piece in pieces for event in codec.decode(piece)]
+    assert len(events) == 1
+    assert sum(piece.copied for piece in pieces) == 0, ADVICE
