@@ -11,8 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-assert sys.platform != "win32", "Windows has no pseudo-terminals"
-
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 
@@ -24,6 +22,7 @@ class Terminal:
     """
 
     def __init__(self) -> None:
+        assert sys.platform != "win32", "Windows has no pseudo-terminals"
         self._ours, self.theirs = pty.openpty()
         termios.tcsetwinsize(self.theirs, (40, 120))
         self.raw = b""
