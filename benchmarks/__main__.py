@@ -79,7 +79,7 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
         "date": datetime.date.today().isoformat(),
         "machine": f"{model}, {os.cpu_count()} processors, {platform.system()}",
         # From about 0.5 on, others have taken time that the rates miss; the CPU column does not.
-        "load before it": f"{os.getloadavg()[0]:.1f}" if sys.platform != "win32" else "unknown",
+        "load before it": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "Python": platform.python_version(),
         "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
         "peers": ", ".join(peers.values()) or "none",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from subprocess import Popen
@@ -88,7 +87,7 @@ class Browser:
         options.binary_location = shutil.which("chromium") or ""
         options.add_argument("--headless=new")
         options.add_argument("--disable-dev-shm-usage")
-        if sys.platform != "win32" and os.geteuid() == 0:
+        if os.geteuid() == 0:
             options.add_argument("--no-sandbox")  # it does not run as root otherwise
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
