@@ -405,7 +405,8 @@ class Emitter(Caller, Watcher):
         if len(topic) + len(payload) > self._options.max_message_size - 2:
             return False
         self._publishes += 1
-        self._send_publish(topic, payload, retain)
+        self._session.published()
+        link.publish(topic, payload, retain)
         return True
 
     def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:

@@ -60,7 +60,15 @@ class Delivery(EventSource):
         router, session = self._routers["message"], self._session
         for event in events:
             if isinstance(event, EmitterMessage) and not event.channel.startswith(SYSTEM):
-                await self._deliver_message(event, router.receivers(event.channel))
+                streams = router.receivers(event.channel)
+                if session.replays or not streams:
+                    await self._deliver_message(event, streams)
+                    continue
+                # Nearly all are of this kind, and do without a coroutine of their own.
+                self._received += 1
+                for stream in streams:
+                    if not stream.push(event):
+                        await self._hand_over(stream, event)
                 continue
             for emission in session.receive(event):
                 if emission.event == "message":

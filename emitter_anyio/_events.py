@@ -389,7 +389,7 @@ class EventSource(ABC):
                 arguments = (value,)
             try:
                 result = handler(*arguments)
-                if inspect.isawaitable(result):
+                if result is not None and inspect.isawaitable(result):
                     await result
             except Exception as exc:
                 self._handler_raised(event, handler, exc)

@@ -92,8 +92,9 @@ class Writer:
 
     def write(self, data: bytes) -> None:
         """Queue a packet."""
-        self._size += len(data)
-        self.queued += len(data)
+        size = len(data)
+        self._size += size
+        self.queued += size
         self._packets.append(data)
         if self._idle:
             self._rouse()
