@@ -11,7 +11,12 @@ from anyio.lowlevel import checkpoint
 
 from ._channels import Key
 from ._connection import Connection
-from ._errors import MessageTooLargeError, RequestTimeoutError, UnauthorizedError
+from ._errors import (
+    MessageTooLargeError,
+    NotFoundError,
+    RequestTimeoutError,
+    UnauthorizedError,
+)
 from ._life import Life
 from ._pending import Pending
 from ._reconnecting import RESTORING
@@ -95,7 +100,8 @@ class Conversation(Life):
         key = await self._key_of(source)
         try:
             return await use(key)
-        except UnauthorizedError:
+        except (UnauthorizedError, NotFoundError):
+            # A secret that is not the broker's may be one of a contract that it does not find.
             renewed = await self._key_of(source, key)
             if renewed == key:
                 raise

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio import ConnectError, Emitter, UnauthorizedError, Will, connect
+from emitter_anyio import ConnectError, Emitter, NotFoundError, UnauthorizedError, Will, connect
 from emitter_anyio._keys import KeyRing
 from emitter_anyio.testing import Broker
+from emitter_anyio.testing._keys import License
 from tests.client.tools import Calls, texts
 from tests.support.links import SOON, another_link, many_links, while_away
 
@@ -114,6 +116,18 @@ async def test_the_secret_may_be_a_function_too(broker: Broker, emitter: Emitter
     assert secret.asked == 2
     assert await emitter.keyban(secret, target)
     assert (secret.asked, target.asked) == (2, 1)
+
+
+async def test_a_secret_of_a_contract_that_is_not_found_is_no_better(anyio_backend: object) -> None:
+    # To one licence in 256, what is no secret reads as that of another contract.
+    licenses = (License.new() for _ in itertools.count())
+    license = next(one for one in licenses if one.decrypt(EXPIRED).is_master)
+    async with Broker(license=license.text) as broker, many_links(broker.url) as emitter:
+        with pytest.raises(NotFoundError):
+            await emitter.keygen(EXPIRED, "a/")
+        secret = Keys(EXPIRED, broker.secret_key)
+        assert (await emitter.keygen(secret, "a/")).channel == "a/"
+        assert secret.asked == 2
 
 
 async def test_a_refused_publish_of_qos_0_makes_it_ask_again(
