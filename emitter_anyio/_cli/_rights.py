@@ -15,6 +15,7 @@ from emitter_anyio import (
     Emitter,
     EmitterMessage,
     EventStream,
+    NotFoundError,
     RequestError,
     RequestTimeoutError,
     UnauthorizedError,
@@ -111,7 +112,7 @@ class Examination:
 
     def _tell_lack(self, right: str, exc: Exception) -> None:
         words = f"may not {RIGHTS[right]}"
-        if not isinstance(exc, UnauthorizedError):
+        if not isinstance(exc, UnauthorizedError | NotFoundError):
             words = f"{words}: {exc}"
         if right in self._needed:
             way = f"{NAME} keygen {self._channel} {self._needed} makes a key that may"
