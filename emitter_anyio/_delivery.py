@@ -90,7 +90,7 @@ class Delivery(EventSource):
         self._received += 1
         replayed = bool(self._session.replays) and self._session.in_replay(message)
         for stream in streams:
-            if not stream.push(message, extra=replayed):
+            if not (replayed and stream.push(message, extra=True)):
                 await self._hand_over(stream, message)
         if not streams:
             self._unhandled += 1
