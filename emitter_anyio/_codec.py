@@ -41,8 +41,7 @@ _PINGRESP: Final = 13
 
 _SHORT_PUBLISH: Final = struct.Struct("!BBH")
 _PUBLISH_HEAD: Final = struct.Struct("!BBBH")
-_LENGTH: Final = struct.Struct("!H")
-_PACKET_ID: Final = _LENGTH
+_TWO_BYTES: Final = struct.Struct("!H")
 
 
 class Hello(NamedTuple):
@@ -303,12 +302,12 @@ def encode_publish(
     if packet_id is not None:
         size += 2
         head |= 0x02
-        topic += _PACKET_ID.pack(packet_id)
+        topic += _TWO_BYTES.pack(packet_id)
     if size < 0x80:
         return _SHORT_PUBLISH.pack(head, size, length) + topic + payload
     if size < 0x4000:
         return _PUBLISH_HEAD.pack(head, size & 0x7F | 0x80, size >> 7, length) + topic + payload
-    return b"".join((bytes((head, *_varint(size))), _LENGTH.pack(length), topic, payload))
+    return b"".join((bytes((head, *_varint(size))), _TWO_BYTES.pack(length), topic, payload))
 
 
 def is_unconfirmed_publish(packet: bytes | memoryview) -> bool:

@@ -88,7 +88,7 @@ class Delivery(EventSource):
         self, message: EmitterMessage, streams: Sequence[EventStream[Any]]
     ) -> None:
         self._received += 1
-        replayed = bool(self._session.replays) and self._session.in_replay(message)
+        replayed = self._session.in_replay(message)
         for stream in streams:
             if not (replayed and stream.push(message, extra=True)):
                 await self._hand_over(stream, message)

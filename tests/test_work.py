@@ -157,8 +157,8 @@ async def receiving() -> AsyncGenerator[tuple[Step, int]]:
 
 
 @asynccontextmanager
-async def handling() -> AsyncGenerator[tuple[Step, int]]:
-    data = packets.publish("a/", BODY) * MESSAGES
+async def handled(body: bytes, messages: int) -> AsyncGenerator[tuple[Step, int]]:
+    data = packets.publish("a/", body) * messages
     taken = 0
 
     def take(message: EmitterMessage) -> None:
@@ -171,10 +171,14 @@ async def handling() -> AsyncGenerator[tuple[Step, int]]:
             nonlocal taken
             taken = 0
             await far.send(data)
-            while taken < MESSAGES:
+            while taken < messages:
                 await checkpoint()
 
-        yield step, MESSAGES
+        yield step, messages
+
+
+def handling() -> AbstractAsyncContextManager[tuple[Step, int]]:
+    return handled(BODY, MESSAGES)
 
 
 @asynccontextmanager
@@ -208,25 +212,8 @@ async def confirming() -> AsyncGenerator[tuple[Step, int]]:
         yield step, MESSAGES
 
 
-@asynccontextmanager
-async def receiving_large() -> AsyncGenerator[tuple[Step, int]]:
-    data = packets.publish("a/", bytes(LARGE))
-    taken = 0
-
-    def take(message: EmitterMessage) -> None:
-        nonlocal taken
-        taken += 1
-
-    async with case(("a/",), take) as (_, far):
-
-        async def step() -> None:
-            nonlocal taken
-            taken = 0
-            await far.send(data)
-            while not taken:
-                await checkpoint()
-
-        yield step, 1
+def receiving_large() -> AbstractAsyncContextManager[tuple[Step, int]]:
+    return handled(bytes(LARGE), 1)
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from ._arguments import Commands, UsageError, add_command
 from ._formats import Formatter, add_format
 from ._output import Output
 from ._painting import progress
-from ._source import Source, add_source, asking
+from ._source import TO_MAKE_A_KEY, Source, add_source, asking
 
 _TOGETHER: Final = 256
 """So many lines at most are written at once."""
@@ -62,7 +62,7 @@ def add_history(commands: Commands) -> None:
     add_source(
         parser,
         key="a key that permits to load (l)",
-        secret="the broker's secret, to make a key with if none is given",
+        secret=TO_MAKE_A_KEY,
     )
 
 

@@ -14,7 +14,7 @@ from ._arguments import Commands, add_command
 from ._formats import stamp, to_json
 from ._output import Output, visible
 from ._painting import board
-from ._source import Source, add_source, asking, lasting
+from ._source import TO_MAKE_A_KEY, Source, add_source, asking, lasting
 
 VERBS: Final = {"status": "is here", "subscribe": "has come", "unsubscribe": "has left"}
 
@@ -46,7 +46,7 @@ def add_presence(commands: Commands) -> None:
     add_source(
         parser,
         key="a key that permits presence (p)",
-        secret="the broker's secret, to make a key with if none is given",
+        secret=TO_MAKE_A_KEY,
     )
 
 

@@ -20,7 +20,7 @@ from ._arguments import CommandError, Commands, UsageError, add_command
 from ._formats import to_json
 from ._input import chunks, lines
 from ._output import hint, say
-from ._source import Source, add_source, asking, lasting
+from ._source import TO_MAKE_A_KEY, Source, add_source, asking, lasting
 
 
 def add_pub(commands: Commands) -> None:
@@ -66,7 +66,7 @@ def add_pub(commands: Commands) -> None:
     add_source(
         parser,
         key="a key that permits to write (w)",
-        secret="the broker's secret, to make a key with if none is given",
+        secret=TO_MAKE_A_KEY,
     )
 
 
@@ -93,7 +93,7 @@ def add_link(commands: Commands) -> None:
     add_source(
         parser,
         key="a key that permits to write (w)",
-        secret="the broker's secret, to make a key with if none is given",
+        secret=TO_MAKE_A_KEY,
     )
 
 

@@ -23,6 +23,9 @@ DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
 
 _NAMES: Final = {"url": "EMITTER_URL", "key": "EMITTER_KEY", "secret": "EMITTER_SECRET"}
 
+TO_MAKE_A_KEY: Final = "the broker's secret, to make a key with if none is given"
+"""What the secret is for in most commands."""
+
 _A_DAY: Final = 86400
 
 

@@ -20,7 +20,7 @@ from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
 from ._formats import Formatter, add_format, to_json
 from ._output import Output, hint, note, say
-from ._source import Source, add_source, lasting
+from ._source import TO_MAKE_A_KEY, Source, add_source, lasting
 
 _BUFFER: Final = 4096
 
@@ -107,7 +107,7 @@ def add_sub(commands: Commands) -> None:
     add_source(
         parser,
         key="a key that permits to read (r)",
-        secret="the broker's secret, to make a key with if none is given",
+        secret=TO_MAKE_A_KEY,
     )
 
 
