@@ -30,6 +30,8 @@ _ROUND_TRIPS: Final = 5
 _AT_ONCE: Final = 100
 """More questions than the broker answers one by one: it writes 60 times a second to a link."""
 
+_BURSTS: Final = 3
+
 _HELD_BACK: Final = 0.3
 """So many seconds behind a burst are no accident."""
 
@@ -165,6 +167,24 @@ async def _see_latency(emitter: Emitter, report: Report) -> None:
 
 
 async def _see_flush(emitter: Emitter, report: Report) -> None:
+    # What is last in a burst may happen to be written at once: one burst proves nothing.
+    tries = 0
+    while True:
+        tries += 1
+        answered, took = await _ask_at_once(emitter)
+        if answered < _AT_ONCE or took > _HELD_BACK or tries == _BURSTS:
+            break
+    text = f"{answered} of {_AT_ONCE} questions asked at once were answered within {took:.2f} s"
+    if answered < _AT_ONCE:
+        report.add("flush", "wrong", text, "the broker is overloaded, or not one of Emitter's")
+    elif took > _HELD_BACK:
+        way = "limit.flushRate in its configuration (60 by default) is how often a second it writes"
+        report.add("flush", "note", f"{text}: the broker holds back what follows a burst", way)
+    else:
+        report.add("flush", "ok", text)
+
+
+async def _ask_at_once(emitter: Emitter) -> tuple[int, float]:
     answered = 0
 
     async def ask() -> None:
@@ -179,15 +199,7 @@ async def _see_flush(emitter: Emitter, report: Report) -> None:
     async with anyio.create_task_group() as tasks:
         for _ in range(_AT_ONCE):
             tasks.start_soon(ask)
-    took = time.perf_counter() - start
-    text = f"{answered} of {_AT_ONCE} questions asked at once were answered within {took:.2f} s"
-    if answered < _AT_ONCE:
-        report.add("flush", "wrong", text, "the broker is overloaded, or not one of Emitter's")
-    elif took > _HELD_BACK:
-        way = "limit.flushRate in its configuration (60 by default) is how often a second it writes"
-        report.add("flush", "note", f"{text}: the broker holds back what follows a burst", way)
-    else:
-        report.add("flush", "ok", text)
+    return answered, time.perf_counter() - start
 
 
 async def _see_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> None:

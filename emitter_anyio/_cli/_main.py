@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import anyio
+from anyio import create_task_group, open_signal_receiver
 
 from emitter_anyio import EmitterError, __version__
 
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "env_file" in arguments:
             arguments.source = find_source(arguments)
-        anyio.run(arguments.run, arguments, backend=arguments.backend)
+        run = _run_on_trio if arguments.backend == "trio" else arguments.run
+        anyio.run(run, arguments, backend=arguments.backend)
     except BaseException as raised:
         # Where tasks run side by side, what one of them raises comes in a group.
         for kind in (KeyboardInterrupt, BrokenPipeError, UsageError, CommandError, EmitterError):
@@ -59,6 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return _outcome(exc, arguments)
         raise
     return 0
+
+
+async def _run_on_trio(arguments: argparse.Namespace) -> None:
+    # Trio raises KeyboardInterrupt wherever the program is, also where a cancel scope is half
+    # entered or left, which ends in an error of its own or in a hang. asyncio cancels instead.
+    interrupted = False
+
+    async def cancel_if_interrupted() -> None:
+        nonlocal interrupted
+        with open_signal_receiver(signal.SIGINT) as signals:
+            async for _ in signals:
+                break
+        interrupted = True
+        tasks.cancel_scope.cancel()
+
+    async with create_task_group() as tasks:
+        tasks.start_soon(cancel_if_interrupted)
+        await arguments.run(arguments)
+        tasks.cancel_scope.cancel()
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def _leaves(exc: BaseException) -> Iterator[BaseException]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from emitter_anyio import Emitter, RequestTimeoutError
 from emitter_anyio._cli import _reaching, _rights
 from emitter_anyio.testing import Broker
+from emitter_anyio.testing._outbox import Outbox
 from tests.cli.conftest import Cli, Done
 from tests.cli.test_presence import there
 from tests.support import tls
@@ -228,7 +230,12 @@ class TestClock:
 
 
 class TestBroker:
-    def test_it_holds_back_what_follows_a_burst(self, cli: Cli) -> None:
+    def test_it_holds_back_what_follows_a_burst(
+        self, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # However slow we are, it allows no more writes meanwhile.
+        allowed = repeat(True, 60)
+        monkeypatch.setattr(Outbox, "_may_write", lambda self: next(allowed, False))
         with background(coalesce=True) as slow:
             done = cli("doctor", "--url", slow.url, "--json", secret=False)
         assert (done.code, found(done, "flush")["verdict"]) == (0, "note")
