@@ -138,9 +138,7 @@ async def chat() -> None:
             await ann.shows("-- here: ann, ben")
             await ben.type("back, and I missed nothing")
             await ann.shows("ben: back")
-    label = (
-        "Two terminals: Ann and Ben chat, Ben loses his link, and gets what was said meanwhile"
-    )
+    label = "Two terminals: Ann and Ben chat, Ben loses his link, and gets what was said meanwhile"
     picture = draw(label, (ann.name, ann.coloured), (ben.name, ben.coloured))
     (HERE / "terminals.svg").write_text(picture)
 
