@@ -57,10 +57,10 @@ class Delivery(EventSource):
         self._session.ping(awaited=False)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
-        router, session = self._routers["message"], self._session
+        receivers, session = self._routers["message"].receivers, self._session
         for event in events:
             if isinstance(event, EmitterMessage) and not event.channel.startswith(SYSTEM):
-                streams = router.receivers(event.channel)
+                streams = receivers[event.channel]
                 if session.replays or not streams:
                     await self._deliver_message(event, streams)
                     continue
@@ -73,7 +73,7 @@ class Delivery(EventSource):
             for emission in session.receive(event):
                 if emission.event == "message":
                     message = emission.value
-                    await self._deliver_message(message, router.receivers(message.channel))
+                    await self._deliver_message(message, receivers[message.channel])
                 elif emission.event == "error":
                     if isinstance(emission.value, UnauthorizedError):
                         self._keys.doubt()
@@ -104,7 +104,7 @@ class Delivery(EventSource):
     async def _deliver_presence(self, event: Any) -> None:
         if event.event == "status":
             return
-        for feed in self._feeds.receivers(event.channel):
+        for feed in self._feeds.receivers[event.channel]:
             feed.note(event)
             await self._hand_over(feed, event)
 
