@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ._codec import encode_publish
 from ._connection import Connection
 from ._errors import UnauthorizedError
 from ._events import EventSource, logger
@@ -50,8 +51,8 @@ class Delivery(EventSource):
 
     def _send_publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
         assert self._connection is not None
-        self._session.published()
-        self._connection.publish(topic, payload, retain)
+        self._session.published += 1
+        self._connection.writer.write(encode_publish(topic, payload, retain))
 
     def _ping(self) -> None:
         self._session.ping(awaited=False)
