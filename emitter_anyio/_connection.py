@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 import anyio
 
 from ._channels import check_channel, check_key, format_topic
-from ._codec import Codec, Hello, encode_publish, is_unconfirmed_publish
+from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
@@ -83,10 +83,6 @@ class Connection:
         if not writer.ended:
             writer.ended = type(packet) is Disconnect
             writer.write(self._codec.encode(packet))
-
-    def publish(self, topic: bytes, payload: bytes, retain: bool) -> None:
-        """Queue a PUBLISH of QoS 0, for which there is room, without making a packet of it."""
-        self.writer.write(encode_publish(topic, payload, retain))
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""

@@ -43,8 +43,6 @@ class Writer:
         self._broken = False
         self.ended = False
         """Whether the last packet has been queued."""
-        self.queued = 0
-        """How many bytes have been queued on this link."""
         self.sent = 0
         """How many bytes have been handed over to this link."""
         self.last_sent = anyio.current_time()
@@ -53,6 +51,11 @@ class Writer:
     def size(self) -> int:
         """How many bytes wait."""
         return self._size
+
+    @property
+    def queued(self) -> int:
+        """How many bytes have been queued on this link."""
+        return self.sent + self._size
 
     @property
     def untouched(self) -> list[bytes | memoryview]:
@@ -92,9 +95,7 @@ class Writer:
 
     def write(self, data: bytes) -> None:
         """Queue a packet."""
-        size = len(data)
-        self._size += size
-        self.queued += size
+        self._size += len(data)
         self._packets.append(data)
         if self._idle:
             self._rouse()
