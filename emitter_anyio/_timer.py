@@ -34,6 +34,7 @@ class Timer:
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
         self._scope = anyio.CancelScope()
+        self._set_for = math.inf
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
@@ -42,13 +43,14 @@ class Timer:
             heappop(heap)
         self._count += 1
         heappush(heap, (when, self._count, due))
-        if when < self._scope.deadline:
-            self._scope.deadline = when
+        if when < self._set_for:
+            self._set_for = self._scope.deadline = when
 
     async def run(self) -> None:
         """Let them fall due, until cancelled; what that raises ends it."""
         while True:
-            with anyio.CancelScope(deadline=self._next()) as self._scope:
+            self._set_for = self._next()
+            with anyio.CancelScope(deadline=self._set_for) as self._scope:
                 await anyio.sleep_forever()
             now = anyio.current_time()
             while self._heap and self._heap[0][0] <= now:
