@@ -118,7 +118,7 @@ def measure(
                 and row.runs_on(client)
                 and (client in lasting or row.name not in _LONG)
             ]
-            more = {"seconds": 2.0 if quick else 5.0} if row.case == "idle" else {}
+            more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
             secure = certificate if row.needs == "tls" else None
             messages = row.quick if quick else row.messages
             for number in range(rounds):
@@ -144,7 +144,7 @@ def into_docs(path: Path, table: str) -> None:
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    path.write_text(f"{head}{BEGIN}\n\n{table}\n{END}{tail}")
+    path.write_text(f"{head}{BEGIN}\n{table}{END}{tail}")
 
 
 def main() -> None:
@@ -154,7 +154,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="5, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="few messages, one round")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="where files go")
-    parser.add_argument("--docs", action="store_true", help="put the table into docs/, too")
+    parser.add_argument(
+        "--docs", action="store_true", help="put the tables into docs/ and the README"
+    )
     parser.add_argument("--again", type=Path, help="no run: report on this results.json")
     arguments = parser.parse_args()
 
@@ -183,6 +185,7 @@ def main() -> None:
     plots = [arguments.output / "results.svg"]
     if arguments.docs:
         into_docs(ROOT / "docs" / "benchmarks.md", table)
+        into_docs(ROOT / "README.md", report.summary(results))
         plots.append(ROOT / "docs" / "benchmarks.svg")
     for path in plots:
         report.plot(results.medians(), path)

@@ -9,12 +9,21 @@ from pathlib import Path
 from statistics import median
 from typing import Final, TypeAlias
 
-from benchmarks.rows import CLIENTS, RATE, ROWS, Client, Figure, Goal, Row
+from benchmarks.rows import CLIENTS, P50, RATE, ROWS, Client, Figure, Goal, Row
 
 _RATIOS: Final = (
     "Ratios are to the fastest Python peer of the row in the same run; peers on uvloop stand "
     "beside us on uvloop only."
 )
+
+_SUMMARY: Final = (
+    ("receive", RATE, "receive, messages/s"),
+    ("publish", RATE, "publish, messages/s"),
+    ("confirmed-20", RATE, "publish QoS 1, 20 in flight, messages/s"),
+    ("round-trip", P50, "round trip, µs"),
+    ("connect", P50, "connect and close, µs"),
+)
+_SUMMARIZED: Final = ("us-asyncio", "us-trio", "emitter-io", "mosquitto")
 
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """By row, client and figure."""
@@ -215,6 +224,29 @@ def markdown(results: Results) -> str:
         if measured or why:
             parts += [f"**{row.title}** (`{row.name}`)", row_table(row, measured, why)]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(results: Results) -> str:
+    """Lay out a row for each of the figures that most people look for, with machine and date."""
+    medians = results.medians()
+    lines = []
+    for row, figure, title in _SUMMARY:
+        measured = {
+            name: figures[figure.key]
+            for name, figures in medians.get(row, {}).items()
+            if figure.key in figures
+        }
+        told = [amount(measured[name]) if name in measured else "–" for name in _SUMMARIZED]
+        best = fastest(medians.get(row, {}), figure, _CLIENTS["us-asyncio"])
+        told.insert(2, "–" if best is None else f"{amount(best[1])} ({best[0]})")
+        lines.append([title, *told])
+    about = results.about
+    head = [
+        f"{about.get('date', '')}, {about.get('machine', '')}, Python {about.get('Python', '')}",
+        *("here, asyncio", "here, Trio", "fastest other in Python", "emitter-io 2.3"),
+        "mosquitto's tools",
+    ]
+    return _table(head, lines) + "\n"
 
 
 def plot(medians: Medians, path: Path) -> None:

@@ -130,12 +130,12 @@ class Row:
 
 
 def _receive(name: str, title: str, *goals: Goal, **more: Any) -> Row:
-    more = {"messages": 300_000, "quick": 60_000, "job": {"subscriptions": 8}, **more}
+    more = {"messages": 150_000, "quick": 60_000, "job": {"subscriptions": 8}, **more}
     return Row(name, title, more.pop("case", "receive"), (RATE, CPU), goals, "blast", **more)
 
 
 def _publish(name: str, title: str, *goals: Goal, **more: Any) -> Row:
-    more = {"messages": 300_000, "quick": 60_000, **more}
+    more = {"messages": 150_000, "quick": 60_000, **more}
     return Row(name, title, more.pop("case", "publish"), (RATE, CPU), goals, "sink", **more)
 
 
@@ -179,9 +179,9 @@ ROWS: Final = (
         case="handler",
     ),
     _publish("publish", "publish QoS 0, each awaited", Goal(RATE, 2.5)),
-    _confirmed(1, "one by one", 1.0, 10_000),
-    _confirmed(20, "20 in flight", 2.0, 40_000),
-    _confirmed(100, "100 in flight", 2.0, 40_000),
+    _confirmed(1, "one by one", 1.0, 5_000),
+    _confirmed(20, "20 in flight", 2.0, 20_000),
+    _confirmed(100, "100 in flight", 2.0, 20_000),
     Row(
         "round-trip",
         "round trip",
@@ -189,7 +189,7 @@ ROWS: Final = (
         (P50, P99),
         (Goal(P50, 1.0), Goal(P99, 1.0)),
         "echo",
-        10_000,
+        5_000,
         2_000,
     ),
     Row(
@@ -199,14 +199,14 @@ ROWS: Final = (
         (P50, P99, CPU),
         (Goal(P50, 1.5),),
         "sink",
-        1_000,
+        500,
         200,
     ),
     _receive(
         "receive-1k",
         "receive, 1 KiB",
         Goal(RATE, 1.5),
-        messages=100_000,
+        messages=60_000,
         quick=30_000,
         job=_KIB,
     ),
@@ -214,7 +214,7 @@ ROWS: Final = (
         "publish-1k",
         "publish QoS 0, 1 KiB",
         Goal(RATE, 1.5),
-        messages=100_000,
+        messages=60_000,
         quick=30_000,
         job=_KIB,
     ),
@@ -222,7 +222,7 @@ ROWS: Final = (
         "receive-256k",
         "receive, 256 KiB",
         Goal(RATE, 1.0),
-        messages=3_000,
+        messages=2_000,
         quick=1_000,
         job=_BIG,
     ),
@@ -230,7 +230,7 @@ ROWS: Final = (
         "publish-256k",
         "publish QoS 0, 256 KiB",
         Goal(RATE, 1.0),
-        messages=3_000,
+        messages=2_000,
         quick=1_000,
         job=_BIG,
     ),

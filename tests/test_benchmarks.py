@@ -74,6 +74,16 @@ class TestReport:
         assert told["us-trio", "cpu_us", "row"] == ("fan-in-1", 1.2, True)
         assert told["us-asyncio", "cpu_us", "row"] == ("fan-in-1", 1.25, False)
 
+    def test_the_summary_names_the_fastest_other(self) -> None:
+        made = results("receive", "rate", us_asyncio=300, us_trio=200, gmqtt=100, zmqtt=50)
+        made.runs |= results("connect", "p50_us", us_trio=900, emitter_io=700, zmqtt=800).runs
+        made.about = {"date": "2026-01-02", "machine": "a machine", "Python": "3.11.1"}
+        head, _, *lines = report.summary(made).splitlines()
+        assert "2026-01-02, a machine, Python 3.11.1" in head
+        assert "| receive, messages/s | 300 | 200 | 100 (gmqtt) | – | – |" in lines
+        assert "| connect and close, µs | – | 900 | 700 (emitter-io) | 700 | – |" in lines
+        assert "| publish, messages/s | – | – | – | – | – |" in lines
+
     def test_without_a_peer_nothing_can_be_told(self) -> None:
         told = verdicts(results("publish", "rate", us_trio=300))
         assert told["us-trio", "rate", "fastest"] == ("", None, None)
@@ -115,7 +125,7 @@ class TestChoosing:
         page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nbehind\n")
         command.into_docs(page, "new\n")
         text = page.read_text()
-        assert text == f"before\n{command.BEGIN}\n\nnew\n\n{command.END}\nbehind\n"
+        assert text == f"before\n{command.BEGIN}\nnew\n{command.END}\nbehind\n"
 
 
 class TestClock:
