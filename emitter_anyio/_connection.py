@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, TypeAlias
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ._channels import check_channel, check_key, format_topic
 from ._codec import Codec, Hello, encode_publish, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
-from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._packets import ConnAck, Disconnect, Event, Packet, PingReq, Publish
 from ._reading import CHUNK
-from ._timer import Due, Timer
+from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
 from ._writer import Writer
 
@@ -23,6 +25,9 @@ Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
+
+_ALONE: Final = (PingReq, Disconnect)
+"""Packets behind which others are not likely to follow at once."""
 
 _REFUSALS: Final = {
     1: "it does not speak MQTT 3.1.1",
@@ -57,12 +62,14 @@ class Connection:
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
-        self.timer = Timer()
+        self.timer = open_timer()
         self.last_heard = anyio.current_time()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
-        self._scope = anyio.CancelScope()
+        self._tasks: TaskGroup | None = None
+        self._over = False
+        """Whether it is to end, or has."""
         self._reading = anyio.CancelScope()
         self._ended = anyio.Event()
         self._broken: Exception | None = None
@@ -82,7 +89,7 @@ class Connection:
         writer = self.writer
         if not writer.ended:
             writer.ended = type(packet) is Disconnect
-            writer.write(self._codec.encode(packet))
+            writer.write(self._codec.encode(packet), alone=type(packet) in _ALONE)
 
     def publish(self, topic: bytes, payload: bytes, retain: bool) -> None:
         """Queue a PUBLISH of QoS 0, for which there is room, without making a packet of it."""
@@ -107,12 +114,19 @@ class Connection:
         :return: why the link broke; ``None`` if we closed it
         """
         try:
-            with self._scope:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._guard, self.writer.run)
-                    _Keepalive(self, self._keepalive, ping)
-                    tasks.start_soon(self._guard, self.timer.run)
-                    await self._guard(self._read, deliver)
+            async with anyio.create_task_group() as self._tasks:
+                self.writer.begin(
+                    partial(self._tasks.start_soon, self._guard, self.writer.run)
+                )
+                _Keepalive(self, self._keepalive, ping)
+                self.timer.begin(self._tasks, self._break)
+                try:
+                    if not self._over:
+                        await self._guard(self._read, deliver)
+                finally:
+                    self.writer.rest()
+                    self.timer.end()
+                self._tasks.cancel_scope.cancel()
         finally:
             if self._broken is None:
                 # When cancelled, this is all there is time for.
@@ -150,7 +164,9 @@ class Connection:
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
-        self._scope.cancel()
+        self._over = True
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
 
     def blurt_goodbye(self) -> None:
         """Send what the link takes at once, with DISCONNECT behind it."""
@@ -172,7 +188,7 @@ class Connection:
                 self._broken = exc
             else:
                 self.seen_off = isinstance(exc, EOFError)
-        self._scope.cancel()
+        self.close()
 
     async def _read(self, deliver: Deliver) -> None:
         with self._reading:

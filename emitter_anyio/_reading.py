@@ -109,13 +109,21 @@ class WatchingReader(Reader):
             self._loop.remove_reader(self._fileno)
 
 
-def open_reader(sock: socket.socket) -> Reader:
-    """Make what suits the backend that runs."""
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """Give the running loop, if it is one of asyncio."""
     trio = sys.modules.get("trio")
     if trio is not None and trio.lowlevel.in_trio_task():
+        return None
+    return asyncio.get_running_loop()
+
+
+def open_reader(sock: socket.socket) -> Reader:
+    """Make what suits the backend that runs."""
+    loop = asyncio_loop()
+    if loop is None:
         return AskingReader(sock)
     try:
-        return WatchingReader(sock, asyncio.get_running_loop())
+        return WatchingReader(sock, loop)
     except NotImplementedError:
         # The loop of Windows watches no sockets; AnyIO knows how to do without.
         return AskingReader(sock)

@@ -212,6 +212,8 @@ class WebSocketTransport(Transport):
 
     def on_due(self, wake: Callable[[], None]) -> None:
         self._wake = wake
+        if self._websocket.answer:
+            wake()
 
     async def send_due(self) -> None:
         async with self._sending:

@@ -31,11 +31,11 @@ class Writer:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        transport.on_due(self._rouse)
         self._packets: deque[bytes | memoryview] = deque()
         self._size = 0
         self._idle = False
-        self._wake = anyio.Event()
+        self._start: Callable[[], object] | None = None
+        self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, Callable[[], None]]] = deque()
         self._under_way = 0
@@ -90,15 +90,32 @@ class Writer:
             self._waiting.remove(turn)
             self._admit()
 
-    def write(self, data: bytes) -> None:
-        """Queue a packet."""
+    def begin(self, start: Callable[[], object]) -> None:
+        """
+        Send from now on.
+
+        :param start: has :meth:`run` run in a task, once there is something for it to do
+        """
+        self._start = start
+        self._idle = True
+        self._transport.on_due(self._rouse)
+        if self._packets:
+            self._rouse()
+
+    def write(self, data: bytes, *, alone: bool = False) -> None:
+        """
+        Queue a packet.
+
+        :param alone: whether others are not likely to follow in this turn
+        """
         size = len(data)
         self._size += size
         self.queued += size
         self._packets.append(data)
         if self._idle:
-            self._rouse()
             self._send_now(data)
+            if self._packets or not alone:
+                self._rouse()
 
     def call_when_left(self, mark: int, waker: Callable[[], None]) -> None:
         """
@@ -144,6 +161,10 @@ class Writer:
                     return
                 self._took(sent)
 
+    def rest(self) -> None:
+        """Start no task any more."""
+        self._start = None
+
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""
         self._broken = True
@@ -155,7 +176,10 @@ class Writer:
     def _rouse(self) -> None:
         if self._idle:
             self._idle = False
-            self._wake.set()
+            if self._wake is not None:
+                self._wake.set()
+            elif self._start is not None:
+                self._start()
 
     def _send_now(self, data: bytes) -> None:
         try:
