@@ -300,19 +300,28 @@ class EventSource(ABC):
                 self._unlisten(registration.stream, registration.event)
                 registration.stream = None
 
-    async def _handlers_done(self, *, but: tuple[str, ...] = (), leavers: bool = False) -> None:
+    async def _handlers_done(
+        self, deadline: float, *, but: tuple[str, ...] = (), leavers: bool = False
+    ) -> None:
         """
         Wait until the handlers have finished what waits for them.
 
+        :param deadline: until when to wait
         :param but: events whose handlers are not waited for
         :param leavers: whether to wait for those too that wait for the client to be closed
         """
-        while any(
-            registration.event not in but and (leavers or task not in self._leavers)
-            for task, registration in self._busy.items()
-        ):
-            self._less_busy = anyio.Event()
-            await self._less_busy.wait()
+
+        def busy() -> bool:
+            return any(
+                registration.event not in but and (leavers or task not in self._leavers)
+                for task, registration in self._busy.items()
+            )
+
+        if busy():
+            with anyio.CancelScope(deadline=deadline):
+                while busy():
+                    self._less_busy = anyio.Event()
+                    await self._less_busy.wait()
 
     def _handler_leaves(self) -> None:
         """Note that the present task waits for the client to be closed, if it is a handler's."""

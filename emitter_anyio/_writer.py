@@ -100,6 +100,8 @@ class Writer:
         self._idle = True
         self._transport.on_due(self._rouse)
         if self._packets:
+            self._send_now(self._gather())
+        if self._packets:
             self._rouse()
 
     def write(self, data: bytes, *, alone: bool = False) -> None:
@@ -181,7 +183,7 @@ class Writer:
             elif self._start is not None:
                 self._start()
 
-    def _send_now(self, data: bytes) -> None:
+    def _send_now(self, data: bytes | memoryview) -> None:
         try:
             sent = self._transport.try_send(data)
         except OSError:
