@@ -115,14 +115,14 @@ class Connection:
         """
         try:
             async with anyio.create_task_group() as self._tasks:
-                self.writer.begin(
-                    partial(self._tasks.start_soon, self._guard, self.writer.run)
-                )
+                self.writer.begin(partial(self._tasks.start_soon, self._write))
                 _Keepalive(self, self._keepalive, ping)
                 self.timer.begin(self._tasks, self._break)
                 try:
                     if not self._over:
-                        await self._guard(self._read, deliver)
+                        await self._read(deliver)
+                except Exception as exc:
+                    self._break(exc)
                 finally:
                     self.writer.rest()
                     self.timer.end()
@@ -168,14 +168,15 @@ class Connection:
         if self._tasks is not None:
             self._tasks.cancel_scope.cancel()
 
-    def blurt_goodbye(self) -> None:
-        """Send what the link takes at once, with DISCONNECT behind it."""
+    def blurt_goodbye(self) -> bool:
+        """Send what the link takes at once, and DISCONNECT; tells whether that is all that waits."""
         self.send(Disconnect())
         self.writer.hurry()
+        return not self.writer.size
 
-    async def _guard(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+    async def _write(self) -> None:
         try:
-            await work(*args)
+            await self.writer.run()
         except Exception as exc:
             self._break(exc)
 

@@ -256,20 +256,18 @@ class Reconnector(Delivery):
         return math.inf if backoff is None else backoff.longest(attempt)
 
     async def _run_link(self, link: Connection) -> Exception | None:
+        # In the turn in which a link has ended: those whom it has let go must find none any more.
         if self._ready:
-            return await self._keep_link(link)
+            broken = await link.run(self._deliver, self._ping)
+            self._end_link(link, broken)
+            return broken
         async with anyio.create_task_group() as self._link_tasks:
             self._link_tasks.start_soon(self._restore, link, self._ask_again())
             if self._leaving:
                 self._start_goodbye(link)
-            broken = await self._keep_link(link)
+            broken = await link.run(self._deliver, self._ping)
+            self._end_link(link, broken)
             self._link_tasks.cancel_scope.cancel()
-        return broken
-
-    async def _keep_link(self, link: Connection) -> Exception | None:
-        broken = await link.run(self._deliver, self._ping)
-        # In the same turn: those whom the link has let go must find that it is none any more.
-        self._end_link(link, broken)
         return broken
 
     async def _open_link(self, last: Connection | None) -> Connection:
@@ -302,17 +300,22 @@ class Reconnector(Delivery):
             self._tasks.start_soon(self._say_goodbye, connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
-        with anyio.CancelScope(deadline=self._deadline):
-            while self._connection is connection and not self._ready:
-                await self._change()
-            self._end_handlers(but=_AFTER_THE_LINK)
-            await self._handlers_done(self._deadline, but=_AFTER_THE_LINK)
-            for pending in self._session.awaited():
-                done = anyio.Event()
-                pending.call_when_done(done.set)
-                await done.wait()
-            await connection.say_goodbye(unsettled=self._session.unsettled)
+        quiet = self._ready and not (self._busy or self._session.pending or self._session.unsettled)
+        if not (quiet and connection.blurt_goodbye()):
+            with anyio.CancelScope(deadline=self._deadline):
+                await self._wait_and_say_goodbye(connection)
         connection.close()
+
+    async def _wait_and_say_goodbye(self, connection: Connection) -> None:
+        while self._connection is connection and not self._ready:
+            await self._change()
+        self._end_handlers(but=_AFTER_THE_LINK)
+        await self._handlers_done(self._deadline, but=_AFTER_THE_LINK)
+        for pending in self._session.awaited():
+            done = anyio.Event()
+            pending.call_when_done(done.set)
+            await done.wait()
+        await connection.say_goodbye(unsettled=self._session.unsettled)
 
     def _ask_again(self) -> list[Restoration]:
         # All is asked before anything is waited for: what is given up meanwhile finds either

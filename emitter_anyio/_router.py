@@ -108,6 +108,8 @@ class Router(Generic[T]):
         """Give the receivers that a channel reaches, in the order in which they were added."""
         found = self._cache.get(channel)
         if found is None:
+            if not self._patterns:
+                return ()
             if len(self._cache) >= _CACHE_LIMIT:
                 self._cache.clear()
             reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))

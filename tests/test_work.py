@@ -48,8 +48,8 @@ BOUNDS: Final = {
     ("publishing", "trio"): at_most(18.4, 23, 0.058),
     ("confirming", "asyncio"): at_most(76.6, 136, 0.36),
     ("confirming", "trio"): at_most(77.9, 153, 0.67),
-    ("receiving_large", "asyncio"): at_most(134, 540, 10),
-    ("receiving_large", "trio"): at_most(122, 740, 16.5),
+    ("receiving_large", "asyncio"): at_most(131, 540, 10),
+    ("receiving_large", "trio"): at_most(119, 740, 16.5),
     ("publishing_large", "asyncio"): at_most(47.1, 184, 3),
     ("publishing_large", "trio"): at_most(47.1, 300, 6.5),
 }
