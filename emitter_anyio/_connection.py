@@ -169,7 +169,7 @@ class Connection:
             self._tasks.cancel_scope.cancel()
 
     def blurt_goodbye(self) -> bool:
-        """Send what the link takes at once, and DISCONNECT; tells whether that is all that waits."""
+        """Send what the link takes at once, and DISCONNECT; tells whether that is all."""
         self.send(Disconnect())
         self.writer.hurry()
         return not self.writer.size
