@@ -23,6 +23,9 @@ from ._writer import Writer
 
 Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
+Ping: TypeAlias = Callable[[Callable[[], None]], None]
+"""Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
+
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
 
@@ -105,7 +108,7 @@ class Connection:
         """The publishes of QoS 0 of which no byte has been handed over."""
         return [bytes(one) for one in self.writer.untouched if is_unconfirmed_publish(one)]
 
-    async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
+    async def run(self, deliver: Deliver, ping: Ping) -> Exception | None:
         """
         Keep the link going until it breaks or :meth:`close` ends it.
 
@@ -215,12 +218,10 @@ class Connection:
 class _Keepalive(Due):
     """The broker counts our silence, we count its."""
 
-    def __init__(self, link: Connection, seconds: float, ping: Callable[[], None]) -> None:
+    def __init__(self, link: Connection, seconds: float, ping: Ping) -> None:
         self._link = link
         self._seconds = seconds
         self._ping = ping
-        self._doubted: float | None = None
-        """When the peer was last heard, if it was pinged for its silence since then."""
         link.timer.add(self._next, self)
 
     @property
@@ -232,21 +233,32 @@ class _Keepalive(Due):
         return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
 
     def fall_due(self, now: float) -> None:
-        heard, doubted = self._link.last_heard, self._doubted
-        self._doubted = None
-        if heard == doubted and not self._link.held_up:
+        link, when = self._link, self._next
+        if when <= now:
+            link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
+            self._ping(link.timer.put_off)
+            link.writer.last_sent = now
+            when = now + self._seconds
+        link.timer.add(when, self)
+
+
+class _Silence(Due):
+    """The peer's, which was asked to break it."""
+
+    def __init__(self, link: Connection, seconds: float) -> None:
+        self._link = link
+        self._seconds = seconds
+        self._since = link.last_heard
+
+    @property
+    def done(self) -> bool:
+        return self._link.last_heard > self._since
+
+    def fall_due(self, now: float) -> None:
+        if not self._link.held_up:
             raise TimeoutError(
                 f"the broker was silent for {self._seconds * 1.5:g} s and did not answer a PINGREQ"
             )
-        when = self._next
-        if when <= now:
-            self._ping()
-            self._link.writer.last_sent = now
-            when = self._next
-            if when <= now:
-                self._doubted = heard
-                when = now + self._seconds / 2
-        self._link.timer.add(when, self)
 
 
 async def open_connection(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._connection import Connection
@@ -53,8 +53,8 @@ class Delivery(EventSource):
         self._session.published()
         self._connection.publish(topic, payload, retain)
 
-    def _ping(self) -> None:
-        self._session.ping(awaited=False)
+    def _ping(self, answered: Callable[[], None]) -> None:
+        self._session.ping(awaited=False).call_when_done(answered)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
         router, session = self._routers["message"], self._session

@@ -31,7 +31,7 @@ class Timer(ABC):
     """
     Lets things fall due, by one timer that is set to the first of them.
 
-    Nearly all are done long before, so the timer is not put off for those: it wakes once, finds
+    Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
     """
 
@@ -43,13 +43,17 @@ class Timer(ABC):
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
-        heap = self._heap
-        while heap and heap[0][2].done:
-            heappop(heap)
+        self._first()
         self._count += 1
-        heappush(heap, (when, self._count, due))
+        heappush(self._heap, (when, self._count, due))
         if when < self._when:
             self._set(when)
+
+    def put_off(self) -> None:
+        """Do not wake for what is done."""
+        first = self._first()
+        if -math.inf < self._when < first:
+            self._set(first)
 
     @abstractmethod
     def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
@@ -71,11 +75,15 @@ class Timer(ABC):
     def _wake(self) -> float:
         """Let fall due what is to, and give the time of what comes next."""
         self._when = -math.inf
-        heap, now = self._heap, anyio.current_time()
-        while heap and (heap[0][0] <= now or heap[0][2].done):
-            due = heappop(heap)[2]
-            if not due.done:
-                due.fall_due(now)
+        now = anyio.current_time()
+        while (first := self._first()) <= now:
+            heappop(self._heap)[2].fall_due(now)
+        return first
+
+    def _first(self) -> float:
+        heap = self._heap
+        while heap and heap[0][2].done:
+            heappop(heap)
         return heap[0][0] if heap else math.inf
 
 
@@ -92,13 +100,15 @@ class SleepingTimer(Timer):
         self._when = self._scope.deadline = when
 
     async def _run(self, failed: Callable[[Exception], None]) -> None:
+        # anyio.sleep_forever() has a deadline of its own, which costs as much again.
+        never = anyio.Event()
         while True:
             try:
                 self._when = self._wake()
             except Exception as exc:
                 return failed(exc)
             with anyio.CancelScope(deadline=self._when) as self._scope:
-                await anyio.sleep_forever()
+                await never.wait()
 
 
 class CalledTimer(Timer):
