@@ -11,7 +11,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ._channels import check_channel, check_key, format_topic
-from ._codec import Codec, Hello, encode_publish, is_unconfirmed_publish
+from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
@@ -74,7 +74,6 @@ class Connection:
         self._over = False
         """Whether it is to end, or has."""
         self._reading = anyio.CancelScope()
-        self._ended = anyio.Event()
         self._broken: Exception | None = None
 
     @property
@@ -93,10 +92,6 @@ class Connection:
         if not writer.ended:
             writer.ended = type(packet) is Disconnect
             writer.write(self._codec.encode(packet), alone=type(packet) in _ALONE)
-
-    def publish(self, topic: bytes, payload: bytes, retain: bool) -> None:
-        """Queue a PUBLISH of QoS 0, for which there is room, without making a packet of it."""
-        self.writer.write(encode_publish(topic, payload, retain))
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""
@@ -139,7 +134,6 @@ class Connection:
             finally:
                 # At the very end: those who are let go must find that there is no link any more.
                 self.writer.stop()
-                self._ended.set()
         return self._broken
 
     def fail(self, exc: Exception) -> None:
@@ -161,9 +155,9 @@ class Connection:
         self.send(Disconnect())
         await self.writer.left(self.writer.queued)
         await self._transport.send_eof()
-        if unsettled and not self._ended.is_set():
+        if unsettled:
             self._reading.cancel()
-            await self._ended.wait()
+            await self.writer.stopped()
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ._codec import encode_publish
 from ._connection import Connection
 from ._errors import UnauthorizedError
 from ._events import EventSource, logger
@@ -50,17 +51,17 @@ class Delivery(EventSource):
 
     def _send_publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
         assert self._connection is not None
-        self._session.published()
-        self._connection.publish(topic, payload, retain)
+        self._session.published += 1
+        self._connection.writer.write(encode_publish(topic, payload, retain))
 
     def _ping(self, answered: Callable[[], None]) -> None:
         self._session.ping(awaited=False).call_when_done(answered)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
-        router, session = self._routers["message"], self._session
+        receivers, session = self._routers["message"].receivers, self._session
         for event in events:
             if isinstance(event, EmitterMessage) and not event.channel.startswith(SYSTEM):
-                streams = router.receivers(event.channel)
+                streams = receivers[event.channel]
                 if session.replays or not streams:
                     await self._deliver_message(event, streams)
                     continue
@@ -73,7 +74,7 @@ class Delivery(EventSource):
             for emission in session.receive(event):
                 if emission.event == "message":
                     message = emission.value
-                    await self._deliver_message(message, router.receivers(message.channel))
+                    await self._deliver_message(message, receivers[message.channel])
                 elif emission.event == "error":
                     if isinstance(emission.value, UnauthorizedError):
                         self._keys.doubt()
@@ -104,7 +105,7 @@ class Delivery(EventSource):
     async def _deliver_presence(self, event: Any) -> None:
         if event.event == "status":
             return
-        for feed in self._feeds.receivers(event.channel):
+        for feed in self._feeds.receivers[event.channel]:
             feed.note(event)
             await self._hand_over(feed, event)
 

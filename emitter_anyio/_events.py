@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -71,14 +72,14 @@ class EventSource(ABC):
     """
 
     def __init__(self, matcher: Matcher) -> None:
-        self._routers: dict[str, Router[EventStream[Any]]] = {
-            event: Router(matcher) for event in EVENTS
-        }
+        self._routers: defaultdict[str, Router[EventStream[Any]]] = defaultdict(
+            partial(Router, matcher)
+        )
         self._registrations: list[_Registration] = []
         self._handler_tasks: TaskGroup | None = None
         self._busy: dict[int, _Registration] = {}
         self._leavers: set[int] = set()
-        self._less_busy = anyio.Event()
+        self._less_busy: anyio.Event | None = None
         self._listeners: set[EventStream[Any]] = set()
         """The streams of ``on()`` and ``stream()``, where others are of subscriptions."""
 
@@ -265,7 +266,7 @@ class EventSource(ABC):
     def _receivers(self, event: str, value: object) -> tuple[EventStream[Any], ...]:
         # An event without a channel reaches those who ask for everything: they all do.
         channel = value.channel if isinstance(value, EmitterMessage | PresenceEvent) else "/"
-        return self._routers[event].receivers(channel)
+        return self._routers[event].receivers[channel]
 
     def _handler_streams(self, event: str, value: object) -> list[EventStream[Any]]:
         """Give the streams of ``on()`` and ``stream()`` that a value reaches."""
@@ -320,15 +321,21 @@ class EventSource(ABC):
         if busy():
             with anyio.CancelScope(deadline=deadline):
                 while busy():
-                    self._less_busy = anyio.Event()
+                    if self._less_busy is None:
+                        self._less_busy = anyio.Event()
                     await self._less_busy.wait()
+
+    def _be_less_busy(self) -> None:
+        if self._less_busy is not None:
+            self._less_busy.set()
+            self._less_busy = None
 
     def _handler_leaves(self) -> None:
         """Note that the present task waits for the client to be closed, if it is a handler's."""
         task = anyio.get_current_task().id
         if task in self._busy:
             self._leavers.add(task)
-            self._less_busy.set()
+            self._be_less_busy()
 
     def _listen(self, stream: EventStream[Any], event: str, channel: str | None) -> None:
         self._listeners.add(stream)
@@ -381,7 +388,7 @@ class EventSource(ABC):
         finally:
             del self._busy[task]
             self._leavers.discard(task)
-            self._less_busy.set()
+            self._be_less_busy()
 
     async def _handle(self, registration: _Registration, stream: EventStream[Any]) -> None:
         event, handler = registration.event, registration.handler

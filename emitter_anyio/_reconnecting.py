@@ -330,7 +330,7 @@ class Reconnector(Delivery):
                 tasks.start_soon(self._await_restored, link, one)
         if link is self._connection and not link.broken:
             carried, self._carried = self._carried, []
-            self._session.published(len(carried))
+            self._session.published += len(carried)
             link.send_again(carried)
             logger.info("connected again to %s, with %d things restored", link.server, len(asked))
             self._be_ready()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
@@ -66,14 +66,26 @@ def _path(channel: str) -> tuple[str, ...]:
     return tuple(levels(channel))
 
 
+class _Answers(dict[str, T]):
+    """Answers that were given before, since messages come again and again from one channel."""
+
+    def __init__(self, find: Callable[[str], T]) -> None:
+        self._find = find
+
+    def __missing__(self, channel: str) -> T:
+        if len(self) >= _CACHE_LIMIT:
+            self.clear()
+        found = self[channel] = self._find(channel)
+        return found
+
+
 class Router(Generic[T]):
     """
-    A table of receivers by the channel that they ask for.
-
-    It is a tree of levels. The answers are cached by channel, since messages come again and again
-    from the same ones.
+    A table of receivers by the channel that they ask for; it is a tree of levels.
 
     :param matcher: how the broker matches
+
+    :ivar receivers: the receivers that a channel reaches, in the order in which they were added
     """
 
     def __init__(self, matcher: Matcher = "emitter") -> None:
@@ -81,8 +93,10 @@ class Router(Generic[T]):
         self._patterns: dict[T, str | None] = {}
         self._everything: dict[T, int] = {}
         self._root: _Node[T] = _Node()
-        self._cache: dict[str, tuple[T, ...]] = {}
         self._added = 0
+        self.receivers: Mapping[str, tuple[T, ...]]
+        # Looking an answer up is no call, which a message would pay for.
+        self.receivers = self._answers = _Answers(self._find_receivers)
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._patterns)
@@ -92,7 +106,7 @@ class Router(Generic[T]):
         self._patterns[receiver] = pattern
         self._added += 1
         self._place(pattern, make=True)[receiver] = self._added
-        self._cache.clear()
+        self._answers.clear()
 
     def discard(self, receiver: T) -> None:
         """Take a receiver away."""
@@ -102,19 +116,13 @@ class Router(Generic[T]):
         del self._place(pattern)[receiver]
         if pattern is not None:
             self._prune(levels(pattern))
-        self._cache.clear()
+        self._answers.clear()
 
-    def receivers(self, channel: str) -> tuple[T, ...]:
-        """Give the receivers that a channel reaches, in the order in which they were added."""
-        found = self._cache.get(channel)
-        if found is None:
-            if not self._patterns:
-                return ()
-            if len(self._cache) >= _CACHE_LIMIT:
-                self._cache.clear()
-            reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
-            found = self._cache[channel] = tuple(sorted(reached, key=reached.__getitem__))
-        return found
+    def _find_receivers(self, channel: str) -> tuple[T, ...]:
+        if not self._patterns:
+            return ()
+        reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
+        return tuple(sorted(reached, key=reached.__getitem__))
 
     def _place(self, pattern: str | None, *, make: bool = False) -> dict[T, int]:
         if pattern is None:

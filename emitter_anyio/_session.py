@@ -72,7 +72,8 @@ class Session(Grants):
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self._published = 0
+        self.published = 0
+        """How many publishes of QoS 0 there were on this link, which nothing answers."""
         self._settled = 0
         self._refusal: RequestError | None = None
         self.answered = 0
@@ -92,7 +93,7 @@ class Session(Grants):
     def unsettled(self) -> bool:
         """Tell whether the broker has yet to say that it has taken something published."""
         published = (one.operation.startswith("publish") for one in self._pending.values())
-        return self._published > self._settled or any(published)
+        return self.published > self._settled or any(published)
 
     @property
     def full(self) -> bool:
@@ -102,10 +103,6 @@ class Session(Grants):
     def call_when_free(self, waker: Callable[[], None]) -> None:
         """Have a function called when a packet id is free again, or the link is lost."""
         self._when_free.append(waker)
-
-    def published(self, count: int = 1) -> None:
-        """Note publishes of QoS 0, of which there is nothing more to know."""
-        self._published += count
 
     def publish_confirmed(
         self,
@@ -248,8 +245,8 @@ class Session(Grants):
         self._pending.clear()
         self._pings.clear()
         self._tell_free()
-        unsettled = self._published - self._settled
-        self._published = self._settled = 0
+        unsettled = self.published - self._settled
+        self.published = self._settled = 0
         self.connection_id = None
         for one in pending:
             one.fail(error)
@@ -267,7 +264,7 @@ class Session(Grants):
         self._send(Subscribe(self._register(pending), topic))
 
     def _new(self, *args: Any, **kwargs: Any) -> Pending[Any]:
-        return Pending(*args, settles=self._published, **kwargs)
+        return Pending(*args, settles=self.published, **kwargs)
 
     def _register(self, pending: Pending[Any]) -> int:
         if len(self._pending) >= _IDS:
@@ -399,7 +396,7 @@ class Session(Grants):
             if any(reaches(feed, event.channel, self._matcher) for feed in self._left_feeds):
                 # It was on its way when the feed was left.
                 return ()
-        elif operation == "error" and self._published > self._settled:
+        elif operation == "error" and self.published > self._settled:
             refusal = requests.refusal_in(answer)
             if refusal is not None:
                 status, words = refusal

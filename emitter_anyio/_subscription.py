@@ -95,9 +95,11 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._what = what
         self._buffer = buffer
         self._overflow: Overflow = overflow
-        self._count = 0
-        self._bytes = 0
+        self._room = buffer
+        """How many more items may wait."""
         self._extra = 0
+        """How many wait beside those."""
+        self._bytes = 0
         self._taken = 0
         self._stalled = -1
         self._dropped = 0
@@ -132,8 +134,19 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             try:
                 return self.receive_nowait()
             except WouldBlock:
-                arrival = self._arrival = self._arrival or anyio.Event()
-                await arrival.wait()
+                await self._news()
+
+    async def __anext__(self) -> T:
+        # Not by receive(), a coroutine that each item would pay for.
+        if self._taken % _TURN == _TURN - 1:
+            await checkpoint()
+        while True:
+            try:
+                return self.receive_nowait()
+            except WouldBlock:
+                await self._news()
+            except EndOfStream:
+                raise StopAsyncIteration from None
 
     def receive_nowait(self) -> T:
         """
@@ -151,7 +164,9 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if self._error is not None:
                 raise self._error() from None
             raise
-        if isinstance(item, _Missing):
+        if isinstance(item, EmitterMessage):
+            self._bytes -= len(item.binary)
+        elif isinstance(item, _Missing):
             if item is self._missing:
                 self._missing = None
             raise SlowConsumerError(
@@ -163,7 +178,10 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._taken += 1
         if self._extra:
             self._extra -= 1
-        self._forget(item)
+        else:
+            self._room += 1
+        if self._departure is not None:
+            self._departed()
         return item
 
     async def aclose(self) -> None:
@@ -200,12 +218,16 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             # What is held back cannot be taken by the best of consumers, nor may it keep the link
             # from bringing what it waits for.
             self._extra += 1
-        elif self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES:
+        elif self._room <= 0 or self._bytes >= MAX_BYTES:
             return False
-        self._count += 1
+        else:
+            self._room -= 1
         if isinstance(item, EmitterMessage):
             self._bytes += len(item.binary)
-        self._put(item)
+        if self._holds or self._arrival is not None:
+            self._put(item)
+        else:
+            self._in.send_nowait(item)
         self._missing = None
         return True
 
@@ -320,9 +342,11 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
 
     @property
     def _full(self) -> bool:
-        return not self._ended and (
-            self._count - self._extra >= self._buffer or self._bytes >= MAX_BYTES
-        )
+        return not self._ended and (self._room <= 0 or self._bytes >= MAX_BYTES)
+
+    @property
+    def _count(self) -> int:
+        return self._buffer - self._room + self._extra
 
     def _put(self, item: T | _Missing) -> None:
         if self._holds:
@@ -334,12 +358,20 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._arrival = None
 
     def _forget(self, item: T | _Missing) -> None:
-        self._count -= 1
+        self._room += 1
         if isinstance(item, EmitterMessage):
             self._bytes -= len(item.binary)
         if self._departure is not None:
-            self._departure.set()
-            self._departure = None
+            self._departed()
+
+    def _departed(self) -> None:
+        assert self._departure is not None
+        self._departure.set()
+        self._departure = None
+
+    async def _news(self) -> None:
+        arrival = self._arrival = self._arrival or anyio.Event()
+        await arrival.wait()
 
     def _wake(self) -> None:
         for event in (self._arrival, self._departure):

@@ -43,9 +43,11 @@ class Timer(ABC):
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
-        self._first()
+        heap = self._heap
+        while heap and heap[0][2].done:
+            heappop(heap)
         self._count += 1
-        heappush(self._heap, (when, self._count, due))
+        heappush(heap, (when, self._count, due))
         if when < self._when:
             self._set(when)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,8 +44,6 @@ class Writer:
         self._broken = False
         self.ended = False
         """Whether the last packet has been queued."""
-        self.queued = 0
-        """How many bytes have been queued on this link."""
         self.sent = 0
         """How many bytes have been handed over to this link."""
         self.last_sent = anyio.current_time()
@@ -53,6 +52,11 @@ class Writer:
     def size(self) -> int:
         """How many bytes wait."""
         return self._size
+
+    @property
+    def queued(self) -> int:
+        """How many bytes have been queued on this link."""
+        return self.sent + self._size
 
     @property
     def untouched(self) -> list[bytes | memoryview]:
@@ -110,9 +114,7 @@ class Writer:
 
         :param alone: whether others are not likely to follow in this turn
         """
-        size = len(data)
-        self._size += size
-        self.queued += size
+        self._size += len(data)
         self._packets.append(data)
         if self._idle:
             self._send_now(data)
@@ -135,6 +137,10 @@ class Writer:
             event = anyio.Event()
             self.call_when_left(mark, event.set)
             await event.wait()
+
+    async def stopped(self) -> None:
+        """Wait until the link is gone."""
+        await self.left(sys.maxsize)
 
     async def run(self) -> None:
         """Send what is queued, until cancelled or until the link breaks."""

@@ -138,7 +138,7 @@ async def test_an_already_cancelled_scope_sends_nothing(broker: Broker) -> None:
             scope.cancel()
             for _ in range(64):
                 await emitter.publish(key, "a/", "x")
-        sent = emitter._publishes
+        sent = emitter._session.published
         await emitter.publish(key, "a/", "last", qos=1)
         while (await messages.receive()).binary != b"last":
             sent -= 1

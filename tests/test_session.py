@@ -113,7 +113,7 @@ class TestPacketIds:
         assert ids == [1, 2, 3, 4]
 
     def test_a_publish_of_qos_0_and_a_ping_have_none(self, link: Link) -> None:
-        link.session.published()
+        link.session.published += 1
         link.session.ping()
         assert link.sent == [PingReq()]
 
@@ -187,7 +187,7 @@ class TestPacketIds:
         assert link.session.unsettled
         link.hear(PubAck(2))
         assert not link.session.unsettled
-        link.session.published()
+        link.session.published += 1
         assert link.session.unsettled
         link.session.ping()
         link.hear(PingResp())
@@ -375,7 +375,7 @@ class TestFlush:
 
     def test_the_first_refusal_among_the_publishes_of_qos_0(self, link: Link) -> None:
         for _ in range(3):
-            link.session.published()
+            link.session.published += 1
         pending = link.session.ping()
         emitted = link.hear(no(status=400), no(status=401), PingResp())
         assert [type(emission.value) for emission in emitted] == [
@@ -389,7 +389,7 @@ class TestFlush:
         assert "qos=1" in str(refusal)
 
     def test_each_refusal_is_told_by_one_flush(self, link: Link) -> None:
-        link.session.published()
+        link.session.published += 1
         first = link.session.ping()
         second = link.session.ping()
         link.hear(no(), PingResp(), PingResp())
@@ -397,7 +397,7 @@ class TestFlush:
         assert second.result() is None
 
     def test_a_ping_of_the_keepalive_keeps_it_for_the_next_flush(self, link: Link) -> None:
-        link.session.published()
+        link.session.published += 1
         link.session.ping(awaited=False)
         link.hear(no(), PingResp())
         pending = link.session.ping()
@@ -406,7 +406,7 @@ class TestFlush:
 
     def test_behind_what_settles_them_no_more_refusals_count(self, link: Link) -> None:
         for settle in ("ping", "publish", "request"):
-            link.session.published()
+            link.session.published += 1
             if settle == "ping":
                 link.session.ping()
                 link.hear(PingResp())
@@ -423,12 +423,12 @@ class TestFlush:
 
     def test_what_was_asked_before_the_publish_does_not_settle_it(self, link: Link) -> None:
         link.publish()
-        link.session.published()
+        link.session.published += 1
         (emission,) = link.hear(PubAck(1), no())
         assert isinstance(emission.value, UnauthorizedError)
 
     def test_an_error_of_status_200_is_no_refusal(self, link: Link) -> None:
-        link.session.published()
+        link.session.published += 1
         pending = link.session.ping()
         link.hear(no(status=200), PingResp())
         assert pending.result() is None
@@ -1015,7 +1015,7 @@ class TestTheLossOfTheLink:
         assert pending.result() == Me("X")
 
     def test_an_answer_from_before_counts_no_more(self, link: Link) -> None:
-        link.session.published()
+        link.session.published += 1
         link.session.lost(lambda: ConnectionLostError("gone"))
         link.hear(no())
         assert link.session.nonsense == 1
@@ -1194,7 +1194,7 @@ class Conversation(RuleBasedStateMachine):
 
     @rule(key=keys)
     def publish_at_0(self, key: str) -> None:
-        self.session.published()
+        self.session.published += 1
         self.send(Publish(f"{key}/a/".encode(), b"x", None, False))
 
     @precondition(lambda self: not self.session.full)

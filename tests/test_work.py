@@ -40,18 +40,18 @@ def at_most(calls: float, all_calls: float, system_calls: float) -> Work:
 
 # As they are with Python 3.11 to 3.13.
 BOUNDS: Final = {
-    ("receiving", "asyncio"): at_most(21.1, 28, 0.026),
-    ("receiving", "trio"): at_most(21.1, 29, 0.046),
-    ("handling", "asyncio"): at_most(22.2, 35, 0.028),
-    ("handling", "trio"): at_most(22.2, 36, 0.050),
-    ("publishing", "asyncio"): at_most(18.4, 22, 0.036),
-    ("publishing", "trio"): at_most(18.4, 23, 0.058),
+    ("receiving", "asyncio"): at_most(15.1, 20, 0.026),
+    ("receiving", "trio"): at_most(15.1, 21, 0.046),
+    ("handling", "asyncio"): at_most(17.1, 29, 0.028),
+    ("handling", "trio"): at_most(17.1, 30, 0.050),
+    ("publishing", "asyncio"): at_most(15.1, 18.7, 0.036),
+    ("publishing", "trio"): at_most(15.1, 19.7, 0.058),
     ("confirming", "asyncio"): at_most(76.6, 136, 0.36),
     ("confirming", "trio"): at_most(77.9, 153, 0.67),
-    ("receiving_large", "asyncio"): at_most(131, 540, 10),
-    ("receiving_large", "trio"): at_most(119, 740, 16.5),
-    ("publishing_large", "asyncio"): at_most(47.1, 184, 3),
-    ("publishing_large", "trio"): at_most(47.1, 300, 6.5),
+    ("receiving_large", "asyncio"): at_most(135, 544, 10),
+    ("receiving_large", "trio"): at_most(123, 744, 16.5),
+    ("publishing_large", "asyncio"): at_most(43, 180, 3),
+    ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
 DECODING: Final = at_most(4, 6, 0)
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}

@@ -127,7 +127,7 @@ def answers(data: bytes) -> None:
     pending: list[Pending[Any]] = [session.request(request) for request in asked]
     pending.append(session.publish_confirmed(b"k/a/", b"x", key=KEY, channel="a/"))
     pending.append(session.subscribe(KEY, KEY, "a/", Replay())[0].asked)
-    session.published()
+    session.published += 1
     session.watch("a/")
     for line in data.split(b"\n"):
         where = ASKED[line[0] % len(ASKED)] if line else ""
