@@ -74,18 +74,23 @@ class Life(Reconnector):
         self._begin()
         raised: BaseException | None = None
         try:
-            connection = await self._open(anyio.CancelScope())
             # Background tasks never raise into the group: what fails is noted and cancels the
             # body, so that its exception, collected here, leaves as the same object in no group.
             async with anyio.create_task_group() as tasks:
-                self._start(connection, tasks)
                 try:
                     with anyio.CancelScope() as self._body:
-                        yield self
+                        connection = await self._open_link(None)
+                        if self._body.cancel_called:
+                            await connection.abandon()
+                        else:
+                            self._start(connection, tasks)
+                            yield self
+                    if self._tasks is None:
+                        raise ClosedError("disconnect() was called while the client was connecting")
                 except BaseException as exc:
                     raised = exc
                 try:
-                    if not _is_cancelled(raised):
+                    if self._tasks is not None and not _is_cancelled(raised):
                         await self._leave()
                 except BaseException as exc:
                     raised = raised or exc
@@ -93,15 +98,6 @@ class Life(Reconnector):
         finally:
             self._finish()
         self._raise(raised)
-
-    async def _open(self, scope: anyio.CancelScope) -> Connection:
-        self._body = scope
-        with scope:
-            connection = await self._open_link(None)
-            if not scope.cancel_called:
-                return connection
-            await connection.abandon()
-        raise ClosedError("disconnect() was called while the client was connecting")
 
     def _begin(self) -> None:
         self._lived = True
