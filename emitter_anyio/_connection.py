@@ -73,7 +73,9 @@ class Connection:
         self._tasks: TaskGroup | None = None
         self._over = False
         """Whether it is to end, or has."""
-        self._reading = anyio.CancelScope()
+        self._waits: anyio.CancelScope | None = None
+        self._discards = False
+        """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
 
     @property
@@ -156,8 +158,20 @@ class Connection:
         await self.writer.left(self.writer.queued)
         await self._transport.send_eof()
         if unsettled:
-            self._reading.cancel()
+            self._discards = True
+            if self._waits is not None:
+                self._waits.cancel()
             await self.writer.stopped()
+
+    async def hold_up(self, wait: Callable[[], Awaitable[None]]) -> bool:
+        """
+        Have the reader wait for a consumer; returns whether what has come is still of interest.
+        """
+        if not self._discards:
+            self.held_up = True
+            with anyio.CancelScope() as self._waits:
+                await wait()
+        return not self._discards
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
@@ -189,15 +203,12 @@ class Connection:
         self.close()
 
     async def _read(self, deliver: Deliver) -> None:
-        with self._reading:
-            await self._take_in(deliver, self._first)
-            receive, codec = self._transport.receive, self._codec
-            while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
-                self.last_heard = anyio.current_time()
+        await self._take_in(deliver, self._first)
+        receive, codec = self._transport.receive, self._codec
+        while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
+            self.last_heard = anyio.current_time()
+            if not self._discards:
                 await self._take_in(deliver, codec.decode(data))
-            raise EOFError("the broker closed the link")
-        while await self._transport.receive():
-            pass
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:

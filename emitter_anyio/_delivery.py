@@ -111,9 +111,11 @@ class Delivery(EventSource):
 
     async def _hand_over(self, stream: EventStream[Any], item: Any) -> None:
         if not stream.push(item):
-            if self._connection is not None and stream.blocks:
-                self._connection.held_up = True
-            await stream.make_room()
+            link = self._connection
+            if link is None or not stream.blocks:
+                await stream.make_room()
+            elif not await link.hold_up(stream.make_room):
+                return
             stream.push_or_drop(item)
 
     def _streams(self) -> list[EventStream[Any]]:
