@@ -80,7 +80,15 @@ class Conversation(Life):
 
     async def _room(self) -> None:
         """Wait until a packet may be queued; nothing may be awaited before it is."""
-        link: Connection | None = None
+        link = self._connection
+        if (
+            link is not None
+            and self._usable(link)
+            and link.writer.has_room
+            and not self._session.full
+        ):
+            return
+        link = None
         while not self._usable(link):
             link = await self._linked()
             if not link.writer.has_room:

@@ -216,11 +216,13 @@ class Session(Grants):
         :return: what is to be emitted
         :raises RemoteProtocolError: if the broker may not send it now
         """
+        if isinstance(event, PubAck):
+            return self._acknowledged(event.packet_id, PubAck)
         match event:
             case EmitterMessage():
                 return self._receive_system(event)
-            case PubAck(packet_id) | UnsubAck(packet_id):
-                return self._acknowledged(packet_id, type(event))
+            case UnsubAck(packet_id):
+                return self._acknowledged(packet_id, UnsubAck)
             case SubAck(packet_id, codes):
                 return self._acknowledged(packet_id, SubAck, codes)
             case PingResp():
@@ -311,7 +313,8 @@ class Session(Grants):
             return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
         del self._pending[packet_id]
         self.answered += 1
-        self._tell_free()
+        if self._when_free:
+            self._tell_free()
         self._settled = max(self._settled, pending.settles)
         if pending.done:
             return ()

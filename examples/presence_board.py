@@ -68,6 +68,8 @@ async def main() -> None:
             async with AsyncExitStack() as others:
                 for name in ("ben", "carl"):
                     await anyio.sleep(0.2)
+                    # So that it can be seen: a broker may tell in any order who leaves at once.
+                    others.push_async_callback(anyio.sleep, 0.2)
                     await others.enter_async_context(in_the_office(url, key, name))
                 await anyio.sleep(0.2)
 

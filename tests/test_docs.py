@@ -14,6 +14,7 @@ import shlex
 import tomllib
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +25,10 @@ import trustme
 
 import emitter_anyio
 import emitter_anyio.testing
-from emitter_anyio import Emitter, EmitterMessage, StoredMessage
+from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._options import Options
 from emitter_anyio.testing import Broker, FaultProxy
+from tests.support.asgi import Application, post, serving, websocket
 from tests.support.command import ROOT, run, running
 from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, framed
 from tests.support.tried import run_pytest
@@ -87,6 +89,34 @@ class TestPython:
         self, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         await self.test_on_both_backends(block, tmp_path, monkeypatch)
+
+    async def test_the_web_application(self) -> None:
+        (block,) = (block for block in RUN if "app = Starlette(" in block.source)
+        visited = replace(block, source=f"{block.source}await visit(app, broker)\n")
+
+        async def visit(app: Application, broker: Broker) -> None:
+            presence = broker.keygen("chat/", "p")
+            async with serving(app), websocket(app, "/listen") as browser:
+                async with connect(broker.url) as other:
+                    async with other.watch_presence(presence, "chat/") as there:
+                        while not there.members:
+                            await there.receive()
+                assert await post(app, "/say", b"hello") == 204
+                assert (await browser.hear("websocket.send"))["text"] == "hello"
+
+                async def lose() -> None:
+                    await browser.hear("websocket.send")
+                    await broker.drop()
+
+                async with anyio.create_task_group() as tasks:
+                    with broker.lose("puback"):
+                        tasks.start_soon(lose)
+                        assert await post(app, "/say", b"goodbye") == 503
+
+        names: dict[str, Any] = {"visit": visit}
+        exec(compile(framed(visited), str(block), "exec"), names)
+        with anyio.fail_after(30):
+            await names["main"]()
 
     @of_kind("test")
     def test_for_pytest(self, block: Block, tmp_path: Path) -> None:
@@ -191,12 +221,12 @@ def public(module: ModuleType) -> set[str]:
     }
 
 
-def test_every_module_is_explained() -> None:
+def test_every_module_is_explained_and_no_other() -> None:
     page = (DOCS / "how-it-works.md").read_text()
+    modules = "".join(re.findall(r"^## The modules$(.+?)^## ", page, re.MULTILINE | re.DOTALL))
     library = Path(emitter_anyio.__file__).parent
-    for module in library.iterdir():
-        if module.name not in ("__init__.py", "__pycache__", "_version.py", "py.typed"):
-            assert f"`{module.stem}`" in page
+    there = {path.stem for path in library.rglob("*.py")} - {"__init__", "_version"}
+    assert set(re.findall(r"`(_\w+|pytest_plugin)`", modules)) == there | {"_cli"}
 
 
 class TestErrors:

@@ -47,8 +47,8 @@ BOUNDS: Final = {
     ("handling", "trio"): at_most(17.1, 30, 0.050),
     ("publishing", "asyncio"): at_most(15.1, 18.7, 0.036),
     ("publishing", "trio"): at_most(15.1, 19.7, 0.058),
-    ("confirming", "asyncio"): at_most(76.6, 136, 0.36),
-    ("confirming", "trio"): at_most(77.9, 153, 0.67),
+    ("confirming", "asyncio"): at_most(72.7, 128, 0.36),
+    ("confirming", "trio"): at_most(74.0, 144, 0.67),
     ("receiving_large", "asyncio"): at_most(135, 544, 10),
     ("receiving_large", "trio"): at_most(123, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
@@ -58,8 +58,8 @@ DECODING: Final = at_most(4, 6, 0)
 LINKS: Final = {
     ("opening_and_closing", "asyncio"): 430,
     ("opening_and_closing", "trio"): 437,
-    ("pinging", "asyncio"): 120,
-    ("pinging", "trio"): 123,
+    ("pinging", "asyncio"): 122,
+    ("pinging", "trio"): 125,
 }
 """Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}

@@ -40,7 +40,9 @@ NAMES = {
         "anyio.EndOfStream:exception anyio.WouldBlock:exception anyio.abc.ByteStreamConnectable "
         "anyio.abc.ObjectReceiveStream anyio.abc.TaskGroup anyio.abc.TaskStatus anyio.CancelScope "
         "anyio.create_task_group:function anyio.fail_after:function anyio.move_on_after:function "
-        "anyio.open_signal_receiver:function anyio.run:function anyio.sleep_forever:function",
+        "anyio.open_signal_receiver:function anyio.run:function anyio.sleep_forever:function "
+        "anyio.to_thread.run_sync:function anyio.to_process.run_sync:function "
+        "anyio.CapacityLimiter anyio.from_thread.BlockingPortal",
     },
     "trio": {
         "reference-core.html": "trio.Nursery trio.open_nursery:function trio.run:function "

@@ -1,20 +1,26 @@
 """
-Draws ``terminals.svg``: two people in ``examples/terminal_chat.py``, one of them cut off.
+Draws terminals: ``python docs/pictures/terminals.py``, with the extra ``cli``.
 
-    python docs/pictures/terminals.py
-
-What is in the picture has been said by the programs: they run here, and their output is drawn.
+``terminals.svg`` is two people in ``examples/terminal_chat.py``, one of them cut off; ``board.svg``
+is the board of ``emitter-anyio presence``. What is in the pictures has been said by the programs:
+they run here, and their output is drawn.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import re
+import shlex
+import struct
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import termios
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from html import escape
 from pathlib import Path
+from subprocess import PIPE
 
 import anyio
 from anyio.abc import Process
@@ -26,6 +32,10 @@ HERE = Path(__file__).parent
 CHAT = "examples/terminal_chat.py"
 WIDTH, LINE, TOP = 470, 21, 68
 COLOURS = {"$": "#8b949e", ">": "#e6edf3", "-": "#7ee787", "!": "#ffa657", " ": "#79c0ff"}
+# Of what a terminal is told: as always, bold, dim, bold green.
+STYLES = {"0": "#c9d1d9", "1": "#e6edf3", "2": "#8b949e", "1;32": "#7ee787"}
+
+Line = list[tuple[str, str]]
 
 
 class Terminal:
@@ -54,6 +64,10 @@ class Terminal:
             if line.startswith(text):
                 return
 
+    @property
+    def coloured(self) -> list[Line]:
+        return [[(COLOURS[line[0]], line if line[0] == "$" else line[1:])] for line in self.lines]
+
     async def type(self, text: str) -> None:
         self.lines.append(f">{text}")
         await self._stdin.send(f"{text}\n".encode())
@@ -68,33 +82,38 @@ async def terminal(name: str, url: str, secret: str) -> AsyncIterator[Terminal]:
         process.kill()
 
 
-def draw(terminals: list[Terminal]) -> str:
-    height = TOP + LINE * max(len(each.lines) for each in terminals) + 12
+def draw(label: str, *terminals: tuple[str, Sequence[Line]]) -> str:
+    """
+    Draw terminals beside each other.
+
+    :param label: what is to be seen, for those who do not see it
+    :param terminals: the title of each, and its lines: pieces of a colour
+    """
+    height = TOP + LINE * max(len(lines) for _, lines in terminals) + 12
     width = (WIDTH + 16) * len(terminals) - 16
     drawn = []
-    for number, each in enumerate(terminals):
+    for number, (title, lines) in enumerate(terminals):
         drawn.append(
             f'<g transform="translate({number * (WIDTH + 16)} 0)">'
             f'<rect width="{WIDTH}" height="{height}" rx="10" fill="#161b22" stroke="#30363d"/>'
             '<circle cx="20" cy="20" r="6" fill="#ff5f57"/><circle cx="40" cy="20" r="6" '
             'fill="#febc2e"/><circle cx="60" cy="20" r="6" fill="#28c840"/>'
-            f'<text x="{WIDTH / 2}" y="25" text-anchor="middle" fill="#8b949e">{each.name}</text>'
+            f'<text x="{WIDTH / 2}" y="25" text-anchor="middle" fill="#8b949e">{title}</text>'
         )
-        for row, line in enumerate(each.lines):
-            kind = line[0]
-            text = line if kind == "$" else line[1:]
-            y = TOP + row * LINE
-            drawn.append(f'<text x="18" y="{y}" fill="{COLOURS[kind]}">{escape(text)}</text>')
+        for row, line in enumerate(lines):
+            pieces = "".join(f'<tspan fill="{hue}">{escape(text)}</tspan>' for hue, text in line)
+            drawn.append(
+                f'<text x="18" y="{TOP + row * LINE}" xml:space="preserve">{pieces}</text>'
+            )
         drawn.append("</g>")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         "font-family=\"ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', "
-        'monospace" font-size="14" aria-label="Two terminals: Ann and Ben chat, Ben loses his '
-        'link, and gets what was said meanwhile">' + "\n".join(drawn) + "</svg>\n"
+        f'monospace" font-size="14" aria-label="{label}">' + "\n".join(drawn) + "</svg>\n"
     )
 
 
-async def main() -> None:
+async def chat() -> None:
     async with (
         Broker() as broker,
         FaultProxy(broker.host, broker.port) as network,
@@ -119,7 +138,95 @@ async def main() -> None:
             await ann.shows("-- here: ann, ben")
             await ben.type("back, and I missed nothing")
             await ann.shows("ben: back")
-            (HERE / "terminals.svg").write_text(draw([ann, ben]))
+    label = "Two terminals: Ann and Ben chat, Ben loses his link, and gets what was said meanwhile"
+    picture = draw(label, (ann.name, ann.coloured), (ben.name, ben.coloured))
+    (HERE / "terminals.svg").write_text(picture)
+
+
+class Screen:
+    """What a program shows on a terminal of its own, which it may draw anew."""
+
+    def __init__(self, columns: int) -> None:
+        self._ours, self.theirs = pty.openpty()
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self._said = b""
+
+    def close(self) -> None:
+        os.close(self._ours)
+        os.close(self.theirs)
+
+    async def shows(self, text: str) -> None:
+        while text.encode() not in self._said:
+            await anyio.wait_readable(self._ours)
+            self._said += os.read(self._ours, 4096)
+
+    @property
+    def coloured(self) -> list[Line]:
+        """What was drawn last."""
+        # Before it draws anew, it takes back line by line.
+        last = self._said.rpartition(b"\x1b[2K")[2].decode()
+        return [self._colour(line.rstrip("\r")) for line in last.split("\n")]
+
+    def _colour(self, line: str) -> Line:
+        _, *parts = re.split("\x1b\\[([0-9;]+)m", f"\x1b[0m{line}")
+        return [(STYLES[style], text) for style, text in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def stop(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.terminate()
+
+
+async def board() -> None:
+    shell: list[Line] = []
+
+    def typed(command: str) -> list[str]:
+        shell.append([(COLOURS["$"], "$ "), (COLOURS[">"], command)])
+        return [sys.executable, "-m", "emitter_anyio", *shlex.split(command.rstrip(" &"))[1:]]
+
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(Broker())
+        environment = {
+            **os.environ,
+            "EMITTER_URL": broker.url,
+            "EMITTER_SECRET": broker.secret_key,
+            "TERM": "xterm-256color",
+        }
+
+        async def start(command: list[str], stdout: int = PIPE) -> Process:
+            process = await anyio.open_process(command, env=environment, stdout=stdout)
+            await stack.enter_async_context(process)
+            stack.callback(stop, process)
+            return process
+
+        screen = Screen(54)
+        stack.callback(screen.close)
+        watch = "emitter-anyio presence chat/"
+        await start([sys.executable, "-m", "emitter_anyio", *watch.split()[1:]], screen.theirs)
+        await screen.shows("0 here")
+        listening = []
+        for name, channel in (("ann", "chat/"), ("ben", "chat/lobby/"), ("carl", "chat/")):
+            listening.append(await start(typed(f"emitter-anyio sub {channel} --username {name} &")))
+            await screen.shows(f"{name} has come")
+        said = "tea is ready"
+        await anyio.run_process(typed(f"emitter-anyio pub chat/ '{said}'"), env=environment)
+        for number in (0, 2):
+            stdout = listening[number].stdout
+            assert stdout is not None
+            assert (await stdout.receive()).decode() == f"{said}\n"
+            shell.append([(COLOURS[" "], said)])
+        stop(listening[2])
+        shell.append([(COLOURS["$"], "$ "), (COLOURS[">"], "kill %3")])
+        await screen.shows("carl has left")
+        title = [(COLOURS["$"], f"$ {watch}")]
+        label = "A shell in which three people listen, and the board that shows who is there"
+        picture = draw(label, ("a shell", shell), ("the board", [title, *screen.coloured]))
+        (HERE / "board.svg").write_text(picture)
+
+
+async def main() -> None:
+    await chat()
+    await board()
 
 
 anyio.run(main)

@@ -82,3 +82,20 @@ async def websocket(app: Application, path: str, **query: str) -> AsyncIterator[
         await exchange.hear("websocket.accept")
         yield exchange
         await exchange.say("websocket.disconnect", code=1001)
+
+
+async def post(app: Application, path: str, body: bytes) -> int:
+    """Send something by HTTP, and give the status of the answer."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "method": "POST",
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+    }
+    async with _calling(app, scope) as exchange:
+        await exchange.say("http.request", body=body)
+        status = int((await exchange.hear("http.response.start"))["status"])
+        await exchange.hear("http.response.body")
+    return status
