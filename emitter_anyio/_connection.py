@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, TypeAlias
 
 import anyio
+from anyio.abc import TaskGroup
 
 from ._channels import check_channel, check_key, format_topic
 from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
-from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._packets import ConnAck, Disconnect, Event, Packet, PingReq, Publish
 from ._reading import CHUNK
-from ._timer import Due, Timer
+from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
 from ._writer import Writer
 
 Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
+Ping: TypeAlias = Callable[[Callable[[], None]], None]
+"""Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
+
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
+
+_ALONE: Final = (PingReq, Disconnect)
+"""Packets behind which others are not likely to follow at once."""
 
 _REFUSALS: Final = {
     1: "it does not speak MQTT 3.1.1",
@@ -57,14 +65,17 @@ class Connection:
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
-        self.timer = Timer()
+        self.timer = open_timer()
         self.last_heard = anyio.current_time()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
-        self._scope = anyio.CancelScope()
-        self._reading = anyio.CancelScope()
-        self._ended = anyio.Event()
+        self._tasks: TaskGroup | None = None
+        self._over = False
+        """Whether it is to end, or has."""
+        self._waits: anyio.CancelScope | None = None
+        self._discards = False
+        """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
 
     @property
@@ -82,7 +93,7 @@ class Connection:
         writer = self.writer
         if not writer.ended:
             writer.ended = type(packet) is Disconnect
-            writer.write(self._codec.encode(packet))
+            writer.write(self._codec.encode(packet), alone=type(packet) in _ALONE)
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""
@@ -94,7 +105,7 @@ class Connection:
         """The publishes of QoS 0 of which no byte has been handed over."""
         return [bytes(one) for one in self.writer.untouched if is_unconfirmed_publish(one)]
 
-    async def run(self, deliver: Deliver, ping: Callable[[], None]) -> Exception | None:
+    async def run(self, deliver: Deliver, ping: Ping) -> Exception | None:
         """
         Keep the link going until it breaks or :meth:`close` ends it.
 
@@ -103,12 +114,19 @@ class Connection:
         :return: why the link broke; ``None`` if we closed it
         """
         try:
-            with self._scope:
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(self._guard, self.writer.run)
-                    _Keepalive(self, self._keepalive, ping)
-                    tasks.start_soon(self._guard, self.timer.run)
-                    await self._guard(self._read, deliver)
+            async with anyio.create_task_group() as self._tasks:
+                self.writer.begin(partial(self._tasks.start_soon, self._write))
+                _Keepalive(self, self._keepalive, ping)
+                self.timer.begin(self._tasks, self._break)
+                try:
+                    if not self._over:
+                        await self._read(deliver)
+                except Exception as exc:
+                    self._break(exc)
+                finally:
+                    self.writer.rest()
+                    self.timer.end()
+                self._tasks.cancel_scope.cancel()
         finally:
             if self._broken is None:
                 # When cancelled, this is all there is time for.
@@ -118,7 +136,6 @@ class Connection:
             finally:
                 # At the very end: those who are let go must find that there is no link any more.
                 self.writer.stop()
-                self._ended.set()
         return self._broken
 
     def fail(self, exc: Exception) -> None:
@@ -140,22 +157,37 @@ class Connection:
         self.send(Disconnect())
         await self.writer.left(self.writer.queued)
         await self._transport.send_eof()
-        if unsettled and not self._ended.is_set():
-            self._reading.cancel()
-            await self._ended.wait()
+        if unsettled:
+            self._discards = True
+            if self._waits is not None:
+                self._waits.cancel()
+            await self.writer.stopped()
+
+    async def hold_up(self, wait: Callable[[], Awaitable[None]]) -> bool:
+        """
+        Have the reader wait for a consumer; returns whether what has come is still of interest.
+        """
+        if not self._discards:
+            self.held_up = True
+            with anyio.CancelScope() as self._waits:
+                await wait()
+        return not self._discards
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
-        self._scope.cancel()
+        self._over = True
+        if self._tasks is not None:
+            self._tasks.cancel_scope.cancel()
 
-    def blurt_goodbye(self) -> None:
-        """Send what the link takes at once, with DISCONNECT behind it."""
+    def blurt_goodbye(self) -> bool:
+        """Send what the link takes at once, and DISCONNECT; tells whether that is all."""
         self.send(Disconnect())
         self.writer.hurry()
+        return not self.writer.size
 
-    async def _guard(self, work: Callable[..., Awaitable[None]], *args: object) -> None:
+    async def _write(self) -> None:
         try:
-            await work(*args)
+            await self.writer.run()
         except Exception as exc:
             self._break(exc)
 
@@ -168,18 +200,15 @@ class Connection:
                 self._broken = exc
             else:
                 self.seen_off = isinstance(exc, EOFError)
-        self._scope.cancel()
+        self.close()
 
     async def _read(self, deliver: Deliver) -> None:
-        with self._reading:
-            await self._take_in(deliver, self._first)
-            receive, codec = self._transport.receive, self._codec
-            while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
-                self.last_heard = anyio.current_time()
+        await self._take_in(deliver, self._first)
+        receive, codec = self._transport.receive, self._codec
+        while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
+            self.last_heard = anyio.current_time()
+            if not self._discards:
                 await self._take_in(deliver, codec.decode(data))
-            raise EOFError("the broker closed the link")
-        while await self._transport.receive():
-            pass
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
@@ -194,12 +223,10 @@ class Connection:
 class _Keepalive(Due):
     """The broker counts our silence, we count its."""
 
-    def __init__(self, link: Connection, seconds: float, ping: Callable[[], None]) -> None:
+    def __init__(self, link: Connection, seconds: float, ping: Ping) -> None:
         self._link = link
         self._seconds = seconds
         self._ping = ping
-        self._doubted: float | None = None
-        """When the peer was last heard, if it was pinged for its silence since then."""
         link.timer.add(self._next, self)
 
     @property
@@ -211,21 +238,32 @@ class _Keepalive(Due):
         return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
 
     def fall_due(self, now: float) -> None:
-        heard, doubted = self._link.last_heard, self._doubted
-        self._doubted = None
-        if heard == doubted and not self._link.held_up:
+        link, when = self._link, self._next
+        if when <= now:
+            link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
+            self._ping(link.timer.put_off)
+            link.writer.last_sent = now
+            when = now + self._seconds
+        link.timer.add(when, self)
+
+
+class _Silence(Due):
+    """The peer's, which was asked to break it."""
+
+    def __init__(self, link: Connection, seconds: float) -> None:
+        self._link = link
+        self._seconds = seconds
+        self._since = link.last_heard
+
+    @property
+    def done(self) -> bool:
+        return self._link.last_heard > self._since
+
+    def fall_due(self, now: float) -> None:
+        if not self._link.held_up:
             raise TimeoutError(
                 f"the broker was silent for {self._seconds * 1.5:g} s and did not answer a PINGREQ"
             )
-        when = self._next
-        if when <= now:
-            self._ping()
-            self._link.writer.last_sent = now
-            when = self._next
-            if when <= now:
-                self._doubted = heard
-                when = now + self._seconds / 2
-        self._link.timer.add(when, self)
 
 
 async def open_connection(

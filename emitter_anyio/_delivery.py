@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._codec import encode_publish
@@ -54,8 +54,8 @@ class Delivery(EventSource):
         self._session.published += 1
         self._connection.writer.write(encode_publish(topic, payload, retain))
 
-    def _ping(self) -> None:
-        self._session.ping(awaited=False)
+    def _ping(self, answered: Callable[[], None]) -> None:
+        self._session.ping(awaited=False).call_when_done(answered)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
         receivers, session = self._routers["message"].receivers, self._session
@@ -111,9 +111,11 @@ class Delivery(EventSource):
 
     async def _hand_over(self, stream: EventStream[Any], item: Any) -> None:
         if not stream.push(item):
-            if self._connection is not None and stream.blocks:
-                self._connection.held_up = True
-            await stream.make_room()
+            link = self._connection
+            if link is None or not stream.blocks:
+                await stream.make_room()
+            elif not await link.hold_up(stream.make_room):
+                return
             stream.push_or_drop(item)
 
     def _streams(self) -> list[EventStream[Any]]:

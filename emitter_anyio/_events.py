@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -71,14 +72,14 @@ class EventSource(ABC):
     """
 
     def __init__(self, matcher: Matcher) -> None:
-        self._routers: dict[str, Router[EventStream[Any]]] = {
-            event: Router(matcher) for event in EVENTS
-        }
+        self._routers: defaultdict[str, Router[EventStream[Any]]] = defaultdict(
+            partial(Router, matcher)
+        )
         self._registrations: list[_Registration] = []
         self._handler_tasks: TaskGroup | None = None
         self._busy: dict[int, _Registration] = {}
         self._leavers: set[int] = set()
-        self._less_busy = anyio.Event()
+        self._less_busy: anyio.Event | None = None
         self._listeners: set[EventStream[Any]] = set()
         """The streams of ``on()`` and ``stream()``, where others are of subscriptions."""
 
@@ -300,26 +301,41 @@ class EventSource(ABC):
                 self._unlisten(registration.stream, registration.event)
                 registration.stream = None
 
-    async def _handlers_done(self, *, but: tuple[str, ...] = (), leavers: bool = False) -> None:
+    async def _handlers_done(
+        self, deadline: float, *, but: tuple[str, ...] = (), leavers: bool = False
+    ) -> None:
         """
         Wait until the handlers have finished what waits for them.
 
+        :param deadline: until when to wait
         :param but: events whose handlers are not waited for
         :param leavers: whether to wait for those too that wait for the client to be closed
         """
-        while any(
-            registration.event not in but and (leavers or task not in self._leavers)
-            for task, registration in self._busy.items()
-        ):
-            self._less_busy = anyio.Event()
-            await self._less_busy.wait()
+
+        def busy() -> bool:
+            return any(
+                registration.event not in but and (leavers or task not in self._leavers)
+                for task, registration in self._busy.items()
+            )
+
+        if busy():
+            with anyio.CancelScope(deadline=deadline):
+                while busy():
+                    if self._less_busy is None:
+                        self._less_busy = anyio.Event()
+                    await self._less_busy.wait()
+
+    def _be_less_busy(self) -> None:
+        if self._less_busy is not None:
+            self._less_busy.set()
+            self._less_busy = None
 
     def _handler_leaves(self) -> None:
         """Note that the present task waits for the client to be closed, if it is a handler's."""
         task = anyio.get_current_task().id
         if task in self._busy:
             self._leavers.add(task)
-            self._less_busy.set()
+            self._be_less_busy()
 
     def _listen(self, stream: EventStream[Any], event: str, channel: str | None) -> None:
         self._listeners.add(stream)
@@ -372,7 +388,7 @@ class EventSource(ABC):
         finally:
             del self._busy[task]
             self._leavers.discard(task)
-            self._less_busy.set()
+            self._be_less_busy()
 
     async def _handle(self, registration: _Registration, stream: EventStream[Any]) -> None:
         event, handler = registration.event, registration.handler

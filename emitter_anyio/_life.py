@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
+from anyio.lowlevel import checkpoint
 
 from ._connection import Connection
 from ._errors import ClosedError, ConnectionLostError
@@ -73,18 +74,23 @@ class Life(Reconnector):
         self._begin()
         raised: BaseException | None = None
         try:
-            connection = await self._open(anyio.CancelScope())
             # Background tasks never raise into the group: what fails is noted and cancels the
             # body, so that its exception, collected here, leaves as the same object in no group.
             async with anyio.create_task_group() as tasks:
-                self._start(connection, tasks)
                 try:
                     with anyio.CancelScope() as self._body:
-                        yield self
+                        connection = await self._open_link(None)
+                        if self._body.cancel_called:
+                            await connection.abandon()
+                        else:
+                            self._start(connection, tasks)
+                            yield self
+                    if self._tasks is None:
+                        raise ClosedError("disconnect() was called while the client was connecting")
                 except BaseException as exc:
                     raised = exc
                 try:
-                    if not _is_cancelled(raised):
+                    if self._tasks is not None and not _is_cancelled(raised):
                         await self._leave()
                 except BaseException as exc:
                     raised = raised or exc
@@ -92,15 +98,6 @@ class Life(Reconnector):
         finally:
             self._finish()
         self._raise(raised)
-
-    async def _open(self, scope: anyio.CancelScope) -> Connection:
-        self._body = scope
-        with scope:
-            connection = await self._open_link(None)
-            if not scope.cancel_called:
-                return connection
-            await connection.abandon()
-        raise ClosedError("disconnect() was called while the client was connecting")
 
     def _begin(self) -> None:
         self._lived = True
@@ -123,16 +120,24 @@ class Life(Reconnector):
         tasks.start_soon(self._supervise, connection, name="emitter_anyio link")
 
     async def _leave(self) -> None:
-        self._start_leaving()
-        await self.wait_closed()
-        with anyio.CancelScope(deadline=self._deadline):
-            await self._handlers_done(leavers=True)
+        # The link and handlers have begun by then, though the body may not have waited at all.
+        await checkpoint()
+        link = self._connection
+        if self._leaving or link is None:
+            self._start_leaving()
+        else:
+            # Those who only ask for it have it said by a task, which their cancellation spares.
+            self._be_closing()
+            self._goodbye_to = link
+            await self._say_goodbye(link)
+        while self._state != "closed":
+            await self._change()
+        await self._handlers_done(self._deadline, leavers=True)
 
     def _start_leaving(self) -> None:
         if self._leaving:
             return
-        self._note_leaving()
-        self._set_state("closing")
+        self._be_closing()
         if self._connection is not None:
             self._start_goodbye(self._connection)
         elif self._retrying is not None:
@@ -142,6 +147,10 @@ class Life(Reconnector):
             else:
                 self._retrying.cancel()
 
+    def _be_closing(self) -> None:
+        self._note_leaving()
+        self._set_state("closing")
+
     def _note_leaving(self) -> None:
         if not self._leaving:
             self._leaving = True
@@ -150,12 +159,11 @@ class Life(Reconnector):
     async def _supervise(self, connection: Connection) -> None:
         await self._run_links(connection)
         self._end()
-        with anyio.CancelScope(deadline=self._deadline):
-            # Those of "error" come last: another one may raise to the end.
-            self._end_handlers(but=("error",))
-            await self._handlers_done(but=("error",))
-            self._end_handlers()
-            await self._handlers_done()
+        # Those of "error" come last: another one may raise to the end.
+        self._end_handlers(but=("error",))
+        await self._handlers_done(self._deadline, but=("error",))
+        self._end_handlers()
+        await self._handlers_done(self._deadline)
         self._set_state("closed")
 
     def _end(self) -> None:

@@ -56,17 +56,20 @@ class WatchingReader(Reader):
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self._sock = sock
         self._loop = loop
+        # Not the socket: where a selector does not know one, it words an error with its repr(),
+        # which asks the system for both addresses, and then drops it.
+        self._fileno = sock.fileno()
         self._size = CHUNK
         self._came: bytes | Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        loop.add_reader(sock, self._readable)
+        loop.add_reader(self._fileno, self._readable)
         self._watched = True
 
     async def receive(self, size: int) -> bytes:
         self._size = size
         while self._came is None:
             if not self._watched:
-                self._loop.add_reader(self._sock, self._readable)
+                self._loop.add_reader(self._fileno, self._readable)
                 self._watched = True
             self._waiter = self._loop.create_future()
             try:
@@ -103,16 +106,24 @@ class WatchingReader(Reader):
     def _watch_no_more(self) -> None:
         if self._watched:
             self._watched = False
-            self._loop.remove_reader(self._sock)
+            self._loop.remove_reader(self._fileno)
+
+
+def asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """Give the running loop, if it is one of asyncio."""
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return None
+    return asyncio.get_running_loop()
 
 
 def open_reader(sock: socket.socket) -> Reader:
     """Make what suits the backend that runs."""
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_task():
+    loop = asyncio_loop()
+    if loop is None:
         return AskingReader(sock)
     try:
-        return WatchingReader(sock, asyncio.get_running_loop())
+        return WatchingReader(sock, loop)
     except NotImplementedError:
         # The loop of Windows watches no sockets; AnyIO knows how to do without.
         return AskingReader(sock)

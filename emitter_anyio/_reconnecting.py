@@ -103,7 +103,7 @@ class Reconnector(Delivery):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._state: State = "closed"
-        self._changed = anyio.Event()
+        self._changed: anyio.Event | None = None
         self._lived = False
         self._leaving = False
         self._deadline = math.inf
@@ -119,7 +119,7 @@ class Reconnector(Delivery):
         self._goodbye_to: Connection | None = None
         self._tasks: TaskGroup | None = None
         self._link_tasks: TaskGroup | None = None
-        """For what ends with the present link."""
+        """For what restores the present link, and ends with it."""
         self._last_error: Exception | None = None
         self._received_before = 0
         """How many messages had been received when the last link ended."""
@@ -160,13 +160,13 @@ class Reconnector(Delivery):
         while self._state != "connected":
             if self._lived and self._state != "connecting":
                 raise self._gone()
-            await self._changed.wait()
+            await self._change()
 
     async def wait_closed(self) -> None:
         """Wait until the link is closed; returns at once when there is none."""
         await checkpoint()
         while self._state != "closed":
-            await self._changed.wait()
+            await self._change()
 
     def statistics(self) -> Statistics:
         """Return the figures of this client."""
@@ -189,8 +189,15 @@ class Reconnector(Delivery):
             self._changed_now()
 
     def _changed_now(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    async def _change(self) -> None:
+        """Wait until something of the link or of the state changes."""
+        if self._changed is None:
+            self._changed = anyio.Event()
+        await self._changed.wait()
 
     def _usable(self, link: Connection | None) -> bool:
         return (
@@ -213,7 +220,7 @@ class Reconnector(Delivery):
                 raise self._gone()
             if self._options.while_down == "raise":
                 raise ConnectionLostError("the link is away, and another one is being opened")
-            await self._changed.wait()
+            await self._change()
         assert self._connection is not None
         return self._connection
 
@@ -249,16 +256,18 @@ class Reconnector(Delivery):
         return math.inf if backoff is None else backoff.longest(attempt)
 
     async def _run_link(self, link: Connection) -> Exception | None:
-        async with anyio.create_task_group() as tasks:
-            self._link_tasks = tasks
-            if not self._ready:
-                tasks.start_soon(self._restore, link, self._ask_again())
+        # In the turn in which a link has ended: those whom it has let go must find none any more.
+        if self._ready:
+            broken = await link.run(self._deliver, self._ping)
+            self._end_link(link, broken)
+            return broken
+        async with anyio.create_task_group() as self._link_tasks:
+            self._link_tasks.start_soon(self._restore, link, self._ask_again())
             if self._leaving:
                 self._start_goodbye(link)
             broken = await link.run(self._deliver, self._ping)
-            # In the same turn: those whom the link has let go must find that it is none any more.
             self._end_link(link, broken)
-            tasks.cancel_scope.cancel()
+            self._link_tasks.cancel_scope.cancel()
         return broken
 
     async def _open_link(self, last: Connection | None) -> Connection:
@@ -291,17 +300,22 @@ class Reconnector(Delivery):
             self._tasks.start_soon(self._say_goodbye, connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
-        with anyio.CancelScope(deadline=self._deadline):
-            while self._connection is connection and not self._ready:
-                await self._changed.wait()
-            self._end_handlers(but=_AFTER_THE_LINK)
-            await self._handlers_done(but=_AFTER_THE_LINK)
-            for pending in self._session.awaited():
-                done = anyio.Event()
-                pending.call_when_done(done.set)
-                await done.wait()
-            await connection.say_goodbye(unsettled=self._session.unsettled)
+        quiet = self._ready and not (self._busy or self._session.pending or self._session.unsettled)
+        if not (quiet and connection.blurt_goodbye()):
+            with anyio.CancelScope(deadline=self._deadline):
+                await self._wait_and_say_goodbye(connection)
         connection.close()
+
+    async def _wait_and_say_goodbye(self, connection: Connection) -> None:
+        while self._connection is connection and not self._ready:
+            await self._change()
+        self._end_handlers(but=_AFTER_THE_LINK)
+        await self._handlers_done(self._deadline, but=_AFTER_THE_LINK)
+        for pending in self._session.awaited():
+            done = anyio.Event()
+            pending.call_when_done(done.set)
+            await done.wait()
+        await connection.say_goodbye(unsettled=self._session.unsettled)
 
     def _ask_again(self) -> list[Restoration]:
         # All is asked before anything is waited for: what is given up meanwhile finds either

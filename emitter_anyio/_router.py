@@ -119,6 +119,8 @@ class Router(Generic[T]):
         self._answers.clear()
 
     def _find_receivers(self, channel: str) -> tuple[T, ...]:
+        if not self._patterns:
+            return ()
         reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
         return tuple(sorted(reached, key=reached.__getitem__))
 

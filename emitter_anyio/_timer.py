@@ -1,12 +1,17 @@
-"""One timer for all that a link waits for."""
+"""One timer for all that a link waits for, in the way that costs least on each backend."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from heapq import heappop, heappush
 
 import anyio
+from anyio.abc import TaskGroup
+
+from ._reading import asyncio_loop
 
 
 class Due(ABC):
@@ -22,19 +27,19 @@ class Due(ABC):
         """Do what the time has come for; it may be put to the timer again."""
 
 
-class Timer:
+class Timer(ABC):
     """
     Lets things fall due, by one timer that is set to the first of them.
 
-    Nearly all are done long before, so the timer is not put off for those: it wakes once, finds
+    Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
     """
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
-        self._scope = anyio.CancelScope()
-        self._set_for = math.inf
+        self._when = -math.inf
+        """When it wakes; before everything else while it is awake, or has not begun."""
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
@@ -43,22 +48,102 @@ class Timer:
             heappop(heap)
         self._count += 1
         heappush(heap, (when, self._count, due))
-        if when < self._set_for:
-            self._set_for = self._scope.deadline = when
+        if when < self._when:
+            self._set(when)
 
-    async def run(self) -> None:
-        """Let them fall due, until cancelled; what that raises ends it."""
+    def put_off(self) -> None:
+        """Do not wake for what is done."""
+        first = self._first()
+        if -math.inf < self._when < first:
+            self._set(first)
+
+    @abstractmethod
+    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
+        """
+        Let them fall due from now on.
+
+        :param tasks: a group that ends with the link
+        :param failed: is told what one of them raises, behind which none falls due any more
+        """
+
+    @abstractmethod
+    def end(self) -> None:
+        """Let nothing fall due any more."""
+
+    @abstractmethod
+    def _set(self, when: float) -> None:
+        """Be woken then, and not at the time that it was set to."""
+
+    def _wake(self) -> float:
+        """Let fall due what is to, and give the time of what comes next."""
+        self._when = -math.inf
+        now = anyio.current_time()
+        while (first := self._first()) <= now:
+            heappop(self._heap)[2].fall_due(now)
+        return first
+
+    def _first(self) -> float:
+        heap = self._heap
+        while heap and heap[0][2].done:
+            heappop(heap)
+        return heap[0][0] if heap else math.inf
+
+
+class SleepingTimer(Timer):
+    """Sleeps in a task of its own."""
+
+    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
+        tasks.start_soon(self._run, failed)
+
+    def end(self) -> None:
+        """The task ends with its group."""
+
+    def _set(self, when: float) -> None:
+        self._when = self._scope.deadline = when
+
+    async def _run(self, failed: Callable[[Exception], None]) -> None:
+        # anyio.sleep_forever() has a deadline of its own, which costs as much again.
+        never = anyio.Event()
         while True:
-            self._set_for = self._next()
-            with anyio.CancelScope(deadline=self._set_for) as self._scope:
-                await anyio.sleep_forever()
-            now = anyio.current_time()
-            while self._heap and self._heap[0][0] <= now:
-                due = heappop(self._heap)[2]
-                if not due.done:
-                    due.fall_due(now)
+            try:
+                self._when = self._wake()
+            except Exception as exc:
+                return failed(exc)
+            with anyio.CancelScope(deadline=self._when) as self._scope:
+                await never.wait()
 
-    def _next(self) -> float:
-        while self._heap and self._heap[0][2].done:
-            heappop(self._heap)
-        return self._heap[0][0] if self._heap else math.inf
+
+class CalledTimer(Timer):
+    """Is called by the loop of asyncio, which costs a tenth of what a task does."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+
+    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
+        self._failed = failed
+        self._fire()
+
+    def end(self) -> None:
+        self._when = -math.inf
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _set(self, when: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._when = when
+        self._handle = self._loop.call_at(when, self._fire)
+
+    def _fire(self) -> None:
+        try:
+            self._set(self._wake())
+        except Exception as exc:
+            self._failed(exc)
+
+
+def open_timer() -> Timer:
+    """Make what suits the backend that runs."""
+    loop = asyncio_loop()
+    return SleepingTimer() if loop is None else CalledTimer(loop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,11 +32,11 @@ class Writer:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        transport.on_due(self._rouse)
         self._packets: deque[bytes | memoryview] = deque()
         self._size = 0
         self._idle = False
-        self._wake = anyio.Event()
+        self._start: Callable[[], object] | None = None
+        self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, Callable[[], None]]] = deque()
         self._under_way = 0
@@ -93,13 +94,32 @@ class Writer:
             self._waiting.remove(turn)
             self._admit()
 
-    def write(self, data: bytes) -> None:
-        """Queue a packet."""
+    def begin(self, start: Callable[[], object]) -> None:
+        """
+        Send from now on.
+
+        :param start: has :meth:`run` run in a task, once there is something for it to do
+        """
+        self._start = start
+        self._idle = True
+        self._transport.on_due(self._rouse)
+        if self._packets:
+            self._send_now(self._gather())
+        if self._packets:
+            self._rouse()
+
+    def write(self, data: bytes, *, alone: bool = False) -> None:
+        """
+        Queue a packet.
+
+        :param alone: whether others are not likely to follow in this turn
+        """
         self._size += len(data)
         self._packets.append(data)
         if self._idle:
-            self._rouse()
             self._send_now(data)
+            if self._packets or not alone:
+                self._rouse()
 
     def call_when_left(self, mark: int, waker: Callable[[], None]) -> None:
         """
@@ -117,6 +137,10 @@ class Writer:
             event = anyio.Event()
             self.call_when_left(mark, event.set)
             await event.wait()
+
+    async def stopped(self) -> None:
+        """Wait until the link is gone."""
+        await self.left(sys.maxsize)
 
     async def run(self) -> None:
         """Send what is queued, until cancelled or until the link breaks."""
@@ -145,6 +169,10 @@ class Writer:
                     return
                 self._took(sent)
 
+    def rest(self) -> None:
+        """Start no task any more."""
+        self._start = None
+
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""
         self._broken = True
@@ -156,9 +184,12 @@ class Writer:
     def _rouse(self) -> None:
         if self._idle:
             self._idle = False
-            self._wake.set()
+            if self._wake is not None:
+                self._wake.set()
+            elif self._start is not None:
+                self._start()
 
-    def _send_now(self, data: bytes) -> None:
+    def _send_now(self, data: bytes | memoryview) -> None:
         try:
             sent = self._transport.try_send(data)
         except OSError:

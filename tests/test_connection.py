@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import anyio
@@ -17,12 +17,15 @@ from emitter_anyio import (
     RemoteProtocolError,
     Will,
 )
-from emitter_anyio._packets import Publish
+from emitter_anyio._connection import open_connection
+from emitter_anyio._options import make_options
+from emitter_anyio._packets import Event, Publish
 from tests.support import packets
 from tests.support.leaks import open_sockets
 from tests.support.links import one_link
 from tests.support.memory import MemoryConnectable, MemoryStream
 from tests.support.peer import (
+    CONNECT,
     DISCONNECT,
     LINKS,
     PINGREQ,
@@ -605,6 +608,23 @@ async def test_no_acknowledgement_goes_behind_disconnect(anyio_backend: object) 
         async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", bytes(1000))
     assert kinds == [PUBLISH, DISCONNECT]
+
+
+async def test_a_link_may_be_closed_before_it_has_begun(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.rest()
+        kinds.extend(packet.kind for packet in peer.received)
+
+    async def deliver(events: Sequence[Event]) -> None:
+        raise AssertionError("it begins to read")
+
+    kinds: list[int] = []
+    async with tcp_peer(script) as port:
+        link = await open_connection(make_options(f"mqtt://127.0.0.1:{port}", {}))
+        link.close()
+        assert await link.run(deliver, lambda answered: None) is None
+    assert kinds == [CONNECT, DISCONNECT]
 
 
 @pytest.mark.virtual_time

@@ -14,6 +14,7 @@ import sniffio
 import trio
 
 from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage
+from emitter_anyio._timer import Timer
 from tests.support import packets
 from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer
@@ -374,17 +375,23 @@ async def test_nothing_is_polled(anyio_backend: object, monkeypatch: pytest.Monk
     assert count < 60 * 20
 
 
-async def test_a_busy_link_sets_no_more_timers(
-    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When timers have woken."""
+    times: list[float] = []
+    wake = Timer._wake
+
+    def noted(timer: Timer) -> float:
+        times.append(anyio.current_time())
+        return wake(timer)
+
+    monkeypatch.setattr(Timer, "_wake", noted)
+    return times
+
+
+async def test_the_timer_of_a_busy_link_wakes_for_few(
+    anyio_backend: object, woken: list[float]
 ) -> None:
-    deadlines = []
-    sleep_until = anyio.sleep_until
-
-    async def noted(deadline: float) -> None:
-        deadlines.append(deadline)
-        await sleep_until(deadline)
-
-    monkeypatch.setattr(anyio, "sleep_until", noted)
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
         async with one_link(connectable=connectable, keepalive=60) as emitter:
@@ -392,5 +399,17 @@ async def test_a_busy_link_sets_no_more_timers(
                 await emitter.publish("k", "a/", "x", qos=1)
                 await anyio.sleep(7.2)
     assert len(watched.times[PUBLISH]) == 500
-    # One to the next deadline, and when it comes, one to the deadline that has moved meanwhile.
-    assert len(deadlines) < 70
+    # For every second one of the times by which there was to be an answer, which finds it done.
+    assert len(woken) < 260
+
+
+async def test_the_timer_wakes_once_for_a_ping_that_is_answered(
+    anyio_backend: object, woken: list[float]
+) -> None:
+    watched = Watched()
+    async with memory_peer(watched.play) as connectable:
+        async with one_link(connectable=connectable, keepalive=30):
+            await anyio.sleep(HOUR + 1)
+    assert len(watched.pings) == 120
+    # And once as it begins.
+    assert len(woken) == 121

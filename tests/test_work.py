@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 import anyio
@@ -14,7 +15,7 @@ from emitter_anyio import Emitter, EmitterMessage
 from emitter_anyio._codec import Codec, Hello
 from tests.support import packets
 from tests.support.links import one_link
-from tests.support.peer import SUBSCRIBE, Peer, SocketStream, serving
+from tests.support.peer import SUBSCRIBE, Peer, SocketStream, memory_peer, serving
 from tests.support.work import CopiedBytes, Work, blocks_kept, peak_of, uncounted, work_of
 
 pytestmark = pytest.mark.without_debug
@@ -48,12 +49,19 @@ BOUNDS: Final = {
     ("publishing", "trio"): at_most(15.1, 19.7, 0.058),
     ("confirming", "asyncio"): at_most(72.7, 128, 0.36),
     ("confirming", "trio"): at_most(74.0, 144, 0.67),
-    ("receiving_large", "asyncio"): at_most(138, 544, 10),
-    ("receiving_large", "trio"): at_most(126, 744, 16.5),
+    ("receiving_large", "asyncio"): at_most(135, 544, 10),
+    ("receiving_large", "trio"): at_most(123, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
 DECODING: Final = at_most(4, 6, 0)
+LINKS: Final = {
+    ("opening_and_closing", "asyncio"): 430,
+    ("opening_and_closing", "trio"): 437,
+    ("pinging", "asyncio"): 122,
+    ("pinging", "trio"): 125,
+}
+"""Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
 """How often a large message may be in memory at the same time, beside what the caller has."""
 KEPT: Final = 400
@@ -248,6 +256,38 @@ async def test_what_a_message_calls(path: Path, anyio_backend: tuple[str, object
     async with path() as (step, messages):
         work = await work_of(step, messages, steps=8)
     check(work, BOUNDS[path.__name__, anyio_backend[0]])
+
+
+def check_calls(what: str, backend: str, calls: float) -> None:
+    bound = LINKS[what, backend]
+    assert calls <= bound, f"{calls:.1f} calls, at most {bound}: {ADVICE}"
+    assert calls > bound * 0.95, f"only {calls:.1f} calls: lower the bound {bound}"
+
+
+async def test_what_opening_and_closing_a_link_calls(anyio_backend: tuple[str, object]) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.serve()
+
+    async with serving("unix", script) as options:
+
+        async def step() -> None:
+            async with one_link(**options):
+                # As in nearly all programs, it has begun to read.
+                await anyio.wait_all_tasks_blocked()
+
+        work = await work_of(step, 1, steps=20)
+    check_calls("opening_and_closing", anyio_backend[0], work.calls)
+
+
+@pytest.mark.virtual_time
+async def test_what_a_ping_calls(anyio_backend: tuple[str, object]) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.serve()
+
+    async with memory_peer(script) as connectable:
+        async with one_link(connectable=connectable, keepalive=1):
+            work = await work_of(partial(anyio.sleep, 100), 100)
+    check_calls("pinging", anyio_backend[0], work.calls)
 
 
 @pytest.mark.parametrize("path", SMALL)
