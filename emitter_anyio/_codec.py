@@ -11,6 +11,7 @@ Each link has a codec of its own, so that Paho never sends again what an earlier
 from __future__ import annotations
 
 import struct
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import paho.mqtt.client as paho
@@ -134,9 +135,10 @@ class Codec:
         if hello.will is not None:
             client.will_set(hello.will.topic.decode(), hello.will.payload, retain=hello.will.retain)
         # A callback that raises would make Paho handle the same packet again: they only append.
-        client.on_subscribe = self._on_subscribe
-        client.on_unsubscribe = self._on_unsubscribe
-        client.on_message = self._on_message
+        # Nor do they know the codec: what a link leaves behind waits for no garbage collector.
+        client.on_subscribe = partial(_note_suback, self._heard)
+        client.on_unsubscribe = partial(_note_unsuback, self._heard)
+        client.on_message = partial(_note_message, self._heard)
 
     def connect(self) -> bytes:
         """Encode the CONNECT with which a link begins."""
@@ -303,22 +305,27 @@ class Codec:
         self._link.outbound.clear()
         return data
 
-    def _on_subscribe(
-        self, client: object, userdata: object, mid: int, codes: list[Any], properties: object
-    ) -> None:
-        self._heard.append(SubAck(mid, tuple(code.value for code in codes)))
 
-    def _on_unsubscribe(
-        self, client: object, userdata: object, mid: int, codes: object, properties: object
-    ) -> None:
-        self._heard.append(UnsubAck(mid))
+def _note_suback(
+    heard: list[Event], client: object, userdata: object, mid: int, codes: list[Any], _: object
+) -> None:
+    heard.append(SubAck(mid, tuple(code.value for code in codes)))
 
-    def _on_message(self, client: object, userdata: object, message: paho.MQTTMessage) -> None:
-        payload = bytes(message.payload)
-        try:
-            self._heard.append(EmitterMessage(message.topic, payload))
-        except UnicodeDecodeError:
-            self._heard.append(Undecodable(len(payload)))
+
+def _note_unsuback(
+    heard: list[Event], client: object, userdata: object, mid: int, codes: object, _: object
+) -> None:
+    heard.append(UnsubAck(mid))
+
+
+def _note_message(
+    heard: list[Event], client: object, userdata: object, message: paho.MQTTMessage
+) -> None:
+    payload = bytes(message.payload)
+    try:
+        heard.append(EmitterMessage(message.topic, payload))
+    except UnicodeDecodeError:
+        heard.append(Undecodable(len(payload)))
 
 
 def encode_publish(

@@ -128,7 +128,6 @@ class Life(Reconnector):
         else:
             # Those who only ask for it have it said by a task, which their cancellation spares.
             self._be_closing()
-            self._goodbye_to = link
             await self._say_goodbye(link)
         while self._state != "closed":
             await self._change()

@@ -116,7 +116,6 @@ class Reconnector(Delivery):
         """Publishes that were accepted, and of which no link has had a byte."""
         self._restorers: list[Restorer] = []
         self._retrying: anyio.CancelScope | None = None
-        self._goodbye_to: Connection | None = None
         self._tasks: TaskGroup | None = None
         self._link_tasks: TaskGroup | None = None
         """For what restores the present link, and ends with it."""
@@ -295,9 +294,7 @@ class Reconnector(Delivery):
 
     def _start_goodbye(self, connection: Connection) -> None:
         assert self._tasks is not None
-        if self._goodbye_to is not connection:
-            self._goodbye_to = connection
-            self._tasks.start_soon(self._say_goodbye, connection)
+        self._tasks.start_soon(self._say_goodbye, connection)
 
     async def _say_goodbye(self, connection: Connection) -> None:
         quiet = self._ready and not (self._busy or self._session.pending or self._session.unsettled)

@@ -66,9 +66,10 @@ class Timer(ABC):
         :param failed: is told what one of them raises, behind which none falls due any more
         """
 
-    @abstractmethod
     def end(self) -> None:
         """Let nothing fall due any more."""
+        self._when = -math.inf
+        self._heap.clear()
 
     @abstractmethod
     def _set(self, when: float) -> None:
@@ -95,9 +96,6 @@ class SleepingTimer(Timer):
     def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
         tasks.start_soon(self._run, failed)
 
-    def end(self) -> None:
-        """The task ends with its group."""
-
     def _set(self, when: float) -> None:
         self._when = self._scope.deadline = when
 
@@ -119,20 +117,19 @@ class CalledTimer(Timer):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__()
         self._loop = loop
-        self._handle: asyncio.TimerHandle | None = None
 
     def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
         self._failed = failed
-        self._fire()
+        self._when = self._wake()
+        self._handle = self._loop.call_at(self._when, self._fire)
 
     def end(self) -> None:
-        self._when = -math.inf
-        if self._handle is not None:
-            self._handle.cancel()
+        super().end()
+        self._handle.cancel()
+        del self._failed
 
     def _set(self, when: float) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
+        self._handle.cancel()
         self._when = when
         self._handle = self._loop.call_at(when, self._fire)
 

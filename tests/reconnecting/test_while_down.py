@@ -245,17 +245,26 @@ async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: 
             await emitter.disconnect()
 
 
-async def test_a_handler_may_disconnect_while_down(broker: Broker) -> None:
+@pytest.mark.parametrize("links", [1, 2])
+async def test_a_handler_may_disconnect_while_down(broker: Broker, links: int) -> None:
     emitter = many_links(broker.url)
     states = []
+    lost = 0
 
     @emitter.on("disconnect")
     async def leave() -> None:
-        states.append(emitter.state)
-        await emitter.disconnect()
-        states.append(emitter.state)
+        nonlocal lost
+        lost += 1
+        if lost == links:
+            states.append(emitter.state)
+            await emitter.disconnect()
+            states.append(emitter.state)
 
     async with emitter:
+        for opened in range(1, links):
+            await broker.drop()
+            while emitter.statistics().links == opened:
+                await checkpoint()
         with broker.refuse():
             await broker.drop()
             await emitter.wait_closed()
