@@ -413,3 +413,14 @@ async def test_the_timer_wakes_once_for_a_ping_that_is_answered(
     assert len(watched.pings) == 120
     # And once as it begins.
     assert len(woken) == 121
+
+
+async def test_the_timer_of_a_link_that_has_ended_wakes_no_more(
+    anyio_backend: object, woken: list[float]
+) -> None:
+    watched = Watched()
+    async with memory_peer(watched.play) as connectable:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
+            await emitter.publish("k", "a/", "x", qos=1)
+        await anyio.sleep(HOUR)
+    assert len(woken) == 1

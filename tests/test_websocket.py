@@ -572,7 +572,10 @@ async def test_a_ping_is_answered_while_nothing_else_is_sent(anyio_backend: obje
         stream = stream_of(peer)
         await stream.send_event(Ping(b"before CONNACK"))
         await peer.accept()
+        accepted = anyio.current_time()
         assert await stream.until(Pong) == Pong(b"before CONNACK")
+        # It has waited for nothing else that leaves, such as a PINGREQ.
+        assert anyio.current_time() == accepted
         for number in range(3):
             await stream.send_event(Ping(b"%d" % number))
             assert await stream.until(Pong) == Pong(b"%d" % number)
