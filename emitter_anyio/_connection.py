@@ -15,7 +15,7 @@ from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
-from ._packets import ConnAck, Disconnect, Event, Packet, PingReq, Publish
+from ._packets import ConnAck, Disconnect, Event, Packet, Publish
 from ._reading import CHUNK
 from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
@@ -28,9 +28,6 @@ Ping: TypeAlias = Callable[[Callable[[], None]], None]
 
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
-
-_ALONE: Final = (PingReq, Disconnect)
-"""Packets behind which others are not likely to follow at once."""
 
 _REFUSALS: Final = {
     1: "it does not speak MQTT 3.1.1",
@@ -93,7 +90,7 @@ class Connection:
         writer = self.writer
         if not writer.ended:
             writer.ended = type(packet) is Disconnect
-            writer.write(self._codec.encode(packet), alone=type(packet) in _ALONE)
+            writer.write(self._codec.encode(packet))
 
     def send_again(self, packets: Sequence[bytes]) -> None:
         """Queue packets as they are, for which an earlier link had no time."""
@@ -207,6 +204,7 @@ class Connection:
         receive, codec = self._transport.receive, self._codec
         while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
             self.last_heard = anyio.current_time()
+            self.writer.gathers = False
             if not self._discards:
                 await self._take_in(deliver, codec.decode(data))
         raise EOFError("the broker closed the link")

@@ -42,6 +42,8 @@ class Writer:
         self._under_way = 0
         self._torn = False
         self._broken = False
+        self.gathers = False
+        """Whether one packet has been sent at once since anything came, so that others gather."""
         self.ended = False
         """Whether the last packet has been queued."""
         self.sent = 0
@@ -108,18 +110,17 @@ class Writer:
         if self._packets:
             self._rouse()
 
-    def write(self, data: bytes, *, alone: bool = False) -> None:
-        """
-        Queue a packet.
-
-        :param alone: whether others are not likely to follow in this turn
-        """
+    def write(self, data: bytes) -> None:
+        """Queue a packet."""
         self._size += len(data)
         self._packets.append(data)
         if self._idle:
-            self._send_now(data)
-            if self._packets or not alone:
-                self._rouse()
+            if not self.gathers:
+                self.gathers = True
+                self._send_now(data)
+                if not self._packets:
+                    return
+            self._rouse()
 
     def call_when_left(self, mark: int, waker: Callable[[], None]) -> None:
         """
@@ -148,7 +149,7 @@ class Writer:
             if not self._packets:
                 await self._transport.send_due()
             if not self._packets:
-                self._idle = True
+                self._idle, self.gathers = True, False
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue
