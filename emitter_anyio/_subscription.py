@@ -181,7 +181,8 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         else:
             self._room += 1
         if self._departure is not None:
-            self._departed()
+            self._departure.set()
+            self._departure = None
         return item
 
     async def aclose(self) -> None:
@@ -361,13 +362,6 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._room += 1
         if isinstance(item, EmitterMessage):
             self._bytes -= len(item.binary)
-        if self._departure is not None:
-            self._departed()
-
-    def _departed(self) -> None:
-        assert self._departure is not None
-        self._departure.set()
-        self._departure = None
 
     async def _news(self) -> None:
         arrival = self._arrival = self._arrival or anyio.Event()
