@@ -231,13 +231,12 @@ def summary(results: Results) -> str:
     medians = results.medians()
     lines = []
     for row, figure, title in _SUMMARY:
+        clients = medians.get(row, {})
         measured = {
-            name: figures[figure.key]
-            for name, figures in medians.get(row, {}).items()
-            if figure.key in figures
+            name: figures[figure.key] for name, figures in clients.items() if figure.key in figures
         }
         told = [amount(measured[name]) if name in measured else "–" for name in _SUMMARIZED]
-        best = fastest(medians.get(row, {}), figure, _CLIENTS["us-asyncio"])
+        best = fastest(clients, figure, _CLIENTS["us-asyncio"])
         told.insert(2, "–" if best is None else f"{amount(best[1])} ({best[0]})")
         lines.append([title, *told])
     about = results.about

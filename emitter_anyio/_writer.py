@@ -194,7 +194,7 @@ class Writer:
         try:
             sent = self._transport.try_send(data)
         except OSError:
-            # The writer task, which is awake now, meets the same error and knows what to do.
+            # The writer task, roused for what is left, meets the same error and knows what to do.
             return
         if sent:
             self._took(sent)
