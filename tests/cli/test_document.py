@@ -14,7 +14,8 @@ from tests.support.command import ROOT
 
 TEXT = (ROOT / "docs/command-line.md").read_text()
 BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-VARIES = re.compile(r"\d[\d.,:]*|[A-Z0-9]{26}|\"[^\"]*(…|T\d)[^\"]*\"|\"[-\w+/=]{32,}\"")
+# An id first, for it may begin with a digit.
+VARIES = re.compile(r"[A-Z0-9]{26}|\d[\d.,:]*|\"[^\"]*(…|T\d)[^\"]*\"|\"[-\w+/=]{32,}\"")
 
 
 def lines_of(block: str) -> list[tuple[str, str]]:
