@@ -141,7 +141,7 @@ class Caller(Subscriber):
         await self._room()
         link = self._connection
         reply = replies.waiting[number] = _Reply()
-        sent = self._session.publish_confirmed(topic, payload, key=key, channel=where)
+        sent = self._send_confirmed(topic, payload, key, where)
         try:
             with anyio.move_on_after(seconds):
                 await self._answer(sent, None)

@@ -174,17 +174,21 @@ class Emitter(Caller, Watcher):
             topic = self._make_topic(key, channel, ttl, echo)
         payload = message if type(message) is bytes else encode_payload(message)
         link, session = self._connection, self._session
-        if (
-            qos == 0
-            and session.published & 15
-            and self._ready
+        at_once = (
+            self._ready
             and link is not None
             and link.writer.has_room
-            and len(topic) + len(payload) <= self._options.max_message_size - 2
-        ):
-            # As _publish() does it, of 16 times 15: each call in between would cost a twentieth.
+            and len(topic) + len(payload) <= self._options.max_message_size - 4
+        )
+        # As _publish() does it: each call in between would cost a twentieth.
+        if at_once and qos == 0 and session.published & 15:
+            assert link is not None
             session.published += 1
             link.writer.write(encode_publish(topic, payload, retain))
+        elif at_once and qos == 1 and not session.full:
+            assert isinstance(key, str)
+            sent = self._send_confirmed(topic, payload, key, channel, retain)
+            await self._answer(sent, timeout)
         else:
             assert isinstance(key, str)
             await self._publish(topic, payload, key, channel, qos, retain, timeout)
@@ -402,10 +406,8 @@ class Emitter(Caller, Watcher):
         elif qos == 1:
             self._check_size(topic, payload, qos)
             await self._room()
-            pending = self._session.publish_confirmed(
-                topic, payload, key=key, channel=channel, retain=retain
-            )
-            await self._answer(pending, timeout)
+            sent = self._send_confirmed(topic, payload, key, channel, retain)
+            await self._answer(sent, timeout)
         else:
             raise ValueError(
                 f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1"

@@ -16,6 +16,7 @@ from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._parking import event_maker
 from ._reading import CHUNK
 from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
@@ -63,6 +64,7 @@ class Connection:
         self._transport = transport
         self._codec = codec
         self.timer = open_timer()
+        self.make_event = event_maker()
         self.last_heard = anyio.current_time()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
@@ -204,9 +206,10 @@ class Connection:
         receive, codec = self._transport.receive, self._codec
         while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
             self.last_heard = anyio.current_time()
-            self.writer.gathers = False
             if not self._discards:
-                await self._take_in(deliver, codec.decode(data))
+                events = codec.decode(data)
+                self.writer.gathers = len(events) > 1
+                await self._take_in(deliver, events)
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -39,40 +39,36 @@ Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
 """Seconds to wait for the broker; ``None`` waits for ever."""
 
 
-class _Waiting(Due):
-    """One who waits for an answer."""
+class _Limit(Due):
+    """
+    How long one waits for an answer, from the time that all that is queued has left.
 
-    __slots__ = ("_answered", "_link", "_pending", "_seconds", "_session", "over")
+    :param wake: is called then, unless it is ``done``
+    :param session: all that is restored is asked at once, and Emitter answers one after the other:
+        as long as this one is answered anything, nothing is late
+    """
 
-    def __init__(self, pending: Pending[Any]) -> None:
-        self._pending = pending
-        self.over = anyio.Event()
-        pending.call_when_done(self.over.set)
+    __slots__ = ("_answered", "_link", "_seconds", "_session", "_wake", "done")
 
-    def limit(self, seconds: float, link: Connection, session: Session | None) -> None:
-        """
-        Wait no longer than so many seconds, from the time that all that is queued has left.
+    done: bool
 
-        :param session: all that is restored is asked at once, and Emitter answers one after the
-            other: as long as this one is answered anything, nothing is late
-        """
-        self._seconds, self._link, self._session = seconds, link, session
+    def __init__(
+        self, seconds: float, link: Connection, wake: Callable[[], None], session: Session | None
+    ) -> None:
+        self._seconds, self._link, self._wake, self._session = seconds, link, wake, session
         self._answered = -1
+        self.done = False
         link.writer.call_when_left(link.writer.queued, self._begin)
 
     def _begin(self) -> None:
         self._link.timer.add(self._link.writer.last_sent + self._seconds, self)
-
-    @property
-    def done(self) -> bool:
-        return self._pending.done or not self._pending.waiters
 
     def fall_due(self, now: float) -> None:
         if self._session is not None and self._answered < self._session.answered:
             self._answered = self._session.answered
             self._link.timer.add(now + self._seconds, self)
         else:
-            self.over.set()
+            self._wake()
 
 
 class Conversation(Life):
@@ -140,17 +136,20 @@ class Conversation(Life):
             await checkpoint()
             return pending.result()
         seconds = self._options.request_timeout if timeout is DEFAULT else timeout
-        waiting = _Waiting(pending)
+        link = self._connection
+        assert link is not None
+        over, limit = link.make_event(), None
+        pending.call_when_done(over.set)
         if seconds is not None:
-            assert self._connection is not None
-            session = self._session if RESTORING.get() else None
-            waiting.limit(seconds, self._connection, session)
+            limit = _Limit(seconds, link, over.set, self._session if RESTORING.get() else None)
         pending.waiters += 1
         try:
-            await waiting.over.wait()
+            await over.wait()
         finally:
             pending.waiters -= 1
             pending.awaited = bool(pending.waiters)
+            if limit is not None:
+                limit.done = True
         if not pending.done:
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(

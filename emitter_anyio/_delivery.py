@@ -13,6 +13,7 @@ from ._keys import KeyRing
 from ._messages import EmitterMessage
 from ._options import Options
 from ._packets import Event, Packet
+from ._pending import Pending
 from ._presence import PresenceFeed
 from ._router import Router
 from ._session import SYSTEM, Session
@@ -53,6 +54,19 @@ class Delivery(EventSource):
         assert self._connection is not None
         self._session.published += 1
         self._connection.writer.write(encode_publish(topic, payload, retain))
+
+    def _send_confirmed(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        retain: bool = False,
+    ) -> Pending[None]:
+        assert self._connection is not None
+        pending, packet_id = self._session.expect_confirmation(key, channel)
+        self._connection.writer.write(encode_publish(topic, payload, retain, packet_id))
+        return pending
 
     def _ping(self, answered: Callable[[], None]) -> None:
         self._session.ping(awaited=False).call_when_done(answered)

@@ -40,6 +40,11 @@ class Pending(Generic[T]):
     acknowledged it, so that a late answer confirms nothing else.
     """
 
+    __slots__ = (
+        *("operation", "key", "channel", "request", "settles", "awaited", "waiters", "quiet"),
+        *("done", "refusal", "nonsense", "grant", "_value", "_error", "_wakers"),
+    )
+
     def __init__(
         self,
         operation: str,

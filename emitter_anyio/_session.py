@@ -104,20 +104,18 @@ class Session(Grants):
         """Have a function called when a packet id is free again, or the link is lost."""
         self._when_free.append(waker)
 
-    def publish_confirmed(
-        self,
-        topic: bytes,
-        payload: bytes,
-        *,
-        key: str | None,
-        channel: str | None,
-        retain: bool = False,
-    ) -> Pending[None]:
-        """Publish at QoS 1; without a key, through a link."""
+    def expect_confirmation(
+        self, key: str | None, channel: str | None
+    ) -> tuple[Pending[None], int]:
+        """
+        Be ready for the answer to a publish of QoS 1, which the caller sends on its own.
+
+        :param key: the key; ``None`` if it goes through a link
+        :return: what is pending, and the packet's id
+        """
         operation = "publish_with_link" if key is None else "publish"
-        pending: Pending[None] = self._new(operation, key, channel)
-        self._send(Publish(topic, payload, self._register(pending), retain))
-        return pending
+        pending: Pending[None] = Pending(operation, key, channel, settles=self.published)
+        return pending, self._register(pending)
 
     def request(self, request: Request[T], *, awaited: bool = True) -> Pending[T]:
         """Ask a control request."""
@@ -315,7 +313,8 @@ class Session(Grants):
         self.answered += 1
         if self._when_free:
             self._tell_free()
-        self._settled = max(self._settled, pending.settles)
+        if pending.settles > self._settled:
+            self._settled = pending.settles
         if pending.done:
             return ()
         refusal = pending.refusal

@@ -78,8 +78,9 @@ class Link:
         return emitted
 
     def publish(self, key: str = KEY, channel: str = "a/") -> Pending[None]:
-        topic = f"{key}/{channel}".encode()
-        return self.session.publish_confirmed(topic, b"x", key=key, channel=channel)
+        pending, packet_id = self.session.expect_confirmation(key, channel)
+        self.sent.append(Publish(f"{key}/{channel}".encode(), b"x", packet_id))
+        return pending
 
     def subscribe(self, key: str = KEY, channel: str = "a/", replay: Replay = ANY) -> Grant:
         return self.session.subscribe(key, key, channel, replay)[0]
@@ -205,8 +206,8 @@ class TestPacketIds:
 
 class TestPublishing:
     def test_accepted(self, link: Link) -> None:
-        pending = link.session.publish_confirmed(b"k/a/", b"x", key=KEY, channel="a/", retain=True)
-        assert link.sent == [Publish(b"k/a/", b"x", 1, True)]
+        pending, packet_id = link.session.expect_confirmation(KEY, "a/")
+        assert packet_id == 1
         assert not pending.done
         assert link.hear(PubAck(1)) == []
         assert pending.done
@@ -1189,7 +1190,8 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: not self.session.full)
     @rule(key=keys)
     def publish(self, key: str) -> None:
-        pending = self.session.publish_confirmed(f"{key}/a/".encode(), b"x", key=key, channel="a/")
+        pending, packet_id = self.session.expect_confirmation(key, "a/")
+        self.send(Publish(f"{key}/a/".encode(), b"x", packet_id, False))
         self.expect(pending, UnauthorizedError if key == BAD else None)
 
     @rule(key=keys)

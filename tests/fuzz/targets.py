@@ -125,7 +125,7 @@ def answers(data: bytes) -> None:
         requests.presence(KEY, "a/", status=False, changes=False),
     )
     pending: list[Pending[Any]] = [session.request(request) for request in asked]
-    pending.append(session.publish_confirmed(b"k/a/", b"x", key=KEY, channel="a/"))
+    pending.append(session.expect_confirmation(KEY, "a/")[0])
     pending.append(session.subscribe(KEY, KEY, "a/", Replay())[0].asked)
     session.published += 1
     session.watch("a/")
