@@ -114,7 +114,7 @@ class Connection:
             async with anyio.create_task_group() as self._tasks:
                 self.writer.begin(partial(self._tasks.start_soon, self._write))
                 _Keepalive(self, self._keepalive, ping)
-                self.timer.begin(self._tasks, self._break)
+                self.timer.begin(self._break)
                 try:
                     if not self._over:
                         await self._read(deliver)

@@ -1,17 +1,24 @@
-"""One timer for all that a link waits for, in the way that costs least on each backend."""
+"""One timer for all that a link waits for."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from heapq import heappop, heappush
+from typing import Protocol, TypeAlias
 
 import anyio
-from anyio.abc import TaskGroup
 
 from ._reading import asyncio_loop
+
+
+class _Call(Protocol):
+    def cancel(self) -> None: ...
+
+
+CallAt: TypeAlias = Callable[[float, Callable[[], None]], _Call]
+"""Has a function called at a time of the loop's clock."""
 
 
 class Due(ABC):
@@ -27,19 +34,22 @@ class Due(ABC):
         """Do what the time has come for; it may be put to the timer again."""
 
 
-class Timer(ABC):
+class Timer:
     """
     Lets things fall due, by one timer that is set to the first of them.
 
     Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
+
+    :param call_at: wakes it
     """
 
-    def __init__(self) -> None:
+    def __init__(self, call_at: CallAt) -> None:
+        self._call_at = call_at
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
         self._when = -math.inf
-        """When it wakes; before everything else while it is awake, or has not begun."""
+        """When it wakes; before everything else while it is awake, or does not run."""
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
@@ -57,23 +67,34 @@ class Timer(ABC):
         if -math.inf < self._when < first:
             self._set(first)
 
-    @abstractmethod
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
+    def begin(self, failed: Callable[[Exception], None]) -> None:
         """
         Let them fall due from now on.
 
-        :param tasks: a group that ends with the link
         :param failed: is told what one of them raises, behind which none falls due any more
         """
+        self._failed = failed
+        self._when = self._wake()
+        self._call = self._call_at(self._when, self._fire)
 
     def end(self) -> None:
         """Let nothing fall due any more."""
         self._when = -math.inf
         self._heap.clear()
+        self._call.cancel()
+        del self._failed
 
-    @abstractmethod
     def _set(self, when: float) -> None:
-        """Be woken then, and not at the time that it was set to."""
+        # The other way round there would be a time without any.
+        before, self._when = self._call, when
+        self._call = self._call_at(when, self._fire)
+        before.cancel()
+
+    def _fire(self) -> None:
+        try:
+            self._set(self._wake())
+        except Exception as exc:
+            self._failed(exc)
 
     def _wake(self) -> float:
         """Let fall due what is to, and give the time of what comes next."""
@@ -90,57 +111,12 @@ class Timer(ABC):
         return heap[0][0] if heap else math.inf
 
 
-class SleepingTimer(Timer):
-    """Sleeps in a task of its own."""
-
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
-        tasks.start_soon(self._run, failed)
-
-    def _set(self, when: float) -> None:
-        self._when = self._scope.deadline = when
-
-    async def _run(self, failed: Callable[[Exception], None]) -> None:
-        # anyio.sleep_forever() has a deadline of its own, which costs as much again.
-        never = anyio.Event()
-        while True:
-            try:
-                self._when = self._wake()
-            except Exception as exc:
-                return failed(exc)
-            with anyio.CancelScope(deadline=self._when) as self._scope:
-                await never.wait()
-
-
-class CalledTimer(Timer):
-    """Is called by the loop of asyncio, which costs a tenth of what a task does."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
-        self._failed = failed
-        self._when = self._wake()
-        self._handle = self._loop.call_at(self._when, self._fire)
-
-    def end(self) -> None:
-        super().end()
-        self._handle.cancel()
-        del self._failed
-
-    def _set(self, when: float) -> None:
-        self._handle.cancel()
-        self._when = when
-        self._handle = self._loop.call_at(when, self._fire)
-
-    def _fire(self) -> None:
-        try:
-            self._set(self._wake())
-        except Exception as exc:
-            self._failed(exc)
-
-
 def open_timer() -> Timer:
-    """Make what suits the backend that runs."""
+    """Make one for the backend that runs."""
     loop = asyncio_loop()
-    return SleepingTimer() if loop is None else CalledTimer(loop)
+    if loop is not None:
+        return Timer(loop.call_at)
+    # Trio is there where it runs, and nobody else is to wait for its import.
+    from ._alarm import open_alarm
+
+    return Timer(open_alarm().call_at)
