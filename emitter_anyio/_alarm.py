@@ -8,6 +8,7 @@ from heapq import heapify, heappop, heappush
 from typing import Final
 
 import trio
+from trio import current_time as current_time
 
 _KEPT: Final = 64
 """So many calls that were cancelled may wait for their time, and as many as those that were not."""
@@ -82,7 +83,7 @@ class Alarm:
             self._runs = False
 
     def _call_due(self) -> None:
-        now = trio.current_time()
+        now = current_time()
         while self._first() <= now:
             call = heappop(self._heap)[2]
             function = call.function

@@ -1,7 +1,7 @@
 """MQTT 3.1.1 as bytes: the only file that imports Paho.
 
 Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT and their
-answers, by ``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0 and
+answers; ``loop_read()`` never waits here, and what it writes is there at once. ``PUBLISH`` of QoS 0 and
 ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is encoded
 here too: through Paho each would cost ten times as much. So are the pings, nearly all of the
 traffic of an idle link, and CONNACK, of which Paho calls nothing back for codes 1 and 2.
@@ -194,7 +194,7 @@ class Codec:
 
     def take_written(self) -> bytes:
         """Give what Paho has written on its own, such as the answer to a PINGREQ."""
-        return self._written() if self._link.outbound or self._paho.want_write() else b""
+        return self._written() if self._link.outbound else b""
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
@@ -299,8 +299,6 @@ class Codec:
             events.append(ConnAck(packet[-1]))
 
     def _written(self) -> bytes:
-        if self._paho.want_write():
-            self._paho.loop_write()
         data = bytes(self._link.outbound)
         self._link.outbound.clear()
         return data

@@ -63,7 +63,7 @@ class Connection:
         self._transport = transport
         self._codec = codec
         self.timer = open_timer()
-        self.last_heard = anyio.current_time()
+        self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
@@ -201,9 +201,9 @@ class Connection:
 
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
-        receive, codec = self._transport.receive, self._codec
+        receive, codec, clock = self._transport.receive, self._codec, self.timer.clock
         while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
-            self.last_heard = anyio.current_time()
+            self.last_heard = clock()
             self.writer.gathers = False
             if not self._discards:
                 await self._take_in(deliver, codec.decode(data))
@@ -215,7 +215,7 @@ class Connection:
         await deliver(events)
         if self.held_up:
             self.held_up = False
-            self.last_heard = anyio.current_time()
+            self.last_heard = self.timer.clock()
 
 
 class _Keepalive(Due):
@@ -281,8 +281,9 @@ async def open_connection(
     begin = 0 if after is None else options.servers.index(after) + 1
     for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
-            with anyio.fail_after(options.connect_timeout):
+            with anyio.move_on_after(options.connect_timeout):
                 return await _open(server, options, hello)
+            causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options)

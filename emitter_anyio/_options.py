@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -83,7 +83,7 @@ class Options:
     max_message_size: int = 65536
     allow_collisions: bool = False
     connectable: ByteStreamConnectable | None = None
-    reconnect: Backoff | None = field(default_factory=Backoff)
+    reconnect: Backoff | None = Backoff()
     while_down: Literal["wait", "raise"] = "wait"
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Protocol, TypeAlias
 
-import anyio
-
 from ._reading import asyncio_loop
 
 
@@ -42,10 +40,12 @@ class Timer:
     nothing to do, and is set to the next one that is not done.
 
     :param call_at: wakes it
+    :param clock: tells the time of the loop
     """
 
-    def __init__(self, call_at: CallAt) -> None:
+    def __init__(self, call_at: CallAt, clock: Callable[[], float]) -> None:
         self._call_at = call_at
+        self.clock: Callable[[], float] = clock
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
         self._when = -math.inf
@@ -99,7 +99,7 @@ class Timer:
     def _wake(self) -> float:
         """Let fall due what is to, and give the time of what comes next."""
         self._when = -math.inf
-        now = anyio.current_time()
+        now = self.clock()
         while (first := self._first()) <= now:
             heappop(self._heap)[2].fall_due(now)
         return first
@@ -115,8 +115,8 @@ def open_timer() -> Timer:
     """Make one for the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return Timer(loop.call_at)
+        return Timer(loop.call_at, loop.time)
     # Trio is there where it runs, and nobody else is to wait for its import.
-    from ._alarm import open_alarm
+    from ._alarm import current_time, open_alarm
 
-    return Timer(open_alarm().call_at)
+    return Timer(open_alarm().call_at, current_time)
