@@ -1,4 +1,4 @@
-"""One task of a run of Trio that calls functions at their time, as asyncio's loop does itself."""
+"""One task of a run of Trio that wakes all timers, as asyncio's loop does itself."""
 
 from __future__ import annotations
 
@@ -8,104 +8,105 @@ from heapq import heapify, heappop, heappush
 from typing import Final
 
 import trio
-from trio import current_time as current_time
 
-_KEPT: Final = 64
-"""So many calls that were cancelled may wait for their time, and as many as those that were not."""
-
-
-class Call:
-    """What is to be called, unless it is cancelled."""
-
-    __slots__ = ("_alarm", "function")
-
-    def __init__(self, alarm: Alarm, function: Callable[[], None]) -> None:
-        self._alarm = alarm
-        self.function: Callable[[], None] | None = function
-
-    def cancel(self) -> None:
-        """Do not call it; it may have been called."""
-        if self.function is not None:
-            self.function = None
-            self._alarm.forget()
+_STALE: Final = 64
+"""So many times that are none any more may be kept, and as many as there are others."""
 
 
 class Alarm:
     """
-    Calls functions at their time.
+    Wakes each one at its time.
 
-    To begin and to end a task takes a fifth of a link's life on Trio. So the task serves all, and
-    ends when it wakes and finds that there is nothing left, or with the run.
+    To begin and to end a task takes a fifth of a link's life on Trio. So one serves all, and ends
+    as soon as there is nobody left to be woken.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, Call]] = []
-        self._count = 0
+        self.wakers: set[AlarmWaker] = set()
+        self.heap: list[tuple[float, int, AlarmWaker]] = []
+        """Times; one that is not its waker's any more is passed over."""
+        self.count = 0
+        self.scope = trio.CancelScope()
+        """In which the task sleeps; what is done to it while the task is awake is void."""
         self._runs = False
-        self._scope = trio.CancelScope()
-        self.active = 0
-        """How many calls are to come."""
 
-    def call_at(self, when: float, function: Callable[[], None]) -> Call:
-        """
-        Have a function called, which raises nothing.
-
-        :param when: the time of Trio's clock
-        """
-        call = Call(self, function)
-        self._count += 1
-        self.active += 1
-        if len(self._heap) > 2 * self.active + _KEPT:
-            self._heap = [entry for entry in self._heap if entry[2].function is not None]
-            heapify(self._heap)
-        heappush(self._heap, (when, self._count, call))
+    def run(self) -> None:
+        """Have the task run."""
         if not self._runs:
             self._runs = True
             trio.lowlevel.spawn_system_task(self._run, name="emitter_anyio timer")
-        # While the task is awake this changes nothing: it looks itself before it sleeps.
-        elif (first := self._first()) != self._scope.deadline:
-            self._scope.deadline = first
-        return call
 
-    def forget(self) -> None:
-        """Expect one call less."""
-        self.active -= 1
-        if not self.active:
-            self._scope.cancel()
+    def tidy(self) -> None:
+        """Drop times that are none any more, when there are many."""
+        if len(self.heap) > 2 * len(self.wakers) + _STALE:
+            self.heap = [entry for entry in self.heap if entry[2].when == entry[0]]
+            heapify(self.heap)
+
+    def first(self) -> float:
+        """Give the time of who is to be woken next."""
+        heap = self.heap
+        while heap and heap[0][2].when != heap[0][0]:
+            heappop(heap)
+        return heap[0][0] if heap else math.inf
 
     async def _run(self) -> None:
         try:
-            while (first := self._first()) < math.inf:
-                with trio.CancelScope(deadline=first) as self._scope:
+            while self.wakers:
+                with trio.CancelScope(deadline=self._wake(trio.current_time())) as self.scope:
                     await trio.sleep_forever()
-                self._call_due()
         finally:
+            self.heap.clear()
             self._runs = False
 
-    def _call_due(self) -> None:
-        now = current_time()
-        while self._first() <= now:
-            call = heappop(self._heap)[2]
-            function = call.function
-            call.cancel()
-            assert function is not None
-            function()
+    def _wake(self, now: float) -> float:
+        while (first := self.first()) <= now:
+            waker = heappop(self.heap)[2]
+            waker.when = -math.inf
+            waker.wake()
+        return first
 
-    def _first(self) -> float:
-        heap = self._heap
-        while heap and heap[0][2].function is None:
-            heappop(heap)
-        return heap[0][0] if heap else math.inf
+
+class AlarmWaker:
+    """
+    Wakes one timer.
+
+    :param wake: is called then, and raises nothing
+    """
+
+    __slots__ = ("_alarm", "wake", "when")
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self.wake = wake
+        self.when = -math.inf
+        """When it is to be woken; before everything else if it is not."""
+        try:
+            self._alarm = _ALARM.get()
+        except LookupError:
+            self._alarm = Alarm()
+            _ALARM.set(self._alarm)
+        self._alarm.wakers.add(self)
+        self._alarm.tidy()
+        self._alarm.run()
+
+    def set(self, when: float) -> None:
+        """Wake it then, and not at the time that it was set to."""
+        alarm, before, self.when = self._alarm, self.when, when
+        alarm.count += 1
+        heappush(alarm.heap, (when, alarm.count, self))
+        deadline = alarm.scope.deadline
+        if when < deadline:
+            alarm.scope.deadline = when
+        elif before == deadline:
+            alarm.scope.deadline = alarm.first()
+
+    def stop(self) -> None:
+        """Wake it no more."""
+        self.when = -math.inf
+        self._alarm.wakers.discard(self)
+        if not self._alarm.wakers:
+            self._alarm.scope.cancel()
 
 
 _ALARM: Final[trio.lowlevel.RunVar[Alarm]] = trio.lowlevel.RunVar("emitter_anyio alarm")
 
-
-def open_alarm() -> Alarm:
-    """Give that of the present run."""
-    try:
-        return _ALARM.get()
-    except LookupError:
-        alarm = Alarm()
-        _ALARM.set(alarm)
-        return alarm
+current_time: Final = trio.current_time

@@ -1,10 +1,10 @@
 """MQTT 3.1.1 as bytes: the only file that imports Paho.
 
 Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT and their
-answers; ``loop_read()`` never waits here, and what it writes is there at once. ``PUBLISH`` of QoS 0 and
-``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is encoded
-here too: through Paho each would cost ten times as much. So are the pings, nearly all of the
-traffic of an idle link, and CONNACK, of which Paho calls nothing back for codes 1 and 2.
+answers; its ``loop_read()`` never waits here, and what it writes is there at once. ``PUBLISH`` of
+QoS 0 and ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is
+encoded here too: through Paho each would cost ten times as much. So are the pings, which are all
+the traffic of an idle link, and CONNACK, which Paho does not tell of when it says 1 or 2.
 
 Each link has a codec of its own, so that Paho never sends again what an earlier link left open.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -225,18 +226,15 @@ class _Keepalive(Due):
         self._link = link
         self._seconds = seconds
         self._ping = ping
-        link.timer.add(self._next, self)
+        self.fall_due(-math.inf)
 
     @property
     def done(self) -> bool:
         return False
 
-    @property
-    def _next(self) -> float:
-        return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
-
     def fall_due(self, now: float) -> None:
-        link, when = self._link, self._next
+        link = self._link
+        when = min(link.last_heard, link.writer.last_sent) + self._seconds
         if when <= now:
             link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
             self._ping(link.timer.put_off)

@@ -28,6 +28,9 @@ MAX_KEEPALIVE: Final = 60
 """The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
 
 
+_BACKOFF: Final = Backoff()
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """
@@ -83,7 +86,7 @@ class Options:
     max_message_size: int = 65536
     allow_collisions: bool = False
     connectable: ByteStreamConnectable | None = None
-    reconnect: Backoff | None = Backoff()
+    reconnect: Backoff | None = _BACKOFF
     while_down: Literal["wait", "raise"] = "wait"
 
 

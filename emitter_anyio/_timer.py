@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from ._reading import asyncio_loop
 
 
-class _Call(Protocol):
-    def cancel(self) -> None: ...
+class Waker(Protocol):
+    """Wakes one timer, in the way that costs least on a backend."""
 
+    def set(self, when: float) -> None:
+        """Wake it then, and not at the time that it was set to."""
 
-CallAt: TypeAlias = Callable[[float, Callable[[], None]], _Call]
-"""Has a function called at a time of the loop's clock."""
+    def stop(self) -> None:
+        """Wake it no more."""
 
 
 class Due(ABC):
@@ -32,6 +36,24 @@ class Due(ABC):
         """Do what the time has come for; it may be put to the timer again."""
 
 
+class LoopWaker:
+    """Has the loop of asyncio wake one timer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+        self._loop = loop
+        self._wake = wake
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, when: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_at(when, self._wake)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+
 class Timer:
     """
     Lets things fall due, by one timer that is set to the first of them.
@@ -39,12 +61,14 @@ class Timer:
     Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
 
-    :param call_at: wakes it
+    :param open_waker: makes what calls a function at its time
     :param clock: tells the time of the loop
     """
 
-    def __init__(self, call_at: CallAt, clock: Callable[[], float]) -> None:
-        self._call_at = call_at
+    def __init__(
+        self, open_waker: Callable[[Callable[[], None]], Waker], clock: Callable[[], float]
+    ) -> None:
+        self._open_waker = open_waker
         self.clock: Callable[[], float] = clock
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
@@ -59,13 +83,15 @@ class Timer:
         self._count += 1
         heappush(heap, (when, self._count, due))
         if when < self._when:
-            self._set(when)
+            self._when = when
+            self._waker.set(when)
 
     def put_off(self) -> None:
         """Do not wake for what is done."""
         first = self._first()
         if -math.inf < self._when < first:
-            self._set(first)
+            self._when = first
+            self._waker.set(first)
 
     def begin(self, failed: Callable[[Exception], None]) -> None:
         """
@@ -74,35 +100,28 @@ class Timer:
         :param failed: is told what one of them raises, behind which none falls due any more
         """
         self._failed = failed
-        self._when = self._wake()
-        self._call = self._call_at(self._when, self._fire)
+        self._waker = self._open_waker(self._wake)
+        self._wake()
 
     def end(self) -> None:
         """Let nothing fall due any more."""
         self._when = -math.inf
         self._heap.clear()
-        self._call.cancel()
-        del self._failed
+        self._waker.stop()
+        # They know the link, and what it leaves behind waits for no garbage collector.
+        del self._waker, self._failed
 
-    def _set(self, when: float) -> None:
-        # The other way round there would be a time without any.
-        before, self._when = self._call, when
-        self._call = self._call_at(when, self._fire)
-        before.cancel()
-
-    def _fire(self) -> None:
-        try:
-            self._set(self._wake())
-        except Exception as exc:
-            self._failed(exc)
-
-    def _wake(self) -> float:
-        """Let fall due what is to, and give the time of what comes next."""
+    def _wake(self) -> None:
         self._when = -math.inf
         now = self.clock()
-        while (first := self._first()) <= now:
-            heappop(self._heap)[2].fall_due(now)
-        return first
+        try:
+            while (first := self._first()) <= now:
+                heappop(self._heap)[2].fall_due(now)
+        except Exception as exc:
+            self._failed(exc)
+        else:
+            self._when = first
+            self._waker.set(first)
 
     def _first(self) -> float:
         heap = self._heap
@@ -115,8 +134,8 @@ def open_timer() -> Timer:
     """Make one for the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return Timer(loop.call_at, loop.time)
-    # Trio is there where it runs, and nobody else is to wait for its import.
-    from ._alarm import current_time, open_alarm
+        return Timer(partial(LoopWaker, loop), loop.time)
+    # Where Trio runs its import is done, and nobody else is to wait for it.
+    from ._alarm import AlarmWaker, current_time
 
-    return Timer(open_alarm().call_at, current_time)
+    return Timer(AlarmWaker, current_time)

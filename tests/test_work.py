@@ -56,9 +56,9 @@ BOUNDS: Final = {
 }
 DECODING: Final = at_most(4, 6, 0)
 LINKS: Final = {
-    ("opening_and_closing", "asyncio"): 435,
+    ("opening_and_closing", "asyncio"): 405,
     ("opening_and_closing", "trio"): 445,
-    ("pinging", "asyncio"): 122,
+    ("pinging", "asyncio"): 106,
     ("pinging", "trio"): 125,
 }
 """Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
