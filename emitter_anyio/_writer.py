@@ -13,10 +13,15 @@ from anyio.lowlevel import checkpoint
 
 from ._transport import Transport
 
-_HIGH_WATER: Final = 65536
+_HIGH_WATER: Final = 262144
 """So many bytes may wait for the link before those who have more wait themselves."""
 
-_GATHERED: Final = 65536
+_GATHERED: Final = 131072
+"""So many bytes are handed over at a time."""
+
+_MANY: Final = 32
+_PAUSES: Final = 8
+"""While at least so many packets come between, those that wait wait for so many pauses more."""
 
 
 class Writer:
@@ -153,12 +158,13 @@ class Writer:
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue
-            several = len(self._packets) > 1
+            if (count := len(self._packets)) >= _MANY:
+                await self._more()
             data = self._gather()
             if not (sent := self._transport.try_send(data)):
                 sent = await self._send(data)
             self._took(sent)
-            if several and not self._packets:
+            if count > 1 and not self._packets:
                 # Where many leave, more are coming: together they cost less than one by one.
                 await checkpoint()
 
@@ -209,6 +215,18 @@ class Writer:
             raise
         self._under_way = 0
         return sent
+
+    async def _more(self) -> None:
+        """Let more come where many come: a call of the system costs as much as many packets."""
+        before = 0
+        for _ in range(_PAUSES):
+            count = len(self._packets)
+            if count - before < _MANY or self._size >= _GATHERED:
+                break
+            before = count
+            # Trio runs the tasks of a turn in either order: in two of them, each has run.
+            await checkpoint()
+            await checkpoint()
 
     def _gather(self) -> bytes | memoryview:
         if len(self._packets) == 1:

@@ -20,6 +20,7 @@ from emitter_anyio import (
 from emitter_anyio._connection import open_connection
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
+from emitter_anyio._writer import _HIGH_WATER
 from tests.support import packets
 from tests.support.leaks import open_sockets
 from tests.support.links import one_link
@@ -830,7 +831,7 @@ async def is_stuck(emitter: Emitter) -> bool:
     waiting = emitter.statistics().queued_bytes
     for _ in range(50):
         await checkpoint()
-        if emitter.statistics().queued_bytes != waiting or waiting < 65536:
+        if emitter.statistics().queued_bytes != waiting or waiting < _HIGH_WATER:
             return False
     return True
 

@@ -27,6 +27,7 @@ from emitter_anyio._transport import (
     _SocketStream,
     open_transport,
 )
+from emitter_anyio._writer import _HIGH_WATER
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
 from tests.support.links import one_link
@@ -610,7 +611,7 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
                     await emitter.publish("k", "a/", "x")
                 if way == "cancelled":
                     tasks.start_soon(flood, emitter)
-                    while emitter.statistics().queued_bytes < 65536:
+                    while emitter.statistics().queued_bytes < _HIGH_WATER:
                         await checkpoint()
                     scope.cancel()
         # The peer's side of the link is open still.

@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter
 from emitter_anyio._transport import SocketTransport, StreamTransport
-from emitter_anyio._writer import _HIGH_WATER, Writer
+from emitter_anyio._writer import _GATHERED, _HIGH_WATER, _MANY, _PAUSES, Writer
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
@@ -128,11 +128,39 @@ async def test_a_stream_gets_what_gathers_meanwhile_in_one_piece(anyio_backend: 
 
 
 async def test_no_more_than_a_chunk_is_gathered(anyio_backend: object) -> None:
-    async with memory_writer(90_000) as (writer, _):
+    async with memory_writer(200_000) as (writer, _):
         for _ in range(5):
-            writer.write(bytes(30_000))
+            writer.write(bytes(60_000))
         await anyio.wait_all_tasks_blocked()
-        assert writer.size == 60_000
+        assert writer.size == 120_000
+
+
+async def turns_until_it_leaves(link: SocketLink, packets: int, size: int) -> int:
+    """Write so many packets in each turn, until more than the first has left."""
+    left = 0
+    for turn in range(100):
+        for _ in range(packets):
+            link.writer.write(bytes(size))
+        await checkpoint()
+        left += len(link.waits())
+        if left > size:
+            return turn
+    raise AssertionError("nothing has left")
+
+
+async def test_where_many_come_in_each_turn_they_gather_for_a_while(anyio_backend: object) -> None:
+    async with socket_link() as link:
+        assert _PAUSES < await turns_until_it_leaves(link, 2 * _MANY, 1) <= 2 * _PAUSES + 1
+        await anyio.wait_all_tasks_blocked()
+        assert link.writer.size == 0
+
+
+@pytest.mark.parametrize(("packets", "size"), [(5, 1), (2 * _MANY, _GATHERED // _MANY)])
+async def test_where_few_come_or_enough_have_come_nothing_is_put_off(
+    packets: int, size: int, anyio_backend: object
+) -> None:
+    async with socket_link() as link:
+        assert await turns_until_it_leaves(link, packets, size) < 4
 
 
 async def test_writing_never_waits(anyio_backend: object) -> None:
@@ -520,7 +548,7 @@ async def test_those_who_wait_for_room_or_to_leave_learn_that_the_link_is_lost(
             async with one_link(connectable=connectable) as emitter:
                 with anyio.CancelScope(shield=True):
                     async with anyio.create_task_group() as tasks:
-                        for qos in (1, 1, 0, 0):
+                        for qos in (1, 1, 1, 1, 1, 0, 0):
                             tasks.start_soon(
                                 lose, partial(emitter.publish, "k", "a/", bytes(65000), qos=qos)
                             )
@@ -529,4 +557,4 @@ async def test_those_who_wait_for_room_or_to_leave_learn_that_the_link_is_lost(
                         tasks.start_soon(lose, emitter.flush)
                         await anyio.wait_all_tasks_blocked()
                         breaks.set()
-    assert len(lost) == 6
+    assert len(lost) == 9

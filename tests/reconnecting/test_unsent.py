@@ -8,7 +8,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Backoff, ConnectionLostError, Emitter, connect
 from emitter_anyio._transport import Transport
-from emitter_anyio._writer import Writer
+from emitter_anyio._writer import _GATHERED, _HIGH_WATER, Writer
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls
 from tests.support.links import SOON, another_link, many_links, one_link, while_away
@@ -88,7 +88,7 @@ async def test_a_packet_is_touched_by_its_first_byte(
 async def test_all_of_what_a_stream_has_in_hand_is_touched(anyio_backend: object) -> None:
     # What was gathered for one send may have gone in part.
     assert await untouched(Taking(tears=True), b"aaa", b"bb") == []
-    large = bytes(65536)
+    large = bytes(_GATHERED)
     assert await untouched(Taking(tears=True), b"a", large, b"bb", b"c") == [b"bb", b"c"]
     assert await untouched(Taking(1, tears=True), large, b"bb", b"c") == []
 
@@ -437,10 +437,10 @@ async def test_what_waits_for_room_was_not_accepted(anyio_backend: object) -> No
         emitter = one_link(connectable=connectable)
         with pytest.raises(ConnectionLostError):
             async with emitter, anyio.create_task_group() as tasks:
-                await stuck.fill(emitter, "x" * 60000, "y" * 6000)
+                await stuck.fill(emitter, *("x" * (_HIGH_WATER // 5) for _ in range(5)))
                 tasks.start_soon(publish)
                 await anyio.wait_all_tasks_blocked()
                 stuck.cut.set()
                 await anyio.sleep_forever()
     assert raised == [ConnectionLostError]
-    assert emitter.statistics().unsent == 2
+    assert emitter.statistics().unsent == 5
