@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -16,7 +17,6 @@ from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
-from ._parking import event_maker
 from ._reading import CHUNK
 from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
@@ -26,6 +26,11 @@ Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
 Ping: TypeAlias = Callable[[Callable[[], None]], None]
 """Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
+
+_LARGEST_CHUNK: Final = 262144
+_FEW: Final = 2000
+"""So much is read at a time of a link that brings more than was asked for; but not of one that
+brings more messages than that, between which nobody else has a turn."""
 
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
@@ -64,8 +69,7 @@ class Connection:
         self._transport = transport
         self._codec = codec
         self.timer = open_timer()
-        self.make_event = event_maker()
-        self.last_heard = anyio.current_time()
+        self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
@@ -116,7 +120,7 @@ class Connection:
             async with anyio.create_task_group() as self._tasks:
                 self.writer.begin(partial(self._tasks.start_soon, self._write))
                 _Keepalive(self, self._keepalive, ping)
-                self.timer.begin(self._tasks, self._break)
+                self.timer.begin(self._break)
                 try:
                     if not self._over:
                         await self._read(deliver)
@@ -203,13 +207,17 @@ class Connection:
 
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
-        receive, codec = self._transport.receive, self._codec
-        while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
-            self.last_heard = anyio.current_time()
-            if not self._discards:
-                events = codec.decode(data)
-                self.writer.gathers = len(events) > 1
-                await self._take_in(deliver, events)
+        receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
+        while data := await receive(max(size, min(codec.missing, _LARGEST_READ))):
+            self.last_heard = clock()
+            if self._discards:
+                continue
+            events = codec.decode(data)
+            self.writer.gathers = len(events) > 1
+            # In a flood each consumer then wakes for several messages, and not for each.
+            more = len(data) >= size and len(events) <= _FEW
+            size = min(2 * size, _LARGEST_CHUNK) if more else CHUNK
+            await self._take_in(deliver, events)
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
@@ -218,7 +226,7 @@ class Connection:
         await deliver(events)
         if self.held_up:
             self.held_up = False
-            self.last_heard = anyio.current_time()
+            self.last_heard = self.timer.clock()
 
 
 class _Keepalive(Due):
@@ -228,18 +236,15 @@ class _Keepalive(Due):
         self._link = link
         self._seconds = seconds
         self._ping = ping
-        link.timer.add(self._next, self)
+        self.fall_due(-math.inf)
 
     @property
     def done(self) -> bool:
         return False
 
-    @property
-    def _next(self) -> float:
-        return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
-
     def fall_due(self, now: float) -> None:
-        link, when = self._link, self._next
+        link = self._link
+        when = min(link.last_heard, link.writer.last_sent) + self._seconds
         if when <= now:
             link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
             self._ping(link.timer.put_off)
@@ -284,8 +289,9 @@ async def open_connection(
     begin = 0 if after is None else options.servers.index(after) + 1
     for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
-            with anyio.fail_after(options.connect_timeout):
+            with anyio.move_on_after(options.connect_timeout):
                 return await _open(server, options, hello)
+            causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 from abc import ABC, abstractmethod
 from typing import Final
 
 import anyio
 from anyio import ClosedResourceError
+
+from ._backend import asyncio_loop
 
 CHUNK: Final = 65536
 """So many bytes are read at a time, where nothing larger is awaited."""
@@ -107,14 +108,6 @@ class WatchingReader(Reader):
         if self._watched:
             self._watched = False
             self._loop.remove_reader(self._fileno)
-
-
-def asyncio_loop() -> asyncio.AbstractEventLoop | None:
-    """Give the running loop, if it is one of asyncio."""
-    trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_task():
-        return None
-    return asyncio.get_running_loop()
 
 
 def open_reader(sock: socket.socket) -> Reader:

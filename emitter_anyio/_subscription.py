@@ -14,6 +14,7 @@ from anyio import EndOfStream, WouldBlock
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
+from ._backend import Event, make_event
 from ._channels import is_whole
 from ._errors import SlowConsumerError
 from ._messages import EmitterMessage
@@ -104,7 +105,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._stalled = -1
         self._dropped = 0
         self._missing: _Missing | None = None
-        self._arrival: anyio.Event | None = None
+        self._arrivals: list[Event] = []
         self._departure: anyio.Event | None = None
         self._gaps = 0
         self._holds = 0
@@ -225,7 +226,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._room -= 1
         if isinstance(item, EmitterMessage):
             self._bytes += len(item.binary)
-        if self._holds or self._arrival is not None:
+        if self._holds or self._arrivals:
             self._put(item)
         else:
             self._in.send_nowait(item)
@@ -354,9 +355,9 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._held.append(item)
             return
         self._in.send_nowait(item)
-        if self._arrival is not None:
-            self._arrival.set()
-            self._arrival = None
+        for arrival in self._arrivals:
+            arrival.set()
+        self._arrivals.clear()
 
     def _forget(self, item: T | _Missing) -> None:
         self._room += 1
@@ -364,14 +365,20 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._bytes -= len(item.binary)
 
     async def _news(self) -> None:
-        arrival = self._arrival = self._arrival or anyio.Event()
-        await arrival.wait()
+        arrival = make_event()
+        self._arrivals.append(arrival)
+        try:
+            await arrival.wait()
+        finally:
+            if arrival in self._arrivals:
+                self._arrivals.remove(arrival)
 
     def _wake(self) -> None:
-        for event in (self._arrival, self._departure):
+        for event in (*self._arrivals, self._departure):
             if event is not None:
                 event.set()
-        self._arrival = self._departure = None
+        self._departure = None
+        self._arrivals.clear()
 
 
 class Entering(Generic[T]):
