@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Final, TypeAlias
 
 import anyio
@@ -16,7 +16,7 @@ from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
-from ._parking import event_maker
+from ._parking import Wakeup, event_maker
 from ._reading import CHUNK
 from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
@@ -64,7 +64,6 @@ class Connection:
         self._transport = transport
         self._codec = codec
         self.timer = open_timer()
-        self.make_event = event_maker()
         self.last_heard = anyio.current_time()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
@@ -76,6 +75,11 @@ class Connection:
         self._discards = False
         """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
+
+    @cached_property
+    def make_event(self) -> Callable[[], Wakeup]:
+        """Makes what one waits for an answer by; many links never do."""
+        return event_maker()
 
     @property
     def leaving(self) -> bool:
@@ -207,12 +211,17 @@ class Connection:
         while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
             self.last_heard = anyio.current_time()
             if not self._discards:
-                events = codec.decode(data)
-                self.writer.gathers = len(events) > 1
-                await self._take_in(deliver, events)
+                # Not kept in a variable, which would hold messages until the next ones come.
+                await self._take_in(deliver, codec.decode(data))
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
+        match events:
+            case [_, _, *_]:
+                # Several acknowledgements let several go on: what they publish leaves together.
+                self.writer.gathers = True
+            case _:
+                self.writer.gathers = False
         if written := self._codec.take_written():
             self.writer.write(written)
         await deliver(events)

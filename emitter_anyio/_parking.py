@@ -10,7 +10,7 @@ from typing import Protocol
 from ._reading import asyncio_loop
 
 
-class Event(Protocol):
+class Wakeup(Protocol):
     """What one task waits for; as AnyIO's, which is made at several times the cost."""
 
     def set(self) -> None:
@@ -36,7 +36,7 @@ class FutureEvent:
         return self._future
 
 
-def event_maker() -> Callable[[], Event]:
+def event_maker() -> Callable[[], Wakeup]:
     """Give what makes them on the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
