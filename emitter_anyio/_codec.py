@@ -1,9 +1,10 @@
 """MQTT 3.1.1 as bytes: the only file that imports Paho.
 
-Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE, PING and DISCONNECT and
-their answers, by ``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0
-and ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is
-encoded here too: through Paho each would cost ten times as much.
+Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT and their
+answers; its ``loop_read()`` never waits here, and what it writes is there at once. ``PUBLISH`` of
+QoS 0 and ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is
+encoded here too: through Paho each would cost ten times as much. So are the pings, which are all
+the traffic of an idle link, and CONNACK, which Paho does not tell of when it says 1 or 2.
 
 Each link has a codec of its own, so that Paho never sends again what an earlier link left open.
 """
@@ -35,10 +36,14 @@ from ._packets import (
     Unsubscribe,
 )
 
+_NO_CONNACK: Final = "the peer did not answer CONNECT with a CONNACK"
+
 _CONNACK: Final = 2
 _PUBLISH: Final = 3
 _PUBACK: Final = 4
 _PINGRESP: Final = 13
+
+_PINGREQ: Final = b"\xc0\0"
 
 _SHORT_PUBLISH: Final = struct.Struct("!BBH")
 _PUBLISH_HEAD: Final = struct.Struct("!BBBH")
@@ -150,6 +155,8 @@ class Codec:
         """Turn a packet into bytes."""
         if type(packet) is Publish:
             return encode_publish(packet.topic, packet.payload, packet.retain, packet.packet_id)
+        if type(packet) is PingReq:
+            return _PINGREQ
         match packet:
             case Subscribe(packet_id, topic):
                 self._paho.next_mid = packet_id
@@ -157,8 +164,6 @@ class Codec:
             case Unsubscribe(packet_id, topic):
                 self._paho.next_mid = packet_id
                 self._paho.unsubscribe(topic)
-            case PingReq():
-                self._paho._send_pingreq()
             case Disconnect():  # pragma: no branch - there is no other packet
                 self._paho.disconnect()
         return self._written()
@@ -190,7 +195,7 @@ class Codec:
 
     def take_written(self) -> bytes:
         """Give what Paho has written on its own, such as the answer to a PINGREQ."""
-        return self._written() if self._link.outbound or self._paho.want_write() else b""
+        return self._written() if self._link.outbound else b""
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
@@ -203,7 +208,7 @@ class Codec:
                 if at != before:
                     continue
             if not self._connected and head >> 4 != _CONNACK:
-                raise RemoteProtocolError("the peer did not answer CONNECT with a CONNACK")
+                raise RemoteProtocolError(_NO_CONNACK)
             size, start = 0, at + 1
             shift = 0
             while True:
@@ -227,13 +232,18 @@ class Codec:
                 return self._keep(data, at, stop - end)
             kind = head >> 4
             if not self._connected:
-                self._take_connack(head, data[at:stop], size, events)
+                if size != 2:
+                    raise RemoteProtocolError(_NO_CONNACK)
+                events.append(ConnAck(data[stop - 1]))
+                self._connected = True
             elif kind == _PUBLISH and not head & 6:
                 events.append(_decode_publish(data, start, stop))
             elif kind == _PUBACK:
                 if size != 2:
                     raise RemoteProtocolError(f"a PUBACK of {size} bytes, where it has 2")
                 events.append(PubAck(data[start] << 8 | data[start + 1]))
+            elif kind == _PINGRESP and not size:
+                events.append(PingResp())
             else:
                 self._hand_to_paho(head, data[at:stop], events)
             at = stop
@@ -267,15 +277,6 @@ class Codec:
         self._rest.append(data[at:] if at else data)
         self.missing = missing
 
-    def _take_connack(self, head: int, packet: bytes, size: int, events: list[Event]) -> None:
-        if head >> 4 != _CONNACK or size != 2:
-            raise RemoteProtocolError("the peer did not answer CONNECT with a CONNACK")
-        # Paho's own word on it is of no use here: for codes 1 and 2 it calls nothing back.
-        if packet[-1] == 0:
-            self._hand_to_paho(head, packet, events)
-        events.append(ConnAck(packet[-1]))
-        self._connected = True
-
     def _hand_to_paho(self, head: int, packet: bytes, events: list[Event]) -> None:
         kind = head >> 4
         if kind == _PUBLISH and head & 6 != 2:
@@ -296,13 +297,10 @@ class Codec:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
         events += self._heard
         self._heard.clear()
-        if kind == _PINGRESP:
-            events.append(PingResp())
-        elif kind == _CONNACK and self._connected:
+        if kind == _CONNACK:
             events.append(ConnAck(packet[-1]))
 
     def _written(self) -> bytes:
-        self._paho.loop_write()
         data = bytes(self._link.outbound)
         self._link.outbound.clear()
         return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -64,7 +65,7 @@ class Connection:
         self._transport = transport
         self._codec = codec
         self.timer = open_timer()
-        self.last_heard = anyio.current_time()
+        self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._keepalive = keepalive
@@ -120,7 +121,7 @@ class Connection:
             async with anyio.create_task_group() as self._tasks:
                 self.writer.begin(partial(self._tasks.start_soon, self._write))
                 _Keepalive(self, self._keepalive, ping)
-                self.timer.begin(self._tasks, self._break)
+                self.timer.begin(self._break)
                 try:
                     if not self._over:
                         await self._read(deliver)
@@ -207,9 +208,9 @@ class Connection:
 
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
-        receive, codec = self._transport.receive, self._codec
+        receive, codec, clock = self._transport.receive, self._codec, self.timer.clock
         while data := await receive(max(CHUNK, min(codec.missing, _LARGEST_READ))):
-            self.last_heard = anyio.current_time()
+            self.last_heard = clock()
             if not self._discards:
                 # Not kept in a variable, which would hold messages until the next ones come.
                 await self._take_in(deliver, codec.decode(data))
@@ -227,7 +228,7 @@ class Connection:
         await deliver(events)
         if self.held_up:
             self.held_up = False
-            self.last_heard = anyio.current_time()
+            self.last_heard = self.timer.clock()
 
 
 class _Keepalive(Due):
@@ -237,18 +238,15 @@ class _Keepalive(Due):
         self._link = link
         self._seconds = seconds
         self._ping = ping
-        link.timer.add(self._next, self)
+        self.fall_due(-math.inf)
 
     @property
     def done(self) -> bool:
         return False
 
-    @property
-    def _next(self) -> float:
-        return min(self._link.last_heard, self._link.writer.last_sent) + self._seconds
-
     def fall_due(self, now: float) -> None:
-        link, when = self._link, self._next
+        link = self._link
+        when = min(link.last_heard, link.writer.last_sent) + self._seconds
         if when <= now:
             link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
             self._ping(link.timer.put_off)
@@ -293,8 +291,9 @@ async def open_connection(
     begin = 0 if after is None else options.servers.index(after) + 1
     for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
-            with anyio.fail_after(options.connect_timeout):
+            with anyio.move_on_after(options.connect_timeout):
                 return await _open(server, options, hello)
+            causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options)

@@ -265,8 +265,11 @@ class EventSource(ABC):
 
     def _receivers(self, event: str, value: object) -> tuple[EventStream[Any], ...]:
         # An event without a channel reaches those who ask for everything: they all do.
+        router = self._routers.get(event)
+        if router is None:
+            return ()
         channel = value.channel if isinstance(value, EmitterMessage | PresenceEvent) else "/"
-        return self._routers[event].receivers[channel]
+        return router.receivers[channel]
 
     def _handler_streams(self, event: str, value: object) -> list[EventStream[Any]]:
         """Give the streams of ``on()`` and ``stream()`` that a value reaches."""

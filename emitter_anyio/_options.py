@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -26,6 +26,9 @@ _PATH: Final = "/%:@!$&'()*+,;=~"
 
 MAX_KEEPALIVE: Final = 60
 """The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
+
+
+_BACKOFF: Final = Backoff()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Options:
     max_message_size: int = 65536
     allow_collisions: bool = False
     connectable: ByteStreamConnectable | None = None
-    reconnect: Backoff | None = field(default_factory=Backoff)
+    reconnect: Backoff | None = _BACKOFF
     while_down: Literal["wait", "raise"] = "wait"
 
 

@@ -130,7 +130,9 @@ class Session(Grants):
         Send a barrier; its value is the first refusal of a publish of QoS 0 since the last one
         that somebody waited for.
         """
-        pending: Pending[RequestError | None] = self._new("flush", awaited=awaited)
+        pending: Pending[RequestError | None] = Pending(
+            "flush", settles=self.published, awaited=awaited
+        )
         self._pings.append(pending)
         self._send(PingReq())
         return pending

@@ -1,4 +1,4 @@
-"""One timer for all that a link waits for, in the way that costs least on each backend."""
+"""One timer for all that a link waits for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import asyncio
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
-
-import anyio
-from anyio.abc import TaskGroup
+from typing import Protocol
 
 from ._reading import asyncio_loop
+
+
+class Waker(Protocol):
+    """Wakes one timer, in the way that costs least on a backend."""
+
+    def set(self, when: float) -> None:
+        """Wake it then, and not at the time that it was set to."""
+
+    def stop(self) -> None:
+        """Wake it no more."""
 
 
 class Due(ABC):
@@ -27,19 +36,44 @@ class Due(ABC):
         """Do what the time has come for; it may be put to the timer again."""
 
 
-class Timer(ABC):
+class LoopWaker:
+    """Has the loop of asyncio wake one timer."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+        self._loop = loop
+        self._wake = wake
+        self._handle: asyncio.TimerHandle | None = None
+
+    def set(self, when: float) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_at(when, self._wake)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+
+class Timer:
     """
     Lets things fall due, by one timer that is set to the first of them.
 
     Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
+
+    :param open_waker: makes what calls a function at its time
+    :param clock: tells the time of the loop
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, open_waker: Callable[[Callable[[], None]], Waker], clock: Callable[[], float]
+    ) -> None:
+        self._open_waker = open_waker
+        self.clock: Callable[[], float] = clock
         self._heap: list[tuple[float, int, Due]] = []
         self._count = 0
         self._when = -math.inf
-        """When it wakes; before everything else while it is awake, or has not begun."""
+        """When it wakes; before everything else while it is awake, or does not run."""
 
     def add(self, when: float, due: Due) -> None:
         """Have something fall due at a time of the loop's clock."""
@@ -49,39 +83,45 @@ class Timer(ABC):
         self._count += 1
         heappush(heap, (when, self._count, due))
         if when < self._when:
-            self._set(when)
+            self._when = when
+            self._waker.set(when)
 
     def put_off(self) -> None:
         """Do not wake for what is done."""
         first = self._first()
         if -math.inf < self._when < first:
-            self._set(first)
+            self._when = first
+            self._waker.set(first)
 
-    @abstractmethod
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
+    def begin(self, failed: Callable[[Exception], None]) -> None:
         """
         Let them fall due from now on.
 
-        :param tasks: a group that ends with the link
         :param failed: is told what one of them raises, behind which none falls due any more
         """
+        self._failed = failed
+        self._waker = self._open_waker(self._wake)
+        self._wake()
 
     def end(self) -> None:
         """Let nothing fall due any more."""
         self._when = -math.inf
         self._heap.clear()
+        self._waker.stop()
+        # They know the link, and what it leaves behind waits for no garbage collector.
+        del self._waker, self._failed
 
-    @abstractmethod
-    def _set(self, when: float) -> None:
-        """Be woken then, and not at the time that it was set to."""
-
-    def _wake(self) -> float:
-        """Let fall due what is to, and give the time of what comes next."""
+    def _wake(self) -> None:
         self._when = -math.inf
-        now = anyio.current_time()
-        while (first := self._first()) <= now:
-            heappop(self._heap)[2].fall_due(now)
-        return first
+        now = self.clock()
+        try:
+            while (first := self._first()) <= now:
+                heappop(self._heap)[2].fall_due(now)
+        except Exception as exc:
+            self._failed(exc)
+        else:
+            self._when = first
+            self._waker.set(first)
 
     def _first(self) -> float:
         heap = self._heap
@@ -90,57 +130,12 @@ class Timer(ABC):
         return heap[0][0] if heap else math.inf
 
 
-class SleepingTimer(Timer):
-    """Sleeps in a task of its own."""
-
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
-        tasks.start_soon(self._run, failed)
-
-    def _set(self, when: float) -> None:
-        self._when = self._scope.deadline = when
-
-    async def _run(self, failed: Callable[[Exception], None]) -> None:
-        # anyio.sleep_forever() has a deadline of its own, which costs as much again.
-        never = anyio.Event()
-        while True:
-            try:
-                self._when = self._wake()
-            except Exception as exc:
-                return failed(exc)
-            with anyio.CancelScope(deadline=self._when) as self._scope:
-                await never.wait()
-
-
-class CalledTimer(Timer):
-    """Is called by the loop of asyncio, which costs a tenth of what a task does."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def begin(self, tasks: TaskGroup, failed: Callable[[Exception], None]) -> None:
-        self._failed = failed
-        self._when = self._wake()
-        self._handle = self._loop.call_at(self._when, self._fire)
-
-    def end(self) -> None:
-        super().end()
-        self._handle.cancel()
-        del self._failed
-
-    def _set(self, when: float) -> None:
-        self._handle.cancel()
-        self._when = when
-        self._handle = self._loop.call_at(when, self._fire)
-
-    def _fire(self) -> None:
-        try:
-            self._set(self._wake())
-        except Exception as exc:
-            self._failed(exc)
-
-
 def open_timer() -> Timer:
-    """Make what suits the backend that runs."""
+    """Make one for the backend that runs."""
     loop = asyncio_loop()
-    return SleepingTimer() if loop is None else CalledTimer(loop)
+    if loop is not None:
+        return Timer(partial(LoopWaker, loop), loop.time)
+    # Where Trio runs its import is done, and nobody else is to wait for it.
+    from ._alarm import AlarmWaker, current_time
+
+    return Timer(AlarmWaker, current_time)

@@ -381,9 +381,9 @@ def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     times: list[float] = []
     wake = Timer._wake
 
-    def noted(timer: Timer) -> float:
+    def noted(timer: Timer) -> None:
         times.append(anyio.current_time())
-        return wake(timer)
+        wake(timer)
 
     monkeypatch.setattr(Timer, "_wake", noted)
     return times

@@ -37,7 +37,7 @@ from emitter_anyio._packets import (
 )
 from tests.support.packets import CONNACK, PINGRESP, connack, packet, publish, suback, two, unsuback
 
-HOOKS = {"_create_socket", "_filter_wildcard_len_check", "_mid_generate", "_send_pingreq"}
+HOOKS = {"_create_socket", "_filter_wildcard_len_check", "_mid_generate"}
 
 
 def connected(hello: Hello | None = None) -> Codec:
@@ -80,7 +80,6 @@ class TestPrivateHooks:
             "_create_socket": ["self"],
             "_mid_generate": ["self"],
             "_filter_wildcard_len_check": ["sub"],
-            "_send_pingreq": ["self"],
         }
         static = inspect.getattr_static(paho.Client, "_filter_wildcard_len_check")
         assert isinstance(static, staticmethod)
@@ -112,12 +111,6 @@ class TestPrivateHooks:
         codec.encode(Unsubscribe(2, "+/"))
         # Paho lets an UNSUBSCRIBE pass unseen, in some versions.
         assert seen[0] == b"#/"
-
-    def test_send_pingreq_writes_a_pingreq(self) -> None:
-        codec = connected()
-        assert codec.encode(PingReq()) == packet(0xC0, b"")
-        assert codec.encode(PingReq()) == packet(0xC0, b""), "although the first has no answer"
-        assert codec.decode(PINGRESP * 2) == [PingResp(), PingResp()]
 
 
 def count_sockets(monkeypatch: pytest.MonkeyPatch) -> list[object]:

@@ -1,0 +1,91 @@
+"""What wakes the timers of links."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import anyio
+import pytest
+import trio
+
+from emitter_anyio._alarm import _ALARM, AlarmWaker
+from emitter_anyio._timer import Due, open_timer
+from tests.support.leaks import living_tasks
+from tests.support.links import one_link
+from tests.support.peer import Peer, memory_peer
+
+pytestmark = pytest.mark.virtual_time
+
+# The loop of asyncio wakes timers itself.
+on_trio = pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
+
+
+async def serve(peer: Peer) -> None:
+    await peer.serve()
+
+
+def sleepers() -> list[trio.lowlevel.Task]:
+    return [task for task in living_tasks() if task.name == "emitter_anyio timer"]
+
+
+@on_trio
+async def test_there_is_one_as_long_as_there_are_links(anyio_backend: object) -> None:
+    async with memory_peer(serve) as connectable:
+        for _ in range(2):
+            async with AsyncExitStack() as stack:
+                for _ in range(3):
+                    await stack.enter_async_context(one_link(connectable=connectable))
+                await anyio.wait_all_tasks_blocked()
+                assert len(sleepers()) == 1
+            assert not sleepers()
+
+
+@on_trio
+async def test_links_that_have_ended_leave_no_times_behind(anyio_backend: object) -> None:
+    async with memory_peer(serve) as connectable:
+        async with one_link(connectable=connectable, keepalive=30):
+            for _ in range(300):
+                async with one_link(connectable=connectable, keepalive=60):
+                    await anyio.wait_all_tasks_blocked()
+            assert len(_ALARM.get().heap) < 100
+        assert not _ALARM.get().heap
+
+
+@on_trio
+async def test_the_task_of_one_that_was_stopped_at_once_ends(anyio_backend: object) -> None:
+    AlarmWaker(print).stop()
+    await anyio.wait_all_tasks_blocked()
+    assert not sleepers()
+
+
+@on_trio
+async def test_it_sleeps_for_those_who_wait_for_nothing(anyio_backend: object) -> None:
+    woken = anyio.Event()
+    waker = AlarmWaker(woken.set)
+    await anyio.wait_all_tasks_blocked()
+    waker.set(anyio.current_time() + 1)
+    await woken.wait()
+    waker.stop()
+    await anyio.wait_all_tasks_blocked()
+    assert not sleepers()
+
+
+class Failing(Due):
+    @property
+    def done(self) -> bool:
+        return False
+
+    def fall_due(self, now: float) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+async def test_nothing_falls_due_behind_what_fails(seconds: float, anyio_backend: object) -> None:
+    timer, failed = open_timer(), list[Exception]()
+    for _ in range(2):
+        timer.add(timer.clock() + seconds, Failing())
+    timer.begin(failed.append)
+    await anyio.sleep(5)
+    timer.end()
+    await anyio.wait_all_tasks_blocked()
+    assert [type(one) for one in failed] == [ZeroDivisionError]
