@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from typing import Protocol
 
 
-class Event(Protocol):
+class Wakeup(Protocol):
     """What one task waits for: as AnyIO's, which costs several times as much to make."""
 
     def set(self) -> None:
@@ -18,7 +18,7 @@ class Event(Protocol):
         """Wait until it is set; one that may be set already is no checkpoint."""
 
 
-class FutureEvent:
+class FutureWakeup:
     """
     A future of asyncio, which the loop's own event makes, too, for each who waits.
 
@@ -46,11 +46,11 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
     return asyncio.get_running_loop()
 
 
-def make_event() -> Event:
-    """Make an event for one task."""
+def make_wakeup() -> Wakeup:
+    """Make one for the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return FutureEvent(loop)
+        return FutureWakeup(loop)
     import trio
 
     return trio.Event()

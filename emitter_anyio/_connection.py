@@ -210,23 +210,25 @@ class Connection:
         receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
         while data := await receive(max(size, min(codec.missing, _LARGEST_READ))):
             self.last_heard = clock()
-            if self._discards:
-                continue
-            events = codec.decode(data)
-            self.writer.gathers = len(events) > 1
-            # In a flood each consumer then wakes for several messages, and not for each.
-            more = len(data) >= size and len(events) <= _FEW
-            size = min(2 * size, _LARGEST_CHUNK) if more else CHUNK
-            await self._take_in(deliver, events)
+            if not self._discards:
+                # Not kept in a variable, which would hold messages until the next ones come.
+                count = await self._take_in(deliver, codec.decode(data))
+                # In a flood each consumer then wakes for several messages, and not for each.
+                more = len(data) >= size and count <= _FEW
+                size = min(2 * size, _LARGEST_CHUNK) if more else CHUNK
         raise EOFError("the broker closed the link")
 
-    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
+    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:
+        count = len(events)
+        # Several acknowledgements let several go on: what they publish leaves together.
+        self.writer.gathers = count > 1
         if written := self._codec.take_written():
             self.writer.write(written)
         await deliver(events)
         if self.held_up:
             self.held_up = False
             self.last_heard = self.timer.clock()
+        return count
 
 
 class _Keepalive(Due):

@@ -14,7 +14,7 @@ from anyio import EndOfStream, WouldBlock
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
-from ._backend import Event, make_event
+from ._backend import Wakeup, make_wakeup
 from ._channels import is_whole
 from ._errors import SlowConsumerError
 from ._messages import EmitterMessage
@@ -105,7 +105,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
         self._stalled = -1
         self._dropped = 0
         self._missing: _Missing | None = None
-        self._arrivals: list[Event] = []
+        self._arrivals: list[Wakeup] = []
         self._departure: anyio.Event | None = None
         self._gaps = 0
         self._holds = 0
@@ -365,7 +365,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._bytes -= len(item.binary)
 
     async def _news(self) -> None:
-        arrival = make_event()
+        arrival = make_wakeup()
         self._arrivals.append(arrival)
         try:
             await arrival.wait()

@@ -20,6 +20,7 @@ from emitter_anyio import (
 from emitter_anyio._connection import open_connection
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
+from emitter_anyio._transport import SocketTransport
 from emitter_anyio._writer import _HIGH_WATER
 from tests.support import packets
 from tests.support.leaks import open_sockets
@@ -339,6 +340,37 @@ async def test_nonsense_behind_connack_is_a_lost_link(anyio_backend: object, beh
             async with one_link(connectable=connectable):
                 await anyio.sleep_forever()
     assert isinstance(caught.value.__cause__, RemoteProtocolError)
+
+
+async def test_what_several_acknowledgements_let_go_on_leaves_together(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[int] = []
+    try_send = SocketTransport.try_send
+
+    def spy(transport: SocketTransport, data: bytes | memoryview) -> int:
+        took.append(len(data))
+        return try_send(transport, data)
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        first = [await peer.until(PUBLISH) for _ in range(3)]
+        took.clear()
+        await peer.send(b"".join(packets.puback(one.packet_id) for one in first))
+        for _ in range(3):
+            await peer.answer(await peer.until(PUBLISH))
+        await peer.answer_all()
+
+    async def twice(emitter: Emitter) -> None:
+        for _ in range(2):
+            await emitter.publish("k", "a/", b"x", qos=1)
+
+    monkeypatch.setattr(SocketTransport, "try_send", spy)
+    async with serving("unix", script) as options, one_link(**options) as emitter:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(twice, emitter)
+        assert took[0] == 3 * len(packets.publish("k/a/", b"x", 1))
 
 
 async def test_a_chunk_of_many_messages_is_taken_whole(anyio_backend: object) -> None:
