@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Protocol
 
 
@@ -46,11 +47,11 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
     return asyncio.get_running_loop()
 
 
-def make_wakeup() -> Wakeup:
-    """Make one for the backend that runs."""
+def wakeup_maker() -> Callable[[], Wakeup]:
+    """Give what makes them on the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return FutureWakeup(loop)
+        return partial(FutureWakeup, loop)
     import trio
 
-    return trio.Event()
+    return trio.Event

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Final, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
 
+from ._backend import Wakeup, wakeup_maker
 from ._channels import check_channel, check_key, format_topic
 from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
@@ -80,6 +81,11 @@ class Connection:
         self._discards = False
         """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
+
+    @cached_property
+    def make_wakeup(self) -> Callable[[], Wakeup]:
+        """Makes what one waits for an answer by; many links never do."""
+        return wakeup_maker()
 
     @property
     def leaving(self) -> bool:
@@ -214,8 +220,10 @@ class Connection:
                 # Not kept in a variable, which would hold messages until the next ones come.
                 count = await self._take_in(deliver, codec.decode(data))
                 # In a flood each consumer then wakes for several messages, and not for each.
-                more = len(data) >= size and count <= _FEW
-                size = min(2 * size, _LARGEST_CHUNK) if more else CHUNK
+                if count > _FEW or len(data) < size:
+                    size = CHUNK
+                elif size < _LARGEST_CHUNK:
+                    size *= 2
         raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:

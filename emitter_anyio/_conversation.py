@@ -9,7 +9,6 @@ from typing import Final, Literal, TypeAlias, TypeVar
 import anyio
 from anyio.lowlevel import checkpoint
 
-from ._backend import make_wakeup
 from ._channels import Key
 from ._connection import Connection
 from ._errors import (
@@ -139,7 +138,7 @@ class Conversation(Life):
         seconds = self._options.request_timeout if timeout is DEFAULT else timeout
         link = self._connection
         assert link is not None
-        over, limit = make_wakeup(), None
+        over, limit = link.make_wakeup(), None
         pending.call_when_done(over.set)
         if seconds is not None:
             limit = _Limit(seconds, link, over.set, self._session if RESTORING.get() else None)

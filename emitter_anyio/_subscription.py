@@ -14,7 +14,7 @@ from anyio import EndOfStream, WouldBlock
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
-from ._backend import Wakeup, make_wakeup
+from ._backend import Wakeup, wakeup_maker
 from ._channels import is_whole
 from ._errors import SlowConsumerError
 from ._messages import EmitterMessage
@@ -365,7 +365,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._bytes -= len(item.binary)
 
     async def _news(self) -> None:
-        arrival = make_wakeup()
+        arrival = wakeup_maker()()
         self._arrivals.append(arrival)
         try:
             await arrival.wait()
