@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
@@ -16,6 +17,7 @@ class Wakeup(Protocol):
     def set(self) -> None:
         """Wake the one who waits, if there is still one."""
 
+    @abstractmethod
     def wait(self) -> Awaitable[None]:
         """Wait until it is set; whoever makes it does so before that."""
 
