@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol
@@ -15,6 +16,7 @@ class Wakeup(Protocol):
     def set(self) -> None:
         """Wake the one who waits, if there is still one."""
 
+    @abstractmethod
     def wait(self) -> Awaitable[None]:
         """Wait until it is set; one that may be set already is no checkpoint."""
 

@@ -22,7 +22,6 @@ from ._pending import Pending
 from ._reconnecting import RESTORING
 from ._requests import Request
 from ._session import Session
-from ._timer import Due
 
 T = TypeVar("T")
 
@@ -39,9 +38,9 @@ Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
 """Seconds to wait for the broker; ``None`` waits for ever."""
 
 
-class _Limit(Due):
+class _Limit:
     """
-    How long one waits for an answer, from the time that all that is queued has left.
+    A ``Due``: how long one waits for an answer, from the time that all that is queued has left.
 
     :param wake: is called then, unless it is ``done``
     :param session: all that is restored is asked at once, and Emitter answers one after the other:
@@ -49,8 +48,6 @@ class _Limit(Due):
     """
 
     __slots__ = ("_answered", "_link", "_seconds", "_session", "_wake", "done")
-
-    done: bool
 
     def __init__(
         self, seconds: float, link: Connection, wake: Callable[[], None], session: Session | None

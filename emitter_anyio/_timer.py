@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
@@ -23,7 +23,7 @@ class Waker(Protocol):
         """Wake it no more."""
 
 
-class Due(ABC):
+class Due(Protocol):
     """Something that falls due, unless it is done before."""
 
     @property

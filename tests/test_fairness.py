@@ -16,13 +16,15 @@ from emitter_anyio._timer import Due
 from emitter_anyio.testing import Broker
 from tests.support import packets
 from tests.support.links import one_link
-from tests.support.peer import SUBSCRIBE, Peer, serving
+from tests.support.memory import MemoryStream
+from tests.support.peer import SUBSCRIBE, Peer, memory_peer, serving
 
 TURN: Final = 64
 """So many messages or calls may come between two turns of the others, who on Trio may come behind
 us once more, as the tasks of a turn run in any order."""
 
 PACKET: Final = packets.publish("a/", b"x")
+LARGER: Final = packets.publish("a/", bytes(100))
 CHUNK: Final = 65536 // len(PACKET)
 """What the client reads at a time is delivered in one go, as far as there is room for it."""
 
@@ -92,6 +94,27 @@ async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
             most = max(most, emitter.statistics().received - received)
     # A packet that a chunk has cut is of the next one.
     assert most <= 2 * (CHUNK + 1)
+
+
+@pytest.mark.parametrize(("packet", "most"), [(PACKET, 65536), (LARGER, 262144)])
+async def test_in_a_flood_more_is_read_at_a_time_unless_it_is_of_many_messages(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch, packet: bytes, most: int
+) -> None:
+    sizes = [0]
+    receive = MemoryStream.receive
+
+    async def watched(stream: MemoryStream, max_bytes: int = 65536) -> bytes:
+        sizes.append(max_bytes)
+        return await receive(stream, max_bytes)
+
+    flood = Flood(packet * (1_000_000 // len(packet)))
+    async with memory_peer(flood.play, capacity=1_000_000) as connectable:
+        async with one_link(connectable=connectable) as emitter:
+            monkeypatch.setattr(MemoryStream, "receive", watched)
+            await emitter.subscribe("k", "a/")
+            while emitter.statistics().received < 3_000_000 // len(packet):
+                await checkpoint()
+    assert max(sizes) == most
 
 
 async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:

@@ -61,6 +61,11 @@ def read(stream: EventStream[Any]) -> list[object]:
             return items
 
 
+async def cancel_when_blocked(scope: anyio.CancelScope) -> None:
+    await anyio.wait_all_tasks_blocked()
+    scope.cancel()
+
+
 def figures(buffered: int, buffered_bytes: int, received: int, dropped: int) -> StreamStatistics:
     return StreamStatistics(buffered, buffered_bytes, received, dropped, 0)
 
@@ -236,6 +241,28 @@ class TestCancelling:
         await asyncio.wait([task])
         got = [] if task.cancelled() else [task.result()]
         assert got + read(stream) == ["item"]
+
+    async def test_one_who_gives_up_wakes_no_other_and_leaves_nothing(
+        self, make: MakeStream
+    ) -> None:
+        stream = make()
+        got = []
+
+        async def patient() -> None:
+            got.append(await stream.receive())
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(patient)
+            await anyio.wait_all_tasks_blocked()
+            for _ in range(3):
+                with anyio.CancelScope() as scope:
+                    tasks.start_soon(cancel_when_blocked, scope)
+                    await stream.receive()
+            assert got == []
+            assert len(stream._arrivals) == 1
+            stream.push("item")
+        assert got == ["item"]
+        assert stream._arrivals == []
 
     async def test_another_receiver_gets_what_the_cancelled_one_did_not(
         self, make: MakeStream
