@@ -30,11 +30,16 @@ from benchmarks.running import ROOT, Certificate, RunFailedError, run
 BEGIN: Final = "<!-- the table begins -->"
 END: Final = "<!-- the table ends -->"
 
-_QUICK: Final = ("us", "gmqtt", "mqttium", "zmqtt", "paho-asyncio", "mosquitto")
-"""A quick run does without those that are the fastest in no row."""
+_CONTENDERS: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
+"""Those that are the fastest in some row; the others take part once, and not in a quick run."""
 
 _LONG: Final = {"idle", "links", "stalled", "import"}
-"""Rows that cannot be short, and whose goals are amounts: a quick run has few peers in them."""
+"""
+Rows that cannot be short, and whose goals are amounts: peers take part once, and in a quick run
+there are few.
+"""
+
+_ONCE: Final = "one of peers that are the fastest in no row, and where the goal is no ratio to them"
 
 _Named = TypeVar("_Named", Row, Client)
 
@@ -83,7 +88,7 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
         "Python": platform.python_version(),
         "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
         "peers": ", ".join(peers.values()) or "none",
-        "rounds": f"{rounds}{' (quick: too few for a verdict)' if quick else ''}",
+        "rounds": f"{rounds}; {'quick: too few for a verdict' if quick else _ONCE}",
     }
 
 
@@ -91,6 +96,7 @@ def measure(
     rows: Sequence[Row],
     clients: Sequence[Client],
     lasting: Sequence[Client],
+    again: Sequence[Client],
     rounds: int,
     quick: bool,
     results: Results,
@@ -99,6 +105,7 @@ def measure(
     Run every row: in each round, each client in turn.
 
     :param lasting: the clients that take part in rows that cannot be short
+    :param again: the peers that take part in every round of the other rows
     """
     pythons: dict[str, str] = {}
     for client in clients:
@@ -121,8 +128,11 @@ def measure(
             more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
             secure = certificate if row.needs == "tls" else None
             messages = row.quick if quick else row.messages
+            often = [
+                one for one in taking_part if one.ours or (one in again and row.name not in _LONG)
+            ]
             for number in range(rounds):
-                for client in taking_part:
+                for client in often if number else taking_part:
                     print(f"{row.name} {number + 1}/{rounds} {client.name}: ",
                           end="", file=sys.stderr, flush=True)  # fmt: skip
                     try:
@@ -166,16 +176,17 @@ def main() -> None:
     if arguments.again:
         results = Results(**json.loads(arguments.again.read_text()))
     else:
-        names = arguments.clients or (",".join(_QUICK) if quick else None)
+        names = arguments.clients or (_CONTENDERS if quick else None)
         clients = chosen(CLIENTS, names, "client")
         lasting = clients
+        again = chosen(CLIENTS, arguments.clients or _CONTENDERS, "client")
         if quick and arguments.clients is None:
             clients = [client for client in clients if client.ours or not client.uvloop]
             lasting = [client for client in clients if client.ours or client.name == "gmqtt"]
         results.about = about(clients, rounds, quick)
         try:
             rows = chosen(ROWS, arguments.rows, "row")
-            measure(rows, clients, lasting, rounds, quick, results)
+            measure(rows, clients, lasting, again, rounds, quick, results)
         except KeyboardInterrupt:
             results.about["note"] = "stopped before the end"
     table = report.markdown(results)
