@@ -1,10 +1,10 @@
 """MQTT 3.1.1 as bytes: the only file that imports Paho.
 
 Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT and their
-answers; its ``loop_read()`` never waits here, and what it writes is there at once. ``PUBLISH`` of
-QoS 0 and ``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is
-encoded here too: through Paho each would cost ten times as much. So are the pings, which are all
-the traffic of an idle link, and CONNACK, which Paho does not tell of when it says 1 or 2.
+answers, by ``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0 and
+``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is encoded
+here too: through Paho each would cost ten times as much. So are the pings, which are all the
+traffic of an idle link, and CONNACK, which Paho does not tell of when it says 1 or 2.
 
 Each link has a codec of its own, so that Paho never sends again what an earlier link left open.
 """
@@ -195,7 +195,7 @@ class Codec:
 
     def take_written(self) -> bytes:
         """Give what Paho has written on its own, such as the answer to a PINGREQ."""
-        return self._written() if self._link.outbound else b""
+        return self._written() if self._link.outbound or self._paho.want_write() else b""
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
@@ -301,6 +301,7 @@ class Codec:
             events.append(ConnAck(packet[-1]))
 
     def _written(self) -> bytes:
+        self._paho.loop_write()
         data = bytes(self._link.outbound)
         self._link.outbound.clear()
         return data
