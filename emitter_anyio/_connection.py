@@ -29,7 +29,7 @@ Ping: TypeAlias = Callable[[Callable[[], None]], None]
 """Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
 
 _LARGEST_CHUNK: Final = 262144
-_FEW: Final = 2000
+_FEW: Final = 4000
 """So much is read at a time of a link that brings more than was asked for; but not of one that
 brings more messages than that, between which nobody else has a turn."""
 
