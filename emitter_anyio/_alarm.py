@@ -108,5 +108,3 @@ class AlarmWaker:
 
 
 _ALARM: Final[trio.lowlevel.RunVar[Alarm]] = trio.lowlevel.RunVar("emitter_anyio alarm")
-
-current_time: Final = trio.current_time

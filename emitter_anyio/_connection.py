@@ -62,14 +62,14 @@ class Connection:
     ) -> None:
         self.server = server
         self.since = datetime.now(UTC)
-        self.writer = Writer(transport)
+        self.timer = open_timer()
+        self.writer = Writer(transport, self.timer.clock)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
         self.seen_off = False
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
-        self.timer = open_timer()
         self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
@@ -214,7 +214,9 @@ class Connection:
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
         receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
-        while data := await receive(max(size, min(codec.missing, _LARGEST_READ))):
+        while data := await receive(
+            size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
+        ):
             self.last_heard = clock()
             if not self._discards:
                 # Not kept in a variable, which would hold messages until the next ones come.

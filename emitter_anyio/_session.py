@@ -119,8 +119,13 @@ class Session(Grants):
 
     def request(self, request: Request[T], *, awaited: bool = True) -> Pending[T]:
         """Ask a control request."""
-        pending: Pending[T] = self._new(
-            request.operation, request.key, request.channel, request=request, awaited=awaited
+        pending: Pending[T] = Pending(
+            request.operation,
+            request.key,
+            request.channel,
+            request=request,
+            settles=self.published,
+            awaited=awaited,
         )
         self._send(Publish(request.topic.encode(), request.body, self._register(pending)))
         return pending
@@ -198,7 +203,7 @@ class Session(Grants):
 
     def unsubscribe(self, key: str, filter: str) -> Pending[None]:
         """Tell the broker to unsubscribe what nobody uses here."""
-        pending: Pending[None] = self._new("unsubscribe", key, filter)
+        pending: Pending[None] = Pending("unsubscribe", key, filter, settles=self.published)
         self._send(Unsubscribe(self._register(pending), format_topic(key, filter)))
         return pending
 
@@ -257,16 +262,15 @@ class Session(Grants):
     # How
 
     def _ask_for(self, grant: Grant, replay: Replay) -> None:
-        pending: Pending[None] = self._new("subscribe", grant.key, grant.filter)
+        pending: Pending[None] = Pending(
+            "subscribe", grant.key, grant.filter, settles=self.published
+        )
         pending.grant, grant.asked, grant.refused = grant, pending, False
         if not replay.nothing:
             self.replays.add(grant)
         self._grants.setdefault(grant.filter, {})[grant.source] = grant
         topic = format_topic(grant.key, grant.filter, replay.options)
         self._send(Subscribe(self._register(pending), topic))
-
-    def _new(self, *args: Any, **kwargs: Any) -> Pending[Any]:
-        return Pending(*args, settles=self.published, **kwargs)
 
     def _register(self, pending: Pending[Any]) -> int:
         if len(self._pending) >= _IDS:

@@ -355,9 +355,7 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             self._held.append(item)
             return
         self._in.send_nowait(item)
-        for arrival in self._arrivals:
-            arrival.set()
-        self._arrivals.clear()
+        self._wake_receivers()
 
     def _forget(self, item: T | _Missing) -> None:
         self._room += 1
@@ -373,12 +371,16 @@ class EventStream(ObjectReceiveStream[T], Generic[T]):
             if arrival in self._arrivals:
                 self._arrivals.remove(arrival)
 
-    def _wake(self) -> None:
-        for event in (*self._arrivals, self._departure):
-            if event is not None:
-                event.set()
-        self._departure = None
+    def _wake_receivers(self) -> None:
+        for arrival in self._arrivals:
+            arrival.set()
         self._arrivals.clear()
+
+    def _wake(self) -> None:
+        self._wake_receivers()
+        if self._departure is not None:
+            self._departure.set()
+            self._departure = None
 
 
 class Entering(Generic[T]):

@@ -136,6 +136,8 @@ def open_timer() -> Timer:
     if loop is not None:
         return Timer(partial(LoopWaker, loop), loop.time)
     # Where Trio runs its import is done, and nobody else is to wait for it.
-    from ._alarm import AlarmWaker, current_time
+    import trio
 
-    return Timer(AlarmWaker, current_time)
+    from ._alarm import AlarmWaker
+
+    return Timer(AlarmWaker, trio.current_time)

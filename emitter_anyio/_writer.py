@@ -33,10 +33,14 @@ class Writer:
     a send.
 
     :param transport: the link
+    :param clock: tells the time of the loop
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(
+        self, transport: Transport, clock: Callable[[], float] = anyio.current_time
+    ) -> None:
         self._transport = transport
+        self._clock = clock
         self._packets: deque[bytes | memoryview] = deque()
         self._size = 0
         self._idle = False
@@ -53,7 +57,7 @@ class Writer:
         """Whether the last packet has been queued."""
         self.sent = 0
         """How many bytes have been handed over to this link."""
-        self.last_sent = anyio.current_time()
+        self.last_sent = clock()
 
     @property
     def size(self) -> int:
@@ -242,7 +246,7 @@ class Writer:
     def _took(self, sent: int) -> None:
         self._size -= sent
         self.sent += sent
-        self.last_sent = anyio.current_time()
+        self.last_sent = self._clock()
         if not self._size:
             self._packets.clear()
             self._torn = False

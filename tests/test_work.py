@@ -49,16 +49,16 @@ BOUNDS: Final = {
     ("publishing", "trio"): at_most(15.1, 19.7, 0.052),
     ("confirming", "asyncio"): at_most(59.5, 91, 0.36),
     ("confirming", "trio"): at_most(57.1, 102, 0.58),
-    ("receiving_large", "asyncio"): at_most(150, 544, 10),
-    ("receiving_large", "trio"): at_most(134, 744, 16.5),
+    ("receiving_large", "asyncio"): at_most(146, 544, 10),
+    ("receiving_large", "trio"): at_most(130, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
 DECODING: Final = at_most(4, 6, 0)
 LINKS: Final = {
-    ("opening_and_closing", "asyncio"): 408,
+    ("opening_and_closing", "asyncio"): 405,
     ("opening_and_closing", "trio"): 445,
-    ("pinging", "asyncio"): 110,
+    ("pinging", "asyncio"): 107,
     ("pinging", "trio"): 125,
 }
 """Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
