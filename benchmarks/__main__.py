@@ -30,16 +30,20 @@ from benchmarks.running import ROOT, Certificate, RunFailedError, run
 BEGIN: Final = "<!-- the table begins -->"
 END: Final = "<!-- the table ends -->"
 
-_CONTENDERS: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
-"""Those that are the fastest in some row; the others take part once, and not in a quick run."""
+_ROUNDS: Final = 9
+
+_QUICK: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
+"""Those that are the fastest in some row, and have a turn in a quick run."""
 
 _LONG: Final = {"idle", "links", "stalled", "import"}
 """
-Rows that cannot be short, and whose goals are amounts: peers take part once, and in a quick run
-there are few.
+Rows that cannot be short: they have five rounds, and in a quick run few peers.
 """
 
-_ONCE: Final = "one of peers that are the fastest in no row, and where the goal is no ratio to them"
+_HOW: Final = (
+    "peers that were far from the fastest in the first one had no other, nor had those of a row "
+    "whose goal is not held against them"
+)
 
 _Named = TypeVar("_Named", Row, Client)
 
@@ -88,7 +92,7 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
         "Python": platform.python_version(),
         "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
         "peers": ", ".join(peers.values()) or "none",
-        "rounds": f"{rounds}; {'quick: too few for a verdict' if quick else _ONCE}",
+        "rounds": f"{rounds}; {'quick: too few for a verdict' if quick else _HOW}",
     }
 
 
@@ -96,16 +100,17 @@ def measure(
     rows: Sequence[Row],
     clients: Sequence[Client],
     lasting: Sequence[Client],
-    again: Sequence[Client],
     rounds: int,
+    *,
     quick: bool,
+    all_take_part: bool,
     results: Results,
 ) -> None:
     """
-    Run every row: in each round, each client in turn.
+    Run every round: in each one, each row in turn, and each client in it.
 
     :param lasting: the clients that take part in rows that cannot be short
-    :param again: the peers that take part in every round of the other rows
+    :param all_take_part: also those that the first round has shown to be far from the fastest
     """
     pythons: dict[str, str] = {}
     for client in clients:
@@ -117,23 +122,26 @@ def measure(
             results.about["left out"] += f"{client.name} "
     with tempfile.TemporaryDirectory() as directory:
         certificate = Certificate.make(Path(directory))
-        for row in rows:
-            taking_part = [
-                client
-                for client in clients
-                if client.name in pythons
-                and row.runs_on(client)
-                and (client in lasting or row.name not in _LONG)
-            ]
-            more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
-            secure = certificate if row.needs == "tls" else None
-            messages = row.quick if quick else row.messages
-            often = [
-                one for one in taking_part if one.ours or (one in again and row.name not in _LONG)
-            ]
-            for number in range(rounds):
-                for client in often if number else taking_part:
-                    print(f"{row.name} {number + 1}/{rounds} {client.name}: ",
+        for number in range(rounds):
+            for row in rows:
+                long = row.name in _LONG
+                if long and number >= 5:
+                    continue
+                taking_part = {
+                    client.name
+                    for client in (lasting if long else clients)
+                    if client.name in pythons and row.runs_on(client)
+                }
+                if number and not all_take_part:
+                    near = report.near_the_fastest(results, row)
+                    taking_part &= near | {client.name for client in clients if client.ours}
+                more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
+                secure = certificate if row.needs == "tls" else None
+                messages = row.quick if quick else row.messages
+                for client in clients:
+                    if client.name not in taking_part:
+                        continue
+                    print(f"{number + 1}/{rounds} {row.name} {client.name}: ",
                           end="", file=sys.stderr, flush=True)  # fmt: skip
                     try:
                         python = pythons[client.name]
@@ -161,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rows", help="some rows, by name, with commas")
     parser.add_argument("--clients", help="some clients, by name, with commas")
-    parser.add_argument("--rounds", type=int, help="5, or 1 with --quick")
+    parser.add_argument("--rounds", type=int, help=f"{_ROUNDS}, or 1 with --quick")
     parser.add_argument("--quick", action="store_true", help="few messages, one round")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="where files go")
     parser.add_argument(
@@ -171,22 +179,29 @@ def main() -> None:
     arguments = parser.parse_args()
 
     quick = arguments.quick
-    rounds = arguments.rounds or (1 if quick else 5)
+    rounds = arguments.rounds or (1 if quick else _ROUNDS)
     results = Results()
     if arguments.again:
         results = Results(**json.loads(arguments.again.read_text()))
     else:
-        names = arguments.clients or (_CONTENDERS if quick else None)
+        names = arguments.clients or (_QUICK if quick else None)
         clients = chosen(CLIENTS, names, "client")
         lasting = clients
-        again = chosen(CLIENTS, arguments.clients or _CONTENDERS, "client")
         if quick and arguments.clients is None:
             clients = [client for client in clients if client.ours or not client.uvloop]
             lasting = [client for client in clients if client.ours or client.name == "gmqtt"]
         results.about = about(clients, rounds, quick)
         try:
             rows = chosen(ROWS, arguments.rows, "row")
-            measure(rows, clients, lasting, again, rounds, quick, results)
+            measure(
+                rows,
+                clients,
+                lasting,
+                rounds,
+                quick=quick,
+                all_take_part=arguments.clients is not None,
+                results=results,
+            )
         except KeyboardInterrupt:
             results.about["note"] = "stopped before the end"
     table = report.markdown(results)

@@ -25,6 +25,9 @@ _SUMMARY: Final = (
 )
 _SUMMARIZED: Final = ("us-asyncio", "us-trio", "emitter-io", "mosquitto")
 
+_FAR: Final = 3.0
+"""Noise has not made anybody so many times slower."""
+
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """By row, client and figure."""
 
@@ -105,6 +108,17 @@ def fastest(
         return None
     best = (max if figure.higher else min)(peers, key=lambda name: peers[name])
     return best, peers[best]
+
+
+def near_the_fastest(results: Results, row: Row) -> set[str]:
+    """Name those beside whom a row has a goal, and who may turn out to be the fastest of them."""
+    if not {goal.against for goal in row.goals} & {"fastest", "mosquitto"}:
+        return set()
+    key = row.figures[0].key
+    firsts = {name: runs[0][key] for name, runs in results.runs.get(row.name, {}).items()}
+    costs = {name: 1 / at if row.figures[0].higher else at for name, at in firsts.items() if at}
+    best = min((cost for name, cost in costs.items() if not _CLIENTS[name].ours), default=math.inf)
+    return {name for name, cost in costs.items() if cost <= best * _FAR}
 
 
 def judge(medians: Medians, rows: Iterable[Row] = ROWS) -> list[Verdict]:

@@ -100,6 +100,16 @@ class TestReport:
         assert "| us-trio | 300k | – | 3.00 |" in text
         assert "| zmqtt | failed: alas |" in text
 
+    def test_who_is_far_from_the_fastest_peer_needs_no_other_round(self) -> None:
+        made = results("publish", "rate", us_trio=900, mqttium=300, gmqtt=100, zmqtt=99)
+        assert report.near_the_fastest(made, ROW["publish"]) == {"us-trio", "mqttium", "gmqtt"}
+        made = results("connect", "p50_us", us_trio=100, gmqtt=200, mqttium=600, zmqtt=601)
+        assert report.near_the_fastest(made, ROW["connect"]) == {"us-trio", "gmqtt", "mqttium"}
+
+    def test_nor_does_who_is_compared_with_nobody(self) -> None:
+        made = results("links", "memory_kb", us_trio=100, gmqtt=100)
+        assert report.near_the_fastest(made, ROW["links"]) == set()
+
     def test_every_goal_is_about_a_figure_of_its_row(self) -> None:
         for row in ROWS:
             assert {goal.figure for goal in row.goals} <= set(row.figures)
