@@ -19,6 +19,9 @@ _HIGH_WATER: Final = 262144
 _GATHERED: Final = 131072
 """So many bytes are handed over at a time."""
 
+_LARGE: Final = 65536
+"""A packet of so many bytes is worth a call of the system of its own."""
+
 _MANY: Final = 32
 _PAUSES: Final = 8
 """While at least so many packets come between, those that wait wait for so many pauses more."""
@@ -124,7 +127,7 @@ class Writer:
         self._size += len(data)
         self._packets.append(data)
         if self._idle:
-            if not self.gathers:
+            if not self.gathers or len(data) >= _LARGE:
                 self.gathers = True
                 self._send_now(data)
                 if not self._packets:
