@@ -16,7 +16,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter
 from emitter_anyio._transport import SocketTransport, StreamTransport
-from emitter_anyio._writer import _GATHERED, _HIGH_WATER, _MANY, _PAUSES, Writer
+from emitter_anyio._writer import _GATHERED, _HIGH_WATER, _LARGE, _MANY, _PAUSES, Writer
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
@@ -91,6 +91,18 @@ async def test_the_first_packet_of_a_turn_leaves_at_once(anyio_backend: object) 
         assert await link.read(11) == b"secondthird"
         assert link.writer.size == 0
         assert link.writer.sent == link.writer.queued == 16
+
+
+async def test_a_large_packet_waits_for_no_others(anyio_backend: object) -> None:
+    large = b"x" * _LARGE
+    async with socket_link() as link:
+        link.writer.write(b"first")
+        assert link.waits() == b"first"
+        link.writer.write(large)
+        begun = link.waits()
+        assert begun
+        link.writer.write(b"last")
+        assert begun + await link.read(_LARGE + 4 - len(begun)) == large + b"last"
 
 
 async def test_packets_of_every_size_leave_in_order(anyio_backend: object) -> None:
