@@ -36,9 +36,8 @@ _QUICK: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
 """Those that are the fastest in some row, and have a turn in a quick run."""
 
 _LONG: Final = {"idle", "links", "stalled", "import"}
-"""
-Rows that cannot be short: they have five rounds, and in a quick run few peers.
-"""
+_LONG_ROUNDS: Final = 5
+"""Rows that cannot be short have fewer rounds, and in a quick run few peers."""
 
 _HOW: Final = (
     "peers that were far from the fastest in the first one had no other, nor had those of a row "
@@ -125,22 +124,20 @@ def measure(
         for number in range(rounds):
             for row in rows:
                 long = row.name in _LONG
-                if long and number >= 5:
+                if long and number >= _LONG_ROUNDS:
                     continue
-                taking_part = {
-                    client.name
+                near = report.near_the_fastest(results, row)
+                taking_part = [
+                    client
                     for client in (lasting if long else clients)
-                    if client.name in pythons and row.runs_on(client)
-                }
-                if number and not all_take_part:
-                    near = report.near_the_fastest(results, row)
-                    taking_part &= near | {client.name for client in clients if client.ours}
+                    if client.name in pythons
+                    and row.runs_on(client)
+                    and (not number or all_take_part or client.ours or client.name in near)
+                ]
                 more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
                 secure = certificate if row.needs == "tls" else None
                 messages = row.quick if quick else row.messages
-                for client in clients:
-                    if client.name not in taking_part:
-                        continue
+                for client in taking_part:
                     print(f"{number + 1}/{rounds} {row.name} {client.name}: ",
                           end="", file=sys.stderr, flush=True)  # fmt: skip
                     try:

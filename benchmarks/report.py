@@ -114,11 +114,20 @@ def near_the_fastest(results: Results, row: Row) -> set[str]:
     """Name those beside whom a row has a goal, and who may turn out to be the fastest of them."""
     if not {goal.against for goal in row.goals} & {"fastest", "mosquitto"}:
         return set()
-    key = row.figures[0].key
-    firsts = {name: runs[0][key] for name, runs in results.runs.get(row.name, {}).items()}
-    costs = {name: 1 / at if row.figures[0].higher else at for name, at in firsts.items() if at}
-    best = min((cost for name, cost in costs.items() if not _CLIENTS[name].ours), default=math.inf)
-    return {name for name, cost in costs.items() if cost <= best * _FAR}
+    figure = row.figures[0]
+    firsts = {name: runs[0] for name, runs in results.runs.get(row.name, {}).items()}
+    best = fastest(firsts, figure, _CLIENTS["us-uvloop"])
+    if best is None:
+        return set()
+    return {
+        name
+        for name, figures in firsts.items()
+        if (
+            figures[figure.key] * _FAR >= best[1]
+            if figure.higher
+            else figures[figure.key] <= best[1] * _FAR
+        )
+    }
 
 
 def judge(medians: Medians, rows: Iterable[Row] = ROWS) -> list[Verdict]:

@@ -31,9 +31,9 @@ class Writer:
     """
     The packets on their way to the link.
 
-    Bytes leave in one place: the first packet of a turn is sent at once, if nothing is under way,
-    and what gathers behind it is sent by the writer task in its own turn. No caller ever waits in
-    a send.
+    Bytes leave in one place: the first packet of a turn, and each large one, is sent at once, if
+    nothing is under way, and what gathers behind it is sent by the writer task in its own turn. No
+    caller ever waits in a send.
 
     :param transport: the link
     :param clock: tells the time of the loop

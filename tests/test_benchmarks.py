@@ -106,6 +106,10 @@ class TestReport:
         made = results("connect", "p50_us", us_trio=100, gmqtt=200, mqttium=600, zmqtt=601)
         assert report.near_the_fastest(made, ROW["connect"]) == {"us-trio", "gmqtt", "mqttium"}
 
+    def test_the_fastest_of_them_is_a_python_peer(self) -> None:
+        made = results("publish", "rate", us_trio=900, mqttium=300, mosquitto=1000, gmqtt=99)
+        assert report.near_the_fastest(made, ROW["publish"]) == {"us-trio", "mqttium", "mosquitto"}
+
     def test_nor_does_who_is_compared_with_nobody(self) -> None:
         made = results("links", "memory_kb", us_trio=100, gmqtt=100)
         assert report.near_the_fastest(made, ROW["links"]) == set()
