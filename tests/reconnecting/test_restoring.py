@@ -111,10 +111,10 @@ async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
     await emitter.presence(key, "p/", changes=True)
     await ban(broker, key)
     await another_link(emitter, broker)
-    said = sorted(text for text in caplog.messages if "401" in text)
+    said = sorted(text for text in caplog.messages if "could not be restored" in text)
     assert len(said) == 2
-    assert "subscription to 'a/' could not be restored" in said[1]
-    assert "changes of presence of 'p/' could not be restored" in said[0]
+    assert "presence of 'p/' could not be restored: presence 'p/': 401" in said[0]
+    assert "subscription to 'a/' could not be restored: subscribe 'a/': 401" in said[1]
 
 
 async def test_a_refused_presence_feed_raises_in_its_own_stream(
