@@ -55,15 +55,16 @@ class _Replies(EventStream["EmitterMessage | Gap"]):
         self.waiting: dict[str, _Reply] = {}
         self.subscription: Subscription | None = None
 
-    def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
-        """Hand a reply over; a late one, or one to nobody, is dropped."""
-        assert isinstance(item, EmitterMessage)
-        path = levels(item.channel[len(self.channel) :] or "/")
-        reply = self.waiting.get(path[0])
-        if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
-            reply.kind, reply.message = path[1], item
-            reply.came.set()
-        return True
+    def push_many(self, items: list[EmitterMessage | Gap], *, extra: bool = False) -> int:
+        """Hand replies over; a late one, or one to nobody, is dropped."""
+        for item in items:
+            assert isinstance(item, EmitterMessage)
+            path = levels(item.channel[len(self.channel) :] or "/")
+            reply = self.waiting.get(path[0])
+            if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
+                reply.kind, reply.message = path[1], item
+                reply.came.set()
+        return len(items)
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """Let go those who wait."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -49,6 +49,14 @@ _SHORT_PUBLISH: Final = struct.Struct("!BBH")
 _PUBLISH_HEAD: Final = struct.Struct("!BBBH")
 _TWO_SHORTS: Final = struct.Struct("!HH")
 _TWO_BYTES: Final = struct.Struct("!H")
+
+
+_Head: TypeAlias = tuple[str, int, int]
+"""The channel of a ``PUBLISH``, how many bytes it has, and how many of them its head has."""
+
+_HEADS: Final = 1024
+_LONG_HEAD: Final = 128
+"""So many heads are remembered, if they have no more bytes than that."""
 
 
 class Hello(NamedTuple):
@@ -133,6 +141,9 @@ class Codec:
         """What has come of a packet, in pieces."""
         self.missing = 0
         """How many bytes of it have yet to come, as far as that is known."""
+        self._heads: dict[bytes, _Head] = {}
+        self._head_size = 0
+        """How many bytes the last one had: most have as many."""
         self._heard: list[Event] = []
         self._link = _MemorySocket()
         self._paho = client = _PahoClient(self._link, hello.client_id)
@@ -252,26 +263,43 @@ class Codec:
     def _take_publishes(self, data: bytes, at: int, end: int, events: list[Event]) -> int:
         # Of QoS 0, whole, and of less than 16 KiB: nearly all that comes. It stops at the first
         # packet that is anything else, or wrong.
-        largest, unpack = self._max_message_size, _SHORT_PUBLISH.unpack_from
+        heads, length = self._heads, self._head_size
         try:
             while at < end:
-                head, size, length = unpack(data, at)
-                start = at + 4
-                if size > 0x7F:
-                    head, size, high, length = _PUBLISH_HEAD.unpack_from(data, at)
-                    size += (high << 7) - 0x80
-                    start = at + 5
-                    if high > 0x7F:
+                # The head of a packet up to its payload: one that came before says the same again.
+                known = heads.get(data[at : at + length])
+                if known is None:
+                    if (known := self._take_head(data, at)) is None:
                         return at
-                middle, stop = start + length, start + size - 2
-                if head & 0xF6 != 0x30 or not start < middle <= stop <= end or size > largest:
+                    length = self._head_size = known[2]
+                channel, size, _ = known
+                stop = at + size
+                if stop > end:
                     return at
-                channel = data[start:middle].decode()
-                events.append(EmitterMessage(channel, data[middle:stop]))
+                events.append(EmitterMessage(channel, data[at + length : stop]))
                 at = stop
         except (struct.error, UnicodeDecodeError):
             pass
         return at
+
+    def _take_head(self, data: bytes, at: int) -> _Head | None:
+        head, size, length = _SHORT_PUBLISH.unpack_from(data, at)
+        start = at + 4
+        if size > 0x7F:
+            head, size, high, length = _PUBLISH_HEAD.unpack_from(data, at)
+            size += (high << 7) - 0x80
+            start = at + 5
+            if high > 0x7F:
+                return None
+        middle, stop = start + length, start + size - 2
+        if head & 0xF6 != 0x30 or not start < middle <= stop or size > self._max_message_size:
+            return None
+        known = data[start:middle].decode(), stop - at, middle - at
+        if known[2] <= _LONG_HEAD and middle <= len(data):
+            if len(self._heads) >= _HEADS:
+                self._heads.clear()
+            self._heads[data[at:middle]] = known
+        return known
 
     def _keep(self, data: bytes, at: int, missing: int) -> None:
         self._rest.append(data[at:] if at else data)

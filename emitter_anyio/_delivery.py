@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from ._codec import encode_publish
 from ._connection import Connection
@@ -13,11 +13,19 @@ from ._keys import KeyRing
 from ._messages import EmitterMessage
 from ._options import Options
 from ._packets import Event, Packet
-from ._pending import Pending
+from ._pending import Emission, Pending
 from ._presence import PresenceFeed
 from ._router import Router
 from ._session import SYSTEM, Session
 from ._subscription import EventStream
+
+_Batches: TypeAlias = dict[EventStream[Any], list[EmitterMessage]]
+"""What has come for each stream."""
+
+_Way: TypeAlias = list[list[EmitterMessage]]
+
+_SOME: Final = 64
+"""So many are offered at a time to a stream that has had no room."""
 
 
 class Delivery(EventSource):
@@ -72,37 +80,70 @@ class Delivery(EventSource):
         self._session.ping(awaited=False).call_when_done(answered)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
-        receivers, session = self._routers["message"].receivers, self._session
+        batches: _Batches = {}
+        ways: dict[str, _Way] = {}
+        way: _Way = []
+        channel, count = "", 0
         for event in events:
-            if isinstance(event, EmitterMessage) and not event.channel.startswith(SYSTEM):
-                streams = receivers[event.channel]
-                if session.replays or not streams:
-                    await self._deliver_message(event, streams)
+            if type(event) is EmitterMessage:
+                if event.channel != channel or not count:
+                    channel = event.channel
+                    if (known := ways.get(channel)) is None:
+                        known = ways[channel] = self._way(channel, batches)
+                    way = known
+                if way:
+                    # Nearly all are of this kind, and go on together.
+                    count += 1
+                    for batch in way:
+                        batch.append(event)
                     continue
-                # Nearly all are of this kind, and do without a coroutine of their own.
-                self._received += 1
-                for stream in streams:
-                    if not stream.push(event):
-                        await self._hand_over(stream, event)
+            if count:
+                await self._hand_over_all(batches, count)
+                # What comes now may go another way.
+                batches, ways, count = {}, {}, 0
+            if type(event) is EmitterMessage and not event.channel.startswith(SYSTEM):
+                await self._deliver_message(event)
                 continue
-            for emission in session.receive(event):
-                if emission.event == "message":
-                    message = emission.value
-                    await self._deliver_message(message, receivers[message.channel])
-                elif emission.event == "error":
-                    if isinstance(emission.value, UnauthorizedError):
-                        self._keys.doubt()
-                    self._report(emission.value)
-                else:
-                    for stream in self._receivers(emission.event, emission.value):
-                        await self._hand_over(stream, emission.value)
-                    if emission.event == "presence":
-                        await self._deliver_presence(emission.value)
+            for emission in self._session.receive(event):
+                await self._deliver_emission(emission)
+        if count:
+            await self._hand_over_all(batches, count)
 
-    async def _deliver_message(
-        self, message: EmitterMessage, streams: Sequence[EventStream[Any]]
-    ) -> None:
+    def _way(self, channel: str, batches: _Batches) -> _Way:
+        """Give the batches that messages from a channel belong to; none if they are special."""
+        if self._session.replays or channel.startswith(SYSTEM):
+            return []
+        streams = self._routers["message"].receivers[channel]
+        return [batches.setdefault(stream, []) for stream in streams]
+
+    async def _hand_over_all(self, batches: _Batches, count: int) -> None:
+        self._received += count
+        crowded = []
+        for stream, messages in batches.items():
+            if (taken := stream.push_many(messages)) < len(messages):
+                crowded.append((stream, messages, taken))
+        for stream, messages, taken in crowded:
+            while taken < len(messages):
+                await self._hand_over(stream, messages[taken])
+                taken += 1
+                taken += stream.push_many(messages[taken : taken + _SOME])
+
+    async def _deliver_emission(self, emission: Emission) -> None:
+        if emission.event == "message":
+            await self._deliver_message(emission.value)
+        elif emission.event == "error":
+            if isinstance(emission.value, UnauthorizedError):
+                self._keys.doubt()
+            self._report(emission.value)
+        else:
+            for stream in self._receivers(emission.event, emission.value):
+                await self._hand_over(stream, emission.value)
+            if emission.event == "presence":
+                await self._deliver_presence(emission.value)
+
+    async def _deliver_message(self, message: EmitterMessage) -> None:
         self._received += 1
+        streams = self._routers["message"].receivers[message.channel]
         replayed = self._session.in_replay(message)
         for stream in streams:
             if not (replayed and stream.push(message, extra=True)):

@@ -15,12 +15,13 @@ import anyio
 from anyio import EndOfStream
 from anyio.abc import TaskGroup
 
+from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
 from ._errors import HandlerError, SlowConsumerError
 from ._messages import EmitterMessage
 from ._requests import ChannelKey, Link, Me, PresenceEvent
 from ._router import Matcher, Router
-from ._subscription import Entering, EventStream, Overflow, check_buffer
+from ._subscription import Entering, EventStream
 
 logger = logging.getLogger("emitter_anyio")
 

@@ -8,8 +8,9 @@ from typing import Final
 
 import anyio
 
+from ._buffer import Overflow
 from ._requests import Member, PresenceEvent, PresenceStatus
-from ._subscription import EventStream, Overflow
+from ._subscription import EventStream
 
 _GATHERED: Final = 0.1
 """For so many seconds doubts are gathered before a status is asked for."""

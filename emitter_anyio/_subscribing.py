@@ -18,6 +18,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from . import _requests as requests
+from ._buffer import Overflow, check_buffer
 from ._channels import (
     Key,
     check_channel,
@@ -40,7 +41,7 @@ from ._history import check_stored
 from ._messages import EmitterMessage, Gap
 from ._pending import Pending, Replay
 from ._resuming import Resumer, Subscription, replayed
-from ._subscription import Entering, EventStream, Overflow, check_buffer
+from ._subscription import Entering, EventStream
 from ._watermark import Watermark
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from functools import partial
 import anyio
 
 from . import _requests as requests
+from ._buffer import Overflow, check_buffer
 from ._channels import Key, check_channel, check_source
 from ._conversation import DEFAULT, Conversation, Timeout
 from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
@@ -17,7 +18,7 @@ from ._options import Options
 from ._presence import PresenceFeed
 from ._reconnecting import Restoration
 from ._requests import PresenceStatus
-from ._subscription import Entering, Overflow, check_buffer
+from ._subscription import Entering
 
 
 class Watcher(Conversation):

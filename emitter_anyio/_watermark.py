@@ -33,10 +33,10 @@ class Watermark(EventStream[EmitterMessage]):
         self._known: StoredMessage | None = None
         self._newest: StoredMessage | None = None
 
-    def push(self, item: EmitterMessage, *, extra: bool = False) -> bool:
+    def push_many(self, items: list[EmitterMessage], *, extra: bool = False) -> int:
         """Note that something has come, and keep nothing of it."""
         self.stale.set()
-        return True
+        return len(items)
 
     @property
     def since(self) -> int | None:

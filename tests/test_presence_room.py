@@ -22,7 +22,7 @@ from emitter_anyio import (
     SlowConsumerError,
     connect,
 )
-from emitter_anyio._subscription import Overflow
+from emitter_anyio._buffer import Overflow
 from emitter_anyio.testing import Broker
 from tests.support import packets
 from tests.support.links import one_link

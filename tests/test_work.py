@@ -41,20 +41,20 @@ def at_most(calls: float, all_calls: float, system_calls: float) -> Work:
 
 # As they are with Python 3.11 to 3.13.
 BOUNDS: Final = {
-    ("receiving", "asyncio"): at_most(15.1, 20, 0.026),
-    ("receiving", "trio"): at_most(15.1, 21, 0.046),
-    ("handling", "asyncio"): at_most(17.1, 29, 0.028),
-    ("handling", "trio"): at_most(17.1, 30, 0.050),
+    ("receiving", "asyncio"): at_most(7.2, 10, 0.026),
+    ("receiving", "trio"): at_most(7.2, 11, 0.046),
+    ("handling", "asyncio"): at_most(9.2, 12, 0.028),
+    ("handling", "trio"): at_most(9.2, 13, 0.050),
     ("publishing", "asyncio"): at_most(15.1, 18.7, 0.028),
     ("publishing", "trio"): at_most(15.1, 19.7, 0.052),
-    ("confirming", "asyncio"): at_most(59.5, 91, 0.36),
-    ("confirming", "trio"): at_most(57.1, 102, 0.58),
-    ("receiving_large", "asyncio"): at_most(146, 544, 10),
-    ("receiving_large", "trio"): at_most(130, 744, 16.5),
+    ("confirming", "asyncio"): at_most(58.7, 91, 0.36),
+    ("confirming", "trio"): at_most(56.2, 112, 0.58),
+    ("receiving_large", "asyncio"): at_most(154.5, 544, 10),
+    ("receiving_large", "trio"): at_most(139.5, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
-DECODING: Final = at_most(4, 6, 0)
+DECODING: Final = at_most(3, 5, 0)
 LINKS: Final = {
     ("opening_and_closing", "asyncio"): 405,
     ("opening_and_closing", "trio"): 445,
@@ -329,8 +329,9 @@ async def test_what_decoding_a_chunk_calls(anyio_backend: object) -> None:
 def test_decoding_copies_no_byte_twice() -> None:
     chunk = CopiedBytes(CHUNK)
     assert len(connected().decode(chunk)) == len(CHUNK) // len(SMALL_PACKET)
-    # Topic and payload, but not their headers.
-    assert 0 < chunk.copied < len(CHUNK), f"{chunk.copied} bytes of {len(CHUNK)}: {ADVICE}"
+    # But the first topic, which is remembered as text and with its head.
+    once = len(CHUNK) + len(SMALL_PACKET)
+    assert 0 < chunk.copied < once, f"{chunk.copied} bytes of {len(CHUNK)}: {ADVICE}"
 
 
 def test_the_pieces_of_a_large_packet_are_joined_once() -> None:

@@ -21,7 +21,7 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
-from emitter_anyio._subscription import Overflow
+from emitter_anyio._buffer import Overflow
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
 from tests.support.links import another_link, many_links, while_away
@@ -293,7 +293,7 @@ async def test_too_many_bytes_that_are_held_back_are_dropped_as_ever(
     left: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._subscription.MAX_BYTES", 4)
+    monkeypatch.setattr("emitter_anyio._buffer.MAX_BYTES", 4)
     async with emitter.subscribe(key, "a/", overflow=overflow, resume=True) as messages:
         async with answers_held(emitter, broker):
             for text in "0123456789":
