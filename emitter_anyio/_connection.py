@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Final, TypeAlias
 
 import anyio
@@ -77,6 +77,8 @@ class Connection:
         self._tasks: TaskGroup | None = None
         self._over = False
         """Whether it is to end, or has."""
+        self._writes = False
+        """Whether there is a task for the writer."""
         self._waits: anyio.CancelScope | None = None
         self._discards = False
         """Whether what comes is of no interest any more."""
@@ -124,18 +126,20 @@ class Connection:
         """
         try:
             async with anyio.create_task_group() as self._tasks:
-                self.writer.begin(partial(self._tasks.start_soon, self._write))
+                self.writer.begin(self._start_writing)
                 _Keepalive(self, self._keepalive, ping)
                 self.timer.begin(self._break)
                 try:
                     if not self._over:
                         await self._read(deliver)
                 except Exception as exc:
-                    self._break(exc)
+                    if not (self._over and isinstance(exc, anyio.ClosedResourceError)):
+                        self._break(exc)
                 finally:
                     self.writer.rest()
                     self.timer.end()
-                self._tasks.cancel_scope.cancel()
+                if self._writes:
+                    self._tasks.cancel_scope.cancel()
         finally:
             if self._broken is None:
                 # When cancelled, this is all there is time for.
@@ -184,8 +188,8 @@ class Connection:
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
-        self._over = True
-        if self._tasks is not None:
+        self._over = self._discards = True
+        if self._tasks is not None and (self.held_up or not self._transport.interrupt()):
             self._tasks.cancel_scope.cancel()
 
     def blurt_goodbye(self) -> bool:
@@ -193,6 +197,11 @@ class Connection:
         self.send(Disconnect())
         self.writer.hurry()
         return not self.writer.size
+
+    def _start_writing(self) -> None:
+        assert self._tasks is not None
+        self._writes = True
+        self._tasks.start_soon(self._write)
 
     async def _write(self) -> None:
         try:

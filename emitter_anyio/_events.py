@@ -6,7 +6,7 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
@@ -46,6 +46,29 @@ class _Options(TypedDict, total=False):
     overflow: Overflow
 
 
+class Tasks:
+    """
+    What the client starts beside its link, in its task group.
+
+    :ivar used: whether there has been any: to cancel a group in which nobody is left costs nearly
+        as much as to have somebody in it
+    """
+
+    def __init__(self, group: TaskGroup) -> None:
+        self._group = group
+        self.used = False
+
+    def start_soon(
+        self,
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: object,
+        name: object = None,
+    ) -> None:
+        """Start a task that nobody waits for."""
+        self.used = True
+        self._group.start_soon(function, *arguments, name=name)
+
+
 class _Registration:
     """A handler, what it wants, and, while the client lives, what it has not handled yet."""
 
@@ -77,7 +100,7 @@ class EventSource(ABC):
             partial(Router, matcher)
         )
         self._registrations: list[_Registration] = []
-        self._handler_tasks: TaskGroup | None = None
+        self._handler_tasks: Tasks | None = None
         self._busy: dict[int, _Registration] = {}
         self._leavers: set[int] = set()
         self._less_busy: anyio.Event | None = None
@@ -287,7 +310,7 @@ class EventSource(ABC):
         else:
             logger.warning("%s", error)
 
-    def _start_handlers(self, tasks: TaskGroup) -> None:
+    def _start_handlers(self, tasks: Tasks) -> None:
         self._handler_tasks = tasks
         for registration in self._registrations:
             self._start_handler(registration)

@@ -14,7 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from ._connection import Connection
 from ._errors import ClosedError, ConnectionLostError
-from ._events import logger
+from ._events import Tasks, logger
 from ._options import Options
 from ._reconnecting import Reconnector
 
@@ -94,7 +94,8 @@ class Life(Reconnector):
                         await self._leave()
                 except BaseException as exc:
                     raised = raised or exc
-                tasks.cancel_scope.cancel()
+                if raised is not None or self._tasks is None or self._tasks.used:
+                    tasks.cancel_scope.cancel()
         finally:
             self._finish()
         self._raise(raised)
@@ -112,8 +113,8 @@ class Life(Reconnector):
 
     def _start(self, connection: Connection, tasks: TaskGroup) -> None:
         self._over = False
-        self._tasks = tasks
-        self._start_handlers(tasks)
+        self._tasks = Tasks(tasks)
+        self._start_handlers(self._tasks)
         self._connection = connection
         logger.info("connected to %s", connection.server)
         self._be_ready()

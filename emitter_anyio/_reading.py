@@ -33,9 +33,12 @@ class AskingReader(Reader):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._closed = False
 
     async def receive(self, size: int) -> bytes:
         while True:
+            if self._closed:
+                raise ClosedResourceError
             await anyio.wait_readable(self._sock)
             try:
                 return self._sock.recv(size)
@@ -43,7 +46,8 @@ class AskingReader(Reader):
                 continue
 
     def close(self) -> None:
-        """Whoever closes the socket says so to the loop."""
+        self._closed = True
+        anyio.notify_closing(self._sock)
 
 
 class WatchingReader(Reader):

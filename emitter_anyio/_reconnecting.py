@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 from ._connection import Connection, open_connection
 from ._delivery import Delivery
 from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
-from ._events import logger
+from ._events import Tasks, logger
 from ._options import Options
 
 State: TypeAlias = Literal["closed", "connecting", "connected", "closing"]
@@ -116,7 +116,7 @@ class Reconnector(Delivery):
         """Publishes that were accepted, and of which no link has had a byte."""
         self._restorers: list[Restorer] = []
         self._retrying: anyio.CancelScope | None = None
-        self._tasks: TaskGroup | None = None
+        self._tasks: Tasks | None = None
         self._link_tasks: TaskGroup | None = None
         """For what restores the present link, and ends with it."""
         self._last_error: Exception | None = None
@@ -245,7 +245,7 @@ class Reconnector(Delivery):
         link: Connection | None = first
         while link is not None:
             broken = await self._run_link(link)
-            if anyio.current_time() > self._ready_since + self._longest(attempt):
+            if broken is not None and anyio.current_time() > self._ready_since + self._longest(attempt):
                 attempt = 0
             self._ready_since = math.inf
             link, attempt = await self._next_link(link, broken, attempt)
@@ -285,7 +285,8 @@ class Reconnector(Delivery):
 
     def _be_ready(self) -> None:
         self._ready = True
-        self._ready_since = anyio.current_time()
+        assert self._connection is not None
+        self._ready_since = self._connection.timer.clock()
         self._links_had += 1
         if not self._leaving:
             self._set_state("connected")

@@ -68,6 +68,15 @@ class Transport(ABC):
     async def send_eof(self) -> None:
         """Tell the peer, where the link can, that nothing more comes; it may still send."""
 
+    def interrupt(self) -> bool:
+        """
+        Have :meth:`receive` raise :exc:`~anyio.ClosedResourceError` from now on, where that can be
+        done without cancelling the one who waits there, which takes five times as long.
+
+        :return: whether it can be done
+        """
+        return False
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close at once; safe under cancellation, and to be called twice."""
@@ -109,6 +118,10 @@ class SocketTransport(Transport):
     async def send_eof(self) -> None:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
+
+    def interrupt(self) -> bool:
+        self._reader.close()
+        return True
 
     async def aclose(self) -> None:
         if self._sock.fileno() >= 0:
@@ -226,6 +239,9 @@ class WebSocketTransport(Transport):
         with suppress(*BROKEN):
             self._due += self._websocket.close()
             await self.send_due()
+
+    def interrupt(self) -> bool:
+        return self._below.interrupt()
 
     async def aclose(self) -> None:
         with suppress(*BROKEN):

@@ -56,8 +56,8 @@ BOUNDS: Final = {
 }
 DECODING: Final = at_most(3, 5, 0)
 LINKS: Final = {
-    ("opening_and_closing", "asyncio"): 405,
-    ("opening_and_closing", "trio"): 445,
+    ("opening_and_closing", "asyncio"): 414,
+    ("opening_and_closing", "trio"): 425,
     ("pinging", "asyncio"): 107,
     ("pinging", "trio"): 125,
 }
