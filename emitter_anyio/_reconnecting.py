@@ -245,7 +245,7 @@ class Reconnector(Delivery):
         link: Connection | None = first
         while link is not None:
             broken = await self._run_link(link)
-            if broken is not None and anyio.current_time() > self._ready_since + self._longest(attempt):
+            if anyio.current_time() > self._ready_since + self._longest(attempt):
                 attempt = 0
             self._ready_since = math.inf
             link, attempt = await self._next_link(link, broken, attempt)

@@ -238,6 +238,8 @@ class Writer:
     def _gather(self) -> bytes | memoryview:
         if len(self._packets) == 1:
             return self._packets[0]
+        if self._size <= _GATHERED:
+            return b"".join(self._packets)
         chosen, size = [], 0
         for packet in self._packets:
             chosen.append(packet)
