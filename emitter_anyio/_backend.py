@@ -54,6 +54,7 @@ def wakeup_maker() -> Callable[[], Wakeup]:
     loop = asyncio_loop()
     if loop is not None:
         return partial(FutureWakeup, loop)
-    import trio
+    # Where Trio runs its import is done, and nobody else is to wait for it.
+    from ._parking import TaskWakeup
 
-    return trio.Event
+    return TaskWakeup
