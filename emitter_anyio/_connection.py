@@ -133,8 +133,7 @@ class Connection:
                     if not self._over:
                         await self._read(deliver)
                 except Exception as exc:
-                    if not (self._over and isinstance(exc, anyio.ClosedResourceError)):
-                        self._break(exc)
+                    self._break(exc)
                 finally:
                     self.writer.rest()
                     self.timer.end()
@@ -210,6 +209,9 @@ class Connection:
             self._break(exc)
 
     def _break(self, exc: Exception) -> None:
+        if self._over and isinstance(exc, anyio.ClosedResourceError):
+            # Said to those who wait for what we have closed.
+            return
         # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
         # while our stream has yet to say that it has. Silence tells that it has not.
         left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size

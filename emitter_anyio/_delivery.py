@@ -88,9 +88,9 @@ class Delivery(EventSource):
             if type(event) is EmitterMessage:
                 if event.channel != channel or not count:
                     channel = event.channel
-                    if (known := ways.get(channel)) is None:
-                        known = ways[channel] = self._way(channel, batches)
-                    way = known
+                    if channel not in ways:
+                        ways[channel] = self._way(channel, batches)
+                    way = ways[channel]
                 if way:
                     # Nearly all are of this kind, and go on together.
                     count += 1

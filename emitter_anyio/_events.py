@@ -50,8 +50,8 @@ class Tasks:
     """
     What the client starts beside its link, in its task group.
 
-    :ivar used: whether there has been any: to cancel a group in which nobody is left costs nearly
-        as much as to have somebody in it
+    :ivar used: whether there has been any; if not, nobody is left who would have to be cancelled,
+        and that costs, even so
     """
 
     def __init__(self, group: TaskGroup) -> None:

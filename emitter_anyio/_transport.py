@@ -70,10 +70,10 @@ class Transport(ABC):
 
     def interrupt(self) -> bool:
         """
-        Have :meth:`receive` raise :exc:`~anyio.ClosedResourceError` from now on, where that can be
-        done without cancelling the one who waits there, which takes five times as long.
+        Have :meth:`receive` raise :exc:`~anyio.ClosedResourceError` from now on.
 
-        :return: whether it can be done
+        :return: whether it can be done; else the one who waits there is to be cancelled, which
+            costs more
         """
         return False
 

@@ -619,6 +619,25 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
         closed.set()
 
 
+@pytest.mark.parametrize("link", LINKS)
+async def test_what_waits_for_a_peer_that_reads_nothing_is_no_lost_link(
+    anyio_backend: object, link: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await closed.wait()
+
+    async with serving(link, script) as options:
+        async with connect(**options, disconnect_timeout=0.05) as emitter:
+            while emitter.statistics().queued_bytes < _HIGH_WATER:
+                await emitter.publish("k", "a/", bytes(65000))
+        closed.set()
+    assert emitter.state == "closed"
+    assert not [text for text in caplog.messages if "is lost" in text]
+
+
 async def flood(emitter: Emitter) -> None:
     while True:
         await emitter.publish("k", "a/", bytes(65000))
