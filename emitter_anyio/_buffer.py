@@ -231,8 +231,10 @@ class Buffer(Generic[T]):
         self._bytes -= size
 
     async def _more(self) -> None:
-        """Make ready what comes next; somebody else may take it."""
-        if not self._queued and not self._ended:
+        """Make ready what is next, or wait for it; somebody else may take it."""
+        if self._queued or self._ended:
+            self._make_ready()
+        else:
             if self._make_wakeup is None:
                 self._make_wakeup = wakeup_maker()
             arrival = self._make_wakeup()
@@ -242,8 +244,6 @@ class Buffer(Generic[T]):
             finally:
                 if arrival in self._arrivals:
                     self._arrivals.remove(arrival)
-        if self._queued or self._ended:
-            self._make_ready()
 
     def _make_ready(self) -> None:
         if not self._queued:

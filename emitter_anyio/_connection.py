@@ -77,6 +77,8 @@ class Connection:
         self._tasks: TaskGroup | None = None
         self._over = False
         """Whether it is to end, or has."""
+        self._listens = False
+        """Whether the reader waits for bytes."""
         self._writes = False
         """Whether there is a task for the writer."""
         self._waits: anyio.CancelScope | None = None
@@ -187,8 +189,8 @@ class Connection:
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
-        self._over = self._discards = True
-        if self._tasks is not None and (self.held_up or not self._transport.interrupt()):
+        self._over = True
+        if self._tasks is not None and not (self._listens and self._transport.interrupt()):
             self._tasks.cancel_scope.cancel()
 
     def blurt_goodbye(self) -> bool:
@@ -225,11 +227,16 @@ class Connection:
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
         receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
-        while data := await receive(
-            size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
-        ):
+        while not self._over:
+            self._listens = True
+            data = await receive(
+                size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
+            )
+            self._listens = False
+            if not data:
+                raise EOFError("the broker closed the link")
             self.last_heard = clock()
-            if not self._discards:
+            if not (self._discards or self._over):
                 # Not kept in a variable, which would hold messages until the next ones come.
                 count = await self._take_in(deliver, codec.decode(data))
                 # In a flood each consumer then wakes for several messages, and not for each.
@@ -237,7 +244,6 @@ class Connection:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
-        raise EOFError("the broker closed the link")
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:
         count = len(events)

@@ -24,6 +24,9 @@ _Batches: TypeAlias = dict[EventStream[Any], list[EmitterMessage]]
 
 _Way: TypeAlias = list[list[EmitterMessage]]
 
+_Left: TypeAlias = tuple[EventStream[Any], list[EmitterMessage]]
+"""What has found no room in a stream."""
+
 _SOME: Final = 64
 """So many are offered at a time to a stream that has had no room."""
 
@@ -86,7 +89,7 @@ class Delivery(EventSource):
         channel, count = "", 0
         for event in events:
             if type(event) is EmitterMessage:
-                if event.channel != channel or not count:
+                if event.channel != channel:
                     channel = event.channel
                     if channel not in ways:
                         ways[channel] = self._way(channel, batches)
@@ -98,16 +101,16 @@ class Delivery(EventSource):
                         batch.append(event)
                     continue
             if count:
-                await self._hand_over_all(batches, count)
-                # What comes now may go another way.
-                batches, ways, count = {}, {}, 0
+                await self._hand_over_all(batches, count, events)
+            # What comes behind this one may go another way.
+            batches, ways, channel, count = {}, {}, "", 0
             if type(event) is EmitterMessage and not event.channel.startswith(SYSTEM):
                 await self._deliver_message(event)
                 continue
             for emission in self._session.receive(event):
                 await self._deliver_emission(emission)
         if count:
-            await self._hand_over_all(batches, count)
+            await self._hand_over_all(batches, count, events)
 
     def _way(self, channel: str, batches: _Batches) -> _Way:
         """Give the batches that messages from a channel belong to; none if they are special."""
@@ -116,13 +119,16 @@ class Delivery(EventSource):
         streams = self._routers["message"].receivers[channel]
         return [batches.setdefault(stream, []) for stream in streams]
 
-    async def _hand_over_all(self, batches: _Batches, count: int) -> None:
+    async def _hand_over_all(self, batches: _Batches, count: int, events: Sequence[Event]) -> None:
         self._received += count
-        crowded = []
+        left = []
         for stream, messages in batches.items():
             if (taken := stream.push_many(messages)) < len(messages):
-                crowded.append((stream, messages, taken))
-        for stream, messages, taken in crowded:
+                left.append((stream, messages[taken:]))
+        if len(left) > 1:
+            left = _in_turn(left, events)
+        for stream, messages in left:
+            taken = 0
             while taken < len(messages):
                 await self._hand_over(stream, messages[taken])
                 taken += 1
@@ -190,3 +196,24 @@ class Delivery(EventSource):
             ]
         self._dropped += stream.dropped
         stream.close()
+
+
+def _in_turn(left: Sequence[_Left], events: Sequence[Event]) -> list[_Left]:
+    """
+    Give what has found no room in the order in which it came.
+
+    Who reads several streams by turns would else wait for one, while the link waits for another.
+    """
+    streams: dict[int, list[EventStream[Any]]] = {}
+    for stream, messages in left:
+        for message in messages:
+            streams.setdefault(id(message), []).append(stream)
+    runs: list[_Left] = []
+    for event in events:
+        for stream in streams.get(id(event), ()):
+            assert isinstance(event, EmitterMessage)
+            if runs and runs[-1][0] is stream:
+                runs[-1][1].append(event)
+            else:
+                runs.append((stream, [event]))
+    return runs

@@ -65,6 +65,7 @@ class WatchingReader(Reader):
         # which asks the system for both addresses, and then drops it.
         self._fileno = sock.fileno()
         self._size = CHUNK
+        self._closed = False
         self._came: bytes | Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         loop.add_reader(self._fileno, self._readable)
@@ -73,6 +74,8 @@ class WatchingReader(Reader):
     async def receive(self, size: int) -> bytes:
         self._size = size
         while self._came is None:
+            if self._closed:
+                raise ClosedResourceError
             if not self._watched:
                 self._loop.add_reader(self._fileno, self._readable)
                 self._watched = True
@@ -88,8 +91,10 @@ class WatchingReader(Reader):
         return came
 
     def close(self) -> None:
+        self._closed = True
         self._watch_no_more()
-        self._arrived(ClosedResourceError())
+        if self._came is None:
+            self._arrived(ClosedResourceError())
 
     def _readable(self) -> None:
         if self._came is not None:

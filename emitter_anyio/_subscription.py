@@ -116,6 +116,8 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
         """Do what :meth:`aclose` does."""
         self.end()
         self._error = None
+        self._count()
+        self._weigh()
         self._ready.clear()
         self._queued = 0
         self._out.close()

@@ -241,7 +241,8 @@ class WebSocketTransport(Transport):
             await self.send_due()
 
     def interrupt(self) -> bool:
-        return self._below.interrupt()
+        # Behind the peer's goodbye the one who receives has ours to send.
+        return self._websocket.end is None and self._below.interrupt()
 
     async def aclose(self) -> None:
         with suppress(*BROKEN):

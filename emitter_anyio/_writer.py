@@ -240,12 +240,10 @@ class Writer:
             return self._packets[0]
         if self._size <= _GATHERED:
             return b"".join(self._packets)
-        chosen, size = [], 0
-        for packet in self._packets:
-            chosen.append(packet)
-            size += len(packet)
-            if size >= _GATHERED:
-                break
+        packets, chosen, size = iter(self._packets), list[bytes | memoryview](), 0
+        while size < _GATHERED:
+            chosen.append(next(packets))
+            size += len(chosen[-1])
         return b"".join(chosen)
 
     def _took(self, sent: int) -> None:

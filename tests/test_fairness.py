@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream
+from emitter_anyio._buffer import Overflow
 from emitter_anyio._timer import Due
 from emitter_anyio.testing import Broker
 from tests.support import packets
@@ -168,6 +169,30 @@ async def test_a_flood_on_one_subscription_does_not_hold_up_another(anyio_backen
     # Never later than those who read what came before and behind it in the same chunk.
     for number, read in enumerate(read_before, 1):
         assert read <= 999 * number + CHUNK + BUFFER
+
+
+@pytest.mark.parametrize("overflow", get_args(Overflow))
+async def test_in_a_flood_several_streams_may_be_read_by_turns(
+    anyio_backend: object, overflow: Overflow
+) -> None:
+    pairs = b"".join(
+        packets.publish(channel, b"%d" % number)
+        for number in range(500)
+        for channel in ("a/", "b/")
+    )
+
+    async def script(peer: Peer) -> None:
+        await Flood(pairs, 2).play(peer)
+
+    async with memory_peer(script, capacity=len(pairs)) as connectable:
+        async with (
+            one_link(connectable=connectable) as emitter,
+            emitter.subscribe("k", "a/", buffer=4, overflow=overflow) as one,
+            emitter.subscribe("k", "b/", buffer=4, overflow=overflow) as other,
+        ):
+            for number in range(500):
+                assert (await one.receive()).binary == b"%d" % number
+                assert (await other.receive()).binary == b"%d" % number
 
 
 async def test_a_flood_on_one_link_does_not_hold_up_another(

@@ -685,6 +685,21 @@ class TestTheEnd:
             stream.end(error)
         assert ended == [EndOfStream if error is None else ConnectionLostError] * 3
 
+    async def test_comes_behind_what_others_may_still_take(self, make: MakeStream) -> None:
+        stream = make()
+        taken: list[object] = []
+
+        async def receive() -> None:
+            taken.append(await stream.receive())
+
+        async with anyio.create_task_group() as tasks:
+            for _ in range(2):
+                tasks.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            stream.push_many([1, 2])
+            stream.end()
+        assert sorted(map(str, taken)) == ["1", "2"]
+
     async def test_of_a_stream_that_is_left(self, make: MakeStream) -> None:
         stream = fill(make(), 1, 2)
         await stream.aclose()
@@ -693,6 +708,7 @@ class TestTheEnd:
             await stream.receive()
         assert stream.push(3)
         fill(stream, 4)
+        assert stream.statistics() == figures(2, 0, 0, 0)
 
     async def test_leaving_wakes_the_receiver_and_never_waits(self, make: MakeStream) -> None:
         stream = make()

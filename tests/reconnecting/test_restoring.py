@@ -13,6 +13,7 @@ from emitter_anyio import (
     Backoff,
     ConnectionLostError,
     Emitter,
+    EmitterMessage,
     UnauthorizedError,
     connect,
 )
@@ -356,3 +357,33 @@ async def test_what_was_left_before_it_is_restored_is_not_asked_for(
         await emitter._restore_feed(feed, key)
         await emitter._restore_changes("a/", key)
         assert emitter.statistics().pending == 0
+
+
+async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -> None:
+    key, gate, done = broker.keygen("a/#/", "rwl"), anyio.Event(), anyio.Event()
+    taken: list[bytes] = []
+    for number in range(4):
+        await broker.publish("a/b/", str(number), ttl=1000)
+    async with many_links(broker.url) as emitter:
+
+        async def take(message: EmitterMessage) -> None:
+            await gate.wait()
+            taken.append(message.binary)
+            if len(taken) == 4:
+                done.set()
+
+        async def subscribe() -> None:
+            await emitter.subscribe(key, "a/b/", last=4)
+
+        emitter.on("message", take, buffer=1, overflow="block")
+        await emitter.subscribe(key, "a/", last=0)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(subscribe)
+            link = emitter._connection
+            assert link is not None
+            while not link.held_up:
+                await checkpoint()
+            await another_link(emitter, broker)
+            gate.set()
+        await done.wait()
+    assert taken == [b"0", b"1", b"2", b"3"]
