@@ -3,14 +3,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import anyio
 import pytest
 from anyio import ClosedResourceError
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._reading import CHUNK, AskingReader, WatchingReader, open_reader
+from emitter_anyio._reading import CHUNK, AskingReader, Reader, WatchingReader, open_reader
 
 pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
@@ -107,6 +107,35 @@ async def test_closing_it_lets_go_who_waits(pair: tuple[socket.socket, socket.so
         tasks.start_soon(receive)
         await anyio.wait_all_tasks_blocked()
         reader.close()
+
+
+async def test_closing_it_leaves_what_has_come(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    reader = open_reader(ours)
+    assert isinstance(reader, WatchingReader)
+    theirs.send(b"x")
+    while reader._came is None:
+        await checkpoint()
+    reader.close()
+    assert await reader.receive(CHUNK) == b"x"
+    with pytest.raises(ClosedResourceError):
+        await reader.receive(CHUNK)
+    assert not is_watched(ours)
+
+
+@pytest.mark.parametrize("make", [AskingReader, open_reader])
+async def test_one_that_is_closed_reads_no_more(
+    pair: tuple[socket.socket, socket.socket], make: Callable[[socket.socket], Reader]
+) -> None:
+    ours, theirs = pair
+    reader = make(ours)
+    reader.close()
+    theirs.send(b"x")
+    for _ in range(2):
+        with pytest.raises(ClosedResourceError):
+            await reader.receive(CHUNK)
 
 
 async def test_a_loop_that_watches_no_sockets(

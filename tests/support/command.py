@@ -14,7 +14,7 @@ from anyio.abc import Process
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Not with -X dev: asyncio would tell on stderr which steps took long on a loaded machine.
+# Not with -X dev, nor with PYTHONASYNCIODEBUG: asyncio would tell on stderr which steps took long on a loaded machine.
 _PYTHON = (sys.executable, "-W", "error")
 
 
@@ -23,7 +23,8 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
         name: value
         for name, value in os.environ.items()
         # Without a buffer, nobody would see that a line has not been flushed.
-        if not name.startswith("EMITTER_") and name != "PYTHONUNBUFFERED"
+        if not name.startswith("EMITTER_")
+        and name not in ("PYTHONASYNCIODEBUG", "PYTHONUNBUFFERED")
     }
     return {**inherited, **(more or {})}
 
