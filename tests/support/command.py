@@ -14,8 +14,8 @@ from anyio.abc import Process
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Neither with -X dev nor with PYTHONASYNCIODEBUG: asyncio would tell on stderr which steps took long
-# on a loaded machine.
+# Neither with -X dev nor with PYTHONASYNCIODEBUG: asyncio would tell on stderr which steps took
+# long on a loaded machine.
 _PYTHON = (sys.executable, "-W", "error")
 
 
