@@ -24,8 +24,8 @@ _Batches: TypeAlias = dict[EventStream[Any], list[EmitterMessage]]
 
 _Way: TypeAlias = list[list[EmitterMessage]]
 
-_Left: TypeAlias = tuple[EventStream[Any], list[EmitterMessage]]
-"""What has found no room in a stream."""
+_Crowded: TypeAlias = tuple[EventStream[Any], list[EmitterMessage], int]
+"""A stream, what has come for it, and how many of them have found room."""
 
 _SOME: Final = 64
 """So many are offered at a time to a stream that has had no room."""
@@ -121,18 +121,21 @@ class Delivery(EventSource):
 
     async def _hand_over_all(self, batches: _Batches, count: int, events: Sequence[Event]) -> None:
         self._received += count
-        left = []
+        crowded: dict[int, list[_Crowded]] = {}
         for stream, messages in batches.items():
             if (taken := stream.push_many(messages)) < len(messages):
-                left.append((stream, messages[taken:]))
-        if len(left) > 1:
-            left = _in_turn(left, events)
-        for stream, messages in left:
-            taken = 0
-            while taken < len(messages):
-                await self._hand_over(stream, messages[taken])
+                crowded.setdefault(id(messages[taken]), []).append((stream, messages, taken))
+        if not crowded:
+            return
+        # In the order in which they came: who reads several streams by turns would else wait for
+        # one, while the link waits for another.
+        for event in events:
+            for stream, messages, taken in crowded.pop(id(event), ()):
+                await self._hand_over(stream, event)
                 taken += 1
                 taken += stream.push_many(messages[taken : taken + _SOME])
+                if taken < len(messages):
+                    crowded.setdefault(id(messages[taken]), []).append((stream, messages, taken))
 
     async def _deliver_emission(self, emission: Emission) -> None:
         if emission.event == "message":
@@ -196,24 +199,3 @@ class Delivery(EventSource):
             ]
         self._dropped += stream.dropped
         stream.close()
-
-
-def _in_turn(left: Sequence[_Left], events: Sequence[Event]) -> list[_Left]:
-    """
-    Give what has found no room in the order in which it came.
-
-    Who reads several streams by turns would else wait for one, while the link waits for another.
-    """
-    streams: dict[int, list[EventStream[Any]]] = {}
-    for stream, messages in left:
-        for message in messages:
-            streams.setdefault(id(message), []).append(stream)
-    runs: list[_Left] = []
-    for event in events:
-        for stream in streams.get(id(event), ()):
-            assert isinstance(event, EmitterMessage)
-            if runs and runs[-1][0] is stream:
-                runs[-1][1].append(event)
-            else:
-                runs.append((stream, [event]))
-    return runs
