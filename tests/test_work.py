@@ -49,8 +49,8 @@ BOUNDS: Final = {
     ("publishing", "trio"): at_most(13, 16, 0.052),
     ("confirming", "asyncio"): at_most(56.7, 89, 0.36),
     ("confirming", "trio"): at_most(58.1, 108, 0.58),
-    ("receiving_large", "asyncio"): at_most(155.4, 544, 10),
-    ("receiving_large", "trio"): at_most(144.4, 744, 16.5),
+    ("receiving_large", "asyncio"): at_most(154.5, 544, 10),
+    ("receiving_large", "trio"): at_most(143.5, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
