@@ -15,6 +15,7 @@ from ._backend import Wakeup, wakeup_maker
 from ._channels import check_channel, check_key, format_topic
 from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
+from ._limits import Limits
 from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
@@ -58,7 +59,7 @@ class Connection:
         transport: Transport,
         codec: Codec,
         first: list[Event],
-        keepalive: float,
+        options: Options,
     ) -> None:
         self.server = server
         self.since = datetime.now(UTC)
@@ -73,7 +74,7 @@ class Connection:
         self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
-        self._keepalive = keepalive
+        self._options = options
         self._tasks: TaskGroup | None = None
         self._over = False
         """Whether it is to end, or has."""
@@ -90,6 +91,12 @@ class Connection:
     def make_wakeup(self) -> Callable[[], Wakeup]:
         """Makes what one waits for an answer by; many links never do."""
         return wakeup_maker()
+
+    @cached_property
+    def limits(self) -> Limits | None:
+        """How long one waits here for an answer, unless it is said."""
+        seconds = self._options.request_timeout
+        return None if seconds is None else Limits(seconds, self.timer, self.writer)
 
     @property
     def leaving(self) -> bool:
@@ -129,7 +136,7 @@ class Connection:
         try:
             async with anyio.create_task_group() as self._tasks:
                 self.writer.begin(self._start_writing)
-                _Keepalive(self, self._keepalive, ping)
+                _Keepalive(self, self._options.keepalive, ping)
                 self.timer.begin(self._break)
                 try:
                     if not self._over:
@@ -340,7 +347,7 @@ async def _open(server: Server, options: Options, hello: Hello) -> Connection:
             events = codec.decode(data)
         match events.pop(0):
             case ConnAck(0):
-                return Connection(server, transport, codec, events, options.keepalive)
+                return Connection(server, transport, codec, events, options)
             case ConnAck(code):
                 raise ConnectRefusedError(
                     f"{server} refused: {_REFUSALS.get(code, f'code {code}')}", code=code

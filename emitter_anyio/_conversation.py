@@ -18,10 +18,10 @@ from ._errors import (
     UnauthorizedError,
 )
 from ._life import Life
+from ._limits import Limits
 from ._pending import Pending
 from ._reconnecting import RESTORING
 from ._requests import Request
-from ._session import Session
 
 T = TypeVar("T")
 
@@ -36,36 +36,6 @@ DEFAULT: Final = _Default.TIMEOUT
 
 Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
 """Seconds to wait for the broker; ``None`` waits for ever."""
-
-
-class _Limit:
-    """
-    A ``Due``: how long one waits for an answer, from the time that all that is queued has left.
-
-    :param wake: is called then, unless it is ``done``
-    :param session: all that is restored is asked at once, and Emitter answers one after the other:
-        as long as this one is answered anything, nothing is late
-    """
-
-    __slots__ = ("_answered", "_link", "_seconds", "_session", "_wake", "done")
-
-    def __init__(
-        self, seconds: float, link: Connection, wake: Callable[[], None], session: Session | None
-    ) -> None:
-        self._seconds, self._link, self._wake, self._session = seconds, link, wake, session
-        self._answered = -1
-        self.done = False
-        link.writer.call_when_left(link.writer.queued, self._begin)
-
-    def _begin(self) -> None:
-        self._link.timer.add(self._link.writer.last_sent + self._seconds, self)
-
-    def fall_due(self, now: float) -> None:
-        if self._session is not None and self._answered < self._session.answered:
-            self._answered = self._session.answered
-            self._link.timer.add(now + self._seconds, self)
-        else:
-            self._wake()
 
 
 class Conversation(Life):
@@ -132,13 +102,13 @@ class Conversation(Life):
         if pending.done:
             await checkpoint()
             return pending.result()
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
         link = self._connection
         assert link is not None
-        over, limit = link.make_wakeup(), None
-        pending.call_when_done(over.set)
-        if seconds is not None:
-            limit = _Limit(seconds, link, over.set, self._session if RESTORING.get() else None)
+        usual = timeout is DEFAULT and not RESTORING.get()
+        limits = link.limits if usual else self._own_limits(link, timeout)
+        over = link.make_wakeup()
+        pending.call_when_done(wake := over.set)
+        limit = None if limits is None else limits.add(wake)
         pending.waiters += 1
         try:
             await over.wait()
@@ -148,12 +118,19 @@ class Conversation(Life):
             if limit is not None:
                 limit.done = True
         if not pending.done:
+            assert limits is not None
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(
-                f"{pending.operation}{where}: the broker did not answer within {seconds:g} s; "
-                "whether it took effect is unknown"
+                f"{pending.operation}{where}: the broker did not answer within "
+                f"{limits.seconds:g} s; whether it took effect is unknown"
             )
         return pending.result()
+
+    def _own_limits(self, link: Connection, timeout: Timeout) -> Limits | None:
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        if seconds is None:
+            return None
+        return Limits(seconds, link.timer, link.writer, self._session if RESTORING.get() else None)
 
     def _check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
         size = 2 + len(topic) + len(payload) + (2 if qos else 0)

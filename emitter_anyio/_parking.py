@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import trio
 from trio.lowlevel import Abort, RaiseCancelT, current_task, reschedule, wait_task_rescheduled
 
@@ -21,11 +23,17 @@ class TaskWakeup:
             reschedule(self._task)
             self._task = None
 
-    async def wait(self) -> None:
-        if not self._set:
-            self._task = current_task()
-            await wait_task_rescheduled(self._leave)
+    def wait(self) -> Awaitable[None]:
+        if self._set:
+            return _nothing()
+        self._task = current_task()
+        # One step less for each who waits, where this would be async itself.
+        return wait_task_rescheduled(self._leave)  # noqa: ASYNC105 - the one who asks awaits it
 
     def _leave(self, _: RaiseCancelT) -> Abort:
         self._task = None
         return Abort.SUCCEEDED
+
+
+async def _nothing() -> None:
+    """What has happened already is waited for."""

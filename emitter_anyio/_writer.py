@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from operator import itemgetter
 from typing import Final
 
 import anyio
@@ -50,10 +52,11 @@ class Writer:
         self._start: Callable[[], object] | None = None
         self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
-        self._marks: deque[tuple[int, Callable[[], None]]] = deque()
+        self._marks: list[tuple[int, Callable[[], None]]] = []
         self._under_way = 0
         self._torn = False
-        self._broken = False
+        self.broken = False
+        """Whether nothing will leave any more."""
         self.gathers = False
         """Whether one packet has been sent at once since anything came, so that others gather."""
         self.ended = False
@@ -139,14 +142,14 @@ class Writer:
         Have a function called when the first ``mark`` bytes of the link have been handed over, or
         it is gone; which may be now.
         """
-        if self.sent < mark and not self._broken:
-            self._marks.append((mark, waker))
+        if self.sent < mark and not self.broken:
+            insort(self._marks, (mark, waker), key=itemgetter(0))
         else:
             waker()
 
     async def left(self, mark: int) -> None:
         """Wait until the first ``mark`` bytes of the link have been handed over, or it is gone."""
-        if self.sent < mark and not self._broken:
+        if self.sent < mark and not self.broken:
             event = anyio.Event()
             self.call_when_left(mark, event.set)
             await event.wait()
@@ -189,7 +192,7 @@ class Writer:
 
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""
-        self._broken = True
+        self.broken = True
         for turn in self._waiting:
             turn.set()
         for _, waker in self._marks:
@@ -262,9 +265,9 @@ class Writer:
                 break
             sent -= len(packet)
         while self._marks and self._marks[0][0] <= self.sent:
-            self._marks.popleft()[1]()
+            self._marks.pop(0)[1]()
         self._admit()
 
     def _admit(self) -> None:
-        if self._waiting and (self._size < _HIGH_WATER or self._broken):
+        if self._waiting and (self._size < _HIGH_WATER or self.broken):
             self._waiting[0].set()

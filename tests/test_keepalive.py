@@ -399,8 +399,9 @@ async def test_the_timer_of_a_busy_link_wakes_for_few(
                 await emitter.publish("k", "a/", "x", qos=1)
                 await anyio.sleep(7.2)
     assert len(watched.times[PUBLISH]) == 500
-    # For every second one of the times by which there was to be an answer, which finds it done.
-    assert len(woken) < 260
+    # For every second one of the times by which there was to be an answer, which finds it done, and
+    # for the 60 s of silence that never come.
+    assert len(woken) < 320
 
 
 async def test_the_timer_wakes_once_for_a_ping_that_is_answered(

@@ -1,0 +1,182 @@
+"""How long one waits for an answer: each from the moment at which his question has left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio import RequestTimeoutError
+from emitter_anyio._limits import Limit, Limits
+from emitter_anyio._timer import Timer
+from emitter_anyio._transport import Transport
+from emitter_anyio._writer import Writer
+from tests.support.links import one_link
+from tests.support.peer import PUBLISH, Peer, memory_peer
+
+SECONDS: Final = (5, 5, 2)
+"""Two with the same, as one that is asked for by itself beside the client's own."""
+
+
+class World(Transport):
+    """A link that takes what it may, and a clock; both are moved by hand."""
+
+    tears = False
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.may_take = 0
+        self.wakes_at = math.inf
+
+    async def receive(self, size: int = 0) -> bytes:
+        raise NotImplementedError
+
+    async def send(self, data: bytes | memoryview) -> int:
+        raise NotImplementedError
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        raise NotImplementedError
+
+    def try_send(self, data: bytes | memoryview) -> int:
+        taken = min(len(data), self.may_take)
+        self.may_take -= taken
+        return taken
+
+    def clock(self) -> float:
+        return self.now
+
+    def open_waker(self, wake: Callable[[], None]) -> World:
+        self.wake = wake
+        return self
+
+    def set(self, when: float) -> None:
+        self.wakes_at = when
+
+    def stop(self) -> None:
+        self.wakes_at = math.inf
+
+
+class Waiting:
+    """One who waits, and what must become of it."""
+
+    def __init__(self, world: World, seconds: float) -> None:
+        self.world = world
+        self.seconds = seconds
+        self.limit: Limit
+        self.mark = 0
+        self.left: float | None = None
+        self.woken: list[float] = []
+
+    def wake(self) -> None:
+        self.woken.append(self.world.now)
+
+
+_ask = st.tuples(st.sampled_from(range(3)), st.integers(1, 40))
+_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), _ask),
+        st.tuples(st.just("take"), st.integers(1, 100)),
+        st.tuples(st.just("answer"), st.integers(0, 20)),
+        st.tuples(st.just("wait"), st.integers(1, 4)),
+    ),
+    min_size=20,
+    max_size=60,
+)
+
+
+@given(_steps)
+def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> None:
+    world = World()
+    timer = Timer(world.open_waker, world.clock)
+    writer = Writer(world, world.clock)
+    limits = [Limits(seconds, timer, writer) for seconds in SECONDS]
+    everybody: list[Waiting] = []
+    writer.begin(lambda: None)
+    timer.begin(lambda exc: pytest.fail(repr(exc)))
+
+    def note_left() -> None:
+        for one in everybody:
+            if one.left is None and one.mark <= writer.sent:
+                one.left = world.now
+
+    for step in steps:
+        match step:
+            case ("ask", (int(which), int(size))):
+                one = Waiting(world, SECONDS[which])
+                everybody.append(one)
+                writer.write(bytes(size))
+                one.mark = writer.queued
+                one.limit = limits[which].add(one.wake)
+            case ("take", int(size)):
+                world.may_take += size
+                writer.hurry()
+            case ("answer", int(which)) if which < len(everybody):
+                everybody[which].limit.done = True
+            case ("wait", int(seconds)):
+                until = world.now + seconds
+                while world.wakes_at <= until:
+                    world.now, world.wakes_at = world.wakes_at, math.inf
+                    world.wake()
+                world.now = until
+        note_left()
+        for one in everybody:
+            if one.left is None or one.left + one.seconds > world.now:
+                assert not one.woken
+            elif not one.limit.done:
+                assert one.woken == [one.left + one.seconds]
+
+
+class Reluctant:
+    """A peer that answers one of the publishes, after a while."""
+
+    def __init__(self, answered: int, after: float) -> None:
+        self._answered = answered
+        self._after = after
+
+    async def play(self, peer: Peer) -> None:
+        await peer.accept()
+        for number in range(4):
+            packet = await peer.until(PUBLISH)
+            if number == self._answered:
+                await anyio.sleep(self._after)
+                await peer.answer(packet)
+        await peer.answer_all()
+
+
+@pytest.mark.virtual_time
+async def test_an_answer_for_one_changes_nothing_for_the_others(anyio_backend: object) -> None:
+    ends: dict[str, float] = {}
+    async with memory_peer(Reluctant(1, 1).play) as connectable:
+        async with one_link(connectable=connectable, request_timeout=10) as emitter:
+            start = anyio.current_time()
+
+            async def ask(name: str, timeout: float | None) -> None:
+                options = {} if timeout is None else {"timeout": timeout}
+                try:
+                    await emitter.publish("k", f"{name}/", "x", qos=1, **options)  # type: ignore[arg-type]
+                except RequestTimeoutError as exc:
+                    name = str(exc)
+                ends[name] = round(anyio.current_time() - start, 3)
+
+            async with anyio.create_task_group() as tasks:
+                for name, timeout in (("a", None), ("b", None), ("c", 2.5), ("d", None)):
+                    tasks.start_soon(partial(ask, name, timeout))
+                    await anyio.sleep(3)
+    in_vain = (
+        "publish '{}/': the broker did not answer within {} s; whether it took effect is unknown"
+    )
+    assert ends == {
+        in_vain.format("a", 10): 10,
+        "b": 4,
+        in_vain.format("c", 2.5): 8.5,
+        in_vain.format("d", 10): 19,
+    }
