@@ -1,18 +1,20 @@
 """MQTT 3.1.1 as bytes: the only file that imports Paho.
 
-Paho sees a socket in memory. It does CONNECT, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT and their
-answers, by ``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0 and
-``PUBACK``, nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is encoded
-here too: through Paho each would cost ten times as much. So are the pings, which are all the
-traffic of an idle link, and CONNACK, which Paho does not tell of when it says 1 or 2.
+Paho sees a socket in memory. It does CONNECT, SUBSCRIBE and UNSUBSCRIBE and their answers, by
+``loop_read()`` and ``loop_write()``, which never wait here. ``PUBLISH`` of QoS 0 and ``PUBACK``,
+nearly all of the traffic, are framed and decoded in place, and ``PUBLISH`` is encoded here too:
+through Paho each would cost ten times as much. So are the pings and DISCONNECT, two bytes that are
+always the same, and CONNACK, which Paho does not tell of when it says 1 or 2.
 
-Each link has a codec of its own, so that Paho never sends again what an earlier link left open.
+Each link has a Paho of its own, so that it never sends again what an earlier link left open; but
+only once there is something for it to do, since to make it takes a tenth of opening a link. What
+CONNECT it has written is remembered, if there is no secret in it.
 """
 
 from __future__ import annotations
 
 import struct
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import paho.mqtt.client as paho
@@ -44,6 +46,10 @@ _PUBACK: Final = 4
 _PINGRESP: Final = 13
 
 _PINGREQ: Final = b"\xc0\0"
+_DISCONNECT: Final = b"\xe0\0"
+
+_CONNECTS: Final = 64
+"""So many are remembered."""
 
 _SHORT_PUBLISH: Final = struct.Struct("!BBH")
 _PUBLISH_HEAD: Final = struct.Struct("!BBBH")
@@ -100,19 +106,31 @@ class _MemorySocket:
 class _PahoClient(paho.Client):
     """Paho with the three private hooks that an external session and an in-memory link need."""
 
-    def __init__(self, link: _MemorySocket, client_id: str) -> None:
+    def __init__(self, hello: Hello) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2,
-            client_id,
+            hello.client_id,
             protocol=MQTTProtocolVersion.MQTTv311,
             # Paho would answer some refusals with a blocking reconnect() inside loop_read().
             reconnect_on_failure=False,
         )
-        self._link = link
+        if hello.username is not None:
+            self.username_pw_set(hello.username, hello.password)
+        if hello.will is not None:
+            self.will_set(hello.will.topic.decode(), hello.will.payload, retain=hello.will.retain)
+        self.link = _MemorySocket()
         self.next_mid = 0
+        self.connect("emitter", 1, hello.keepalive)
+
+    def written(self) -> bytes:
+        """Give what it has written; first of all that is CONNECT."""
+        self.loop_write()
+        data = bytes(self.link.outbound)
+        self.link.outbound.clear()
+        return data
 
     def _create_socket(self) -> Any:
-        return self._link
+        return self.link
 
     def _mid_generate(self) -> int:
         # The session allots the packet ids: Paho's own counter runs into ids that are pending.
@@ -145,22 +163,14 @@ class Codec:
         self._head_size = 0
         """How many bytes the last one had: most have as many."""
         self._heard: list[Event] = []
-        self._link = _MemorySocket()
-        self._paho = client = _PahoClient(self._link, hello.client_id)
-        if hello.username is not None:
-            client.username_pw_set(hello.username, hello.password)
-        if hello.will is not None:
-            client.will_set(hello.will.topic.decode(), hello.will.payload, retain=hello.will.retain)
-        # A callback that raises would make Paho handle the same packet again: they only append.
-        # Nor do they know the codec: what a link leaves behind waits for no garbage collector.
-        client.on_subscribe = partial(_note_suback, self._heard)
-        client.on_unsubscribe = partial(_note_unsuback, self._heard)
-        client.on_message = partial(_note_message, self._heard)
+        self._hello = hello
+        self._paho: _PahoClient | None = None
 
     def connect(self) -> bytes:
         """Encode the CONNECT with which a link begins."""
-        self._paho.connect("emitter", 1, self._keepalive)
-        return self._written()
+        hello = self._hello
+        secret = hello.password is not None or hello.will is not None
+        return _PahoClient(hello).written() if secret else _encode_connect(hello)
 
     def encode(self, packet: Packet) -> bytes:
         """Turn a packet into bytes."""
@@ -168,16 +178,17 @@ class Codec:
             return encode_publish(packet.topic, packet.payload, packet.retain, packet.packet_id)
         if type(packet) is PingReq:
             return _PINGREQ
+        if type(packet) is Disconnect:
+            return _DISCONNECT
+        client = self._use_paho()
         match packet:
             case Subscribe(packet_id, topic):
-                self._paho.next_mid = packet_id
-                self._paho.subscribe(topic)
-            case Unsubscribe(packet_id, topic):
-                self._paho.next_mid = packet_id
-                self._paho.unsubscribe(topic)
-            case Disconnect():  # pragma: no branch - there is no other packet
-                self._paho.disconnect()
-        return self._written()
+                client.next_mid = packet_id
+                client.subscribe(topic)
+            case Unsubscribe(packet_id, topic):  # pragma: no branch - there is no other packet
+                client.next_mid = packet_id
+                client.unsubscribe(topic)
+        return client.written()
 
     def decode(self, data: bytes) -> list[Event]:
         """
@@ -206,7 +217,10 @@ class Codec:
 
     def take_written(self) -> bytes:
         """Give what Paho has written on its own, such as the answer to a PINGREQ."""
-        return self._written() if self._link.outbound or self._paho.want_write() else b""
+        client = self._paho
+        if client is None or not (client.link.outbound or client.want_write()):
+            return b""
+        return client.written()
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
@@ -309,30 +323,39 @@ class Codec:
         kind = head >> 4
         if kind == _PUBLISH and head & 6 != 2:
             raise RemoteProtocolError("the peer delivered at a QoS over 1, which nobody asked for")
-        self._link.inbound += packet
+        client = self._use_paho()
+        client.link.inbound += packet
         try:
             # One call takes one packet in, or more where Paho has messages of its own in flight,
             # which it never has here.
-            code = self._paho.loop_read()
+            code = client.loop_read()
         except Exception as exc:
             # Paho up to 2.1 lets struct.error and the like out.
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}") from exc
-        if code == MQTTErrorCode.MQTT_ERR_NO_CONN:
-            # Behind our DISCONNECT Paho takes nothing in, and nobody waits for an answer any more.
-            self._link.inbound.clear()
-            return
-        if code != MQTTErrorCode.MQTT_ERR_SUCCESS or self._link.inbound:
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS or client.link.inbound:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
         events += self._heard
         self._heard.clear()
         if kind == _CONNACK:
             events.append(ConnAck(packet[-1]))
 
-    def _written(self) -> bytes:
-        self._paho.loop_write()
-        data = bytes(self._link.outbound)
-        self._link.outbound.clear()
-        return data
+    def _use_paho(self) -> _PahoClient:
+        if self._paho is None:
+            self._paho = client = _PahoClient(self._hello)
+            # A callback that raises would make Paho handle the same packet again: they only
+            # append. Nor do they know the codec: what a link leaves behind waits for no garbage
+            # collector.
+            client.on_subscribe = partial(_note_suback, self._heard)
+            client.on_unsubscribe = partial(_note_unsuback, self._heard)
+            client.on_message = partial(_note_message, self._heard)
+            # Its CONNECT has been sent.
+            client.written()
+        return self._paho
+
+
+@lru_cache(_CONNECTS)
+def _encode_connect(hello: Hello) -> bytes:
+    return _PahoClient(hello).written()
 
 
 def _note_suback(

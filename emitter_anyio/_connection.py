@@ -256,7 +256,7 @@ class Connection:
         count = len(events)
         # Several acknowledgements let several go on: what they publish leaves together.
         self.writer.gathers = count > 1
-        if written := self._codec.take_written():
+        if (written := self._codec.take_written()) and not self.leaving:
             self.writer.write(written)
         await deliver(events)
         if self.held_up:

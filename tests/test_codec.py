@@ -350,13 +350,6 @@ class TestTheGoodbye:
         assert codec.encode(Disconnect()) == packet(0xE0, b"")
         events = codec.decode(late + publish("a/", b"y") + puback(3))
         assert plain(events)[-2:] == [("message", "a/", b"y"), ("PubAck", 3)]
-        assert codec.take_written() == b""
-
-    def test_it_is_said_once(self) -> None:
-        codec = connected()
-        codec.encode(Disconnect())
-        assert codec.encode(Disconnect()) == b""
-        assert codec.take_written() == b""
 
     def test_nonsense_behind_it_is_still_an_error(self) -> None:
         codec = connected()

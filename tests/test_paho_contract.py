@@ -86,9 +86,9 @@ class TestPrivateHooks:
 
     def test_connect_asks_for_the_socket_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = count_sockets(monkeypatch)
-        codec = connected()
+        client = _codec._PahoClient(Hello())
         assert len(made) == 1
-        assert codec._paho.socket() is made[0]
+        assert client.socket() is made[0]
 
     def test_the_packet_ids_are_those_of_the_hook(self) -> None:
         codec = connected()
@@ -134,7 +134,7 @@ class TestTraps:
 
     def test_1_a_loop_read_too_many_finds_nothing_and_no_end(self) -> None:
         codec = connected()
-        assert codec._paho.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS
+        assert codec._use_paho().loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS
         assert codec.decode(suback(1, 0)) == [SubAck(1, (0,))]
 
     @pytest.mark.parametrize("packet_id", [None, 5])
@@ -145,7 +145,7 @@ class TestTraps:
         assert [event.binary for event in events if isinstance(event, EmitterMessage)] == payloads
 
     def test_6_a_plain_client_handles_a_packet_again_if_a_callback_raises(self) -> None:
-        client = _codec._PahoClient(_codec._MemorySocket(), "")
+        client = _codec._PahoClient(Hello())
         calls = []
 
         def raises(*args: object) -> None:
@@ -153,8 +153,7 @@ class TestTraps:
             raise ZeroDivisionError
 
         client.on_message = raises
-        client.connect("nowhere")
-        client._link.inbound += CONNACK + publish("a/", b"x")
+        client.link.inbound += CONNACK + publish("a/", b"x")
         client.loop_read()
         for _ in range(4):
             with pytest.raises(ZeroDivisionError):
@@ -177,7 +176,7 @@ class TestTraps:
         def raises(*args: object) -> None:
             raise ZeroDivisionError
 
-        codec._paho.on_subscribe = raises
+        codec._use_paho().on_subscribe = raises
         (event,) = codec.decode(suback(1, 0) + publish("a/", b"x"))
         assert isinstance(event, RemoteProtocolError)
         assert isinstance(event.__cause__, ZeroDivisionError)
@@ -193,15 +192,14 @@ class TestTraps:
         assert len(events) == 2
 
     def test_13_a_plain_client_holds_publishes_back(self) -> None:
-        client = _codec._PahoClient(_codec._MemorySocket(), "")
-        client.connect("nowhere")
-        client._link.inbound += CONNACK
+        client = _codec._PahoClient(Hello())
+        client.link.inbound += CONNACK
         client.loop_read()
-        client._link.outbound.clear()
+        client.link.outbound.clear()
         for number in range(1, 101):
             client.next_mid = number
             client.publish("a/", b"", qos=1)
-        assert bytes(client._link.outbound) == b"".join(
+        assert bytes(client.link.outbound) == b"".join(
             publish("a/", b"", number) for number in range(1, 21)
         )
 
@@ -246,12 +244,12 @@ class TestTraps:
     def test_29_a_refusal_is_not_answered_with_a_reconnect(
         self, code: int, client_id: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made = count_sockets(monkeypatch)
         codec = Codec(Hello(client_id))
         hello = codec.connect()
+        made = count_sockets(monkeypatch)
         assert codec.decode(connack(code)) == [ConnAck(code)]
         assert codec.take_written() == b""
-        assert len(made) == 1
+        assert not made
         # A later one neither.
         codec = Codec(Hello(client_id))
         assert codec.connect() == hello
@@ -259,19 +257,19 @@ class TestTraps:
         (event,) = codec.decode(connack(code))
         assert isinstance(event, RemoteProtocolError)
         assert codec.take_written() == b""
-        assert len(made) == 2
+        assert len(made) == 1
 
     def test_30_no_lock_of_paho_is_held_when_events_come_out(self) -> None:
         codec = connected()
         for event in codec.decode(publish("a/", b"x", 5) + suback(1, 0) + unsuback(2)):
-            lock = codec._paho._in_callback_mutex
+            lock = codec._use_paho()._in_callback_mutex
             assert lock.acquire(blocking=False), event
             lock.release()
             assert codec.encode(Subscribe(3, "b/"))
             assert connected().take_written() == b""
 
     def test_30_paho_is_told_of_no_callback_that_it_calls_around_a_socket(self) -> None:
-        client = connected()._paho
+        client = connected()._use_paho()
         assert client.on_socket_open is None
         assert client.on_socket_close is None
         assert client.on_socket_register_write is None
@@ -280,8 +278,11 @@ class TestTraps:
     def test_34_disconnect_leaves_at_once(self) -> None:
         codec = connected()
         assert codec.encode(Disconnect()) == packet(0xE0, b"")
-        assert codec._paho.socket() is None
         assert codec.take_written() == b""
+        client = _codec._PahoClient(Hello())
+        client.written()
+        client.disconnect()
+        assert client.written() == packet(0xE0, b"")
 
     FILTERS = ("#/", "k/#/", "k/#/?last=5", "#?last=5", "k/a+/", "k/+/a/?last=0", "k/$share/g/a/")
 
@@ -297,8 +298,37 @@ class TestTraps:
         with pytest.raises(ValueError, match="Invalid subscription filter"):
             plain_client().subscribe(filter_)
 
+    def test_it_is_made_when_there_is_something_for_it_to_do(self) -> None:
+        codec = connected()
+        codec.encode(Publish(b"a/", b"x", 1))
+        codec.encode(PingReq())
+        codec.decode(packet(0x40, two(1)) + PINGRESP + publish("a/", b"x"))
+        codec.take_written()
+        codec.encode(Disconnect())
+        assert codec._paho is None
+        assert codec.encode(Subscribe(2, "a/"))[0] == 0x82
+        assert codec._paho is not None
+
+    @pytest.mark.parametrize(
+        "hello",
+        [
+            Hello("a", "me", "secret"),
+            Hello("a", will=Publish(b"secret/a/", b"x")),
+        ],
+    )
+    def test_a_connect_with_a_secret_is_not_remembered(self, hello: Hello) -> None:
+        remembered = _codec._encode_connect
+        remembered.cache_clear()
+        assert Codec(hello).connect() == Codec(hello).connect()
+        assert b"secret" in Codec(hello).connect()
+        assert remembered.cache_info().currsize == 0
+        plain = Codec(Hello("a")).connect()
+        assert remembered.cache_info().currsize == 1
+        assert Codec(Hello("a")).connect() is plain
+        assert Codec(Hello("b")).connect() == plain.replace(b"\x01a", b"\x01b")
+
     def test_a_puback_never_reaches_paho(self) -> None:
         # It would wake what waits for a message of Paho's own with the same id.
         codec = connected()
         assert codec.decode(packet(0x40, two(7))) == [PubAck(7)]
-        assert codec._paho._link.inbound == b""
+        assert codec._use_paho().link.inbound == b""

@@ -96,9 +96,9 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
 
 def held(made: Codec) -> int:
     """How many bytes from the peer and to it a codec holds: its own, and what Paho has."""
-    client = made._paho
+    client = made._use_paho()
     paho = (client._in_packet["packet"], *client._out_packet, *client._in_messages)
-    link = made._link
+    link = client.link
     own = len(made._rest) + len(link.inbound) + len(link.outbound)
     return own + sum(len(item) if isinstance(item, bytes | bytearray) else 1 for item in paho)
 
