@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import ssl
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Final, Literal
 from urllib.parse import quote, unquote, urlsplit
@@ -92,9 +94,7 @@ class Options:
 
 logger = logging.getLogger("emitter_anyio")
 
-_PLAIN: Final = tuple(each.name for each in fields(Options) if each.name != "servers")
 _PLACE: Final = ("host", "port", "secure", "servers")
-_NAMES: Final = (*_PLACE, *_PLAIN)
 
 
 def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str, Any]) -> Options:
@@ -123,14 +123,16 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
             raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
         said[name] = value
     for name in said:
-        if name not in _NAMES:
-            raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(_NAMES))}")
+        if name not in _CHECKS and name not in _PLACE:
+            raise TypeError(
+                f"unknown option {name!r}; there are {', '.join(sorted((*_PLACE, *_CHECKS)))}"
+            )
     place: dict[str, Any] = {name: said.pop(name) for name in _PLACE if name in said}
     if said.get("connectable") is not None and not place:
         made = Options(servers=(Server("connectable", "", 0),), **said)
     else:
         made = Options(servers=_servers(place, server), **said)
-    _check(made)
+    _check(made, said)
     return made
 
 
@@ -224,73 +226,106 @@ def _place_of(server: Server) -> dict[str, Any]:
     return {"host": server.host, "port": server.port, "secure": server.secure}
 
 
-def _check(options: Options) -> None:
-    _check_seconds("keepalive", options.keepalive, 1, MAX_KEEPALIVE)
-    for name in ("connect_timeout", "request_timeout"):
-        if getattr(options, name) is not None:
-            _check_seconds(name, getattr(options, name))
-    _check_seconds("disconnect_timeout", options.disconnect_timeout)
-    for name in ("username", "password", "client_id"):
-        value = getattr(options, name)
-        if not isinstance(value, str) and not (value is None and name != "client_id"):
-            raise TypeError(f"{name} is a str, not {type(value).__name__}")
-        try:
-            size = len((value or "").encode())
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} has no UTF-8") from None
-        if size > 65535:
-            raise ValueError(f"{name} has at most 65535 bytes")
+def _check(options: Options, said: Iterable[str]) -> None:
+    # The defaults are good.
+    for name in said:
+        _CHECKS[name](name, getattr(options, name))
     if options.password is not None and options.username is None:
         raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
-    if options.will is not None and not isinstance(options.will, Will):
-        raise TypeError(f"will is a Will(key, channel, message), not {type(options.will).__name__}")
-    if options.ssl_context is not None:
-        if not isinstance(options.ssl_context, ssl.SSLContext):
-            raise TypeError(
-                f"ssl_context is an ssl.SSLContext, not {type(options.ssl_context).__name__}"
-            )
-        if options.connectable is not None or not options.servers[0].secure:
-            raise TypeError(
-                "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no "
-                "connectable"
-            )
-        _check_trust(options.ssl_context)
+    if options.ssl_context is not None and (
+        options.connectable is not None or not options.servers[0].secure
+    ):
+        raise TypeError(
+            "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no connectable"
+        )
     if options.servers[0].websocket:
         _check_websocket()
-    if options.matcher not in ("emitter", "mqtt"):
-        raise ValueError(f"matcher is 'emitter' or 'mqtt', not {options.matcher!r}")
-    size = options.max_message_size
-    if not is_whole(size):
-        raise TypeError(f"max_message_size is a whole number, not {type(size).__name__}")
-    if not 1024 <= size <= 0xFFFFFFF:
-        raise ValueError(f"max_message_size is from 1024 to {0xFFFFFFF} bytes, not {size}")
-    if not isinstance(options.allow_collisions, bool):
-        raise TypeError(
-            f"allow_collisions is a bool, not {type(options.allow_collisions).__name__}"
-        )
-    if options.reconnect is not None and not isinstance(options.reconnect, Backoff):
-        raise TypeError(
-            "reconnect is a Backoff(), or None for one link only, not "
-            + type(options.reconnect).__name__
-        )
-    if options.while_down not in ("wait", "raise"):
-        raise ValueError(f"while_down is 'wait' or 'raise', not {options.while_down!r}")
-    connectable = options.connectable
-    if connectable is not None and not isinstance(connectable, ByteStreamConnectable):
-        raise TypeError(
-            "connectable is an anyio.abc.ByteStreamConnectable, not " + type(connectable).__name__
-        )
 
 
-def _check_trust(context: ssl.SSLContext) -> None:
-    if context.protocol is ssl.PROTOCOL_TLS_SERVER:
+def _check_seconds(name: str, value: object, least: float = 0, most: float = math.inf) -> None:
+    if not is_number(value):
+        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
+    if not least <= value <= most:
+        limits = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+        raise ValueError(f"{name} is {limits} seconds, not {value}")
+
+
+def _check_timeout(name: str, value: object) -> None:
+    if value is not None:
+        _check_seconds(name, value)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a str, not {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has no UTF-8") from None
+    if size > 65535:
+        raise ValueError(f"{name} has at most 65535 bytes")
+
+
+def _check_credential(name: str, value: object) -> None:
+    if value is not None:
+        _check_text(name, value)
+
+
+def _check_is(kind: type, what: str, *, optional: bool = True) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if not isinstance(value, kind) and not (optional and value is None):
+            raise TypeError(f"{name} is {what}, not {type(value).__name__}")
+
+    return check
+
+
+def _check_one_of(*values: str) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if value not in values:
+            raise ValueError(f"{name} is {' or '.join(map(repr, values))}, not {value!r}")
+
+    return check
+
+
+def _check_size(name: str, value: object) -> None:
+    if not is_whole(value):
+        raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
+    if not 1024 <= value <= 0xFFFFFFF:
+        raise ValueError(f"{name} is from 1024 to {0xFFFFFFF} bytes, not {value}")
+
+
+def _check_context(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, ssl.SSLContext):
+        raise TypeError(f"{name} is an ssl.SSLContext, not {type(value).__name__}")
+    if value.protocol is ssl.PROTOCOL_TLS_SERVER:
         raise ValueError(
-            "ssl_context is one for servers: a client's is made by ssl.create_default_context()"
+            f"{name} is one for servers: a client's is made by ssl.create_default_context()"
         )
-    if context.verify_mode is ssl.CERT_NONE:
+    if value.verify_mode is ssl.CERT_NONE:
         logger.warning(
-            "the broker's identity is not checked: ssl_context takes any certificate (CERT_NONE)"
+            "the broker's identity is not checked: %s takes any certificate (CERT_NONE)", name
         )
+
+
+_CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = {
+    "keepalive": partial(_check_seconds, least=1, most=MAX_KEEPALIVE),
+    "username": _check_credential,
+    "password": _check_credential,
+    "client_id": _check_text,
+    "will": _check_is(Will, "a Will(key, channel, message)"),
+    "ssl_context": _check_context,
+    "connect_timeout": _check_timeout,
+    "request_timeout": _check_timeout,
+    "disconnect_timeout": _check_seconds,
+    "matcher": _check_one_of("emitter", "mqtt"),
+    "max_message_size": _check_size,
+    "allow_collisions": _check_is(bool, "a bool", optional=False),
+    "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable"),
+    "reconnect": _check_is(Backoff, "a Backoff(), or None for one link only"),
+    "while_down": _check_one_of("wait", "raise"),
+}
 
 
 def _check_websocket() -> None:
@@ -301,11 +336,3 @@ def _check_websocket() -> None:
         raise ImportError(
             "ws:// and wss:// need wsproto: pip install 'emitter_anyio[websocket]'", name="wsproto"
         ) from exc
-
-
-def _check_seconds(name: str, value: float, least: float = 0, most: float = float("inf")) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
-    if not least <= value <= most:
-        limits = f"from {least} to {most}" if most < float("inf") else f"at least {least}"
-        raise ValueError(f"{name} is {limits} seconds, not {value}")

@@ -100,6 +100,8 @@ class SocketTransport(Transport):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._reader = open_reader(sock)
+        self._has_waited = False
+        """Whether anybody has had to wait until it takes something."""
 
     async def receive(self, size: int = CHUNK) -> bytes:
         return await self._reader.receive(size)
@@ -112,6 +114,7 @@ class SocketTransport(Transport):
 
     async def send(self, data: bytes | memoryview) -> int:
         while not (sent := self.try_send(data)):
+            self._has_waited = True
             await anyio.wait_writable(self._sock)
         return sent
 
@@ -127,7 +130,8 @@ class SocketTransport(Transport):
         if self._sock.fileno() >= 0:
             # Those who wait for the socket must know before its number is given to another one.
             self._reader.close()
-            anyio.notify_closing(self._sock)
+            if self._has_waited:
+                anyio.notify_closing(self._sock)
             self._sock.close()
 
 

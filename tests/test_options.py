@@ -3,6 +3,7 @@ from __future__ import annotations
 import ssl
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from emitter_anyio import Backoff
 from emitter_anyio._messages import Will
-from emitter_anyio._options import Options, Server, make_options
+from emitter_anyio._options import _CHECKS, Options, Server, make_options
 
 
 def made(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Options:
@@ -271,6 +272,9 @@ class TestServers:
 
 
 class TestEachOption:
+    def test_is_checked(self) -> None:
+        assert {"servers", *_CHECKS} == {field.name for field in fields(Options)}
+
     @pytest.mark.parametrize(
         ("name", "value"),
         [

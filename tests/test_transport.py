@@ -160,23 +160,26 @@ async def test_a_full_socket_takes_nothing_and_is_waited_for(anyio_backend: obje
     await transport.aclose()
 
 
-async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object) -> None:
+@pytest.mark.parametrize("sends", [False, True])
+async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object, sends: bool) -> None:
     transport, peer = socket_pair()
     woken = []
 
-    async def receive() -> None:
+    async def wait() -> None:
         with pytest.raises(ClosedResourceError):
-            await transport.receive()
+            await (transport.send(b"x") if sends else transport.receive())
         woken.append(True)
 
     with peer:
+        while sends and transport.try_send(bytes(65536)):
+            pass
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(receive)
+            tasks.start_soon(wait)
             await anyio.wait_all_tasks_blocked()
             await transport.aclose()
             await transport.aclose()
         assert woken
-        assert peer.recv(1) == b""
+        assert sends or peer.recv(1) == b""
 
 
 # Streams
