@@ -272,11 +272,9 @@ class Buffer(Generic[T]):
 
     @property
     def _full(self) -> bool:
-        return not self._ended and (self._count() <= 0 or self._is_heavy)
-
-    @property
-    def _is_heavy(self) -> bool:
-        return self._bytes >= MAX_BYTES and self._weigh() >= MAX_BYTES
+        if self._ended:
+            return False
+        return self._count() <= 0 or (self._bytes >= MAX_BYTES and self._weigh() >= MAX_BYTES)
 
     def _count(self) -> int:
         """Give how many more may wait."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Final, TypeAlias
 
 import anyio
-from anyio.abc import TaskGroup
 
 from ._backend import Wakeup, wakeup_maker
 from ._channels import check_channel, check_key, format_topic
@@ -20,6 +19,7 @@ from ._messages import encode_payload
 from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
 from ._reading import CHUNK
+from ._tasks import Tasks
 from ._timer import Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
 from ._writer import Writer
@@ -75,13 +75,11 @@ class Connection:
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._options = options
-        self._tasks: TaskGroup | None = None
+        self._tasks: Tasks | None = None
         self._over = False
         """Whether it is to end, or has."""
         self._listens = False
         """Whether the reader waits for bytes."""
-        self._writes = False
-        """Whether there is a task for the writer."""
         self._waits: anyio.CancelScope | None = None
         self._discards = False
         """Whether what comes is of no interest any more."""
@@ -134,8 +132,9 @@ class Connection:
         :return: why the link broke; ``None`` if we closed it
         """
         try:
-            async with anyio.create_task_group() as self._tasks:
-                self.writer.begin(self._start_writing)
+            async with anyio.create_task_group() as group:
+                self._tasks = tasks = Tasks(group)
+                self.writer.begin(partial(tasks.start_soon, self._write))
                 _Keepalive(self, self._options.keepalive, ping)
                 self.timer.begin(self._break)
                 try:
@@ -146,8 +145,8 @@ class Connection:
                 finally:
                     self.writer.rest()
                     self.timer.end()
-                if self._writes:
-                    self._tasks.cancel_scope.cancel()
+                if tasks.used:
+                    tasks.cancel()
         finally:
             if self._broken is None:
                 # When cancelled, this is all there is time for.
@@ -198,18 +197,13 @@ class Connection:
         """End :meth:`run`, which closes the link."""
         self._over = True
         if self._tasks is not None and not (self._listens and self._transport.interrupt()):
-            self._tasks.cancel_scope.cancel()
+            self._tasks.cancel()
 
     def blurt_goodbye(self) -> bool:
         """Send what the link takes at once, and DISCONNECT; tells whether that is all."""
         self.send(Disconnect())
         self.writer.hurry()
         return not self.writer.size
-
-    def _start_writing(self) -> None:
-        assert self._tasks is not None
-        self._writes = True
-        self._tasks.start_soon(self._write)
 
     async def _write(self) -> None:
         try:

@@ -6,14 +6,13 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import anyio
 from anyio import EndOfStream
-from anyio.abc import TaskGroup
 
 from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
@@ -22,6 +21,7 @@ from ._messages import EmitterMessage
 from ._requests import ChannelKey, Link, Me, PresenceEvent
 from ._router import Matcher, Router
 from ._subscription import Entering, EventStream
+from ._tasks import Tasks
 
 logger = logging.getLogger("emitter_anyio")
 
@@ -44,29 +44,6 @@ class _Options(TypedDict, total=False):
     channel: str | None
     buffer: int
     overflow: Overflow
-
-
-class Tasks:
-    """
-    What the client starts beside its link, in its task group.
-
-    :ivar used: whether there has been any; if not, nobody is left who would have to be cancelled,
-        and that costs, even so
-    """
-
-    def __init__(self, group: TaskGroup) -> None:
-        self._group = group
-        self.used = False
-
-    def start_soon(
-        self,
-        function: Callable[..., Coroutine[Any, Any, None]],
-        *arguments: object,
-        name: object = None,
-    ) -> None:
-        """Start a task that nobody waits for."""
-        self.used = True
-        self._group.start_soon(function, *arguments, name=name)
 
 
 class _Registration:

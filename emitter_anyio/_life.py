@@ -14,9 +14,10 @@ from anyio.lowlevel import checkpoint
 
 from ._connection import Connection
 from ._errors import ClosedError, ConnectionLostError
-from ._events import Tasks, logger
+from ._events import logger
 from ._options import Options
 from ._reconnecting import Reconnector
+from ._tasks import Tasks
 
 
 class Life(Reconnector):

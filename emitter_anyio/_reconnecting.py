@@ -17,8 +17,9 @@ from anyio.lowlevel import checkpoint
 from ._connection import Connection, open_connection
 from ._delivery import Delivery
 from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
-from ._events import Tasks, logger
+from ._events import logger
 from ._options import Options
+from ._tasks import Tasks
 
 State: TypeAlias = Literal["closed", "connecting", "connected", "closing"]
 

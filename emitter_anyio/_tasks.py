@@ -1,0 +1,35 @@
+"""What goes on beside something, and ends with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from anyio.abc import TaskGroup
+
+
+class Tasks:
+    """
+    A task group in which often there is nobody.
+
+    :ivar used: whether there has been anybody; if not, nobody is left who would have to be
+        cancelled, and that costs, even so
+    """
+
+    def __init__(self, group: TaskGroup) -> None:
+        self._group = group
+        self.used = False
+
+    def start_soon(
+        self,
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: object,
+        name: object = None,
+    ) -> None:
+        """Start a task that nobody waits for."""
+        self.used = True
+        self._group.start_soon(function, *arguments, name=name)
+
+    def cancel(self) -> None:
+        """Cancel all of them, and what the group is around."""
+        self._group.cancel_scope.cancel()
