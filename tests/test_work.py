@@ -47,8 +47,8 @@ BOUNDS: Final = {
     ("handling", "trio"): at_most(9.2, 13, 0.050),
     ("publishing", "asyncio"): at_most(13, 15.2, 0.028),
     ("publishing", "trio"): at_most(13, 16, 0.052),
-    ("confirming", "asyncio"): at_most(56.7, 89, 0.36),
-    ("confirming", "trio"): at_most(58.1, 108, 0.58),
+    ("confirming", "asyncio"): at_most(55.9, 88, 0.36),
+    ("confirming", "trio"): at_most(56.5, 107, 0.58),
     ("receiving_large", "asyncio"): at_most(154.5, 544, 10),
     ("receiving_large", "trio"): at_most(143.5, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
@@ -56,10 +56,10 @@ BOUNDS: Final = {
 }
 DECODING: Final = at_most(3, 5, 0)
 LINKS: Final = {
-    ("opening_and_closing", "asyncio"): 416,
-    ("opening_and_closing", "trio"): 426,
-    ("pinging", "asyncio"): 107,
-    ("pinging", "trio"): 125,
+    ("opening_and_closing", "asyncio"): 360,
+    ("opening_and_closing", "trio"): 372,
+    ("pinging", "asyncio"): 105,
+    ("pinging", "trio"): 120,
 }
 """Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
