@@ -125,7 +125,7 @@ class Caller(Subscriber):
         check_source(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        seconds = self._seconds(timeout)
         await self._linked()
         return await self._keyed(key, partial(self._ask, key, channel, payload, seconds))
 

@@ -250,6 +250,7 @@ class Connection:
         count = len(events)
         # Several acknowledgements let several go on: what they publish leaves together.
         self.writer.gathers = count > 1
+        # Nothing goes behind DISCONNECT, of which Paho knows nothing.
         if (written := self._codec.take_written()) and not self.leaving:
             self.writer.write(written)
         await deliver(events)

@@ -18,7 +18,7 @@ from ._errors import (
     UnauthorizedError,
 )
 from ._life import Life
-from ._limits import Limits
+from ._limits import Limit, OwnLimit
 from ._pending import Pending
 from ._reconnecting import RESTORING
 from ._requests import Request
@@ -104,11 +104,12 @@ class Conversation(Life):
             return pending.result()
         link = self._connection
         assert link is not None
-        usual = timeout is DEFAULT and not RESTORING.get()
-        limits = link.limits if usual else self._own_limits(link, timeout)
         over = link.make_wakeup()
         pending.call_when_done(wake := over.set)
-        limit = None if limits is None else limits.add(wake)
+        if timeout is DEFAULT and not RESTORING.get():
+            limit = None if link.limits is None else link.limits.add(wake)
+        else:
+            limit = self._own_limit(wake, link, timeout)
         pending.waiters += 1
         try:
             await over.wait()
@@ -118,19 +119,24 @@ class Conversation(Life):
             if limit is not None:
                 limit.done = True
         if not pending.done:
-            assert limits is not None
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(
                 f"{pending.operation}{where}: the broker did not answer within "
-                f"{limits.seconds:g} s; whether it took effect is unknown"
+                f"{self._seconds(timeout):g} s; whether it took effect is unknown"
             )
         return pending.result()
 
-    def _own_limits(self, link: Connection, timeout: Timeout) -> Limits | None:
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+    def _own_limit(
+        self, wake: Callable[[], None], link: Connection, timeout: Timeout
+    ) -> Limit | None:
+        seconds = self._seconds(timeout)
         if seconds is None:
             return None
-        return Limits(seconds, link.timer, link.writer, self._session if RESTORING.get() else None)
+        session = self._session if RESTORING.get() else None
+        return OwnLimit(wake, seconds, link.timer, link.writer, session)
+
+    def _seconds(self, timeout: Timeout) -> float | None:
+        return self._options.request_timeout if timeout is DEFAULT else timeout
 
     def _check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
         size = 2 + len(topic) + len(payload) + (2 if qos else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import ssl
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -226,18 +226,19 @@ def _place_of(server: Server) -> dict[str, Any]:
     return {"host": server.host, "port": server.port, "secure": server.secure}
 
 
-def _check(options: Options, said: Iterable[str]) -> None:
+def _check(options: Options, said: Mapping[str, object]) -> None:
     # The defaults are good.
-    for name in said:
-        _CHECKS[name](name, getattr(options, name))
+    for name, value in said.items():
+        _CHECKS[name](name, value)
     if options.password is not None and options.username is None:
         raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
-    if options.ssl_context is not None and (
-        options.connectable is not None or not options.servers[0].secure
-    ):
-        raise TypeError(
-            "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no connectable"
-        )
+    if options.ssl_context is not None:
+        if options.connectable is not None or not options.servers[0].secure:
+            raise TypeError(
+                "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no "
+                "connectable"
+            )
+        _check_trust(options.ssl_context)
     if options.servers[0].websocket:
         _check_websocket()
 
@@ -294,28 +295,13 @@ def _check_size(name: str, value: object) -> None:
         raise ValueError(f"{name} is from 1024 to {0xFFFFFFF} bytes, not {value}")
 
 
-def _check_context(name: str, value: object) -> None:
-    if value is None:
-        return
-    if not isinstance(value, ssl.SSLContext):
-        raise TypeError(f"{name} is an ssl.SSLContext, not {type(value).__name__}")
-    if value.protocol is ssl.PROTOCOL_TLS_SERVER:
-        raise ValueError(
-            f"{name} is one for servers: a client's is made by ssl.create_default_context()"
-        )
-    if value.verify_mode is ssl.CERT_NONE:
-        logger.warning(
-            "the broker's identity is not checked: %s takes any certificate (CERT_NONE)", name
-        )
-
-
 _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = {
     "keepalive": partial(_check_seconds, least=1, most=MAX_KEEPALIVE),
     "username": _check_credential,
     "password": _check_credential,
     "client_id": _check_text,
     "will": _check_is(Will, "a Will(key, channel, message)"),
-    "ssl_context": _check_context,
+    "ssl_context": _check_is(ssl.SSLContext, "an ssl.SSLContext"),
     "connect_timeout": _check_timeout,
     "request_timeout": _check_timeout,
     "disconnect_timeout": _check_seconds,
@@ -326,6 +312,17 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = {
     "reconnect": _check_is(Backoff, "a Backoff(), or None for one link only"),
     "while_down": _check_one_of("wait", "raise"),
 }
+
+
+def _check_trust(context: ssl.SSLContext) -> None:
+    if context.protocol is ssl.PROTOCOL_TLS_SERVER:
+        raise ValueError(
+            "ssl_context is one for servers: a client's is made by ssl.create_default_context()"
+        )
+    if context.verify_mode is ssl.CERT_NONE:
+        logger.warning(
+            "the broker's identity is not checked: ssl_context takes any certificate (CERT_NONE)"
+        )
 
 
 def _check_websocket() -> None:

@@ -195,7 +195,8 @@ class Writer:
         self.broken = True
         for turn in self._waiting:
             turn.set()
-        for _, waker in self._marks:
+        marks, self._marks = self._marks, []
+        for _, waker in marks:
             waker()
 
     def _rouse(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from itertools import pairwise
@@ -389,19 +390,31 @@ def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        # For every second one of the times by which there was to be an answer, which finds it
+        # done, and for the 60 s of silence that never come.
+        ({}, 310),
+        ({"timeout": 10}, 250),
+        ({"timeout": math.inf}, 60),
+        ({"timeout": None}, 60),
+    ],
+)
 async def test_the_timer_of_a_busy_link_wakes_for_few(
-    anyio_backend: object, woken: list[float]
+    anyio_backend: object, woken: list[float], options: dict[str, Any], most: int
 ) -> None:
     watched = Watched()
     async with memory_peer(watched.play) as connectable:
         async with one_link(connectable=connectable, keepalive=60) as emitter:
             for _ in range(500):
-                await emitter.publish("k", "a/", "x", qos=1)
+                await emitter.publish("k", "a/", "x", qos=1, **options)
                 await anyio.sleep(7.2)
+            assert emitter._connection is not None
+            # The keepalive, and a few that are done.
+            assert len(emitter._connection.timer._heap) < 12
     assert len(watched.times[PUBLISH]) == 500
-    # For every second one of the times by which there was to be an answer, which finds it done, and
-    # for the 60 s of silence that never come.
-    assert len(woken) < 320
+    assert 50 < len(woken) <= most + 10
 
 
 async def test_the_timer_wakes_once_for_a_ping_that_is_answered(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -13,15 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import RequestTimeoutError
-from emitter_anyio._limits import Limit, Limits
+from emitter_anyio._limits import Limit, Limits, OwnLimit
 from emitter_anyio._timer import Timer
 from emitter_anyio._transport import Transport
 from emitter_anyio._writer import Writer
 from tests.support.links import one_link
 from tests.support.peer import PUBLISH, Peer, memory_peer
 
-SECONDS: Final = (5, 5, 2)
-"""Two with the same, as one that is asked for by itself beside the client's own."""
+SECONDS: Final = (5, 2, 3)
+"""Two that many share; the third one is for one who waits by himself."""
 
 
 class World(Transport):
@@ -98,7 +101,7 @@ def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> N
     world = World()
     timer = Timer(world.open_waker, world.clock)
     writer = Writer(world, world.clock)
-    limits = [Limits(seconds, timer, writer) for seconds in SECONDS]
+    limits = [Limits(seconds, timer, writer) for seconds in SECONDS[:2]]
     everybody: list[Waiting] = []
     writer.begin(lambda: None)
     timer.begin(lambda exc: pytest.fail(repr(exc)))
@@ -115,7 +118,10 @@ def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> N
                 everybody.append(one)
                 writer.write(bytes(size))
                 one.mark = writer.queued
-                one.limit = limits[which].add(one.wake)
+                if which < 2:
+                    one.limit = limits[which].add(one.wake)
+                else:
+                    one.limit = OwnLimit(one.wake, SECONDS[which], timer, writer)
             case ("take", int(size)):
                 world.may_take += size
                 writer.hurry()
@@ -133,6 +139,46 @@ def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> N
                 assert not one.woken
             elif not one.limit.done:
                 assert one.woken == [one.left + one.seconds]
+
+
+def test_one_who_waits_long_does_not_keep_the_others() -> None:
+    world = World()
+    world.may_take = sys.maxsize
+    timer = Timer(world.open_waker, world.clock)
+    writer = Writer(world, world.clock)
+    limits = Limits(math.inf, timer, writer)
+    writer.begin(lambda: None)
+    timer.begin(lambda exc: pytest.fail(repr(exc)))
+    long = [limits.add(pytest.fail) for _ in range(3)]
+    for _ in range(10_000):
+        writer.write(b"x")
+        limits.add(pytest.fail).done = True
+    assert long == [limit for limit in limits._waiting if not limit.done]
+    assert len(limits._waiting) < 100
+    assert len(timer._heap) == 1
+
+
+def test_what_a_lost_link_leaves_waits_for_no_garbage_collector() -> None:
+    world = World()
+    timer = Timer(world.open_waker, world.clock)
+    writer = Writer(world, world.clock)
+    limits = Limits(5, timer, writer)
+    writer.begin(lambda: None)
+    timer.begin(lambda exc: pytest.fail(repr(exc)))
+    for _ in range(3):
+        writer.write(b"x")
+        limits.add(pytest.fail)
+        OwnLimit(pytest.fail, 5, timer, writer)
+    timer.end()
+    writer.stop()
+    # The timer is held by the world of this test.
+    gone = [weakref.ref(one) for one in (writer, limits)]
+    gc.disable()
+    try:
+        del writer, limits
+        assert [one() for one in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Reluctant:

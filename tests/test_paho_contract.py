@@ -86,7 +86,7 @@ class TestPrivateHooks:
 
     def test_connect_asks_for_the_socket_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = count_sockets(monkeypatch)
-        client = _codec._PahoClient(Hello())
+        client = _codec._PahoClient(Hello(), [])
         assert len(made) == 1
         assert client.socket() is made[0]
 
@@ -145,7 +145,7 @@ class TestTraps:
         assert [event.binary for event in events if isinstance(event, EmitterMessage)] == payloads
 
     def test_6_a_plain_client_handles_a_packet_again_if_a_callback_raises(self) -> None:
-        client = _codec._PahoClient(Hello())
+        client = _codec._PahoClient(Hello(), [])
         calls = []
 
         def raises(*args: object) -> None:
@@ -192,7 +192,7 @@ class TestTraps:
         assert len(events) == 2
 
     def test_13_a_plain_client_holds_publishes_back(self) -> None:
-        client = _codec._PahoClient(Hello())
+        client = _codec._PahoClient(Hello(), [])
         client.link.inbound += CONNACK
         client.loop_read()
         client.link.outbound.clear()
@@ -279,7 +279,7 @@ class TestTraps:
         codec = connected()
         assert codec.encode(Disconnect()) == packet(0xE0, b"")
         assert codec.take_written() == b""
-        client = _codec._PahoClient(Hello())
+        client = _codec._PahoClient(Hello(), [])
         client.written()
         client.disconnect()
         assert client.written() == packet(0xE0, b"")
@@ -312,6 +312,7 @@ class TestTraps:
     @pytest.mark.parametrize(
         "hello",
         [
+            Hello("a", "secret"),
             Hello("a", "me", "secret"),
             Hello("a", will=Publish(b"secret/a/", b"x")),
         ],
@@ -319,9 +320,14 @@ class TestTraps:
     def test_a_connect_with_a_secret_is_not_remembered(self, hello: Hello) -> None:
         remembered = _codec._encode_connect
         remembered.cache_clear()
-        assert Codec(hello).connect() == Codec(hello).connect()
-        assert b"secret" in Codec(hello).connect()
+        codec = Codec(hello)
+        assert b"secret" in codec.connect()
         assert remembered.cache_info().currsize == 0
+        # Its Paho goes on with the rest.
+        client = codec._paho
+        assert codec.decode(CONNACK) == [ConnAck(0)]
+        assert codec.encode(Subscribe(1, "a/"))[0] == 0x82
+        assert codec._paho is client
         plain = Codec(Hello("a")).connect()
         assert remembered.cache_info().currsize == 1
         assert Codec(Hello("a")).connect() is plain
