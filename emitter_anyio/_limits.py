@@ -82,9 +82,9 @@ class Limits:
         self._writer = writer
         self._asked: deque[tuple[int, Limit]] = deque()
         """Those whose question has not left yet, and what has to leave for that."""
-        self._waiting: list[Limit] = []
+        self._waiting: deque[Limit] = deque()
         self._most = _DONE
-        """With more than so many waiting, those that are done are dropped."""
+        """With more than so many, those are dropped that are done behind one who waits."""
         self._timed = False
         """Whether the timer knows of it."""
 
@@ -101,13 +101,11 @@ class Limits:
         return limit
 
     def fall_due(self, now: float) -> None:
-        waiting, self._waiting, self._timed = self._waiting, [], False
-        for limit in waiting:
-            if limit.done:
-                continue
-            if limit.when > now:
-                self._waiting.append(limit)
-            else:
+        self._timed = False
+        waiting = self._waiting
+        while waiting and (waiting[0].done or waiting[0].when <= now):
+            limit = waiting.popleft()
+            if not limit.done:
                 limit.wake()
         self._set_timer()
 
@@ -126,12 +124,15 @@ class Limits:
 
     def _begin(self, limits: Iterable[Limit]) -> None:
         when = self._writer.last_sent + self._seconds
+        waiting = self._waiting
+        while waiting and waiting[0].done:
+            waiting.popleft()
+        if len(waiting) > self._most:
+            waiting = self._waiting = deque(limit for limit in waiting if not limit.done)
+            self._most = 2 * len(waiting) + _DONE
         for limit in limits:
             limit.when = when
-            self._waiting.append(limit)
-        if len(self._waiting) > self._most:
-            self._waiting = [limit for limit in self._waiting if not limit.done]
-            self._most = 2 * len(self._waiting) + _DONE
+            waiting.append(limit)
         self._set_timer()
 
     def _set_timer(self) -> None:

@@ -47,10 +47,10 @@ BOUNDS: Final = {
     ("handling", "trio"): at_most(9.2, 13, 0.050),
     ("publishing", "asyncio"): at_most(13, 15.2, 0.028),
     ("publishing", "trio"): at_most(13, 16, 0.052),
-    ("confirming", "asyncio"): at_most(55.3, 88, 0.36),
-    ("confirming", "trio"): at_most(55.9, 107, 0.58),
+    ("confirming", "asyncio"): at_most(55.9, 88, 0.36),
+    ("confirming", "trio"): at_most(56.5, 107, 0.58),
     ("receiving_large", "asyncio"): at_most(154.5, 544, 10),
-    ("receiving_large", "trio"): at_most(143.5, 744, 16.5),
+    ("receiving_large", "trio"): at_most(142.5, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
