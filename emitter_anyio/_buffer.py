@@ -215,9 +215,14 @@ class Buffer(Generic[T]):
         item = self._ready.popleft()
         self._taken += 1
         if self._departure is not None:
+            self._depart()
+        return item
+
+    def _depart(self) -> None:
+        """Tell who waits for it that there is room, or will be no need of it."""
+        if self._departure is not None:
             self._departure.set()
             self._departure = None
-        return item
 
     def _drop_oldest(self) -> None:
         self._room += 1

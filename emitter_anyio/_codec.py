@@ -288,7 +288,7 @@ class Codec:
     def _take_publishes(self, data: bytes, at: int, end: int, events: list[Event]) -> int:
         # Of QoS 0, whole, and of less than 16 KiB: nearly all that comes. It stops at the first
         # packet that is anything else, or wrong.
-        heads, length = self._heads, self._head_size
+        heads, length, append, new = self._heads, self._head_size, events.append, object.__new__
         try:
             while at < end:
                 # The head of a packet up to its payload: one that came before says the same again.
@@ -301,7 +301,11 @@ class Codec:
                 stop = at + size
                 if stop > end:
                     return at
-                events.append(EmitterMessage(channel, data[at + length : stop]))
+                # As EmitterMessage(…), for a third less.
+                message = new(EmitterMessage)
+                message.channel = channel
+                message.binary = data[at + length : stop]
+                append(message)
                 at = stop
         except (struct.error, UnicodeDecodeError):
             pass

@@ -86,7 +86,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
         return self._take()
 
     async def __anext__(self) -> T:
-        # Not by receive(), a coroutine that each item would pay for.
+        # Not by receive() and _take(), two calls that each item would pay for.
         if self._taken % _TURN == _TURN - 1:
             await checkpoint()
         try:
@@ -94,7 +94,11 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
                 await self._more()
         except EndOfStream:
             raise StopAsyncIteration from None
-        return self._take()
+        item = self._ready.popleft()
+        self._taken += 1
+        if self._departure is not None:
+            self._depart()
+        return item
 
     def receive_nowait(self) -> T:
         """
@@ -183,9 +187,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
             self._error = error
             self._in.close()
             self._wake_receivers()
-            if self._departure is not None:
-                self._departure.set()
-                self._departure = None
+            self._depart()
 
     def note_gap(self) -> None:
         """Note that something may be missing, since the link was away."""

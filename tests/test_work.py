@@ -41,8 +41,8 @@ def at_most(calls: float, all_calls: float, system_calls: float) -> Work:
 
 # As they are with Python 3.11 to 3.13.
 BOUNDS: Final = {
-    ("receiving", "asyncio"): at_most(7.2, 10, 0.026),
-    ("receiving", "trio"): at_most(7.2, 11, 0.046),
+    ("receiving", "asyncio"): at_most(6.2, 9, 0.026),
+    ("receiving", "trio"): at_most(6.2, 10, 0.046),
     ("handling", "asyncio"): at_most(9.2, 12, 0.028),
     ("handling", "trio"): at_most(9.2, 13, 0.050),
     ("publishing", "asyncio"): at_most(13, 15.2, 0.028),
