@@ -121,6 +121,7 @@ class Delivery(EventSource):
 
     async def _hand_over_all(self, batches: _Batches, count: int, events: Sequence[Event]) -> None:
         self._received += count
+        # By the id of the message that is next for them.
         crowded: dict[int, list[_Crowded]] = {}
         for stream, messages in batches.items():
             if (taken := stream.push_many(messages)) < len(messages):
@@ -129,9 +130,9 @@ class Delivery(EventSource):
             return
         # In the order in which they came: who reads several streams by turns would else wait for
         # one, while the link waits for another.
-        for event in events:
-            for stream, messages, taken in crowded.pop(id(event), ()):
-                await self._hand_over(stream, event)
+        for next_one in filter(crowded.__contains__, map(id, events)):
+            for stream, messages, taken in crowded.pop(next_one):
+                await self._hand_over(stream, messages[taken])
                 taken += 1
                 taken += stream.push_many(messages[taken : taken + _SOME])
                 if taken < len(messages):
