@@ -73,9 +73,6 @@ class Limits:
     the first only: that takes half of what a confirmed publish would pay for its time.
     """
 
-    # When it falls due, it finds that most are done; to look sooner would cost each of them.
-    done: Final = False
-
     def __init__(self, seconds: float, timer: Timer, writer: Writer) -> None:
         self._seconds = seconds
         self._timer = timer
@@ -87,6 +84,11 @@ class Limits:
         """With more than so many, those are dropped that are done behind one who waits."""
         self._timed = False
         """Whether the timer knows of it."""
+
+    @property
+    def done(self) -> bool:
+        # When it falls due, it finds that most are done; to look sooner would cost each of them.
+        return False
 
     def add(self, wake: Callable[[], None]) -> Limit:
         """Have a function called when the time is over for the packet that was queued last."""

@@ -287,6 +287,7 @@ class TestEachOption:
             ("request_timeout", float("inf")),
             ("disconnect_timeout", 0),
             ("username", "x" * 65535),
+            ("username", None),
             ("client_id", "me"),
             ("will", Will("k", "a/", "bye")),
             ("ssl_context", ssl.create_default_context()),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, get_args
@@ -572,7 +573,12 @@ class TestMakingRoom:
             await stream.make_room()
         assert scope.cancelled_caught, "it has come back, and gets its turns again"
 
-    async def test_under_block_it_takes_as_long_as_it_takes(self, make: MakeStream) -> None:
+    @pytest.mark.parametrize(
+        "take", [EventStream.receive_nowait, EventStream.receive, EventStream.__anext__]
+    )
+    async def test_under_block_it_takes_as_long_as_it_takes(
+        self, make: MakeStream, take: Callable[[EventStream[int]], Any]
+    ) -> None:
         stream = fill(make(overflow="block"), 1, 2, 3)
         assert stream.blocks
         done = []
@@ -586,7 +592,8 @@ class TestMakingRoom:
             tasks.start_soon(wait, "another")
             await anyio.wait_all_tasks_blocked()
             assert done == []
-            stream.receive_nowait()
+            taken = take(stream)
+            assert (await taken if inspect.isawaitable(taken) else taken) == 1
         assert sorted(done) == ["another", "reader"]
         assert not stream.blocks
 
