@@ -337,4 +337,5 @@ class TestTraps:
         # It would wake what waits for a message of Paho's own with the same id.
         codec = connected()
         assert codec.decode(packet(0x40, two(7))) == [PubAck(7)]
+        assert codec._paho is None
         assert codec._use_paho().link.inbound == b""
