@@ -87,8 +87,10 @@ class Limits:
 
     @property
     def done(self) -> bool:
-        # When it falls due, it finds that most are done; to look sooner would cost each of them.
-        return False
+        """Whether nobody waits any more. The timer, which asks, forgets it then."""
+        self._drop_done()
+        self._timed = bool(self._waiting)
+        return not self._timed
 
     def add(self, wake: Callable[[], None]) -> Limit:
         """Have a function called when the time is over for the packet that was queued last."""
@@ -126,18 +128,22 @@ class Limits:
 
     def _begin(self, limits: Iterable[Limit]) -> None:
         when = self._writer.last_sent + self._seconds
+        self._drop_done()
+        for limit in limits:
+            limit.when = when
+            self._waiting.append(limit)
+        if not self._timed:
+            self._set_timer()
+
+    def _drop_done(self) -> None:
         waiting = self._waiting
         while waiting and waiting[0].done:
             waiting.popleft()
         if len(waiting) > self._most:
-            waiting = self._waiting = deque(limit for limit in waiting if not limit.done)
-            self._most = 2 * len(waiting) + _DONE
-        for limit in limits:
-            limit.when = when
-            waiting.append(limit)
-        self._set_timer()
+            self._waiting = deque(limit for limit in waiting if not limit.done)
+            self._most = 2 * len(self._waiting) + _DONE
 
     def _set_timer(self) -> None:
-        if self._waiting and not self._timed:
+        if self._waiting:
             self._timed = True
             self._timer.add(self._waiting[0].when, self)
