@@ -59,7 +59,8 @@ LINKS: Final = {
     ("opening_and_closing", "asyncio"): 360,
     ("opening_and_closing", "trio"): 372,
     ("pinging", "asyncio"): 105,
-    ("pinging", "trio"): 120,
+    # 117.9 to 120.2: coverage adds one, and by the order of Trio there is a ping more or less.
+    ("pinging", "trio"): 121,
 }
 """Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
