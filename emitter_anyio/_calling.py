@@ -55,7 +55,9 @@ class _Replies(EventStream["EmitterMessage | Gap"]):
         self.waiting: dict[str, _Reply] = {}
         self.subscription: Subscription | None = None
 
-    def push_many(self, items: list[EmitterMessage | Gap], *, extra: bool = False) -> int:
+    def push_many(
+        self, items: list[EmitterMessage | Gap], size: int | None = None, *, extra: bool = False
+    ) -> int:
         """Hand replies over; a late one, or one to nobody, is dropped."""
         for item in items:
             assert isinstance(item, EmitterMessage)

@@ -239,17 +239,16 @@ class Connection:
             self.last_heard = clock()
             if not (self._discards or self._over):
                 # Not kept in a variable, which would hold messages until the next ones come.
-                count = await self._take_in(deliver, codec.decode(data))
+                await self._take_in(deliver, codec.decode(data))
                 # In a flood each consumer then wakes for several messages, and not for each.
-                if count > _FEW or len(data) < size:
+                if codec.count > _FEW or len(data) < size:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
 
-    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:
-        count = len(events)
+    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         # Several acknowledgements let several go on: what they publish leaves together.
-        self.writer.gathers = count > 1
+        self.writer.gathers = self._codec.count > 1
         # Nothing goes behind DISCONNECT, of which Paho knows nothing.
         if (written := self._codec.take_written()) and not self.leaving:
             self.writer.write(written)
@@ -257,7 +256,6 @@ class Connection:
         if self.held_up:
             self.held_up = False
             self.last_heard = self.timer.clock()
-        return count
 
 
 class _Keepalive(Due):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Any, Final, TypeAlias
 
+from ._batches import Messages, in_one_go
 from ._codec import encode_publish
 from ._connection import Connection
 from ._errors import UnauthorizedError
@@ -19,13 +21,11 @@ from ._router import Router
 from ._session import SYSTEM, Session
 from ._subscription import EventStream
 
-_Batches: TypeAlias = dict[EventStream[Any], list[EmitterMessage]]
-"""What has come for each stream."""
-
-_Way: TypeAlias = list[list[EmitterMessage]]
-
 _Crowded: TypeAlias = tuple[EventStream[Any], list[EmitterMessage], int]
 """A stream, what has come for it, and how many of them have found room."""
+
+_is_system = methodcaller("startswith", SYSTEM)
+"""Tells whether the broker itself speaks on a channel."""
 
 _SOME: Final = 64
 """So many are offered at a time to a stream that has had no room."""
@@ -83,60 +83,52 @@ class Delivery(EventSource):
         self._session.ping(awaited=False).call_when_done(answered)
 
     async def _deliver(self, events: Sequence[Event]) -> None:
-        batches: _Batches = {}
-        ways: dict[str, _Way] = {}
-        way: _Way = []
-        channel, count = "", 0
         for event in events:
-            if type(event) is EmitterMessage:
-                if event.channel != channel:
-                    channel = event.channel
-                    if channel not in ways:
-                        ways[channel] = self._way(channel, batches)
-                    way = ways[channel]
-                if way:
-                    # Nearly all are of this kind, and go on together.
-                    count += 1
-                    for batch in way:
-                        batch.append(event)
-                    continue
-            if count:
-                await self._hand_over_all(batches, count, events)
-            # What comes behind this one may go another way.
-            batches, ways, channel, count = {}, {}, "", 0
-            if type(event) is EmitterMessage and not event.channel.startswith(SYSTEM):
+            if type(event) is Messages:
+                if self._session.replays or any(map(_is_system, event.by_channel)):
+                    await self._deliver_in_turn(event.in_order)
+                else:
+                    await self._deliver_together(event)
+            elif type(event) is EmitterMessage and not _is_system(event.channel):
                 await self._deliver_message(event)
-                continue
-            for emission in self._session.receive(event):
-                await self._deliver_emission(emission)
-        if count:
-            await self._hand_over_all(batches, count, events)
+            else:
+                for emission in self._session.receive(event):
+                    await self._deliver_emission(emission)
 
-    def _way(self, channel: str, batches: _Batches) -> _Way:
-        """Give the batches that messages from a channel belong to; none if they are special."""
-        if self._session.replays or channel.startswith(SYSTEM):
-            return []
-        streams = self._routers["message"].receivers[channel]
-        return [batches.setdefault(stream, []) for stream in streams]
+    async def _deliver_in_turn(self, messages: Sequence[EmitterMessage]) -> None:
+        together: list[EmitterMessage] = []
+        for message in messages:
+            if self._session.replays or _is_system(message.channel):
+                # What comes behind this one may go another way.
+                await self._deliver_together(in_one_go(together))
+                together = []
+                await self._deliver([message])
+            else:
+                together.append(message)
+        await self._deliver_together(in_one_go(together))
 
-    async def _hand_over_all(self, batches: _Batches, count: int, events: Sequence[Event]) -> None:
-        self._received += count
+    async def _deliver_together(self, messages: Messages) -> None:
+        self._received += len(messages.in_order)
+        receivers = self._routers["message"].receivers
+        for channel, some in messages.by_channel.items():
+            if not receivers[channel]:
+                self._note_unhandled(channel, len(some))
         # By the id of the message that is next for them.
         crowded: dict[int, list[_Crowded]] = {}
-        for stream, messages in batches.items():
-            if (taken := stream.push_many(messages)) < len(messages):
-                crowded.setdefault(id(messages[taken]), []).append((stream, messages, taken))
+        for stream, (some, size) in messages.sort(receivers).items():
+            if (taken := stream.push_many(some, size)) < len(some):
+                crowded.setdefault(id(some[taken]), []).append((stream, some, taken))
         if not crowded:
             return
         # In the order in which they came: who reads several streams by turns would else wait for
         # one, while the link waits for another.
-        for next_one in filter(crowded.__contains__, map(id, events)):
-            for stream, messages, taken in crowded.pop(next_one):
-                await self._hand_over(stream, messages[taken])
+        for next_one in filter(crowded.__contains__, map(id, messages.in_order)):
+            for stream, some, taken in crowded.pop(next_one):
+                await self._hand_over(stream, some[taken])
                 taken += 1
-                taken += stream.push_many(messages[taken : taken + _SOME])
-                if taken < len(messages):
-                    crowded.setdefault(id(messages[taken]), []).append((stream, messages, taken))
+                taken += stream.push_many(some[taken : taken + _SOME])
+                if taken < len(some):
+                    crowded.setdefault(id(some[taken]), []).append((stream, some, taken))
 
     async def _deliver_emission(self, emission: Emission) -> None:
         if emission.event == "message":
@@ -156,16 +148,19 @@ class Delivery(EventSource):
         streams = self._routers["message"].receivers[message.channel]
         replayed = self._session.in_replay(message)
         for stream in streams:
-            if not (replayed and stream.push(message, extra=True)):
+            if not stream.push(message, extra=replayed):
                 await self._hand_over(stream, message)
         if not streams:
-            self._unhandled += 1
-            if self._unhandled == 1:
-                logger.warning(
-                    "a message from %r reached no stream and no handler; it and the like are "
-                    "counted in statistics().unhandled",
-                    message.channel[:64],
-                )
+            self._note_unhandled(message.channel, 1)
+
+    def _note_unhandled(self, channel: str, count: int) -> None:
+        if not self._unhandled:
+            logger.warning(
+                "a message from %r reached no stream and no handler; it and the like are counted "
+                "in statistics().unhandled",
+                channel[:64],
+            )
+        self._unhandled += count
 
     async def _deliver_presence(self, event: Any) -> None:
         if event.event == "status":

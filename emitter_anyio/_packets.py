@@ -1,13 +1,14 @@
 """The vocabulary between session and codec: packets that leave, and events that arrive.
 
-A ``PUBLISH`` that arrives is an :class:`~emitter_anyio.EmitterMessage` and nothing around it, since
-it is nearly all of the traffic.
+A ``PUBLISH`` that arrives is an :class:`~emitter_anyio.EmitterMessage` and nothing around it. Those
+that come in a row are one event, since they are nearly all of the traffic.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
+from ._batches import Messages
 from ._errors import RemoteProtocolError
 from ._messages import EmitterMessage
 
@@ -96,7 +97,7 @@ class Undecodable(NamedTuple):
 
 
 Packet: TypeAlias = Publish | Subscribe | Unsubscribe | PingReq | Disconnect
-Event: TypeAlias = (
+Answer: TypeAlias = (
     EmitterMessage
     | ConnAck
     | PubAck
@@ -106,3 +107,7 @@ Event: TypeAlias = (
     | Undecodable
     | RemoteProtocolError
 )
+"""What the session takes in; a message is one in which the broker itself speaks."""
+
+Event: TypeAlias = Messages | Answer
+"""What the codec gives."""

@@ -24,8 +24,8 @@ from ._grants import Grants
 from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
+    Answer,
     ConnAck,
-    Event,
     Packet,
     PingReq,
     PingResp,
@@ -214,7 +214,7 @@ class Session(Grants):
 
     # What the broker says
 
-    def receive(self, event: Event) -> Iterable[Emission]:
+    def receive(self, event: Answer) -> Iterable[Emission]:
         """
         Take in an event that is no ordinary message.
 
@@ -310,7 +310,7 @@ class Session(Grants):
         return pending
 
     def _acknowledged(
-        self, packet_id: int, kind: type[Event], codes: tuple[int, ...] = ()
+        self, packet_id: int, kind: type[Answer], codes: tuple[int, ...] = ()
     ) -> Iterable[Emission]:
         pending = self._pending.get(packet_id)
         if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
@@ -440,7 +440,7 @@ class Session(Grants):
         return () if pending.awaited or pending.quiet else (Emission("error", error()),)
 
 
-_ACKNOWLEDGED_BY: Final[dict[str, type[Event]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
+_ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
 
 
 def _unanswered(pending: Pending[Any]) -> EmitterError:

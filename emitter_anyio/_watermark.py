@@ -33,7 +33,9 @@ class Watermark(EventStream[EmitterMessage]):
         self._known: StoredMessage | None = None
         self._newest: StoredMessage | None = None
 
-    def push_many(self, items: list[EmitterMessage], *, extra: bool = False) -> int:
+    def push_many(
+        self, items: list[EmitterMessage], size: int | None = None, *, extra: bool = False
+    ) -> int:
         """Note that something has come, and keep nothing of it."""
         self.stale.set()
         return len(items)

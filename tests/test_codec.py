@@ -28,6 +28,7 @@ from emitter_anyio._packets import (
     UnsubAck,
     Unsubscribe,
 )
+from tests.support.events import one_by_one
 from tests.support.packets import (
     CONNACK,
     PINGRESP,
@@ -54,7 +55,7 @@ def plain(events: Iterable[Event]) -> list[Plain]:
         else ("error",)
         if isinstance(event, RemoteProtocolError)
         else (type(event).__name__, *event)
-        for event in events
+        for event in one_by_one(events)
     ]
 
 
@@ -159,7 +160,7 @@ class TestDecoding:
         assert connected().decode(b"") == []
 
     def test_the_payload_is_not_part_of_a_larger_buffer(self) -> None:
-        (event,) = connected().decode(publish("a/", b"x"))
+        (event,) = one_by_one(connected().decode(publish("a/", b"x")))
         assert isinstance(event, EmitterMessage)
         assert type(event.binary) is bytes
 

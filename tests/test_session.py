@@ -28,8 +28,8 @@ from emitter_anyio._errors import (
 )
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._packets import (
+    Answer,
     ConnAck,
-    Event,
     Packet,
     PingReq,
     PingResp,
@@ -71,7 +71,7 @@ class Link:
         self.emitted: list[Emission] = []
         self.session = Session(self.sent.append, matcher=matcher, allow_collisions=allow_collisions)
 
-    def hear(self, *events: Event) -> list[Emission]:
+    def hear(self, *events: Answer) -> list[Emission]:
         """Take events in; gives what they emit."""
         emitted = [emission for event in events for emission in self.session.receive(event)]
         self.emitted += emitted
@@ -907,7 +907,7 @@ class TestHostileAnswers:
     @pytest.mark.parametrize(
         "late", [answer("me", req=1, id="late"), no(1, operation="me"), no(1), PubAck(1)]
     )
-    def test_a_late_one(self, link: Link, late: Event) -> None:
+    def test_a_late_one(self, link: Link, late: Answer) -> None:
         pending = link.session.request(requests.me())
         link.hear(answer("me", req=1, id="X"), PubAck(1))
         link.hear(late)
@@ -922,7 +922,7 @@ class TestHostileAnswers:
     @pytest.mark.parametrize(
         "event", [PubAck(5), UnsubAck(5), SubAck(5, (0,)), PingResp(), Undecodable(12)]
     )
-    def test_acknowledgements_of_nothing(self, link: Link, event: Event) -> None:
+    def test_acknowledgements_of_nothing(self, link: Link, event: Answer) -> None:
         (emission,) = link.hear(event)
         assert isinstance(emission.value, RemoteProtocolError)
         assert link.hear(event) == []
@@ -939,7 +939,7 @@ class TestHostileAnswers:
             pending = link.subscribe().asked
         else:
             pending = link.session.unsubscribe(KEY, "a/")
-        kinds: list[Event] = [PubAck(1), SubAck(1, (128,)), UnsubAck(1)]
+        kinds: list[Answer] = [PubAck(1), SubAck(1, (128,)), UnsubAck(1)]
         own = {"subscribe": 1, "unsubscribe": 2}.get(ask, 0)
         right = kinds.pop(own)
         link.hear(*kinds)
@@ -1038,7 +1038,7 @@ class Broker:
         self.packets: list[Packet] = []
         self.subscriptions: set[str] = set()
 
-    def work(self) -> list[Event]:
+    def work(self) -> list[Answer]:
         """Work off the next packet."""
         packet = self.packets.pop(0)
         match packet:
@@ -1061,7 +1061,7 @@ class Broker:
                 return [*said, PubAck(packet_id)] if packet_id else said
         raise AssertionError(packet)
 
-    def publish(self, topic: str, payload: bytes, packet_id: int | None) -> list[Event]:
+    def publish(self, topic: str, payload: bytes, packet_id: int | None) -> list[Answer]:
         if topic.startswith("emitter/"):
             assert packet_id is not None
             asked = json.loads(payload) if payload else {}
@@ -1099,7 +1099,7 @@ class Conversation(RuleBasedStateMachine):
     def begin(self) -> None:
         self.broker = Broker()
         self.session = Session(self.send)
-        self.coming: list[Event] = []
+        self.coming: list[Answer] = []
         self.outstanding: dict[int, str] = {}
         self.pings = 0
         self.users: list[Grant] = []
@@ -1150,7 +1150,7 @@ class Conversation(RuleBasedStateMachine):
             self.hear(event)
         del self.coming[:count]
 
-    def hear(self, event: Event) -> None:
+    def hear(self, event: Answer) -> None:
         if isinstance(event, SubAck) and event.codes == (128,):
             # From here on it may be asked for again.
             grant = self.session._pending[event.packet_id].grant
@@ -1285,7 +1285,7 @@ class Conversation(RuleBasedStateMachine):
         for event in (PubAck(id), SubAck(id, (128,)), UnsubAck(id)):
             self.dropped(event)
 
-    def dropped(self, event: Event) -> None:
+    def dropped(self, event: Answer) -> None:
         before = self.session.nonsense, self.session.pending
         for emission in self.session.receive(event):
             wide = emission.event == "message" and self.session.in_use("#/") is not None

@@ -15,11 +15,12 @@ from emitter_anyio._codec import Codec, Hello
 from emitter_anyio._errors import ConnectError, EmitterError, RemoteProtocolError
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._options import make_options
-from emitter_anyio._packets import Disconnect, Event, Packet, PubAck, SubAck
+from emitter_anyio._packets import Answer, Disconnect, Packet, PubAck, SubAck
 from emitter_anyio._pending import Pending, Replay
 from emitter_anyio._session import Session
 from emitter_anyio._websocket import Upgrade, WebSocket
 from tests.fuzz import seeds
+from tests.support.events import one_by_one
 from tests.support.secrets import shown
 
 LIMIT: Final = 1024
@@ -69,9 +70,9 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
     """
     made = Codec(Hello(), LIMIT)
     made.connect()
-    events: list[Event] = []
+    events: list[Answer] = []
     if head & _BEGUN:
-        events += made.decode(b"\x20\2\0\0")
+        events += one_by_one(made.decode(b"\x20\2\0\0"))
     if head & _LEAVING:
         made.encode(Disconnect())
     broken = False
@@ -81,7 +82,7 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
         *before, last = more or (None,)
         assert not any(isinstance(event, RemoteProtocolError) for event in before)
         broken = broken or isinstance(last, RemoteProtocolError)
-        events += more
+        events += one_by_one(more)
         made.take_written()
         assert held(made) <= LIMIT + 5, "more is held than a packet"
         assert not made._heard, "an event is kept for later"
@@ -141,7 +142,7 @@ def answers(data: bytes) -> None:
     assert not session.pending
 
 
-def tell(session: Session, event: Event) -> None:
+def tell(session: Session, event: Answer) -> None:
     """Let a session hear something; no message is a reason to end the link."""
     for emission in session.receive(event):
         assert emission.event in (*ASKED, "message")

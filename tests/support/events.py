@@ -1,0 +1,25 @@
+"""What the codec gives, message by message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from emitter_anyio._batches import Messages
+from emitter_anyio._packets import Answer, Event
+
+
+def one_by_one(events: Iterable[Event]) -> list[Answer]:
+    """Take the messages out of what they came in, which has to hold each of them once more."""
+    found: list[Answer] = []
+    for event in events:
+        if not isinstance(event, Messages):
+            found.append(event)
+            continue
+        assert event.in_order
+        for channel, messages in event.by_channel.items():
+            assert messages == [one for one in event.in_order if one.channel == channel]
+            sizes = {len(message.binary) for message in messages}
+            assert {event.each[channel]} == (sizes if len(sizes) == 1 else {None})
+        assert sum(map(len, event.by_channel.values())) == len(event.in_order)
+        found += event.in_order
+    return found
