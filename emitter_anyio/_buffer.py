@@ -15,6 +15,7 @@ from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
 import anyio
 from anyio import EndOfStream, WouldBlock
+from anyio.lowlevel import checkpoint
 
 from ._backend import Wakeup, wakeup_maker
 from ._channels import is_whole
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 Overflow: TypeAlias = Literal["raise", "drop_oldest", "drop_newest", "block"]
 """What happens when a buffer is full."""
+
+TURN: Final = 64
+"""At each so many items, others get a turn."""
 
 MAX_BYTES: Final = 8 * 1024 * 1024
 """A buffer that holds so many bytes of payload is full, however few its messages are."""
@@ -84,6 +88,8 @@ class Buffer(Generic[T]):
         self._buffer = buffer
         self._overflow: Overflow = overflow
         self._taken = 0
+        self._stop = TURN - 1
+        """At so many taken, who takes one more sees to others first."""
         self._counted = 0
         """How many had been taken when what waits was last counted."""
         self._room = buffer
@@ -213,15 +219,15 @@ class Buffer(Generic[T]):
         self._ready_bytes = 0
         return items
 
-    def _take(self) -> T:
-        item = self._ready.popleft()
-        self._taken += 1
-        if self._departure is not None:
-            self._depart()
-        return item
+    async def _pause(self) -> None:
+        """See to others, right before one is taken: that is one question for each, not two."""
+        if self._taken % TURN == TURN - 1:
+            await checkpoint()
+        self._stop = self._taken + TURN - (self._taken + 1) % TURN
+        self._depart()
 
     def _depart(self) -> None:
-        """Tell who waits for it that there is room, or will be no need of it."""
+        """Tell who waits for it that there is room now, or will be no need of it."""
         if self._departure is not None:
             self._departure.set()
             self._departure = None
@@ -251,6 +257,7 @@ class Buffer(Generic[T]):
             finally:
                 if arrival in self._arrivals:
                     self._arrivals.remove(arrival)
+        self._depart()
 
     def _make_ready(self) -> None:
         if not self._queued:

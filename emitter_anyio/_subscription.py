@@ -17,8 +17,6 @@ from ._buffer import Buffer, Overflow
 
 T = TypeVar("T")
 
-_TURN: Final = 64
-
 _PATIENCE: Final = 8
 """So many turns of the loop a full buffer is given to shrink: the consumer may go through some
 checkpoints of its own, and on Trio those who are ready run in any order."""
@@ -79,26 +77,24 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
         :raises ~anyio.EndOfStream: if the stream has ended
         :raises ConnectionLostError: if it has ended because the link is gone for good
         """
-        if self._taken % _TURN == _TURN - 1:
-            await checkpoint()
+        if self._taken >= self._stop:
+            await self._pause()
         while not self._ready:
             await self._more()
-        return self._take()
+        self._taken += 1
+        return self._ready.popleft()
 
     async def __anext__(self) -> T:
-        # Not by receive() and _take(), two calls that each item would pay for.
-        if self._taken % _TURN == _TURN - 1:
-            await checkpoint()
+        # Not by receive(), a call that each item would pay for.
+        if self._taken >= self._stop:
+            await self._pause()
         try:
             while not self._ready:
                 await self._more()
         except EndOfStream:
             raise StopAsyncIteration from None
-        item = self._ready.popleft()
         self._taken += 1
-        if self._departure is not None:
-            self._depart()
-        return item
+        return self._ready.popleft()
 
     def receive_nowait(self) -> T:
         """
@@ -110,7 +106,9 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
         """
         if not self._ready:
             self._make_ready()
-        return self._take()
+        self._depart()
+        self._taken += 1
+        return self._ready.popleft()
 
     async def aclose(self) -> None:
         """Leave the stream: what is buffered is gone, and nothing more comes; never waits."""
@@ -163,6 +161,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
                 self._stalled = taken
         while self._full and self._overflow == "block":
             departure = self._departure = self._departure or anyio.Event()
+            self._stop = self._taken
             await departure.wait()
 
     def push_or_drop(self, item: T) -> None:

@@ -56,6 +56,14 @@ def read(stream: EventStream[Any]) -> list[object]:
             return items
 
 
+async def give_up_turns(stream: EventStream[Any]) -> None:
+    """Have it wait for its consumer, so that from now on it gives it no turns before it waits."""
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stream.make_room)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+
+
 async def cancel_when_blocked(scope: anyio.CancelScope) -> None:
     await anyio.wait_all_tasks_blocked()
     scope.cancel()
@@ -595,6 +603,36 @@ class TestMakingRoom:
             taken = take(stream)
             assert (await taken if inspect.isawaitable(taken) else taken) == 1
         assert sorted(done) == ["another", "reader"]
+        assert not stream.blocks
+
+    @pytest.mark.parametrize("take", [EventStream.receive, EventStream.__anext__])
+    async def test_who_already_waits_for_an_item_makes_room(
+        self, make: MakeStream, take: Callable[[EventStream[int]], Any]
+    ) -> None:
+        stream = fill(make(buffer=1, overflow="block"), 1)
+        await give_up_turns(stream)
+        stream.drain()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, stream)
+            await anyio.wait_all_tasks_blocked()
+            tasks.start_soon(stream.make_room)
+            fill(stream, 2)
+        assert not stream.blocks
+
+    @pytest.mark.parametrize("take", [EventStream.receive, EventStream.__anext__])
+    async def test_who_gives_others_a_turn_makes_room_behind_it(
+        self, make: MakeStream, take: Callable[[EventStream[int]], Any]
+    ) -> None:
+        stream = make(buffer=2, overflow="block")
+        for number in range(62):
+            fill(stream, number).receive_nowait()
+        stream.push_many([62, 63])
+        assert fill(stream, 64).receive_nowait() == 62
+        assert stream.blocks
+        await give_up_turns(stream)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take, stream)
+            tasks.start_soon(stream.make_room)
         assert not stream.blocks
 
     async def test_who_comes_too_late_waits_on(self, make: MakeStream) -> None:
