@@ -24,7 +24,8 @@ class Messages:
 
     :param in_order: all of them
     :param by_channel: the same
-    :param each: how many bytes of payload each message of a channel has, where that is known
+    :param each: how many bytes of payload each message of a channel has; ``None`` where it is not
+        known that all have as many
     """
 
     __slots__ = ("by_channel", "each", "in_order")
@@ -39,16 +40,22 @@ class Messages:
         self.by_channel = by_channel
         self.each = each
 
-    def sort(self, receivers: Mapping[str, Iterable[T]]) -> dict[T, Batch]:
+    def append(self, message: EmitterMessage) -> None:
+        """Add a message, of which is not known how many others have as many bytes."""
+        self.in_order.append(message)
+        self.by_channel.setdefault(message.channel, []).append(message)
+        self.each[message.channel] = None
+
+    def by_receiver(self, receivers: Mapping[str, Iterable[T]]) -> dict[T, Batch]:
         """
         Give what is for each receiver.
 
-        :param receivers: those whom a channel reaches
+        :param receivers: those whom each channel reaches
         """
         found: dict[T, Batch] = {}
         several: dict[T, list[str]] = {}
         for channel, messages in self.by_channel.items():
-            each = self.each.get(channel)
+            each = self.each[channel]
             batch = messages, None if each is None else each * len(messages)
             for receiver in receivers[channel]:
                 if receiver in found:
@@ -82,7 +89,7 @@ class Messages:
 
 def in_one_go(messages: Iterable[EmitterMessage]) -> Messages:
     """Sort messages by channel that are not sorted yet."""
-    found = Messages([*messages], {}, {})
-    for message in found.in_order:
-        found.by_channel.setdefault(message.channel, []).append(message)
+    found = Messages([], {}, {})
+    for message in messages:
+        found.append(message)
     return found

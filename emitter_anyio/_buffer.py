@@ -220,14 +220,15 @@ class Buffer(Generic[T]):
         return items
 
     async def _pause(self) -> None:
-        """See to others, right before one is taken: that is one question for each, not two."""
+        """See to others before one is taken: so each item asks one question, not two."""
         if self._taken % TURN == TURN - 1:
             await checkpoint()
         self._stop = self._taken + TURN - (self._taken + 1) % TURN
         self._depart()
 
     def _depart(self) -> None:
-        """Tell who waits for it that there is room now, or will be no need of it."""
+        """Tell who waits for it that there is room, or will be no need of it; the one who is about
+        to take an item says so, and does it before anybody else has a turn."""
         if self._departure is not None:
             self._departure.set()
             self._departure = None

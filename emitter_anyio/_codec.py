@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import paho.mqtt.client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
-from ._batches import Messages
+from ._batches import Messages, in_one_go
 from ._errors import RemoteProtocolError
 from ._messages import EmitterMessage
 from ._packets import (
@@ -177,8 +177,6 @@ class Codec:
         self._heads: dict[bytes, _Head] = {}
         self._head_size = 0
         """How many bytes the last new one had: most have as many."""
-        self.count = 0
-        """How many packets the last bytes had."""
         self._heard: list[Event] = []
         self._hello = hello
         self._paho: _PahoClient | None = None
@@ -215,7 +213,6 @@ class Codec:
         Malformed bytes end in a :class:`~emitter_anyio.RemoteProtocolError` as the last event,
         behind those that came before; what follows it is passed over.
         """
-        self.count = 0
         if self._broken:
             return []
         events: list[Event] = []
@@ -232,7 +229,6 @@ class Codec:
         except RemoteProtocolError as exc:
             self._broken = True
             events.append(exc)
-        self.count += len(events)
         return events
 
     def take_written(self) -> bytes:
@@ -282,7 +278,7 @@ class Codec:
                 events.append(ConnAck(data[stop - 1]))
                 self._connected = True
             elif kind == _PUBLISH and not head & 6:
-                events.append(_decode_publish(data, start, stop))
+                _put(events, _decode_publish(data, start, stop))
             elif kind == _PUBACK:
                 if size != 2:
                     raise RemoteProtocolError(f"a PUBACK of {size} bytes, where it has 2")
@@ -298,10 +294,12 @@ class Codec:
         # Of QoS 0, whole, and of less than 16 KiB: nearly all that comes. It stops at the first
         # packet that is anything else, or wrong.
         length = self._head_size
-        if (found := self._heads.get(data[at : at + length])) and at + found[1] == end:
-            # There is no other: where traffic is thin, that is so each time.
-            events.append(EmitterMessage(found[0], data[at + length :]))
-            return end
+        if found := self._heads.get(data[at : at + length]):
+            stop = at + found[1]
+            if stop == end or (stop < end and data[stop] & 0xF6 != 0x30):
+                # It is by itself: where traffic is thin, that is so each time.
+                _put(events, EmitterMessage(found[0], data[at + length : stop]))
+                return stop
         in_order: list[EmitterMessage] = []
         by_channel: dict[str, list[EmitterMessage]] = {}
         each: dict[str, int | None] = {}
@@ -339,8 +337,10 @@ class Codec:
                 at = stop
         except (struct.error, UnicodeDecodeError):
             pass
-        if in_order:
-            self.count += len(in_order) - 1
+        if events and type(events[-1]) in (Messages, EmitterMessage):
+            for message in in_order:
+                _put(events, message)
+        elif in_order:
             events.append(Messages(in_order, by_channel, each))
         return at
 
@@ -384,7 +384,8 @@ class Codec:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}") from exc
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or client.link.inbound:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
-        events += self._heard
+        for event in self._heard:
+            _put(events, event)
         self._heard.clear()
         if kind == _CONNACK:
             events.append(ConnAck(packet[-1]))
@@ -395,6 +396,18 @@ class Codec:
             # Its CONNECT has been sent.
             self._paho.written()
         return self._paho
+
+
+def _put(events: list[Event], event: Event) -> None:
+    # Messages in a row are one event: who waits for room for one keeps no other from a consumer.
+    last = events[-1] if events else None
+    if type(event) is EmitterMessage:
+        if type(last) is EmitterMessage:
+            last = events[-1] = in_one_go([last])
+        if type(last) is Messages:
+            last.append(event)
+            return
+    events.append(event)
 
 
 @lru_cache(_CONNECTS)

@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 import anyio
 
 from ._backend import Wakeup, wakeup_maker
+from ._batches import Messages
 from ._channels import check_channel, check_key, format_topic
 from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
@@ -239,16 +240,20 @@ class Connection:
             self.last_heard = clock()
             if not (self._discards or self._over):
                 # Not kept in a variable, which would hold messages until the next ones come.
-                await self._take_in(deliver, codec.decode(data))
+                count = await self._take_in(deliver, codec.decode(data))
                 # In a flood each consumer then wakes for several messages, and not for each.
-                if codec.count > _FEW or len(data) < size:
+                if count > _FEW or len(data) < size:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
 
-    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
+    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:
+        count = len(events)
+        for event in events:
+            if type(event) is Messages:
+                count += len(event.in_order) - 1
         # Several acknowledgements let several go on: what they publish leaves together.
-        self.writer.gathers = self._codec.count > 1
+        self.writer.gathers = count > 1
         # Nothing goes behind DISCONNECT, of which Paho knows nothing.
         if (written := self._codec.take_written()) and not self.leaving:
             self.writer.write(written)
@@ -256,6 +261,7 @@ class Connection:
         if self.held_up:
             self.held_up = False
             self.last_heard = self.timer.clock()
+        return count
 
 
 class _Keepalive(Due):

@@ -100,22 +100,25 @@ class Delivery(EventSource):
         for message in messages:
             if self._session.replays or _is_system(message.channel):
                 # What comes behind this one may go another way.
-                await self._deliver_together(in_one_go(together))
-                together = []
+                if together:
+                    await self._deliver_together(in_one_go(together))
+                    together = []
                 await self._deliver([message])
             else:
                 together.append(message)
-        await self._deliver_together(in_one_go(together))
+        if together:
+            await self._deliver_together(in_one_go(together))
 
     async def _deliver_together(self, messages: Messages) -> None:
         self._received += len(messages.in_order)
-        receivers = self._routers["message"].receivers
-        for channel, some in messages.by_channel.items():
-            if not receivers[channel]:
-                self._note_unhandled(channel, len(some))
+        find = self._routers["message"].receivers
+        receivers = {channel: find[channel] for channel in messages.by_channel}
+        for channel, streams in receivers.items():
+            if not streams:
+                self._note_unhandled(channel, len(messages.by_channel[channel]))
         # By the id of the message that is next for them.
         crowded: dict[int, list[_Crowded]] = {}
-        for stream, (some, size) in messages.sort(receivers).items():
+        for stream, (some, size) in messages.by_receiver(receivers).items():
             if (taken := stream.push_many(some, size)) < len(some):
                 crowded.setdefault(id(some[taken]), []).append((stream, some, taken))
         if not crowded:
@@ -147,9 +150,9 @@ class Delivery(EventSource):
         self._received += 1
         streams = self._routers["message"].receivers[message.channel]
         replayed = self._session.in_replay(message)
-        for stream in streams:
-            if not stream.push(message, extra=replayed):
-                await self._hand_over(stream, message)
+        # All have it before one of them is waited for.
+        for stream in [one for one in streams if not one.push(message, extra=replayed)]:
+            await self._hand_over(stream, message)
         if not streams:
             self._note_unhandled(message.channel, 1)
 

@@ -107,7 +107,7 @@ Answer: TypeAlias = (
     | Undecodable
     | RemoteProtocolError
 )
-"""What the session takes in; a message is one in which the broker itself speaks."""
+"""What is taken in one by one; the session has those messages in which the broker itself speaks."""
 
 Event: TypeAlias = Messages | Answer
-"""What the codec gives."""
+"""What the codec gives: messages in a row together."""

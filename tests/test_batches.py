@@ -25,7 +25,7 @@ receivers = st.fixed_dictionaries(
 def test_everybody_gets_theirs_in_order(
     messages: list[EmitterMessage], receivers: Mapping[str, list[int]]
 ) -> None:
-    found = in_one_go(messages).sort(receivers)
+    found = in_one_go(messages).by_receiver(receivers)
     expected = {
         who: theirs
         for who in WHO
@@ -48,16 +48,16 @@ def test_sorting_loses_nothing(messages: list[EmitterMessage]) -> None:
 def test_the_size_is_known_where_it_is_said() -> None:
     messages = in_one_go(EmitterMessage(channel, b"one") for channel in ("a/", "b/", "a/", "c/"))
     messages.each.update({"a/": 3, "b/": None})
-    batches = messages.sort({"a/": ["a"], "b/": ["b"], "c/": ["c"]})
+    batches = messages.by_receiver({"a/": ["a"], "b/": ["b"], "c/": ["c"]})
     assert {who: size for who, (_, size) in batches.items()} == {"a": 6, "b": None, "c": None}
 
 
 def test_nothing_is_copied_for_who_gets_all_or_one_channel() -> None:
     found = in_one_go(EmitterMessage(channel, b"") for channel in ("a/", "b/", "a/"))
-    batches = found.sort({"a/": ["all", "one"], "b/": ["all"]})
+    batches = found.by_receiver({"a/": ["all", "one"], "b/": ["all"]})
     assert batches["all"][0] is found.in_order
     assert batches["one"][0] is found.by_channel["a/"]
 
 
 def test_nobody_gets_anything_of_nothing() -> None:
-    assert in_one_go([]).sort({}) == {}
+    assert in_one_go([]).by_receiver({}) == {}

@@ -195,6 +195,65 @@ async def test_in_a_flood_several_streams_may_be_read_by_turns(
                 assert (await other.receive()).binary == b"%d" % number
 
 
+@pytest.mark.parametrize(
+    ("size", "packet_id"), [(2, None), (20_000, None), (2, 7)], ids=["small", "large", "QoS 1"]
+)
+async def test_what_comes_in_one_go_is_offered_to_all_before_one_is_waited_for(
+    anyio_backend: object, size: int, packet_id: int | None
+) -> None:
+    sent = [("a/", b"0"), ("a/", b"1"), ("b/", b"2")]
+    chunk = b"".join(
+        packets.publish(channel, number.rjust(size, b"."), packet_id) for channel, number in sent
+    )
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(2):
+            await peer.answer(await peer.until(SUBSCRIBE))
+        # A part of it and then the rest, so that it is taken in together.
+        await peer.send(chunk[:5])
+        await anyio.wait_all_tasks_blocked()
+        await peer.send(chunk[5:])
+        await peer.answer_all()
+
+    async with memory_peer(script, capacity=len(chunk)) as connectable:
+        async with (
+            one_link(connectable=connectable) as emitter,
+            emitter.subscribe("k", "a/", buffer=1, overflow="block") as one,
+            emitter.subscribe("k", "b/", buffer=1, overflow="block") as other,
+        ):
+            with anyio.fail_after(5):
+                got = [await stream.receive() for stream in (other, one, one)]
+    assert [message.binary[-1:] for message in got] == [b"2", b"0", b"1"]
+
+
+async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
+    anyio_backend: object,
+) -> None:
+    ready = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.answer(await peer.until(SUBSCRIBE))
+        await ready.wait()
+        for number in range(3):
+            await peer.send(packets.publish("a/", b"%d" % number))
+            await anyio.wait_all_tasks_blocked()
+        await peer.answer_all()
+
+    async with memory_peer(script) as connectable:
+        async with (
+            one_link(connectable=connectable) as emitter,
+            emitter.subscribe("k", "a/", buffer=1, overflow="block") as few,
+            emitter.stream("message") as many,
+        ):
+            with anyio.fail_after(5):
+                ready.set()
+                # The first one is full by the second message, which holds up the third.
+                got = [await stream.receive() for stream in (many, many, few, few, many, few)]
+    assert [int(message.binary) for message in got] == [0, 1, 0, 1, 2, 2]
+
+
 async def test_a_flood_on_one_link_does_not_hold_up_another(
     anyio_backend: object, broker: Broker
 ) -> None:
