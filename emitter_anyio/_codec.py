@@ -298,7 +298,11 @@ class Codec:
             stop = at + found[1]
             if stop == end or (stop < end and data[stop] & 0xF6 != 0x30):
                 # It is by itself: where traffic is thin, that is so each time.
-                _put(events, EmitterMessage(found[0], data[at + length : stop]))
+                message = EmitterMessage(found[0], data[at + length : stop])
+                if events:
+                    _put(events, message)
+                else:
+                    events.append(message)
                 return stop
         in_order: list[EmitterMessage] = []
         by_channel: dict[str, list[EmitterMessage]] = {}

@@ -239,21 +239,19 @@ class Connection:
                 raise EOFError("the broker closed the link")
             self.last_heard = clock()
             if not (self._discards or self._over):
-                # Not kept in a variable, which would hold messages until the next ones come.
-                count = await self._take_in(deliver, codec.decode(data))
+                events = codec.decode(data)
+                await self._take_in(deliver, events)
                 # In a flood each consumer then wakes for several messages, and not for each.
-                if count > _FEW or len(data) < size:
+                if len(data) < size or _count(events) > _FEW:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
+                # They would be kept until the next ones come.
+                events = []
 
-    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> int:
-        count = len(events)
-        for event in events:
-            if type(event) is Messages:
-                count += len(event.in_order) - 1
+    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         # Several acknowledgements let several go on: what they publish leaves together.
-        self.writer.gathers = count > 1
+        self.writer.gathers = len(events) > 1 or (bool(events) and type(events[0]) is Messages)
         # Nothing goes behind DISCONNECT, of which Paho knows nothing.
         if (written := self._codec.take_written()) and not self.leaving:
             self.writer.write(written)
@@ -261,7 +259,15 @@ class Connection:
         if self.held_up:
             self.held_up = False
             self.last_heard = self.timer.clock()
-        return count
+
+
+def _count(events: Sequence[Event]) -> int:
+    """How many packets they are."""
+    count = len(events)
+    for event in events:
+        if type(event) is Messages:
+            count += len(event.in_order) - 1
+    return count
 
 
 class _Keepalive(Due):

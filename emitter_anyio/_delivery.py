@@ -150,8 +150,12 @@ class Delivery(EventSource):
         self._received += 1
         streams = self._routers["message"].receivers[message.channel]
         replayed = self._session.in_replay(message)
-        # All have it before one of them is waited for.
-        for stream in [one for one in streams if not one.push(message, extra=replayed)]:
+        full: list[EventStream[Any]] = []
+        for stream in streams:
+            if not stream.push(message, extra=replayed):
+                full.append(stream)  # noqa: PERF401 - up to Python 3.11 that is a call
+        # All have been offered it before one of them is waited for.
+        for stream in full:
             await self._hand_over(stream, message)
         if not streams:
             self._note_unhandled(message.channel, 1)
