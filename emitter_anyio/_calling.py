@@ -96,7 +96,7 @@ class Caller(Subscriber):
     def _begin(self) -> None:
         super()._begin()
         self._replies = {}
-        self._replies_lock = anyio.Lock()
+        self._replies_lock: anyio.Lock | None = None
 
     def _finish(self) -> None:
         super()._finish()
@@ -258,6 +258,8 @@ class Caller(Subscriber):
         del running[message.channel]
 
     async def _replies_on(self, source: Key, channel: str) -> _Replies:
+        if self._replies_lock is None:
+            self._replies_lock = anyio.Lock()
         async with self._replies_lock:
             replies = self._replies.get((source, channel))
             if replies is not None and replies.ended:

@@ -102,6 +102,8 @@ class Life(Reconnector):
         self._raise(raised)
 
     def _begin(self) -> None:
+        if self._lived:
+            self._session = self._new_session()
         self._lived = True
         self._leaving = False
         self._lost = None
@@ -109,7 +111,6 @@ class Life(Reconnector):
         self._unread = []
         self._carried = []
         self._deadline = math.inf
-        self._session = self._new_session()
         self._set_state("connecting")
 
     def _start(self, connection: Connection, tasks: TaskGroup) -> None:

@@ -204,7 +204,8 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
     if (parts.path not in ("", "/") and not websocket) or parts.query or parts.fragment:
         where = "its path" if websocket else "host and port"
         raise ValueError(f"the URL ends after {where}; channels and keys go to the calls")
-    if not parts.hostname:
+    host = parts.hostname
+    if not host:
         raise ValueError("the URL has no host")
     try:
         port = parts.port
@@ -217,7 +218,7 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
         credentials["password"] = unquote(parts.password)
     port = _check_port(PORTS[parts.scheme] if port is None else port)
     path = quote(parts.path or "/", safe=_PATH) if websocket else ""
-    return Server(parts.scheme, parts.hostname, port, path), credentials
+    return Server(parts.scheme, host, port, path), credentials
 
 
 def _place_of(server: Server) -> dict[str, Any]:
