@@ -29,6 +29,8 @@ class Life(Reconnector):
         self._body: anyio.CancelScope | None = None
         self._failure: BaseException | None = None
         self._over = True
+        self._alone = False
+        """Whether leaving waits for the end of the link's task, and for nothing else."""
 
     # Entering and leaving
 
@@ -93,6 +95,9 @@ class Life(Reconnector):
                 try:
                     if self._tasks is not None and not _is_cancelled(raised):
                         await self._leave()
+                        self._alone = raised is None and not self._tasks.used
+                        if not self._alone:
+                            await self._left()
                 except BaseException as exc:
                     raised = raised or exc
                 if raised is not None or self._tasks is None or self._tasks.used:
@@ -105,6 +110,7 @@ class Life(Reconnector):
         if self._lived:
             self._session = self._new_session()
         self._lived = True
+        self._alone = False
         self._leaving = False
         self._lost = None
         self._failure = None
@@ -132,6 +138,8 @@ class Life(Reconnector):
             # Those who only ask for it have it said by a task, which their cancellation spares.
             self._be_closing()
             await self._say_goodbye(link)
+
+    async def _left(self) -> None:
         while self._state != "closed":
             await self._change()
         await self._handlers_done(self._deadline, leavers=True)
@@ -167,6 +175,11 @@ class Life(Reconnector):
         self._end_handlers()
         await self._handlers_done(self._deadline)
         self._set_state("closed")
+        assert self._tasks is not None
+        if self._alone and self._tasks.used:
+            # Somebody has come since.
+            await self._left()
+            self._tasks.cancel()
 
     def _end(self) -> None:
         """There will be no link any more."""

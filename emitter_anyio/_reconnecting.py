@@ -246,7 +246,7 @@ class Reconnector(Delivery):
         link: Connection | None = first
         while link is not None:
             broken = await self._run_link(link)
-            if anyio.current_time() > self._ready_since + self._longest(attempt):
+            if link.timer.clock() > self._ready_since + self._longest(attempt):
                 attempt = 0
             self._ready_since = math.inf
             link, attempt = await self._next_link(link, broken, attempt)
