@@ -117,7 +117,7 @@ async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float
 
 
 async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
-    anyio_backend: object,
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def stay() -> None:
         await anyio.sleep(1000)
@@ -125,9 +125,11 @@ async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
     class Coming(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.getMessage().startswith("disconnected"):
-                emitter.on("disconnect", stay)
+                come.append(emitter.on("disconnect", stay))
 
+    come: list[object] = []
     logger, coming = logging.getLogger("emitter_anyio"), Coming()
+    caplog.set_level(logging.INFO, logger.name)
     logger.addHandler(coming)
     try:
         async with memory_peer(Slow(0).play) as connectable:
@@ -136,4 +138,5 @@ async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
             assert anyio.current_time() - start < 5
     finally:
         logger.removeHandler(coming)
+    assert come
     assert emitter.state == "closed"
