@@ -11,8 +11,8 @@ T = TypeVar("T", bound=Hashable)
 
 Batch: TypeAlias = tuple[list[EmitterMessage], int | None]
 """
-Messages in the order in which they came, and how many bytes of payload they have, if that is known
-without asking each. Nobody changes the list, which may be others', too.
+Messages in the order in which they came, and how many bytes of payload each of them has; ``None``
+where it is not known that all have as many. Nobody changes the list, which may be others', too.
 """
 
 
@@ -24,8 +24,7 @@ class Messages:
 
     :param in_order: all of them
     :param by_channel: the same
-    :param each: how many bytes of payload each message of a channel has; ``None`` where it is not
-        known that all have as many
+    :param each: how many bytes of payload each message of a channel has, or ``None``
     """
 
     __slots__ = ("by_channel", "each", "in_order")
@@ -55,8 +54,7 @@ class Messages:
         found: dict[T, Batch] = {}
         several: dict[T, list[str]] = {}
         for channel, messages in self.by_channel.items():
-            each = self.each[channel]
-            batch = messages, None if each is None else each * len(messages)
+            batch = messages, self.each[channel]
             for receiver in receivers[channel]:
                 if receiver in found:
                     several[receiver] = []

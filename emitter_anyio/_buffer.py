@@ -114,12 +114,12 @@ class Buffer(Generic[T]):
         """Put one item in, as :meth:`push_many` does; tells whether it is dealt with."""
         return bool(self.push_many([item], extra=extra))
 
-    def push_many(self, items: list[T], size: int | None = None, *, extra: bool = False) -> int:
+    def push_many(self, items: list[T], each: int | None = None, *, extra: bool = False) -> int:
         """
         Put items in, as many as there is room for.
 
         :param items: the list is not to be changed any more
-        :param size: how many bytes of payload they have, if that is known
+        :param each: how many bytes of payload each of them has, if that is known
         :param extra: whether to let them in beside the buffer, as what the broker replays
         :return: how many are dealt with
         """
@@ -131,9 +131,8 @@ class Buffer(Generic[T]):
         if beside:
             self._count()
         elif len(items) > self._room:
-            items, size = items[: self._count()], None
-        if size is None:
-            size = _bytes_of(items)
+            items = items[: self._count()]
+        size = _bytes_of(items) if each is None else each * len(items)
         unlimited = extra or (self._holds and self._overflow == "block")
         if self._bytes + size >= MAX_BYTES and not unlimited:
             items = self._with_bytes_to_spare(items)

@@ -56,7 +56,7 @@ class _Replies(EventStream["EmitterMessage | Gap"]):
         self.subscription: Subscription | None = None
 
     def push_many(
-        self, items: list[EmitterMessage | Gap], size: int | None = None, *, extra: bool = False
+        self, items: list[EmitterMessage | Gap], each: int | None = None, *, extra: bool = False
     ) -> int:
         """Hand replies over; a late one, or one to nobody, is dropped."""
         for item in items:

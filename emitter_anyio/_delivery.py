@@ -21,8 +21,8 @@ from ._router import Router
 from ._session import SYSTEM, Session
 from ._subscription import EventStream
 
-_Crowded: TypeAlias = tuple[EventStream[Any], list[EmitterMessage], int]
-"""A stream, what has come for it, and how many of them have found room."""
+_Crowded: TypeAlias = tuple[EventStream[Any], list[EmitterMessage], int | None, int]
+"""A stream, what has come for it, how large each is, and how many of them have found room."""
 
 _is_system = methodcaller("startswith", SYSTEM)
 """Tells whether the broker itself speaks on a channel."""
@@ -118,20 +118,20 @@ class Delivery(EventSource):
                 self._note_unhandled(channel, len(messages.by_channel[channel]))
         # By the id of the message that is next for them.
         crowded: dict[int, list[_Crowded]] = {}
-        for stream, (some, size) in messages.by_receiver(receivers).items():
-            if (taken := stream.push_many(some, size)) < len(some):
-                crowded.setdefault(id(some[taken]), []).append((stream, some, taken))
+        for stream, (some, each) in messages.by_receiver(receivers).items():
+            if (taken := stream.push_many(some, each)) < len(some):
+                crowded.setdefault(id(some[taken]), []).append((stream, some, each, taken))
         if not crowded:
             return
         # In the order in which they came: who reads several streams by turns would else wait for
         # one, while the link waits for another.
         for next_one in filter(crowded.__contains__, map(id, messages.in_order)):
-            for stream, some, taken in crowded.pop(next_one):
+            for stream, some, each, taken in crowded.pop(next_one):
                 await self._hand_over(stream, some[taken])
                 taken += 1
-                taken += stream.push_many(some[taken : taken + _SOME])
+                taken += stream.push_many(some[taken : taken + _SOME], each)
                 if taken < len(some):
-                    crowded.setdefault(id(some[taken]), []).append((stream, some, taken))
+                    crowded.setdefault(id(some[taken]), []).append((stream, some, each, taken))
 
     async def _deliver_emission(self, emission: Emission) -> None:
         if emission.event == "message":

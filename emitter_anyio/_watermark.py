@@ -34,7 +34,7 @@ class Watermark(EventStream[EmitterMessage]):
         self._newest: StoredMessage | None = None
 
     def push_many(
-        self, items: list[EmitterMessage], size: int | None = None, *, extra: bool = False
+        self, items: list[EmitterMessage], each: int | None = None, *, extra: bool = False
     ) -> int:
         """Note that something has come, and keep nothing of it."""
         self.stale.set()

@@ -49,7 +49,7 @@ def test_the_size_is_known_where_it_is_said() -> None:
     messages = in_one_go(EmitterMessage(channel, b"one") for channel in ("a/", "b/", "a/", "c/"))
     messages.each.update({"a/": 3, "b/": None})
     batches = messages.by_receiver({"a/": ["a"], "b/": ["b"], "c/": ["c"]})
-    assert {who: size for who, (_, size) in batches.items()} == {"a": 6, "b": None, "c": None}
+    assert {who: each for who, (_, each) in batches.items()} == {"a": 3, "b": None, "c": None}
 
 
 def test_nothing_is_copied_for_who_gets_all_or_one_channel() -> None:

@@ -529,6 +529,17 @@ class TestPuttingInFront:
         assert got == ["a"]
 
 
+@pytest.mark.parametrize("each", [None, 3])
+def test_what_is_known_of_the_size_is_counted_as_what_is_weighed(
+    make: MakeStream, each: int | None
+) -> None:
+    stream = make(buffer=2)
+    assert stream.push_many([EmitterMessage("a/", b"one")] * 3, each) == 2
+    assert stream._bytes == stream.statistics().buffered_bytes == 6
+    assert len(read(stream)) == 2
+    assert stream.statistics().buffered_bytes == 0
+
+
 class TestMakingRoom:
     async def test_there_is_room(self, make: MakeStream) -> None:
         stream = make(overflow="block")
