@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
+from emitter_anyio._batches import Messages
 from emitter_anyio._codec import Codec, Hello, encode_publish
 from emitter_anyio._errors import RemoteProtocolError
 from emitter_anyio._messages import EmitterMessage
@@ -158,6 +159,17 @@ class TestDecoding:
 
     def test_nothing_comes_of_nothing(self) -> None:
         assert connected().decode(b"") == []
+
+    def test_what_each_weighs_is_known_however_their_heads_differ(self) -> None:
+        retained = publish("a/", b"three", flags=1)
+        for data, each in (
+            (publish("a/", b"seven") + retained, 5),
+            (publish("a/") + retained, None),
+        ):
+            (event,) = connected().decode(data)
+            assert isinstance(event, Messages)
+            assert event.each == {"a/": each}
+            assert one_by_one([event]) == event.in_order
 
     def test_the_payload_is_not_part_of_a_larger_buffer(self) -> None:
         (event,) = one_by_one(connected().decode(publish("a/", b"x")))

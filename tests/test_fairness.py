@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -252,6 +253,36 @@ async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
                 # The first one is full by the second message, which holds up the third.
                 got = [await stream.receive() for stream in (many, many, few, few, many, few)]
     assert [int(message.binary) for message in got] == [0, 1, 0, 1, 2, 2]
+
+
+async def test_what_the_broker_says_between_messages_of_one_go_keeps_its_place(
+    anyio_backend: object,
+) -> None:
+    change = {"time": 1, "event": "subscribe", "channel": "a/", "who": {"id": "x", "username": "y"}}
+    said = packets.publish("emitter/presence/", json.dumps(change).encode())
+    sent = [packets.publish("a/", b"%d" % number) for number in range(4)]
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.answer(await peer.until(SUBSCRIBE))
+        await peer.send(b"".join((*sent[:3], said, *sent[3:])))
+        await peer.answer_all()
+
+    async with (
+        memory_peer(script) as connectable,
+        one_link(connectable=connectable) as emitter,
+        emitter.stream("presence") as changes,
+    ):
+        emitter._session.watch("a/")
+        async with emitter.subscribe("k", "a/", buffer=2, overflow="block") as messages:
+            await anyio.wait_all_tasks_blocked()
+            # The third message waits for room, and what is behind it with it.
+            assert changes.statistics().buffered == 0
+            got = [await messages.receive()]
+            with anyio.fail_after(5):
+                assert (await changes.receive()).event == "subscribe"
+                got += [await messages.receive() for _ in range(3)]
+    assert [int(message.binary) for message in got] == [0, 1, 2, 3]
 
 
 async def test_a_flood_on_one_link_does_not_hold_up_another(
