@@ -27,7 +27,7 @@ T = TypeVar("T")
 Overflow: TypeAlias = Literal["raise", "drop_oldest", "drop_newest", "block"]
 """What happens when a buffer is full."""
 
-TURN: Final = 64
+_TURN: Final = 64
 """At each so many items, others get a turn."""
 
 MAX_BYTES: Final = 8 * 1024 * 1024
@@ -88,7 +88,7 @@ class Buffer(Generic[T]):
         self._buffer = buffer
         self._overflow: Overflow = overflow
         self._taken = 0
-        self._stop = TURN - 1
+        self._stop = _TURN - 1
         """At so many taken, who takes one more sees to others first."""
         self._counted = 0
         """How many had been taken when what waits was last counted."""
@@ -220,9 +220,9 @@ class Buffer(Generic[T]):
 
     async def _pause(self) -> None:
         """See to others before one is taken: so each item asks one question, not two."""
-        if self._taken % TURN == TURN - 1:
+        if self._taken % _TURN == _TURN - 1:
             await checkpoint()
-        self._stop = self._taken + TURN - (self._taken + 1) % TURN
+        self._stop = self._taken + _TURN - (self._taken + 1) % _TURN
         self._depart()
 
     def _depart(self) -> None:

@@ -215,7 +215,6 @@ class Codec:
         """
         if self._broken:
             return []
-        events: list[Event] = []
         if self._rest:
             self._rest.append(data)
             self.missing -= len(data)
@@ -224,6 +223,7 @@ class Codec:
             data = b"".join(self._rest)
             self._rest.clear()
             self.missing = 0
+        events: list[Event] = []
         try:
             self._take_packets(data, events)
         except RemoteProtocolError as exc:
