@@ -76,12 +76,12 @@ class Connection:
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
         self._options = options
-        self._tasks: Tasks | None = None
         self._over = False
         """Whether it is to end, or has."""
-        self._listens = False
-        """Whether the reader waits for bytes."""
         self._waits: anyio.CancelScope | None = None
+        """In which the reader waits for a consumer."""
+        self._writes: anyio.CancelScope | None = None
+        """In which the writer task runs, where there is one."""
         self._discards = False
         """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
@@ -124,31 +124,31 @@ class Connection:
         """The publishes of QoS 0 of which no byte has been handed over."""
         return [bytes(one) for one in self.writer.untouched if is_unconfirmed_publish(one)]
 
-    async def run(self, deliver: Deliver, ping: Ping) -> Exception | None:
+    async def run(self, deliver: Deliver, ping: Ping, tasks: Tasks) -> Exception | None:
         """
         Keep the link going until it breaks or :meth:`close` ends it.
 
         :param deliver: takes the events in, and may wait
         :param ping: sends a PINGREQ
+        :param tasks: where the writer task goes, once there is something for it to do
         :return: why the link broke; ``None`` if we closed it
         """
         try:
-            async with anyio.create_task_group() as group:
-                self._tasks = tasks = Tasks(group)
-                self.writer.begin(partial(tasks.start_soon, self._write))
-                _Keepalive(self, self._options.keepalive, ping)
-                self.timer.begin(self._break)
+            if not self._over:
+                self._begin(ping, tasks)
+                # Not in a function: each time that something comes would go through it.
                 try:
-                    if not self._over:
+                    with self._transport.listening():
                         await self._read(deliver)
-                except Exception as exc:
-                    self._break(exc)
                 finally:
-                    self.writer.rest()
                     self.timer.end()
-                if tasks.used:
-                    tasks.cancel()
+        except Exception as exc:
+            self._break(exc)
         finally:
+            self._over = True
+            self.writer.rest()
+            if self._writes is not None:
+                self._writes.cancel()
             if self._broken is None:
                 # When cancelled, this is all there is time for.
                 self.blurt_goodbye()
@@ -186,19 +186,25 @@ class Connection:
 
     async def hold_up(self, wait: Callable[[], Awaitable[None]]) -> bool:
         """
-        Have the reader wait for a consumer; returns whether what has come is still of interest.
+        Have the reader, which calls it, wait for a consumer.
+
+        :return: whether what has come is still of interest
+        :raises ClosedResourceError: if the link has ended meanwhile
         """
-        if not self._discards:
+        if not (self._discards or self._over):
             self.held_up = True
             with anyio.CancelScope() as self._waits:
                 await wait()
+        if self._over:
+            raise anyio.ClosedResourceError
         return not self._discards
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
         self._over = True
-        if self._tasks is not None and not (self._listens and self._transport.interrupt()):
-            self._tasks.cancel()
+        self._transport.interrupt()
+        if self._waits is not None:
+            self._waits.cancel()
 
     def blurt_goodbye(self) -> bool:
         """Send what the link takes at once, and DISCONNECT; tells whether that is all."""
@@ -206,11 +212,21 @@ class Connection:
         self.writer.hurry()
         return not self.writer.size
 
+    def _begin(self, ping: Ping, tasks: Tasks) -> None:
+        self.writer.begin(partial(tasks.start_soon, self._write))
+        _Keepalive(self, self._options.keepalive, ping)
+        self.timer.begin(self._break)
+
     async def _write(self) -> None:
-        try:
-            await self.writer.run()
-        except Exception as exc:
-            self._break(exc)
+        if self._over:
+            return
+        with anyio.CancelScope() as self._writes:
+            try:
+                await self.writer.run()
+            except Exception as exc:
+                # What meets a link that has ended tells nothing about why.
+                if not self._over:
+                    self._break(exc)
 
     def _break(self, exc: Exception) -> None:
         if self._over and isinstance(exc, anyio.ClosedResourceError):
@@ -230,11 +246,9 @@ class Connection:
         await self._take_in(deliver, self._first)
         receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
         while not self._over:
-            self._listens = True
             data = await receive(
                 size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
             )
-            self._listens = False
             if not data:
                 raise EOFError("the broker closed the link")
             self.last_heard = clock()

@@ -126,11 +126,13 @@ class Life(Reconnector):
         self._connection = connection
         logger.info("connected to %s", connection.server)
         self._be_ready()
-        tasks.start_soon(self._supervise, connection, name="emitter_anyio link")
+        self._tasks.start(self._supervise, connection, name="emitter_anyio link")
 
     async def _leave(self) -> None:
-        # The link and handlers have begun by then, though the body may not have waited at all.
-        await checkpoint()
+        assert self._tasks is not None
+        if self._tasks.used:
+            # Handlers have begun by then, though the body may not have waited at all.
+            await checkpoint()
         link = self._connection
         if self._leaving or link is None:
             self._start_leaving()

@@ -257,15 +257,16 @@ class Reconnector(Delivery):
 
     async def _run_link(self, link: Connection) -> Exception | None:
         # In the turn in which a link has ended: those whom it has let go must find none any more.
+        assert self._tasks is not None
         if self._ready:
-            broken = await link.run(self._deliver, self._ping)
+            broken = await link.run(self._deliver, self._ping, self._tasks)
             self._end_link(link, broken)
             return broken
         async with anyio.create_task_group() as self._link_tasks:
             self._link_tasks.start_soon(self._restore, link, self._ask_again())
             if self._leaving:
                 self._start_goodbye(link)
-            broken = await link.run(self._deliver, self._ping)
+            broken = await link.run(self._deliver, self._ping, self._tasks)
             self._end_link(link, broken)
             self._link_tasks.cancel_scope.cancel()
         return broken

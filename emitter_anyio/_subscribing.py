@@ -330,7 +330,7 @@ class Subscriber(Resumer):
             else:
                 for message in found:
                     for handler in self._handler_streams("message", message):
-                        await self._hand_over(handler, message)
+                        await handler.put(message)
             return
 
     async def _subscribe_for_handlers(

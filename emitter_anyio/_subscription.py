@@ -164,6 +164,12 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
             self._stop = self._taken
             await departure.wait()
 
+    async def put(self, item: T) -> None:
+        """Put an item in when there is room, or as the policy says."""
+        if not self.push(item):
+            await self.make_room()
+            self.push_or_drop(item)
+
     def push_or_drop(self, item: T) -> None:
         """Put an item in; if there is no room, do as the policy says."""
         while not self.push(item):

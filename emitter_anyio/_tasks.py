@@ -7,17 +7,22 @@ from typing import Any
 
 from anyio.abc import TaskGroup
 
+from ._backend import task_starter
+
 
 class Tasks:
     """
     A task group in which often there is nobody.
 
-    :ivar used: whether there has been anybody; if not, nobody is left who would have to be
+    :param group: the one that the calling task has entered last
+    :ivar start: starts a task that ends by itself
+    :ivar used: whether there has been anybody else; if not, nobody is left who would have to be
         cancelled, and that costs, even so
     """
 
     def __init__(self, group: TaskGroup) -> None:
-        self._group = group
+        self.start = task_starter(group)
+        self._scope = group.cancel_scope
         self.used = False
 
     def start_soon(
@@ -28,8 +33,8 @@ class Tasks:
     ) -> None:
         """Start a task that nobody waits for."""
         self.used = True
-        self._group.start_soon(function, *arguments, name=name)
+        self.start(function, *arguments, name=name)
 
     def cancel(self) -> None:
         """Cancel all of them, and what the group is around."""
-        self._group.cancel_scope.cancel()
+        self._scope.cancel()

@@ -15,7 +15,7 @@ import ssl
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -68,14 +68,16 @@ class Transport(ABC):
     async def send_eof(self) -> None:
         """Tell the peer, where the link can, that nothing more comes; it may still send."""
 
-    def interrupt(self) -> bool:
-        """
-        Have :meth:`receive` raise :exc:`~anyio.ClosedResourceError` from now on.
+    def listening(self) -> AbstractContextManager[object]:
+        """To be entered by the one who calls :meth:`receive`, around all of its calls."""
+        return nullcontext()
 
-        :return: whether it can be done; else the one who waits there is to be cancelled, which
-            costs more
+    @abstractmethod
+    def interrupt(self) -> None:
         """
-        return False
+        Let the one who waits in :meth:`receive` go, and for good: it leaves :meth:`listening`,
+        or gets a :exc:`~anyio.ClosedResourceError`.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:
@@ -122,9 +124,8 @@ class SocketTransport(Transport):
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
 
-    def interrupt(self) -> bool:
+    def interrupt(self) -> None:
         self._reader.close()
-        return True
 
     async def aclose(self) -> None:
         if self._sock.fileno() >= 0:
@@ -142,6 +143,7 @@ class StreamTransport(Transport):
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
+        self._listening = anyio.CancelScope()
 
     async def receive(self, size: int = CHUNK) -> bytes:
         try:
@@ -169,6 +171,13 @@ class StreamTransport(Transport):
         with suppress(NotImplementedError, TypeError, *BROKEN):
             await self._stream.send_eof()
 
+    def listening(self) -> AbstractContextManager[object]:
+        return self._listening
+
+    def interrupt(self) -> None:
+        # TLS may have to send in order to receive, so it is not enough to close what is below.
+        self._listening.cancel()
+
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
 
@@ -195,11 +204,13 @@ class WebSocketTransport(Transport):
         self._due = bytearray()
         self._sending = anyio.Lock(fast_acquire=True)
         self._wake: Callable[[], None] | None = None
+        self._goodbye: anyio.CancelScope | None = None
+        """In which the one who receives answers the peer's goodbye."""
 
     async def receive(self, size: int = CHUNK) -> bytes:
         while not self._carried:
             if self._websocket.end is not None:
-                with anyio.move_on_after(_PATIENCE):
+                with anyio.move_on_after(_PATIENCE) as self._goodbye:
                     await self.send_eof()
                 raise self._websocket.end
             if not (data := await self._below.receive(size)):
@@ -244,9 +255,13 @@ class WebSocketTransport(Transport):
             self._due += self._websocket.close()
             await self.send_due()
 
-    def interrupt(self) -> bool:
-        # Behind the peer's goodbye the one who receives has ours to send.
-        return self._websocket.end is None and self._below.interrupt()
+    def listening(self) -> AbstractContextManager[object]:
+        return self._below.listening()
+
+    def interrupt(self) -> None:
+        if self._goodbye is not None:
+            self._goodbye.cancel()
+        self._below.interrupt()
 
     async def aclose(self) -> None:
         with suppress(*BROKEN):

@@ -207,7 +207,7 @@ class Watcher(Conversation):
                         return
                     else:
                         if new:
-                            await self._hand_over(feed, status)
+                            await feed.put(status)
 
     # When the link was lost
 

@@ -187,8 +187,10 @@ class Writer:
                 self._took(sent)
 
     def rest(self) -> None:
-        """Start no task any more."""
+        """Have no task send any more: what one waits to hand over is not under way."""
         self._start = None
+        if not self._transport.tears:
+            self._under_way = 0
 
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""

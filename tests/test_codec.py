@@ -197,6 +197,11 @@ class TestDecoding:
         assert codec.decode(packet(0xC0, b"")) == []
         assert codec.take_written() == PINGRESP
 
+    def test_an_acknowledgement_may_be_written_in_another_way(self) -> None:
+        # With a bit in its head that means nothing, and with a length that takes two bytes.
+        heard = connected().decode(b"\x42\x02\x00\x03" + b"\x40\x82\x00\x00\x04")
+        assert plain(heard) == [("PubAck", 3), ("PubAck", 4)]
+
 
 class TestTheBeginning:
     @pytest.mark.parametrize("code", range(256))

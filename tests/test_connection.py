@@ -20,6 +20,7 @@ from emitter_anyio import (
 from emitter_anyio._connection import open_connection
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
+from emitter_anyio._tasks import Tasks
 from emitter_anyio._transport import SocketTransport
 from emitter_anyio._writer import _HIGH_WATER
 from tests.support import packets
@@ -653,10 +654,10 @@ async def test_a_link_may_be_closed_before_it_has_begun(anyio_backend: object) -
         raise AssertionError("it begins to read")
 
     kinds: list[int] = []
-    async with tcp_peer(script) as port:
+    async with tcp_peer(script) as port, anyio.create_task_group() as group:
         link = await open_connection(make_options(f"mqtt://127.0.0.1:{port}", {}))
         link.close()
-        assert await link.run(deliver, lambda answered: None) is None
+        assert await link.run(deliver, lambda answered: None, Tasks(group)) is None
     assert kinds == [CONNECT, DISCONNECT]
 
 
@@ -678,6 +679,33 @@ async def test_a_consumer_that_holds_up_the_link_does_not_hold_the_goodbye(
             await emitter.disconnect()
             assert anyio.current_time() == start
             assert messages.statistics().buffered == 1
+
+
+@pytest.mark.parametrize("link", ["tcp", "memory"])
+async def test_a_link_that_breaks_while_a_consumer_holds_it_up_ends(
+    anyio_backend: object, link: str
+) -> None:
+    gone = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.send(packets.publish("a/", b"x") * 5)
+        await gone.wait()
+
+    async with serving(link, script) as options:
+        emitter = one_link(**options)
+        with pytest.raises(ConnectionLostError) as caught:
+            async with emitter, emitter.stream("message", buffer=1, overflow="block"):
+                connection = emitter._connection
+                assert connection is not None
+                while not connection.held_up:
+                    await checkpoint()
+                gone.set()
+                while True:
+                    # Nobody reads that the peer has gone.
+                    await emitter.publish("k", "a/", "x")
+                    await checkpoint()
+    assert [message.asString() for message in caught.value.unread] == ["x"]
 
 
 async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> None:

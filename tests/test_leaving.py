@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
@@ -114,29 +112,3 @@ async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float
             await gone.receive()
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(0)
-
-
-async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
-    anyio_backend: object, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def stay() -> None:
-        await anyio.sleep(1000)
-
-    class Coming(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage().startswith("disconnected"):
-                come.append(emitter.on("disconnect", stay))
-
-    come: list[object] = []
-    logger, coming = logging.getLogger("emitter_anyio"), Coming()
-    caplog.set_level(logging.INFO, logger.name)
-    logger.addHandler(coming)
-    try:
-        async with memory_peer(Slow(0).play) as connectable:
-            async with many_links(connectable=connectable, disconnect_timeout=4) as emitter:
-                start = anyio.current_time()
-            assert anyio.current_time() - start < 5
-    finally:
-        logger.removeHandler(coming)
-    assert come
-    assert emitter.state == "closed"

@@ -21,6 +21,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
+from tests.support.peer import Peer, serving
 
 
 class Oops(Exception):
@@ -484,6 +485,33 @@ async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
         await emitter.subscribe(key, "a/")
         await emitter.publish(key, "a/", "x")
         await started.wait()
+    assert emitter.state == "closed"
+
+
+@pytest.mark.parametrize("link", ["unix", "memory"])
+async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture, link: str
+) -> None:
+    class Coming(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("disconnected"):
+                come.append(emitter.on("disconnect", anyio.sleep_forever))
+
+    async def script(peer: Peer) -> None:
+        await peer.serve()
+
+    come: list[object] = []
+    logger, coming = logging.getLogger("emitter_anyio"), Coming()
+    caplog.set_level(logging.INFO, logger.name)
+    logger.addHandler(coming)
+    try:
+        async with serving(link, script) as options:
+            emitter = one_link(disconnect_timeout=0.05, **options)
+            async with emitter:
+                pass
+    finally:
+        logger.removeHandler(coming)
+    assert come
     assert emitter.state == "closed"
 
 

@@ -46,6 +46,9 @@ class World(Transport):
     async def send_eof(self) -> None:
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        raise NotImplementedError
+
     async def aclose(self) -> None:
         raise NotImplementedError
 

@@ -650,15 +650,22 @@ async def test_pings_tell_nothing_about_the_broker(anyio_backend: object) -> Non
 async def test_the_peers_end_is_told(
     anyio_backend: object, end: Event, words: str, answer: int
 ) -> None:
-    answered = []
+    answered, heard = [], anyio.Event()
+
+    async def say(peer: Peer) -> None:
+        # What is too large is not read to its end.
+        with suppress(anyio.BrokenResourceError):
+            await stream_of(peer).send_event(end)
 
     async def script(peer: Peer) -> None:
         await peer.accept()
         await peer.send(packets.publish("a/", b"last"))
-        await stream_of(peer).send_event(end)
-        close = await stream_of(peer).until(CloseConnection)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(say, peer)
+            close = await stream_of(peer).until(CloseConnection)
         assert isinstance(close, CloseConnection)
         answered.append(close.code)
+        heard.set()
 
     async with memory_peer(script, websocket=True) as connectable:
         emitter = over(connectable)
@@ -667,6 +674,8 @@ async def test_the_peers_end_is_told(
         with pytest.raises(ConnectionLostError, match=words):
             async with emitter:
                 await anyio.sleep_forever()
+        # It has been said by then, and the peer gets to it in a turn of its own.
+        await heard.wait()
     assert got == [b"last"]
     assert answered == [answer]
 

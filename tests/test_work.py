@@ -57,8 +57,8 @@ BOUNDS: Final = {
 }
 DECODING: Final = at_most(4, 6, 0)
 LINKS: Final = {
-    ("opening_and_closing", "asyncio"): 338,
-    ("opening_and_closing", "trio"): 351,
+    ("opening_and_closing", "asyncio"): 333,
+    ("opening_and_closing", "trio"): 347,
     ("pinging", "asyncio"): 105,
     # 117.9 to 120.2: coverage adds one, and by the order of Trio there is a ping more or less.
     ("pinging", "trio"): 121,

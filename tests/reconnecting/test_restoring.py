@@ -360,13 +360,15 @@ async def test_what_was_left_before_it_is_restored_is_not_asked_for(
 
 
 async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -> None:
-    key, gate, done = broker.keygen("a/#/", "rwl"), anyio.Event(), anyio.Event()
+    key = broker.keygen("a/#/", "rwl")
+    begun, gate, done = anyio.Event(), anyio.Event(), anyio.Event()
     taken: list[bytes] = []
     for number in range(4):
         await broker.publish("a/b/", str(number), ttl=1000)
     async with many_links(broker.url) as emitter:
 
         async def take(message: EmitterMessage) -> None:
+            begun.set()
             await gate.wait()
             taken.append(message.binary)
             if len(taken) == 4:
@@ -379,10 +381,9 @@ async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -
         await emitter.subscribe(key, "a/", last=0)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(subscribe)
-            link = emitter._connection
-            assert link is not None
-            while not link.held_up:
-                await checkpoint()
+            await begun.wait()
+            await anyio.wait_all_tasks_blocked()
+            assert taken == []
             await another_link(emitter, broker)
             gate.set()
         await done.wait()
