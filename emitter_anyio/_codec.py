@@ -178,6 +178,8 @@ class Codec:
         self._head_size = 0
         """How many bytes the last new one had: most have as many."""
         self._heard: list[Event] = []
+        self._written = b""
+        """What Paho has written on its own."""
         self._hello = hello
         self._paho: _PahoClient | None = None
 
@@ -233,10 +235,8 @@ class Codec:
 
     def take_written(self) -> bytes:
         """Give what Paho has written on its own, such as the answer to a PINGREQ."""
-        client = self._paho
-        if client is None or not (client.link.outbound or client.want_write()):
-            return b""
-        return client.written()
+        written, self._written = self._written, b""
+        return written
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
@@ -388,6 +388,7 @@ class Codec:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}") from exc
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or client.link.inbound:
             raise RemoteProtocolError(f"the peer sent a malformed packet of type {kind}")
+        self._written += client.written()
         for event in self._heard:
             _put(events, event)
         self._heard.clear()

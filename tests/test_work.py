@@ -50,8 +50,8 @@ BOUNDS: Final = {
     ("publishing", "trio"): at_most(13, 16, 0.052),
     ("confirming", "asyncio"): at_most(55.9, 88, 0.36),
     ("confirming", "trio"): at_most(56.5, 107, 0.58),
-    ("receiving_large", "asyncio"): at_most(159.5, 544, 10),
-    ("receiving_large", "trio"): at_most(147.5, 744, 16.5),
+    ("receiving_large", "asyncio"): at_most(157, 544, 10),
+    ("receiving_large", "trio"): at_most(145, 744, 16.5),
     ("publishing_large", "asyncio"): at_most(43, 180, 3),
     ("publishing_large", "trio"): at_most(43, 296, 6.5),
 }
