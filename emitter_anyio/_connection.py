@@ -80,8 +80,8 @@ class Connection:
         """Whether it is to end, or has."""
         self._waits: anyio.CancelScope | None = None
         """In which the reader waits for a consumer."""
-        self._writes: anyio.CancelScope | None = None
-        """In which the writer task runs, where there is one."""
+        self._writing: tuple[anyio.CancelScope, anyio.Event] | None = None
+        """What the writer task runs in, and whether it has ended; where there is one."""
         self._discards = False
         """Whether what comes is of no interest any more."""
         self._broken: Exception | None = None
@@ -147,16 +147,17 @@ class Connection:
         finally:
             self._over = True
             self.writer.rest()
-            if self._writes is not None:
-                self._writes.cancel()
-            if self._broken is None:
-                # When cancelled, this is all there is time for.
-                self.blurt_goodbye()
             try:
-                await self._transport.aclose()
+                await self._end_writing()
             finally:
-                # At the very end: those who are let go must find that there is no link any more.
-                self.writer.stop()
+                if self._broken is None:
+                    # When cancelled, this is all there is time for.
+                    self.blurt_goodbye()
+                try:
+                    await self._transport.aclose()
+                finally:
+                    # At the very end: those who are let go must find that there is no link.
+                    self.writer.stop()
         return self._broken
 
     def fail(self, exc: Exception) -> None:
@@ -195,9 +196,17 @@ class Connection:
             self.held_up = True
             with anyio.CancelScope() as self._waits:
                 await wait()
+        self.check()
+        return not self._discards
+
+    def check(self) -> None:
+        """
+        See to it that the reader takes in no more of what is at hand once the link is to end.
+
+        :raises ClosedResourceError: if it is
+        """
         if self._over:
             raise anyio.ClosedResourceError
-        return not self._discards
 
     def close(self) -> None:
         """End :meth:`run`, which closes the link."""
@@ -220,26 +229,36 @@ class Connection:
     async def _write(self) -> None:
         if self._over:
             return
-        with anyio.CancelScope() as self._writes:
+        with anyio.CancelScope() as scope:
+            ended = anyio.Event()
+            self._writing = scope, ended
             try:
                 await self.writer.run()
             except Exception as exc:
-                # What meets a link that has ended tells nothing about why.
-                if not self._over:
-                    self._break(exc)
+                self._break(exc)
+            finally:
+                ended.set()
+
+    async def _end_writing(self) -> None:
+        # While the task has something in hand, nobody else may send, nor close what it sends by.
+        if self._writing is not None:
+            scope, ended = self._writing
+            scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await ended.wait()
 
     def _break(self, exc: Exception) -> None:
-        if self._over and isinstance(exc, anyio.ClosedResourceError):
-            # Said to those who wait for what we have closed.
+        if self._over:
+            # What meets a link that is to end tells nothing about why.
             return
         # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
         # while our stream has yet to say that it has. Silence tells that it has not.
-        left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
-        if self._broken is None:
-            if left or not self.leaving:
-                self._broken = exc
-            else:
-                self.seen_off = isinstance(exc, EOFError)
+        if (
+            self.writer.kept if isinstance(exc, EOFError) else self.writer.size
+        ) or not self.leaving:
+            self._broken = exc
+        else:
+            self.seen_off = isinstance(exc, EOFError)
         self.close()
 
     async def _read(self, deliver: Deliver) -> None:

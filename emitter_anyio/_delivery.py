@@ -179,8 +179,10 @@ class Delivery(EventSource):
     async def _hand_over(self, stream: EventStream[Any], item: Any) -> None:
         if not stream.push(item):
             link = self._connection
-            if link is None or not stream.blocks:
+            assert link is not None
+            if not stream.blocks:
                 await stream.make_room()
+                link.check()
             elif not await link.hold_up(stream.make_room):
                 return
             stream.push_or_drop(item)

@@ -65,6 +65,16 @@ class _Registration:
         self.stream: EventStream[Any] | None = None
 
 
+class _AtWork:
+    """The task of a handler, from the moment that it is started."""
+
+    def __init__(self, event: str) -> None:
+        self.event = event
+        self.task: int | None = None
+        self.leaves = False
+        """Whether it waits for the client to be closed."""
+
+
 class EventSource(ABC):
     """
     What :class:`~emitter_anyio.Emitter` has of ``on()``, ``off()`` and ``stream()``.
@@ -78,8 +88,7 @@ class EventSource(ABC):
         )
         self._registrations: list[_Registration] = []
         self._handler_tasks: Tasks | None = None
-        self._busy: dict[int, _Registration] = {}
-        self._leavers: set[int] = set()
+        self._busy: set[_AtWork] = set()
         self._less_busy: anyio.Event | None = None
         self._listeners: set[EventStream[Any]] = set()
         """The streams of ``on()`` and ``stream()``, where others are of subscriptions."""
@@ -300,6 +309,7 @@ class EventSource(ABC):
 
     def _stop_handlers(self) -> None:
         self._handler_tasks = None
+        self._busy.clear()
         for registration in self._registrations:
             if registration.stream is not None:
                 self._unlisten(registration.stream, registration.event)
@@ -317,10 +327,7 @@ class EventSource(ABC):
         """
 
         def busy() -> bool:
-            return any(
-                registration.event not in but and (leavers or task not in self._leavers)
-                for task, registration in self._busy.items()
-            )
+            return any(one.event not in but and (leavers or not one.leaves) for one in self._busy)
 
         if busy():
             with anyio.CancelScope(deadline=deadline):
@@ -337,9 +344,10 @@ class EventSource(ABC):
     def _handler_leaves(self) -> None:
         """Note that the present task waits for the client to be closed, if it is a handler's."""
         task = anyio.get_current_task().id
-        if task in self._busy:
-            self._leavers.add(task)
-            self._be_less_busy()
+        for one in self._busy:
+            if one.task == task:
+                one.leaves = True
+                self._be_less_busy()
 
     def _listen(self, stream: EventStream[Any], event: str, channel: str | None) -> None:
         self._listeners.add(stream)
@@ -373,16 +381,21 @@ class EventSource(ABC):
             f"on({registration.event!r})", registration.buffer, registration.overflow
         )
         self._listen(stream, registration.event, registration.channel)
+        # From now on, though its task has yet to begin: what has come for it is not to be lost.
+        at_work = _AtWork(registration.event)
+        self._busy.add(at_work)
         self._handler_tasks.start_soon(
             self._run_handler,
             registration,
             stream,
+            at_work,
             name=f"emitter_anyio on({registration.event!r})",
         )
 
-    async def _run_handler(self, registration: _Registration, stream: EventStream[Any]) -> None:
-        task = anyio.get_current_task().id
-        self._busy[task] = registration
+    async def _run_handler(
+        self, registration: _Registration, stream: EventStream[Any], at_work: _AtWork
+    ) -> None:
+        at_work.task = anyio.get_current_task().id
         try:
             await self._handle(registration, stream)
         except anyio.get_cancelled_exc_class():
@@ -390,8 +403,7 @@ class EventSource(ABC):
         except BaseException as exc:
             self._fail(exc)
         finally:
-            del self._busy[task]
-            self._leavers.discard(task)
+            self._busy.discard(at_work)
             self._be_less_busy()
 
     async def _handle(self, registration: _Registration, stream: EventStream[Any]) -> None:

@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
-from anyio.lowlevel import checkpoint
+from anyio.abc import TaskStatus
 
 from ._connection import Connection
 from ._errors import ClosedError, ConnectionLostError
@@ -79,7 +78,8 @@ class Life(Reconnector):
         try:
             # Background tasks never raise into the group: what fails is noted and cancels the
             # body, so that its exception, collected here, leaves as the same object in no group.
-            async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as group:
+                tasks = Tasks(group)
                 try:
                     with anyio.CancelScope() as self._body:
                         connection = await self._open_link(None)
@@ -95,13 +95,13 @@ class Life(Reconnector):
                 try:
                     if self._tasks is not None and not _is_cancelled(raised):
                         await self._leave()
-                        self._alone = raised is None and not self._tasks.used
+                        self._alone = raised is None and not tasks.used
                         if not self._alone:
                             await self._left()
                 except BaseException as exc:
                     raised = raised or exc
-                if raised is not None or self._tasks is None or self._tasks.used:
-                    tasks.cancel_scope.cancel()
+                if raised is not None or self._tasks is None or tasks.used:
+                    tasks.cancel()
         finally:
             self._finish()
         self._raise(raised)
@@ -119,20 +119,16 @@ class Life(Reconnector):
         self._deadline = math.inf
         self._set_state("connecting")
 
-    def _start(self, connection: Connection, tasks: TaskGroup) -> None:
+    def _start(self, connection: Connection, tasks: Tasks) -> None:
         self._over = False
-        self._tasks = Tasks(tasks)
-        self._start_handlers(self._tasks)
+        self._tasks = tasks
+        self._start_handlers(tasks)
         self._connection = connection
         logger.info("connected to %s", connection.server)
         self._be_ready()
-        self._tasks.start(self._supervise, connection, name="emitter_anyio link")
+        tasks.start(self._supervise, connection, name="emitter_anyio link")
 
     async def _leave(self) -> None:
-        assert self._tasks is not None
-        if self._tasks.used:
-            # Handlers have begun by then, though the body may not have waited at all.
-            await checkpoint()
         link = self._connection
         if self._leaving or link is None:
             self._start_leaving()

@@ -75,8 +75,8 @@ class Transport(ABC):
     @abstractmethod
     def interrupt(self) -> None:
         """
-        Let the one who waits in :meth:`receive` go, and for good: it leaves :meth:`listening`,
-        or gets a :exc:`~anyio.ClosedResourceError`.
+        Let the one who receives go, and for good: in :meth:`receive` it gets a
+        :exc:`~anyio.ClosedResourceError`, or is made to leave :meth:`listening`, wherever it is.
         """
 
     @abstractmethod
@@ -179,7 +179,9 @@ class StreamTransport(Transport):
         self._listening.cancel()
 
     async def aclose(self) -> None:
-        await anyio.aclose_forcefully(self._stream)
+        # How it closes is of no interest any more, and one that fails is as good as closed.
+        with suppress(Exception):
+            await anyio.aclose_forcefully(self._stream)
 
 
 class WebSocketTransport(Transport):

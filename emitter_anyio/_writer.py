@@ -187,10 +187,8 @@ class Writer:
                 self._took(sent)
 
     def rest(self) -> None:
-        """Have no task send any more: what one waits to hand over is not under way."""
+        """Start no task any more."""
         self._start = None
-        if not self._transport.tears:
-            self._under_way = 0
 
     def stop(self) -> None:
         """Let go those who wait: nothing will leave any more."""

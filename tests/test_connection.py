@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import anyio
 import pytest
@@ -14,7 +15,10 @@ from emitter_anyio import (
     ConnectionLostError,
     ConnectRefusedError,
     Emitter,
+    EmitterMessage,
+    EventStream,
     RemoteProtocolError,
+    SlowConsumerError,
     Will,
 )
 from emitter_anyio._connection import open_connection
@@ -708,6 +712,46 @@ async def test_a_link_that_breaks_while_a_consumer_holds_it_up_ends(
     assert [message.asString() for message in caught.value.unread] == ["x"]
 
 
+@pytest.mark.parametrize("overflow", ["drop_oldest", "raise"])
+@pytest.mark.parametrize("link", ["tcp", "memory"])
+async def test_a_busy_consumer_of_the_rest_does_not_hold_the_end_either(
+    anyio_backend: object, link: str, overflow: Any
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.send(packets.publish("a/", b"x") * 2000)
+        await peer.rest()
+
+    taken = 0
+
+    async def take(messages: EventStream[EmitterMessage]) -> None:
+        nonlocal taken
+        while True:
+            try:
+                await messages.receive()
+            except SlowConsumerError:
+                continue
+            except anyio.EndOfStream:
+                return
+            taken += 1
+            # It does something else, and each time the link gives it its turn.
+            for _ in range(3):
+                await checkpoint()
+
+    async with (
+        serving(link, script) as options,
+        anyio.create_task_group() as tasks,
+        one_link(**options) as emitter,
+        emitter.stream("message", buffer=1, overflow=overflow) as messages,
+    ):
+        tasks.start_soon(take, messages)
+        while taken < 5:
+            await checkpoint()
+        before = taken
+        await emitter.disconnect()
+        assert taken - before < 50
+
+
 async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> None:
     # It has read DISCONNECT and closed before the stream has told us that it is sent.
     class Slow(MemoryStream):
@@ -716,24 +760,74 @@ async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> N
             if item.endswith(b"\xe0\x00"):
                 await anyio.sleep_forever()
 
-    class SlowConnectable(MemoryConnectable):
-        async def connect(self) -> MemoryStream:
-            stream = await super().connect()
-            stream.__class__ = Slow
-            return stream
+    async def script(peer: Peer) -> None:
+        await peer.serve()
 
-    connectable = SlowConnectable()
-
-    async def play() -> None:
-        stream = await connectable.accept()
-        await Peer(stream).serve()
-        await stream.aclose()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play)
+    async with memory_peer(script, kind=Slow) as connectable:
         async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", "x")
-    connectable.close()
+
+
+class Guarded(MemoryStream):
+    """Minds being closed while it sends, as those of AnyIO did."""
+
+    busy = False
+    minded = False
+
+    async def send(self, item: bytes) -> None:
+        self.busy = True
+        try:
+            await super().send(item)
+        finally:
+            self.busy = False
+
+    async def aclose(self) -> None:
+        Guarded.minded |= self.busy
+        await super().aclose()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("way", ["left", "cancelled", "broken"])
+async def test_a_stream_is_not_closed_while_it_sends(anyio_backend: object, way: str) -> None:
+    stuck = anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await stuck.wait()
+        if way == "broken":
+            # It says something that it may not, and still does not read.
+            await peer.send(b"\xf0\x00")
+        await anyio.sleep(100)
+
+    Guarded.minded = False
+    async with memory_peer(script, capacity=100, kind=Guarded) as connectable:
+        with anyio.CancelScope() as scope, suppress(ConnectionLostError):
+            async with one_link(connectable=connectable) as emitter:
+                await emitter.publish("k", "a/", bytes(1000))
+                await anyio.wait_all_tasks_blocked()
+                stuck.set()
+                if way == "cancelled":
+                    scope.cancel()
+                elif way == "broken":
+                    await anyio.sleep_forever()
+    assert connectable.streams[0].closed
+    assert not Guarded.minded
+
+
+async def test_a_stream_that_fails_to_close_is_as_good_as_closed(anyio_backend: object) -> None:
+    class Failing(MemoryStream):
+        async def aclose(self) -> None:
+            with anyio.CancelScope(shield=True):
+                await super().aclose()
+            raise RuntimeError("it does not close")
+
+    async def script(peer: Peer) -> None:
+        await peer.serve()
+
+    async with memory_peer(script, kind=Failing) as connectable:
+        async with one_link(connectable=connectable) as emitter:
+            await emitter.flush()
+        assert connectable.streams[0].closed
 
 
 @pytest.mark.virtual_time

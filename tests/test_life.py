@@ -488,6 +488,18 @@ async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
     assert emitter.state == "closed"
 
 
+async def test_handlers_are_told_though_the_body_never_waits(broker: Broker) -> None:
+    told: list[str] = []
+    emitter = one_link(broker.url)
+    emitter.on("connect", lambda: told.append("connect"))
+    emitter.on("disconnect", lambda: told.append("disconnect"))
+    # Trio runs the tasks of a turn in either order, and these in many more.
+    for _ in range(20):
+        async with emitter:
+            pass
+    assert told == ["connect", "disconnect"] * 20
+
+
 @pytest.mark.parametrize("link", ["unix", "memory"])
 async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
     anyio_backend: object, caplog: pytest.LogCaptureFixture, link: str

@@ -680,6 +680,28 @@ async def test_the_peers_end_is_told(
     assert answered == [answer]
 
 
+async def test_a_peers_end_that_comes_while_we_leave_is_none_of_ours(
+    anyio_backend: object,
+) -> None:
+    full, left = anyio.Event(), anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await full.wait()
+        # It reads nothing, so that neither our goodbye nor the answer to its own can leave.
+        await stream_of(peer).send_event(CloseConnection(1001, "restart"))
+        await left.wait()
+
+    async with serving("ws", script) as options:
+        async with one_link(disconnect_timeout=0.05, **options) as emitter:
+            while emitter.statistics().queued_bytes < 200_000:
+                await emitter.publish("k", "a/", bytes(20_000))
+                await checkpoint()
+            full.set()
+        assert emitter.state == "closed"
+        left.set()
+
+
 @pytest.mark.virtual_time
 async def test_many_packets_in_a_frame_and_a_packet_in_many_frames(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:

@@ -13,7 +13,7 @@ from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls
 from tests.support.leaks import living_tasks
 from tests.support.links import SOON, another_link, many_links, one_link, while_away
-from tests.support.memory import MemoryConnectable, MemoryStream
+from tests.support.memory import MemoryStream
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Peer, memory_peer, serving
 
 KEY = "k" * 32
@@ -165,42 +165,28 @@ async def test_the_task_that_sends_ends_with_its_link(anyio_backend: object) -> 
                 await anyio.sleep_forever()
             await super().send(item)
 
-    class DeafConnectable(MemoryConnectable):
-        async def connect(self) -> MemoryStream:
-            stream = await super().connect()
-            stream.__class__ = Deaf
-            return stream
-
     def senders() -> int:
         names = (getattr(task, "name", None) or task.get_name() for task in living_tasks())
         return sum(name.endswith("Connection._write") for name in names)
 
-    connectable = DeafConnectable()
+    async def script(peer: Peer) -> None:
+        await peer.serve()
 
-    async def play() -> None:
-        while True:
-            stream = await connectable.accept()
-            await Peer(stream).serve()
-            await stream.aclose()
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(play)
-        async with (
-            many_links(connectable=connectable, disconnect_timeout=0) as emitter,
-            emitter.stream("connect") as connected,
-        ):
-            for number in range(20):
-                await emitter.publish(KEY, "a/", "stuck")
-                if not number:
-                    await anyio.wait_all_tasks_blocked()
-                    assert senders() == 1
-                # Trio runs the tasks of a turn in either order: it may not have begun by then.
-                assert emitter._connection is not None
-                emitter._connection.fail(OSError("no good"))
-                await connected.receive()
-            assert senders() <= 1
-        tasks.cancel_scope.cancel()
-    connectable.close()
+    async with (
+        memory_peer(script, kind=Deaf) as connectable,
+        many_links(connectable=connectable, disconnect_timeout=0) as emitter,
+        emitter.stream("connect") as connected,
+    ):
+        for number in range(20):
+            await emitter.publish(KEY, "a/", "stuck")
+            if not number:
+                await anyio.wait_all_tasks_blocked()
+                assert senders() == 1
+            # Trio runs the tasks of a turn in either order: it may not have begun by then.
+            assert emitter._connection is not None
+            emitter._connection.fail(OSError("no good"))
+            await connected.receive()
+        assert senders() <= 1
 
 
 async def test_confirmed_publishes_are_never_sent_again(anyio_backend: object) -> None:

@@ -184,16 +184,21 @@ class MemoryConnectable(ByteStreamConnectable):
 
     :param capacity: as in :func:`memory_link`
     :param before: awaited with the number of each attempt, from 1: it may raise, or never return
+    :param kind: what the client's ends are
     """
 
     def __init__(
-        self, capacity: int = 65536, before: Callable[[int], Awaitable[None]] | None = None
+        self,
+        capacity: int = 65536,
+        before: Callable[[int], Awaitable[None]] | None = None,
+        kind: type[MemoryStream] = MemoryStream,
     ) -> None:
         self.attempts = 0
         self.streams: list[MemoryStream] = []
         """The client's ends."""
         self._capacity = capacity
         self._before = before
+        self._kind = kind
         self._in, self._out = anyio.create_memory_object_stream[MemoryStream](math.inf)
 
     async def connect(self) -> MemoryStream:
@@ -202,6 +207,7 @@ class MemoryConnectable(ByteStreamConnectable):
         if self._before is not None:
             await self._before(self.attempts)
         client, peer = memory_link(self._capacity)
+        client.__class__ = self._kind
         self.streams.append(client)
         self._in.send_nowait(peer)
         return client

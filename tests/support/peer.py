@@ -18,7 +18,7 @@ from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
 from tests.support import packets, tls
-from tests.support.memory import MemoryConnectable
+from tests.support.memory import MemoryConnectable, MemoryStream
 from tests.support.websocket import ServerStream
 
 CONNECT, PUBLISH, SUBSCRIBE, UNSUBSCRIBE, PINGREQ, DISCONNECT = 1, 3, 8, 10, 12, 14
@@ -281,10 +281,11 @@ async def memory_peer(
     *,
     capacity: int = 65536,
     before: Callable[[int], Awaitable[None]] | None = None,
+    kind: type[MemoryStream] = MemoryStream,
     websocket: bool = False,
 ) -> AsyncGenerator[MemoryConnectable]:
     """Play the script to each client of a connectable in memory, which it gives."""
-    connectable = MemoryConnectable(capacity, before)
+    connectable = MemoryConnectable(capacity, before, kind)
     playing = _Playing(script, websocket=websocket)
 
     async def accept() -> None:
