@@ -253,9 +253,8 @@ class Connection:
             return
         # How the link ends is of no interest once DISCONNECT has left; the peer may close the link
         # while our stream has yet to say that it has. Silence tells that it has not.
-        if (
-            self.writer.kept if isinstance(exc, EOFError) else self.writer.size
-        ) or not self.leaving:
+        left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
+        if left or not self.leaving:
             self._broken = exc
         else:
             self.seen_off = isinstance(exc, EOFError)
