@@ -63,16 +63,9 @@ class _Registration:
         self.buffer = buffer
         self.overflow: Overflow = overflow
         self.stream: EventStream[Any] | None = None
-
-
-class _AtWork:
-    """The task of a handler, from the moment that it is started."""
-
-    def __init__(self, event: str) -> None:
-        self.event = event
         self.task: int | None = None
         self.leaves = False
-        """Whether it waits for the client to be closed."""
+        """Whether its task waits for the client to be closed."""
 
 
 class EventSource(ABC):
@@ -88,7 +81,7 @@ class EventSource(ABC):
         )
         self._registrations: list[_Registration] = []
         self._handler_tasks: Tasks | None = None
-        self._busy: set[_AtWork] = set()
+        self._busy: set[_Registration] = set()
         self._less_busy: anyio.Event | None = None
         self._listeners: set[EventStream[Any]] = set()
         """The streams of ``on()`` and ``stream()``, where others are of subscriptions."""
@@ -382,20 +375,17 @@ class EventSource(ABC):
         )
         self._listen(stream, registration.event, registration.channel)
         # From now on, though its task has yet to begin: what has come for it is not to be lost.
-        at_work = _AtWork(registration.event)
-        self._busy.add(at_work)
+        registration.task, registration.leaves = None, False
+        self._busy.add(registration)
         self._handler_tasks.start_soon(
             self._run_handler,
             registration,
             stream,
-            at_work,
             name=f"emitter_anyio on({registration.event!r})",
         )
 
-    async def _run_handler(
-        self, registration: _Registration, stream: EventStream[Any], at_work: _AtWork
-    ) -> None:
-        at_work.task = anyio.get_current_task().id
+    async def _run_handler(self, registration: _Registration, stream: EventStream[Any]) -> None:
+        registration.task = anyio.get_current_task().id
         try:
             await self._handle(registration, stream)
         except anyio.get_cancelled_exc_class():
@@ -403,7 +393,7 @@ class EventSource(ABC):
         except BaseException as exc:
             self._fail(exc)
         finally:
-            self._busy.discard(at_work)
+            self._busy.discard(registration)
             self._be_less_busy()
 
     async def _handle(self, registration: _Registration, stream: EventStream[Any]) -> None:

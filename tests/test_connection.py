@@ -760,10 +760,7 @@ async def test_a_broker_may_be_quicker_than_the_send(anyio_backend: object) -> N
             if item.endswith(b"\xe0\x00"):
                 await anyio.sleep_forever()
 
-    async def script(peer: Peer) -> None:
-        await peer.serve()
-
-    async with memory_peer(script, kind=Slow) as connectable:
+    async with memory_peer(serve, kind=Slow) as connectable:
         async with one_link(connectable=connectable) as emitter:
             await emitter.publish("k", "a/", "x")
 
@@ -821,10 +818,7 @@ async def test_a_stream_that_fails_to_close_is_as_good_as_closed(anyio_backend: 
                 await super().aclose()
             raise RuntimeError("it does not close")
 
-    async def script(peer: Peer) -> None:
-        await peer.serve()
-
-    async with memory_peer(script, kind=Failing) as connectable:
+    async with memory_peer(serve, kind=Failing) as connectable:
         async with one_link(connectable=connectable) as emitter:
             await emitter.flush()
         assert connectable.streams[0].closed

@@ -509,15 +509,12 @@ async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
             if record.getMessage().startswith("disconnected"):
                 come.append(emitter.on("disconnect", anyio.sleep_forever))
 
-    async def script(peer: Peer) -> None:
-        await peer.serve()
-
     come: list[object] = []
     logger, coming = logging.getLogger("emitter_anyio"), Coming()
     caplog.set_level(logging.INFO, logger.name)
     logger.addHandler(coming)
     try:
-        async with serving(link, script) as options:
+        async with serving(link, Peer.serve) as options:
             emitter = one_link(disconnect_timeout=0.05, **options)
             async with emitter:
                 pass

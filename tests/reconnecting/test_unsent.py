@@ -169,11 +169,8 @@ async def test_the_task_that_sends_ends_with_its_link(anyio_backend: object) -> 
         names = (getattr(task, "name", None) or task.get_name() for task in living_tasks())
         return sum(name.endswith("Connection._write") for name in names)
 
-    async def script(peer: Peer) -> None:
-        await peer.serve()
-
     async with (
-        memory_peer(script, kind=Deaf) as connectable,
+        memory_peer(Peer.serve, kind=Deaf) as connectable,
         many_links(connectable=connectable, disconnect_timeout=0) as emitter,
         emitter.stream("connect") as connected,
     ):
@@ -242,6 +239,17 @@ async def test_a_link_that_is_not_restored_is_given_none_of_them(anyio_backend: 
             assert emitter.statistics().uncertain == 1
 
 
+async def overfill(emitter: Emitter, key: str) -> int:
+    """Publish numbers until many wait for a socket that takes no more; returns how many."""
+    count = 0
+    while emitter.statistics().queued_bytes < 50000:
+        await emitter.publish(key, "a/", str(count).ljust(8000))
+        count += 1
+        for _ in range(5):
+            await checkpoint()
+    return count
+
+
 async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
     anyio_backend: object,
 ) -> None:
@@ -254,12 +262,7 @@ async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
             emitter.stream("connect") as connected,
         ):
             proxy.stall("to_broker")
-            count = 0
-            while emitter.statistics().queued_bytes < 50000:
-                await emitter.publish(key, "a/", str(count).ljust(8000))
-                count += 1
-                for _ in range(5):
-                    await checkpoint()
+            count = await overfill(emitter, key)
             await proxy.cut()
             proxy.resume("to_broker")
             await connected.receive()
@@ -294,12 +297,7 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
 
     async with serving("unix", script) as options:
         async with many_links(**options) as emitter, emitter.stream("connect") as connected:
-            count = 0
-            while emitter.statistics().queued_bytes < 50000:
-                await emitter.publish(KEY, "a/", str(count).ljust(8000))
-                count += 1
-                for _ in range(5):
-                    await checkpoint()
+            count = await overfill(emitter, KEY)
             full.set()
             await connected.receive()
             await emitter.flush()
