@@ -2,30 +2,34 @@
 # dependencies = ["nox[uv]>=2025.5.1"]
 # ///
 """
-All checks: ``python -m pip install nox && python -m nox``.
+The checks of a change: ``python -m pip install nox && python -m nox``.
 
-The block above lets nox fetch uv for itself, so that environments are made in a second. An
-interpreter that is not there is skipped; the session ``coverage`` fails if none ran the tests.
+By default, the suite runs on the Python that runs nox. ``.ci/run`` adds the other sessions. The
+block above lets nox fetch uv for itself, which creates an environment in a second. nox skips the
+sessions of an interpreter that is not installed.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
 
-PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
+RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
 PLATFORMS = {"linux": "Linux", "win32": "Windows", "darwin": "Darwin"}  # mypy's names, pyright's
-# Tests and benchmarks use what POSIX alone has: pseudo-terminals, and what a process has cost.
+# Tests and benchmarks need POSIX: pseudo-terminals and the resource usage of a process.
 CHECKED = {"win32": ("emitter_anyio", "examples")}
 PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
 
 measured_by: list[str] = []
 
+nox.options.sessions = ["lint", "typing", f"tests-{RUNNING}", "coverage", "build", "docs"]
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
 nox.options.download_python = "never"
@@ -42,16 +46,31 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Types, for the oldest and the newest Python on every platform."""
-    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "typing"))
-    for version in (OLDEST, NEWEST):
-        for platform, pyright_platform in PLATFORMS.items():
-            files = CHECKED.get(platform, ())
-            session.run("mypy", "--python-version", version, "--platform", platform, *files)
-            names = ("--pythonversion", version, "--pythonplatform", pyright_platform)
-            session.run("pyright", *names, *files)
-
+    """Types, for the oldest Python on Linux, and how complete the public ones are."""
+    _install_type_checkers(session)
+    _check_types(session, OLDEST, "linux")
     session.run("pyright", "--verifytypes", "emitter_anyio", "--ignoreexternal")
+
+
+@nox.session(default=False)
+def typing_matrix(session: nox.Session) -> None:
+    """Types, for the oldest and the newest Python on each platform."""
+    _install_type_checkers(session)
+    for version in (OLDEST, NEWEST):
+        for platform in PLATFORMS:
+            if (version, platform) != (OLDEST, "linux"):
+                _check_types(session, version, platform)
+
+
+def _install_type_checkers(session: nox.Session) -> None:
+    session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "typing"))
+
+
+def _check_types(session: nox.Session, version: str, platform: str) -> None:
+    files = CHECKED.get(platform, ())
+    session.run("mypy", "--python-version", version, "--platform", platform, *files)
+    target = ("--pythonversion", version, "--pythonplatform", PLATFORMS[platform])
+    session.run("pyright", *target, *files)
 
 
 @nox.session(python=PYTHONS)
@@ -61,22 +80,22 @@ def tests(session: nox.Session) -> None:
     _run_tests(session)
 
 
-@nox.session(python=OLDEST)
+@nox.session(python=OLDEST, default=False)
 def tests_oldest(session: nox.Session) -> None:
-    """The same with the lowest versions that our dependencies allow, and asyncio's debug mode."""
+    """The same with the lowest versions of our dependencies, and asyncio's debug mode."""
     lowest = [
         requirement.split(",")[0].replace(">=", "==")
         for requirement in PROJECT["project"]["dependencies"]
     ]
     session.install("-e", ".[test]", *lowest)
-    # It finds what is never awaited or called from a wrong thread, and takes twice the time.
+    # Debug mode reports coroutines that are never awaited and calls from a wrong thread.
     session.env["PYTHONASYNCIODEBUG"] = "1"
     _run_tests(session)
 
 
 def _run_tests(session: nox.Session) -> None:
-    """Run the suite; the first session that does so measures what it covers, which costs time."""
-    arguments = ("-m", "pytest", "--numprocesses=auto", *session.posargs)
+    """Run the suite; only the first session that does so measures coverage, which takes time."""
+    arguments = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal", *session.posargs)
     if measured_by:
         session.run("python", *arguments)
         return
@@ -90,11 +109,9 @@ def _run_tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Every line and branch of the library, over what the first session of tests ran."""
+    """Every line and branch of the library, in the first session that ran the suite."""
     if not any(MEASURED.glob(".coverage*")):
-        session.error(
-            "nothing was measured: no Python from 3.11 to 3.14 was found to run the tests"
-        )
+        session.error("no coverage data: run the session tests before this one")
 
     session.install("coverage")
     session.env["COVERAGE_FILE"] = str(MEASURED / ".coverage")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import secrets
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -11,7 +10,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests.support.clock import virtual_time_options
-from tests.support.leaks import Leaks
+from tests.support.leaks import Leaks, freeze_what_is_there
 from tests.support.secrets import Witness
 from tests.support.server import Server, real_server
 
@@ -42,9 +41,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish() -> None:
-    # Each test ends with a full collection: what was imported need not be walked every time.
-    gc.collect()
-    gc.freeze()
+    freeze_what_is_there()
 
 
 _WITNESS = pytest.StashKey[Witness]()

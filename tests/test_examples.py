@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-import runpy
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -77,9 +78,19 @@ def test_each_is_short(path: Path) -> None:
 @pytest.mark.parametrize("name", OUTPUT)
 @pytest.mark.emitter
 async def test_on_both_backends(
-    name: str, anyio_backend: tuple[str, Any], capsys: pytest.CaptureFixture[str]
+    name: str,
+    anyio_backend: tuple[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await runpy.run_path(str(ROOT / "examples" / name))["main"]()
+    path = ROOT / "examples" / name
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    await module.main()
     check(name, capsys.readouterr().out)
 
 

@@ -127,7 +127,7 @@ def count_sockets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 class TestTraps:
-    """By their numbers in the notes on Paho."""
+    """The numbers are those of ``tests/paho-traps.md``."""
 
     def test_1_one_loop_read_takes_one_packet(self) -> None:
         data = b"".join(suback(number, 0) for number in range(1, 11))
