@@ -160,6 +160,10 @@ class Buffer(Generic[T]):
         if not self._holds:
             self._release_all()
 
+    def replace_held(self, old: T, new: T) -> None:
+        """Put another item in the place of each held one that equals it."""
+        self._held = [new if item == old else item for item in self._held]
+
     def put_ahead(self, items: Iterable[T]) -> None:
         """Put items behind what is buffered and before what is held, beside the buffer."""
         holds, self._holds = self._holds, 0

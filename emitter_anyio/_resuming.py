@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
@@ -26,7 +27,8 @@ from ._watermark import RENEWED, Watermark
 _ALL: Final = 0xFFFFFFFF
 """As many stored messages as there are, a page at a time."""
 
-_AGAIN: Final = "the link was lost again before the last gap was resumed: what was stored is there"
+_NOT_RESUMED: Final = "the link was lost again before what was stored could be read back"
+"""The reason of a gap behind which no resumption has ended yet."""
 
 
 class Subscription:
@@ -111,7 +113,7 @@ class Resumer(Historian):
                     # The gap is marked when it is resumed.
                     continue
             if subscription.mark_gaps and subscription.stream is not None:
-                reason = _AGAIN if subscription.held else None
+                reason = _NOT_RESUMED if subscription.held else None
                 subscription.stream.push(Gap(subscription.channel, reason=reason), extra=True)
 
     def _restore_subscriptions(self) -> Iterable[Restoration]:
@@ -238,6 +240,11 @@ class Resumer(Historian):
         if subscription.mark_gaps and subscription.stream is not None:
             gap = Gap(channel, len(found), reason is None, reason)
             subscription.stream.put_ahead([gap])
+            # One resumption reads back what was stored in all gaps since the last resumption, so
+            # its result holds for the gaps that are held too.
+            subscription.stream.replace_held(
+                Gap(channel, reason=_NOT_RESUMED), replace(gap, resumed=0)
+            )
         for message in map(replayed, found):
             streams = (
                 self._handler_streams("message", message)

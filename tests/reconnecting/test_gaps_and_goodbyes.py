@@ -63,7 +63,8 @@ async def test_a_link_lost_while_resuming_leaves_a_gap_behind_what_it_brought() 
             await broker.publish("a/", "at last")
             items = [await messages.receive() for _ in range(4)]
             assert list(map(said, items)) == ["gap", "between", "gap", "at last"]
-            assert [item.complete for item in items if isinstance(item, Gap)] == [True, False]
+            # What was stored in either gap has been read back, at the place of the first.
+            assert [item.complete for item in items if isinstance(item, Gap)] == [True, True]
 
 
 async def test_what_was_under_way_when_a_goodbye_was_not_answered_is_uncertain() -> None:

@@ -319,6 +319,8 @@ async def test_a_link_lost_in_the_middle_begins_all_over(
                 await broker.drop()
                 await connected.receive()
         assert await take(messages, 4) == ["gap of 2", "meanwhile*", "held*", "held"]
+        # The place of the second loss, whose stored messages are among those of the first gap.
+        assert await messages.receive() == Gap("a/", complete=True)
         assert messages.statistics().gaps == 2
 
 
@@ -425,7 +427,7 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
     lives: list[list[EmitterMessage]] = [[]]
     for item in received:
         if isinstance(item, Gap):
-            assert item.complete or "lost again" in str(item.reason)
+            assert item.complete
             lives.append([])
         elif item.binary != b"end":
             lives[-1].append(item)
