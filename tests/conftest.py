@@ -21,8 +21,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what runs behind it so, and the programs that tests interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test measures the time, so no example of Hypothesis has a deadline.
-hypothesis.settings.register_profile("project", deadline=None, print_blob=True)
+# No test measures the time: an example of Hypothesis has no deadline, and drawing it may take long.
+hypothesis.settings.register_profile(
+    "project",
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("project")
 
 

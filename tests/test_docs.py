@@ -79,8 +79,7 @@ class TestPython:
         source = framed(block) if block.kind == "piece" else block.without_run
         # Without this module's own "annotations", as users have it.
         exec(compile(source, str(block), "exec", dont_inherit=True), names)
-        with anyio.fail_after(30):
-            await names["main"]()
+        await names["main"]()
         assert "".join(f"{line}\n" for line in printed) == block.output
 
     @pytest.mark.parametrize("anyio_backend", ["trio"])
@@ -115,8 +114,7 @@ class TestPython:
 
         names: dict[str, Any] = {"visit": visit}
         exec(compile(framed(visited), str(block), "exec"), names)
-        with anyio.fail_after(30):
-            await names["main"]()
+        await names["main"]()
 
     @of_kind("test")
     def test_for_pytest(self, block: Block, tmp_path: Path) -> None:

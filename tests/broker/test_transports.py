@@ -35,6 +35,9 @@ from tests.broker.websocket import WebSocketStream
 from tests.support import tls
 from tests.support.logs import logged
 
+PATIENCE = 240
+"""Seconds that a thread waits for what a busy machine may take long to do; pytest waits longer."""
+
 
 @pytest.fixture(params=["plain", "TLS"])
 async def broker(anyio_backend: object, request: pytest.FixtureRequest) -> AsyncIterator[Broker]:
@@ -242,10 +245,10 @@ def _converse(
     client.connect(host, port)
     client.loop_start()
     try:
-        assert happened.get(timeout=30) == "subscribed"
+        assert happened.get(timeout=PATIENCE) == "subscribed"
         for qos, size in enumerate((0, 1, 100, 1000, 60000)):
             client.publish(topic, bytes(size), qos % 3)
-        return [happened.get(timeout=30) for _ in range(5)]
+        return [happened.get(timeout=PATIENCE) for _ in range(5)]
     finally:
         client.disconnect()
         client.loop_stop()

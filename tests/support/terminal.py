@@ -49,7 +49,8 @@ class Terminal:
     def wait_for(self, words: str) -> None:
         """Wait until these words have been shown."""
         with self._news:
-            assert self._news.wait_for(lambda: words in self.text, timeout=30), self.text
+            # Less than pytest waits, so that a failure shows what was shown instead.
+            assert self._news.wait_for(lambda: words in self.text, timeout=240), self.text
 
     def type(self, data: bytes) -> None:
         os.write(self._ours, data)
