@@ -196,6 +196,7 @@ async def test_in_a_flood_several_streams_may_be_read_by_turns(
                 assert (await other.receive()).binary == b"%d" % number
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("size", "packet_id"), [(2, None), (20_000, None), (2, 7)], ids=["small", "large", "QoS 1"]
 )
@@ -228,6 +229,7 @@ async def test_what_comes_in_one_go_is_offered_to_all_before_one_is_waited_for(
     assert [message.binary[-1:] for message in got] == [b"2", b"0", b"1"]
 
 
+@pytest.mark.virtual_time
 async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
     anyio_backend: object,
 ) -> None:
@@ -255,6 +257,7 @@ async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
     assert [int(message.binary) for message in got] == [0, 1, 0, 1, 2, 2]
 
 
+@pytest.mark.virtual_time
 async def test_what_the_broker_says_between_messages_of_one_go_keeps_its_place(
     anyio_backend: object,
 ) -> None:

@@ -14,7 +14,9 @@ from emitter_anyio._keys import KeyRing
 from emitter_anyio.testing import Broker
 from emitter_anyio.testing._keys import License
 from tests.client.tools import Calls, texts
+from tests.support.adversity import broker_in_memory
 from tests.support.links import SOON, another_link, many_links, while_away
+from tests.support.memory import MemoryConnectable
 
 EXPIRED = "A" * 32
 
@@ -374,17 +376,21 @@ async def test_a_subscription_left_while_its_key_is_asked_for(
     assert broker.clients[0].subscriptions == []
 
 
+@pytest.mark.virtual_time
 async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscription_only(
-    broker: Broker, key: str
+    anyio_backend: object,
 ) -> None:
-    first = broker.keygen("a/", "r")
-
     async def provide() -> str:
         if client.statistics().links:
             await anyio.sleep_forever()
         return first
 
-    async with many_links(broker.url, request_timeout=0.3) as client:
+    connectable = MemoryConnectable()
+    async with (
+        broker_in_memory(connectable) as broker,
+        many_links(connectable=connectable, request_timeout=5) as client,
+    ):
+        first, key = broker.keygen("a/", "r"), broker.keygen("b/", "rw")
         client._keys._known[provide] = first
         async with (
             client.subscribe(provide, "a/") as silent,
