@@ -11,24 +11,30 @@ from ._channels import is_number, is_whole
 @dataclass(frozen=True, slots=True)
 class Backoff:
     """
-    Exponential waiting with full jitter: clients that lost one broker do not come back as a crowd.
+    Exponential back-off with full jitter, so that clients of one broker do not reconnect together.
 
-    Before the n-th try in a row it waits a random time between nothing and ``initial`` doubled
-    n - 1 times, ``maximum`` at most. A link that was good for longer than that ends the row.
+    The wait before the n-th try in a row is random, between 0 seconds and ``initial`` doubled
+    n - 1 times, at most ``maximum``. A connection that was good for 10 seconds ends the row.
 
-    :ivar initial: the longest that the first try is waited for, in seconds
-    :ivar maximum: the longest that any is waited for, in seconds
-    :ivar tries: give up after so many in a row; ``None`` never
-    :raises TypeError: if a value is of the wrong kind
-    :raises ValueError: if one is out of its range
+    ``spread`` is for fleets: with ``initial=0.1``, clients that lose one broker together make most
+    of their tries in the first second, whether it is back or not. A first random wait spreads them.
+
+    :ivar initial: the longest wait before the first try, in seconds
+    :ivar maximum: the longest wait before any try, in seconds
+    :ivar spread: the longest additional wait before the first try after each loss, in seconds
+    :ivar tries: the number of failed tries in a row after which the client gives up; ``None``:
+        never
+    :raises TypeError: if a value has the wrong type
+    :raises ValueError: if a value is out of range
     """
 
     initial: float = 0.1
     maximum: float = 30
+    spread: float = 0
     tries: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("initial", "maximum"):
+        for name in ("initial", "maximum", "spread"):
             value = getattr(self, name)
             if not is_number(value):
                 raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
@@ -43,10 +49,14 @@ class Backoff:
                 raise ValueError(f"tries is at least 1, not {self.tries}: reconnect=None is none")
 
     def longest(self, attempt: int) -> float:
-        """Tell the longest that a try is waited for, in seconds; the first in a row is 0."""
-        # Some doublings more make it no longer, but a float too large.
+        """Return the longest wait before a try, in seconds; the first try in a row is 0."""
+        # 64 doublings reach any maximum, and some hundreds more overflow a float.
         return min(self.maximum, self.initial * 2.0 ** min(attempt, 64))
 
     def delay(self, attempt: int) -> float:
-        """Draw how long to wait before a try, in seconds; the first in a row is 0."""
+        """Draw the wait before a try, in seconds; the first try in a row is 0."""
         return random.uniform(0, self.longest(attempt))
+
+    def spread_delay(self) -> float:
+        """Draw the additional wait before the first try after a loss, in seconds."""
+        return random.uniform(0, self.spread)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -45,6 +46,13 @@ _REFUSALS: Final = {
     4: "bad user name or password",
     5: "not authorized",
 }
+_UNAVAILABLE: Final = 3
+"""The only refusal that passes by itself."""
+
+_CLIENT_CERTIFICATE: Final = (
+    "; it might require a client certificate, which ssl_context.load_cert_chain() loads"
+)
+"""TLS 1.3 ends the client's handshake before the server looks for the client's certificate."""
 
 
 class Connection:
@@ -367,7 +375,7 @@ async def open_connection(
             causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
-    raise _connect_error(causes, options)
+    raise _connect_error(causes, options, after)
 
 
 async def _open(server: Server, options: Options, hello: Hello) -> Connection:
@@ -380,7 +388,10 @@ async def _open(server: Server, options: Options, hello: Hello) -> Connection:
         events: list[Event] = []
         while not events:
             if not (data := await transport.receive()):
-                raise EOFError("the peer closed the link instead of answering CONNECT")
+                raise EOFError(
+                    "the peer closed the connection instead of answering CONNECT"
+                    + _CLIENT_CERTIFICATE * server.secure
+                )
             events = codec.decode(data)
         match events.pop(0):
             case ConnAck(0):
@@ -395,6 +406,13 @@ async def _open(server: Server, options: Options, hello: Hello) -> Connection:
     except BaseException:
         await transport.aclose()
         raise
+
+
+def is_permanent(cause: Exception) -> bool:
+    """Tell whether a server that could not be reached will fail in the same way again."""
+    if isinstance(cause, ConnectRefusedError):
+        return cause.code != _UNAVAILABLE
+    return isinstance(cause, ssl.SSLError)
 
 
 def _make_hello(options: Options, will_key: str | None) -> Hello:
@@ -413,7 +431,9 @@ def _make_hello(options: Options, will_key: str | None) -> Hello:
     )
 
 
-def _connect_error(causes: dict[str, Exception], options: Options) -> ConnectError:
+def _connect_error(
+    causes: dict[str, Exception], options: Options, worked: Server | None
+) -> ConnectError:
     words = []
     for server, cause in causes.items():
         if isinstance(cause, ConnectRefusedError):
@@ -424,7 +444,8 @@ def _connect_error(causes: dict[str, Exception], options: Options) -> ConnectErr
             words.append(f"{server}: {str(cause) or type(cause).__name__}")
     text = "could not connect to " + "; ".join(words)
     if options.servers[0].scheme != "unix" and any(
-        isinstance(cause, ConnectionRefusedError) for cause in causes.values()
+        isinstance(cause, ConnectionRefusedError) and server != str(worked)
+        for server, cause in causes.items()
     ):
         text += (
             " (Emitter listens on 8080, and on 443 with TLS, unless it is told otherwise, not on "

@@ -324,6 +324,11 @@ def _check_trust(context: ssl.SSLContext) -> None:
         logger.warning(
             "the broker's identity is not checked: ssl_context takes any certificate (CERT_NONE)"
         )
+    elif not context.check_hostname:
+        logger.warning(
+            "the broker's identity is not checked: ssl_context takes a certificate for any host "
+            "name (check_hostname=False)"
+        )
 
 
 def _check_websocket() -> None:

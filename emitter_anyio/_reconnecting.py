@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -14,7 +15,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
-from ._connection import Connection, open_connection
+from ._connection import Connection, is_permanent, open_connection
 from ._delivery import Delivery
 from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
 from ._events import logger
@@ -48,6 +49,13 @@ _AFTER_THE_LINK: Final = ("disconnect", "error")
 
 _INTERRUPTED: Final = (ClosedError, ConnectionLostError, RequestTimeoutError)
 """What says of a restoration that the link, and not what is restored, has come to nothing."""
+
+_GOOD_SECONDS: Final = 10.0
+"""
+The age at which the loss of a connection restarts the back-off.
+
+A broker that accepts connections and soon closes them must not be contacted without pause.
+"""
 
 RESTORING: Final[ContextVar[bool]] = ContextVar("emitter_anyio restoring", default=False)
 """Whether the present task restores a link, and so may use it before all others may."""
@@ -246,14 +254,10 @@ class Reconnector(Delivery):
         link: Connection | None = first
         while link is not None:
             broken = await self._run_link(link)
-            if link.timer.clock() > self._ready_since + self._longest(attempt):
+            if link.timer.clock() > self._ready_since + _GOOD_SECONDS:
                 attempt = 0
             self._ready_since = math.inf
             link, attempt = await self._next_link(link, broken, attempt)
-
-    def _longest(self, attempt: int) -> float:
-        backoff = self._options.reconnect
-        return math.inf if backoff is None else backoff.longest(attempt)
 
     async def _run_link(self, link: Connection) -> Exception | None:
         # In the turn in which a link has ended: those whom it has let go must find none any more.
@@ -356,7 +360,9 @@ class Reconnector(Delivery):
         if broken is None or backoff is None or (self._leaving and not self._carried):
             return None, attempt
         deadline = self._deadline if self._leaving else math.inf
+        warned: set[str] = set()
         with anyio.CancelScope(deadline=deadline) as self._retrying:
+            await anyio.sleep(backoff.spread_delay())
             while backoff.tries is None or attempt < backoff.tries:
                 delay = backoff.delay(attempt)
                 attempt += 1
@@ -365,7 +371,7 @@ class Reconnector(Delivery):
                     link = await self._open_link(last)
                 except ConnectError as exc:
                     self._last_error = exc
-                    logger.info("try %d to connect again: %s", attempt, exc)
+                    _log_failed_try(attempt, exc, warned)
                     continue
                 self._connection = link
                 self._retrying = None
@@ -428,3 +434,18 @@ class Reconnector(Delivery):
 
     def _link_lost(self) -> None:
         """Tell those who must know that what was under way will not come."""
+
+
+def _log_failed_try(attempt: int, error: ConnectError, warned: set[str]) -> None:
+    """
+    Log why a try failed: as a warning where waiting does not help, once for each distinct cause.
+
+    :param warned: the causes that were logged as warnings since the connection was lost
+    """
+    level = logging.INFO
+    for server, cause in error.causes.items():
+        text = f"{server}: {cause}"
+        if is_permanent(cause) and text not in warned:
+            warned.add(text)
+            level = logging.WARNING
+    logger.log(level, "try %d to reconnect failed: %s", attempt, error)

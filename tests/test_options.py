@@ -404,11 +404,14 @@ class TestEachOption:
         made(ssl_context=context)
         assert caplog.records == []
         context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-        assert made("wss://h", ssl_context=context).ssl_context is context
-        [record] = caplog.records
-        assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
-        assert "identity is not checked" in record.getMessage()
+        for option, mode in (("check_hostname", ssl.CERT_REQUIRED), ("CERT_NONE", ssl.CERT_NONE)):
+            context.verify_mode = mode
+            assert made("wss://h", ssl_context=context).ssl_context is context
+            record = caplog.records[-1]
+            assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
+            assert "identity is not checked" in record.getMessage()
+            assert option in record.getMessage()
+        assert len(caplog.records) == 2
 
     @pytest.mark.parametrize("place", [{"servers": ["ws://h"]}, {"servers": ["wss://h"]}])
     def test_websocket_needs_wsproto(

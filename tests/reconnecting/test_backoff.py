@@ -53,6 +53,8 @@ def test_a_time_that_is_no_number_is_a_type_error(wrong: Any) -> None:
         Backoff(initial=wrong)
     with pytest.raises(TypeError, match="maximum is a number of seconds"):
         Backoff(maximum=wrong)
+    with pytest.raises(TypeError, match="spread is a number of seconds"):
+        Backoff(spread=wrong)
 
 
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
@@ -79,8 +81,8 @@ def test_no_tries_at_all_are_said_otherwise(wrong: int) -> None:
 
 
 def test_it_is_a_value() -> None:
-    assert Backoff(1, 2, 3) == Backoff(initial=1, maximum=2, tries=3)
-    assert repr(Backoff()) == "Backoff(initial=0.1, maximum=30, tries=None)"
+    assert Backoff(1, 2, 3, 4) == Backoff(initial=1, maximum=2, spread=3, tries=4)
+    assert repr(Backoff()) == "Backoff(initial=0.1, maximum=30, spread=0, tries=None)"
 
 
 # A row of tries
@@ -155,7 +157,7 @@ async def test_tries_that_are_used_up_end_the_client(
     assert str(lost.__cause__.__cause__) == "nobody is there"
     assert "3 tries have opened no other" in str(lost)
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
-    failed = f"to connect again: {lost.__cause__}"
+    failed = f"to reconnect failed: {lost.__cause__}"
     assert said == [
         ("INFO", "connected to the connectable"),
         ("WARNING", "the link to the connectable is lost: the broker closed the link"),
@@ -166,19 +168,48 @@ async def test_tries_that_are_used_up_end_the_client(
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_a_link_that_lives_ends_the_row(anyio_backend: object) -> None:
-    line = Line(100, None, None, 100, None, None, None)
+async def test_a_connection_that_was_good_for_ten_seconds_restarts_the_row(
+    anyio_backend: object,
+) -> None:
+    line = Line(100, None, None, 10.1, None, None, None)
     assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
-    assert line.waits == exactly(101, 2, 4, 101, 2, 4)
+    assert line.waits == exactly(101, 2, 4, 11.1, 2, 4)
 
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_a_link_that_is_lost_at_once_belongs_to_the_row(anyio_backend: object) -> None:
-    # The ceilings behind 1, 2 and 3 tries are 2, 4 and 8 seconds.
-    line = Line(100, 1.9, 3.9, 7.9)
+async def test_a_connection_that_is_lost_within_ten_seconds_belongs_to_the_row(
+    anyio_backend: object,
+) -> None:
+    line = Line(100, 0.25, 9.9, 0.25)
     assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
-    assert line.waits == exactly(101, 3.9, 7.9)
+    assert line.waits == exactly(101, 2.25, 13.9)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("longest_waits")
+async def test_the_spread_is_waited_for_once_after_each_loss(anyio_backend: object) -> None:
+    line = Line(100, None, None, 100, None, None, None)
+    assert "3 tries" in str(await run(line, Backoff(1, 30, spread=5, tries=3)))
+    assert line.waits == exactly(106, 2, 4, 106, 2, 4)
+
+
+@pytest.mark.virtual_time
+async def test_a_permanent_failure_is_a_warning_once_for_each_cause(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    codes = iter([0, 5, 5, 3, 4])
+
+    async def play(peer: Peer) -> None:
+        await peer.accept(next(codes))
+
+    async with memory_peer(play) as connectable:
+        with pytest.raises(ConnectionLostError):
+            async with connect(connectable=connectable, reconnect=Backoff(tries=4)):
+                await anyio.sleep_forever()
+    tries = [record for record in caplog.records if "to reconnect failed" in record.getMessage()]
+    assert [record.levelname for record in tries] == ["WARNING", "INFO", "INFO", "WARNING"]
 
 
 @pytest.mark.virtual_time
