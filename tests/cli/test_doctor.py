@@ -59,7 +59,7 @@ class TestWell:
         backend: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        # A busy machine may be as slow as a broker that holds back what follows a burst.
+        # A machine that is busy enough pauses as a broker does that holds back its answers.
         monkeypatch.setattr(_doctor, "_HELD_BACK", math.inf)
         done = cli(
             *("doctor", "--channel", unique, "--key", place.key(unique, "rwslp"), "--json"),
