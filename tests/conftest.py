@@ -49,6 +49,15 @@ def pytest_collection_finish() -> None:
     freeze_what_is_there()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    figures = [figure for report in reports for figure in report.user_properties]
+    if figures:
+        terminalreporter.section("figures that tests recorded")
+    for what, value in sorted(figures):
+        terminalreporter.write_line(f"{what}: {value}")
+
+
 _WITNESS = pytest.StashKey[Witness]()
 
 
