@@ -1,5 +1,5 @@
 """
-The README, held to what it says: its limits, and every block of it run.
+The README, held to what it says: its names and files exist, and every block of it is run.
 
 A block that calls ``anyio.run`` is a whole program, and one that defines a test is a file for
 pytest: both run in a process of their own. All others are pieces of a program, and get the names
@@ -62,17 +62,7 @@ def runs(heading: str, number: int = 0) -> Callable[..., Any]:
     return pytest.mark.parametrize("source", [PYTHON[heading, number]], ids=[f"{heading} {number}"])
 
 
-class TestLimits:
-    def test_the_first_program_is_there_by_line_15(self) -> None:
-        fence = LINES.index("```python")
-        assert fence < 15
-        first = next(iter(PYTHON.values()))
-        assert LINES[fence + 1] == first.splitlines()[0]
-        assert "anyio.run(main)" in first
-
-    def test_it_is_short(self) -> None:
-        assert len(LINES) < 200
-
+class TestContents:
     @pytest.mark.parametrize(
         "command",
         [
@@ -90,7 +80,7 @@ class TestLimits:
 
     def test_every_file_it_names_is_there(self) -> None:
         links = re.findall(r"\]\((?!https:)([^)#]+)", README)
-        assert len(links) > 10
+        assert links
         for name in links:
             assert (ROOT / name).exists()
 
