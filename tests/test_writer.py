@@ -15,7 +15,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter
-from emitter_anyio._transport import SocketTransport, StreamTransport
+from emitter_anyio._transport import SocketTransport, StreamTransport, Transport
 from emitter_anyio._writer import _GATHERED, _HIGH_WATER, _LARGE, _MANY, _PAUSES, Writer
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
@@ -446,6 +446,92 @@ async def test_nothing_has_room_behind_the_last_packet(anyio_backend: object) ->
         assert not link.writer.has_room
         # There is nothing to wait for: who comes now finds that the client is leaving.
         await link.writer.room()
+
+
+# Which packets the link has had nothing of
+
+
+class Taking(Transport):
+    """
+    A link that takes so many bytes at a time, and nothing when it has had them all.
+
+    :param sizes: how many
+    :param tears: whether it hands over a part where it fails
+    """
+
+    def __init__(self, *sizes: int, tears: bool = False) -> None:
+        self.sizes = list(sizes)
+        self.tears = tears
+
+    async def receive(self, size: int = 65536) -> bytes:
+        raise NotImplementedError
+
+    def try_send(self, data: bytes | memoryview) -> int:
+        return 0 if self.tears or not self.sizes else min(self.sizes.pop(0), len(data))
+
+    async def send(self, data: bytes | memoryview) -> int:
+        if self.tears and self.sizes:
+            await checkpoint()
+            self.sizes.pop(0)
+            return len(data)
+        await anyio.sleep_forever()
+        raise AssertionError("it slept for ever")
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError
+
+    def interrupt(self) -> None:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        raise NotImplementedError
+
+
+async def untouched(transport: Transport, *packets: bytes) -> list[bytes]:
+    """Write packets, let the link take what it takes, and tell what it had nothing of."""
+    writer = Writer(transport)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(writer.run)
+        await anyio.wait_all_tasks_blocked()
+        for packet in packets:
+            writer.write(packet)
+        await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+    return list(map(bytes, writer.untouched))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ((), [b"aaa", b"bb", b"c"]),
+        ((3,), [b"bb", b"c"]),
+        ((2,), [b"bb", b"c"]),
+        ((3, 1), [b"c"]),
+        ((3, 2), [b"c"]),
+        ((2, 1, 2), [b"c"]),
+        ((2, 2), [b"c"]),
+        ((3, 3), []),
+        ((1, 1, 1, 1, 1), [b"c"]),
+    ],
+)
+async def test_a_packet_is_touched_by_its_first_byte(
+    anyio_backend: object, sizes: tuple[int, ...], left: list[bytes]
+) -> None:
+    assert await untouched(Taking(*sizes), b"aaa", b"bb", b"c") == left
+
+
+async def test_all_of_what_a_stream_has_in_hand_is_touched(anyio_backend: object) -> None:
+    # What was gathered for one send may have gone in part.
+    assert await untouched(Taking(tears=True), b"aaa", b"bb") == []
+    large = bytes(_GATHERED)
+    assert await untouched(Taking(tears=True), b"a", large, b"bb", b"c") == [b"bb", b"c"]
+    assert await untouched(Taking(1, tears=True), large, b"bb", b"c") == []
+
+
+async def test_before_the_writer_runs_nothing_is_touched(anyio_backend: object) -> None:
+    writer = Writer(Taking(tears=True))
+    writer.write(b"aaa")
+    assert writer.untouched == [b"aaa"]
 
 
 # A client's publishes

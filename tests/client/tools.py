@@ -16,6 +16,7 @@ from anyio.abc import (
     SocketStream,
     TaskGroup,
 )
+from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream
 from tests.support.server import Server
@@ -38,6 +39,26 @@ class Calls:
             self._called = anyio.Event()
             await self._called.wait()
         return self.values
+
+
+class Keys:
+    """
+    A function that stands for a key.
+
+    :param keys: what it answers, one after another, the last one for ever; an exception is raised
+    """
+
+    def __init__(self, *keys: str | Exception) -> None:
+        self.asked = 0
+        self._keys = list(keys)
+
+    async def __call__(self) -> str:
+        await checkpoint()
+        self.asked += 1
+        key = self._keys.pop(0) if len(self._keys) > 1 else self._keys[0]
+        if isinstance(key, Exception):
+            raise key
+        return key
 
 
 def texts(messages: Iterable[EmitterMessage]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Iterable
 
 import anyio
@@ -10,35 +9,17 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectError, Emitter, NotFoundError, UnauthorizedError, Will, connect
-from emitter_anyio._keys import KeyRing
 from emitter_anyio.testing import Broker
-from emitter_anyio.testing._keys import License
-from tests.client.tools import Calls, texts
+from tests.client.tools import Calls, Keys, texts
 from tests.support.adversity import broker_in_memory
 from tests.support.links import SOON, another_link, many_links, while_away
 from tests.support.memory import MemoryConnectable
 
 EXPIRED = "A" * 32
-
-
-class Keys:
-    """
-    A function that stands for a key.
-
-    :param keys: what it answers, one after another, the last one for ever; an exception is raised
-    """
-
-    def __init__(self, *keys: str | Exception) -> None:
-        self.asked = 0
-        self._keys = list(keys)
-
-    async def __call__(self) -> str:
-        await checkpoint()
-        self.asked += 1
-        key = self._keys.pop(0) if len(self._keys) > 1 else self._keys[0]
-        if isinstance(key, Exception):
-            raise key
-        return key
+READS_IT_AS_A_SECRET = (
+    "PewgNdBoivX6QbKD8uy1HbBsGF_EUUJj7tN2ZI9zT6Lawo8QI4ZoHIWDSnZA7oNs4B8gKJ_bhLIMiZbsxQgAAQ:3"
+)
+"""A licence under which ``EXPIRED`` is, until 2066, a secret key of another contract."""
 
 
 def verbs(emitter: Emitter, broker: Broker) -> Iterable[Callable[[Keys], Awaitable[object]]]:
@@ -120,18 +101,9 @@ async def test_the_secret_may_be_a_function_too(broker: Broker, emitter: Emitter
     assert (secret.asked, target.asked) == (2, 1)
 
 
-def a_license_that_reads_it_as_a_secret() -> str:
-    # One in some 200 reads what is no secret as that of another contract, which has not expired.
-    while True:
-        license = License.new()
-        key = license.decrypt(EXPIRED)
-        if key.is_master and not key.expired(time.time()):
-            return license.text
-
-
 async def test_a_secret_of_a_contract_that_is_not_found_is_no_better(anyio_backend: object) -> None:
     async with (
-        Broker(license=a_license_that_reads_it_as_a_secret()) as broker,
+        Broker(license=READS_IT_AS_A_SECRET) as broker,
         many_links(broker.url) as emitter,
     ):
         with pytest.raises(NotFoundError):
@@ -293,8 +265,8 @@ async def test_all_that_is_refused_on_the_next_link_is_asked_for_again(
         await emitter.presence(keys, "p/", changes=True)
         await emitter.link(keys, "a/", "x")
         async with connect(broker.url, reconnect=SOON) as banner:
+            await emitter.keyban(broker.secret_key, first)
             async with while_away(emitter, broker):
-                broker._exchange.banned.add(first)
                 await broker.publish("a/", "stored", ttl=60)
             assert (await messages.receive()).replayed
             await emitter.publish_with_link("x", "live", qos=1)
@@ -380,10 +352,12 @@ async def test_a_subscription_left_while_its_key_is_asked_for(
 async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscription_only(
     anyio_backend: object,
 ) -> None:
+    given: list[str] = []
+
     async def provide() -> str:
-        if client.statistics().links:
+        if not given:
             await anyio.sleep_forever()
-        return first
+        return given.pop()
 
     connectable = MemoryConnectable()
     async with (
@@ -391,7 +365,7 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
         many_links(connectable=connectable, request_timeout=5) as client,
     ):
         first, key = broker.keygen("a/", "r"), broker.keygen("b/", "rw")
-        client._keys._known[provide] = first
+        given.append(first)
         async with (
             client.subscribe(provide, "a/") as silent,
             client.subscribe(key, "b/") as other,
@@ -441,12 +415,13 @@ async def test_a_will_whose_function_needs_the_link_does_not_keep_it_away(
         return key
 
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
+        errors = Calls()
         client = many_links(broker.url, will=Will(provide, "a/", "gone"), client_id="mortal")
+        client.on("error", errors)
         async with client, client.stream("connect") as connected:
             # Some key or other was refused, so all are asked for again, but for the will's.
             await client.publish(EXPIRED, "a/", "x")
-            while client._keys.known(provide) is not None:
-                await checkpoint()
+            await errors.get(1)
             await broker.drop("mortal")
             assert (await messages.receive()).binary == b"gone"
             await connected.receive()
@@ -463,7 +438,7 @@ async def test_no_key_is_shown(broker: Broker, key: str, caplog: pytest.LogCaptu
     keys = Keys(first, EXPIRED)
     async with many_links(broker.url, will=Will(keys, "will/", "x")) as emitter:
         async with emitter.subscribe(keys, "a/") as messages:
-            shown = [repr(emitter), repr(messages), repr(emitter._keys)]
+            shown = [repr(emitter), repr(messages)]
             await emitter.keyban(broker.secret_key, first)
             await another_link(emitter, broker)
             with pytest.raises(UnauthorizedError) as caught:
@@ -473,52 +448,7 @@ async def test_no_key_is_shown(broker: Broker, key: str, caplog: pytest.LogCaptu
         assert secret not in " ".join([*shown, caplog.text])
 
 
-# The ring
-
-
-async def test_a_ring_forgets_what_is_too_much(
-    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("emitter_anyio._keys._KNOWN", 2)
-    ring = KeyRing()
-    keys = [Keys(letter) for letter in "abc"]
-    for one in keys:
-        await ring.get(one)
-    assert [ring.known(one) for one in keys] == [None, None, "c"]
-    assert ring.known("k") == "k"
-    assert await ring.get("k") == await ring.renew("k", "k") == "k"
-
-
-async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: object) -> None:
-    ring, keys = KeyRing(), Keys(EXPIRED)
-    assert await ring.get(keys) == EXPIRED
-    async with anyio.create_task_group() as tasks:
-        for _ in range(10):
-            tasks.start_soon(ring.renew, keys, EXPIRED)
-    assert keys.asked == 2
-    assert await ring.renew(keys, EXPIRED) == EXPIRED
-    assert keys.asked == 3
-
-
-async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: object) -> None:
-    ring = KeyRing()
-    restored = anyio.Event()
-    asked = 0
-
-    async def provide() -> str:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            # Its own call waits for the link, and the link for the restoration.
-            await restored.wait()
-        return "k"
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(ring.get, provide)
-        await anyio.wait_all_tasks_blocked()
-        assert await ring.get(provide, restoring=True) == "k"
-        restored.set()
-    assert ring._asking == {}
+# At a bad moment
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
