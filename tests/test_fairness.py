@@ -6,20 +6,18 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio import Emitter, EmitterMessage, EventStream
-from emitter_anyio._buffer import Overflow
-from emitter_anyio._timer import Due
+from emitter_anyio import Emitter, EmitterMessage, EventStream, RequestTimeoutError
 from emitter_anyio.testing import Broker
 from tests.support import packets
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream
-from tests.support.peer import SUBSCRIBE, Peer, memory_peer, serving
+from tests.support.peer import PUBLISH, SUBSCRIBE, Peer, memory_peer, serving
 
 TURN: Final = 64
 """So many messages or calls may come between two turns of the others, who on Trio may come behind
@@ -126,30 +124,19 @@ async def test_in_a_flood_more_is_read_at_a_time_unless_it_is_of_many_messages(
 
 
 async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:
-    class Noted(Due):
-        @property
-        def done(self) -> bool:
-            return False
-
-        def fall_due(self, now: float) -> None:
-            fallen.append(reading.count)
-
-    reading, fallen = Reading(), list[int]()
+    reading = Reading()
     async with flooded("tcp", Flood()) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
             tasks.start_soon(reading.run, messages)
             while reading.count < 5000:
                 await checkpoint()
-            link = emitter._connection
-            assert link is not None
             start = reading.count
-            # As the keepalive and the time for an answer do.
-            link.timer.add(anyio.current_time(), Noted())
-            while not fallen and reading.count < start + 100_000:
-                await checkpoint()
+            # It falls due immediately, and the peer answers nothing.
+            with pytest.raises(RequestTimeoutError):
+                await emitter.publish("k", "a/", "x", qos=1, timeout=0)
+            fallen = reading.count
             tasks.cancel_scope.cancel()
-    assert fallen
-    assert fallen[0] - start <= 10 * TURN
+    assert fallen - start <= 10 * TURN
 
 
 async def test_a_flood_on_one_subscription_does_not_hold_up_another(anyio_backend: object) -> None:
@@ -172,9 +159,9 @@ async def test_a_flood_on_one_subscription_does_not_hold_up_another(anyio_backen
         assert read <= 999 * number + CHUNK + BUFFER
 
 
-@pytest.mark.parametrize("overflow", get_args(Overflow))
+@pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest", "block"])
 async def test_in_a_flood_several_streams_may_be_read_by_turns(
-    anyio_backend: object, overflow: Overflow
+    anyio_backend: object, overflow: Any
 ) -> None:
     pairs = b"".join(
         packets.publish(channel, b"%d" % number)
@@ -261,14 +248,19 @@ async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
 async def test_what_the_broker_says_between_messages_of_one_go_keeps_its_place(
     anyio_backend: object,
 ) -> None:
-    change = {"time": 1, "event": "subscribe", "channel": "a/", "who": {"id": "x", "username": "y"}}
-    said = packets.publish("emitter/presence/", json.dumps(change).encode())
+    def said(**fields: object) -> bytes:
+        return packets.publish("emitter/presence/", json.dumps({"time": 1, **fields}).encode())
+
+    change = said(event="subscribe", channel="a/", who={"id": "x", "username": "y"})
     sent = [packets.publish("a/", b"%d" % number) for number in range(4)]
 
     async def script(peer: Peer) -> None:
         await peer.accept()
+        asked = await peer.until(PUBLISH)
+        await peer.send(said(req=asked.packet_id, event="status", channel="a/", who=[]))
+        await peer.answer(asked)
         await peer.answer(await peer.until(SUBSCRIBE))
-        await peer.send(b"".join((*sent[:3], said, *sent[3:])))
+        await peer.send(b"".join((*sent[:3], change, *sent[3:])))
         await peer.answer_all()
 
     async with (
@@ -276,7 +268,8 @@ async def test_what_the_broker_says_between_messages_of_one_go_keeps_its_place(
         one_link(connectable=connectable) as emitter,
         emitter.stream("presence") as changes,
     ):
-        emitter._session.watch("a/")
+        await emitter.presence("k", "a/", changes=True)
+        assert (await changes.receive()).event == "status"
         async with emitter.subscribe("k", "a/", buffer=2, overflow="block") as messages:
             await anyio.wait_all_tasks_blocked()
             # The third message waits for room, and what is behind it with it.

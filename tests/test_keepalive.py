@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from itertools import pairwise
@@ -15,7 +14,6 @@ import sniffio
 import trio
 
 from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage
-from emitter_anyio._timer import Timer
 from tests.support import packets
 from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer
@@ -374,66 +372,3 @@ async def test_nothing_is_polled(anyio_backend: object, monkeypatch: pytest.Monk
     assert len(watched.pings) == 60
     # A few for each PINGREQ and its answer; a look every second alone would make 3600.
     assert count < 60 * 20
-
-
-@pytest.fixture
-def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When timers have woken."""
-    times: list[float] = []
-    wake = Timer._wake
-
-    def noted(timer: Timer) -> None:
-        times.append(anyio.current_time())
-        wake(timer)
-
-    monkeypatch.setattr(Timer, "_wake", noted)
-    return times
-
-
-@pytest.mark.parametrize(
-    ("options", "most"),
-    [
-        # For every second one of the times by which there was to be an answer, which finds it done.
-        ({}, 249),
-        ({"timeout": 10}, 249),
-        ({"timeout": math.inf}, 60),
-        ({"timeout": None}, 60),
-    ],
-)
-async def test_the_timer_of_a_busy_link_wakes_for_few(
-    anyio_backend: object, woken: list[float], options: dict[str, Any], most: int
-) -> None:
-    watched = Watched()
-    async with memory_peer(watched.play) as connectable:
-        async with one_link(connectable=connectable, keepalive=60) as emitter:
-            for _ in range(500):
-                await emitter.publish("k", "a/", "x", qos=1, **options)
-                await anyio.sleep(7.2)
-            assert emitter._connection is not None
-            # The keepalive, and a few that are done.
-            assert len(emitter._connection.timer._heap) < 12
-    assert len(watched.times[PUBLISH]) == 500
-    assert 50 < len(woken) <= most + 10
-
-
-async def test_the_timer_wakes_once_for_a_ping_that_is_answered(
-    anyio_backend: object, woken: list[float]
-) -> None:
-    watched = Watched()
-    async with memory_peer(watched.play) as connectable:
-        async with one_link(connectable=connectable, keepalive=30):
-            await anyio.sleep(HOUR + 1)
-    assert len(watched.pings) == 120
-    # And once as it begins.
-    assert len(woken) == 121
-
-
-async def test_the_timer_of_a_link_that_has_ended_wakes_no_more(
-    anyio_backend: object, woken: list[float]
-) -> None:
-    watched = Watched()
-    async with memory_peer(watched.play) as connectable:
-        async with one_link(connectable=connectable, keepalive=30) as emitter:
-            await emitter.publish("k", "a/", "x", qos=1)
-        await anyio.sleep(HOUR)
-    assert len(woken) == 1

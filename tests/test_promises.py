@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import suppress
 from typing import Literal
@@ -19,15 +20,16 @@ from emitter_anyio import (
     RequestError,
     RequestTimeoutError,
     SlowConsumerError,
-    StoredMessage,
     SubscriptionConflictError,
     UnauthorizedError,
     connect,
 )
-from emitter_anyio._requests import Request
 from emitter_anyio.testing import Broker
+from tests.support import packets
+from tests.support.leaks import living_tasks
 from tests.support.links import one_link
 from tests.support.logs import logged
+from tests.support.peer import PUBLISH, SUBSCRIBE, UNSUBSCRIBE, Peer, memory_peer
 
 
 async def publish_numbers(emitter: Emitter, key: str, channel: str, numbers: range) -> None:
@@ -361,21 +363,6 @@ async def test_a_channel_that_cannot_be_hashed_is_a_type_error(broker: Broker) -
             await emitter.publish(broker.keygen("a/"), ["a/"], "x")  # type: ignore[arg-type]  # the fault in question
 
 
-async def test_when_packet_ids_are_scarce_a_verb_waits(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("emitter_anyio._session._KEPT_IDS", 65535 - 2)
-    key = broker.keygen("a/")
-    async with connect(broker.url) as emitter:
-        async with anyio.create_task_group() as tasks:
-            with broker.hold("puback"):
-                for text in "xyz":
-                    tasks.start_soon(confirm, emitter, key, text)
-                await anyio.wait_all_tasks_blocked()
-                assert emitter.statistics().pending == 2
-        assert emitter.statistics().pending == 0
-
-
 async def test_unsubscribing_what_a_stream_uses_leaves_it_alone(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
@@ -384,29 +371,35 @@ async def test_unsubscribing_what_a_stream_uses_leaves_it_alone(broker: Broker) 
         assert (await messages.receive()).binary == b"x"
 
 
-async def test_a_replay_that_is_refused_gives_the_subscription_back(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def history(*args: object, **options: object) -> Request[list[StoredMessage]]:
-        return Request("nosuch", b"", lambda answer: [])
+async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(2):
+            await peer.answer(await peer.until(SUBSCRIBE))
+        asked = await peer.until(PUBLISH)
+        refusal = {"req": asked.packet_id, "status": 404, "message": "not found"}
+        await peer.send(packets.publish("emitter/history/", json.dumps(refusal).encode()))
+        await peer.answer(asked)
+        left = await peer.until(UNSUBSCRIBE)
+        assert left.body.endswith(b"/a/b/")
+        await peer.answer(left)
+        await peer.answer_all()
 
-    key = broker.keygen("a/#/", "rwl")
-    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/", last=0):
-        monkeypatch.setattr("emitter_anyio._requests.history", history)
-        with pytest.raises(NotFoundError):
-            async with emitter.subscribe(key, "a/b/", last=5):
-                raise AssertionError("entered")
-        await emitter.flush()
-        (client,) = broker.clients
-        assert len(client.subscriptions) == 1
+    async with memory_peer(script) as connectable, one_link(connectable=connectable) as emitter:
+        async with emitter.subscribe("k", "a/", last=0):
+            with pytest.raises(NotFoundError):
+                async with emitter.subscribe("k", "a/b/", last=5):
+                    raise AssertionError("entered")
+            await emitter.flush()
 
 
 async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Broker) -> None:
+    before = len(living_tasks())
     async with connect(broker.url) as emitter:
         async with emitter.watch_presence(broker.keygen("a/", "p"), "a/", refresh=0.001) as feed:
             assert (await feed.receive()).event == "status"
             await emitter.disconnect()
-            while any("_heal" in (task.name or "") for task in anyio.get_running_tasks()):
+            while len(living_tasks()) > before:
                 await checkpoint()
             assert [event async for event in feed] == []
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AsyncExitStack
+from typing import Any
 
 import anyio
 import pytest
 import trio
 
 from emitter_anyio._alarm import _ALARM, AlarmWaker
-from emitter_anyio._timer import Due, open_timer
+from emitter_anyio._timer import Due, Timer, open_timer
 from tests.support.leaks import living_tasks
 from tests.support.links import one_link
 from tests.support.peer import Peer, memory_peer
 
 pytestmark = pytest.mark.virtual_time
+
+HOUR = 3600.0
 
 # The loop of asyncio wakes timers itself.
 on_trio = pytest.mark.parametrize("anyio_backend", ["trio"], indirect=True)
@@ -89,3 +93,64 @@ async def test_nothing_falls_due_behind_what_fails(seconds: float, anyio_backend
     timer.end()
     await anyio.wait_all_tasks_blocked()
     assert [type(one) for one in failed] == [ZeroDivisionError]
+
+
+# How often a timer wakes
+
+
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When timers have woken."""
+    times: list[float] = []
+    wake = Timer._wake
+
+    def noted(timer: Timer) -> None:
+        times.append(anyio.current_time())
+        wake(timer)
+
+    monkeypatch.setattr(Timer, "_wake", noted)
+    return times
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        # For every second one of the times by which there was to be an answer, which finds it done.
+        ({}, 249),
+        ({"timeout": 10}, 249),
+        ({"timeout": math.inf}, 60),
+        ({"timeout": None}, 60),
+    ],
+)
+async def test_the_timer_of_a_busy_link_wakes_for_few(
+    anyio_backend: object, woken: list[float], options: dict[str, Any], most: int
+) -> None:
+    async with memory_peer(serve) as connectable:
+        async with one_link(connectable=connectable, keepalive=60) as emitter:
+            for _ in range(500):
+                await emitter.publish("k", "a/", "x", qos=1, **options)
+                await anyio.sleep(7.2)
+            assert emitter._connection is not None
+            # The keepalive, and a few that are done.
+            assert len(emitter._connection.timer._heap) < 12
+    assert 50 < len(woken) <= most + 10
+
+
+async def test_the_timer_wakes_once_for_a_ping_that_is_answered(
+    anyio_backend: object, woken: list[float]
+) -> None:
+    async with memory_peer(serve) as connectable:
+        async with one_link(connectable=connectable, keepalive=30):
+            await anyio.sleep(HOUR + 1)
+    # Once for each of 120 pings, and once as it begins.
+    assert len(woken) == 121
+
+
+async def test_the_timer_of_a_link_that_has_ended_wakes_no_more(
+    anyio_backend: object, woken: list[float]
+) -> None:
+    async with memory_peer(serve) as connectable:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
+            await emitter.publish("k", "a/", "x", qos=1)
+        await anyio.sleep(HOUR)
+    assert len(woken) == 1

@@ -245,10 +245,12 @@ async def test_each_event_is_a_line_of_the_log(
     async with many_links(broker.url) as emitter:
         async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "b/"):
             await another_link(emitter, broker)
+        assert emitter.connection is not None
+        cause = emitter.connection.last_error
     lines = [text for text in caplog.messages if not text.startswith("try ")]
     assert lines == [
         f"connected to {broker.url}",
-        f"the link to {broker.url} is lost: {emitter._last_error}",
+        f"the link to {broker.url} is lost: {cause}",
         f"connected again to {broker.url}, with 2 things restored",
         f"disconnected from {broker.url}",
     ]
