@@ -76,26 +76,26 @@ class TestCheckChannel:
         else:
             with pytest.raises(InvalidChannelError) as caught:
                 check_channel(channel, wildcards=True)
-            assert f"the character {chr(code)!r}" in str(caught.value)
+            assert repr(chr(code)) in str(caught.value)
 
     @pytest.mark.parametrize(
         ("channel", "why"),
         [
-            ("", "is empty"),
-            ("/", "is empty"),
-            ("///", "is empty"),
+            ("", "empty"),
+            ("/", "empty"),
+            ("///", "empty"),
             ("/a/", "empty level"),
             ("a//b/", "empty level"),
             ("a//", "empty level"),
-            ("a b/", "the character ' '"),
-            ("a\n/", r"the character '\\n'"),
-            ("a/\u00fc/", "the character '\u00fc'"),
-            ("\u0661/", "the character"),
-            ("a/b+/", r"the character '\+'"),
-            ("a/++/", r"the character '\+'"),
-            ("*/", r"the character '\*'"),
-            ("a/?last=5/", r"the character '\?'"),
-            ("a/#/b/", "'#' before its end"),
+            ("a b/", "' '"),
+            ("a\n/", r"'\\n'"),
+            ("a/\u00fc/", "'\u00fc'"),
+            ("\u0661/", "\u0661"),
+            ("a/b+/", r"'\+'"),
+            ("a/++/", r"'\+'"),
+            ("*/", r"'\*'"),
+            ("a/?last=5/", r"'\?'"),
+            ("a/#/b/", "'#'"),
         ],
     )
     def test_says_what_is_wrong(self, channel: str, why: str) -> None:
@@ -107,12 +107,12 @@ class TestCheckChannel:
     @pytest.mark.parametrize("channel", ["+/", "#/", "a/+/b/", "a/+", "a/#"])
     def test_wildcards_only_where_they_may_stand(self, channel: str) -> None:
         assert check_channel(channel, wildcards=True) == channel.removesuffix("/") + "/"
-        with pytest.raises(InvalidChannelError, match="has the wildcard"):
+        with pytest.raises(InvalidChannelError, match="wildcard"):
             check_channel(channel)
 
     @pytest.mark.parametrize("channel", [None, 5, b"a/", ["a"]])
     def test_is_a_str(self, channel: str) -> None:
-        with pytest.raises(TypeError, match=f"not {type(channel).__name__}"):
+        with pytest.raises(TypeError, match=f"{type(channel).__name__}"):
             check_channel(channel)
 
 
@@ -151,7 +151,7 @@ class TestCheckTarget:
     def test_the_broker_has_a_bit_for_each_of_23_levels(self) -> None:
         assert MAX_KEY_LEVELS == 23
         assert check_target("a/" * 22 + "#") == "a/" * 22 + "#/"
-        with pytest.raises(InvalidChannelError, match=r"24 levels; .* 23"):
+        with pytest.raises(InvalidChannelError, match=r"24.*23"):
             check_target("a/" * 24)
 
     def test_it_is_a_channel(self) -> None:
@@ -169,7 +169,7 @@ class TestCheckKey:
         if all("!" <= c <= "~" and c not in "/?#+" for c in key):
             assert check_key(key) == key
             return
-        with pytest.raises(ValueError, match="the key has the character") as caught:
+        with pytest.raises(ValueError, match=r"key.*character") as caught:
             check_key(key)
         if len(key) > 20:
             assert key not in str(caught.value)
@@ -188,7 +188,7 @@ class TestCheckKey:
 
     @pytest.mark.parametrize("key", [None, 5, b"key"])
     def test_is_a_str(self, key: str) -> None:
-        with pytest.raises(TypeError, match=f"not {type(key).__name__}"):
+        with pytest.raises(TypeError, match=f"{type(key).__name__}"):
             check_key(key)
 
 
@@ -213,12 +213,12 @@ class TestNumbers:
 
     @pytest.mark.parametrize("value", [-1, 2**31, 10**400], ids=["-1", "2**31", "10**400"])
     def test_what_the_broker_does_not_take(self, value: int) -> None:
-        with pytest.raises(ValueError, match=r"^last is from 0 to 2147483647, not -?\d+$"):
+        with pytest.raises(ValueError, match=r"last.*0 to 2147483647.* -?\d+"):
             check_whole("last", value)
 
     @pytest.mark.parametrize("value", [1.0, "1", True, b""])
     def test_of_another_kind(self, value: int) -> None:
-        with pytest.raises(TypeError, match=f"^last .*not {type(value).__name__}$"):
+        with pytest.raises(TypeError, match=f"last.*{type(value).__name__}"):
             check_whole("last", value)
 
 
@@ -251,17 +251,17 @@ class TestUnixSeconds:
         ],
     )
     def test_what_the_broker_would_pass_over(self, value: float | datetime) -> None:
-        with pytest.raises(ValueError, match=r"^until is .*2018.*2066"):
+        with pytest.raises(ValueError, match=r"until.*2018.*2066"):
             unix_seconds("until", value)
 
     @pytest.mark.parametrize("zone", [None, _Nowhere()])
     def test_a_naive_datetime(self, zone: tzinfo | None) -> None:
-        with pytest.raises(ValueError, match="since is a naive datetime"):
+        with pytest.raises(ValueError, match=r"since.*naive"):
             unix_seconds("since", datetime(2024, 1, 1, tzinfo=zone))
 
     @pytest.mark.parametrize("value", ["2024", True, b"", timedelta(1)])
     def test_of_another_kind(self, value: float) -> None:
-        with pytest.raises(TypeError, match=f"since .*not {type(value).__name__}"):
+        with pytest.raises(TypeError, match=f"since.*{type(value).__name__}"):
             unix_seconds("since", value)
 
 
@@ -355,5 +355,5 @@ class TestFingerprint:
 def test_a_topic_longer_than_mqtt_takes_is_refused() -> None:
     whole = format_topic("k", "a" * 65532 + "/")
     assert len(whole) == 65535
-    with pytest.raises(InvalidChannelError, match="65536; MQTT takes 65535"):
+    with pytest.raises(InvalidChannelError, match=r"65536.*65535"):
         format_topic("k", "a" * 65533 + "/")

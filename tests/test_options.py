@@ -135,26 +135,26 @@ class TestUrls:
         ("url", "why"),
         [
             ("h:8080", "scheme is 'h'"),
-            ("h", "scheme is ''; there are mqtt, mqtts, ws, wss and unix"),
-            ("http://h", "scheme is 'http'"),
-            ("mqtt://", "no host"),
-            ("mqtt://:8080", "no host"),
-            ("mqtt://h:0", "port is from 1 to 65535, not 0"),
-            ("mqtt://h:65536", "port is no number from 1 to 65535"),
-            ("mqtt://h:x", "port is no number"),
-            ("mqtt://h/chat/", "ends after host and port"),
-            ("mqtt://h?last=5", "ends after host and port"),
-            ("mqtt://h#x", "ends after host and port"),
-            ("ws://h/?last=5", "ends after its path"),
-            ("wss://h/mqtt#x", "ends after its path"),
-            ("ws:///mqtt", "no host"),
+            ("h", "scheme.*mqtt, mqtts, ws, wss and unix"),
+            ("http://h", "scheme.*'http'"),
+            ("mqtt://", "host"),
+            ("mqtt://:8080", "host"),
+            ("mqtt://h:0", "port.*1 to 65535.* 0"),
+            ("mqtt://h:65536", "port.*1 to 65535"),
+            ("mqtt://h:x", "port"),
+            ("mqtt://h/chat/", "host and port"),
+            ("mqtt://h?last=5", "host and port"),
+            ("mqtt://h#x", "host and port"),
+            ("ws://h/?last=5", "path"),
+            ("wss://h/mqtt#x", "path"),
+            ("ws:///mqtt", "host"),
             ("ws://h/\ud800", "surrogates"),
-            ("mqtt://[::1", "something wrong with its host"),
-            ("unix://", r"is unix:///path"),
-            ("unix://host/path", r"is unix:///path"),
-            ("unix:relative", r"is unix:///path"),
-            ("unix:///path?query", r"is unix:///path"),
-            ("unix:///path#fragment", r"is unix:///path"),
+            ("mqtt://[::1", "host"),
+            ("unix://", r"unix:///path"),
+            ("unix://host/path", r"unix:///path"),
+            ("unix:relative", r"unix:///path"),
+            ("unix:///path?query", r"unix:///path"),
+            ("unix:///path#fragment", r"unix:///path"),
         ],
     )
     def test_that_are_none(self, url: str, why: str) -> None:
@@ -196,14 +196,14 @@ class TestUrls:
     )
     def test_that_disagree_with_a_keyword(self, keywords: dict[str, Any]) -> None:
         (name,) = keywords
-        with pytest.raises(TypeError, match=f"^the URL and the keyword disagree about '{name}'"):
+        with pytest.raises(TypeError, match=f"URL.*'{name}'"):
             made("mqtt://ann:word@h:8080", **keywords)
 
     @pytest.mark.parametrize("scheme", ["ws", "wss"])
     def test_of_websocket_that_disagree_with_a_keyword(self, scheme: str) -> None:
         secure = scheme == "wss"
         for name, value in (("host", "other"), ("port", 1), ("secure", not secure)):
-            with pytest.raises(TypeError, match=f"^the URL and the keyword disagree .*'{name}'"):
+            with pytest.raises(TypeError, match=f"URL.*'{name}'"):
                 made(f"{scheme}://h:2/mqtt", **{name: value})
         agreed = server_of(f"{scheme}://h:2/mqtt", host="h", port=2, secure=secure)
         assert agreed == Server(scheme, "h", 2, "/mqtt")
@@ -214,7 +214,7 @@ class TestUrls:
             made("ws://h", **keywords)
 
     def test_a_mapping_that_disagrees(self) -> None:
-        with pytest.raises(TypeError, match=r"^the mapping and the keyword disagree about 'host'"):
+        with pytest.raises(TypeError, match=r"mapping.*'host'"):
             made({"host": "a"}, host="b")
 
 
@@ -247,22 +247,22 @@ class TestServers:
 
     @pytest.mark.parametrize("other", [{"host": "h"}, {"port": 1}, {"secure": True}])
     def test_stand_instead_of_the_rest(self, other: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=f"^servers stands instead of {next(iter(other))}"):
+        with pytest.raises(TypeError, match=f"servers.*{next(iter(other))}"):
             made(servers=["mqtt://a"], **other)
-        with pytest.raises(TypeError, match=r"^servers stands instead of host, port, secure"):
+        with pytest.raises(TypeError, match=r"servers.*host, port, secure"):
             made("mqtt://h", servers=["mqtt://a"])
 
     @pytest.mark.parametrize(
         ("servers", "error", "why"),
         [
-            ([], ValueError, "servers is empty"),
-            ("mqtt://a", TypeError, "a sequence of URLs"),
-            (5, TypeError, "a sequence of URLs"),
-            ([5], TypeError, "a URL is a str, not int"),
-            (["mqtt://a", "mqtts://a"], ValueError, "of one scheme"),
-            (["mqtt://a", "ws://a"], ValueError, "of one scheme"),
-            (["mqtt://ann:password@a"], TypeError, "no user and password"),
-            (["http://a"], ValueError, "scheme is 'http'"),
+            ([], ValueError, "servers.*empty"),
+            ("mqtt://a", TypeError, "sequence of URLs"),
+            (5, TypeError, "sequence of URLs"),
+            ([5], TypeError, "str.*int"),
+            (["mqtt://a", "mqtts://a"], ValueError, "scheme"),
+            (["mqtt://a", "ws://a"], ValueError, "scheme"),
+            (["mqtt://ann:password@a"], TypeError, "user.*password"),
+            (["http://a"], ValueError, "scheme.*'http'"),
         ],
     )
     def test_that_are_none(self, servers: Any, error: type[Exception], why: str) -> None:
@@ -351,9 +351,9 @@ class TestEachOption:
             made({name: value})
 
     def test_the_limits_are_named(self) -> None:
-        with pytest.raises(ValueError, match=r"^keepalive is from 1 to 60 seconds, not 61$"):
+        with pytest.raises(ValueError, match=r"keepalive.*1 to 60.*61"):
             made(keepalive=61)
-        with pytest.raises(ValueError, match=r"^connect_timeout is at least 0 seconds, not -1$"):
+        with pytest.raises(ValueError, match=r"connect_timeout.* 0 .*-1"):
             made(connect_timeout=-1)
 
     @pytest.mark.parametrize("name", ["keepAlive", "hostname", "", 5])
@@ -364,7 +364,7 @@ class TestEachOption:
         assert repr(name) in str(caught.value)
 
     def test_a_password_needs_a_username(self) -> None:
-        with pytest.raises(TypeError, match="a password needs a username") as caught:
+        with pytest.raises(TypeError, match=r"password.*username") as caught:
             made(password="hush")
         assert "hush" not in str(caught.value)
         assert made(username="ann", password="hush").password == "hush"
@@ -387,14 +387,14 @@ class TestEachOption:
             {"host": str(tmp_path / "socket")},
             {"connectable": connectable},
         ):
-            with pytest.raises(TypeError, match=r"^ssl_context is for TLS"):
+            with pytest.raises(TypeError, match=r"ssl_context.*TLS"):
                 made(place, ssl_context=context)
         for url in ("mqtts://h", "wss://h"):
             assert made(url, ssl_context=context).ssl_context is context
 
     def test_an_ssl_context_is_for_clients(self) -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        with pytest.raises(ValueError, match=r"^ssl_context is one for servers"):
+        with pytest.raises(ValueError, match=r"ssl_context.*server"):
             made(ssl_context=context)
 
     def test_one_that_trusts_everybody_is_taken_with_a_warning(
@@ -409,7 +409,7 @@ class TestEachOption:
             assert made("wss://h", ssl_context=context).ssl_context is context
             record = caplog.records[-1]
             assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
-            assert "identity is not checked" in record.getMessage()
+            assert "not checked" in record.getMessage()
             assert option in record.getMessage()
         assert len(caplog.records) == 2
 

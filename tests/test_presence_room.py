@@ -346,7 +346,7 @@ async def test_doubts_do_not_put_off_the_refresh() -> None:
     assert len(asked) > 24, "and the doubts have been asked for, too"
 
 
-# A status that is too large for the broker to send
+# A status that is too large
 
 
 async def test_a_status_too_large_is_an_error_that_says_so(
@@ -356,11 +356,11 @@ async def test_a_status_too_large_is_an_error_that_says_so(
         for number in range(2):
             member = connect(broker.url, username=f"{number}" * 40000)
             await (await stack.enter_async_context(member)).subscribe(key, ROOM)
-        with pytest.raises(RequestError, match="too large for the broker to send") as caught:
+        with pytest.raises(RequestError, match="too large") as caught:
             await watcher.presence(key, ROOM)
         assert (caught.value.status, caught.value.operation) == (None, "presence")
         assert caught.value.channel == ROOM
-        with pytest.raises(RequestError, match="too large for the broker to send"):
+        with pytest.raises(RequestError, match="too large"):
             async with watcher.watch_presence(key, ROOM):
                 pass
 
@@ -374,9 +374,9 @@ async def test_a_room_that_becomes_too_large_ends_the_feed_with_an_error_that_sa
             member = connect(broker.url, username=f"{number}" * 40000)
             await (await stack.enter_async_context(member)).subscribe(key, ROOM)
         events = []
-        with pytest.raises(RequestError, match="too large for the broker to send"):
+        with pytest.raises(RequestError, match="too large"):
             events += [event async for event in feed]
-        with pytest.raises(RequestError, match="too large for the broker to send"):
+        with pytest.raises(RequestError, match="too large"):
             await feed.receive()
         assert watcher.state == "connected"
 

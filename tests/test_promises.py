@@ -238,7 +238,7 @@ async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker)
                 emitter.unsubscribe(key, "b/"),
                 emitter.keygen(broker.secret_key, "a/", timeout=0.02),
             ):
-                with pytest.raises(RequestTimeoutError, match="did not answer within") as caught:
+                with pytest.raises(RequestTimeoutError, match=r" 0\.0[12] s") as caught:
                     await verb
                 assert isinstance(caught.value, TimeoutError)
                 assert key not in str(caught.value)
@@ -359,7 +359,7 @@ async def test_more_channels_than_are_kept_ready(broker: Broker) -> None:
 
 async def test_a_channel_that_cannot_be_hashed_is_a_type_error(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
-        with pytest.raises(TypeError, match="a channel is a str"):
+        with pytest.raises(TypeError, match=r"channel.*str"):
             await emitter.publish(broker.keygen("a/"), ["a/"], "x")  # type: ignore[arg-type]  # the fault in question
 
 

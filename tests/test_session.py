@@ -174,7 +174,7 @@ class TestPacketIds:
         monkeypatch.setattr(_session, "_IDS", 3)
         for _ in range(3):
             link.publish()
-        with pytest.raises(RuntimeError, match="every packet id is taken"):
+        with pytest.raises(RuntimeError, match="packet id"):
             link.publish()
         link.hear(PubAck(2))
         link.publish()
@@ -328,7 +328,7 @@ class TestRequests:
     def test_acknowledged_without_an_answer(self, link: Link) -> None:
         pending = link.session.request(requests.history(KEY, "a/", last=1000))
         assert link.hear(PubAck(1)) == []
-        with pytest.raises(RequestError, match=r"history 'a/': .*too large .*64 KiB") as caught:
+        with pytest.raises(RequestError, match=r"history 'a/'.*64 KiB") as caught:
             pending.result()
         assert caught.value.status is None
 
@@ -338,7 +338,7 @@ class TestRequests:
         assert isinstance(emission.value, RemoteProtocolError)
         assert not pending.done, "the true answer may come yet"
         link.hear(PubAck(1))
-        with pytest.raises(RemoteProtocolError, match=r"me: .*nonsense: id is no string"):
+        with pytest.raises(RemoteProtocolError, match=r"me: .*id"):
             pending.result()
 
     def test_the_true_answer_behind_a_nonsensical_one(self, link: Link) -> None:
@@ -540,7 +540,7 @@ class TestSubscriptions:
     def test_refused_without_a_word(self, link: Link) -> None:
         grant = link.subscribe()
         link.hear(SubAck(1, (128,)))
-        with pytest.raises(RequestError, match="subscribe 'a/': the broker refused without") as e:
+        with pytest.raises(RequestError, match="subscribe 'a/'") as e:
             grant.asked.result()
         assert e.value.status is None
 
@@ -650,7 +650,7 @@ class TestGroups:
         self, link: Link, first: str, second: str
     ) -> None:
         link.subscribe(channel=first)
-        with pytest.raises(SubscriptionConflictError, match="second Emitter for a group"):
+        with pytest.raises(SubscriptionConflictError, match="second Emitter"):
             link.subscribe(channel=second)
         assert len(link.sent) == 1
         assert not link.session.in_use(second)
@@ -684,7 +684,7 @@ class TestCollisions:
 
     def test_of_two_presence_feeds(self, link: Link) -> None:
         link.session.watch("d/d/")
-        with pytest.raises(SubscriptionConflictError, match="the presence feed of 'g/g/'"):
+        with pytest.raises(SubscriptionConflictError, match=r"presence.*'g/g/'"):
             link.session.watch("g/g/")
         assert not link.session.watched("g/g/")
 
@@ -950,7 +950,7 @@ class TestHostileAnswers:
         assert pending.done
 
     def test_a_second_connack(self, link: Link) -> None:
-        with pytest.raises(RemoteProtocolError, match="second CONNACK"):
+        with pytest.raises(RemoteProtocolError, match="CONNACK"):
             link.session.receive(ConnAck(0))
 
     def test_what_the_codec_found_malformed(self, link: Link) -> None:
@@ -1234,7 +1234,7 @@ class Conversation(RuleBasedStateMachine):
         group, plain = unshare(channel)
         held = {grant.filter for grant in self.users if grant not in self.refused} - {channel}
         if any((group or unshare(one)[0]) and overlap(plain, unshare(one)[1]) for one in held):
-            with pytest.raises(SubscriptionConflictError, match="a group"):
+            with pytest.raises(SubscriptionConflictError, match="group"):
                 self.session.subscribe(key, key, channel, replay)
             assert len(self.broker.packets) == before
             return

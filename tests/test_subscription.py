@@ -818,7 +818,7 @@ class TestEntering:
             assert value == "value"
             assert made == ["in"]
         assert made == ["in", "out"]
-        with pytest.raises(RuntimeError, match="entered before"):
+        with pytest.raises(RuntimeError, match="entered"):
             async with entering:
                 made.append("never")
         assert made == ["in", "out"]
@@ -857,13 +857,13 @@ class TestSayingWhatItIs:
     @pytest.mark.parametrize(
         ("buffer", "overflow", "error", "why"),
         [
-            (0, "raise", ValueError, "^buffer is at least 1 message, not 0$"),
-            (-1, "raise", ValueError, "not -1$"),
-            (1.0, "raise", TypeError, "^buffer is a whole number of messages, not float$"),
-            (True, "raise", TypeError, "not bool$"),
-            (None, "raise", TypeError, "not NoneType$"),
-            (1, "drop", ValueError, "^overflow is one of 'raise', .*'block', not 'drop'$"),
-            (1, None, ValueError, "not None$"),
+            (0, "raise", ValueError, "buffer.*at least 1.* 0"),
+            (-1, "raise", ValueError, "buffer.*-1"),
+            (1.0, "raise", TypeError, "buffer.*float"),
+            (True, "raise", TypeError, "buffer.*bool"),
+            (None, "raise", TypeError, "buffer.*NoneType"),
+            (1, "drop", ValueError, "overflow.*'raise'.*'block'.*'drop'"),
+            (1, None, ValueError, "overflow.*None"),
         ],
     )
     def test_buffers_that_do_not(

@@ -286,7 +286,7 @@ async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
 ) -> None:
     with blackhole() as hole:
         resolve(hole, hole)
-        with pytest.raises(ConnectError, match=r"no answer within 0\.1 s") as caught:
+        with pytest.raises(ConnectError, match=r"within 0\.1 s") as caught:
             async with connect(host="broker.example", secure=False, connect_timeout=0.1):
                 pass
     assert HINT not in str(caught.value)
@@ -380,7 +380,7 @@ async def test_a_name_that_does_not_resolve(
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    with pytest.raises(ConnectError, match=r"nowhere\.example:8080: .*not known") as caught:
+    with pytest.raises(ConnectError, match=r"nowhere\.example:8080: ") as caught:
         async with connect(host="nowhere.example", port=8080, secure=secure):
             pass
     assert isinstance(caught.value.__cause__, socket.gaierror)
@@ -388,7 +388,7 @@ async def test_a_name_that_does_not_resolve(
 
 @pytest.mark.parametrize("secure", [False, True])
 async def test_a_host_that_is_no_name(anyio_backend: object, secure: bool) -> None:
-    with pytest.raises(ConnectError, match=r"invalid host name 'bröker\.\.example'"):
+    with pytest.raises(ConnectError, match=r"'bröker\.\.example'"):
         async with connect(host="bröker..example", secure=secure):
             pass
 
@@ -406,7 +406,7 @@ async def test_the_timeout_and_cancellation_reach_a_look_up(
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     try:
-        with pytest.raises(ConnectError, match=r"no answer within 0\.05 s"):
+        with pytest.raises(ConnectError, match=r"within 0\.05 s"):
             async with connect(host="slow.example", secure=False, connect_timeout=0.05):
                 pass
 
@@ -737,7 +737,7 @@ async def test_what_waits_for_a_peer_that_reads_nothing_is_no_lost_link(
                 await emitter.publish("k", "a/", bytes(65000))
         closed.set()
     assert emitter.state == "closed"
-    assert not [text for text in caplog.messages if "is lost" in text]
+    assert not [text for text in caplog.messages if "lost" in text]
 
 
 async def flood(emitter: Emitter) -> None:

@@ -96,7 +96,7 @@ class TestTheHandshake:
 
     @pytest.mark.parametrize("host", ["x" * 64, "a\0b"])
     def test_with_a_host_that_is_none(self, host: str) -> None:
-        with pytest.raises(OSError, match="is no host name"):
+        with pytest.raises(OSError, match="host"):
             Upgrade(host, "/")
 
     @given(st.lists(st.integers(0, 60)), st.binary(max_size=20))
@@ -146,10 +146,10 @@ class TestTheHandshake:
         [
             (b"\x15\x03\x01\x00\x02\x02\x16", "try wss://"),
             (b"\x15", "try wss://"),
-            (packets.CONNACK, "does not speak HTTP"),
-            (b"SSH-2.0-x\r\n", "does not speak HTTP"),
-            (b"HTTP/2", "does not speak HTTP"),
-            (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000, f"more than {MAX_HEAD} bytes"),
+            (packets.CONNACK, "HTTP"),
+            (b"SSH-2.0-x\r\n", "HTTP"),
+            (b"HTTP/2", "HTTP"),
+            (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000, f"{MAX_HEAD} bytes"),
         ],
     )
     def test_with_one_that_speaks_something_else(self, said: bytes, words: str) -> None:
@@ -162,22 +162,22 @@ class TestTheHandshake:
     def test_that_ends_too_early(self) -> None:
         upgrade = Upgrade("h", "/")
         assert upgrade.receive(b"HTTP/1.1 101 Sw") is None
-        with pytest.raises(EOFError, match="in the WebSocket handshake"):
+        with pytest.raises(EOFError, match="handshake"):
             upgrade.receive(b"")
 
 
 NOTHING = b"Content-Length: 0\r\n\r\n"
 REFUSED = [
-    ("404 X", NOTHING, r"HTTP 404 \(Not Found\) \(Emitter takes any path but"),
-    ("404 X", b"Content-Length: 9\r\n\r\nno page\n\n", r"Found\), and said: 'no page' \(E"),
-    ("200 X", b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", "200 .*said: 'ab' "),
-    ("403 X", b"Content-Length: 500\r\n\r\n" + b"x" * 300, "'x{200}' .*something in front"),
-    ("401 X", b"Content-Length: 1\r\n\r\n\x1b", r"'\?' .*rules of its own"),
-    ("502 X", b"Content-Length: 2\r\n\r\n\xff\xff", "'\ufffd\ufffd' .*cannot reach it"),
-    ("299 X", NOTHING, r"HTTP 299 \(Emitter"),
+    ("404 X", NOTHING, r"HTTP 404 \(Not Found\).*path"),
+    ("404 X", b"Content-Length: 9\r\n\r\nno page\n\n", r"Found.*'no page'"),
+    ("200 X", b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", "200 .*'ab'"),
+    ("403 X", b"Content-Length: 500\r\n\r\n" + b"x" * 300, "'x{200}'.*in front"),
+    ("401 X", b"Content-Length: 1\r\n\r\n\x1b", r"401.*'\?'"),
+    ("502 X", b"Content-Length: 2\r\n\r\n\xff\xff", "502.*'\ufffd\ufffd'"),
+    ("299 X", NOTHING, r"HTTP 299"),
     ("100 X", b"\r\n", r"HTTP 100 \(Continue\)"),
-    ("301 X", b"Location: wss://h/m?key=1\r\n" + NOTHING, "redirects to wss://h/m, where"),
-    ("302 X", NOTHING, "redirects to another place, "),
+    ("301 X", b"Location: wss://h/m?key=1\r\n" + NOTHING, "wss://h/m"),
+    ("302 X", NOTHING, "redirects"),
 ]
 
 
@@ -206,7 +206,7 @@ class TestARefusal:
         upgrade = Upgrade("h", "/")
         assert upgrade.receive(b"HTTP/1.1 503 X\r\n" + rest) is None
         assert upgrade.refused
-        with pytest.raises(ConnectError, match="said: 'some words'"):
+        with pytest.raises(ConnectError, match="'some words'"):
             for data in (then, b""):
                 assert upgrade.receive(data) is None
 
@@ -735,7 +735,7 @@ async def test_a_peer_that_is_silent_in_the_handshake(anyio_backend: object, sai
 
     async with memory_peer(script) as connectable:
         start = anyio.current_time()
-        with pytest.raises(ConnectError, match=r"ws://.*: no answer within 10 s"):
+        with pytest.raises(ConnectError, match=r"ws://.*within 10 s"):
             async with over(connectable):
                 pass
         assert anyio.current_time() - start == pytest.approx(10)
@@ -749,7 +749,7 @@ async def test_a_peer_that_is_silent_behind_the_handshake(anyio_backend: object)
         assert await peer.packet() is None
 
     async with memory_peer(script, websocket=True) as connectable:
-        with pytest.raises(ConnectError, match=r"ws://.*: no answer within 10 s"):
+        with pytest.raises(ConnectError, match=r"ws://.*within 10 s"):
             async with over(connectable):
                 pass
 
@@ -766,7 +766,7 @@ async def test_the_words_of_a_refusal_are_not_waited_for_long(anyio_backend: obj
 
     async with memory_peer(script) as connectable:
         start = anyio.current_time()
-        with pytest.raises(ConnectError, match=r"HTTP 403 \(Forbidden\), and said: 'not you'"):
+        with pytest.raises(ConnectError, match=r"HTTP 403 \(Forbidden\).*'not you'"):
             async with over(connectable):
                 pass
         assert anyio.current_time() - start == pytest.approx(1)
@@ -778,7 +778,7 @@ async def test_a_server_that_closes_in_the_handshake(anyio_backend: object) -> N
         await peer.stream.receive()
 
     async with memory_peer(script) as connectable:
-        with pytest.raises(ConnectError, match="closed the link in the WebSocket handshake"):
+        with pytest.raises(ConnectError, match=r"closed.*handshake"):
             async with over(connectable):
                 pass
 
@@ -853,7 +853,7 @@ async def test_a_path_on_which_emitter_has_something_else(
 ) -> None:
     broker, trust = broker_of(scheme)
     async with broker:
-        with pytest.raises(ConnectError, match=r"refused WebSocket by HTTP (200|404) .*/keygen"):
+        with pytest.raises(ConnectError, match=r"HTTP (200|404).*/keygen"):
             async with one_link(f"{scheme}://127.0.0.1:{broker.port}{path}", **trust):
                 pass
 
@@ -928,7 +928,7 @@ async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: 
     context = tls.server_context() if scheme == "wss" and stage != "tls" else None
     async with tcp_peer(script, context=context) as port:
         url = f"{scheme}://127.0.0.1:{port}"
-        with pytest.raises(ConnectError, match=rf"{url}: no answer within 0\.3 s"):
+        with pytest.raises(ConnectError, match=rf"{url}.*within 0\.3 s"):
             async with one_link(url, connect_timeout=0.3, **trust):
                 pass
 
@@ -939,9 +939,7 @@ async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
         await peer.send(packets.CONNACK)
 
     async with tcp_peer(script) as port:
-        with pytest.raises(
-            ConnectError, match="does not speak HTTP, and so no WebSocket: try mqtt"
-        ):
+        with pytest.raises(ConnectError, match=r"HTTP.*try mqtt"):
             async with one_link(f"ws://127.0.0.1:{port}"):
                 pass
 
@@ -980,7 +978,7 @@ async def test_an_authority_of_ones_own(anyio_backend: object) -> None:
 async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context("other.example")) as broker:
         for host in ("localhost", "127.0.0.1"):
-            words = "CERTIFICATE_VERIFY_FAILED.*connect to a name that is in the certificate"
+            words = "CERTIFICATE_VERIFY_FAILED.*name"
             with pytest.raises(ConnectError, match=words):
                 async with one_link(
                     f"wss://{host}:{broker.port}", ssl_context=tls.client_context()
@@ -991,24 +989,24 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (9, "the certificate is not valid yet, or this clock is wrong"),
-        (10, "the certificate has expired, or this clock is wrong"),
-        (19, r".* ssl_context=ssl\.create_default_context\(cafile=\.\.\.\)"),
-        (62, "connect to a name that is in the certificate"),
+        (9, "not valid yet.*clock"),
+        (10, "expired.*clock"),
+        (19, r"ssl_context=ssl\.create_default_context\(cafile="),
+        (62, "name"),
     ],
 )
 def test_what_is_wrong_with_a_certificate_is_told(code: int, words: str) -> None:
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_code = code
     explain(error)
-    assert re.fullmatch(rf"certificate verify failed \({words}\)", str(error))
+    assert re.search(rf"certificate verify failed.*{words}", str(error))
 
 
 @pytest.mark.parametrize(
     ("said", "words"),
     [
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "load_cert_chain"),
-        ("WRONG_VERSION_NUMBER", "does not speak TLS there"),
+        ("WRONG_VERSION_NUMBER", "TLS"),
         ("INTERNAL_ERROR", "INTERNAL_ERROR$"),
     ],
 )

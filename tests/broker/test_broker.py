@@ -67,11 +67,11 @@ class TestEntering:
         )
 
     async def test_a_bad_licence(self) -> None:
-        with pytest.raises(ValueError, match="not a licence of Emitter"):
+        with pytest.raises(ValueError, match="licence"):
             Broker(license="nonsense")
 
     async def test_an_unknown_matcher(self) -> None:
-        with pytest.raises(ValueError, match="no matcher 'exact': there are emitter, mqtt"):
+        with pytest.raises(ValueError, match=r"'exact'.*emitter, mqtt"):
             Broker(matcher="exact")  # type: ignore[arg-type]  # that is the point
 
     async def test_where_it_listens(self, broker: Broker) -> None:
@@ -165,7 +165,7 @@ class TestKnobs:
 
     @pytest.mark.parametrize("channel", ["", "a", "a/+/", "a b/", "a/?ttl=5"])
     async def test_publish_to_no_channel(self, broker: Broker, channel: str) -> None:
-        with pytest.raises(ValueError, match="cannot publish to"):
+        with pytest.raises(ValueError, match="publish"):
             await broker.publish(channel, "x")
 
     async def test_the_clock_goes_forward_only(self, broker: Broker) -> None:
@@ -396,7 +396,7 @@ class TestSlowOnes:
             count += 1
         assert count * 60000 > HIGH_WATER
         assert [client.client_id for client in broker.clients] == ["reader"]
-        assert "takes nothing and is cut" in caplog.text
+        assert "takes nothing" in caplog.text
 
 
 @pytest.mark.virtual_time

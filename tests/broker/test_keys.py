@@ -94,7 +94,7 @@ def test_the_bytes_of_a_key_come_back(key: Key) -> None:
 
 @pytest.mark.parametrize("text", ["", "short", "A" * 31, "A" * 33, "A" * 31 + "=", "é" * 32])
 def test_what_cannot_be_a_key(text: str) -> None:
-    with pytest.raises(ValueError, match="not a key"):
+    with pytest.raises(ValueError, match="key"):
         LICENSES[2].decrypt(text)
 
 
@@ -134,7 +134,7 @@ class TestLicenses:
         ],
     )
     def test_what_is_none(self, text: str) -> None:
-        with pytest.raises(ValueError, match="not a licence"):
+        with pytest.raises(ValueError, match="licence"):
             License.parse(text)
 
     @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ class TestLicenses:
         packed = b"\x20" + bytes(32) + b"\x10" + bytes(16)
         packed += b"".join(map(_snappy.uvarint, numbers))
         text = base64.urlsafe_b64encode(_snappy.encode(packed)).decode().rstrip("=")
-        with pytest.raises(ValueError, match="not a licence"):
+        with pytest.raises(ValueError, match="licence"):
             License.parse(f"{text}:3")
 
     def test_nothing_secret_is_shown(self) -> None:

@@ -149,7 +149,7 @@ class TestDemo:
     def test_it_gives_up(self) -> None:
         done = demo("--timeout", "0")
         assert done.returncode == 1
-        assert "not done after 0 s" in only_line(done.stderr)
+        assert " 0 s" in only_line(done.stderr)
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_ctrl_c_ends_it_as_a_shell_expects(self, backend: str) -> None:
@@ -226,10 +226,9 @@ class TestBroker:
     def test_tls_without_a_certificate(self, arguments: list[str]) -> None:
         done = run("-m", "emitter_anyio", "broker", "--tls-cert", __file__, *arguments)
         assert (done.returncode, done.stdout) == (1, "")
-        assert only_line(done.stderr).startswith(
-            f"emitter-anyio: cannot serve TLS with {' and '.join([__file__, *arguments[1:]])}: "
-        )
-        assert done.stderr.endswith("(a certificate and its key, in PEM form)\n")
+        line = only_line(done.stderr)
+        assert all(path in line for path in [__file__, *arguments[1:]])
+        assert "PEM" in line
 
     def test_matcher(self) -> None:
         with broker("--matcher", "mqtt") as (url, _, secret):
@@ -248,11 +247,9 @@ class TestBroker:
             port = str(listener.getsockname()[1])
             done = run("-m", "emitter_anyio", "broker", "--port", port)
         assert (done.returncode, done.stdout) == (1, "")
-        assert re.fullmatch(
-            rf"emitter-anyio: cannot listen on 127\.0\.0\.1 port {port}: .*"
-            r"\(--port 0 takes a free port\)\n",
-            done.stderr,
-        )
+        line = only_line(done.stderr)
+        assert port in line
+        assert "--port 0" in line
 
 
 async def _exchange(url: str, secret: str | None, **options: Any) -> list[str]:

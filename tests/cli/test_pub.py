@@ -69,10 +69,8 @@ class TestPub:
 
     def test_no_such_file(self, cli: Cli, unique: str) -> None:
         done = cli("pub", unique, "--file", "/no/such/file")
-        assert (done.code, done.error) == (
-            1,
-            "cannot read /no/such/file: No such file or directory",
-        )
+        assert done.code == 1
+        assert "/no/such/file: No such file or directory" in done.error
 
     def test_a_message_and_a_file(self, cli: Cli, unique: str) -> None:
         done = cli("pub", unique, "hello", "--file", "x")
@@ -82,7 +80,7 @@ class TestPub:
     def test_too_large(self, cli: Cli, unique: str) -> None:
         done = cli("pub", unique, stdin=b"small\n" + b"x" * 65536)
         assert done.code == 1
-        assert done.error.startswith("message 2: the packet would have ")
+        assert done.error.startswith("message 2: ")
 
     def test_refused_with_the_likely_reasons(
         self, cli: Cli, place: Background, unique: str, backend: str
@@ -100,7 +98,7 @@ class TestPub:
         key = place.key(unique, "r")
         done = cli("pub", unique, "--key", key, "--backend", backend, stdin=b"one\ntwo\n")
         assert done.code == 1
-        assert done.error.endswith("(--qos 1 tells which message, and what may be the reason)")
+        assert "--qos 1" in done.error
 
     def test_a_refused_line_ends_it_while_no_other_comes(
         self, cli: Cli, place: Background, unique: str, backend: str
@@ -136,8 +134,8 @@ class TestPub:
         done = cli(*("pub", unique, "--username", "publisher", "--backend", backend), stdin=reading)
         assert done.code == 1
         # The second one may have left before the loss was noticed.
-        assert re.search("[12] of 2 messages were under way when the link was lost", done.errors)
-        assert "connected again to" in done.errors
+        assert re.search("[12] of 2 messages", done.errors)
+        assert place.url in done.errors
 
     def test_on_a_terminal(self, on_terminal: Any, place: Background, unique: str) -> None:
         on_terminal.terminal.type(b"one\ntwo\n\x04")
@@ -163,7 +161,7 @@ class TestLink:
     def test_a_name_that_is_none(self, cli: Cli, unique: str) -> None:
         done = cli("link", "abc", unique)
         assert done.code == 2
-        assert "one or two letters or digits, not 'abc'" in done.error
+        assert "'abc'" in done.error
 
     def test_the_link_to_the_broker_is_lost(
         self,
@@ -184,7 +182,7 @@ class TestLink:
         monkeypatch.setattr(Emitter, "flush", cut)
         done = cli("link", "a", unique, "hello", "--backend", backend)
         assert (done.code, done.output) == (1, f"a {unique}\n")
-        assert "is lost" in done.error
+        assert "lost" in done.error
 
     def test_the_key_is_looked_at_when_it_is_used(
         self, cli: Cli, place: Background, unique: str

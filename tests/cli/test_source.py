@@ -31,7 +31,7 @@ class TestOrder:
     def test_nothing_is_said(self, cli: Cli, unique: str) -> None:
         done = cli("pub", unique, "hello", secret=False)
         assert done.code == 2
-        assert "a key is needed" in done.error
+        assert "EMITTER_KEY" in done.error
 
     @pytest.mark.parametrize("channel", ["{}", "{}+/", "{}+/a/", "{}#/", "{}+/+/"])
     def test_a_key_is_made_with_the_secret(self, cli: Cli, unique: str, channel: str) -> None:
@@ -44,27 +44,31 @@ class TestOrder:
 class TestWrong:
     def test_no_such_file(self, cli: Cli) -> None:
         done = cli("me", "--env-file", "/no/such/file")
-        assert (done.code, done.error) == (
-            1,
-            "cannot read /no/such/file: No such file or directory",
-        )
+        assert done.code == 1
+        assert "/no/such/file: No such file or directory" in done.error
 
     def test_no_text(self, cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "env").write_bytes(b"\xff")
         done = cli("me", "--env-file", str(tmp_path / "env"))
-        assert (done.code, done.error) == (1, f"cannot read {tmp_path}/env: it is no UTF-8")
+        assert done.code == 1
+        assert f"{tmp_path}/env" in done.error
+        assert "UTF-8" in done.error
 
     @pytest.mark.parametrize("line", ["EMITTER_KEY", "EMITTER_KEY='hush", "EMITTER_KEY=hush hush"])
     def test_no_variable(self, cli: Cli, tmp_path: Path, line: str) -> None:
         (tmp_path / "env").write_text(f"A=B\n{line}\n")
         done = cli("me", "--env-file", str(tmp_path / "env"))
-        assert (done.code, done.error) == (1, f"{tmp_path}/env, line 2 is not NAME=VALUE")
+        assert done.code == 1
+        assert f"{tmp_path}/env, line 2" in done.error
+        assert "NAME=VALUE" in done.error
+        assert "hush" not in done.error
 
     def test_a_url_in_the_environment(self, cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "env").write_text("EMITTER_URL=http://ann:hush@x")
         done = cli("me", "--env-file", str(tmp_path / "env"))
         assert done.code == 2
-        assert done.error.startswith(f"{tmp_path}/env: the URL's scheme is 'http'")
+        assert done.error.startswith(f"{tmp_path}/env: ")
+        assert "'http'" in done.error
         assert "hush" not in done.errors
 
     def test_websocket_without_wsproto(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,9 +91,9 @@ class TestTls:
     def test_no_authority(self, cli: Cli, secure: Background) -> None:
         done = cli("me", "--url", secure.url, "--cafile", __file__)
         assert done.code == 1
-        assert done.error.startswith(f"cannot trust {__file__}: ")
+        assert __file__ in done.error
 
     def test_no_tls(self, cli: Cli, cafile: str) -> None:
         done = cli("me", "--cafile", cafile)
         assert done.code == 2
-        assert "--cafile is for TLS" in done.error
+        assert "--cafile" in done.error

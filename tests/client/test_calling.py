@@ -277,7 +277,7 @@ async def test_a_reply_that_cannot_be_sent_is_an_error(
 
 
 async def test_nobody_serves(emitter: Emitter, key: str, unique: str) -> None:
-    with pytest.raises(RequestTimeoutError, match=r"nobody replied within 0.05 s; whether"):
+    with pytest.raises(RequestTimeoutError, match=r"0\.05 s"):
         await emitter.request(key, unique, "", timeout=0.05)
 
 
@@ -286,7 +286,7 @@ async def test_the_time_is_the_clients_request_timeout_unless_said(
 ) -> None:
     async with connect(server.url, request_timeout=0.06) as impatient:
         await impatient.me(timeout=None)
-        with pytest.raises(RequestTimeoutError, match=r"within 0\.06 s"):
+        with pytest.raises(RequestTimeoutError, match=r"0\.06 s"):
             await impatient.request(key, unique, "")
 
 
@@ -339,7 +339,7 @@ async def test_a_request_too_large_is_refused_before_it_is_sent(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((1, "a/", ""), "a key is a str"),
+        ((1, "a/", ""), "key.*int"),
         ((NO_KEY, "a/+/", ""), "wildcard"),
         ((NO_KEY, "a/#/", ""), "wildcard"),
         ((NO_KEY, "a//", ""), "empty level"),
@@ -605,5 +605,5 @@ async def test_a_client_asks_again_in_its_next_life(
 
 async def test_a_client_that_is_not_entered_asks_nobody() -> None:
     emitter = connect("mqtt://127.0.0.1:1")
-    with pytest.raises(ClosedError, match="not entered"):
+    with pytest.raises(ClosedError, match="entered"):
         await emitter.request(NO_KEY, "a/", "")

@@ -148,16 +148,16 @@ async def test_wait_connected_raises_when_there_is_no_connecting() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hots": "x"}, "unknown option 'hots'.*host"),
-        ({"port": 65536}, "port is from 1 to 65535, not 65536"),
-        ({"port": "8080"}, "port is a whole number"),
-        ({"keepalive": 61}, "keepalive is from 1 to 60"),
-        ({"secure": "yes"}, "secure is a bool"),
-        ({"host": ""}, "host is empty"),
-        ({"request_timeout": -1}, "request_timeout is at least 0"),
-        ({"matcher": "emqx"}, "matcher is 'emitter' or 'mqtt'"),
-        ({"password": "hunter2"}, "a password needs a username"),
-        ({"will": "bye"}, "will is a Will"),
+        ({"hots": "x"}, "'hots'.*host"),
+        ({"port": 65536}, "port.*1 to 65535.*65536"),
+        ({"port": "8080"}, "port.*str"),
+        ({"keepalive": 61}, "keepalive.*1 to 60"),
+        ({"secure": "yes"}, "secure.*str"),
+        ({"host": ""}, "host.*empty"),
+        ({"request_timeout": -1}, "request_timeout.*-1"),
+        ({"matcher": "emqx"}, "matcher.*'emitter' or 'mqtt'"),
+        ({"password": "hunter2"}, "password.*username"),
+        ({"will": "bye"}, "will.*Will"),
     ],
 )
 def test_a_bad_option_is_named(options: dict[str, Any], words: str) -> None:
@@ -171,9 +171,9 @@ def test_a_bad_option_is_named(options: dict[str, Any], words: str) -> None:
     ("url", "words"),
     [
         ("http://127.0.0.1", "scheme"),
-        ("mqtt://", "no host"),
+        ("mqtt://", "host"),
         ("mqtt://127.0.0.1:99999", "port"),
-        ("mqtt://127.0.0.1/chat/", "ends after host and port"),
+        ("mqtt://127.0.0.1/chat/", "host and port"),
     ],
 )
 def test_a_bad_url_is_explained(url: str, words: str) -> None:
@@ -182,5 +182,5 @@ def test_a_bad_url_is_explained(url: str, words: str) -> None:
 
 
 def test_a_url_that_disagrees_with_a_keyword_is_refused() -> None:
-    with pytest.raises(TypeError, match="disagree about 'port'"):
+    with pytest.raises(TypeError, match="'port'"):
         connect("mqtt://127.0.0.1:8080", port=8081)

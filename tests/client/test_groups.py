@@ -165,12 +165,12 @@ async def test_a_group_beside_an_overlapping_subscription_is_refused(
 ) -> None:
     for plain in (unique, f"{unique}a/", "+/"):
         async with emitter.subscribe(group_key, f"{unique}a/", group="g") as messages:
-            with pytest.raises(SubscriptionConflictError, match="use a second Emitter"):
+            with pytest.raises(SubscriptionConflictError, match="second Emitter"):
                 await enter(emitter.subscribe(key, plain))
             await publish(emitter, key, f"{unique}a/", 1)
             assert await arrived(emitter, messages) == ["0"]
     async with emitter.subscribe(key, unique):
-        with pytest.raises(SubscriptionConflictError, match="use a second Emitter"):
+        with pytest.raises(SubscriptionConflictError, match="second Emitter"):
             await emitter.subscribe(group_key, f"{unique}a/", group="g")
 
 
@@ -223,7 +223,7 @@ async def test_a_key_of_another_group_is_refused(
 async def test_a_replay_to_a_group_is_refused(
     emitter: Emitter, unique: str, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match="replays nothing to a group: leave out last"):
+    with pytest.raises(ValueError, match=r"group.*last"):
         emitter.subscribe(NO_KEY, unique, group="g", **options)
 
 
@@ -237,5 +237,5 @@ async def test_a_bad_group_is_refused_before_it_is_sent(
 
 async def test_a_group_is_a_str(emitter: Emitter, unique: str) -> None:
     group: Any = 1
-    with pytest.raises(TypeError, match="is a str"):
+    with pytest.raises(TypeError, match="str"):
         emitter.subscribe(NO_KEY, unique, group=group)

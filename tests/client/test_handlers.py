@@ -266,33 +266,33 @@ async def test_a_handler_for_a_channel_subscribes_to_nothing(
     ids=["on", "decorator", "off", "stream"],
 )
 async def test_an_unknown_event_is_named(client: Emitter, call: Callable[[Any], object]) -> None:
-    with pytest.raises(ValueError, match=r"no event 'massage'.*connect, disconnect, message"):
+    with pytest.raises(ValueError, match=r"'massage'.*connect, disconnect, message"):
         call(client)
 
 
 async def test_a_channel_goes_with_messages_and_presence_alone(client: Emitter) -> None:
-    with pytest.raises(ValueError, match="'me' has no channel"):
+    with pytest.raises(ValueError, match=r"'me'.*channel"):
         client.on("me", print, channel="a/")
-    with pytest.raises(ValueError, match="'connect' has no channel"):
+    with pytest.raises(ValueError, match=r"'connect'.*channel"):
         client.stream("connect", channel="a/")
 
 
 async def test_a_bad_buffer_is_named(client: Emitter) -> None:
-    with pytest.raises(ValueError, match="buffer is at least 1"):
+    with pytest.raises(ValueError, match=r"buffer.*at least 1"):
         client.on("message", print, buffer=0)
-    with pytest.raises(ValueError, match="overflow is one of"):
+    with pytest.raises(ValueError, match=r"overflow.*'raise'"):
         client.stream("message", overflow="x")  # type: ignore[call-overload]  # on purpose
 
 
 async def test_what_is_no_function_is_no_handler(client: Emitter) -> None:
     handler: Any = "print"
-    with pytest.raises(TypeError, match="a handler is a function, not str"):
+    with pytest.raises(TypeError, match=r"handler.*str"):
         client.on("message", handler)
 
 
 async def test_taking_away_what_is_not_registered_is_an_error(client: Emitter) -> None:
     client.on("me", print)
-    with pytest.raises(ValueError, match="not registered for 'message'"):
+    with pytest.raises(ValueError, match="'message'"):
         client.off("message", print)
 
 
@@ -586,7 +586,7 @@ async def test_bytes_that_do_not_decode_are_an_error_that_names_channel_and_leng
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, b"\xff\xfe\xfd")
         message = await messages.receive()
-    with pytest.raises(ValueError, match=f"3 bytes from '{unique}'"):
+    with pytest.raises(ValueError, match=f"3 bytes.*'{unique}'"):
         READERS[reader](message)
     assert message.binary == message.as_binary() == b"\xff\xfe\xfd"
 
@@ -597,5 +597,5 @@ async def test_text_that_is_no_json_is_an_error_that_names_channel_and_length(
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, "hello")
         message = await messages.receive()
-    with pytest.raises(ValueError, match=f"5 bytes from '{unique}' is not JSON"):
+    with pytest.raises(ValueError, match=f"5 bytes.*'{unique}'.*JSON"):
         message.as_object()

@@ -151,7 +151,7 @@ async def test_one_message_too_large_for_the_broker_to_send_is_an_error_behind_t
     """As base64 inside JSON, 60000 bytes are more than 64 KiB."""
     await store(emitter, key, unique, "older", b"x" * 60000, "newer")
     found: list[str] = []
-    with pytest.raises(RequestError, match="too large for the broker to send") as caught:
+    with pytest.raises(RequestError, match="too large") as caught:
         async for message in emitter.history(key, unique, order="newest"):
             found.append(message.as_string())  # noqa: PERF401 - those before the error count
     assert found == ["newer"]
@@ -315,7 +315,7 @@ async def test_a_key_without_the_permission_is_refused_when_it_is_iterated(
 
 @pytest.mark.parametrize("channel", ["+/", "+/a/", "#/"])
 async def test_the_first_level_is_literal(emitter: Emitter, channel: str) -> None:
-    with pytest.raises(InvalidChannelError, match="history needs a literal first level"):
+    with pytest.raises(InvalidChannelError, match="literal first level"):
         emitter.history(NO_KEY, channel)
 
 
@@ -323,16 +323,16 @@ async def test_the_first_level_is_literal(emitter: Emitter, channel: str) -> Non
     ("arguments", "options", "words"),
     [
         ((NO_KEY, "a b/"), {}, "' '"),
-        ((NO_KEY, "a/", None), {}, "last is a whole number, not NoneType"),
-        ((NO_KEY, "a/", "5"), {}, "last is a whole number"),
-        ((NO_KEY, "a/", True), {}, "last is a whole number"),
-        ((NO_KEY, "a/", -1), {}, "last is from 0"),
-        ((NO_KEY, "a/", 2**31), {}, "last is from 0"),
-        ((NO_KEY, "a/"), {"order": "random"}, "order is 'oldest' or 'newest', not 'random'"),
-        ((NO_KEY, "a/"), {"since": datetime(2024, 1, 1)}, "since is a naive datetime"),
-        ((NO_KEY, "a/"), {"until": 5}, "until is 5; the broker knows"),
-        ((NO_KEY, "a/"), {"until": "now"}, "until is a datetime or unix seconds"),
-        (("", "a/"), {}, "the key is empty"),
+        ((NO_KEY, "a/", None), {}, "last.*NoneType"),
+        ((NO_KEY, "a/", "5"), {}, "last"),
+        ((NO_KEY, "a/", True), {}, "last"),
+        ((NO_KEY, "a/", -1), {}, "last.* 0"),
+        ((NO_KEY, "a/", 2**31), {}, "last.* 0"),
+        ((NO_KEY, "a/"), {"order": "random"}, "order.*'oldest' or 'newest'.*'random'"),
+        ((NO_KEY, "a/"), {"since": datetime(2024, 1, 1)}, "since.*naive"),
+        ((NO_KEY, "a/"), {"until": 5}, "until.*5"),
+        ((NO_KEY, "a/"), {"until": "now"}, "until.*datetime"),
+        (("", "a/"), {}, "key.*empty"),
     ],
 )
 async def test_bad_arguments_are_named_at_once(

@@ -102,7 +102,7 @@ async def test_an_extend_key_serves_for_nothing_else_as_the_hint_says(
     emitter: Emitter, server: Server, unique: str, operation: str
 ) -> None:
     extend = await emitter.keygen(server.secret, unique, "rwe")
-    with pytest.raises(UnauthorizedError, match=r"private channel: keygen\(\)") as caught:
+    with pytest.raises(UnauthorizedError, match=r"keygen\(\)") as caught:
         if operation == "publish":
             await emitter.publish(extend.key, unique, "m", qos=1)
         else:
@@ -129,7 +129,7 @@ async def test_a_bad_secret_is_refused_and_not_shown(
 async def test_a_key_that_may_not_make_keys_is_refused_with_a_hint(
     emitter: Emitter, key: str, unique: str
 ) -> None:
-    with pytest.raises(UnauthorizedError, match=r"master secret.*extend"):
+    with pytest.raises(UnauthorizedError, match=r"extend"):
         await emitter.keygen(key, unique)
 
 
@@ -138,12 +138,12 @@ async def test_a_target_that_is_too_deep_is_refused_before_it_is_sent(
 ) -> None:
     deepest = "a/" * 23
     assert (await emitter.keygen(server.secret, deepest)).channel == deepest
-    with pytest.raises(InvalidChannelError, match=r"24 levels.*at most 23"):
+    with pytest.raises(InvalidChannelError, match=r"24.*23"):
         await emitter.keygen(server.secret, "a/" * 24)
 
 
 async def test_unknown_permissions_are_named(emitter: Emitter, server: Server, unique: str) -> None:
-    with pytest.raises(ValueError, match=r"'q', 'z'.*there are r, w, s"):
+    with pytest.raises(ValueError, match=r"'q', 'z'.*r, w, s"):
         await emitter.keygen(server.secret, unique, "rzwq")
 
 
@@ -152,10 +152,10 @@ async def test_unknown_permissions_are_named(emitter: Emitter, server: Server, u
     [
         (("a b/",), "' '"),
         (("a//b/",), "empty level"),
-        (("a/", b"rw"), "permissions is a str"),
-        (("a/", "rw", -1), "ttl is from 0"),
-        (("a/", "rw", 2**31), "ttl is from 0"),
-        (("a/", "rw", "60"), "ttl is a whole number"),
+        (("a/", b"rw"), "permissions.*str"),
+        (("a/", "rw", -1), "ttl.* 0"),
+        (("a/", "rw", 2**31), "ttl.* 0"),
+        (("a/", "rw", "60"), "ttl.*str"),
     ],
 )
 async def test_bad_arguments_are_named(

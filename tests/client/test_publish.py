@@ -59,8 +59,8 @@ async def test_any_other_message_arrives_as_json(
     ("message", "kind", "words"),
     [
         ({1, 2}, TypeError, "set"),
-        (float("nan"), ValueError, "no JSON"),
-        ("\ud800", ValueError, "no UTF-8"),
+        (float("nan"), ValueError, "JSON"),
+        ("\ud800", ValueError, "UTF-8"),
     ],
 )
 async def test_a_message_that_cannot_be_sent_is_refused(
@@ -175,7 +175,7 @@ async def test_a_refused_publish_with_qos_1_raises(emitter: Emitter, unique: str
 
 
 async def test_a_key_that_cannot_be_one_is_hinted_at(emitter: Emitter, unique: str) -> None:
-    with pytest.raises(UnauthorizedError, match="keys have 32") as caught:
+    with pytest.raises(UnauthorizedError, match="32") as caught:
         await emitter.publish("shortkey", unique, "m", qos=1)
     assert "shortkey" not in str(caught.value)
 
@@ -189,7 +189,7 @@ async def test_a_key_without_the_permission_to_write_is_refused(
 
 
 async def test_a_key_of_another_channel_is_refused(emitter: Emitter, key: str, unique: str) -> None:
-    with pytest.raises(UnauthorizedError, match="another channel"):
+    with pytest.raises(UnauthorizedError, match="channel"):
         await emitter.publish(key, f"not{unique}", "m", qos=1)
 
 
@@ -202,7 +202,7 @@ async def test_the_client_works_on_after_a_refusal(emitter: Emitter, key: str, u
 
 
 async def test_qos_2_is_a_value_error(emitter: Emitter, key: str, unique: str) -> None:
-    with pytest.raises(ValueError, match="qos is 0 or 1, not 2"):
+    with pytest.raises(ValueError, match=r"qos.*0 or 1.*2"):
         await emitter.publish(key, unique, "m", qos=2)  # type: ignore[arg-type]  # on purpose
 
 
@@ -230,7 +230,7 @@ async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words:
 async def test_a_key_that_cannot_stand_in_a_topic_is_refused_and_not_shown(
     emitter: Emitter, unique: str, bad: str
 ) -> None:
-    with pytest.raises(ValueError, match="the key") as caught:
+    with pytest.raises(ValueError, match="key") as caught:
         await emitter.publish(bad, unique, "m")
     assert len(bad) < 2 or bad not in str(caught.value)
 

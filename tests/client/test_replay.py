@@ -217,7 +217,7 @@ async def test_a_first_level_that_is_a_plus_says_that_it_cannot_be_replayed(
     wide = (await emitter.keygen(server.secret, f"+/{unique}", "rwl")).key
     narrow = (await emitter.keygen(server.secret, f"a/{unique}", "rwl")).key
     async with emitter.subscribe(narrow, f"a/{unique}", last=0) as messages:
-        with pytest.raises(SubscriptionConflictError, match="needs a literal first level; use"):
+        with pytest.raises(SubscriptionConflictError, match=r"literal first level.*last=0"):
             await enter(emitter.subscribe(wide, f"+/{unique}", **options))
         with pytest.raises(SubscriptionConflictError):
             await emitter.subscribe(wide, f"+/{unique}", **options)

@@ -242,10 +242,10 @@ async def test_since_and_until_bound_what_is_replayed(
     [
         ({"last": -1}, "last"),
         ({"last": "1"}, "last"),
-        ({"since": datetime(2030, 1, 1)}, "since is a naive datetime"),
+        ({"since": datetime(2030, 1, 1)}, "since.*naive"),
         ({"until": 5}, "until"),
-        ({"buffer": 0}, "buffer is at least 1"),
-        ({"overflow": "explode"}, "overflow is one of"),
+        ({"buffer": 0}, "buffer.*at least 1"),
+        ({"overflow": "explode"}, "overflow.*'raise'"),
     ],
 )
 async def test_a_bad_option_is_named(
@@ -296,7 +296,7 @@ async def test_the_channel_may_be_a_hash_alone(emitter: Emitter, server: Server)
 
 @pytest.mark.parametrize(
     ("channel", "words"),
-    [("", "empty"), ("a//b/", "empty level"), ("a b/", "' '"), ("a/#/b/", "'#' before its end")],
+    [("", "empty"), ("a//b/", "empty level"), ("a b/", "' '"), ("a/#/b/", "'#'")],
 )
 async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words: str) -> None:
     with pytest.raises(InvalidChannelError, match=words):
@@ -379,7 +379,7 @@ async def test_neither_awaited_nor_entered_it_warns_with_both_forms(
 ) -> None:
     subscribing = emitter.subscribe(NO_KEY, unique)
     with pytest.warns(
-        RuntimeWarning, match="await emitter.subscribe.*async with emitter"
+        RuntimeWarning, match=r"await emitter.subscribe.*async with emitter"
     ) as warned:
         del subscribing
     assert len(warned) == 1
@@ -413,7 +413,7 @@ async def test_a_full_buffer_raises_at_the_place_of_the_gap(
             await emitter.publish(key, unique, str(number))
         await emitter.flush()
         assert texts([await messages.receive(), await messages.receive()]) == ["0", "1"]
-        with pytest.raises(SlowConsumerError, match="3 were dropped") as caught:
+        with pytest.raises(SlowConsumerError, match="3 ") as caught:
             await messages.receive()
         await emitter.publish(key, unique, "behind the gap")
         assert (await messages.receive()).as_string() == "behind the gap"

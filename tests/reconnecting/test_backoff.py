@@ -49,28 +49,28 @@ def test_no_wait_at_all_is_possible() -> None:
 
 @pytest.mark.parametrize("wrong", ["1", None, True, 1j])
 def test_a_time_that_is_no_number_is_a_type_error(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="initial is a number of seconds"):
+    with pytest.raises(TypeError, match=r"initial.*seconds"):
         Backoff(initial=wrong)
-    with pytest.raises(TypeError, match="maximum is a number of seconds"):
+    with pytest.raises(TypeError, match=r"maximum.*seconds"):
         Backoff(maximum=wrong)
-    with pytest.raises(TypeError, match="spread is a number of seconds"):
+    with pytest.raises(TypeError, match=r"spread.*seconds"):
         Backoff(spread=wrong)
 
 
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
 def test_a_time_out_of_range_is_a_value_error(wrong: float) -> None:
-    with pytest.raises(ValueError, match="initial is at least 0"):
+    with pytest.raises(ValueError, match=r"initial.* 0"):
         Backoff(initial=wrong)
 
 
 def test_a_maximum_below_the_beginning_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match=r"at least initial, 2, not 1"):
+    with pytest.raises(ValueError, match=r"initial.*2.*1"):
         Backoff(initial=2, maximum=1)
 
 
 @pytest.mark.parametrize("wrong", [1.5, "3", True])
 def test_tries_that_are_no_whole_number_are_a_type_error(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="tries is a whole number or None"):
+    with pytest.raises(TypeError, match=r"tries.*None"):
         Backoff(tries=wrong)
 
 
@@ -155,15 +155,14 @@ async def test_tries_that_are_used_up_end_the_client(
     assert isinstance(lost, ConnectionLostError)
     assert isinstance(lost.__cause__, ConnectError)
     assert str(lost.__cause__.__cause__) == "nobody is there"
-    assert "3 tries have opened no other" in str(lost)
-    said = [(record.levelname, record.getMessage()) for record in caplog.records]
-    failed = f"to reconnect failed: {lost.__cause__}"
-    assert said == [
-        ("INFO", "connected to the connectable"),
-        ("WARNING", "the link to the connectable is lost: the broker closed the link"),
-        *[("INFO", f"try {number} {failed}") for number in (1, 2, 3)],
-        ("ERROR", str(lost)),
-    ]
+    assert "3 tries" in str(lost)
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING", "INFO", "INFO", "INFO", "ERROR"]
+    _, _, *tries, last = caplog.messages
+    for number, text in enumerate(tries, 1):
+        assert str(number) in text
+        assert str(lost.__cause__) in text
+    assert last == str(lost)
 
 
 @pytest.mark.virtual_time

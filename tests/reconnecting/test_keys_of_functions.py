@@ -202,13 +202,13 @@ async def test_what_is_no_key_is_a_type_error(emitter: Emitter) -> None:
     async def number() -> str:
         return 1  # type: ignore[return-value]  # the fault in question
 
-    with pytest.raises(TypeError, match=r"async function that returns a str"):
+    with pytest.raises(TypeError, match=r"async.*str"):
         await emitter.publish(5, "a/", "x")  # type: ignore[arg-type]  # the fault in question
-    with pytest.raises(TypeError, match=r"async function that returns a str"):
+    with pytest.raises(TypeError, match=r"async.*str"):
         emitter.history(None, "a/")  # type: ignore[arg-type]  # the fault in question
-    with pytest.raises(TypeError, match="not int"):
+    with pytest.raises(TypeError, match="int"):
         await emitter.publish(number, "a/", "x")
-    with pytest.raises(ValueError, match="the key is empty"):
+    with pytest.raises(ValueError, match=r"key.*empty"):
         await emitter.publish(Keys(""), "a/", "x")
 
 
@@ -372,7 +372,7 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
         ):
             await client.keyban(broker.secret_key, first)
             await another_link(client, broker)
-            with pytest.raises(TimeoutError, match="gives the key did not answer within"):
+            with pytest.raises(TimeoutError, match=r"key.* 0\.3 s"):
                 await silent.receive()
             await client.publish(key, "b/", "x")
             assert (await other.receive()).binary == b"x"
@@ -396,7 +396,7 @@ async def test_a_will_takes_a_function(broker: Broker, key: str) -> None:
 
 
 async def test_a_will_without_a_key_opens_no_link(broker: Broker) -> None:
-    with pytest.raises(ConnectError, match=r"key of the will.*no token today") as caught:
+    with pytest.raises(ConnectError, match=r"will.*no token today") as caught:
         async with many_links(broker.url, will=Will(Keys(OSError("no token today")), "a/", "x")):
             raise AssertionError("entered")
     assert isinstance(caught.value.__cause__, OSError)
