@@ -372,7 +372,7 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
         ):
             await client.keyban(broker.secret_key, first)
             await another_link(client, broker)
-            with pytest.raises(TimeoutError, match=r"key.* 0\.3 s"):
+            with pytest.raises(TimeoutError, match=r"key.* 5 s"):
                 await silent.receive()
             await client.publish(key, "b/", "x")
             assert (await other.receive()).binary == b"x"
