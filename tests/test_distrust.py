@@ -165,7 +165,7 @@ async def test_an_answer_of_the_wrong_shape_is_no_value(
     async with tcp_peer(script) as port:
         async with one_link(host="127.0.0.1", port=port, secure=False) as emitter:
             assert value_of(operation, await verb(emitter)) == outcome
-            with pytest.raises(RemoteProtocolError, match="me") as caught:
+            with pytest.raises(RemoteProtocolError, match=operation) as caught:
                 await verb(emitter)
             assert isinstance(caught.value, EmitterError)
             with pytest.raises(RequestError, match="too large"):
