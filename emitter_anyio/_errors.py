@@ -28,12 +28,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
 if TYPE_CHECKING:
     from ._messages import EmitterMessage
+
+
+_SHOWN: Final = 200
+"""At most this many characters of a text from a peer are shown."""
+
+
+def readable(text: str) -> str:
+    """Make one line of what a peer said, not too long, and nothing that a terminal obeys."""
+    line = " ".join(text[: 64 * _SHOWN].split())
+    line = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 class EmitterError(Exception):
@@ -137,7 +148,7 @@ class RequestError(EmitterError):
 
     :ivar status: Emitter's status, as in HTTP; ``None`` where the broker acknowledged the request
         and sent no answer
-    :ivar message: the broker's own words
+    :ivar message: the broker's own words, on one line and cut after 200 characters
     :ivar operation: what was asked: ``"publish"``, ``"subscribe"``, ``"keygen"`` …
     :ivar channel: the channel it was asked for, without its key, or ``None``
     :ivar hint: the likely reasons for this very call

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ._channels import Key
+from ._errors import readable
 
 Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
 """What can be published: bytes-like and ``str`` (UTF-8) go as they are, all else as JSON."""
+
+ITEM_BYTES: Final = 128
+"""What waits in a buffer weighs so many bytes beside its payload and channel: what Python keeps
+around them."""
 
 _SHOWN = 64
 
@@ -37,8 +42,7 @@ class Readable:
             return self.binary.decode()
         except UnicodeDecodeError as exc:
             raise ValueError(
-                f"the message of {len(self.binary)} bytes from {self.channel!r} is not UTF-8: "
-                f"{exc.reason} at byte {exc.start}"
+                f"{self._named()} is not UTF-8: {exc.reason} at byte {exc.start}"
             ) from exc
 
     def as_object(self) -> Any:
@@ -50,13 +54,14 @@ class Readable:
         try:
             return json.loads(self.binary)
         except (ValueError, RecursionError) as exc:
-            raise ValueError(
-                f"the message of {len(self.binary)} bytes from {self.channel!r} is not JSON: {exc}"
-            ) from exc
+            raise ValueError(f"{self._named()} is not JSON: {exc}") from exc
 
     asBinary = as_binary  # noqa: N815 - the original SDK's name
     asString = as_string  # noqa: N815 - the original SDK's name
     asObject = as_object  # noqa: N815 - the original SDK's name
+
+    def _named(self) -> str:
+        return f"the message of {len(self.binary)} bytes from {readable(self.channel)!r}"
 
     def _shown(self) -> str:
         if self.channel.startswith("emitter/keygen/"):

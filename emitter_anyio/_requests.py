@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from ._channels import format_options, format_topic
+from ._errors import readable
 from ._messages import StoredMessage
 
 T = TypeVar("T")
@@ -278,7 +279,7 @@ def refusal_in(answer: Mapping[str, Any]) -> tuple[int, str] | None:
     status = answer.get("status", 200)
     if not isinstance(status, int) or isinstance(status, bool):
         raise NonsenseError("status is no whole number")
-    return None if status == 200 else (status, _text(answer, "message"))
+    return None if status == 200 else (status, readable(_text(answer, "message")))
 
 
 def _json(body: Mapping[str, object]) -> bytes:

@@ -12,6 +12,7 @@ from emitter_anyio import (
     ChannelKey,
     Emitter,
     EmitterError,
+    EmitterMessage,
     Link,
     Me,
     PresenceStatus,
@@ -170,3 +171,28 @@ async def test_an_answer_of_the_wrong_shape_is_no_value(
             assert isinstance(caught.value, EmitterError)
             with pytest.raises(RequestError, match="too large"):
                 await verb(emitter)
+
+
+async def test_long_words_of_a_refusal_are_cut(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        asked = await peer.until(PUBLISH)
+        said = {"req": asked.packet_id, "status": 400, "message": "no\n\x1b[2J" * 5000}
+        await peer.send(packets.publish("emitter/error/", json.dumps(said).encode()))
+        await peer.answer(asked)
+        await answer_pings(peer)
+
+    async with tcp_peer(script) as port, one_link(f"mqtt://127.0.0.1:{port}") as emitter:
+        with pytest.raises(RequestError) as caught:
+            await emitter.publish("k", "a/", b"", qos=1)
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
+    assert len(caught.value.message) <= 201
+
+
+def test_a_long_channel_in_an_error_is_cut() -> None:
+    message = EmitterMessage("a" * 60000 + "/", b"\xff")
+    for read in (message.as_string, message.as_object):
+        with pytest.raises(ValueError, match="the message of 1 bytes from") as caught:
+            read()
+        assert len(str(caught.value)) < 400

@@ -164,3 +164,8 @@ class TestWhatTheErrorsCarry:
     ) -> None:
         with pytest.raises(anyios, match="x"):
             raise error
+
+
+def test_what_a_peer_says_is_one_line_and_not_too_long() -> None:
+    assert errors.readable("bad\n request \x1b[2J") == "bad request ?[2J"
+    assert errors.readable("x" * 70000) == "x" * 200 + "…"
