@@ -10,16 +10,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeAlias
 
 import anyio
+from anyio import EndOfStream
 from anyio.abc import TaskGroup, TaskStatus
 
 from . import _requests as asking
-from ._channels import Key, check_channel, check_source, format_topic, levels
+from ._channels import Key, check_channel, check_source, format_topic, is_whole, levels
 from ._conversation import DEFAULT, Timeout
-from ._errors import ConnectionLostError, EmitterError, ReplyError, RequestTimeoutError
+from ._errors import (
+    ConnectionLostError,
+    EmitterError,
+    ReplyError,
+    RequestTimeoutError,
+    SlowConsumerError,
+    readable,
+)
 from ._events import logger
 from ._messages import EmitterMessage, Gap, Payload, encode_payload
 from ._options import Options
@@ -82,6 +91,25 @@ class _Replies(EventStream["EmitterMessage | Gap"]):
         """Have those who wait look why nothing came."""
         for reply in self.waiting.values():
             reply.came.set()
+
+
+@dataclass(eq=False)
+class _Service:
+    """
+    What one :meth:`Caller.serve` does.
+
+    :ivar concurrency: how many requests are handled at the same time
+    :ivar running: the requests that are being handled
+    :ivar waiting: those that are not yet, the oldest first, each with the key for its reply
+    :ivar drops: whether the last request found no place, which is logged once
+    """
+
+    handler: Serve
+    concurrency: int
+    tasks: TaskGroup
+    running: dict[str, anyio.CancelScope] = field(default_factory=dict)
+    waiting: dict[str, tuple[str, EmitterMessage]] = field(default_factory=dict)
+    drops: bool = False
 
 
 class Caller(Subscriber):
@@ -161,7 +189,7 @@ class Caller(Subscriber):
                 "effect is unknown"
             )
         if reply.kind == _ERROR:
-            words = reply.message.binary.decode(errors="replace")
+            words = readable(reply.message.binary.decode(errors="replace"))
             raise ReplyError(f"request {channel!r}: {words}")
         return EmitterMessage(where, reply.message.binary)
 
@@ -179,6 +207,7 @@ class Caller(Subscriber):
         channel: str,
         handler: Serve,
         *,
+        concurrency: int = 64,
         buffer: int = 1024,
         task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
@@ -189,13 +218,19 @@ class Caller(Subscriber):
         :param channel: the channel to serve
         :param handler: is called with each request, and returns the reply, or an awaitable of it.
             What it raises is logged, and raised where it was asked as :class:`ReplyError`
-        :param buffer: how many requests may wait
+        :param concurrency: how many requests are handled at the same time; others wait
+        :param buffer: how many requests may wait. More are dropped, which is logged, and whoever
+            made them gets a :class:`RequestTimeoutError`
         :param task_status: is told when requests are served: ``await task_group.start(...)``
         :raises UnauthorizedError: if the key may not
         :raises ConnectionLostError: if the link is gone for good
         """
         check_source(key)
         channel = check_channel(channel)
+        if not is_whole(concurrency):
+            raise TypeError(f"concurrency must be an int, not {type(concurrency).__name__}")
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
         failure: Exception | None = None
         async with (
             self.subscribe(key, channel, 0, buffer=buffer) as requests,
@@ -204,7 +239,8 @@ class Caller(Subscriber):
             self._served += 1
             try:
                 task_status.started()
-                await self._serve_all(key, channel, handler, requests, tasks)
+                service = _Service(handler, concurrency, tasks)
+                await self._serve_all(key, channel, requests, buffer, service)
             except Exception as exc:  # leaves bare, and not in the group
                 failure = exc
             finally:
@@ -217,45 +253,69 @@ class Caller(Subscriber):
         self,
         key: Key,
         channel: str,
-        handler: Serve,
         requests: EventStream[EmitterMessage],
-        tasks: TaskGroup,
+        buffer: int,
+        service: _Service,
     ) -> None:
-        running: dict[str, anyio.CancelScope] = {}
-        async for message in requests:
-            path = levels(message.channel[len(channel) :] or "/")
-            if len(path) == 2 and message.channel not in running:
-                scope = running[message.channel] = anyio.CancelScope()
-                text = await self._keys.get(key)
-                tasks.start_soon(self._serve_one, text, handler, message, scope, running)
+        running, waiting = service.running, service.waiting
+        while True:
+            try:
+                message = await requests.receive()
+            except EndOfStream:
+                return
+            except SlowConsumerError as exc:
+                logger.warning("serving %r: %s", channel, exc)
+                continue
+            asked = message.channel
+            path = levels(asked[len(channel) :] or "/")
+            if len(path) == 2 and asked not in running and asked not in waiting:
+                if len(waiting) == buffer:
+                    if not service.drops:
+                        logger.warning(
+                            "serving %r: dropping requests, because %d are being handled and %d "
+                            "wait; give a larger concurrency= or buffer=",
+                            channel,
+                            len(running),
+                            buffer,
+                        )
+                    service.drops = True
+                    continue
+                service.drops = False
+                waiting[asked] = await self._keys.get(key), message
+                self._serve_waiting(service)
             elif len(path) == 3 and path[2] == _CANCEL:
-                asked = message.channel.removesuffix(f"{_CANCEL}/")
+                # While all are busy, too: this may be what ends one of them.
+                asked = asked.removesuffix(f"{_CANCEL}/")
+                waiting.pop(asked, None)
                 if asked in running:
                     running[asked].cancel()
 
+    def _serve_waiting(self, service: _Service) -> None:
+        while service.waiting and len(service.running) < service.concurrency:
+            asked = next(iter(service.waiting))
+            key, message = service.waiting.pop(asked)
+            scope = service.running[asked] = anyio.CancelScope()
+            service.tasks.start_soon(self._serve_one, service, key, message, scope)
+
     async def _serve_one(
-        self,
-        key: str,
-        handler: Serve,
-        message: EmitterMessage,
-        scope: anyio.CancelScope,
-        running: dict[str, anyio.CancelScope],
+        self, service: _Service, key: str, message: EmitterMessage, scope: anyio.CancelScope
     ) -> None:
         with scope:
             try:
-                reply = handler(message)
+                reply = service.handler(message)
                 if inspect.isawaitable(reply):
                     reply = await reply
                 kind, payload = _REPLY, encode_payload(reply)
                 self._check_size(self._topic(key, f"{message.channel}{kind}/"), payload, 0)
             except Exception as exc:
-                logger.warning("serving %r raised", message.channel, exc_info=exc)
+                logger.warning("serving %r raised", readable(message.channel), exc_info=exc)
                 words = f"the handler that served it raised {type(exc).__name__}: {exc}"
                 kind, payload = _ERROR, words.encode(errors="replace")[:1024]
             with suppress(EmitterError):  # the link is gone, as the asker will be told
                 await self._room()
                 self._say(key, f"{message.channel}{kind}/", payload)
-        del running[message.channel]
+        del service.running[message.channel]
+        self._serve_waiting(service)
 
     async def _replies_on(self, source: Key, channel: str) -> _Replies:
         if self._replies_lock is None:

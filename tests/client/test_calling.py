@@ -259,7 +259,7 @@ async def test_words_of_any_kind_cross(
         raise OutOfOrderError(text)
 
     async with serving(other, key, unique, handler):
-        with pytest.raises(ReplyError, match="OutOfOrderError: "):
+        with pytest.raises(ReplyError, match="OutOfOrderError:"):
             await emitter.request(key, unique, "")
 
 
@@ -607,3 +607,136 @@ async def test_a_client_that_is_not_entered_asks_nobody() -> None:
     emitter = connect("mqtt://127.0.0.1:1")
     with pytest.raises(ClosedError, match="entered"):
         await emitter.request(NO_KEY, "a/", "")
+
+
+# How many requests are served at the same time
+
+
+async def test_no_more_requests_are_handled_at_the_same_time_than_the_limit(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    running = most = 0
+
+    async def handler(request: EmitterMessage) -> bytes:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await turns(10)
+        running -= 1
+        return request.binary
+
+    replies: list[str] = []
+
+    async def ask(text: str) -> None:
+        replies.append((await emitter.request(key, unique, text)).as_string())
+
+    async with serving(other, key, unique, handler, concurrency=3):
+        async with anyio.create_task_group() as tasks:
+            for number in range(20):
+                tasks.start_soon(ask, str(number))
+    assert sorted(map(int, replies)) == list(range(20))
+    assert most == 3
+
+
+class Busy:
+    """A handler that notes what it is asked, and is done when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked = Calls()
+        self.free = anyio.Event()
+
+    async def __call__(self, request: EmitterMessage) -> str:
+        self.asked(request.as_string())
+        await self.free.wait()
+        return "done"
+
+
+async def came(emitter: Emitter, other: Emitter) -> None:
+    """Wait until another client has taken in what this one has sent."""
+    await emitter.flush()
+    await other.flush()
+    await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_request_cancelled_while_it_waits_is_never_handled(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    busy = Busy()
+    async with serving(other, key, unique, busy, concurrency=1):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(emitter.request, key, unique, "first")
+            await busy.asked.get(1)
+            with pytest.raises(RequestTimeoutError):
+                await emitter.request(key, unique, "cancelled", timeout=0.01)
+            tasks.start_soon(emitter.request, key, unique, "last")
+            await came(emitter, other)
+            busy.free.set()
+    assert busy.asked.values == ["first", "last"]
+
+
+async def test_a_request_cancelled_makes_room_for_one_that_waits(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    busy = Busy()
+    async with serving(other, key, unique, busy, concurrency=1):
+        async with anyio.create_task_group() as tasks, anyio.create_task_group() as first:
+            first.start_soon(emitter.request, key, unique, "first")
+            await busy.asked.get(1)
+            tasks.start_soon(emitter.request, key, unique, "second")
+            await came(emitter, other)
+            first.cancel_scope.cancel()
+            with anyio.CancelScope(shield=True):
+                await busy.asked.get(2)
+            busy.free.set()
+    assert busy.asked.values == ["first", "second"]
+
+
+async def test_requests_are_dropped_when_as_many_wait_as_may(
+    emitter: Emitter,
+    other: Emitter,
+    key: str,
+    unique: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    busy = Busy()
+    async with serving(other, key, unique, busy, concurrency=1, buffer=1):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(emitter.request, key, unique, "first")
+            await busy.asked.get(1)
+            tasks.start_soon(emitter.request, key, unique, "second")
+            await came(emitter, other)
+            for _ in range(2):
+                with pytest.raises(RequestTimeoutError):
+                    await emitter.request(key, unique, "too many", timeout=0.01)
+            await came(emitter, other)
+            busy.free.set()
+    assert busy.asked.values == ["first", "second"]
+    (record,) = logged(caplog, logging.WARNING)
+    assert "dropping requests" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "error"),
+    [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)],
+)
+async def test_a_concurrency_that_is_none(
+    emitter: Emitter, key: str, unique: str, concurrency: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match="concurrency must be"):
+        await emitter.serve(key, unique, shout, concurrency=concurrency)
+
+
+# What others have written in an error
+
+
+async def test_the_words_of_a_reply_are_cut(
+    emitter: Emitter, other: Emitter, key: str, unique: str
+) -> None:
+    def fails(request: EmitterMessage) -> str:
+        raise ValueError("long\n\x1b" * 1000)
+
+    async with serving(other, key, unique, fails):
+        with pytest.raises(ReplyError) as caught:
+            await emitter.request(key, unique, "")
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).isprintable()
