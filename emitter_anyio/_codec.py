@@ -47,6 +47,27 @@ _PUBLISH: Final = 3
 _PUBACK: Final = 4
 _PINGRESP: Final = 13
 
+_NOT_A_BROKERS: Final = {
+    1: "a CONNECT",
+    5: "a PUBREC",
+    6: "a PUBREL",
+    7: "a PUBCOMP",
+    8: "a SUBSCRIBE",
+    10: "an UNSUBSCRIBE",
+    12: "a PINGREQ",
+    14: "a DISCONNECT",
+}
+"""Packets that only clients send, or those who publish at QoS 2, as nobody does here."""
+
+MESSAGES_PER_TURN: Final = 4096
+"""At most this many messages of QoS 0 are decoded before other tasks get a turn."""
+
+_OTHER: Final = 16
+"""A packet of another kind counts as this many messages: the session takes it in by itself."""
+
+_BY_PAHO: Final = 64
+"""One that Paho decodes counts as this many more."""
+
 _PINGREQ: Final = b"\xc0\0"
 _DISCONNECT: Final = b"\xe0\0"
 
@@ -174,6 +195,10 @@ class Codec:
         """What has come of a packet, in pieces."""
         self.missing = 0
         """How many bytes of it have yet to come, as far as that is known."""
+        self._left = MESSAGES_PER_TURN
+        """How many more messages may be decoded in this turn."""
+        self.turn_over = False
+        """Whether other tasks get a turn before the next call of :meth:`decode`."""
         self._heads: dict[bytes, _Head] = {}
         self._head_size = 0
         """How many bytes the last new one had: most have as many."""
@@ -210,13 +235,17 @@ class Codec:
 
     def decode(self, data: bytes) -> list[Event]:
         """
-        Turn bytes from the peer, cut anywhere, into events.
+        Turn bytes from the peer, cut anywhere, into events, as many as one turn may have.
+
+        When :attr:`turn_over` is true, the next call, with nothing, takes what is left.
 
         Malformed bytes end in a :class:`~emitter_anyio.RemoteProtocolError` as the last event,
         behind those that came before; what follows it is passed over.
         """
         if self._broken:
             return []
+        if self.turn_over:
+            self.turn_over, self._left = False, MESSAGES_PER_TURN
         if self._rest:
             self._rest.append(data)
             self.missing -= len(data)
@@ -228,28 +257,36 @@ class Codec:
         events: list[Event] = []
         try:
             self._take_packets(data, events)
+            self.turn_over = self._left <= 0
         except RemoteProtocolError as exc:
             self._broken = True
             events.append(exc)
         return events
 
     def take_written(self) -> bytes:
-        """Give what Paho has written on its own, such as the answer to a PINGREQ."""
+        """Give what Paho has written on its own: the acknowledgements of messages of QoS 1."""
         written, self._written = self._written, b""
         return written
 
     def _take_packets(self, data: bytes, events: list[Event]) -> None:
         at, end = 0, len(data)
         while at < end:
+            if self._left <= 0:
+                return self._keep(data, at, 0)
             head = data[at]
             if self._connected and (head == 0x40 or head & 0xF6 == 0x30):
-                take = _take_pubacks if head == 0x40 else self._take_publishes
+                take = self._take_pubacks if head == 0x40 else self._take_publishes
                 before = at
                 at = take(data, at, end, events)
                 if at != before:
                     continue
-            if not self._connected and head >> 4 != _CONNACK:
+            kind = head >> 4
+            if not self._connected and kind != _CONNACK:
                 raise RemoteProtocolError(_NO_CONNACK)
+            if kind in _NOT_A_BROKERS:
+                raise RemoteProtocolError(
+                    f"the peer sent {_NOT_A_BROKERS[kind]}, which a broker may not send"
+                )
             size, start = 0, at + 1
             shift = 0
             while True:
@@ -271,10 +308,10 @@ class Codec:
             stop = start + size
             if stop > end:
                 return self._keep(data, at, stop - end)
-            kind = head >> 4
-            if not self._connected:
+            self._left -= _OTHER
+            if kind == _CONNACK:
                 if size != 2:
-                    raise RemoteProtocolError(_NO_CONNACK)
+                    raise RemoteProtocolError(f"a CONNACK of {size} bytes, where it has 2")
                 events.append(ConnAck(data[stop - 1]))
                 self._connected = True
             elif kind == _PUBLISH and not head & 6:
@@ -303,6 +340,7 @@ class Codec:
                     _put(events, message)
                 else:
                     events.append(message)
+                self._left -= 1
                 return stop
         in_order: list[EmitterMessage] = []
         by_channel: dict[str, list[EmitterMessage]] = {}
@@ -310,11 +348,13 @@ class Codec:
         seen: dict[bytes, _Seen] = {}
         append, new = in_order.append, object.__new__
         try:
-            while at < end:
+            for _ in range(self._left):
                 # The head of a packet up to its payload: one that came before says the same again.
                 head = data[at : at + length]
                 known = seen.get(head)
                 if known is None:
+                    if at == end:
+                        break
                     found = self._heads.get(head) or self._find_head(data, at)
                     if found is None or at + found[1] > end:
                         break
@@ -341,6 +381,7 @@ class Codec:
                 at = stop
         except (struct.error, UnicodeDecodeError):
             pass
+        self._left -= len(in_order)
         if events and type(events[-1]) in (Messages, EmitterMessage):
             for message in in_order:
                 _put(events, message)
@@ -369,6 +410,19 @@ class Codec:
             self._heads[data[at:middle]] = known
         return known
 
+    def _take_pubacks(self, data: bytes, at: int, end: int, events: list[Event]) -> int:
+        # Whole ones, and no further: one chunk has those of all that one chunk has published.
+        start, most = at, at - self._left // -_OTHER * 4
+        end = most if most < end else end - (end - at) % 4
+        for head, packet_id in _TWO_SHORTS.iter_unpack(memoryview(data)[at:end]):
+            if head != 0x4002:
+                break
+            # As PubAck(packet_id), for half of what that costs.
+            events.append(tuple.__new__(PubAck, (packet_id,)))
+            at += 4
+        self._left -= (at - start) // 4 * _OTHER
+        return at
+
     def _keep(self, data: bytes, at: int, missing: int) -> None:
         self._rest.append(data[at:] if at else data)
         self.missing = missing
@@ -377,6 +431,7 @@ class Codec:
         kind = head >> 4
         if kind == _PUBLISH and head & 6 != 2:
             raise RemoteProtocolError("the peer delivered at a QoS over 1, which nobody asked for")
+        self._left -= _BY_PAHO
         client = self._use_paho()
         client.link.inbound += packet
         try:
@@ -392,8 +447,6 @@ class Codec:
         for event in self._heard:
             _put(events, event)
         self._heard.clear()
-        if kind == _CONNACK:
-            events.append(ConnAck(packet[-1]))
 
     def _use_paho(self) -> _PahoClient:
         if self._paho is None:
@@ -463,17 +516,6 @@ def encode_publish(
 def is_unconfirmed_publish(packet: bytes | memoryview) -> bool:
     """Tell whether an encoded packet is a ``PUBLISH`` of QoS 0."""
     return packet[0] & 0xF6 == 0x30
-
-
-def _take_pubacks(data: bytes, at: int, end: int, events: list[Event]) -> int:
-    # Whole ones, and no further: one chunk has those of all that one chunk has published.
-    for head, packet_id in _TWO_SHORTS.iter_unpack(memoryview(data)[at : end - (end - at) % 4]):
-        if head != 0x4002:
-            break
-        # As PubAck(packet_id), for half of what that costs.
-        events.append(tuple.__new__(PubAck, (packet_id,)))
-        at += 4
-    return at
 
 
 def _varint(value: int) -> list[int]:

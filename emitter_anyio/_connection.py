@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from typing import Final, TypeAlias
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from ._backend import Wakeup, wakeup_maker
 from ._batches import Messages
@@ -32,12 +34,14 @@ Ping: TypeAlias = Callable[[Callable[[], None]], None]
 """Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
 
 _LARGEST_CHUNK: Final = 262144
-_FEW: Final = 4000
-"""So much is read at a time of a link that brings more than was asked for; but not of one that
-brings more messages than that, between which nobody else has a turn."""
+"""So much is read at a time of a link that brings more than was asked for."""
 
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
+
+_PUBACK_BYTES: Final = 4
+_PACKET_IDS: Final = 65535
+"""So many messages of QoS 1 may be unacknowledged: each has a packet id of its own."""
 
 _REFUSALS: Final = {
     1: "it does not speak MQTT 3.1.1",
@@ -83,6 +87,8 @@ class Connection:
         self.last_heard = self.timer.clock()
         """When the last bytes came, or the reader last waited for a consumer."""
         self._first = first
+        self._unsent_pubacks: deque[int] = deque()
+        """For each PUBACK that has not left, how many bytes have to leave until it has."""
         self._options = options
         self._over = False
         """Whether it is to end, or has."""
@@ -269,45 +275,51 @@ class Connection:
         self.close()
 
     async def _read(self, deliver: Deliver) -> None:
-        await self._take_in(deliver, self._first)
         receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
+        await self._take_in(deliver, self._first)
         while not self._over:
-            data = await receive(
-                size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
-            )
-            if not data:
-                raise EOFError("the broker closed the link")
-            self.last_heard = clock()
-            if not (self._discards or self._over):
-                events = codec.decode(data)
-                await self._take_in(deliver, events)
+            if codec.turn_over and not self._discards:
+                # While there is more to take in, the peer's silence says nothing.
+                await checkpoint()
+                data = b""
+            else:
+                data = await receive(
+                    size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
+                )
+                if not data:
+                    raise EOFError("the broker closed the link")
                 # In a flood each consumer then wakes for several messages, and not for each.
-                if len(data) < size or _count(events) > _FEW:
+                if len(data) < size:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
-                # They would be kept until the next ones come.
-                events = []
+            self.last_heard = clock()
+            if not (self._discards or self._over):
+                await self._take_in(deliver, codec.decode(data))
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         # Several acknowledgements let several go on: what they publish leaves together.
         self.writer.gathers = len(events) > 1 or (bool(events) and type(events[0]) is Messages)
         # Nothing goes behind DISCONNECT, of which Paho knows nothing.
         if (written := self._codec.take_written()) and not self.leaving:
-            self.writer.write(written)
+            self._acknowledge(written)
         await deliver(events)
         if self.held_up:
             self.held_up = False
             self.last_heard = self.timer.clock()
 
-
-def _count(events: Sequence[Event]) -> int:
-    """How many packets they are."""
-    count = len(events)
-    for event in events:
-        if type(event) is Messages:
-            count += len(event.in_order) - 1
-    return count
+    def _acknowledge(self, pubacks: bytes) -> None:
+        # Not by waiting for room: a peer may read only when we have read.
+        self.writer.write(pubacks)
+        unsent = self._unsent_pubacks
+        unsent.extend([self.writer.queued] * (len(pubacks) // _PUBACK_BYTES))
+        while unsent and unsent[0] <= self.writer.sent:
+            unsent.popleft()
+        if len(unsent) > _PACKET_IDS:
+            raise RemoteProtocolError(
+                f"the broker sent more than {_PACKET_IDS} messages of QoS 1 and read no "
+                "acknowledgement of them"
+            )
 
 
 class _Keepalive(Due):

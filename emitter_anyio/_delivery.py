@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from operator import methodcaller
 from typing import Any, Final, TypeAlias
 
+from anyio.lowlevel import checkpoint
+
 from ._batches import Messages, in_one_go
 from ._codec import encode_publish
 from ._connection import Connection
@@ -28,7 +30,8 @@ _is_system = methodcaller("startswith", SYSTEM)
 """Tells whether the broker itself speaks on a channel."""
 
 _SOME: Final = 64
-"""So many are offered at a time to a stream that has had no room."""
+"""So many are offered at a time to a stream that has had no room, and at most so many are delivered
+one by one before other tasks get a turn."""
 
 
 class Delivery(EventSource):
@@ -97,6 +100,7 @@ class Delivery(EventSource):
 
     async def _deliver_in_turn(self, messages: Sequence[EmitterMessage]) -> None:
         together: list[EmitterMessage] = []
+        alone = 0
         for message in messages:
             if self._session.replays or _is_system(message.channel):
                 # What comes behind this one may go another way.
@@ -104,10 +108,18 @@ class Delivery(EventSource):
                     await self._deliver_together(in_one_go(together))
                     together = []
                 await self._deliver([message])
+                alone += 1
+                if alone % _SOME == 0:
+                    await self._give_a_turn()
             else:
                 together.append(message)
         if together:
             await self._deliver_together(in_one_go(together))
+
+    async def _give_a_turn(self) -> None:
+        await checkpoint()
+        assert self._connection is not None
+        self._connection.check()
 
     async def _deliver_together(self, messages: Messages) -> None:
         self._received += len(messages.in_order)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import ByteStream
+from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
 from ._options import Options, Server
@@ -218,7 +219,10 @@ class WebSocketTransport(Transport):
                 with anyio.move_on_after(_PATIENCE) as self._goodbye:
                     await self.send_eof()
                 raise self._websocket.end
-            if not (data := await self._below.receive(size)):
+            if self._websocket.turn_over:
+                await checkpoint()
+                data = b""
+            elif not (data := await self._below.receive(size)):
                 return b""
             self._carried = self._websocket.receive(data)
             if self._websocket.answer and self._wake is not None:

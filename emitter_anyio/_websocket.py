@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from http import HTTPStatus
+from itertools import islice
 from typing import Final
 
 from h11 import LocalProtocolError
@@ -27,7 +28,7 @@ from wsproto.frame_protocol import CloseReason, FrameDecoder, FrameProtocol, Opc
 from wsproto.handshake import H11Handshake
 from wsproto.utilities import RemoteProtocolError as BrokenRuleError
 
-from ._errors import ConnectError, RemoteProtocolError
+from ._errors import ConnectError, RemoteProtocolError, readable
 
 MAX_HEAD: Final = 16384
 """The longest head of an HTTP answer that is read, in bytes."""
@@ -37,6 +38,9 @@ _PACKET_HEAD: Final = 5
 
 _MAX_WORDS: Final = 200
 """So many characters of what a server says in a refusal are told."""
+
+_FRAMES_PER_TURN: Final = 256
+"""At most this many frames are read before other tasks get a turn."""
 
 _HTTP: Final = b"HTTP/1."
 _TLS: Final = b"\x15\x03"
@@ -115,7 +119,7 @@ class Upgrade:
             self._handshake.receive_data(head)
         except (BrokenRuleError, ValueError) as exc:
             raise RemoteProtocolError(
-                f"the peer's answer to the WebSocket handshake is none: {_readable(str(exc))}"
+                f"the peer's answer to the WebSocket handshake is none: {readable(str(exc))}"
             ) from exc
         return self._take(self._handshake.events())
 
@@ -148,7 +152,7 @@ class Upgrade:
         assert self._refusal is not None
         status = self._refusal.status_code
         phrase = f" ({HTTPStatus(status).phrase})" if status in set(HTTPStatus) else ""
-        said = _readable(self._words.decode(errors="replace"))
+        said = readable(self._words.decode(errors="replace"))
         said = f", and said: {said!r}" if said else ""
         return ConnectError(
             f"the server refused WebSocket by HTTP {status}{phrase}{said} ({self._hint(status)})"
@@ -160,7 +164,7 @@ class Upgrade:
             headers = {name.lower(): value for name, value in self._refusal.headers}
             place = headers.get(b"location", b"another place").decode(errors="replace")
             # What follows may be a secret.
-            place = _readable(place.partition("?")[0])
+            place = readable(place.partition("?")[0])
             return f"it redirects to {place}, where this client does not follow: give that URL"
         if status in (401, 403, 407, 429):
             return "this is not Emitter, but something in front of it, with rules of its own"
@@ -180,11 +184,14 @@ class WebSocket:
     :ivar answer: what the last ping is to be answered with; who sends it, empties it
     :ivar end: why nothing more comes: an :class:`EOFError` if the peer has closed, a
         :class:`~emitter_anyio.RemoteProtocolError` if it broke the rules
+    :ivar turn_over: whether other tasks get a turn before :meth:`receive` is called again, with
+        nothing, for the frames that are left
     """
 
     def __init__(self, max_message_size: int) -> None:
         self.answer = b""
         self.end: Exception | None = None
+        self.turn_over = False
         self._farewell = CloseConnection(CloseReason.NORMAL_CLOSURE)
         self._limits = _Limits(max_message_size)
         self._connection = Connection(ConnectionType.CLIENT, [self._limits])
@@ -195,12 +202,14 @@ class WebSocket:
         return self._connection.state is ConnectionState.OPEN and self.end is None
 
     def receive(self, data: bytes) -> bytes:
-        """Take what the link brought, and give what the frames carried."""
+        """Take what the link brought, and give what the frames of one turn carried."""
         if self.end is not None:
             return b""
         carried = []
         self._connection.receive_data(data)
-        for event in self._connection.events():
+        frames = 0
+        for event in islice(self._connection.events(), _FRAMES_PER_TURN):
+            frames += 1
             match event:
                 case BytesMessage():
                     carried.append(event.data)
@@ -209,6 +218,7 @@ class WebSocket:
                     self.answer = bytes(self._connection.send(event.response()))
                 case CloseConnection():
                     self._finish(event)
+        self.turn_over = frames == _FRAMES_PER_TURN
         return b"".join(carried)
 
     def wrap(self, data: bytes) -> bytes:
@@ -223,7 +233,7 @@ class WebSocket:
         return answer
 
     def _finish(self, event: CloseConnection) -> None:
-        reason = _readable(event.reason or "")
+        reason = readable(event.reason or "")
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
             # The peer has sent no such thing: wsproto asks for it.
             self._farewell = CloseConnection(event.code)
@@ -270,9 +280,3 @@ class _Limits(Extension):
             )
             return CloseReason.MESSAGE_TOO_BIG
         return RsvBits(False, False, False)
-
-
-def _readable(said: str) -> str:
-    """Make one line of what the peer said, not too long, and nothing that a terminal obeys."""
-    line = " ".join(said[:MAX_HEAD].split())[:_MAX_WORDS]
-    return "".join(character if character.isprintable() else "?" for character in line)

@@ -1085,3 +1085,57 @@ async def test_disconnect_in_the_turn_of_connack_leaves(anyio_backend: object) -
         assert anyio.current_time() - start < 100
         tasks.cancel_scope.cancel()
     connectable.close()
+
+
+# Acknowledgements that nobody reads
+
+
+def qos_1(count: int) -> bytes:
+    return packets.publish("a/", b"", 7) * count
+
+
+async def test_acknowledgements_to_a_peer_that_never_reads_are_bounded(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emitter_anyio._connection._PACKET_IDS", 1000)
+    most = 0
+
+    async def script(peer: Peer) -> None:
+        nonlocal most
+        await peer.accept()
+        with suppress(anyio.BrokenResourceError):
+            while True:
+                await peer.send(qos_1(100))
+                await anyio.wait_all_tasks_blocked()
+                most = max(most, emitter.statistics().queued_bytes)
+
+    async with memory_peer(script, capacity=2000) as connectable:
+        emitter = one_link(connectable=connectable)
+        with pytest.raises(ConnectionLostError, match="read no acknowledgement") as caught:
+            async with emitter:
+                await anyio.sleep_forever()
+        assert isinstance(caught.value.__cause__, RemoteProtocolError)
+    assert 0 < most <= 4 * 1000 + 2000
+
+
+async def test_acknowledgements_may_be_read_late(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emitter_anyio._connection._PACKET_IDS", 1000)
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(3):
+            await peer.send(qos_1(900))
+            await anyio.wait_all_tasks_blocked()
+            for _ in range(900):
+                await peer.packet()
+        all_read.set()
+        await peer.answer_all()
+
+    all_read = anyio.Event()
+    async with memory_peer(script, capacity=1000) as connectable:
+        async with one_link(connectable=connectable) as emitter:
+            await all_read.wait()
+            await emitter.flush()
+            assert emitter.statistics().received == 2700

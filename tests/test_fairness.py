@@ -98,13 +98,101 @@ async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
         while (received := emitter.statistics().received) < 50_000:
             await checkpoint()
             most = max(most, emitter.statistics().received - received)
-    # A packet that a chunk has cut is of the next one.
-    assert most <= 2 * (CHUNK + 1)
+    assert most <= 2 * 4096
 
 
-@pytest.mark.parametrize(("packet", "most"), [(PACKET, 65536), (LARGER, 262144)])
-async def test_in_a_flood_more_is_read_at_a_time_unless_it_is_of_many_messages(
-    anyio_backend: object, monkeypatch: pytest.MonkeyPatch, packet: bytes, most: int
+OTHERS: Final = 256
+"""So many packets of other kinds, or frames of a WebSocket, come in one turn at most."""
+
+SMALL: Final = {
+    "unsuback": packets.unsuback(7),
+    "suback": packets.suback(7, 0),
+    "puback": packets.puback(7),
+    "pingresp": packets.PINGRESP,
+    "message of QoS 1": packets.publish("b/", b"", 7),
+    "message of the broker's": packets.publish("emitter/x/", b"{}"),
+    "topic that is no UTF-8": packets.publish(b"\xff", b""),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+async def test_many_small_packets_in_one_read_leave_their_turns_to_others(
+    anyio_backend: object, kind: str
+) -> None:
+    count = 32 * 1024 // len(SMALL[kind])
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.answer(await peer.until(SUBSCRIBE))
+        await peer.send(SMALL[kind] * count)
+        await peer.answer_all()
+
+    def done() -> int:
+        figures = emitter.statistics()
+        return figures.nonsense + figures.received
+
+    async with serving("tcp", script) as options, one_link(**options) as emitter:
+        await emitter.subscribe("k", "a/")
+        most = before = 0
+        while before < count:
+            await checkpoint()
+            most, before = max(most, done() - before), done()
+    assert most <= 2 * OTHERS + 1
+
+
+@pytest.mark.parametrize("frame", [b"\x89\0", b"\x82\0"], ids=["ping", "empty"])
+async def test_many_small_frames_in_one_read_leave_their_turns_to_others(
+    anyio_backend: object, frame: bytes
+) -> None:
+    count = 16 * 1024
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await peer.answer(await peer.until(SUBSCRIBE))
+        stream: Any = peer.stream
+        await stream.stream.send(frame * count)
+        await peer.answer_all()
+
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await checkpoint()
+            turns += 1
+
+    async with serving("ws", script) as options, one_link(**options) as emitter:
+        await emitter.subscribe("k", "a/")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(take_turns)
+            # Its answer comes behind the frames.
+            await emitter.flush(timeout=None)
+            tasks.cancel_scope.cancel()
+    assert turns >= count // (2 * OTHERS)
+
+
+async def test_what_comes_behind_the_connack_leaves_their_turns_to_others_too(
+    anyio_backend: object,
+) -> None:
+    count = 1000
+
+    async def script(peer: Peer) -> None:
+        await peer.packet()
+        await peer.send(packets.CONNACK + packets.unsuback(7) * count)
+        await peer.answer_all()
+
+    async with serving("tcp", script) as options, one_link(**options) as emitter:
+        most = before = 0
+        while before < count:
+            await checkpoint()
+            nonsense = emitter.statistics().nonsense
+            most, before = max(most, nonsense - before), nonsense
+    assert most <= 2 * OTHERS + 1
+
+
+@pytest.mark.parametrize("packet", [PACKET, LARGER])
+async def test_in_a_flood_more_is_read_at_a_time(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch, packet: bytes
 ) -> None:
     sizes = [0]
     receive = MemoryStream.receive
@@ -120,7 +208,7 @@ async def test_in_a_flood_more_is_read_at_a_time_unless_it_is_of_many_messages(
             await emitter.subscribe("k", "a/")
             while len(sizes) < 10:
                 await checkpoint()
-    assert max(sizes) == most
+    assert max(sizes) == 262144
 
 
 async def test_a_flood_does_not_hold_up_what_falls_due(anyio_backend: object) -> None:

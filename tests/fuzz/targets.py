@@ -78,6 +78,8 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
     broken = False
     for piece in pieces:
         more = made.decode(piece)
+        while made.turn_over:
+            more += made.decode(b"")
         assert not (broken and more), "something comes out behind an error"
         *before, last = more or (None,)
         assert not any(isinstance(event, RemoteProtocolError) for event in before)
@@ -186,6 +188,8 @@ def unwrap(pieces: Iterable[bytes]) -> tuple[bytes, str]:
     for piece in pieces:
         ended = made.end is not None
         more = made.receive(piece)
+        while made.turn_over and made.end is None:
+            more += made.receive(b"")
         assert not (ended and more), "something comes out behind the end"
         carried += more
         assert len(made.answer) <= MAX_CONTROL_FRAME, "more than one ping is kept"
