@@ -11,8 +11,9 @@ T = TypeVar("T", bound=Hashable)
 
 Batch: TypeAlias = tuple[list[EmitterMessage], int | None]
 """
-Messages in the order in which they came, and how many bytes of payload each of them has; ``None``
-where it is not known that all have as many. Nobody changes the list, which may be others', too.
+Messages in the order in which they came, and how many bytes each of them weighs in a buffer;
+``None`` where it is not known that all weigh as many. Nobody changes the list, which may be
+others', too.
 """
 
 
@@ -24,7 +25,7 @@ class Messages:
 
     :param in_order: all of them
     :param by_channel: the same
-    :param each: how many bytes of payload each message of a channel has, or ``None``
+    :param each: how many bytes each message of a channel weighs, or ``None``
     """
 
     __slots__ = ("by_channel", "each", "in_order")
@@ -40,7 +41,7 @@ class Messages:
         self.each = each
 
     def append(self, message: EmitterMessage) -> None:
-        """Add a message, of which is not known how many others have as many bytes."""
+        """Add a message, which may weigh more or less than others of its channel."""
         self.in_order.append(message)
         self.by_channel.setdefault(message.channel, []).append(message)
         self.each[message.channel] = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from operator import attrgetter
 from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
@@ -20,7 +20,8 @@ from anyio.lowlevel import checkpoint
 from ._backend import Wakeup, wakeup_maker
 from ._channels import is_whole
 from ._errors import SlowConsumerError
-from ._messages import EmitterMessage
+from ._messages import ITEM_BYTES, EmitterMessage
+from ._requests import PresenceEvent
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ _TURN: Final = 64
 """At each so many items, others get a turn."""
 
 MAX_BYTES: Final = 8 * 1024 * 1024
-"""A buffer that holds so many bytes of payload is full, however few its messages are."""
+"""A buffer whose messages weigh so many bytes is full, however few they are."""
 
 
 class _Missing:
@@ -42,9 +43,10 @@ class _Missing:
 
 
 _Batch: TypeAlias = tuple[list[T], int]
-"""Items that came in one go, and how many bytes of payload they have."""
+"""Items that came in one go, and how many bytes they weigh."""
 
 _payload = attrgetter("binary")
+_channel = attrgetter("channel")
 
 
 def check_buffer(buffer: int, overflow: Overflow) -> None:
@@ -80,7 +82,7 @@ class Buffer(Generic[T]):
         """How many batches and gaps are in it."""
         self._ready: deque[T] = deque()
         """The items of the batches that have been taken out."""
-        self._held: list[T | _Missing] = []
+        self._held: deque[T | _Missing] = deque()
         self._holds = 0
         self._missing: _Missing | None = None
         """The gap behind which nothing has come yet."""
@@ -96,6 +98,8 @@ class Buffer(Generic[T]):
         """How many more might wait then."""
         self._extra = 0
         """How many waited beside the buffer then."""
+        self._extra_bytes = 0
+        """How many bytes they weighed at most."""
         self._weighed = 0
         """How many had been taken when what waits was last weighed."""
         self._bytes = 0
@@ -119,27 +123,24 @@ class Buffer(Generic[T]):
         Put items in, as many as there is room for.
 
         :param items: the list is not to be changed any more
-        :param each: how many bytes of payload each of them has, if that is known
+        :param each: how many bytes each of them weighs, if that is known
         :param extra: whether to let them in beside the buffer, as what the broker replays
         :return: how many are dealt with
         """
         if self._ended:
             return len(items)
-        # What is held back cannot be taken by the best of consumers, nor may it keep the link
-        # from bringing what it waits for.
-        beside = extra or bool(self._holds)
-        if beside:
+        if extra:
             self._count()
         elif len(items) > self._room:
             items = items[: self._count()]
-        size = _bytes_of(items) if each is None else each * len(items)
-        unlimited = extra or (self._holds and self._overflow == "block")
-        if self._bytes + size >= MAX_BYTES and not unlimited:
+        size = weight_of(items) if each is None else each * len(items)
+        if not extra and self._bytes + size >= MAX_BYTES + self._extra_bytes:
             items = self._with_bytes_to_spare(items)
-            size = _bytes_of(items)
+            size = weight_of(items)
         if items:
-            if beside:
+            if extra:
                 self._extra += len(items)
+                self._extra_bytes += size
             else:
                 self._room -= len(items)
             self._bytes += size
@@ -151,8 +152,14 @@ class Buffer(Generic[T]):
         return len(items)
 
     def hold(self) -> None:
-        """Hold back what comes from now on, until as many :meth:`release` have followed."""
+        """
+        Hold back what comes from now on, until as many :meth:`release` have followed.
+
+        What is held back is in the buffer like all else. No consumer can take it, so nothing waits
+        for room meanwhile: ``"block"`` does what ``"raise"`` does.
+        """
         self._holds += 1
+        self._missing = None
 
     def release(self) -> None:
         """Let through what was held back, unless somebody else holds it, too."""
@@ -162,22 +169,24 @@ class Buffer(Generic[T]):
 
     def replace_held(self, old: T, new: T) -> None:
         """Put another item in the place of each held one that equals it."""
-        self._held = [new if item == old else item for item in self._held]
+        self._held = deque(new if item == old else item for item in self._held)
 
     def put_ahead(self, items: Iterable[T]) -> None:
         """Put items behind what is buffered and before what is held, beside the buffer."""
         holds, self._holds = self._holds, 0
+        missing = self._missing
         for item in items:
             self.push(item, extra=True)
-        self._holds = holds
+        self._holds, self._missing = holds, missing
 
     def put_in_front(self, items: Sequence[T]) -> None:
         """Put items before what is buffered, beside the buffer."""
         if not self._ended:
             self._count()
             self._weigh()
-            size = _bytes_of(items)
+            size = weight_of(items)
             self._extra += len(items)
+            self._extra_bytes += size
             self._bytes += size
             self._ready_bytes += size
             self._ready.extendleft(reversed(items))
@@ -193,9 +202,9 @@ class Buffer(Generic[T]):
         self._missing.dropped += 1
 
     def _release_all(self) -> None:
-        held, self._held, self._holds = self._held, [], 0
+        held, self._held, self._holds = self._held, deque(), 0
         for item in held:
-            self._put(item if isinstance(item, _Missing) else ([item], _bytes_of([item])))
+            self._put(item if isinstance(item, _Missing) else ([item], weight_of([item])))
 
     def _put(self, batch: _Batch[T] | _Missing) -> None:
         self._in.send_nowait(batch)
@@ -241,10 +250,10 @@ class Buffer(Generic[T]):
         if self._queued and not self._ready:
             self._make_ready()
         if self._ready:
-            size = _bytes_of([self._ready.popleft()])
+            size = weight_of([self._ready.popleft()])
             self._ready_bytes -= size
         else:
-            size = _bytes_of([self._held.pop(0)])
+            size = weight_of([self._held.popleft()])
         self._bytes -= size
 
     async def _more(self) -> None:
@@ -292,13 +301,24 @@ class Buffer(Generic[T]):
     def _full(self) -> bool:
         if self._ended:
             return False
-        return self._count() <= 0 or (self._bytes >= MAX_BYTES and self._weigh() >= MAX_BYTES)
+        if self._count() <= 0:
+            return True
+        most = MAX_BYTES + self._extra_bytes
+        return self._bytes >= most and self._weigh() >= most
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """How many items wait beside the buffer, and how many bytes they weigh at most."""
+        self._count()
+        return self._extra, self._extra_bytes
 
     def _count(self) -> int:
         """Give how many more may wait."""
         taken, self._counted = self._taken - self._counted, self._taken
         beside = min(taken, self._extra)
         self._extra -= beside
+        if not self._extra:
+            self._extra_bytes = 0
         self._room += taken - beside
         return self._room
 
@@ -306,24 +326,37 @@ class Buffer(Generic[T]):
         """Give how many bytes wait."""
         if self._weighed != self._taken:
             self._weighed = self._taken
-            left = _bytes_of(self._ready)
+            left = weight_of(self._ready)
             self._bytes -= self._ready_bytes - left
             self._ready_bytes = left
         return self._bytes
 
     def _with_bytes_to_spare(self, items: list[T]) -> list[T]:
-        size, chosen = self._weigh(), list[T]()
+        self._count()
+        size, most, chosen = self._weigh(), MAX_BYTES + self._extra_bytes, list[T]()
         for item in items:
-            if size >= MAX_BYTES:
+            if size >= most:
                 break
             chosen.append(item)
-            size += _bytes_of([item])
+            size += weight_of([item])
         return chosen
 
 
-def _bytes_of(items: Iterable[object]) -> int:
-    """Add up the payloads; what is no message has none."""
+def weight_of(items: Collection[object]) -> int:
+    """
+    Give how many bytes items weigh: the payload and the channel of each message, what a change of
+    presence says of each member, and for each item what Python keeps around it.
+    """
+    own = ITEM_BYTES * len(items)
     try:
-        return sum(map(len, map(_payload, items)))
+        return own + sum(map(len, map(_payload, items))) + sum(map(len, map(_channel, items)))
     except AttributeError:
-        return sum(len(item.binary) for item in items if isinstance(item, EmitterMessage))
+        return own + sum(map(_text_of, items))
+
+
+def _text_of(item: object) -> int:
+    if isinstance(item, EmitterMessage):
+        return len(item.binary) + len(item.channel)
+    if isinstance(item, PresenceEvent):
+        return sum(ITEM_BYTES + len(one.id) + len(one.username or "") for one in item.who)
+    return 0

@@ -23,7 +23,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 
 from ._batches import Messages, in_one_go
 from ._errors import RemoteProtocolError
-from ._messages import EmitterMessage
+from ._messages import ITEM_BYTES, EmitterMessage
 from ._packets import (
     ConnAck,
     Disconnect,
@@ -363,8 +363,8 @@ class Codec:
                     messages = by_channel.get(channel)
                     if messages is None:
                         by_channel[channel] = messages = []
-                        each[channel] = size - length
-                    elif each[channel] != size - length:
+                        each[channel] = size - length + len(channel) + ITEM_BYTES
+                    elif each[channel] != size - length + len(channel) + ITEM_BYTES:
                         each[channel] = None
                     known = channel, size, length, messages.append
                     seen[data[at : at + length]] = known

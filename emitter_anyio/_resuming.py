@@ -12,6 +12,7 @@ from weakref import WeakSet
 import anyio
 
 from . import _requests as requests
+from ._buffer import MAX_BYTES, weight_of
 from ._channels import Key, unshare
 from ._conversation import DEFAULT
 from ._errors import ConnectionLostError, EmitterError, RequestError, UnauthorizedError
@@ -204,11 +205,19 @@ class Resumer(Historian):
         with scope:
             found: list[StoredMessage] = []
             reason = None
+            # What an earlier gap has left unread counts, too.
+            beside = [stream.beside for stream in subscription.held] or [(0, 0)]
+            most = subscription.resume_limit - max(count for count, _ in beside)
+            size = max(size for _, size in beside)
             try:
                 async with aclosing(self._stored_behind(grant, watermark)) as stored:
                     async for message in stored:
-                        if len(found) == subscription.resume_limit:
-                            reason = f"there are more than resume_limit={len(found)}"
+                        size += weight_of([message])
+                        if len(found) >= most:
+                            reason = f"there are more than resume_limit={subscription.resume_limit}"
+                            break
+                        if size > MAX_BYTES:
+                            reason = "there are more than 8 MiB of them"
                             break
                         found.append(message)
             except ConnectionLostError:

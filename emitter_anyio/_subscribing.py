@@ -164,16 +164,19 @@ class Subscriber(Resumer):
         :param until: replay only what was stored until then
         :param group: share the messages with the others of this group: each goes to one of them.
             Nothing is replayed to a group
-        :param buffer: how many messages may wait in the stream, beside what is replayed
+        :param buffer: how many messages may wait in the stream, beside what is replayed or
+            resumed; 8 MiB of them at most, where one weighs its payload, its channel and 128 bytes
         :param overflow: what happens to more: ``"raise"`` (a :class:`SlowConsumerError` at the
             place of the gap), ``"drop_oldest"``, ``"drop_newest"`` or ``"block"``, which stops
             reading the link: whoever then awaits an answer while the own buffer is full waits for
-            ever, and the broker closes a link that it cannot write to for 120 s
+            ever, and the broker closes a link that it cannot write to for 120 s. While the stream
+            waits for what ``resume`` reads back, ``"block"`` does what ``"raise"`` does
         :param resume: after a lost link, deliver what was stored meanwhile, in order and before
             the live messages, as far as the broker has it. Around the gap a message may come
             twice; what was read back has ``replayed`` set and an ``id``. The key needs ``l``
-        :param resume_limit: read back so many messages at most, the newest; if there are more,
-            that is logged, and a :class:`Gap` says so
+        :param resume_limit: read back so many messages at most, the newest, and 8 MiB; if there
+            are more, that is logged, and a :class:`Gap` says so. Those of an earlier gap that have
+            not been received yet count, too
         :param mark_gaps: put a :class:`Gap` into the stream wherever the link was away
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :return: to be awaited or entered, once

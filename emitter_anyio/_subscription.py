@@ -28,7 +28,8 @@ class StreamStatistics:
     Figures of one stream.
 
     :ivar buffered: how many items wait to be received
-    :ivar buffered_bytes: how many bytes of payload they have
+    :ivar buffered_bytes: how many bytes they weigh: the payload and the channel of each message,
+        and 128 bytes for each item
     :ivar received: how many items have been received
     :ivar dropped: how many items were dropped because the buffer was full
     :ivar gaps: how many times the link was away, so that something may be missing
@@ -50,7 +51,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
     stream was left or the client has disconnected, it ends normally, behind what is buffered.
 
     :param what: what it is called in errors
-    :param buffer: how many items wait at most, beside 8 MiB of payload
+    :param buffer: how many items wait at most, of 8 MiB
     :param overflow: what happens to more
     """
 
@@ -144,7 +145,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
     @property
     def blocks(self) -> bool:
         """Tell whether the link is to wait for this stream now."""
-        return self._overflow == "block" and self._full
+        return self._overflow == "block" and not self._holds and self._full
 
     async def make_room(self) -> None:
         """
@@ -159,7 +160,7 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
             else:
                 # It waits for something else. Until it comes back, it costs the link no time.
                 self._stalled = taken
-        while self._full and self._overflow == "block":
+        while self.blocks:
             departure = self._departure = self._departure or anyio.Event()
             self._stop = self._taken
             await departure.wait()
@@ -171,16 +172,16 @@ class EventStream(Buffer[T], ObjectReceiveStream[T], Generic[T]):
             self.push_or_drop(item)
 
     def push_or_drop(self, item: T) -> None:
-        """Put an item in; if there is no room, do as the policy says."""
+        """
+        Put an item in; if there is no room, do as the policy says, and under ``"block"``, for which
+        nobody waits here, as ``"raise"`` does.
+        """
         while not self.push(item):
-            if self._overflow == "block":
-                self.push(item, extra=True)
-                return
             self._dropped += 1
             if self._overflow == "drop_oldest":
                 self._drop_oldest()
                 continue
-            if self._overflow == "raise":
+            if self._overflow != "drop_newest":
                 self._note_missing()
             return
 

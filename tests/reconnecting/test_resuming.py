@@ -265,21 +265,89 @@ async def test_what_cannot_be_resumed_is_refused_at_once(emitter: Emitter, key: 
 # What happens meanwhile
 
 
-@pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest", "block"])
-async def test_what_is_held_back_needs_no_room(
-    broker: Broker, emitter: Emitter, key: str, overflow: Any
+@pytest.mark.parametrize(
+    ("overflow", "left"),
+    [("raise", "01"), ("drop_oldest", "89"), ("drop_newest", "01"), ("block", "01")],
+)
+async def test_what_is_held_back_stays_within_the_buffer_and_stops_no_reading(
+    broker: Broker, emitter: Emitter, key: str, overflow: Any, left: str
 ) -> None:
-    live = [str(number) for number in range(50)]
     async with emitter.subscribe(key, "a/", buffer=2, overflow=overflow, resume=True) as messages:
         async with answers_held(emitter, broker):
-            for text in live:
+            for text in "0123456789":
                 await broker.publish("a/", text)
-            while messages.statistics().buffered < 50:
+            while messages.statistics().dropped < 8:
                 await checkpoint()
+            assert messages.statistics().buffered == 2
             with pytest.raises(anyio.WouldBlock):
                 messages.receive_nowait()
-        assert await take(messages, 51) == ["meanwhile*", *live]
-        assert messages.statistics().dropped == 0
+        assert await take(messages, 3) == ["meanwhile*", *left]
+        if overflow in ("raise", "block"):
+            with pytest.raises(SlowConsumerError) as caught:
+                await messages.receive()
+            assert caught.value.dropped == 8
+        await broker.publish("a/", "on")
+        assert await take(messages, 1) == ["on"]
+
+
+async def test_what_was_dropped_before_and_after_the_gap_is_missed_on_its_own_side(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", buffer=1, resume=True) as messages:
+        for text in ("before", "too many"):
+            await broker.publish("a/", text)
+        while messages.statistics().dropped < 1:
+            await checkpoint()
+        async with answers_held(emitter, broker):
+            await broker.publish("a/", "after")
+            while messages.statistics().dropped < 2:
+                await checkpoint()
+        got = []
+        for _ in range(4):
+            try:
+                got += await take(messages, 1)
+            except SlowConsumerError as error:
+                got.append(f"{error.dropped} missing")
+        assert got == ["before", "1 missing", "meanwhile*", "1 missing"]
+
+
+async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(
+        key, "a/", buffer=1, resume=True, resume_limit=3, mark_gaps=True
+    ) as messages:
+        for texts, buffered in (("12", 3), ("34", 4), ("56", 5)):
+            async with while_away(emitter, broker):
+                await store(broker, *texts)
+            while messages.statistics().buffered < buffered:
+                await checkpoint()
+        assert await take(messages, 3) == ["gap of 2", "1*", "2*"]
+        first, second = await messages.receive(), await messages.receive()
+        assert isinstance(first, Gap)
+        assert isinstance(second, Gap)
+        assert not first.complete
+        assert not second.complete
+        # Nothing is lost by it: the next time there is room.
+        await another_link(emitter, broker)
+        gap = await messages.receive()
+        assert isinstance(gap, Gap)
+        assert (gap.resumed, gap.complete) == (3, False)
+        assert await take(messages, 3) == ["4*", "5*", "6*"]
+
+
+async def test_what_is_resumed_weighs_no_more_than_a_buffer(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
+        async with while_away(emitter, broker):
+            # 8 MiB are some 209 of these.
+            await store(broker, *("x" * 40_000 for _ in range(215)))
+        gap = await messages.receive()
+        assert isinstance(gap, Gap)
+        assert not gap.complete
+        assert "8 MiB" in str(gap.reason)
+        assert 200 < gap.resumed < 215
 
 
 @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])

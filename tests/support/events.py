@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from emitter_anyio._batches import Messages
+from emitter_anyio._buffer import weight_of
 from emitter_anyio._packets import Answer, Event
 
 
@@ -18,8 +19,8 @@ def one_by_one(events: Iterable[Event]) -> list[Answer]:
         assert event.in_order
         for channel, messages in event.by_channel.items():
             assert messages == [one for one in event.in_order if one.channel == channel]
-            sizes = {len(message.binary) for message in messages}
-            assert event.each[channel] in {None, *(sizes if len(sizes) == 1 else ())}
+            weights = {weight_of([message]) for message in messages}
+            assert event.each[channel] in {None, *(weights if len(weights) == 1 else ())}
         assert sum(map(len, event.by_channel.values())) == len(event.in_order)
         found += event.in_order
     return found
