@@ -165,7 +165,7 @@ async def test_a_peer_that_resets_the_link_before_connack(anyio_backend: object)
         (b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(100), "CONNECT"),
         (packets.PINGRESP, "CONNECT"),
         (packets.publish("a/", b"early"), "CONNECT"),
-        (bytes((0x20, 3, 0, 0, 0)), "CONNECT"),
+        (bytes((0x20, 3, 0, 0, 0)), "CONNACK of 3 bytes"),
         (bytes((0x20, 0xFF, 0xFF, 0xFF, 0xFF)), "four bytes"),
         (bytes((0x20, 0xFF, 0xFF, 0x7F)), "max_message_size"),
     ],
