@@ -51,6 +51,20 @@ def asyncio_loop() -> asyncio.AbstractEventLoop | None:
     return asyncio.get_running_loop()
 
 
+def clock_of(loop: asyncio.AbstractEventLoop | None) -> Callable[[], float]:
+    """
+    Return what tells the time on the backend that runs.
+
+    :param loop: what :func:`asyncio_loop` has returned
+    """
+    if loop is not None:
+        return loop.time
+    # Where Trio runs its import is done, and nobody else is to wait for it.
+    import trio
+
+    return trio.current_time
+
+
 def task_starter(group: TaskGroup) -> Callable[..., object]:
     """
     Give what starts a task in a group.

@@ -171,13 +171,17 @@ class Caller(Subscriber):
         self._check_size(topic, payload, 1)
         await self._room()
         link = self._connection
+        assert link is not None
         reply = replies.waiting[number] = _Reply()
         sent = self._send_confirmed(topic, payload, key, where)
         try:
-            with anyio.move_on_after(seconds):
+            with anyio.CancelScope() as scope:
+                limit = self._own_limit(scope.cancel, link, seconds)
                 await self._answer(sent, None)
                 await reply.came.wait()
         finally:
+            if limit is not None:
+                limit.done = True
             del replies.waiting[number]
             if reply.message is None and sent.refusal is None:
                 self._say(key, f"{where}{_CANCEL}/", b"")

@@ -24,7 +24,7 @@ from ._options import Options, Server
 from ._packets import ConnAck, Disconnect, Event, Packet, Publish
 from ._reading import CHUNK
 from ._tasks import Tasks
-from ._timer import Due, open_timer
+from ._timer import Deadline, Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
 from ._writer import Writer
 
@@ -35,6 +35,9 @@ Ping: TypeAlias = Callable[[Callable[[], None]], None]
 
 _LARGEST_CHUNK: Final = 262144
 """So much is read at a time of a link that brings more than was asked for."""
+
+_LATE: Final = 0.05
+"""More than this many seconds after its time a timeout shows that the process stood still."""
 
 _LARGEST_READ: Final = 1048576
 """So many bytes are read at a time of a packet that is as large as that."""
@@ -84,11 +87,13 @@ class Connection:
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
-        self.last_heard = self.timer.clock()
-        """When the last bytes came, or the reader last waited for a consumer."""
+        self.last_heard = transport.last_heard
+        """When bytes last arrived, or the reader last waited for a consumer."""
         self._first = first
         self._unsent_pubacks: deque[int] = deque()
         """For each PUBACK that has not left, how many bytes have to leave until it has."""
+        self._reads = 0
+        self._awaits_bytes = False
         self._options = options
         self._over = False
         """Whether it is to end, or has."""
@@ -238,7 +243,11 @@ class Connection:
     def _begin(self, ping: Ping, tasks: Tasks) -> None:
         self.writer.begin(partial(tasks.start_soon, self._write))
         _Keepalive(self, self._options.keepalive, ping)
-        self.timer.begin(self._break)
+        self.timer.begin(self._break, self._reads_so_far)
+
+    def _reads_so_far(self) -> int | None:
+        """Return how many reads there have been, or ``None`` while one is being handled."""
+        return self._reads if self._awaits_bytes or self.held_up else None
 
     async def _write(self) -> None:
         if self._over:
@@ -275,17 +284,21 @@ class Connection:
         self.close()
 
     async def _read(self, deliver: Deliver) -> None:
-        receive, codec, clock, size = self._transport.receive, self._codec, self.timer.clock, CHUNK
         await self._take_in(deliver, self._first)
+        receive, codec, size = self._transport.receive, self._codec, CHUNK
         while not self._over:
             if codec.turn_over and not self._discards:
                 # While there is more to take in, the peer's silence says nothing.
                 await checkpoint()
                 data = b""
+                self.last_heard.time = self.timer.clock()
             else:
+                self._awaits_bytes = True
                 data = await receive(
                     size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
                 )
+                self._awaits_bytes = False
+                self._reads += 1
                 if not data:
                     raise EOFError("the broker closed the link")
                 # In a flood each consumer then wakes for several messages, and not for each.
@@ -293,7 +306,6 @@ class Connection:
                     size = CHUNK
                 elif size < _LARGEST_CHUNK:
                     size *= 2
-            self.last_heard = clock()
             if not (self._discards or self._over):
                 await self._take_in(deliver, codec.decode(data))
 
@@ -306,7 +318,7 @@ class Connection:
         await deliver(events)
         if self.held_up:
             self.held_up = False
-            self.last_heard = self.timer.clock()
+            self.last_heard.time = self.timer.clock()
 
     def _acknowledge(self, pubacks: bytes) -> None:
         # Not by waiting for room: a peer may read only when we have read.
@@ -323,45 +335,72 @@ class Connection:
 
 
 class _Keepalive(Due):
-    """The broker counts our silence, we count its."""
+    """Sends a PINGREQ after ``keepalive`` seconds without a byte in one of the two directions."""
+
+    done = False
 
     def __init__(self, link: Connection, seconds: float, ping: Ping) -> None:
-        self._link = link
-        self._seconds = seconds
+        self.link = link
+        self.seconds = seconds
         self._ping = ping
+        self.excused = -math.inf
+        """When bytes had last arrived as a timeout of a PINGREQ last fell due late."""
         self.fall_due(-math.inf)
 
-    @property
-    def done(self) -> bool:
-        return False
-
     def fall_due(self, now: float) -> None:
-        link = self._link
-        when = min(link.last_heard, link.writer.last_sent) + self._seconds
-        if when <= now:
-            link.timer.add(link.last_heard + self._seconds * 1.5, _Silence(link, self._seconds))
+        link = self.link
+        when = min(link.last_heard.time, link.writer.last_sent) + self.seconds
+        # The last PINGREQ left a little after it was due.
+        if when <= now + _LATE:
+            timeout = _PingTimeout(self, now)
+            link.timer.add(now + self.seconds * 0.5, timeout)
             self._ping(link.timer.put_off)
-            link.writer.last_sent = now
-            when = now + self._seconds
+            link.writer.call_when_left(timeout.begin)
+            when = now + self.seconds
         link.timer.add(when, self)
 
 
-class _Silence(Due):
-    """The peer's, which was asked to break it."""
+class _PingTimeout(Deadline):
+    """
+    Ends a connection on which nothing is received after a PINGREQ.
 
-    def __init__(self, link: Connection, seconds: float) -> None:
-        self._link = link
-        self._seconds = seconds
-        self._since = link.last_heard
+    It falls due half a ``keepalive`` period after the PINGREQ has left, or one and a half periods
+    after bytes last arrived, whichever is later. A PINGREQ that cannot leave has one and a half
+    periods from when it was queued. If the timeout falls due late, because the process stood still,
+    it is up to the next PINGREQ: the network might have stood still as well.
+    """
+
+    def __init__(self, keepalive: _Keepalive, now: float) -> None:
+        self._keepalive = keepalive
+        self._last_heard = keepalive.link.last_heard.time
+        self._has_left = False
+        self._when = now + keepalive.seconds * 1.5
+
+    def begin(self) -> None:
+        """Begin, since the PINGREQ has left."""
+        sent, seconds = self._keepalive.link.writer.last_sent, self._keepalive.seconds
+        self._has_left = True
+        self._when = max(sent, self._last_heard + seconds) + seconds * 0.5
 
     @property
     def done(self) -> bool:
-        return self._link.last_heard > self._since
+        return self._keepalive.link.last_heard.time > self._last_heard
 
     def fall_due(self, now: float) -> None:
-        if not self._link.held_up:
+        keepalive = self._keepalive
+        if now < self._when:
+            keepalive.link.timer.add(self._when, self)
+        else:
+            keepalive.link.timer.judge(self, now)
+
+    def judge(self, now: float) -> None:
+        keepalive = self._keepalive
+        if now > self._when + _LATE and keepalive.excused < self._last_heard:
+            keepalive.excused = self._last_heard
+        elif not keepalive.link.held_up:
             raise TimeoutError(
-                f"the broker was silent for {self._seconds * 1.5:g} s and did not answer a PINGREQ"
+                f"the broker was silent for {round(now - self._last_heard, 2):g} s and did not "
+                f"{'answer' if self._has_left else 'take'} a PINGREQ"
             )
 
 

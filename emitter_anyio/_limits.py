@@ -31,7 +31,7 @@ class Limit:
 
 class OwnLimit(Limit):
     """
-    A ``Due``: the time of one who waits as long as he says, for the packet that was queued last.
+    A ``Deadline``: the time of one who waits as long as he says, for the packet queued last.
 
     :param session: all that is restored is asked at once, and Emitter answers one after the other:
         as long as this one is answered anything, nothing is late
@@ -51,13 +51,16 @@ class OwnLimit(Limit):
         self._seconds, self._timer, self._writer, self._session = seconds, timer, writer, session
         # A broker that has just come back has much to do: the first time it is put off anyway.
         self._answered = -1
-        writer.call_when_left(writer.queued, self._begin)
+        writer.call_when_left(self._begin)
 
     def _begin(self) -> None:
         if not self._writer.broken:
             self._timer.add(self._writer.last_sent + self._seconds, self)
 
     def fall_due(self, now: float) -> None:
+        self._timer.judge(self, now)
+
+    def judge(self, now: float) -> None:
         if self._session is not None and self._answered < self._session.answered:
             self._answered = self._session.answered
             self._timer.add(now + self._seconds, self)
@@ -67,7 +70,7 @@ class OwnLimit(Limit):
 
 class Limits:
     """
-    A ``Due``: the times of all who wait equally long on one link.
+    A ``Deadline``: the times of all who wait equally long on one link.
 
     They begin in the order of the questions, and end in the same, so that the timer has to know of
     the first only: that takes half of what a confirmed publish would pay for its time.
@@ -100,11 +103,17 @@ class Limits:
             self._begin((limit,))
         else:
             if not self._asked:
-                writer.call_when_left(mark, self._left)
+                writer.call_when_left(self._left, mark)
             self._asked.append((mark, limit))
         return limit
 
     def fall_due(self, now: float) -> None:
+        if self._waiting[0].when <= now:
+            self._timer.judge(self, now)
+        else:
+            self._set_timer()
+
+    def judge(self, now: float) -> None:
         self._timed = False
         waiting = self._waiting
         while waiting and (waiting[0].done or waiting[0].when <= now):
@@ -124,7 +133,7 @@ class Limits:
             left.append(asked.popleft()[1])
         self._begin(left)
         if asked:
-            writer.call_when_left(asked[0][0], self._left)
+            writer.call_when_left(self._left, asked[0][0])
 
     def _begin(self, limits: Iterable[Limit]) -> None:
         when = self._writer.last_sent + self._seconds

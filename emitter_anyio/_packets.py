@@ -6,7 +6,7 @@ that come in a row are one event, since they are nearly all of the traffic.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from ._batches import Messages
 from ._errors import RemoteProtocolError
@@ -95,6 +95,8 @@ class Undecodable(NamedTuple):
 
     size: int
 
+
+PINGREQ: Final = PingReq()
 
 Packet: TypeAlias = Publish | Subscribe | Unsubscribe | PingReq | Disconnect
 Answer: TypeAlias = (

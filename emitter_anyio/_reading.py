@@ -5,19 +5,38 @@ from __future__ import annotations
 import asyncio
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Final
 
 import anyio
 from anyio import ClosedResourceError
 
-from ._backend import asyncio_loop
+from ._backend import asyncio_loop, clock_of
 
 CHUNK: Final = 65536
 """So many bytes are read at a time, where nothing larger is awaited."""
 
 
+class LastHeard:
+    """
+    The time at which bytes last arrived from the peer.
+
+    It is set where bytes are received: they show that the peer is alive before a task handles them.
+
+    :param clock: returns the time of the loop
+    """
+
+    __slots__ = ("clock", "time")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.time = clock()
+
+
 class Reader(ABC):
     """What reads one socket, for one task at a time."""
+
+    last_heard: LastHeard
 
     @abstractmethod
     async def receive(self, size: int) -> bytes:
@@ -31,7 +50,8 @@ class Reader(ABC):
 class AskingReader(Reader):
     """Asks the loop each time, which costs little on Trio."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.last_heard = LastHeard(clock_of(loop))
         self._sock = sock
         self._closed = False
 
@@ -41,9 +61,11 @@ class AskingReader(Reader):
                 raise ClosedResourceError
             await anyio.wait_readable(self._sock)
             try:
-                return self._sock.recv(size)
+                data = self._sock.recv(size)
             except (BlockingIOError, InterruptedError):
                 continue
+            self.last_heard.time = self.last_heard.clock()
+            return data
 
     def close(self) -> None:
         self._closed = True
@@ -59,6 +81,7 @@ class WatchingReader(Reader):
     """
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.last_heard = LastHeard(loop.time)
         self._sock = sock
         self._loop = loop
         # Not the socket: where a selector does not know one, it words an error with its repr(),
@@ -101,12 +124,15 @@ class WatchingReader(Reader):
             self._watch_no_more()
             return
         try:
-            self._arrived(self._sock.recv(self._size))
+            data = self._sock.recv(self._size)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             self._watch_no_more()
             self._arrived(exc)
+        else:
+            self.last_heard.time = self._loop.time()
+            self._arrived(data)
 
     def _arrived(self, came: bytes | Exception) -> None:
         self._came = came
@@ -123,9 +149,9 @@ def open_reader(sock: socket.socket) -> Reader:
     """Make what suits the backend that runs."""
     loop = asyncio_loop()
     if loop is None:
-        return AskingReader(sock)
+        return AskingReader(sock, loop)
     try:
         return WatchingReader(sock, loop)
     except NotImplementedError:
         # The loop of Windows watches no sockets; AnyIO knows how to do without.
-        return AskingReader(sock)
+        return AskingReader(sock, loop)

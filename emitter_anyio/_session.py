@@ -24,10 +24,10 @@ from ._grants import Grants
 from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
+    PINGREQ,
     Answer,
     ConnAck,
     Packet,
-    PingReq,
     PingResp,
     PubAck,
     Publish,
@@ -139,7 +139,7 @@ class Session(Grants):
             "flush", settles=self.published, awaited=awaited
         )
         self._pings.append(pending)
-        self._send(PingReq())
+        self._send(PINGREQ)
         return pending
 
     def subscribe(self, source: Key, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:

@@ -8,9 +8,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
-from typing import Protocol
+from typing import Final, Protocol, TypeAlias
 
-from ._backend import asyncio_loop
+from ._backend import asyncio_loop, clock_of
+
+_QUIET_TURNS: Final = 10
+"""The reader has taken in what had arrived if it gets nothing in this many turns of the loop."""
+
+_LONGEST_LOOK: Final = 1.0
+"""The most seconds that the reader is given for that, because more might arrive all the time."""
+
+Reads: TypeAlias = Callable[[], int | None]
+"""Returns how many times the reader has read, or ``None`` while it is handling what it has read."""
 
 
 class Waker(Protocol):
@@ -34,6 +43,50 @@ class Due(Protocol):
     @abstractmethod
     def fall_due(self, now: float) -> None:
         """Do what the time has come for; it may be put to the timer again."""
+
+
+class Deadline(Due, Protocol):
+    """Something that fails if it is not done in time."""
+
+    @abstractmethod
+    def judge(self, now: float) -> None:
+        """
+        Fail, unless it may be put to the timer again.
+
+        :param now: the time by which it was to be done, or later. The reader has taken in what had
+            arrived by then
+        """
+
+
+class _Look(Due):
+    """
+    Has the reader take in what has arrived before a deadline is judged.
+
+    If the process stood still (a debugger, a suspended machine, a blocking call), what was awaited
+    might have arrived in time and wait in the socket.
+    """
+
+    def __init__(self, timer: Timer, reads: Reads, deadline: Deadline, now: float) -> None:
+        self._timer = timer
+        self._reads = reads
+        self._deadline = deadline
+        self._since = now
+        self._last_reads = reads()
+        self._turns = 0
+
+    @property
+    def done(self) -> bool:
+        return self._deadline.done
+
+    def fall_due(self, now: float) -> None:
+        reads = self._reads()
+        quiet = reads is not None and reads == self._last_reads
+        self._turns = self._turns + 1 if quiet else 0
+        self._last_reads = reads
+        if self._turns > _QUIET_TURNS or now > self._since + _LONGEST_LOOK:
+            self._deadline.judge(self._since)
+        else:
+            self._timer.add(math.nextafter(now, math.inf), self)
 
 
 class LoopWaker:
@@ -93,15 +146,21 @@ class Timer:
             self._when = first
             self._waker.set(first)
 
-    def begin(self, failed: Callable[[Exception], None]) -> None:
+    def judge(self, deadline: Deadline, now: float) -> None:
+        """Judge a deadline that has fallen due, after the reader has taken in what has arrived."""
+        _Look(self, self._reads, deadline, now).fall_due(now)
+
+    def begin(self, failed: Callable[[Exception], None], reads: Reads) -> None:
         """
         Let them fall due from now on.
 
         :param failed: is told what one of them raises, behind which none falls due any more
         """
         self._failed = failed
+        self._reads = reads
         self._waker = self._open_waker(self._wake)
-        self._wake()
+        self._when = self._first()
+        self._waker.set(self._when)
 
     def end(self) -> None:
         """Let nothing fall due any more."""
@@ -109,19 +168,21 @@ class Timer:
         self._heap.clear()
         self._waker.stop()
         # They know the link, and what it leaves behind waits for no garbage collector.
-        del self._waker, self._failed
+        del self._waker, self._failed, self._reads
 
     def _wake(self) -> None:
         self._when = -math.inf
         now = self.clock()
         try:
-            while (first := self._first()) <= now:
-                heappop(self._heap)[2].fall_due(now)
+            while self._heap and self._heap[0][0] <= now:
+                due = heappop(self._heap)[2]
+                if not due.done:
+                    due.fall_due(now)
         except Exception as exc:
             self._failed(exc)
         else:
-            self._when = first
-            self._waker.set(first)
+            self._when = self._first()
+            self._waker.set(self._when)
 
     def _first(self) -> float:
         heap = self._heap
@@ -134,10 +195,8 @@ def open_timer() -> Timer:
     """Make one for the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return Timer(partial(LoopWaker, loop), loop.time)
+        return Timer(partial(LoopWaker, loop), clock_of(loop))
     # Where Trio runs its import is done, and nobody else is to wait for it.
-    import trio
-
     from ._alarm import AlarmWaker
 
-    return Timer(AlarmWaker, trio.current_time)
+    return Timer(AlarmWaker, clock_of(loop))

@@ -24,8 +24,9 @@ from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
+from ._backend import asyncio_loop, clock_of
 from ._options import Options, Server
-from ._reading import CHUNK, open_reader
+from ._reading import CHUNK, LastHeard, open_reader
 from ._tls import client_context, explain
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Transport(ABC):
 
     tears: bool
     """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
+
+    last_heard: LastHeard
 
     @abstractmethod
     async def receive(self, size: int = CHUNK) -> bytes:
@@ -106,6 +109,7 @@ class SocketTransport(Transport):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._reader = open_reader(sock)
+        self.last_heard = self._reader.last_heard
         self._has_waited = False
         """Whether anybody has had to wait until it takes something."""
 
@@ -141,17 +145,23 @@ class SocketTransport(Transport):
 
 
 class StreamTransport(Transport):
-    """An AnyIO byte stream: TLS, or whatever a ``connectable`` gives."""
+    """
+    An AnyIO byte stream: TLS, or whatever a ``connectable`` gives.
+
+    :param below: the transport below TLS, which receives the bytes
+    """
 
     tears = True
 
-    def __init__(self, stream: ByteStream) -> None:
+    def __init__(self, stream: ByteStream, below: Transport | None = None) -> None:
         self._stream = stream
+        self._receives = below is None
+        self.last_heard = LastHeard(clock_of(asyncio_loop())) if below is None else below.last_heard
         self._listening = anyio.CancelScope()
 
     async def receive(self, size: int = CHUNK) -> bytes:
         try:
-            return await self._stream.receive(size)
+            data = await self._stream.receive(size)
         except EndOfStream:
             return b""
         except BrokenResourceError as exc:
@@ -159,6 +169,9 @@ class StreamTransport(Transport):
         except ssl.SSLError as exc:
             explain(exc)
             raise
+        if self._receives:
+            self.last_heard.time = self.last_heard.clock()
+        return data
 
     def try_send(self, data: bytes | memoryview) -> int:
         return 0
@@ -204,6 +217,7 @@ class WebSocketTransport(Transport):
     tears = True
 
     def __init__(self, below: Transport, websocket: WebSocket, received: bytes) -> None:
+        self.last_heard = LastHeard(below.last_heard.clock)
         self._below = below
         self._websocket = websocket
         self._carried = websocket.receive(received)
@@ -227,6 +241,8 @@ class WebSocketTransport(Transport):
             self._carried = self._websocket.receive(data)
             if self._websocket.answer and self._wake is not None:
                 self._wake()
+        # Only what carries MQTT: the pings of a proxy show nothing about the broker behind it.
+        self.last_heard.time = self._below.last_heard.time
         carried, self._carried = self._carried, b""
         return carried
 
@@ -377,7 +393,7 @@ async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
         if isinstance(exc, ssl.SSLError):
             explain(exc)
         raise
-    return StreamTransport(stream)
+    return StreamTransport(stream, transport)
 
 
 async def _connect_tcp(server: Server) -> socket.socket:

@@ -137,11 +137,15 @@ class Writer:
                     return
             self._rouse()
 
-    def call_when_left(self, mark: int, waker: Callable[[], None]) -> None:
+    def call_when_left(self, waker: Callable[[], None], mark: int | None = None) -> None:
         """
         Have a function called when the first ``mark`` bytes of the link have been handed over, or
         it is gone; which may be now.
+
+        :param mark: unless given, all that is queued
         """
+        if mark is None:
+            mark = self.sent + self._size
         if self.sent < mark and not self.broken:
             insort(self._marks, (mark, waker), key=itemgetter(0))
         else:
@@ -151,7 +155,7 @@ class Writer:
         """Wait until the first ``mark`` bytes of the link have been handed over, or it is gone."""
         if self.sent < mark and not self.broken:
             event = anyio.Event()
-            self.call_when_left(mark, event.set)
+            self.call_when_left(event.set, mark)
             await event.wait()
 
     async def stopped(self) -> None:

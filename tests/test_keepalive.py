@@ -169,7 +169,8 @@ async def test_a_peer_that_takes_nothing_is_lost_too(anyio_backend: object) -> N
             async with one_link(connectable=connectable, keepalive=30) as emitter:
                 while True:
                     await emitter.publish("k", "a/", bytes(10_000))
-        assert anyio.current_time() - start == exactly(45)
+        # The PINGREQ of 30 s waits for 45 s in vain.
+        assert anyio.current_time() - start == exactly(75)
 
 
 async def test_a_peer_that_falls_silent_during_the_goodbye_is_lost(anyio_backend: object) -> None:
@@ -184,7 +185,7 @@ async def test_a_peer_that_falls_silent_during_the_goodbye_is_lost(anyio_backend
                 connectable=connectable, keepalive=2, disconnect_timeout=60
             ) as emitter:
                 await emitter.publish("k", "a/", bytes(10_000))
-        assert anyio.current_time() - start == exactly(3)
+        assert anyio.current_time() - start == exactly(5)
 
 
 # A peer that lives

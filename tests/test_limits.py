@@ -6,9 +6,9 @@ import gc
 import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import anyio
 import pytest
@@ -36,6 +36,8 @@ class World(Transport):
         self.now = 0.0
         self.may_take = 0
         self.wakes_at = math.inf
+        self.ran_at = 0.0
+        """When the loop last ran, before the present turn."""
 
     async def receive(self, size: int = 0) -> bytes:
         raise NotImplementedError
@@ -56,6 +58,14 @@ class World(Transport):
         taken = min(len(data), self.may_take)
         self.may_take -= taken
         return taken
+
+    def turn(self, now: float) -> None:
+        """Have the loop run once at a time."""
+        self.now = now
+        if self.wakes_at <= now:
+            self.wakes_at = math.inf
+            self.wake()
+        self.ran_at = now
 
     def clock(self) -> float:
         return self.now
@@ -81,33 +91,36 @@ class Waiting:
         self.mark = 0
         self.left: float | None = None
         self.woken: list[float] = []
+        self.read_at = -math.inf
+        """When the reader last ran before it was woken."""
 
     def wake(self) -> None:
         self.woken.append(self.world.now)
+        self.read_at = self.world.ran_at
 
 
-_ask = st.tuples(st.sampled_from(range(3)), st.integers(1, 40))
-_steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("ask"), _ask),
-        st.tuples(st.just("take"), st.integers(1, 100)),
-        st.tuples(st.just("answer"), st.integers(0, 20)),
-        st.tuples(st.just("wait"), st.integers(1, 4)),
-    ),
-    min_size=20,
-    max_size=60,
-)
+Steps: TypeAlias = list[tuple[str, object]]
+
+_ask = st.tuples(st.just("ask"), st.tuples(st.sampled_from(range(3)), st.integers(1, 40)))
+_take = st.tuples(st.just("take"), st.integers(1, 100))
+_answer = st.tuples(st.just("answer"), st.integers(0, 20))
+_wait = st.tuples(st.just("wait"), st.integers(1, 4))
+_stand_still = st.tuples(st.just("stand still"), st.integers(1, 4))
 
 
-@given(_steps)
-def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> None:
+def _steps(*kinds: st.SearchStrategy[tuple[str, object]]) -> st.SearchStrategy[Steps]:
+    return st.lists(st.one_of(*kinds), min_size=20, max_size=60)
+
+
+def played(steps: Steps) -> Iterator[tuple[World, list[Waiting]]]:
+    """Do one step after another, and give what there is after each."""
     world = World()
     timer = Timer(world.open_waker, world.clock)
     writer = Writer(world, world.clock)
     limits = [Limits(seconds, timer, writer) for seconds in SECONDS[:2]]
     everybody: list[Waiting] = []
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)))
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
 
     def note_left() -> None:
         for one in everybody:
@@ -132,16 +145,34 @@ def test_each_one_is_woken_at_his_own_time(steps: list[tuple[str, object]]) -> N
                 everybody[which].limit.done = True
             case ("wait", int(seconds)):
                 until = world.now + seconds
-                while world.wakes_at <= until:
-                    world.now, world.wakes_at = world.wakes_at, math.inf
-                    world.wake()
-                world.now = until
+                while world.wakes_at <= until + 1e-9:
+                    world.turn(max(world.now, world.wakes_at))
+                world.turn(until)
+            case ("stand still", int(seconds)):
+                world.turn(world.now + seconds)
         note_left()
+        yield world, everybody
+
+
+@given(_steps(_ask, _take, _answer, _wait))
+def test_each_one_is_woken_at_his_own_time(steps: Steps) -> None:
+    for world, everybody in played(steps):
         for one in everybody:
             if one.left is None or one.left + one.seconds > world.now:
                 assert not one.woken
             elif not one.limit.done:
-                assert one.woken == [one.left + one.seconds]
+                assert one.woken == [pytest.approx(one.left + one.seconds, abs=1e-9)]
+
+
+@given(_steps(_ask, _take, _answer, _wait, _stand_still))
+def test_nobody_is_woken_before_the_reader_has_run_after_his_time(steps: Steps) -> None:
+    for _, everybody in played([*steps, ("take", 10_000), ("wait", 100)]):
+        for one in everybody:
+            if one.woken:
+                assert one.left is not None
+                due = one.left + one.seconds
+                assert one.read_at >= due
+    assert all(one.limit.done or len(one.woken) == 1 for one in everybody)
 
 
 def test_one_who_waits_long_does_not_keep_the_others() -> None:
@@ -151,7 +182,7 @@ def test_one_who_waits_long_does_not_keep_the_others() -> None:
     writer = Writer(world, world.clock)
     limits = Limits(math.inf, timer, writer)
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)))
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
     long = [limits.add(pytest.fail) for _ in range(3)]
     for _ in range(10_000):
         writer.write(b"x")
@@ -167,7 +198,7 @@ def test_what_a_lost_link_leaves_waits_for_no_garbage_collector() -> None:
     writer = Writer(world, world.clock)
     limits = Limits(5, timer, writer)
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)))
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
     for _ in range(3):
         writer.write(b"x")
         limits.add(pytest.fail)

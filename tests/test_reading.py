@@ -26,6 +26,10 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
+def asking_reader(sock: socket.socket) -> Reader:
+    return AskingReader(sock, asyncio.get_running_loop())
+
+
 def is_watched(sock: socket.socket) -> bool:
     """Tell whether the loop looks at a socket."""
     loop = asyncio.get_running_loop()
@@ -63,6 +67,20 @@ async def test_it_reads_one_chunk_ahead_and_then_holds_the_peer_up(
     assert received == sent
     reader.close()
     assert not is_watched(ours)
+
+
+async def test_bytes_are_heard_before_a_task_reads_them(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    reader = open_reader(ours)
+    before = reader.last_heard.time
+    theirs.send(b"x")
+    while reader.last_heard.time == before:
+        await checkpoint()
+    assert before < reader.last_heard.time <= asyncio.get_running_loop().time()
+    assert await reader.receive(CHUNK) == b"x"
+    reader.close()
 
 
 async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
@@ -125,7 +143,9 @@ async def test_closing_it_leaves_what_has_come(
     assert not is_watched(ours)
 
 
-@pytest.mark.parametrize("make", [AskingReader, open_reader])
+@pytest.mark.parametrize(
+    "make", [lambda sock: AskingReader(sock, asyncio.get_running_loop()), open_reader]
+)
 async def test_one_that_is_closed_reads_no_more(
     pair: tuple[socket.socket, socket.socket], make: Callable[[socket.socket], Reader]
 ) -> None:

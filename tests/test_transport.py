@@ -17,7 +17,7 @@ import anyio
 import pytest
 from anyio import ClosedResourceError
 from anyio.lowlevel import checkpoint
-from anyio.streams.tls import TLSAttribute
+from anyio.streams.tls import TLSAttribute, TLSStream
 
 from emitter_anyio import Backoff, ConnectError, ConnectionLostError, Emitter, connect
 from emitter_anyio._options import make_options
@@ -250,6 +250,26 @@ async def test_two_tasks_may_send_below_tls(anyio_backend: object) -> None:
     with pytest.raises(NotImplementedError):
         await stream.send_eof()
     await stream.aclose()
+
+
+async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
+    begun, over = anyio.Event(), anyio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await begun.wait()
+        assert isinstance(peer.stream, TLSStream)
+        await peer.stream.transport_stream.send(b"\x17\x03\x03\x40\x00")
+        await over.wait()
+
+    async with serving("tls", script) as options, one_link(**options) as emitter:
+        assert emitter._connection is not None
+        last_heard = emitter._connection.last_heard
+        before = last_heard.time
+        begun.set()
+        while last_heard.time == before:
+            await checkpoint()
+        over.set()
 
 
 # Addresses in turn

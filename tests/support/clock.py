@@ -12,6 +12,7 @@ import math
 import selectors
 from typing import Any
 
+import sniffio
 import trio.testing
 
 
@@ -46,6 +47,21 @@ class JumpingEventLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._virtual.now
+
+    def jump(self, seconds: float) -> None:
+        self._virtual.now += seconds
+
+
+def stand_still(seconds: float) -> None:
+    """Let virtual time pass as if the caller had blocked the loop."""
+    if sniffio.current_async_library() == "trio":
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, trio.testing.MockClock)
+        clock.jump(seconds)
+    else:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, JumpingEventLoop)
+        loop.jump(seconds)
 
 
 def virtual_time_options(backend: str) -> dict[str, Any]:

@@ -1,0 +1,346 @@
+"""A process that stood still keeps its connection, and the replies that arrived meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from threading import Event, Thread
+from typing import Any
+
+import anyio
+import pytest
+from anyio import TCPConnectable
+from anyio.abc import TaskStatus
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage, RequestTimeoutError
+from tests.support import packets, tls
+from tests.support.background import Background, background
+from tests.support.clock import stand_still
+from tests.support.links import many_links, one_link
+from tests.support.memory import MemoryStream
+from tests.support.peer import PINGREQ, PUBLISH, Packet, Peer, memory_peer
+
+MESSAGE = packets.publish("a/", b"x" * 100)
+
+
+# With virtual time: the peer stands still as well, and what it has sent before waits in the link
+
+
+class Far:
+    """A peer that takes a while to answer a PINGREQ."""
+
+    def __init__(self, takes: float = 0) -> None:
+        self.takes = takes
+        self.start = 0.0
+        self.pings: list[float] = []
+        self.stream: MemoryStream
+
+    @property
+    def now(self) -> float:
+        return anyio.current_time() - self.start
+
+    async def play(self, peer: Peer) -> None:
+        assert isinstance(peer.stream, MemoryStream)
+        self.stream = peer.stream
+        await peer.accept()
+        self.start = anyio.current_time()
+        async with anyio.create_task_group() as tasks:
+            while packet := await peer.packet():
+                if packet.kind == PINGREQ:
+                    self.pings.append(self.now)
+                if packet.kind != PUBLISH:
+                    tasks.start_soon(self._answer, peer, packet)
+            tasks.cancel_scope.cancel()
+
+    async def _answer(self, peer: Peer, packet: Packet) -> None:
+        if packet.kind == PINGREQ:
+            await anyio.sleep(self.takes)
+        await peer.answer(packet)
+
+
+def exactly(seconds: float) -> Any:
+    # asyncio's virtual clock goes a hair beyond each deadline.
+    return pytest.approx(seconds, abs=1e-6)
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("takes", [0, 5, 14.9])
+@pytest.mark.parametrize("after", [0, 29.9, 31, 44.5])
+@pytest.mark.parametrize("seconds", [0.5, 1.6, 14, 16, 46, 3600])
+async def test_a_peer_that_answers_is_not_lost(
+    anyio_backend: object, seconds: float, after: float, takes: float
+) -> None:
+    far = Far(takes)
+    async with memory_peer(far.play) as connectable:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
+            await anyio.sleep(after)
+            stand_still(seconds)
+            await anyio.sleep(100)
+            assert emitter.statistics().links == 1
+    assert far.now == exactly(after + seconds + 100)
+    assert len(far.pings) >= 3
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("seconds", [0.02, 0.7, 2.5, 100])
+async def test_a_loop_that_stands_still_again_and_again(
+    anyio_backend: object, seconds: float
+) -> None:
+    far = Far()
+    async with memory_peer(far.play) as connectable:
+        async with one_link(connectable=connectable, keepalive=1):
+            for _ in range(100):
+                stand_still(seconds)
+                # Meanwhile the peer would have answered.
+                for _ in range(20):
+                    await checkpoint()
+    assert far.pings
+
+
+@pytest.mark.virtual_time
+async def test_a_silent_peer_is_asked_once_more(anyio_backend: object) -> None:
+    far = Far(takes=3600)
+    async with memory_peer(far.play) as connectable:
+        with pytest.raises(ConnectionLostError, match="silent"):
+            async with one_link(connectable=connectable, keepalive=30):
+                await anyio.sleep(31)
+                stand_still(100)
+                await anyio.sleep_forever()
+        assert far.now == exactly(131 + 15)
+    assert far.pings == [exactly(30), exactly(131)]
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("seconds", [0.1, 1, 31])
+async def test_a_silent_peer_is_lost_in_a_loop_that_is_always_late(
+    anyio_backend: object, seconds: float
+) -> None:
+    far = Far(takes=3600)
+    async with memory_peer(far.play) as connectable:
+        with pytest.raises(ConnectionLostError, match="silent"):
+            async with one_link(connectable=connectable, keepalive=30):
+                while True:
+                    stand_still(seconds)
+                    await checkpoint()
+        assert far.now < 150 + 20 * seconds
+
+
+@pytest.mark.virtual_time
+async def test_a_peer_that_takes_nothing_for_a_while_is_not_lost(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await anyio.sleep(70)
+        await peer.answer_all()
+
+    async with memory_peer(script, capacity=1000) as connectable:
+        async with one_link(connectable=connectable, keepalive=30) as emitter:
+            await emitter.publish("k", "a/", bytes(10_000))
+            await anyio.sleep(200)
+            assert emitter.statistics().links == 1
+
+
+@pytest.mark.virtual_time
+async def test_a_peer_that_sends_and_takes_nothing_is_not_lost(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        for _ in range(20):
+            await anyio.sleep(40)
+            await peer.send(MESSAGE)
+        await peer.answer_all()
+
+    async with memory_peer(script, capacity=1000) as connectable:
+        emitter = one_link(connectable=connectable, keepalive=30)
+        emitter.on("message", lambda message: None)
+        async with emitter:
+            await emitter.publish("k", "a/", bytes(10_000))
+            await anyio.sleep(900)
+            assert emitter.statistics().received == 20
+
+
+@pytest.mark.virtual_time
+async def test_a_peer_that_takes_nothing_is_lost_after_a_pause(anyio_backend: object) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        await anyio.sleep(3600)
+
+    async with memory_peer(script, capacity=1000) as connectable:
+        start = anyio.current_time()
+        with pytest.raises(ConnectionLostError, match="silent"):
+            async with one_link(connectable=connectable, keepalive=30) as emitter:
+                await emitter.publish("k", "a/", bytes(10_000))
+                await anyio.sleep(31)
+                stand_still(100)
+                await anyio.sleep_forever()
+        # As though it had been asked for the first time behind the pause.
+        assert anyio.current_time() - start == exactly(131 + 45)
+
+
+Call = Callable[[Emitter], Any]
+
+CALLS: dict[str, Call] = {
+    "request_timeout": lambda emitter: emitter.publish("k", "a/", "x", qos=1),
+    "timeout": lambda emitter: emitter.publish("k", "a/", "x", qos=1, timeout=10),
+}
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("backlog", [0, 5000])
+@pytest.mark.parametrize("seconds", [5, 6, 100])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_a_reply_that_has_arrived_is_taken_in(
+    anyio_backend: object, call: Call, seconds: float, backlog: int
+) -> None:
+    far = Far()
+    async with memory_peer(far.play) as connectable:
+        emitter = one_link(connectable=connectable, request_timeout=10)
+        emitter.on("message", lambda message: None, buffer=backlog + 1)
+        async with emitter, anyio.create_task_group() as tasks:
+            tasks.start_soon(call, emitter)
+            await anyio.sleep(5)
+            far.stream.send_nowait(MESSAGE * backlog + packets.puback(1))
+            stand_still(seconds)
+        assert emitter.statistics().received == backlog
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_a_reply_that_does_not_arrive_is_missed(anyio_backend: object, call: Call) -> None:
+    far = Far()
+    async with memory_peer(far.play) as connectable:
+        async with one_link(connectable=connectable, request_timeout=10) as emitter:
+
+            async def miss() -> None:
+                with pytest.raises(RequestTimeoutError):
+                    await call(emitter)
+                assert far.now == exactly(19)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(miss)
+                await anyio.sleep(5)
+                stand_still(14)
+
+
+# With real sockets, and a broker in a thread, which goes on
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Background]:
+    with background() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def secure() -> Iterator[Background]:
+    with background(ssl_context=tls.server_context()) as made:
+        yield made
+
+
+class Ahead:
+    """A broker in a thread, and one of the ways to it."""
+
+    def __init__(self, scheme: str, background: Background) -> None:
+        self.background = background
+        self.options: dict[str, Any] = {"keepalive": 1}
+        host, port = background.broker.host, background.broker.port
+        if scheme == "connectable":
+            self.options["connectable"] = TCPConnectable(host, port)
+        else:
+            self.options["servers"] = [f"{scheme}://{host}:{port}"]
+        if scheme in ("mqtts", "wss"):
+            self.options["ssl_context"] = tls.client_context()
+
+    async def all_gone(self) -> None:
+        """Wait until the broker has closed the sockets of this test's clients."""
+        _, *clients = self.background.broker.clients
+        for client in clients:
+            await client.wait_closed()
+
+
+@pytest.fixture(params=["mqtt", "mqtts", "ws", "wss", "connectable"])
+def ahead(request: pytest.FixtureRequest, plain: Background, secure: Background) -> Iterator[Ahead]:
+    made = Ahead(request.param, secure if request.param in ("mqtts", "wss") else plain)
+    yield made
+    made.background.call(made.all_gone)
+
+
+def stand_still_for(seconds: float, meanwhile: Callable[[], object]) -> None:
+    """Block the loop, and have something done in a thread."""
+    thread = Thread(target=meanwhile)
+    thread.start()
+    thread.join()
+    time.sleep(seconds)
+
+
+async def test_messages_that_waited_arrive_on_the_same_connection(
+    ahead: Ahead, anyio_backend: object, unique: str
+) -> None:
+    def publish() -> None:
+        for number in range(3):
+            ahead.background.publish(unique, f"{number}")
+
+    async with many_links(**ahead.options) as emitter:
+        key = ahead.background.key(unique, "rw")
+        async with emitter.subscribe(key, unique) as messages:
+            stand_still_for(2, meanwhile=publish)
+            assert [(await messages.receive()).as_string() for _ in range(3)] == list("012")
+            # Until the next PINGREQ has been answered, or missed.
+            await anyio.sleep(1.6)
+            await emitter.flush()
+        assert emitter.statistics().links == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 0.2}], ids=["request_timeout", "timeout"])
+async def test_replies_that_waited_are_taken_in(
+    ahead: Ahead, anyio_backend: object, unique: str, options: dict[str, Any]
+) -> None:
+    held = ExitStack()
+
+    async def hold() -> None:
+        held.enter_context(ahead.background.broker.hold("puback"))
+
+    async def release() -> None:
+        held.close()
+
+    async with many_links(**ahead.options, request_timeout=0.2) as emitter:
+        key = ahead.background.key(unique, "rw")
+        await anyio.to_thread.run_sync(ahead.background.call, hold)
+        async with anyio.create_task_group() as tasks:
+            publish = partial(emitter.publish, key, unique, "x", qos=1, **options)
+            tasks.start_soon(publish)
+            await anyio.wait_all_tasks_blocked()
+            stand_still_for(0.3, meanwhile=partial(ahead.background.call, release))
+        assert emitter.statistics().links == 1
+
+
+async def test_a_reply_of_another_client_that_waited_is_taken_in(
+    plain: Background, anyio_backend: object, unique: str
+) -> None:
+    served, answer = Event(), Event()
+
+    async def serve(message: EmitterMessage) -> str:
+        served.set()
+        await anyio.to_thread.run_sync(answer.wait)
+        return "yes"
+
+    async def serve_all(*, task_status: TaskStatus[None]) -> None:
+        key = plain.key(f"{unique}#/", "rw")
+        async with many_links(plain.url) as server:
+            await server.serve(key, unique, serve, task_status=task_status)
+
+    ahead = Ahead("mqtt", plain)
+    stop = await anyio.to_thread.run_sync(plain.start, serve_all)
+    async with many_links(**ahead.options) as emitter:
+        key = plain.key(f"{unique}#/", "rw")
+
+        async def ask() -> None:
+            assert (await emitter.request(key, unique, "?", timeout=0.3)).as_string() == "yes"
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask)
+            await anyio.to_thread.run_sync(served.wait)
+            stand_still_for(0.4, meanwhile=answer.set)
+    stop()
+    await anyio.to_thread.run_sync(plain.call, ahead.all_gone)
