@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, get_args
 
 from anyio import (
     AsyncContextManagerMixin,
+    CancelScope,
+    Event,
     create_task_group,
     create_tcp_listener,
     get_cancelled_exc_class,
 )
-from anyio.abc import ByteStream, SocketAttribute
+from anyio.abc import ByteStream, SocketAttribute, TaskGroup, TaskStatus
 
+from ._cluster import Cluster
 from ._connection import Client, Diversion, Traffic
-from ._exchange import Exchange
+from ._exchange import PATIENCE, Exchange
 from ._keys import License
 from ._matching import Matcher
 from ._refusals import RefusedError
@@ -56,7 +59,13 @@ class Broker(AsyncContextManagerMixin):
     :param coalesce: write to each client as the real broker does: 60 packets at once and 60 more a
         second, the others once a second. An answer behind many others takes a second then, and one
         that waits when its client leaves is lost
-    :raises ValueError: if ``license`` is none, or there is no such ``matcher``
+    :param cluster: another broker, of whose cluster this one becomes a node: with the same licence
+        and the same clock, but with clients and stored messages of its own
+    :param patience: for how many seconds a node waits for what the others store, if one that it
+        asks does not answer; and, since none of them answers that, twice as long as for a status of
+        presence. As long as the real one unless given
+    :raises ValueError: if ``license`` is none, or not the one of the ``cluster``, or there is no
+        such ``matcher``
     :raises OSError: on entering, if the port is taken
 
     :ivar license: the licence
@@ -72,9 +81,15 @@ class Broker(AsyncContextManagerMixin):
         ssl_context: ssl.SSLContext | None = None,
         matcher: Matcher = "emitter",
         coalesce: bool = False,
+        cluster: Broker | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         if matcher not in get_args(Matcher):
             raise ValueError(f"no matcher {matcher!r}: there are {', '.join(get_args(Matcher))}")
+        if cluster is not None:
+            if license not in (None, cluster.license):
+                raise ValueError("license is not that of the cluster: all nodes need the same one")
+            license = cluster.license
         licence = License.new() if license is None else License.parse(license)
         self.license: str = licence.text
         self.secret_key: str = licence.master_key()
@@ -82,29 +97,55 @@ class Broker(AsyncContextManagerMixin):
         self._port = port
         self._ssl_context = ssl_context
         self._coalesce = coalesce
-        self._exchange = Exchange(licence, matcher)
-        self._traffic = Traffic()
+        self._nodes: Cluster = Cluster() if cluster is None else cluster._nodes
+        self._exchange: Exchange = Exchange(licence, matcher, self._nodes, patience)
+        self._traffic: Traffic = Traffic(None if cluster is None else cluster._traffic.crowded)
         self._clients: dict[Client, None] = {}
+        self._task_group: TaskGroup | None = None
+        self._run_now: tuple[CancelScope, Event] | None = None
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Broker]:
-        host, port = self._address
         failure: BaseException | None = None
-        async with (
-            await create_tcp_listener(local_host=host, local_port=port) as listener,
-            create_task_group() as task_group,
-        ):
-            self._port = listener.extra(SocketAttribute.local_port)
-            task_group.start_soon(listener.serve, self._serve, task_group)
+        async with create_task_group() as self._task_group:
             try:
+                await self._task_group.start(self._run, self._address[1])
                 yield self
             except get_cancelled_exc_class():
                 raise
             except BaseException as exc:  # leaves bare, and not in the group of our tasks
                 failure = exc
-            task_group.cancel_scope.cancel()
+            finally:
+                self._halt()
         if failure is not None:
             raise failure
+
+    async def _run(self, port: int, *, task_status: TaskStatus[None]) -> None:
+        """Run once: listen, and serve clients, until :meth:`_halt`."""
+        ended = Event()
+        try:
+            async with (
+                await create_tcp_listener(local_host=self.host, local_port=port) as listener,
+                create_task_group() as task_group,
+            ):
+                self._port = listener.extra(SocketAttribute.local_port)
+                self._nodes.start(self._exchange)
+                self._run_now = task_group.cancel_scope, ended
+                task_status.started()
+                await listener.serve(self._serve, task_group)
+        finally:
+            ended.set()
+
+    def _halt(self) -> Event | None:
+        """End the run, if there is one, and give what is set when its port is free."""
+        if self._run_now is None:
+            return None
+        (scope, ended), self._run_now = self._run_now, None
+        # The other nodes notice that this one has ended: even one that was cut off is told of.
+        self._nodes.stop(self._exchange)
+        self._traffic.resume()
+        scope.cancel()
+        return ended
 
     @property
     def host(self) -> str:
@@ -190,7 +231,65 @@ class Broker(AsyncContextManagerMixin):
         """
         if seconds < 0:
             raise ValueError("a broker's clock goes forward only")
-        self._exchange.ahead += seconds
+        self._nodes.ahead += seconds
+
+    async def stop(self) -> None:
+        """
+        Stop this node as if its process were killed; what it stored is kept.
+
+        Its clients are cut, and the other nodes notice: they no longer ask it, nor wait for it.
+        Returns when its port is free. Stopping it again has no effect.
+        """
+        if ended := self._halt():
+            await ended.wait()
+
+    async def restart(self, *, forget: bool = False) -> None:
+        """
+        Stop this node if it runs, and start it again, on the same port.
+
+        The ids of what it stores from now on name another node. As in Emitter, nodes that have met
+        it before do not ask it any more for what it stores, while it asks them.
+
+        :param forget: lose what was stored, as a node does that stores in memory only
+        :raises RuntimeError: outside of the ``async with`` block
+        """
+        if self._task_group is None:
+            raise RuntimeError("cannot restart the broker: it is not entered; use `async with`")
+        await self.stop()
+        self._exchange.storage.restart(forget)
+        await self._task_group.start(self._run, self._port)
+
+    def pause(self) -> None:
+        """
+        Stop this node's process where it is, as SIGSTOP does, until :meth:`resume`.
+
+        Links stay open, but nothing is taken from clients; what other nodes send to it waits. They
+        wait in vain for its answers.
+        """
+        self._require_run("pause")
+        self._nodes.pause(self._exchange)
+        self._traffic.pause()
+
+    def resume(self) -> None:
+        """Let a paused node go on with all that has come meanwhile."""
+        self._require_run("resume")
+        self._nodes.resume(self._exchange)
+        self._traffic.resume()
+
+    def cut(self) -> None:
+        """
+        Cut this node off from the other ones, until :meth:`heal`; its clients do not notice.
+
+        What nodes would send to each other is lost: messages, and changes of presence. Each waits
+        in vain for the answers of the other side.
+        """
+        self._require_run("cut")
+        self._nodes.cut(self._exchange, True)
+
+    def heal(self) -> None:
+        """Connect a node again that was cut off. What was lost stays lost, but bans spread now."""
+        self._require_run("heal")
+        self._nodes.cut(self._exchange, False)
 
     @contextmanager
     def hold(self, *kinds: Kind) -> Iterator[None]:
@@ -236,6 +335,10 @@ class Broker(AsyncContextManagerMixin):
             yield
         finally:
             self._traffic.refusal = before
+
+    def _require_run(self, action: str) -> None:
+        if self._run_now is None:
+            raise RuntimeError(f"cannot {action} the broker: it does not run")
 
     def _topic(self, channel: str) -> Topic:
         try:

@@ -72,12 +72,33 @@ class Diversion:
 
 
 class Traffic:
-    """What the links of a broker share: who cannot keep up, and the faults that a test wants."""
+    """
+    What the links of a broker share: who cannot keep up, and the faults that a test wants.
 
-    def __init__(self) -> None:
-        self.crowded: set[Client] = set()
+    :param crowded: who cannot keep up, for the nodes of a cluster together
+    """
+
+    def __init__(self, crowded: set[Client] | None = None) -> None:
+        self.crowded: set[Client] = set() if crowded is None else crowded
         self.refusal = 0
         self.diversions: list[Diversion] = []
+        self._going_on: Event | None = None  # while the broker is paused
+
+    def pause(self) -> None:
+        """Take nothing more of what clients send."""
+        if self._going_on is None:
+            self._going_on = Event()
+
+    def resume(self) -> None:
+        """Go on."""
+        if self._going_on is not None:
+            self._going_on.set()
+            self._going_on = None
+
+    async def go_on(self) -> None:
+        """Wait while the broker is paused."""
+        while self._going_on is not None:
+            await self._going_on.wait()
 
     @contextmanager
     def divert(self, diversion: Diversion) -> Iterator[None]:
@@ -149,11 +170,13 @@ class Client(Peer):
         try:
             with self._scope:
                 self._scope.deadline = current_time() + SILENCE
+                await self._traffic.go_on()
                 if not await self._begin():
                     return
                 async with create_task_group() as task_group:
                     task_group.start_soon(self._outbox.write, self._stream)
                     await self._read()
+                    await self._traffic.go_on()
                     self._leave()
                     self._scope.deadline = current_time() + LINGER
                     self._outbox.close()
@@ -187,14 +210,17 @@ class Client(Peer):
         reader = PacketReader()
         while not self._wire.closed:
             try:
-                reader.feed(self._wire.receive(await self._stream.receive(_CHUNK)))
+                data = await self._stream.receive(_CHUNK)
+                await self._traffic.go_on()
+                reader.feed(self._wire.receive(data))
                 if answer := self._wire.answer():
                     self._put(answer)
                 whole = False  # half a packet does not break the silence
                 while (packet := reader.next_packet()) is not None:
-                    if not self._take(packet):
+                    if not await self._take(packet):
                         return
                     whole = True
+                    await self._traffic.go_on()
                     if self._traffic.crowded:
                         await self._traffic.relieve(self)
                 if whole:
@@ -228,7 +254,7 @@ class Client(Peer):
                 self.cut()
                 await self._closed.wait()
 
-    def _take(self, packet: Packet) -> bool:
+    async def _take(self, packet: Packet) -> bool:
         """Work off one packet, and say whether the link goes on."""
         match packet:
             case Connect():
@@ -237,14 +263,14 @@ class Client(Peer):
                 return False
             case Publish():
                 try:
-                    self._exchange.publish(self, packet)
+                    await self._exchange.publish(self, packet)
                 except RefusedError as refusal:
                     self._refuse(refusal, packet.packet_id)
                 if packet.qos:
                     self.send("puback", PubAck(packet.packet_id).encode())
             case Subscribe():
-                codes = tuple(self._subscribe(packet.packet_id, *asked) for asked in packet.filters)
-                self.send("suback", SubAck(packet.packet_id, codes).encode())
+                codes = [await self._subscribe(packet.packet_id, *one) for one in packet.filters]
+                self.send("suback", SubAck(packet.packet_id, tuple(codes)).encode())
             case Unsubscribe():
                 for topic in packet.filters:
                     try:
@@ -269,9 +295,9 @@ class Client(Peer):
         self.send("connack", ConnAck(refusal).encode())
         return self.connected
 
-    def _subscribe(self, packet_id: int, topic: str, qos: int) -> int:
+    async def _subscribe(self, packet_id: int, topic: str, qos: int) -> int:
         try:
-            self._exchange.subscribe(self, topic)
+            await self._exchange.subscribe(self, topic)
         except RefusedError as refusal:
             self._refuse(refusal, packet_id)
             return 128

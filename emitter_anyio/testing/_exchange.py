@@ -6,44 +6,62 @@ What the recorded conversations leave open was seen in the broker's ``internal/s
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from anyio import sleep
 
 from . import _requests
+from ._cluster import Ban, Cluster
 from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permissions
 from ._matching import Matcher, Subscriptions, Trie
 from ._peer import Peer, deliver, to_json
 from ._refusals import EXTEND_KEY, RefusedError
-from ._storage import RETAINED, Storage, Stored
+from ._storage import RETAINED, Storage, Stored, merge
 from ._topics import Topic, Words, parse
 
 if TYPE_CHECKING:
     from ._packets import Publish
 
+PATIENCE = 2.0
+"""Seconds that a node waits for the others' stored messages (``provider/storage/ssd.go``)."""
+
 
 class Exchange:
     """
-    The broker's state, and what its clients do to it.
+    The state of a broker, or of one node of a cluster, and what its clients do to it.
 
     :param license: whose keys are taken
     :param matcher: how filters match
+    :param cluster: the other nodes; none unless given
+    :param patience: for how many seconds a node that does not answer about what it stores is waited
+        for; a status of presence, for which no node answers, waits half of it
     """
 
-    def __init__(self, license: License, matcher: Matcher = "emitter") -> None:
+    def __init__(
+        self,
+        license: License,
+        matcher: Matcher = "emitter",
+        cluster: Cluster | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
         self.license = license
-        self.banned: set[str] = set()
+        self.bans: dict[str, Ban] = {}
         self.storage: Storage = Storage(license.contract)
-        self.subscriptions: Subscriptions[Peer] = Subscriptions(matcher)
+        self.subscriptions: Subscriptions[_Receiver] = Subscriptions(matcher)
         self.watchers: Trie[Peer] = Trie(matcher)
-        self.ahead: float = 0.0
+        self.cluster: Cluster = Cluster() if cluster is None else cluster
+        self.cluster.join(self)
+        self._patience = patience
         self._grant = lru_cache(maxsize=4096)(self._find_key)
 
     def now(self) -> float:
         """Give the broker's time, in unix seconds."""
-        return time.time() + self.ahead
+        return time.time() + self.cluster.ahead
 
-    def publish(self, peer: Peer, packet: Publish) -> None:
+    async def publish(self, peer: Peer, packet: Publish) -> None:
         """
         Take what a client publishes: a message, or a request.
 
@@ -58,7 +76,7 @@ class Exchange:
         if topic.wild:
             raise RefusedError(403)
         if topic.key == "emitter":
-            _requests.answer(self, peer, topic, packet)
+            await _requests.answer(self, peer, topic, packet)
         else:
             key = self._entitle(topic, WRITE)
             ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED * packet.retain
@@ -76,10 +94,18 @@ class Exchange:
         """
         if ttl:
             self.storage.add(self.now(), ttl, topic.channel, topic.words, payload)
-        receivers = self.subscriptions.receivers(topic.words, excluded)
-        deliver(receivers, "message", topic.channel, payload)
+        receivers = self.subscriptions.receivers(topic.words, excluded, self._elsewhere())
+        for node in receivers:
+            if isinstance(node, Exchange):
+                self.cluster.send(self, node, partial(node.take_over, topic, payload))
+        deliver(_peers(receivers), "message", topic.channel, payload)
 
-    def subscribe(self, peer: Peer, text: str) -> None:
+    def take_over(self, topic: Topic, payload: bytes) -> None:
+        """Send a message of another node to the clients here: every group draws a member again."""
+        receivers = self.subscriptions.receivers(topic.words)
+        deliver(_peers(receivers), "message", topic.channel, payload)
+
+    async def subscribe(self, peer: Peer, text: str) -> None:
         """
         Enter a subscription, and replay what its key may load.
 
@@ -89,7 +115,7 @@ class Exchange:
         key = self._entitle(topic, READ)
         self.enroll(peer, topic)
         if key.allows(LOAD):
-            for message in self.query(topic):
+            for message in await self.query(topic):
                 deliver((peer,), "message", message.channel, message.payload)
 
     def unsubscribe(self, peer: Peer, text: str) -> None:
@@ -119,6 +145,10 @@ class Exchange:
             peer.watched.remove(words)
             self.watchers.remove(words, peer)
 
+    def announce(self, words: Words, change: bytes) -> None:
+        """Send a change of presence to those here who watch it."""
+        deliver(self.watchers.match(words), "message", "emitter/presence/", change)
+
     def leave(self, peer: Peer) -> None:
         """End what a connection had, and publish its will: a clean end is no different here."""
         for watched in list(peer.watched):
@@ -135,11 +165,26 @@ class Exchange:
             if not topic.wild:
                 self.spread(topic, will.payload, RETAINED * (will.retain and key.allows(STORE)))
 
-    def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
+    async def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
         """Find the stored messages for which a topic's options ask: one, unless they say more."""
         last, since, until = (topic.number(option) for option in ("last", "from", "until"))
         last = 1 if last is None else last
-        return self.storage.query(self.now(), topic.words, last, since, until, after)
+
+        def look(node: Exchange) -> list[Stored]:
+            return node.storage.query(self.now(), topic.words, last, since, until, after)
+
+        found = look(self)
+        answers, missing = self.cluster.survey(self, look)
+        if missing:
+            await sleep(self._patience)
+        return merge([found, *answers], last)
+
+    async def members(self, words: Words) -> list[Peer]:
+        """Find who would get a message; those on other nodes are waited for, and never there."""
+        found = self.subscriptions.receivers(words, elsewhere=self._elsewhere())
+        if self.cluster.others(self):
+            await sleep(self._patience / 2)
+        return _peers(found)
 
     def authorize(self, topic: Topic, permission: int) -> Key:
         """
@@ -147,10 +192,29 @@ class Exchange:
 
         :raises RefusedError: with 401, when it is not
         """
-        key = None if topic.key in self.banned else self._grant(topic.key, topic.channel)
+        key = self._grant(topic.key, topic.channel)
+        if topic.key in self.bans and self.bans[topic.key].banned:
+            key = None
         if key is None or not key.allows(permission) or key.expired(self.now()):
             raise RefusedError(401)
         return key
+
+    @property
+    def banned(self) -> set[str]:
+        """The keys that are banned."""
+        return {key for key, ban in self.bans.items() if ban.banned}
+
+    def ban(self, key: str, banned: bool = True) -> None:
+        """Ban a key, or lift its ban, on all nodes."""
+        news = {key: self.cluster.new_ban(banned)}
+        self.learn(news)
+        for other in self.cluster.others(self):
+            self.cluster.send(self, other, partial(other.learn, news))
+
+    def learn(self, bans: Mapping[str, Ban]) -> None:
+        """Take over what another node has been told of keys, if it is newer."""
+        for key, ban in bans.items():
+            self.bans[key] = max(ban, self.bans.get(key, ban))
 
     def keygen(self, channel: str, letters: str, ttl: int) -> str:
         """
@@ -161,6 +225,9 @@ class Exchange:
         key = self.license.blank_key().aimed_at(channel)
         granted, expires = permissions(letters), expiry(self.now(), ttl)
         return self.license.encrypt(replace(key, permissions=granted, expires=expires))
+
+    def _elsewhere(self) -> dict[_Receiver, Subscriptions[_Receiver]]:
+        return {other: other.subscriptions for other in self.cluster.others(self)}
 
     def _entitle(self, topic: Topic, permission: int) -> Key:
         """Authorize what an extend key is no good for."""
@@ -182,11 +249,15 @@ class Exchange:
         self._tell("unsubscribe", peer, words, channel)
 
     def _tell(self, event: str, peer: Peer, words: Words, channel: str) -> None:
-        if watchers := self.watchers.match(words):
-            change = {
-                "time": int(self.now()),
-                "event": event,
-                "channel": channel,
-                "who": peer.who(),
-            }
-            deliver(watchers, "message", "emitter/presence/", to_json(change))
+        said = {"time": int(self.now()), "event": event, "channel": channel, "who": peer.who()}
+        change = to_json(said)
+        self.announce(words, change)
+        for other in self.cluster.others(self):
+            self.cluster.send(self, other, partial(other.announce, words, change))
+
+
+def _peers(receivers: Iterable[_Receiver]) -> list[Peer]:
+    return [receiver for receiver in receivers if isinstance(receiver, Peer)]
+
+
+_Receiver: TypeAlias = Peer | Exchange

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -62,18 +62,40 @@ class Trie(Generic[T]):
 class Subscriptions(Trie[T]):
     """The filters of subscribers, of whom those below ``$share/group/`` share what reaches them."""
 
-    def receivers(self, words: Words, excluded: T | None = None) -> list[T]:
-        """Give who gets a message, each once: of every group, one member at random."""
-        found = self.match(words)
+    def receivers(
+        self,
+        words: Words,
+        excluded: T | None = None,
+        elsewhere: Mapping[T, Subscriptions[T]] | None = None,
+    ) -> list[T]:
+        """
+        Give who gets a message, each once: of every group, one member at random.
+
+        :param elsewhere: who else gets it if one of these subscriptions matches: in each group that
+            has members there, it is one member
+        """
+        found, groups = self.match(words), self._groups(words)
+        for holder, subscriptions in (elsewhere or {}).items():
+            if subscriptions.match(words):
+                found[holder] = None
+            for name in subscriptions._groups(words):
+                groups.setdefault(name, {})[holder] = None
         found.pop(excluded, None)  # type: ignore[arg-type]  # None is never there
+        for members in groups.values():
+            members.pop(excluded, None)  # type: ignore[arg-type]  # as above
+            if members:
+                found[random.choice(list(members))] = None
+        return list(found)
+
+    def _groups(self, words: Words) -> dict[str, dict[T, None]]:
+        groups: dict[str, dict[T, None]] = {}
         if shared := self._root.children.get("$share"):
-            for group in shared.children.values():
+            for name, group in shared.children.items():
                 members: dict[T, None] = {}
                 self._collect(group, words, 0, members)
-                members.pop(excluded, None)  # type: ignore[arg-type]  # as above
                 if members:
-                    found[random.choice(list(members))] = None
-        return list(found)
+                    groups[name] = members
+        return groups
 
 
 def _by_prefix(node: _Node[T], words: Words, at: int, found: dict[T, None]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,12 +26,12 @@ _Answer: TypeAlias = dict[str, Any]
 _LINK_NAME = re.compile("[a-zA-Z0-9]{1,2}")
 
 
-def answer(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
+async def answer(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
     """Work off a request, and send its answer on its own topic, options and all."""
     try:
         if len(topic.words) != 1 or topic.words[0] not in _HANDLERS:
             raise RefusedError(404)
-        said = _HANDLERS[topic.words[0]](exchange, peer, packet.payload)
+        said = await _HANDLERS[topic.words[0]](exchange, peer, packet.payload)
     except RefusedError as refusal:
         said = {"status": refusal.status, "message": refusal.message}
     if packet.packet_id:
@@ -83,7 +83,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     fields, license = _Fields(payload), exchange.license
     text, channel = fields.text("key"), fields.text("channel")
     granted, ttl = permissions(fields.text("type")), fields.whole("ttl")
@@ -118,7 +118,7 @@ def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     return {"status": 200, "key": license.encrypt(key), "channel": channel}
 
 
-def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     fields = _Fields(payload)
     secret, target = fields.text("secret"), fields.text("target")
     banned = bool(fields.flag("banned"))
@@ -133,11 +133,11 @@ def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
         or key.contract != master.contract
     ):
         raise RefusedError(401)
-    (exchange.banned.add if banned else exchange.banned.discard)(target)
+    exchange.ban(target, banned)
     return {"status": 200, "banned": banned}
 
 
-def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     fields = _Fields(payload)
     name, subscribe = fields.text("name"), fields.flag("subscribe")
     text = f"{fields.text('key')}/{fields.text('channel')}"
@@ -151,14 +151,14 @@ def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     return {"status": 200, "name": name, "channel": topic.safe}
 
 
-def _me(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _me(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     said: _Answer = {"status": 200, "id": peer.id}
     if peer.links:
         said["links"] = {name: topic.safe for name, topic in sorted(peer.links.items())}
     return said
 
 
-def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     fields = _Fields(payload)
     text, channel = fields.text("key"), fields.text("channel")
     status, changes = fields.flag("status"), fields.flag("changes")
@@ -176,11 +176,11 @@ def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
         "time": int(exchange.now()),
         "event": "status",
         "channel": channel,
-        "who": [there.who() for there in exchange.subscriptions.receivers(topic.words)],
+        "who": [there.who() for there in await exchange.members(topic.words)],
     }
 
 
-def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     fields = _Fields(payload)
     text, after = fields.text("channel"), fields.binary("startFromID")
     topic = parse(text)
@@ -193,12 +193,12 @@ def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
                 # Go writes an empty slice that it has just read back as null
                 "payload": base64.b64encode(message.payload).decode() or None,
             }
-            for message in exchange.query(topic, after)
+            for message in await exchange.query(topic, after)
         ]
     }
 
 
-_HANDLERS: dict[str, Callable[[Exchange, Peer, bytes], _Answer]] = {
+_HANDLERS: dict[str, Callable[[Exchange, Peer, bytes], Awaitable[_Answer]]] = {
     "keygen": _keygen,
     "keyban": _keyban,
     "link": _link,

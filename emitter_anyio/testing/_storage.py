@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import secrets
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +22,7 @@ RETAINED = 2592000
 
 _FIRST, _LAST = 1514764800, 3029529600  # 2018 and 2066: a window's bounds, where they mean anything
 _MAX = 0xFFFFFFFF
+_SORTED_BY_INSERTION = 12
 _id = attrgetter("id")
 
 
@@ -45,10 +48,15 @@ class Storage:
 
     def __init__(self, contract: int) -> None:
         self._contract = contract
+        self.restart(forget=True)
+
+    def restart(self, forget: bool) -> None:
+        """Name another node in the ids from now on, and count anew, as each process does."""
         self._node = secrets.token_bytes(4)
         self._count = 0
-        self._kept: dict[str, list[Stored]] = {}  # by first level, in the order of the ids
-        self._expiries: list[tuple[int, Stored]] = []  # a heap
+        if forget:
+            self._kept: dict[str, list[Stored]] = {}  # by first level, in the order of the ids
+            self._expiries: list[tuple[int, Stored]] = []  # a heap
 
     def add(self, now: float, ttl: int, channel: str, words: Words, payload: bytes) -> None:
         """
@@ -89,7 +97,8 @@ class Storage:
         :param last: how many at most; :data:`REPLAY_LIMIT` bounds them too
         :param since: unix seconds; out of the range that the broker knows, the window is open
         :param until: as ``since``
-        :param after: the id of a message: look at older ones only
+        :param after: the id of a message: look at older ones only. As in Emitter, the message that
+            is found there is skipped, even if it is not that one but the next older
         :return: the oldest second first, and in a second the newest first
         """
         self._expire(now)
@@ -98,7 +107,7 @@ class Storage:
         newest = until if until is not None and _FIRST <= until <= _LAST else _LAST
         found: list[Stored] = []
         size = 0
-        for message in kept[bisect_right(kept, after, key=_id) :]:
+        for message in kept[bisect_left(kept, after, key=_id) + 1 if after else 0 :]:
             if len(found) >= last or message.time < oldest:
                 break
             if message.time > newest or not _below(words, message.words):
@@ -116,6 +125,24 @@ class Storage:
             del kept[bisect_left(kept, message.id, key=_id)]
             if not kept:
                 del self._kept[message.words[0]]
+
+
+def merge(answers: Sequence[list[Stored]], last: int) -> list[Stored]:
+    """
+    Put the answers of several nodes together, as ``message/message.go`` does.
+
+    They are sorted by second only, and cut. Go keeps the order of what is equal if there are at
+    most 12; here it is random if there are more.
+
+    :param answers: each as :meth:`Storage.query` gives it
+    :param last: how many messages at most, the newest ones
+    """
+    found = [message for answer in answers for message in answer]
+    if len(answers) > 1:
+        if len(found) > _SORTED_BY_INSERTION:
+            random.shuffle(found)
+        found.sort(key=attrgetter("time"))
+    return found[max(len(found) - last, 0) :]
 
 
 def _below(query: Words, words: Words) -> bool:

@@ -85,7 +85,7 @@ class Session:
         self.errors: list[str] = []
         """The documented errors in which calls have ended."""
         self._witness = Witness()
-        broker._exchange.subscribe(self._witness, f"{KEY}/a/")
+        broker._exchange.enroll(self._witness, broker._topic("a/"))
         self._heard: list[bytes] = []
         self._renewed = ""
         self._number = 0
@@ -100,7 +100,7 @@ class Session:
         self.struck = True
         self._publish_at_the_broker("a/r/", b"meanwhile")
         if self._renewed:
-            self.broker._exchange.banned.add(self._renewed)
+            self.broker._exchange.ban(self._renewed)
 
     async def run(self) -> None:
         """Go through the session, and fail if anything is not as it was promised."""
@@ -291,7 +291,7 @@ class Session:
             for channel in subscribed:
                 self._publish_at_the_broker(channel, marker)
             for channel in watched:
-                self.broker._exchange.subscribe(guest, f"{KEY}/{channel}x/")
+                self.broker._exchange.enroll(guest, self.broker._topic(f"{channel}x/"))
             if again:
                 # On a whole link this has been seen to work before.
                 await self.emitter.publish_with_link("l1", marker, qos=1)
