@@ -169,6 +169,14 @@ def adversity(session: nox.Session) -> None:
     session.run("pytest", "--numprocesses=auto", "tests/adversity.py", *session.posargs)
 
 
+@nox.session(name="cluster-dev", default=False)
+def cluster_dev(session: nox.Session) -> None:
+    """The client suite against two nodes of the development broker, its clients on both."""
+    session.install("-e", ".[test]")
+    session.env["EMITTER_NODES"] = "2"
+    session.run("pytest", "--numprocesses=auto", "-m", "emitter", *session.posargs)
+
+
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
     """The web chat of the examples, in Chromium: two talk, are cut off, and come back."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 import secrets
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -12,7 +14,7 @@ from blockbuster import blockbuster_ctx
 from tests.support.clock import virtual_time_options
 from tests.support.leaks import Leaks, freeze_what_is_there
 from tests.support.secrets import Witness
-from tests.support.server import Server, real_server
+from tests.support.server import Server, real_server, runs_cluster
 
 if TYPE_CHECKING:
     from emitter_anyio.testing import Broker
@@ -40,7 +42,8 @@ def pytest_configure() -> None:
 
 def pytest_report_header() -> str:
     if real_server() is None:
-        return "EMITTER_URL not set: the client suite runs against the development broker"
+        nodes = "two nodes of the" if runs_cluster() else "the"
+        return f"EMITTER_URL not set: the client suite runs against {nodes} development broker"
 
     return "EMITTER_URL set: the client suite runs against that broker"
 
@@ -137,17 +140,23 @@ async def server(anyio_backend: object, request: pytest.FixtureRequest) -> Async
     """
     A broker: a development broker of the test's own, on loopback.
 
-    For the client suite (marker ``emitter``) it is the real one of ``EMITTER_URL``, when set.
+    For the client suite (marker ``emitter``) it is the real one of ``EMITTER_URL``, when set, or
+    has two nodes, with ``EMITTER_NODES=2``.
     """
-    real = real_server() if request.node.get_closest_marker("emitter") else None
-    if real is not None:
-        yield real
-        return
-
     from emitter_anyio.testing import Broker
 
-    async with Broker() as broker:
-        yield Server(broker.url, broker.host, broker.port, False, broker.secret_key, broker)
+    in_client_suite = request.node.get_closest_marker("emitter") is not None
+    one_node = request.node.get_closest_marker("one_node") is not None
+    async with AsyncExitStack() as stack:
+        server = real_server() if in_client_suite else None
+        if server is None:
+            broker = await stack.enter_async_context(Broker(patience=0))
+            other = broker
+            if in_client_suite and runs_cluster():
+                other = await stack.enter_async_context(Broker(cluster=broker, patience=0))
+            place = broker.url, broker.host, broker.port, False
+            server = Server(*place, broker.secret_key, other.url, broker)
+        yield replace(server, other_url=server.url) if one_node else server
 
 
 @pytest.fixture

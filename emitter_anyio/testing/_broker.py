@@ -107,15 +107,17 @@ class Broker(AsyncContextManagerMixin):
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Broker]:
         failure: BaseException | None = None
-        async with create_task_group() as self._task_group:
+        async with create_task_group() as task_group:
+            self._task_group = task_group
             try:
-                await self._task_group.start(self._run, self._address[1])
+                await task_group.start(self._run, self._address[1])
                 yield self
             except get_cancelled_exc_class():
                 raise
             except BaseException as exc:  # leaves bare, and not in the group of our tasks
                 failure = exc
             finally:
+                self._task_group = None
                 self._halt()
         if failure is not None:
             raise failure
@@ -141,8 +143,9 @@ class Broker(AsyncContextManagerMixin):
         if self._run_now is None:
             return None
         (scope, ended), self._run_now = self._run_now, None
-        # The other nodes notice that this one has ended: even one that was cut off is told of.
         self._nodes.stop(self._exchange)
+        for client in self._clients:
+            self._exchange.abandon(client)
         self._traffic.resume()
         scope.cancel()
         return ended
@@ -235,10 +238,12 @@ class Broker(AsyncContextManagerMixin):
 
     async def stop(self) -> None:
         """
-        Stop this node as if its process were killed; what it stored is kept.
+        Stop this node as SIGKILL does; what it stored is kept.
 
-        Its clients are cut, and the other nodes notice: they no longer ask it, nor wait for it.
-        Returns when its port is free. Stopping it again has no effect.
+        Its clients are cut, and their wills are lost. The other nodes notice that: they no longer
+        ask it, nor wait for it, and each tells those who watch presence there that subscribers have
+        left, but with ids that are not theirs, as Emitter does. Returns when the port is free.
+        Stopping it again has no effect.
         """
         if ended := self._halt():
             await ended.wait()
@@ -247,8 +252,9 @@ class Broker(AsyncContextManagerMixin):
         """
         Stop this node if it runs, and start it again, on the same port.
 
-        The ids of what it stores from now on name another node. As in Emitter, nodes that have met
-        it before do not ask it any more for what it stores, while it asks them.
+        The ids of what it stores from now on name another node. The nodes that have met it before
+        ask it for what it stores; but they do not answer what it asks, and it waits for them in
+        vain until they are restarted themselves. Real ones mostly do so.
 
         :param forget: lose what was stored, as a node does that stores in memory only
         :raises RuntimeError: outside of the ``async with`` block

@@ -28,7 +28,7 @@ class _Member:
         self.cut = False
         self.delayed: list[Callable[[], None]] | None = None  # a list while the node is paused
         self.met: set[Exchange] = set()  # in the node's current run
-        self.unasked: set[Exchange] = set()
+        self.deaf: set[Exchange] = set()  # nodes that do not hear what this one asks
 
 
 class Cluster:
@@ -58,17 +58,22 @@ class Cluster:
         """
         Begin a run of a node.
 
-        A node that has met an earlier run of it does not ask it any more, as was seen on real ones.
+        In vain it asks nodes that have met an earlier run of it: real ones merge what that run has
+        left behind in them, and mostly take it for the end of their own wish to be asked.
         """
+        member = self._members[node]
         for other in self.others(node):
-            member = self._members[other]
-            (member.unasked if node in member.met else member.met).add(node)
-            self._members[node].met.add(other)
-        self._members[node].running = True
+            there = self._members[other]
+            if node in there.met:
+                member.deaf.add(other)
+            there.met.add(node)
+            there.deaf.discard(node)
+            member.met.add(other)
+        member.running = True
         self._exchange_bans(node)
 
     def stop(self, node: Exchange) -> None:
-        """End a run of a node: the others notice it, and the next run knows nothing of this one."""
+        """End a run of a node, of which its next one knows nothing; the others notice it."""
         self._members[node] = _Member()
 
     def pause(self, node: Exchange) -> None:
@@ -102,10 +107,13 @@ class Cluster:
         return [other for other in self.others(node) if not self._members[other].cut]
 
     def send(self, sender: Exchange, receiver: Exchange, act: Callable[[], None]) -> None:
-        """Have one node do something for another: now, when it is resumed, or never."""
-        if receiver not in self.reached(sender):
-            return
-        delayed = self._members[receiver].delayed
+        """Have one node do something for another: never, if they are not connected."""
+        if receiver in self.reached(sender):
+            self.do(receiver, act)
+
+    def do(self, node: Exchange, act: Callable[[], None]) -> None:
+        """Have a node do something: later, if it is paused."""
+        delayed = self._members[node].delayed
         if delayed is None:
             act()
         else:
@@ -115,13 +123,15 @@ class Cluster:
         """
         Ask the other nodes.
 
-        :return: their answers, and whether one that was asked gives none
+        :return: their answers, and whether one of them gives none
         """
-        unasked = self._members[asker].unasked
-        asked = [other for other in self.others(asker) if other not in unasked]
-        reached = self.reached(asker)
-        there = [o for o in asked if o in reached and self._members[o].delayed is None]
-        return [ask(other) for other in there], len(there) < len(asked)
+        deaf = self._members[asker].deaf
+        answering = [
+            other
+            for other in self.reached(asker)
+            if other not in deaf and self._members[other].delayed is None
+        ]
+        return [ask(other) for other in answering], len(answering) < len(self.others(asker))
 
     def _exchange_bans(self, node: Exchange) -> None:
         for other in self.reached(node):

@@ -17,7 +17,7 @@ from . import _requests
 from ._cluster import Ban, Cluster
 from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permissions
 from ._matching import Matcher, Subscriptions, Trie
-from ._peer import Peer, deliver, to_json
+from ._peer import Peer, deliver, new_id, to_json
 from ._refusals import EXTEND_KEY, RefusedError
 from ._storage import RETAINED, Storage, Stored, merge
 from ._topics import Topic, Words, parse
@@ -127,7 +127,8 @@ class Exchange:
         topic = parse(text)
         self._entitle(topic, READ)
         if topic.words in peer.subscribed:
-            self._strike(peer, topic.words)
+            channel = self._strike(peer, topic.words)
+            self._tell("unsubscribe", peer, topic.words, channel)
 
     def enroll(self, peer: Peer, topic: Topic) -> None:
         """Enter a subscription; one that there is stays as it is."""
@@ -151,10 +152,8 @@ class Exchange:
 
     def leave(self, peer: Peer) -> None:
         """End what a connection had, and publish its will: a clean end is no different here."""
-        for watched in list(peer.watched):
-            self.watch(peer, watched, False)
-        for subscribed in list(peer.subscribed):
-            self._strike(peer, subscribed)
+        for words, channel in self._strike_all(peer):
+            self._tell("unsubscribe", peer, words, channel)
         will, peer.will = peer.will, None
         if will is not None:
             try:
@@ -164,6 +163,21 @@ class Exchange:
                 return  # nobody is left to be told
             if not topic.wild:
                 self.spread(topic, will.payload, RETAINED * (will.retain and key.allows(STORE)))
+
+    def abandon(self, peer: Peer) -> None:
+        """
+        End what a connection had when this node is killed: its will is lost.
+
+        The other nodes announce that it ended. But as real ones do, each gives it an id that nobody
+        has: it makes the id from its own name, instead of that of the node which is gone.
+        """
+        peer.will = None
+        struck = self._strike_all(peer)
+        for other in self.cluster.others(self):
+            who = {**peer.who(), "id": new_id()}
+            for words, channel in struck:
+                change = self._change("unsubscribe", who, channel)
+                self.cluster.do(other, partial(other.announce, words, change))
 
     async def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
         """Find the stored messages for which a topic's options ask: one, unless they say more."""
@@ -243,17 +257,24 @@ class Exchange:
             return None
         return key if self.license.made(key) and key.opens(channel) else None
 
-    def _strike(self, peer: Peer, words: Words) -> None:
+    def _strike(self, peer: Peer, words: Words) -> str:
         channel = peer.subscribed.pop(words)
         self.subscriptions.remove(words, peer)
-        self._tell("unsubscribe", peer, words, channel)
+        return channel
+
+    def _strike_all(self, peer: Peer) -> list[tuple[Words, str]]:
+        for watched in list(peer.watched):
+            self.watch(peer, watched, False)
+        return [(words, self._strike(peer, words)) for words in list(peer.subscribed)]
 
     def _tell(self, event: str, peer: Peer, words: Words, channel: str) -> None:
-        said = {"time": int(self.now()), "event": event, "channel": channel, "who": peer.who()}
-        change = to_json(said)
+        change = self._change(event, peer.who(), channel)
         self.announce(words, change)
         for other in self.cluster.others(self):
             self.cluster.send(self, other, partial(other.announce, words, change))
+
+    def _change(self, event: str, who: dict[str, str], channel: str) -> bytes:
+        return to_json({"time": int(self.now()), "event": event, "channel": channel, "who": who})
 
 
 def _peers(receivers: Iterable[_Receiver]) -> list[Peer]:

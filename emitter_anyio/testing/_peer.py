@@ -26,7 +26,7 @@ class Peer(ABC):
 
     def __init__(self) -> None:
         #: what ``me`` answers and presence shows: a new one for every connection
-        self.id: str = base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
+        self.id: str = new_id()
         self.username: str = ""
         self.will: Will | None = None
         self.links: dict[str, Topic] = {}
@@ -44,6 +44,11 @@ class Peer(ABC):
     def who(self) -> dict[str, str]:
         """Give how presence shows this connection."""
         return {"id": self.id, "username": self.username} if self.username else {"id": self.id}
+
+
+def new_id() -> str:
+    """Make an id as connections have it."""
+    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
 
 
 def deliver(peers: Iterable[Peer], kind: Kind, topic: str, payload: bytes) -> None:

@@ -23,8 +23,8 @@ async def emitter(server: Server) -> AsyncIterator[Emitter]:
 
 @pytest.fixture
 async def other(server: Server) -> AsyncIterator[Emitter]:
-    """Another client, called bob, that is connected."""
-    async with connect(server.url, username="bob") as other:
+    """Another client, called bob, that is connected; to another node, if there are several."""
+    async with connect(server.other_url, username="bob") as other:
         yield other
 
 

@@ -151,7 +151,7 @@ async def test_requests_under_two_keys_have_their_own_replies(
 async def test_two_clients_ask_one(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    async with connect(server.url) as third, serving(other, key, unique, shout):
+    async with connect(server.other_url) as third, serving(other, key, unique, shout):
         assert (await emitter.request(key, unique, "a")).as_string() == "A"
         assert (await third.request(key, unique, "b")).as_string() == "B"
 
@@ -184,7 +184,7 @@ async def test_of_two_that_serve_the_first_reply_counts(
         await go.wait()
         return "slow"
 
-    async with connect(server.url) as third, emitter.stream("error") as errors:
+    async with connect(server.other_url) as third, emitter.stream("error") as errors:
         async with serving(third, key, unique, slow), serving(other, key, unique, shout):
             assert (await emitter.request(key, unique, "quick")).as_string() == "QUICK"
             async with emitter.subscribe(key, unique, last=0) as everything:
@@ -284,7 +284,7 @@ async def test_nobody_serves(emitter: Emitter, key: str, unique: str) -> None:
 async def test_the_time_is_the_clients_request_timeout_unless_said(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
-    async with connect(server.url, request_timeout=0.06) as impatient:
+    async with connect(server.other_url, request_timeout=0.06) as impatient:
         await impatient.me(timeout=None)
         with pytest.raises(RequestTimeoutError, match=r"0\.06 s"):
             await impatient.request(key, unique, "")
@@ -596,7 +596,7 @@ async def test_serving_ends_when_the_client_disconnects(
 async def test_a_client_asks_again_in_its_next_life(
     server: Server, other: Emitter, key: str, unique: str
 ) -> None:
-    again = connect(server.url)
+    again = connect(server.other_url)
     async with serving(other, key, unique, shout):
         for text in ("one", "two"):
             async with again:

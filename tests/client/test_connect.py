@@ -97,7 +97,7 @@ async def test_the_broker_publishes_the_will_when_the_client_has_left(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
-        async with connect(server.url, will=Will(key, unique, "gone")):
+        async with connect(server.other_url, will=Will(key, unique, "gone")):
             pass
         message = await messages.receive()
     assert message.as_string() == "gone"

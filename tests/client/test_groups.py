@@ -63,7 +63,7 @@ async def test_each_group_and_those_in_none_get_each_message(
     server: Server, emitter: Emitter, other: Emitter, key: str, any_group_key: str, unique: str
 ) -> None:
     async with (
-        connect(server.url) as third,
+        connect(server.other_url) as third,
         emitter.subscribe(any_group_key, unique, group="g") as one,
         other.subscribe(any_group_key, unique, group="h") as two,
         third.subscribe(key, unique) as all_of_them,

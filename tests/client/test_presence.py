@@ -105,7 +105,7 @@ async def test_who_loses_the_link_has_left(
     calls = Calls()
     emitter.on("presence", calls)
     await emitter.presence(key, unique, changes=True)
-    async with connect(server.url) as other:
+    async with connect(server.other_url) as other:
         await other.subscribe(key, unique)
     _, came, left = await calls.get(3)
     assert (came.event, left.event) == ("subscribe", "unsubscribe")
@@ -222,7 +222,7 @@ async def test_the_feed_tells_of_who_loses_the_link(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
-        async with connect(server.url, username="carol") as carol:
+        async with connect(server.other_url, username="carol") as carol:
             await carol.subscribe(key, unique)
             await feed.receive()
             (member,) = (await feed.receive()).who
@@ -260,7 +260,7 @@ async def test_a_fresh_status_does_not_throw_out_who_came_below(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     await other.subscribe(key, unique)
-    async with emitter.watch_presence(key, unique) as feed, connect(server.url) as carol:
+    async with emitter.watch_presence(key, unique) as feed, connect(server.other_url) as carol:
         await carol.subscribe(key, f"{unique}a/")
         assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
         carols_id = (await carol.me()).id

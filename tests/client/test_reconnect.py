@@ -80,7 +80,7 @@ async def test_short_links_are_there_again(
 async def test_a_watched_room_is_right_again(
     link: Relay, lost: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    async with connect(server.url, username="old") as old, connect(server.url) as new:
+    async with connect(server.url, username="old") as old, connect(server.other_url) as new:
         await old.subscribe(key, unique, 0)
         async with lost.watch_presence(key, unique) as feed:
             assert (await feed.receive()).event == "status"

@@ -16,6 +16,7 @@ class Server:
     """
     Where a broker listens, and its secret.
 
+    ``other_url`` is another node of the broker if it is a cluster, otherwise the same one.
     ``broker`` is the development broker itself, or ``None`` when a real one is used: a test of the
     client suite does without it.
     """
@@ -25,12 +26,20 @@ class Server:
     port: int
     secure: bool
     secret: str = field(repr=False)
+    other_url: str
     broker: Broker | None = None
+
+
+def runs_cluster() -> bool:
+    """Say whether ``EMITTER_NODES`` asks for a development broker of two nodes."""
+    return os.environ.get("EMITTER_NODES") == "2"
 
 
 def real_server() -> Server | None:
     """
     The Emitter of ``EMITTER_URL`` and ``EMITTER_SECRET``, or ``None`` when neither is set.
+
+    ``EMITTER_OTHER_URL`` is that of another node of its cluster, if it has one.
 
     :raises RuntimeError: when they say only half of what is needed
 
@@ -52,4 +61,5 @@ def real_server() -> Server | None:
         raise RuntimeError("EMITTER_URL is no mqtt, mqtts, ws or wss URL with a host")
 
     port = parts.port or (443 if secure else 8080)
-    return Server(url, parts.hostname, port, secure, secret)
+    other_url = os.environ.get("EMITTER_OTHER_URL") or url
+    return Server(url, parts.hostname, port, secure, secret, other_url)
