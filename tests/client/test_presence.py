@@ -21,6 +21,8 @@ pytestmark = pytest.mark.emitter
 
 NO_KEY = "A" * 32
 
+a_status_is_of_one_node = pytest.mark.one_node("a status lists only the clients of its own node")
+
 
 @pytest.fixture
 async def bob(other: Emitter) -> Member:
@@ -31,6 +33,7 @@ async def bob(other: Emitter) -> Member:
 # presence()
 
 
+@a_status_is_of_one_node
 async def test_a_status_tells_who_is_there(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
@@ -46,6 +49,7 @@ async def test_nobody_is_there(emitter: Emitter, key: str, unique: str) -> None:
     assert (await emitter.presence(key, unique)).who == ()
 
 
+@a_status_is_of_one_node
 @pytest.mark.parametrize(
     ("channel", "there"), [("a/b/", True), ("a/", True), ("a/+/", True), ("a/b/c/", False)]
 )
@@ -192,6 +196,7 @@ async def test_a_handler_may_ask_for_one_channel(
 # watch_presence()
 
 
+@a_status_is_of_one_node
 async def test_the_feed_begins_with_a_status_of_who_is_there(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
@@ -240,6 +245,7 @@ async def test_the_feed_tells_of_what_happens_below(
         assert (came.event, came.channel, came.who) == ("subscribe", f"{unique}a/", (bob,))
 
 
+@a_status_is_of_one_node
 async def test_who_leaves_the_channel_and_is_still_reached_is_found_again_by_a_status(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
