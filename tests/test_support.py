@@ -180,11 +180,16 @@ class TestServer:
     ) -> None:
         monkeypatch.setenv("EMITTER_URL", url)
         monkeypatch.setenv("EMITTER_SECRET", "s3cret")
+        monkeypatch.delenv("EMITTER_OTHER_URL", raising=False)
         server = real_server()
         assert server is not None
         assert (server.url, server.host, server.port, server.secure) == (url, host, port, secure)
-        assert (server.secret, server.broker) == ("s3cret", None)
+        assert (server.secret, server.other_url, server.broker) == ("s3cret", url, None)
         assert "s3cret" not in repr(server)
+        monkeypatch.setenv("EMITTER_OTHER_URL", "mqtt://127.0.0.1:8081")
+        server = real_server()
+        assert server is not None
+        assert server.other_url == "mqtt://127.0.0.1:8081"
 
     @pytest.mark.parametrize("name", ["EMITTER_URL", "EMITTER_SECRET"])
     def test_half_of_the_variables(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -101,6 +101,17 @@ def test_a_window(since: int | None, until: int | None, payloads: str) -> None:
     assert found(storage, NOW + 3, "a/", 100, *window) == list(payloads)
 
 
+def test_behind_an_id_that_is_held_no_more_one_message_is_skipped() -> None:
+    storage = Storage(1)
+    for payload, ttl in (("1", 60), ("2", 60), ("3", 2), ("4", 60)):
+        add(storage, NOW, "a/", payload, ttl)
+    [*_, oldest] = storage.query(NOW, ("a",), 2)
+    assert oldest.payload == b"3"
+    for now, payloads in ((NOW, [b"2", b"1"]), (NOW + 2, [b"1"])):
+        page = storage.query(now, ("a",), 9, after=oldest.id)
+        assert [message.payload for message in page] == payloads
+
+
 def test_what_is_found_is_at_most_64_kib() -> None:
     storage = Storage(1)
     for second in range(5):

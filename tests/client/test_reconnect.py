@@ -77,6 +77,7 @@ async def test_short_links_are_there_again(
         assert (await messages.receive()).as_string() == "through"
 
 
+@pytest.mark.one_node("who comes on another node meanwhile is in no status, and the event is lost")
 async def test_a_watched_room_is_right_again(
     link: Relay, lost: Emitter, server: Server, key: str, unique: str
 ) -> None:
