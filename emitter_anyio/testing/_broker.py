@@ -59,11 +59,10 @@ class Broker(AsyncContextManagerMixin):
     :param coalesce: write to each client as the real broker does: 60 packets at once and 60 more a
         second, the others once a second. An answer behind many others takes a second then, and one
         that waits when its client leaves is lost
-    :param cluster: another broker, of whose cluster this one becomes a node: with the same licence
-        and the same clock, but with clients and stored messages of its own
-    :param patience: for how many seconds a node waits for what the others store, if one that it
-        asks does not answer; and, since none of them answers that, twice as long as for a status of
-        presence. As long as the real one unless given
+    :param cluster: another broker, of whose cluster this one becomes a node: the licence and
+        the clock are the same, the clients and the stored messages are not
+    :param patience: seconds that a node waits for other nodes that do not answer a request for
+        stored messages; it waits half as long before each status of presence
     :raises ValueError: if ``license`` is none, or not the one of the ``cluster``, or there is no
         such ``matcher``
     :raises OSError: on entering, if the port is taken
@@ -238,7 +237,7 @@ class Broker(AsyncContextManagerMixin):
 
     async def stop(self) -> None:
         """
-        Stop this node as SIGKILL does; what it stored is kept.
+        Stop this node as SIGKILL does, and keep its stored messages.
 
         Its clients are cut, and their wills are lost. The other nodes notice that: they no longer
         ask it, nor wait for it, and each tells those who watch presence there that subscribers have
@@ -252,9 +251,9 @@ class Broker(AsyncContextManagerMixin):
         """
         Stop this node if it runs, and start it again, on the same port.
 
-        The ids of what it stores from now on name another node. The nodes that have met it before
-        ask it for what it stores; but they do not answer what it asks, and it waits for them in
-        vain until they are restarted themselves. Real ones mostly do so.
+        The ids of messages that it stores from now on name another node. The nodes that knew it
+        before ask it for stored messages, but do not answer when it asks, and it waits for them;
+        restarting them ends that. Real nodes do so in most restarts.
 
         :param forget: lose what was stored, as a node does that stores in memory only
         :raises RuntimeError: outside of the ``async with`` block
@@ -270,14 +269,14 @@ class Broker(AsyncContextManagerMixin):
         Stop this node's process where it is, as SIGSTOP does, until :meth:`resume`.
 
         Links stay open, but nothing is taken from clients; what other nodes send to it waits. They
-        wait in vain for its answers.
+        get no answers from it, and wait for them.
         """
         self._require_run("pause")
         self._nodes.pause(self._exchange)
         self._traffic.pause()
 
     def resume(self) -> None:
-        """Let a paused node go on with all that has come meanwhile."""
+        """Let a paused node handle everything that has arrived since, and go on."""
         self._require_run("resume")
         self._nodes.resume(self._exchange)
         self._traffic.resume()
@@ -286,8 +285,8 @@ class Broker(AsyncContextManagerMixin):
         """
         Cut this node off from the other ones, until :meth:`heal`; its clients do not notice.
 
-        What nodes would send to each other is lost: messages, and changes of presence. Each waits
-        in vain for the answers of the other side.
+        What nodes would send to each other is lost: messages, and changes of presence. Each side
+        waits for the answers of the other, and gets none.
         """
         self._require_run("cut")
         self._nodes.cut(self._exchange, True)

@@ -58,8 +58,8 @@ class Cluster:
         """
         Begin a run of a node.
 
-        In vain it asks nodes that have met an earlier run of it: real ones merge what that run has
-        left behind in them, and mostly take it for the end of their own wish to be asked.
+        Nodes that knew an earlier run do not get its surveys: a real node merges a stale entry of
+        that run from their state, and in most restarts unsubscribes them from its surveys.
         """
         member = self._members[node]
         for other in self.others(node):
