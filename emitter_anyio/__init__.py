@@ -13,6 +13,7 @@ from ._errors import ConnectRefusedError as ConnectRefusedError
 from ._errors import EmitterError as EmitterError
 from ._errors import ForbiddenError as ForbiddenError
 from ._errors import HandlerError as HandlerError
+from ._errors import HistoryIncompleteError as HistoryIncompleteError
 from ._errors import InvalidChannelError as InvalidChannelError
 from ._errors import MessageTooLargeError as MessageTooLargeError
 from ._errors import NotFoundError as NotFoundError

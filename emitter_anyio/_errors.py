@@ -22,12 +22,14 @@
         ├── PaymentRequiredError      402
         ├── ForbiddenError            403
         ├── NotFoundError             404
-        └── ServerError               5xx
+        ├── ServerError               5xx
+        └── HistoryIncompleteError    stored messages that cannot be read
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -196,6 +198,28 @@ class NotFoundError(RequestError):
 
 class ServerError(RequestError):
     """5xx: the broker failed."""
+
+
+class HistoryIncompleteError(RequestError):
+    """
+    Stored messages that could not be read, at their place between the others.
+
+    Iteration can go on after it.
+
+    :ivar since: the first second of the period that they are from
+    :ivar until: its last second
+    """
+
+    def __init__(self, reason: str, *, channel: str, since: datetime, until: datetime) -> None:
+        super().__init__(
+            None,
+            f"stored messages from {since:%Y-%m-%dT%H:%M:%SZ} to {until:%Y-%m-%dT%H:%M:%SZ} could "
+            f"not be read: {reason}; iterate further to read the others",
+            operation="history",
+            channel=channel,
+        )
+        self.since = since
+        self.until = until
 
 
 _BY_STATUS: dict[int, type[RequestError]] = {

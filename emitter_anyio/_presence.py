@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -31,6 +32,9 @@ class PresenceFeed(EventStream[PresenceEvent]):
     subscribed below it since the feed began, of whom only events tell. An event can be lost, so the
     feed asks for fresh statuses now and then; where one says something new, the
     :class:`PresenceStatus` is an item of the stream too.
+
+    In a cluster a status names only those on the node that is asked, while events come from all
+    nodes. So a status removes only those whom an earlier one, on the same connection, has named.
     """
 
     def __init__(self, channel: str, buffer: int, overflow: Overflow) -> None:
@@ -39,6 +43,8 @@ class PresenceFeed(EventStream[PresenceEvent]):
         """The channel that is watched."""
         self._there: dict[str, dict[str, Member]] = {channel: {}}
         self._members: dict[str, Member] = {}
+        self._named: set[str] = set()
+        """Who is on the node that is asked: named by a status since the connection was opened."""
         self._witnessed: set[str] = set()
         self._touched: set[str] = set()
         self._doubt = anyio.Event()
@@ -49,6 +55,13 @@ class PresenceFeed(EventStream[PresenceEvent]):
         return MappingProxyType(self._members)
 
     # The side of the client
+
+    def note_gap(self) -> None:
+        """Note that the link is lost: the next one may lead to another node."""
+        super().note_gap()
+        self._named.clear()
+        for id, member in self._members.items():
+            self._members[id] = replace(member, confirmed=False)
 
     def next_below(self) -> list[str]:
         """Give channels below the watched one in which somebody is or was, each in its turn."""
@@ -83,19 +96,22 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def correct(self, channel: str, status: PresenceStatus) -> bool:
         """Take in the status of a channel; tells whether it says something new."""
-        before = dict(self._members)
+        before = self._names()
         there = self._place(channel)
         told = {member.id: member for member in status.who}
-        for id in there.keys() - told.keys() - self._touched:
+        for id in (there.keys() & self._named) - told.keys() - self._touched:
             del there[id]
+        self._named |= told.keys()
         # A status names the subscribers of the parents too: they need no place below.
         above = {} if channel == self.channel else self._there[self.channel]
-        for id in told.keys() - above.keys() - self._touched:
-            there[id] = self._members[id] = told[id]
+        for id in told.keys() - self._touched:
+            self._members[id] = told[id]
+            if id not in above:
+                there[id] = told[id]
         if self._touched:
             self.doubt()
         self._forget_the_gone()
-        return self._members != before
+        return self._names() != before
 
     def doubt(self) -> None:
         """Have a fresh status asked for."""
@@ -119,6 +135,9 @@ class PresenceFeed(EventStream[PresenceEvent]):
             if (longest_ago := next(empty, None)) is not None:
                 del self._there[longest_ago]
         return self._there.setdefault(channel, {})
+
+    def _names(self) -> dict[str, str | None]:
+        return {id: member.username for id, member in self._members.items()}
 
     def _forget_the_gone(self) -> None:
         here = {id for there in self._there.values() for id in there}

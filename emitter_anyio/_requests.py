@@ -79,10 +79,14 @@ class Member:
 
     :ivar id: the connection's id
     :ivar username: the user name that it connected with, if any
+    :ivar confirmed: whether the broker has named it since the client's connection was opened. In
+        :attr:`PresenceFeed.members`, those of an earlier connection stay without it until the
+        broker says something of them
     """
 
     id: str
     username: str | None = None
+    confirmed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

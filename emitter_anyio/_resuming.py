@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -22,14 +21,19 @@ from ._messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 from ._options import Options
 from ._pending import Grant
 from ._reconnecting import Restoration
+from ._stored import Unread
 from ._subscription import EventStream
 from ._watermark import RENEWED, Watermark
 
-_ALL: Final = 0xFFFFFFFF
-"""As many stored messages as there are, a page at a time."""
+_ALL: Final = 2**20
+"""As many stored messages as there may be; a broker that invents them comes to an end."""
+
+_MOST_SKIPPED: Final = 16
+"""So many messages too large to be read back are passed over to find a smaller one."""
 
 _NOT_RESUMED: Final = "the link was lost again before what was stored could be read back"
 """The reason of a gap behind which no resumption has ended yet."""
+_EXPIRED: Final = "the last message known to have come is not stored any more, nor might others be"
 
 
 class Subscription:
@@ -168,10 +172,13 @@ class Resumer(Historian):
         try:
             found = await self._request(requests.history(key, channel, last=1), DEFAULT)
         except RequestError as exc:
-            if exc.status is None:
-                # It is too large for the broker to send, and so would be any resuming behind it.
-                return None
-            raise
+            if exc.status is not None:
+                raise
+            # It is too large for the broker to send. The one before it will do.
+            reader = self._reader(key, channel, _MOST_SKIPPED, None)
+            while isinstance(newest := await reader.next(), Unread):
+                pass
+            return newest
         return found[-1] if found else None
 
     async def _keep_watermark(
@@ -203,40 +210,46 @@ class Resumer(Historian):
     ) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
         with scope:
-            found: list[StoredMessage] = []
-            reason = None
-            # What an earlier gap has left unread counts, too.
-            beside = [stream.beside for stream in subscription.held] or [(0, 0)]
-            most = subscription.resume_limit - max(count for count, _ in beside)
-            size = max(size for _, size in beside)
             try:
-                async with aclosing(self._stored_behind(grant, watermark)) as stored:
-                    async for message in stored:
-                        size += weight_of([message])
-                        if len(found) >= most:
-                            reason = f"there are more than resume_limit={subscription.resume_limit}"
-                            break
-                        if size > MAX_BYTES:
-                            reason = "there are more than 8 MiB of them"
-                            break
-                        found.append(message)
+                found, reason = await self._stored_behind(grant, watermark, subscription)
             except ConnectionLostError:
                 # The next link does it all again.
                 return
-            except EmitterError as exc:
-                reason = str(exc)
-            found.reverse()
             watermark.resumed(found)
             self._put_resumed(subscription, found, reason)
 
     async def _stored_behind(
-        self, grant: Grant, watermark: Watermark
-    ) -> AsyncGenerator[StoredMessage]:
-        pages = self._newest_first(grant.key, grant.channel, _ALL, watermark.since, None, DEFAULT)
-        async with aclosing(pages):
-            async for message in pages:
-                if watermark.behind(message):
-                    yield message
+        self, grant: Grant, watermark: Watermark, subscription: Subscription
+    ) -> tuple[list[StoredMessage], str | None]:
+        """Give what may not have been delivered, the oldest first, and why some may be missing."""
+        found: list[StoredMessage] = []
+        # What an earlier gap has left unread counts, too.
+        beside = [stream.beside for stream in subscription.held] or [(0, 0)]
+        most = subscription.resume_limit - max(count for count, _ in beside)
+        size = max(size for _, size in beside)
+        reason = None
+        known = watermark.since is None
+        reader = self._reader(grant.key, grant.channel, _ALL, watermark.since)
+        try:
+            while (stored := await reader.next()) is not None:
+                if isinstance(stored, Unread):
+                    reason = reason or stored.reason
+                    continue
+                if not watermark.behind(stored):
+                    known = known or watermark.is_at(stored)
+                    continue
+                size += weight_of([stored])
+                if len(found) >= most:
+                    limit = f"there are more than resume_limit={subscription.resume_limit}"
+                    return found[::-1], limit
+                if size > MAX_BYTES:
+                    return found[::-1], "there are more than 8 MiB of them"
+                found.append(stored)
+        except ConnectionLostError:
+            raise
+        except EmitterError as exc:
+            reason = str(exc)
+        return found[::-1], reason or (None if known else _EXPIRED)
 
     def _put_resumed(
         self, subscription: Subscription, found: Sequence[StoredMessage], reason: str | None

@@ -54,6 +54,10 @@ class Watermark(EventStream[EmitterMessage]):
         mine, other = known.id[12:16], message.id[12:16]
         return message.time == known.time and (mine != other or message.id[4:12] < known.id[4:12])
 
+    def is_at(self, message: StoredMessage) -> bool:
+        """Tell whether a stored message is the one up to which all has been delivered."""
+        return self._known is not None and message.id == self._known.id
+
     def begin(self, newest: StoredMessage | None) -> None:
         """Begin behind the newest message that is stored before the subscription is made."""
         self._known = self._newest = newest

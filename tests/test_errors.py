@@ -15,6 +15,7 @@ from emitter_anyio._errors import (
     EmitterError,
     ForbiddenError,
     HandlerError,
+    HistoryIncompleteError,
     InvalidChannelError,
     MessageTooLargeError,
     NotFoundError,
@@ -52,6 +53,7 @@ TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     ForbiddenError: (RequestError,),
     NotFoundError: (RequestError,),
     ServerError: (RequestError,),
+    HistoryIncompleteError: (RequestError,),
 }
 
 

@@ -214,10 +214,53 @@ class TestDoubts:
 
     def test_who_is_gone_by_a_status_is_a_stranger_again(self, feed: PresenceFeed) -> None:
         feed.note(came("X"))
+        asked(feed, "X")
         asked(feed)
         asked(feed, "X")
         feed.note(went("X"))
         assert in_doubt(feed), "it may be in other places by now"
+
+
+class TestOtherNodes:
+    """A status names those on one node of a cluster; events come from all of them."""
+
+    def test_who_is_on_another_node_stays(self, feed: PresenceFeed) -> None:
+        asked(feed, "X")
+        feed.note(came("Y"))
+        feed.note(came("Z", "a/b/"))
+        assert not asked(feed, "X")
+        assert not asked(feed, "X", channel="a/b/")
+        assert sorted(feed.members) == ["X", "Y", "Z"]
+        feed.note(went("Y"))
+        feed.note(went("Z", "a/b/"))
+        assert list(feed.members) == ["X"]
+
+    def test_who_was_named_once_may_be_missed_in_any_channel(self, feed: PresenceFeed) -> None:
+        feed.note(came("X", "a/b/"))
+        asked(feed, "X", channel="a/b/")
+        feed.note(came("X", "a/c/"))
+        assert asked(feed, channel="a/b/") is False
+        assert asked(feed, channel="a/c/")
+        assert dict(feed.members) == {}
+
+    def test_those_of_another_connection_stay_unconfirmed(self, feed: PresenceFeed) -> None:
+        asked(feed, "W", "X")
+        feed.note(came("Y", username="ann"))
+        feed.note(came("Z"))
+        feed.note_gap()
+        assert {member.confirmed for member in feed.members.values()} == {False}
+        assert not asked(feed, "X"), "nobody has come or gone"
+        assert not asked(feed, "X"), "nor have those whom another node may have"
+        feed.note(came("Z"))
+        assert dict(feed.members) == {
+            "W": Member("W", confirmed=False),
+            "X": Member("X"),
+            "Y": Member("Y", "ann", confirmed=False),
+            "Z": Member("Z"),
+        }
+        feed.note(went("Y"))
+        assert asked(feed), "X has been named since"
+        assert sorted(feed.members) == ["W", "Z"]
 
 
 class TestChangesWhileAskingForAStatus:
@@ -266,7 +309,11 @@ class TestChangesWhileAskingForAStatus:
         for event, id in changes:
             feed.note(PresenceEvent(NOW, event, "a/", (Member(id),)))
         before = set(feed.members)
-        assert asked(feed, *there) == (there != before)
+        # It removes nobody, who may be on another node, before it has named him once.
+        assert asked(feed, *there) == (not there <= before)
+        assert set(feed.members) == there | before
+        asked(feed, *"XYZ")
+        assert asked(feed, *there) == (there != set("XYZ"))
         assert set(feed.members) == there
         assert not in_doubt(feed)
         feed.close()

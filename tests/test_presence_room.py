@@ -119,18 +119,22 @@ async def move(member: Emitter, key: str, dice: random.Random, moves: int) -> No
 
 @asynccontextmanager
 async def crowd(
-    broker: Broker, key: str, seed: int, count: int = 50, phases: int = 6
+    broker: Broker, statuses: Statuses, key: str, seed: int, count: int = 50, phases: int = 6
 ) -> AsyncGenerator[list[Emitter]]:
     """
     Let them come and go; every other time, what would be told of it is lost.
 
-    In the end a fifth of them have left altogether.
+    At first all are there until statuses have named them, so that they are not taken for those of
+    another node. In the end a fifth of them have left altogether.
     """
     async with AsyncExitStack() as stack:
         members = [
             await stack.enter_async_context(one_link(broker.url, username=f"m{number}"))
             for number in range(count)
         ]
+        for member in members:
+            await member.subscribe(key, ROOM)
+        await statuses.more(20)
         for phase in range(phases):
             with broker.lose("message") if phase % 2 else nullcontext():
                 async with anyio.create_task_group() as tasks:
@@ -152,7 +156,7 @@ async def test_the_members_are_right_in_the_end(
 ) -> None:
     statuses = Statuses(watcher)
     async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:
-        async with crowd(broker, key, seed):
+        async with crowd(broker, statuses, key, seed):
             assert len(truth(broker, ROOM)) > 20
             await right(broker, statuses, room_=feed)
         await right(broker, statuses, room_=feed)
@@ -169,7 +173,7 @@ async def test_several_feeds_on_overlapping_channels_are_right_at_once(
         watcher.watch_presence(key, ROOM, buffer=1, overflow="drop_oldest", refresh=OFTEN) as too,
         watcher.watch_presence(key, f"{ROOM}a/", buffer=100000, refresh=OFTEN) as a,
         watcher.watch_presence(key, f"{ROOM}d/", buffer=100000, refresh=OFTEN) as d,
-        crowd(broker, key, 7, count=25),
+        crowd(broker, statuses, key, 7, count=25),
     ):
         numbers = [len(truth(broker, each)) for each in (ROOM, f"{ROOM}a/", f"{ROOM}d/")]
         assert numbers == sorted(set(numbers), reverse=True), "each has its own"
@@ -187,7 +191,7 @@ async def test_the_members_are_right_whether_or_not_anybody_reads(
     async with (
         watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as lagging,
         watcher.watch_presence(key, ROOM, buffer=2, overflow=overflow, refresh=OFTEN) as full,
-        crowd(broker, key, 11, count=20),
+        crowd(broker, statuses, key, 11, count=20),
     ):
         await right(broker, statuses, room_=lagging)
         assert told(full) == told(lagging)
@@ -205,7 +209,7 @@ async def test_the_members_are_right_whether_or_not_anybody_reads(
 async def test_each_phase_of_losing_ends_right(broker: Broker, watcher: Emitter, key: str) -> None:
     statuses = Statuses(watcher)
     async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:
-        async with crowd(broker, key, 3, count=10, phases=2) as members:
+        async with crowd(broker, statuses, key, 3, count=10, phases=2) as members:
             staying = [member for member in members if member.state == "connected"]
             for phase in range(3):
                 with broker.lose("message"):
@@ -339,7 +343,7 @@ async def test_doubts_do_not_put_off_the_refresh() -> None:
             while "y" not in feed.members:
                 await feed.receive()
             await anyio.sleep(245)
-            assert told(feed) == {}
+            assert told(feed) == {"y": ""}, "it may be on another node"
     start = asked[0][0]
     below = [time - start for time, channel in asked if channel != ROOM]
     assert below == [60, 120, 180, 240]
@@ -394,6 +398,7 @@ async def test_an_answer_that_does_not_come_in_time_is_reported_and_asked_for_ag
         reported.set()
 
     async with connect(broker.url, request_timeout=0.05) as hasty:
+        named = Statuses(hasty)
         hasty.on("error", report)
         # No answer that is awaited here may be late: only those to the refreshing may.
         async with hasty.watch_presence(key, ROOM, refresh=OFTEN, timeout=None) as feed:
@@ -401,6 +406,7 @@ async def test_an_answer_that_does_not_come_in_time_is_reported_and_asked_for_ag
                 await reported.wait()
             await ann.subscribe(key, ROOM)
             assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
+            await named.more(2)
             with broker.lose("message"):
                 await ann.unsubscribe(key, ROOM)
             assert (await feed.receive()).event == "status"

@@ -38,13 +38,13 @@ ERRORS = [
     *["RequestTimeoutError", "RemoteProtocolError", "SlowConsumerError", "HandlerError"],
     *["SubscriptionConflictError", "ReplyError", "InvalidChannelError", "MessageTooLargeError"],
     *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
-    *["ForbiddenError", "NotFoundError", "ServerError"],
+    *["ForbiddenError", "NotFoundError", "ServerError", "HistoryIncompleteError"],
 ]
 SURFACE = [*CALLS, *VALUES, *ERRORS]
 
 # The rows of the map that hold values, rules and the session: no I/O, no clock.
 PURE = ["_errors", "_channels", "_messages", "_packets", "_hints", "_requests", "_router"]
-PURE += ["_pending", "_session", "_backoff"]
+PURE += ["_pending", "_session", "_backoff", "_stored"]
 
 
 def public_names() -> dict[str, object]:

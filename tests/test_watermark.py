@@ -17,6 +17,7 @@ def test_at_first_everything_may_be_missing() -> None:
     watermark = Watermark("a/")
     assert watermark.since is None
     assert watermark.behind(stored(1))
+    assert not watermark.is_at(stored(1))
     watermark.close()
 
 
@@ -24,6 +25,8 @@ def test_what_is_later_is_behind_it() -> None:
     watermark = Watermark("a/")
     watermark.begin(stored(5, 3))
     assert watermark.since == 5
+    assert watermark.is_at(stored(5, 3))
+    assert not watermark.is_at(stored(5, 4))
     assert [
         watermark.behind(stored(*when)) for when in [(4, 9), (5, 2), (5, 3), (5, 4), (6, 0)]
     ] == [

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-from contextlib import aclosing
 from typing import Final
 
-from emitter_anyio import StoredMessage
+from emitter_anyio import HistoryIncompleteError, StoredMessage
 
 from . import _arguments as arguments_
 from ._arguments import Commands, UsageError, add_command
@@ -96,16 +95,24 @@ async def _history(arguments: argparse.Namespace) -> None:
         # Lines and a bar do not go together on a terminal.
         alone = output.terminal and arguments.newest_first
         with progress(f"reading {arguments.channel}", 0 if alone else arguments.last) as add:
-            async with aclosing(found):
-                async for message in found:
-                    gathered.append(message)
-                    add(1)
-                    if arguments.newest_first and len(gathered) == _TOGETHER:
-                        await write(gathered)
-                        gathered.clear()
-        if arguments.newest_first:
-            await write(gathered)
-            return
-        gathered.reverse()
+            missing: HistoryIncompleteError | None = None
+            while True:
+                try:
+                    message = await anext(found, None)
+                except HistoryIncompleteError as exc:
+                    missing = missing or exc
+                    continue
+                if message is None:
+                    break
+                gathered.append(message)
+                add(1)
+                if arguments.newest_first and len(gathered) == _TOGETHER:
+                    await write(gathered)
+                    gathered.clear()
+        if not arguments.newest_first:
+            gathered.reverse()
         for begin in range(0, len(gathered), _TOGETHER):
             await write(gathered[begin : begin + _TOGETHER])
+        if missing is not None:
+            # What can be read has been printed.
+            raise missing

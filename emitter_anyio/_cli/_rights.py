@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from functools import partial
 from typing import Final
 
@@ -175,12 +174,11 @@ class Examination:
             self._tell("s", verdict, "cannot be told without a message written (w) and loaded (l)")
             return ""
         found = self._emitter.history(self._key, self._channel, last=10, order="newest")
-        async with aclosing(found):
-            async for message in found:
-                if message.binary == self._payload:
-                    self._held.add("s")
-                    self._compare(message.time.timestamp(), time.time())
-                    return f"may store: the message is kept for {_KEPT} s"
+        async for message in found:
+            if message.binary == self._payload:
+                self._held.add("s")
+                self._compare(message.time.timestamp(), time.time())
+                return f"may store: the message is kept for {_KEPT} s"
         raise ValueError("the broker took a message and did not store it")
 
     async def _extend(self) -> str:

@@ -228,19 +228,52 @@ async def test_a_message_too_large_to_be_read_back_leaves_a_gap(
         assert isinstance(gap, Gap)
         assert gap.reason is not None
         assert "too large" in gap.reason
-        assert await take(messages, 2) == ["2*", "3*"]
+        assert await take(messages, 3) == ["1*", "2*", "3*"]
         await store(broker, "live")
         assert await take(messages, 1) == ["live"]
 
 
+@pytest.mark.parametrize("older", [["older"], []])
 async def test_a_newest_message_that_is_too_large_is_no_hindrance(
-    broker: Broker, emitter: Emitter, key: str
+    broker: Broker, emitter: Emitter, key: str, older: list[str]
 ) -> None:
+    await store(broker, *older)
+    broker.advance(2)
     await store(broker, "x" * 60000)
     async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
         async with while_away(emitter, broker):
             await store(broker, "1")
         assert await take(messages, 1) == ["1*"]
+
+
+async def test_what_is_stored_before_a_message_too_large_is_resumed(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
+        async with while_away(emitter, broker):
+            for text in ("1", "x" * 60000, "2"):
+                await store(broker, text)
+                broker.advance(2)
+        assert await take(messages, 3) == ["gap of 2, and more", "1*", "2*"]
+
+
+async def test_resuming_from_a_message_that_has_expired_is_incomplete(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    await store(broker, "known")
+    async with emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages:
+        async with while_away(emitter, broker):
+            broker.advance(61)
+            await store(broker, "1")
+        gap = await messages.receive()
+        assert isinstance(gap, Gap)
+        assert (gap.resumed, gap.complete) == (1, False)
+        assert "is not stored any more" in str(gap.reason)
+        assert await take(messages, 1) == ["1*"]
+        # This one is known to have come.
+        async with while_away(emitter, broker):
+            await store(broker, "2")
+        assert await take(messages, 2) == ["gap of 1", "2*"]
 
 
 async def test_a_key_that_may_not_load_is_refused_at_once(broker: Broker, emitter: Emitter) -> None:

@@ -1,0 +1,601 @@
+"""What to ask a broker for, so that no stored message of any of its nodes is passed over.
+
+A broker's node asks the others, and merges what they answer. Each answer holds the newest messages
+of its node, and ends at a limit, at 64 KiB, or before a message that alone is larger than that. So
+a page says how far each node in it has been read, and nothing of a node that is not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final, NamedTuple, TypeAlias, TypeVar
+
+from ._channels import level_hash
+from ._messages import StoredMessage
+
+T = TypeVar("T")
+
+_FIRST_SECOND: Final = 1514764800
+"""The ids count seconds from here: 2018-01-01."""
+_MAX_UINT32: Final = 0xFFFFFFFF
+
+_LEAST: Final = 16
+_USUAL: Final = 128
+_MOST: Final = 1024
+"""How many messages the first page asks for, at least and at most, and how many any page."""
+_ANSWER_BYTES: Final = 65536
+"""The broker sends no larger answer, in JSON; nor does a node give more, in bytes."""
+_PAGE_BYTES: Final = 40000
+"""A page asks for so many messages as need these bytes in JSON, if all are as those before."""
+_CERTAIN_BYTES: Final = 16384
+"""A node that gave no more than this would have given any other message that can be sent."""
+_LARGE_BYTES: Final = 32768
+_MOST_PROBES: Final = 32
+_SKEW: Final = 2
+"""Seconds by which the clocks of nodes may differ."""
+
+TOO_LARGE: Final = "a stored message is too large for the broker to send (64 KiB)"
+HIDDEN: Final = "a stored message is so large (64 KiB) that a node shows none of those before it"
+CROWDED: Final = "the nodes have more messages within one second than the broker can send together"
+EXPIRED: Final = "a stored message expired while those after it were being read"
+SLOW: Final = "the broker took 2 s, so one of its nodes might not have answered"
+
+
+class Look(NamedTuple):
+    """
+    A question: the newest messages of a window, whose bounds are unix seconds and belong to it.
+
+    :ivar cursor: the id of a message: only older ones. A node that does not store it skips its
+        first older one
+    """
+
+    last: int
+    since: int | None
+    until: int | None
+    cursor: bytes | None = None
+
+
+class Census(NamedTuple):
+    """A question: whether the broker waits for other nodes when it is asked for presence."""
+
+
+class Answer(NamedTuple):
+    """
+    What came of it.
+
+    :ivar messages: ``None`` if the answer was too large for the broker to send
+    :ivar slow: whether the broker has waited for other nodes
+    """
+
+    messages: Sequence[StoredMessage] | None
+    slow: bool = False
+
+
+class Unread(NamedTuple):
+    """A window in which there are messages that cannot be read, in unix seconds."""
+
+    since: int
+    until: int
+    reason: str
+
+
+@dataclass
+class Known:
+    """
+    What ids have shown of a broker.
+
+    :ivar contract: the licence's part of the ids
+    :ivar has_several_nodes: whether nodes were at work at the same time
+    """
+
+    contract: int | None = None
+    has_several_nodes: bool = False
+
+
+Steps: TypeAlias = Generator[Look | Census | StoredMessage | Unread, Answer, T]
+
+
+def second_of(message: StoredMessage) -> int:
+    return int(message.time.timestamp())
+
+
+def _age(message: StoredMessage) -> bytes:
+    """Where a message has its place: the second, the node's counter, the node; newest first."""
+    return message.id[4:16]
+
+
+def _node(message: StoredMessage) -> bytes:
+    return message.id[12:16]
+
+
+def _bytes(messages: Iterable[StoredMessage]) -> int:
+    return sum(len(m.id) + len(m.channel) + len(m.binary) for m in messages)
+
+
+def _json_bytes(messages: Iterable[StoredMessage]) -> int:
+    # In base64, with {"id":"","channel":"","payload":""},
+    return sum(
+        36 + 4 * -(-len(m.id) // 3) + len(m.channel) + 4 * -(-len(m.binary) // 3) for m in messages
+    )
+
+
+def _behind(message: StoredMessage) -> bytes:
+    """Make a cursor that no node stores, so that what follows the message is skipped."""
+    return message.id + b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """
+    Messages, the newest first.
+
+    :ivar full: whether the broker may have cut it
+    """
+
+    messages: list[StoredMessage]
+    full: bool
+
+    @property
+    def oldest(self) -> int:
+        """The last second of it, of which a full page may lack anything."""
+        return second_of(self.messages[-1])
+
+    def by_node(self) -> dict[bytes, list[StoredMessage]]:
+        nodes: dict[bytes, list[StoredMessage]] = {}
+        for message in self.messages:
+            nodes.setdefault(_node(message), []).append(message)
+        return nodes
+
+    def sure(self) -> list[StoredMessage]:
+        """Those of each node without one missing in between."""
+        if not self.full or len(self.by_node()) == 1:
+            return self.messages
+        return [message for message in self.messages if second_of(message) > self.oldest]
+
+    def misses(self, message: StoredMessage, newest: StoredMessage | None) -> bool:
+        """
+        Tell whether a message should be here.
+
+        :param newest: the newest message of its node that is here
+        """
+        if self.full and second_of(message) <= self.oldest:
+            return False
+        return newest is None or _age(message) < _age(newest)
+
+
+class _Shown(NamedTuple):
+    """What was seen in a window, and the newest message of each node."""
+
+    page: _Page
+    newest: dict[bytes, StoredMessage]
+    until: int | None
+
+
+class Reading:
+    """
+    What to ask for, one look after another, and what comes of it.
+
+    The seconds come newest first, and so do the messages of one node in a second. A second is left
+    when each node that is known to have messages there has been read to its end.
+
+    :param last: how many messages at most; one that cannot be read counts, too
+    :param since: the oldest second, or ``None``
+    :param until: the newest second, or ``None``
+    :param now: the present second as far as known: a search begins there
+    :param broker: what is known of the broker, to which this adds
+    :param level: the first level of the channel
+    """
+
+    def __init__(
+        self,
+        last: int,
+        since: int | None,
+        until: int | None,
+        now: int,
+        broker: Known,
+        level: str,
+    ) -> None:
+        self._left = last
+        self._since = since
+        self._until = until
+        self._now = now
+        self._oldest = _FIRST_SECOND if since is None else since
+        self._size = max(_LEAST, min(_USUAL, last + 1))
+        self._broker = broker
+        self._level = level_hash(level)
+        self._given: dict[bytes, list[StoredMessage]] = {}
+        """By node: the last message that was given, behind the one before it in its second."""
+        self._json_bytes = 0, 0
+        """A second, and what has been found in it, in bytes of JSON."""
+        self._spans: dict[bytes, tuple[int, int]] = {}
+        """By node: the oldest and the newest second seen."""
+        self._doubtful: list[int] = []
+        """Seconds in which other nodes would have found no place, if there were any."""
+        self._before: _Shown | None = None
+        self._told: int | None = None
+        """The last second of which it has been told that not all of it can be read."""
+        self._counted: bool | None = None
+        """Whether the broker has been found to have several nodes."""
+        self._slow = False
+        self._large = False
+
+    def steps(self) -> Steps[None]:
+        """Give looks, each to be answered, and in between messages and what cannot be read."""
+        until = self._until
+        cursors: list[bytes] = []
+        slow_from: list[int | None] = []
+        while self._left > 0 and (until is None or until >= self._oldest):
+            begin, self._slow = until, False
+            until, cursors = yield from self._read_on(until, cursors)
+            if self._slow:
+                slow_from.append(begin)
+            elif slow_from:
+                yield self._unread(begin, slow_from[0], SLOW)
+                slow_from.clear()
+            if self._has_several_nodes() and self._doubtful:
+                yield Unread(min(self._doubtful), max(self._doubtful), CROWDED)
+                self._doubtful.clear()
+        if slow_from:
+            yield self._unread(until, slow_from[0], SLOW)
+
+    def _read_on(
+        self, until: int | None, cursors: list[bytes]
+    ) -> Steps[tuple[int | None, list[bytes]]]:
+        """
+        Read what is newest in what is left.
+
+        :param cursors: where nodes may show nothing because of a large message; else at the newest
+        :return: the same for the next time
+        """
+        before, self._before = self._before, None
+        page = yield from self._ask(self._since, until)
+        if page is None:
+            return (yield from self._pass_large(until)), []
+        hidden, floor = yield from self._look_behind(page, until, cursors)
+        nodes = _Page(page.messages + hidden, False).by_node()
+        if not nodes:
+            return (yield from self._search(until)), []
+        shown = {node: messages[0] for node, messages in nodes.items()}
+        if before is not None:
+            yield from self._compare(before, shown.values())
+        if not self._slow:
+            self._before = _Shown(page, shown, until)
+        newest = max(second_of(messages[0]) for messages in nodes.values())
+        # So far each node in it has been read, to the second.
+        end = max(floor, *(second_of(messages[-1]) for messages in nodes.values()))
+        yield from self._give(m for m in page.sure() + hidden if second_of(m) >= end)
+        if not page.full and not floor and all(_is_certain(each) for each in nodes.values()):
+            ends = [messages[-1] for messages in nodes.values()]
+            return end - 1, [_behind(each) for each in ends if second_of(each) == end]
+        if end == newest:
+            there = [node for node, messages in nodes.items() if second_of(messages[0]) == end]
+            return end - 1, (yield from self._finish_second(end, page, there))
+        return end, []
+
+    def _ask(
+        self,
+        since: int | None,
+        until: int | None,
+        cursor: bytes | None = None,
+        size: int | None = None,
+    ) -> Steps[_Page | None]:
+        """
+        Ask for a page.
+
+        :param size: how many messages; else as many as may fit, and fewer if they do not
+        :return: ``None`` if the broker cannot send it; without a size, not even one message
+        """
+        asked = self._size if size is None else size
+        while True:
+            answer = yield Look(asked, since, until, cursor)
+            self._slow |= answer.slow
+            if answer.messages is not None:
+                break
+            if asked == 1 or size is not None:
+                return None
+            self._size = asked = asked // 2
+        found = {m.id: m for m in answer.messages if _is_within(second_of(m), since, until)}
+        page = _Page(sorted(found.values(), key=_age), 0 < len(found) >= asked)
+        for message in page.messages:
+            self._note(message)
+        if size is None and page.messages:
+            fitting = _PAGE_BYTES * len(page.messages) // _json_bytes(page.messages)
+            self._size = max(1, min(2 * asked, fitting, _MOST))
+        return page
+
+    def _cursor(self, until: int | None) -> bytes:
+        """Make a cursor before all messages until then, which no node stores."""
+        assert self._broker.contract is not None
+        time = 0 if until is None else _MAX_UINT32 - (until - _FIRST_SECOND)
+        words = (self._broker.contract ^ self._level, time, 0, 0)
+        return b"".join(word.to_bytes(4, "big") for word in words)
+
+    def _unread(self, since: int | None, until: int | None, reason: str) -> Unread:
+        newest = max((span[1] for span in self._spans.values()), default=self._oldest)
+        begin = self._oldest if since is None else max(self._oldest, since)
+        return Unread(begin, max(self._now, newest) if until is None else until, reason)
+
+    def _note(self, message: StoredMessage) -> None:
+        second, node = second_of(message), _node(message)
+        self._broker.contract = int.from_bytes(message.id[:4], "big") ^ self._level
+        self._large = self._large or len(message.binary) > _LARGE_BYTES
+        oldest, newest = self._spans.get(node, (second, second))
+        self._spans[node] = min(oldest, second), max(newest, second)
+
+    def _has_several_nodes(self) -> bool:
+        # One node has another name in each run, so what is of different times may be of one.
+        spans = sorted(self._spans.values())
+        if any(later[0] <= earlier[1] for earlier, later in pairwise(spans)):
+            self._broker.has_several_nodes = True
+        return self._broker.has_several_nodes
+
+    def _is_new(self, message: StoredMessage) -> bool:
+        given = self._given.get(_node(message))
+        return given is None or _age(message) > _age(given[-1])
+
+    def _give(self, messages: Iterable[StoredMessage]) -> Steps[None]:
+        for message in sorted(messages, key=_age):
+            if self._left > 0 and self._is_new(message):
+                self._left -= 1
+                second, node = second_of(message), _node(message)
+                before = [m for m in self._given.get(node, ())[-1:] if second_of(m) == second]
+                self._given[node] = [*before, message]
+                self._add_json(second, _json_bytes([message]))
+                yield message
+
+    def _add_json(self, second: int, size: int) -> None:
+        if self._json_bytes[0] != second:
+            self._json_bytes = second, 0
+        self._json_bytes = second, self._json_bytes[1] + size
+
+    # What hides others
+
+    def _look_behind(
+        self, page: _Page, until: int | None, cursors: Sequence[bytes]
+    ) -> Steps[tuple[list[StoredMessage], int]]:
+        """
+        Have each node skip one message: if that is too large, those before it are seen.
+
+        :return: what the page should have had; and the second from which more may be hidden, or 0
+        """
+        hidden: dict[bytes, StoredMessage] = {}
+        floor = 0
+        if self._broker.contract is None or self._slow:
+            return [], floor
+        shown = {node: messages[0] for node, messages in page.by_node().items()}
+        again: _Page | None = None
+        for cursor in cursors or [self._cursor(until)]:
+            upper = _second_in(cursor) if cursors else until
+            behind = yield from self._ask(self._since, upper, cursor)
+            if behind is None:
+                continue
+            if behind.full:
+                floor = max(floor, behind.oldest if until is None else min(behind.oldest, until))
+            missed = [
+                message
+                for message in behind.sure() or behind.messages
+                if self._is_new(message)
+                and message.id not in hidden
+                and page.misses(message, shown.get(_node(message)))
+            ]
+            if missed and again is None:
+                again = yield from self._ask(self._since, until)
+            if again is not None:
+                # What has been stored since then is there now.
+                newest = {node: messages[0] for node, messages in again.by_node().items()}
+                missed = [m for m in missed if again.misses(m, newest.get(_node(m)))]
+            if missed:
+                if self._told != second_of(missed[0]):
+                    yield from self._tell_hidden(missed[0], upper)
+                hidden.update((message.id, message) for message in missed)
+        return sorted(hidden.values(), key=_age), floor
+
+    def _compare(self, before: _Shown, shown: Iterable[StoredMessage]) -> Steps[None]:
+        """See whether the page before should have had what is here: then something hid it there."""
+        # What is as new as that may have been stored in between.
+        newest = max(span[1] for span in self._spans.values())
+        missed = [
+            second_of(message)
+            for message in shown
+            if self._is_new(message)
+            and before.page.misses(message, before.newest.get(_node(message)))
+            and self._told != second_of(message) < newest - _SKEW
+        ]
+        if missed:
+            yield from self._skip(max(missed), before.until, HIDDEN)
+
+    def _tell_hidden(self, behind: StoredMessage, until: int | None) -> Steps[None]:
+        def is_older(second: int) -> Steps[bool]:
+            page = yield from self._ask(self._since, second)
+            return page is None or page.full or bool(_of(page, _node(behind)))
+
+        # What hides it stands in the second from which on the node is not seen.
+        since = second_of(behind)
+        last = since
+        if until is None or since < until:
+            last = (yield from self._find_last(until, is_older, since)) or since
+        until = last + 1 if until is None else min(last + 1, until)
+        yield from self._skip(since, until, HIDDEN)
+
+    def _skip(self, since: int | None, until: int | None, reason: str) -> Steps[None]:
+        self._left -= 1
+        self._large = True
+        yield self._unread(since, until, reason)
+
+    def _pass_large(self, until: int | None) -> Steps[int]:
+        """Skip the newest message, which cannot be sent, and read the others of its second."""
+
+        def is_within(second: int) -> Steps[bool]:
+            return (yield from self._ask(second, until, size=1)) is None
+
+        second = yield from self._find_last(until, is_within)
+        if second is None:
+            yield from self._skip(self._since, until, TOO_LARGE)
+            return self._oldest - 1
+        yield from self._skip(second, until, TOO_LARGE)
+        self._told = second
+        if self._broker.contract is not None:
+            page = yield from self._ask(second, second, self._cursor(second))
+            if page is not None and page.messages:
+                yield from self._give(page.sure())
+                yield from self._finish_second(second, page, list(page.by_node()))
+        return second - 1
+
+    def _search(self, until: int | None) -> Steps[int | None]:
+        """Look for messages where there seem to be none, if large ones may hide them."""
+        contract = self._broker.contract
+        if self._slow or (contract is not None and not self._large):
+            return self._oldest - 1
+
+        def shows_any(second: int) -> Steps[bool]:
+            page = yield from self._ask(self._since, second, size=1)
+            return page is None or bool(page.messages)
+
+        second = yield from self._find_last(until, shows_any)
+        if second is None:
+            return self._oldest - 1
+        self._large = True
+        if contract is None and self._broker.contract is not None:
+            # Now it can be looked behind the one that hides them.
+            return until
+        yield from self._skip(second + 1, until, HIDDEN)
+        return second
+
+    def _find_last(
+        self, until: int | None, holds: Callable[[int], Steps[bool]], found: int | None = None
+    ) -> Steps[int | None]:
+        """
+        Find the last second for which something holds, in ever larger steps, then by halves.
+
+        :param found: a second for which it does
+        :return: the last one found
+        """
+        top = _MAX_UINT32 if until is None else until
+        probe = min(top, max(self._oldest, self._now) if found is None else found) + 1
+        probe, step = min(top, probe), 1
+        for count in range(_MOST_PROBES):
+            if (yield from holds(probe)):
+                found = probe
+            else:
+                top = probe - 1
+            if top <= (self._oldest - 1 if found is None else found):
+                break
+            step *= 1 if count < 3 else 4
+            if found is None:
+                probe = max(self._oldest, top - step + 1)
+            else:
+                probe = min(found + step, (found + top + 1) // 2)
+        return found
+
+    # One second
+
+    def _finish_second(self, second: int, page: _Page, nodes: list[bytes]) -> Steps[list[bytes]]:
+        """
+        Read a second to its end.
+
+        :param page: what has been read of it
+        :param nodes: the nodes in it
+        :return: cursors behind its last messages
+        """
+        crowded = page.full and page.oldest == second
+        if crowded and self._left > 0:
+            whole = yield from self._ask(second, second, size=_MOST)
+            if whole is not None:
+                page, crowded = whole, whole.full
+                nodes += [node for node in whole.by_node() if node not in nodes]
+                yield from self._give(whole.sure())
+        for node in nodes:
+            if not _is_end(page, node):
+                crowded |= yield from self._finish_node(second, node, nodes)
+        if crowded and self._told != second:
+            found = self._json_bytes[1] if self._json_bytes[0] == second else 0
+            unexplained = self._left > 0 and found < _ANSWER_BYTES - 4096
+            if unexplained or (yield from self._may_hide_nodes()):
+                self._told = second
+                yield Unread(second, second, CROWDED)
+            else:
+                self._doubtful.append(second)
+        return [
+            _behind(given[-1])
+            for node in nodes
+            if (given := self._given.get(node)) and second_of(given[-1]) == second
+        ]
+
+    def _may_hide_nodes(self) -> Steps[bool]:
+        """Tell whether there are nodes beside one that fills an answer."""
+        if self._counted is None and not self._has_several_nodes():
+            self._counted = (yield Census()).slow
+        return bool(self._counted) or self._has_several_nodes()
+
+    def _finish_node(self, second: int, node: bytes, nodes: list[bytes]) -> Steps[bool]:
+        """
+        Read what one node has in a second.
+
+        :param nodes: those that are known; others are added
+        :return: whether other nodes' messages may have taken the place of some
+        """
+        crowded = False
+        given = [m for m in self._given.get(node, ()) if second_of(m) == second]
+        last = given[-1] if given else None
+        anchor = given[0].id if len(given) > 1 else None
+        while self._left > 0:
+            page = None
+            if last is None or self._size > 1:
+                page = yield from self._ask(second, second, anchor)
+                if anchor is not None and last not in _of(page, node):
+                    # It has expired. If the anchor has, too, a message was skipped.
+                    page = yield from self._ask(second, second)
+            cursor = None if last is None else last.id
+            fresh = self._new_of(page, node)
+            if not (fresh or last is None or _is_end(page, node)):
+                # Of large messages an answer has no two.
+                page = yield from self._ask(second, second, cursor)
+                if page is None:
+                    cursor = _behind(last)
+                    page = yield from self._ask(second, second, cursor)
+                    yield from self._skip(second, second, TOO_LARGE)
+                    self._told = second
+                    fresh = self._new_of(page, node)
+                elif fresh := self._new_of(page, node):
+                    proof = yield from self._ask(second, second, anchor, size=1)
+                    if last not in _of(proof, node):
+                        if len(nodes) == 1:
+                            yield Unread(second, second, EXPIRED)
+                        crowded |= len(nodes) > 1
+            if page is not None:
+                others = [other for other in page.by_node() if other != node]
+                unknown = [other for other in others if other not in nodes]
+                nodes += unknown
+                crowded |= bool(unknown) or (page.full and bool(others))
+            yield from self._give(fresh)
+            if not fresh or _is_end(page, node):
+                break
+            anchor = fresh[-2].id if len(fresh) > 1 else cursor
+            last = fresh[-1]
+        return crowded
+
+    def _new_of(self, page: _Page | None, node: bytes) -> list[StoredMessage]:
+        return [message for message in _of(page, node) if self._is_new(message)]
+
+
+def _of(page: _Page | None, node: bytes) -> list[StoredMessage]:
+    return [] if page is None else page.by_node().get(node, [])
+
+
+def _is_end(page: _Page | None, node: bytes) -> bool:
+    """Tell whether a node would have given more if it had any that can be sent."""
+    return page is not None and not page.full and _is_certain(_of(page, node))
+
+
+def _is_certain(messages: Sequence[StoredMessage]) -> bool:
+    return _bytes(messages) <= _CERTAIN_BYTES
+
+
+def _is_within(second: int, since: int | None, until: int | None) -> bool:
+    return (since is None or since <= second) and (until is None or second <= until)
+
+
+def _second_in(cursor: bytes) -> int:
+    return _MAX_UINT32 - int.from_bytes(cursor[4:8], "big") + _FIRST_SECOND
