@@ -28,9 +28,12 @@
 
 from __future__ import annotations
 
+import copyreg
+import pickle
 from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from traceback import format_exception_only
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -50,7 +53,31 @@ def readable(text: str) -> str:
 
 
 class EmitterError(Exception):
-    """Base class of all the errors of this library."""
+    """
+    Base class of all the errors of this library.
+
+    Every error can be pickled and copied, with its attributes, notes and ``__cause__``. A cause
+    that cannot be pickled is replaced by an :exc:`Exception` with its type and text.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class, as Exception does: some take arguments that are not in `args`.
+        state = dict(vars(self))
+        if self.__cause__ is not None:
+            state["__cause__"] = portable(self.__cause__)
+        new = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed does not list it
+        return new, (type(self), *self.args), state
+
+
+def portable(error: BaseException) -> BaseException:
+    """Return an error if it can be pickled, else an :exc:`Exception` with its type and text."""
+    if isinstance(error, EmitterError):
+        return error
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return Exception("".join(format_exception_only(error)).strip())
+    return error
 
 
 class ConnectError(EmitterError):
@@ -63,6 +90,11 @@ class ConnectError(EmitterError):
     def __init__(self, message: str, causes: Mapping[str, Exception] | None = None) -> None:
         super().__init__(message)
         self.causes: Mapping[str, Exception] = dict(causes or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        new, arguments, state = super().__reduce__()
+        causes = {server: portable(cause) for server, cause in self.causes.items()}
+        return new, arguments, {**state, "causes": causes}
 
 
 class ConnectRefusedError(ConnectError):

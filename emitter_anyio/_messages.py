@@ -74,6 +74,8 @@ class EmitterMessage(Readable):
     """
     A message from a channel.
 
+    All streams and handlers that a message reaches share one object: treat it as read-only.
+
     :ivar channel: the channel it was published to, with its trailing slash and without a key
     :ivar binary: the payload
     """

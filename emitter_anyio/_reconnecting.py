@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import anyio
 from anyio.abc import TaskGroup
@@ -17,7 +17,13 @@ from anyio.lowlevel import checkpoint
 
 from ._connection import Connection, is_permanent, open_connection
 from ._delivery import Delivery
-from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
+from ._errors import (
+    ClosedError,
+    ConnectError,
+    ConnectionLostError,
+    RequestTimeoutError,
+    portable,
+)
 from ._events import logger
 from ._options import Options
 from ._tasks import Tasks
@@ -76,6 +82,10 @@ class ConnectionInfo:
     since: datetime
     id: str | None
     last_error: Exception | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        error = None if self.last_error is None else portable(self.last_error)
+        return type(self), (self.server, self.since, self.id, error)
 
 
 @dataclass(frozen=True, slots=True)

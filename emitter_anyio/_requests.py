@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from ._channels import format_options, format_topic
@@ -65,7 +64,8 @@ class Me:
     What the broker knows of this connection.
 
     :ivar id: the connection's id, new for each link
-    :ivar links: channels by the names of their links
+    :ivar links: channels by the names of their links; handlers and callers share it, so do not
+        change it
     """
 
     id: str
@@ -182,7 +182,7 @@ def me() -> Request[Me]:
         links = answer.get("links", {})
         if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
             raise NonsenseError("links is not an object of channels")
-        return Me(_text(answer, "id"), MappingProxyType(links))
+        return Me(_text(answer, "id"), links)
 
     return Request("me", b"", parse)
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 from dataclasses import FrozenInstanceError, fields
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -149,9 +148,7 @@ class TestGoodAnswers:
     def test_me(self) -> None:
         assert requests.me().parse({"id": "X"}) == Me("X")
         made = requests.me().parse({"id": "X", "links": {"a1": "a/?me=0"}})
-        assert made == Me("X", MappingProxyType({"a1": "a/?me=0"}))
-        with pytest.raises(TypeError):
-            made.links["b"] = "b/"  # type: ignore[index]  # that is the point
+        assert made == Me("X", {"a1": "a/?me=0"})
 
     @pytest.mark.parametrize("banned", [True, False])
     def test_keyban(self, banned: bool) -> None:

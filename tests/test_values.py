@@ -1,0 +1,263 @@
+"""Every public value and error can be pickled, copied and made a dict."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import ssl
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from threading import Lock
+from types import ModuleType
+from typing import Any, Final
+
+import pytest
+
+import emitter_anyio
+from emitter_anyio import (
+    Backoff,
+    BadRequestError,
+    ChannelKey,
+    ClosedError,
+    ConnectError,
+    ConnectionInfo,
+    ConnectionLostError,
+    ConnectRefusedError,
+    Emitter,
+    EmitterError,
+    EmitterMessage,
+    Entering,
+    EventStream,
+    ForbiddenError,
+    Gap,
+    HandlerError,
+    InvalidChannelError,
+    Link,
+    Me,
+    Member,
+    MessageTooLargeError,
+    NotFoundError,
+    PaymentRequiredError,
+    PresenceEvent,
+    PresenceFeed,
+    PresenceStatus,
+    RemoteProtocolError,
+    ReplyError,
+    RequestError,
+    RequestTimeoutError,
+    ServerError,
+    SlowConsumerError,
+    Statistics,
+    StoredMessage,
+    StreamStatistics,
+    Subscribing,
+    SubscriptionConflictError,
+    UnauthorizedError,
+    Will,
+    testing,
+)
+from emitter_anyio._messages import ReplayedMessage
+
+NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
+NOT_VALUES: Final = {
+    *(Emitter, Entering, EventStream, PresenceFeed, Subscribing),
+    *(testing.Broker, testing.Client, testing.FaultProxy),
+}
+"""Public classes whose objects live in one event loop."""
+
+Make = Callable[[], Any]
+
+
+class Unpicklable(Exception):
+    """An error like those of many libraries: it takes more than it passes on."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+
+
+class Locked(Exception):
+    """An error that holds something that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("locked")
+        self.lock = Lock()
+
+
+def caused(error: Exception, cause: Exception | None = None) -> Exception:
+    error.__cause__ = cause or OSError(111, "refused")
+    error.add_note("a note")
+    return error
+
+
+def refusal(kind: type[RequestError]) -> RequestError:
+    return kind(401, "no", operation="publish", channel="a/", hint="the key")
+
+
+VALUES: Final[dict[type, Make]] = {
+    Backoff: lambda: Backoff(initial=1, maximum=2, tries=3),
+    ChannelKey: lambda: ChannelKey("k" * 32, "a/"),
+    ConnectionInfo: lambda: ConnectionInfo("mqtt://h:1", NOW, "id", ConnectError("no")),
+    EmitterMessage: lambda: EmitterMessage("a/", b"x"),
+    Gap: lambda: Gap("a/", 3, False, "why"),
+    Link: lambda: Link("a1", "a/?me=0"),
+    Me: lambda: Me("id", {"a1": "a/"}),
+    Member: lambda: Member("id", "ann"),
+    PresenceEvent: lambda: PresenceEvent(NOW, "subscribe", "a/", (Member("id"),)),
+    PresenceStatus: lambda: PresenceStatus(NOW, "status", "a/", (Member("id", "ann"),)),
+    Statistics: lambda: Statistics(*range(len(dataclasses.fields(Statistics)))),
+    StoredMessage: lambda: StoredMessage(bytes(16), NOW, "a/", b"x"),
+    StreamStatistics: lambda: StreamStatistics(*range(len(dataclasses.fields(StreamStatistics)))),
+    Will: lambda: Will("k" * 32, "a/", {"gone": True}, retain=True),
+    ReplayedMessage: lambda: ReplayedMessage("a/", b"x", bytes(16)),
+}
+ERRORS: Final[dict[type, Make]] = {
+    ClosedError: lambda: ClosedError("closed"),
+    ConnectError: lambda: ConnectError("none", {"mqtt://h:1": TimeoutError()}),
+    ConnectRefusedError: lambda: ConnectRefusedError("no", {"mqtt://h:1": OSError("x")}, code=5),
+    ConnectionLostError: lambda: ConnectionLostError("gone", [EmitterMessage("a/", b"x")]),
+    EmitterError: lambda: EmitterError("any"),
+    HandlerError: lambda: HandlerError("oh", event="message"),
+    InvalidChannelError: lambda: InvalidChannelError("empty"),
+    MessageTooLargeError: lambda: MessageTooLargeError("70000 bytes"),
+    RemoteProtocolError: lambda: RemoteProtocolError("cut off"),
+    ReplyError: lambda: ReplyError("ValueError"),
+    RequestTimeoutError: lambda: RequestTimeoutError("10 s"),
+    SlowConsumerError: lambda: SlowConsumerError("full", dropped=3),
+    SubscriptionConflictError: lambda: SubscriptionConflictError("a/ and b/"),
+    **{
+        kind: partial(refusal, kind)
+        for kind in (
+            *(RequestError, BadRequestError, UnauthorizedError, PaymentRequiredError),
+            *(ForbiddenError, NotFoundError, ServerError),
+        )
+    },
+}
+
+
+def pickled(protocol: int) -> Callable[[Any], Any]:
+    return lambda value: pickle.loads(pickle.dumps(value, protocol))
+
+
+# Protocol 2 turns a TimeoutError into an OSError, for Python 2.
+COPIES: Final = [copy.copy, copy.deepcopy, *map(pickled, range(3, pickle.HIGHEST_PROTOCOL + 1))]
+
+
+def attributes(value: object) -> dict[str, Any]:
+    """Everything that tells a value from another one of its class."""
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    found = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
+    if isinstance(value, BaseException):
+        found |= {"args": value.args, "cause": value.__cause__, "text": str(value)}
+    return {name: comparable(one) for name, one in found.items()}
+
+
+def comparable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: comparable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(comparable, value))
+    if isinstance(value, BaseException | EmitterMessage):
+        return type(value), attributes(value)
+    return value
+
+
+def public(module: ModuleType) -> Iterator[type]:
+    for name, value in vars(module).items():
+        if isinstance(value, type) and not name.startswith("_"):
+            yield value
+
+
+def test_every_public_class_is_looked_at() -> None:
+    everything = {*public(emitter_anyio), *public(testing)}
+    assert everything == {*VALUES, *ERRORS, *NOT_VALUES} - {ReplayedMessage}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("make", VALUES.values(), ids=[kind.__name__ for kind in VALUES])
+def test_values_survive(make: Make, copied: Callable[[Any], Any]) -> None:
+    value = make()
+    again = copied(value)
+    assert type(again) is type(value)
+    assert attributes(again) == attributes(value)
+    assert repr(again) == repr(value)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("make", ERRORS.values(), ids=[kind.__name__ for kind in ERRORS])
+def test_errors_survive(make: Make, copied: Callable[[Any], Any]) -> None:
+    for error in (make(), caused(make())):
+        again = copied(error)
+        assert type(again) is type(error)
+        assert attributes(again) == attributes(error)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make for kind, make in VALUES.items() if dataclasses.is_dataclass(kind)],
+    ids=[kind.__name__ for kind in VALUES if dataclasses.is_dataclass(kind)],
+)
+def test_dataclasses_become_dicts(make: Make) -> None:
+    value = make()
+    assert list(dataclasses.asdict(value)) == [field.name for field in dataclasses.fields(value)]
+
+
+def test_the_links_of_me_become_a_dict() -> None:
+    assert dataclasses.asdict(Me("id", {"a1": "a/"})) == {"id": "id", "links": {"a1": "a/"}}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize(
+    ("cause", "text"),
+    [
+        (Unpicklable(5, "no"), "Unpicklable: no (5)"),
+        (Locked(), "Locked: locked"),
+        (ExceptionGroup("two", [Locked(), OSError("x")]), "ExceptionGroup: two"),
+    ],
+)
+def test_a_cause_that_cannot_be_pickled_travels_as_text(
+    cause: Exception, text: str, copied: Callable[[Any], Any]
+) -> None:
+    handler_error = copied(caused(HandlerError("oh", event="message"), cause))
+    connect_error = copied(ConnectError("none", {"mqtt://a:1": cause, "mqtt://b:1": OSError("x")}))
+    info = copied(ConnectionInfo("mqtt://h:1", NOW, None, cause))
+    for found in (handler_error.__cause__, connect_error.causes["mqtt://a:1"], info.last_error):
+        assert type(found) is Exception
+        assert text in str(found)
+    assert type(connect_error.causes["mqtt://b:1"]) is OSError
+
+
+def test_a_cause_that_can_be_pickled_is_the_same_in_a_shallow_copy() -> None:
+    cause = OSError("x")
+    assert copy.copy(ConnectError("none", {"mqtt://a:1": cause})).causes["mqtt://a:1"] is cause
+
+
+def test_errors_in_a_circle_survive() -> None:
+    error, other = caused(EmitterError("a")), EmitterError("b")
+    error.__cause__, other.__cause__ = other, error
+    again = pickle.loads(pickle.dumps(error))
+    assert again.__cause__.__cause__ is again
+
+
+def test_a_subclass_of_an_error_survives() -> None:
+    again = pickle.loads(pickle.dumps(MoreSpecificError(7)))
+    assert (type(again), again.number, str(again)) == (MoreSpecificError, 7, "number 7")
+
+
+class MoreSpecificError(SlowConsumerError):
+    def __init__(self, number: int) -> None:
+        super().__init__(f"number {number}", dropped=number)
+        self.number = number
+
+
+def test_errors_of_tls_survive_as_causes() -> None:
+    error = ConnectError("none", {"mqtts://h:1": ssl.SSLCertVerificationError(1, "expired")})
+    assert isinstance(copy.deepcopy(error).causes["mqtts://h:1"], ssl.SSLCertVerificationError)
+
+
+def test_a_will_whose_key_is_a_function_may_be_copied() -> None:
+    async def key() -> str:
+        return "k" * 32  # pragma: no cover - it is never called
+
+    assert copy.copy(Will(key, "a/", "gone")).key is key
