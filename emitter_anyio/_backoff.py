@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 
-from ._channels import is_number, is_whole
+from ._checks import is_number, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Backoff:
             value = getattr(self, name)
             if not is_number(value):
                 raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
-            if not 0 <= value < float("inf"):
+            if not 0 <= value <= sys.float_info.max:
                 raise ValueError(f"{name} is at least 0 seconds and finite, not {value}")
         if self.maximum < self.initial:
             raise ValueError(f"maximum is at least initial, {self.initial}, not {self.maximum}")

@@ -18,7 +18,7 @@ from anyio import EndOfStream, WouldBlock
 from anyio.lowlevel import checkpoint
 
 from ._backend import Wakeup, wakeup_maker
-from ._channels import is_whole
+from ._checks import is_whole
 from ._errors import SlowConsumerError
 from ._messages import ITEM_BYTES, EmitterMessage
 from ._requests import PresenceEvent

@@ -19,8 +19,9 @@ from anyio import EndOfStream
 from anyio.abc import TaskGroup, TaskStatus
 
 from . import _requests as asking
-from ._channels import Key, check_channel, check_source, format_topic, is_whole, levels
-from ._conversation import DEFAULT, Timeout
+from ._channels import A_KEY, Key, check_channel, check_source, format_topic, levels
+from ._checks import check_function, check_int, check_task_status
+from ._conversation import DEFAULT, Timeout, check_timeout
 from ._errors import (
     ConnectionLostError,
     EmitterError,
@@ -152,10 +153,13 @@ class Caller(Subscriber):
 
         Cancelling it, or a timeout, cancels the handler that serves it.
         """
-        check_source(key)
+        key = check_source(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
-        seconds = self._seconds(timeout)
+        # What goes on the wire is longer; but what cannot be sent must not subscribe to replies.
+        topic = format_topic(key if isinstance(key, str) else A_KEY, channel)
+        self._check_size(topic.encode(), payload, 1)
+        seconds = self._seconds(check_timeout(timeout))
         await self._linked()
         return await self._keyed(key, partial(self._ask, key, channel, payload, seconds))
 
@@ -169,6 +173,7 @@ class Caller(Subscriber):
         where = f"{replies.channel}{number}/"
         topic = self._topic(key, where)
         self._check_size(topic, payload, 1)
+        self._check_size(self._topic(key, f"{where}{_CANCEL}/"), b"", 0)
         await self._room()
         link = self._connection
         assert link is not None
@@ -229,12 +234,11 @@ class Caller(Subscriber):
         :raises UnauthorizedError: if the key may not
         :raises ConnectionLostError: if the link is gone for good
         """
-        check_source(key)
+        key = check_source(key)
         channel = check_channel(channel)
-        if not is_whole(concurrency):
-            raise TypeError(f"concurrency must be an int, not {type(concurrency).__name__}")
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, not {concurrency}")
+        check_function("handler", handler)
+        concurrency = check_int("concurrency", concurrency, 1)
+        check_task_status(task_status)
         failure: Exception | None = None
         async with (
             self.subscribe(key, channel, 0, buffer=buffer) as requests,

@@ -12,12 +12,16 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import datetime
 from functools import lru_cache
-from typing import Final, TypeAlias, TypeGuard
+from typing import Final, TypeAlias
 
+from ._checks import check_function, check_text, is_number
 from ._errors import InvalidChannelError
 
 Key: TypeAlias = str | Callable[[], Awaitable[str]]
 """A key, or an ``async`` function that returns one and is asked again when it was refused."""
+
+A_KEY: Final = "k" * 32
+"""As long as the key that a function will return."""
 
 MAX_KEY_LEVELS: Final = 23
 """The target of a key has at most so many levels: the broker keeps a bit for each."""
@@ -27,8 +31,6 @@ _LAST_SECOND: Final = 3029529600
 """The broker takes a ``from`` or ``until`` outside 2018 … 2066 as though it had not been given."""
 
 _MAX_TOPIC: Final = 65535
-
-_MAX_INT32: Final = 2**31 - 1
 
 _LEVEL = re.compile(r"[$\-.0-9:A-Z\[\\\]^_`a-z]+\Z", re.ASCII)
 _NOT_IN_A_KEY = re.compile(r"[^!-~]|[/?#+]")
@@ -48,9 +50,7 @@ def check_channel(channel: str, *, wildcards: bool = False) -> str:
     :return: the channel with a trailing slash
     :raises InvalidChannelError: if the broker would not take it
     """
-    if not isinstance(channel, str):
-        raise TypeError(f"a channel is a str such as 'chat/', not {type(channel).__name__}")
-    return _check_channel(channel, wildcards)
+    return _check_channel(check_text("channel", channel, " such as 'chat/'"), wildcards)
 
 
 @lru_cache(maxsize=1024)
@@ -58,6 +58,10 @@ def _check_channel(channel: str, wildcards: bool) -> str:
     if not channel.strip("/"):
         raise InvalidChannelError("the channel is empty; give one such as 'chat/'")
     whole = channel if channel.endswith("/") else channel + "/"
+    if len(whole) > _MAX_TOPIC:
+        raise InvalidChannelError(
+            f"the channel has {len(whole)} characters; the topics of MQTT have at most {_MAX_TOPIC}"
+        )
     parts = levels(whole)
     for number, level in enumerate(parts, 1):
         if not level:
@@ -90,9 +94,10 @@ def check_group(group: str) -> str:
 
     :raises InvalidChannelError: if it is not one level of a channel, without wildcards
     """
-    if "/" in check_channel(group)[:-1]:
-        raise InvalidChannelError(f"group {group!r} has a slash: a group's name is one level")
-    return group.rstrip("/")
+    name = check_channel(check_text("group", group))[:-1]
+    if "/" in name:
+        raise InvalidChannelError(f"group {name!r} has a slash: a group's name is one level")
+    return name
 
 
 def share(group: str | None, channel: str) -> str:
@@ -129,23 +134,26 @@ def check_source(key: Key) -> Key:
     """
     Check what stands for a key: the key, or a function that will be asked for it.
 
+    :return: the key as a plain ``str``, or the function
     :raises TypeError: if it is neither
     :raises ValueError: as :func:`check_key`
     """
-    return key if callable(key) else check_key(key)
+    if isinstance(key, str) or not callable(key):
+        return check_key(key)
+    # The keys that functions have returned are kept in a dict.
+    hash(check_function("key", key))
+    return key
 
 
 def check_key(key: str) -> str:
     """
     Check that a key can stand in a topic; whether it opens anything, the broker says.
 
+    :return: the key as a plain ``str``
     :raises ValueError: if a character of it would change the meaning of the topic; the key is not
         shown
     """
-    if not isinstance(key, str):
-        raise TypeError(
-            f"a key is a str, not {type(key).__name__} (or an async function that returns a str)"
-        )
+    key = check_text("key", key, " or an async function that returns a str")
     if not key:
         raise ValueError("the key is empty; keygen() makes one")
     if bad := _NOT_IN_A_KEY.search(key):
@@ -154,32 +162,6 @@ def check_key(key: str) -> str:
             "letters, digits, '-' and '_'"
         )
     return key
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Tell whether something is an ``int``, and no ``bool`` in its place."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether something is an ``int`` or ``float``, and no ``bool`` in its place."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_whole(name: str, value: int | None) -> int | None:
-    """
-    Check an option that is a whole number.
-
-    :raises TypeError: if it is no ``int``
-    :raises ValueError: if it is negative or over 2³¹ - 1, which the broker does not take
-    """
-    if value is None:
-        return None
-    if not is_whole(value):
-        raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
-    if not 0 <= value <= _MAX_INT32:
-        raise ValueError(f"{name} is from 0 to {_MAX_INT32}, not {value}")
-    return value
 
 
 def unix_seconds(name: str, value: datetime | float | None) -> int | None:

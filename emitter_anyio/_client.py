@@ -19,11 +19,11 @@ from ._channels import (
     check_key,
     check_source,
     check_target,
-    check_whole,
     format_topic,
 )
+from ._checks import check_flag, check_int, check_text, check_whole, is_whole
 from ._codec import encode_publish
-from ._conversation import DEFAULT, Timeout
+from ._conversation import DEFAULT, Timeout, check_timeout
 from ._errors import MessageTooLargeError
 from ._messages import Payload, encode_payload
 from ._options import Options, make_options
@@ -31,7 +31,7 @@ from ._reconnecting import Restoration
 from ._requests import ChannelKey, Link, Me
 from ._watching import Watcher
 
-_LinkOptions: TypeAlias = tuple[tuple[str, int | None], ...]
+_TopicOptions: TypeAlias = tuple[tuple[str, int | None], ...]
 
 _LINK = re.compile(r"[a-zA-Z0-9]{1,2}", re.ASCII)
 
@@ -48,7 +48,7 @@ class _Made:
 
     key: Key
     channel: str
-    options: _LinkOptions
+    options: _TopicOptions
     text: str = ""
     """The key as the broker was told it."""
 
@@ -102,6 +102,8 @@ class Emitter(Caller, Watcher):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._topics: dict[tuple[object, ...], bytes] = {}
+        self._largest = options.max_message_size - 4
+        """How many bytes topic and payload have at most, whatever the QoS."""
         self._links: dict[str, _Made] = {}
         self._restorers.append(self._restore_links)
 
@@ -153,17 +155,26 @@ class Emitter(Caller, Watcher):
         Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
         """
-        try:
-            # Not by index: a KeyError would show the key in the tracebacks of the errors below.
-            topic = self._topics.get((key, channel, ttl, echo))
-        except TypeError:
-            topic = None
-        if topic is None:
-            if not isinstance(key, str) and callable(key):
+        # Only plain text may look a topic up: a subclass of str may compare in its own way.
+        if not (
+            type(key) is str
+            and type(channel) is str
+            and (ttl is None or type(ttl) is int)
+            and type(qos) is int
+            and (retain is False or retain is True)
+            and (echo is True or echo is False)
+            and timeout is DEFAULT
+        ):
+            retain, echo = check_flag("retain", retain), check_flag("echo", echo)
+            ttl, qos = check_whole("ttl", ttl), _check_qos(qos)
+            key, channel = check_source(key), check_channel(channel)
+            timeout = check_timeout(timeout)
+            if not isinstance(key, str):
+                payload = encode_payload(message)
                 await self._keyed(
                     key,
                     lambda text: self.publish(
-                        *(text, channel, message, ttl),
+                        *(text, channel, payload, ttl),
                         qos=qos,
                         retain=retain,
                         echo=echo,
@@ -171,6 +182,9 @@ class Emitter(Caller, Watcher):
                     ),
                 )
                 return
+        # Not by index: a KeyError would show the key in the tracebacks of the errors below.
+        topic = self._topics.get((key, channel, ttl, echo))
+        if topic is None:
             topic = self._make_topic(key, channel, ttl, echo)
         payload = message if type(message) is bytes else encode_payload(message)
         link, session = self._connection, self._session
@@ -178,19 +192,19 @@ class Emitter(Caller, Watcher):
             self._ready
             and link is not None
             and link.writer.has_room
-            and len(topic) + len(payload) <= self._options.max_message_size - 4
+            and len(topic) + len(payload) <= self._largest
         )
         # As _publish() does it: each call in between would cost a twentieth.
         if at_once and qos == 0 and session.published & 15:
             assert link is not None
+            packet = encode_publish(topic, payload, retain)
             session.published += 1
-            link.writer.write(encode_publish(topic, payload, retain))
+            link.writer.write(packet)
         elif at_once and qos == 1 and not session.full:
-            assert isinstance(key, str)
             sent = self._send_confirmed(topic, payload, key, channel, retain)
             await self._answer(sent, timeout)
         else:
-            assert isinstance(key, str)
+            qos = _check_qos(qos)
             await self._publish(topic, payload, key, channel, qos, retain, timeout)
 
     async def publish_with_link(
@@ -216,8 +230,9 @@ class Emitter(Caller, Watcher):
         :raises MessageTooLargeError: if the broker could not send it on: over 65528 bytes of
             channel and payload it closes the link or drops the message (its ``conn.go``)
         """
-        _check_link(name)
+        name = _check_link(name)
         payload = encode_payload(message)
+        qos, retain, timeout = _check_qos(qos), check_flag("retain", retain), check_timeout(timeout)
         made = self._links.get(name)
         channel = None if made is None else made.channel
         if channel is not None and len(channel) + len(payload) > _MAX_DELIVERED:
@@ -246,6 +261,7 @@ class Emitter(Caller, Watcher):
         :raises RequestTimeoutError: if the broker did not answer in time
         :raises ConnectionLostError: if the link is lost
         """
+        timeout = check_timeout(timeout)
         await self._room()
         start = anyio.current_time()
         refusal = await self._answer(self._session.ping(), timeout)
@@ -276,11 +292,11 @@ class Emitter(Caller, Watcher):
         :return: the key and its channel
         :raises UnauthorizedError: if ``key`` may not make keys
         """
-        check_source(key)
+        key = check_source(key)
         channel = check_target(channel)
-        check_whole("ttl", ttl)
-        if not isinstance(permissions, str):
-            raise TypeError(f"permissions is a str, not {type(permissions).__name__}")
+        ttl = check_int("ttl", ttl, 0)
+        timeout = check_timeout(timeout)
+        permissions = check_text("permissions", permissions, " such as 'rw'")
         if unknown := set(permissions) - set("rwslpex"):
             raise ValueError(
                 f"permissions has {', '.join(sorted(map(repr, unknown)))}, which Emitter does not "
@@ -308,10 +324,8 @@ class Emitter(Caller, Watcher):
         :return: whether it is banned now
         :raises UnauthorizedError: if ``secret`` may not ban
         """
-        check_source(secret)
-        check_source(target)
-        if not isinstance(banned, bool):
-            raise TypeError(f"banned is a bool, not {type(banned).__name__}")
+        secret, target = check_source(secret), check_source(target)
+        banned, timeout = check_flag("banned", banned), check_timeout(timeout)
         banning = await self._key_of(target)
 
         async def ask(text: str) -> bool:
@@ -348,10 +362,11 @@ class Emitter(Caller, Watcher):
         :return: the name, and the channel with its options
         :raises UnauthorizedError: with ``subscribe``, if the key may not read; the link is there
         """
-        check_source(key)
+        key = check_source(key)
         channel = check_channel(channel)
-        _check_link(name)
-        options = (("ttl", check_whole("ttl", ttl) or None), ("me", None if echo else 0))
+        name = _check_link(name)
+        subscribe, timeout = check_flag("subscribe", subscribe), check_timeout(timeout)
+        options = _topic_options(ttl, echo)
         ask = partial(self._ask_for_link, name, _Made(key, channel, options), timeout)
         made = await self._keyed(key, ask)
         if subscribe:
@@ -386,7 +401,7 @@ class Emitter(Caller, Watcher):
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :return: the connection's id, and its links
         """
-        return await self._request(requests.me(), timeout)
+        return await self._request(requests.me(), check_timeout(timeout))
 
     async def _publish(
         self,
@@ -403,30 +418,35 @@ class Emitter(Caller, Watcher):
             self._check_size(topic, payload, qos)
             await self._room()
             self._send_publish(topic, payload, retain)
-        elif qos == 1:
+        else:
             self._check_size(topic, payload, qos)
             await self._room()
             sent = self._send_confirmed(topic, payload, key, channel, retain)
             await self._answer(sent, timeout)
-        else:
-            raise ValueError(
-                f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1"
-            )
 
     def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
-        check_key(key)
-        checked = check_channel(channel)
-        check_whole("ttl", ttl)
-        options = (("ttl", ttl or None), ("me", None if echo else 0))
-        topic = format_topic(key, checked, options).encode()
+        options = _topic_options(ttl, echo)
+        topic = format_topic(check_key(key), check_channel(channel), options).encode()
         if len(self._topics) >= _TOPICS:
             self._topics.clear()
         self._topics[key, channel, ttl, echo] = topic
         return topic
 
 
-def _check_link(name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a link is a str, not {type(name).__name__}")
+def _check_link(name: str) -> str:
+    name = check_text("the name of a link", name)
     if not _LINK.fullmatch(name):
         raise ValueError(f"the name of a link is one or two letters or digits, not {name!r}")
+    return name
+
+
+def _check_qos(qos: int) -> Literal[0, 1]:
+    if not is_whole(qos):
+        raise TypeError(f"qos must be an int, not {type(qos).__name__}")
+    if qos not in (0, 1):
+        raise ValueError(f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1")
+    return 1 if qos else 0
+
+
+def _topic_options(ttl: int | None, echo: bool) -> _TopicOptions:
+    return ("ttl", check_whole("ttl", ttl) or None), ("me", None if check_flag("echo", echo) else 0)

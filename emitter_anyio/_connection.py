@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint
 
 from ._backend import Wakeup, wakeup_maker
 from ._batches import Messages
-from ._channels import check_channel, check_key, format_topic
+from ._channels import format_topic
 from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._limits import Limits
@@ -470,7 +470,7 @@ def _make_hello(options: Options, will_key: str | None) -> Hello:
     will = None
     if options.will is not None and will_key is not None:
         given = options.will
-        topic = format_topic(check_key(will_key), check_channel(given.channel))
+        topic = format_topic(will_key, given.channel)
         will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
     # MQTT counts in whole seconds; Emitter passes over what it is told here.
     return Hello(

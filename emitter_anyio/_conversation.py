@@ -10,6 +10,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from ._channels import Key
+from ._checks import check_seconds
 from ._connection import Connection
 from ._errors import (
     MessageTooLargeError,
@@ -36,6 +37,18 @@ DEFAULT: Final = _Default.TIMEOUT
 
 Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
 """Seconds to wait for the broker; ``None`` waits for ever."""
+
+
+def check_timeout(timeout: Timeout) -> Timeout:
+    """
+    Check how long a call is to wait.
+
+    :raises TypeError: if it is not a number
+    :raises ValueError: if it is negative
+    """
+    if timeout is None or timeout is DEFAULT:
+        return timeout
+    return check_seconds("timeout", timeout)
 
 
 class Conversation(Life):

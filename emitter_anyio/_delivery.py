@@ -66,8 +66,9 @@ class Delivery(EventSource):
 
     def _send_publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
         assert self._connection is not None
+        packet = encode_publish(topic, payload, retain)
         self._session.published += 1
-        self._connection.writer.write(encode_publish(topic, payload, retain))
+        self._connection.writer.write(packet)
 
     def _send_confirmed(
         self,
@@ -79,7 +80,12 @@ class Delivery(EventSource):
     ) -> Pending[None]:
         assert self._connection is not None
         pending, packet_id = self._session.expect_confirmation(key, channel)
-        self._connection.writer.write(encode_publish(topic, payload, retain, packet_id))
+        try:
+            packet = encode_publish(topic, payload, retain, packet_id)
+        except BaseException:
+            self._session.forget(packet_id)
+            raise
+        self._connection.writer.write(packet)
         return pending
 
     def _ping(self, answered: Callable[[], None]) -> None:

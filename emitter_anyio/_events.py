@@ -16,6 +16,7 @@ from anyio import EndOfStream
 
 from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
+from ._checks import check_function, check_text
 from ._errors import HandlerError, SlowConsumerError
 from ._messages import EmitterMessage
 from ._requests import ChannelKey, Link, Me, PresenceEvent
@@ -169,20 +170,17 @@ class EventSource(ABC):
         :param buffer: how many values may wait for the handler
         :param overflow: what happens to more; a :class:`SlowConsumerError` goes to ``on("error")``
         :return: the handler
+        :raises TypeError: if an argument has the wrong type, or the handler is a generator function
         :raises ValueError: if there is no such event
         """
-        channel = _check(event, channel, buffer, overflow)
-        if handler is None:
+        event, channel = _check(event, channel, buffer, overflow)
 
-            def decorate(decorated: Callable[..., object]) -> Callable[..., object]:
-                self._register(_Registration(event, decorated, channel, buffer, overflow))
-                return decorated
+        def register(handler: Callable[..., object]) -> Callable[..., object]:
+            check_function("handler", handler)
+            self._register(_Registration(event, handler, channel, buffer, overflow))
+            return handler
 
-            return decorate
-        if not callable(handler):
-            raise TypeError(f"a handler is a function, not {type(handler).__name__}")
-        self._register(_Registration(event, handler, channel, buffer, overflow))
-        return handler
+        return register if handler is None else register(handler)
 
     def off(self, event: str, handler: Callable[..., object]) -> None:
         """
@@ -190,7 +188,7 @@ class EventSource(ABC):
 
         :raises ValueError: if it is not registered for this event
         """
-        _check_event(event)
+        event = _check_event(event)
         for registration in self._registrations:
             if registration.event == event and registration.handler == handler:
                 self._registrations.remove(registration)
@@ -250,7 +248,7 @@ class EventSource(ABC):
         :return: to be entered, for an :class:`EventStream`
         :raises ValueError: if there is no such event
         """
-        channel = _check(event, channel, buffer, overflow)
+        event, channel = _check(event, channel, buffer, overflow)
         return Entering(partial(self._entered_stream, event, channel, buffer, overflow))
 
     @asynccontextmanager
@@ -431,16 +429,20 @@ class EventSource(ABC):
         self._emit("error", error)
 
 
-def _check(event: str, channel: str | None, buffer: int, overflow: Overflow) -> str | None:
-    _check_event(event)
+def _check(
+    event: str, channel: str | None, buffer: int, overflow: Overflow
+) -> tuple[str, str | None]:
+    event = _check_event(event)
     check_buffer(buffer, overflow)
     if channel is None:
-        return None
+        return event, None
     if event not in _WITH_CHANNEL:
         raise ValueError(f"{event!r} has no channel: channel= goes with message and presence")
-    return check_channel(channel, wildcards=True)
+    return event, check_channel(channel, wildcards=True)
 
 
-def _check_event(event: str) -> None:
+def _check_event(event: str) -> str:
+    event = check_text("event", event)
     if event not in EVENTS:
         raise ValueError(f"there is no event {event!r}; there are {', '.join(EVENTS)}")
+    return event

@@ -13,8 +13,9 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from . import _requests as requests
-from ._channels import Key, check_channel, check_source, check_whole, levels, unix_seconds
-from ._conversation import DEFAULT, Conversation, Timeout
+from ._channels import A_KEY, Key, check_channel, check_source, levels, unix_seconds
+from ._checks import check_choice, check_int
+from ._conversation import DEFAULT, Conversation, Timeout, check_timeout
 from ._errors import HistoryIncompleteError, InvalidChannelError, RequestError
 from ._messages import StoredMessage
 from ._options import Options
@@ -147,16 +148,18 @@ class Historian(Conversation):
         :raises HistoryIncompleteError: when iterated, at the place where stored messages cannot be
             read
         """
-        check_source(key)
+        key = check_source(key)
         channel = check_channel(channel, wildcards=True)
         check_stored(channel)
-        count = _USUAL if last is None else check_whole("last", last)
-        assert count is not None
-        if order not in ("oldest", "newest"):
-            raise ValueError(f"order is 'oldest' or 'newest', not {order!r}")
+        count = _USUAL if last is None else check_int("last", last, 0)
+        newest = check_choice("order", order, ("oldest", "newest")) == "newest"
+        timeout = check_timeout(timeout)
         first, final = unix_seconds("since", since), unix_seconds("until", until)
+        text = key if isinstance(key, str) else A_KEY
+        asked = requests.history(text, channel, last=count, since=first, until=final)
+        self._check_size(asked.topic.encode(), asked.body, 1)
         reader = self._reader(key, channel, count, first, final, timeout)
-        return History(reader, channel, order == "oldest")
+        return History(reader, channel, not newest)
 
     def _reader(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -68,7 +69,13 @@ class KeyRing:
                 known = self._known.get(source)
                 if known is not None and (known != refused or asking.answers > answers):
                     return known
-                key = check_key(await source())
+                answer = source()
+                if not inspect.isawaitable(answer):
+                    raise TypeError(
+                        "a function that gives a key must be async: it returned "
+                        f"{type(answer).__name__}, which cannot be awaited"
+                    )
+                key = check_key(await answer)
                 if len(self._known) >= _KNOWN:
                     self._known.clear()
                 self._known[source] = key

@@ -11,6 +11,7 @@ from typing import Any, Self
 import anyio
 from anyio.abc import TaskStatus
 
+from ._checks import check_task_status
 from ._connection import Connection
 from ._errors import ClosedError, ConnectionLostError
 from ._events import logger
@@ -67,6 +68,7 @@ class Life(Reconnector):
         :raises ConnectError: if no link could be opened
         :raises ConnectionLostError: if the link is gone for good
         """
+        check_task_status(task_status)
         async with self:
             task_status.started(self)
             await self.wait_closed()

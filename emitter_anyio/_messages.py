@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
-from ._channels import Key
+from ._channels import Key, check_channel, check_source
+from ._checks import check_flag
 from ._errors import readable
 
 Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
@@ -18,6 +19,9 @@ ITEM_BYTES: Final = 128
 around them."""
 
 _SHOWN = 64
+
+_JSON_TYPES: Final = (dict, list, tuple, int, float, type(None))
+"""Not buffers: to try would cost a third of what encoding them does."""
 
 
 class Readable:
@@ -174,12 +178,25 @@ class Will:
     :ivar channel: the channel to publish to
     :ivar message: the payload, as in ``publish()``
     :ivar retain: whether to store it, for which the key needs the permission to store
+    :raises InvalidChannelError: if the broker would not take the channel
+    :raises TypeError: if a value has the wrong type
+    :raises ValueError: if the key has a character that no key has
     """
 
     key: Key
     channel: str
     message: Payload
     retain: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("key", check_source(self.key)),
+            ("channel", check_channel(self.channel)),
+            # A buffer is copied, because what is in it may change before the broker gets it.
+            ("message", _plain(self.message)),
+            ("retain", check_flag("retain", self.retain)),
+        ):
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         return f"Will(key=…, channel={self.channel!r}, retain={self.retain})"
@@ -192,21 +209,37 @@ def encode_payload(message: Payload) -> bytes:
     :raises TypeError: if it is neither bytes-like nor ``str`` and JSON does not know it
     :raises ValueError: if it is text that has no UTF-8, or an object that has no JSON
     """
-    if isinstance(message, bytes):
-        return message
-    if isinstance(message, str):
-        return _encode_text(message)
-    if isinstance(message, bytearray | memoryview):
-        return bytes(message)
+    plain = _plain(message)
+    if isinstance(plain, bytes):
+        return plain
+    if isinstance(plain, str):
+        return _encode_text(plain)
     try:
-        text = json.dumps(message, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except TypeError as exc:
         raise TypeError(
-            f"a message is bytes, str or what JSON knows; {type(message).__name__} is not: {exc}"
+            "cannot encode the message: it must be bytes-like, str or what JSON can hold, not "
+            f"{type(message).__name__}: {exc}"
         ) from exc
     except (ValueError, RecursionError) as exc:
         raise ValueError(f"the message has no JSON: {exc}") from exc
     return _encode_text(text)
+
+
+def _plain(message: Payload) -> Payload:
+    """Return any buffer as ``bytes``, text as a plain ``str``, and other objects as they are."""
+    if isinstance(message, str):
+        return str.__str__(message)
+    if type(message) is bytes or isinstance(message, _JSON_TYPES):
+        return message
+    try:
+        view = memoryview(message)  # type: ignore[arg-type]  # whether it is one, this tells
+    except TypeError:
+        return message
+    with view:
+        if "O" in view.format:
+            raise TypeError("cannot encode the message: a buffer of Python objects has no bytes")
+        return view.tobytes()
 
 
 def _encode_text(text: str) -> bytes:

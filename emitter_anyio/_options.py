@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-import math
+import os
+import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Final, Literal
+from ipaddress import IPv6Address
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
 from anyio.abc import ByteStreamConnectable
 
 from ._backoff import Backoff
-from ._channels import is_number, is_whole
-from ._messages import Will
+from ._channels import A_KEY, format_topic
+from ._checks import check_choice, check_flag, check_int, check_seconds, check_text
+from ._errors import MessageTooLargeError
+from ._messages import Will, encode_payload
 from ._router import Matcher
 
 DEFAULT_HOST: Final = "api.emitter.io"
@@ -25,6 +29,17 @@ PORTS: Final = {"mqtt": 8080, "mqtts": 443, "ws": 8080, "wss": 443}
 
 _PATH: Final = "/%:@!$&'()*+,;=~"
 """What stands for itself in a path, beside letters and digits (RFC 3986)."""
+
+_NOT_IN_A_HOST: Final = re.compile(r"[\x00-,/:-@\[-^`{-\x7f\s]")
+"""What no host name has; what is not ASCII may be a part of an international one."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+_MISPLACED_AT: Final = re.compile(r"://.*[/?#\[\]].*@", re.DOTALL)
+"""An ``@`` where a user and a password have ended already."""
+
+_MAX_FIELD: Final = 65535
+"""MQTT counts the bytes of each text and of a will's payload in 16 bits."""
 
 MAX_KEEPALIVE: Final = 60
 """The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
@@ -65,7 +80,7 @@ class Server:
             return "the connectable"
         if self.scheme == "unix":
             return f"unix://{self.host}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
         path = "" if self.path == "/" else self.path
         return f"{self.scheme}://{host}:{self.port}{path}"
 
@@ -94,7 +109,8 @@ class Options:
 
 logger = logging.getLogger("emitter_anyio")
 
-_PLACE: Final = ("host", "port", "secure", "servers")
+_Check: TypeAlias = Callable[[str, object], Any]
+"""Takes the name and the value of an option; returns the plain value, or raises."""
 
 
 def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str, Any]) -> Options:
@@ -105,73 +121,103 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
     :raises ValueError: if a value is out of its range
     :raises ImportError: if WebSocket is wanted, and wsproto is not there
     """
-    said: dict[str, Any] = {}
     server: Server | None = None
+    first: dict[Any, object] = {}
     origin = "the mapping"
     if isinstance(options, str):
-        server, said = _parse_url(options)
-        said |= _place_of(server)
+        server, credentials = _parse_url("URL", options)
+        first = credentials | _place_of(server)
         origin = "the URL"
     elif isinstance(options, Mapping):
-        said = dict(options)
+        first = dict(options)
     elif options is not None:
         raise TypeError(
             f"connect() takes a URL or a mapping of options, not {type(options).__name__}"
         )
-    for name, value in keywords.items():
-        if name in said and said[name] != value:
-            raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
-        said[name] = value
-    for name in said:
-        if name not in _CHECKS and name not in _PLACE:
+    said: dict[str, Any] = {}
+    for name, value in (*first.items(), *keywords.items()):
+        check = _CHECKS.get(name) or _PLACE.get(name)
+        if check is None:
             raise TypeError(
                 f"unknown option {name!r}; there are {', '.join(sorted((*_PLACE, *_CHECKS)))}"
             )
+        checked = check(name, value)
+        if name in said and said[name] != checked:
+            raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
+        said[name] = checked
     place: dict[str, Any] = {name: said.pop(name) for name in _PLACE if name in said}
     if said.get("connectable") is not None and not place:
         made = Options(servers=(Server("connectable", "", 0),), **said)
     else:
         made = Options(servers=_servers(place, server), **said)
-    _check(made, said)
+    _check_together(made)
     return made
 
 
 def _servers(place: dict[str, Any], of_url: Server | None) -> tuple[Server, ...]:
-    urls = place.pop("servers", None)
-    if urls is not None:
+    servers: tuple[Server, ...] | None = place.pop("servers", None)
+    if servers is not None:
         if place:
             raise TypeError(f"servers stands instead of {', '.join(place)}: give only one of them")
-        return _parse_servers(urls)
-    secure = place.get("secure", True)
-    if not isinstance(secure, bool):
-        raise TypeError(f"secure is a bool, not {type(secure).__name__}")
-    scheme = "mqtts" if secure else "mqtt"
+        return servers
+    scheme = "mqtts" if place.get("secure", True) else "mqtt"
     host = place.get("host", DEFAULT_HOST)
-    if not isinstance(host, str):
-        raise TypeError(f"host is a str, not {type(host).__name__}")
-    if not host:
-        raise ValueError("host is empty")
     if host.startswith("/"):
         return (Server("unix", host, 0),)
-    server = Server(scheme, host, _check_port(place.get("port", PORTS[scheme])))
+    server = Server(scheme, host, place.get("port", PORTS[scheme]))
     # No keyword disagrees with a URL, which may say more: WebSocket, and a path.
     return (of_url or server,)
 
 
-def _check_port(port: Any) -> int:
-    if not is_whole(port):
-        raise TypeError(f"port is a whole number, not {type(port).__name__}")
-    if not 1 <= port <= 65535:
-        raise ValueError(f"port is from 1 to 65535, not {port}")
-    return int(port)
+def _check_host_or_path(name: str, value: object) -> str:
+    host = check_text(name, value)
+    if not host.startswith("/"):
+        return _check_host(name, host)
+    try:
+        invalid = b"\0" in os.fsencode(host)
+    except UnicodeEncodeError:
+        invalid = True
+    if invalid:
+        raise ValueError(f"invalid {name}: the path of a Unix socket has a character no path has")
+    return host
 
 
-def _parse_servers(urls: object) -> tuple[Server, ...]:
+def _check_host(name: str, host: str) -> str:
+    # The host itself is in no message, because it may be a URL with a password.
+    if not host:
+        raise ValueError(f"{name} is empty")
+    if "://" in host:
+        why = "it is a URL; pass that as the first argument of connect(), or use the host alone"
+    elif "@" in host:
+        why = "it contains '@'; use username= and password= for the credentials"
+    elif host.startswith("["):
+        why = "it has brackets, which only a URL needs; use host='::1' and port= for the port"
+    elif ":" not in host:
+        if not (bad := _NOT_IN_A_HOST.search(host)):
+            return _check_utf8(name, host)
+        why = f"it contains {bad[0]!r}, which no host name has; use the name or address alone"
+    elif (address := host.partition("%"))[0].count(":") == 1:
+        why = "it contains a port; use port= for that"
+    else:
+        try:
+            IPv6Address(host)
+        except ValueError:
+            why = "it contains ':', but is not an IPv6 address"
+        else:
+            if not _NOT_IN_A_HOST.search(address[2]):
+                return _check_utf8(name, host)
+            why = "its zone must be the name or number of a network interface"
+    raise ValueError(f"invalid {name}: {why}")
+
+
+def _check_servers(name: str, urls: object) -> tuple[Server, ...] | None:
+    if urls is None:
+        return None
     if isinstance(urls, str) or not isinstance(urls, Sequence):
         raise TypeError("servers is a sequence of URLs")
     servers = []
     for url in urls:
-        server, credentials = _parse_url(url)
+        server, credentials = _parse_url("URL in servers", url)
         if credentials:
             raise TypeError("a URL in servers has no user and password: give them as options")
         servers.append(server)
@@ -182,19 +228,35 @@ def _parse_servers(urls: object) -> tuple[Server, ...]:
     return tuple(servers)
 
 
-def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
+def _parse_url(name: str, value: object) -> tuple[Server, dict[str, Any]]:
     # The URL itself is in no message, since it may carry a password.
-    if not isinstance(url, str):
-        raise TypeError(f"a URL is a str, not {type(url).__name__}")
+    url = check_text(f"a {name}", value)
+    try:
+        return _take_apart(url)
+    except ValueError as exc:
+        hint = ""
+        if _MISPLACED_AT.search(url):
+            hint = (
+                "; if the user or the password contains one of / ? # [ ], quote it: "
+                "urllib.parse.quote(password, safe='')"
+            )
+        raise ValueError(f"{exc}{hint}") from None
+
+
+def _take_apart(url: str) -> tuple[Server, dict[str, Any]]:
+    # urlsplit() would leave them out.
+    if _CONTROL.search(url):
+        raise ValueError("invalid URL: it contains a control character, such as a line break")
+    _check_utf8("URL", url)
     try:
         parts = urlsplit(url)
     except ValueError:
         # Its own words may show the password.
-        raise ValueError("the URL is none: there is something wrong with its host") from None
+        raise ValueError("invalid URL: the host part is malformed") from None
     if parts.scheme == "unix":
         if parts.netloc or not parts.path.startswith("/") or parts.query or parts.fragment:
             raise ValueError("a Unix socket's URL is unix:///path/to/socket")
-        return Server("unix", unquote(parts.path), 0), {}
+        return Server("unix", _check_host_or_path("path", _unquote("path", parts.path)), 0), {}
     if parts.scheme not in PORTS:
         raise ValueError(
             f"the URL's scheme is {parts.scheme!r}; there are mqtt, mqtts, ws, wss and unix, such "
@@ -207,18 +269,30 @@ def _parse_url(url: object) -> tuple[Server, dict[str, Any]]:
     host = parts.hostname
     if not host:
         raise ValueError("the URL has no host")
+    # In a URL the zone of an address stands behind a quoted percent sign (RFC 6874).
+    host = _check_host("host in the URL", host.replace("%25", "%", 1) if ":" in host else host)
     try:
         port = parts.port
     except ValueError:
         raise ValueError("the URL's port is no number from 1 to 65535") from None
     credentials = {}
     if parts.username is not None:
-        credentials["username"] = unquote(parts.username)
+        credentials["username"] = _unquote("user name", parts.username)
     if parts.password is not None:
-        credentials["password"] = unquote(parts.password)
-    port = _check_port(PORTS[parts.scheme] if port is None else port)
+        credentials["password"] = _unquote("password", parts.password)
+    port = _check_port("port", PORTS[parts.scheme] if port is None else port)
     path = quote(parts.path or "/", safe=_PATH) if websocket else ""
     return Server(parts.scheme, host, port, path), credentials
+
+
+def _unquote(what: str, text: str) -> str:
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"invalid URL: the percent escapes of its {what} are not UTF-8; quote it: "
+            "urllib.parse.quote(text, safe='')"
+        ) from None
 
 
 def _place_of(server: Server) -> dict[str, Any]:
@@ -227,10 +301,7 @@ def _place_of(server: Server) -> dict[str, Any]:
     return {"host": server.host, "port": server.port, "secure": server.secure}
 
 
-def _check(options: Options, said: Mapping[str, object]) -> None:
-    # The defaults are good.
-    for name, value in said.items():
-        _CHECKS[name](name, value)
+def _check_together(options: Options) -> None:
     if options.password is not None and options.username is None:
         raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
     if options.ssl_context is not None:
@@ -240,78 +311,107 @@ def _check(options: Options, said: Mapping[str, object]) -> None:
                 "connectable"
             )
         _check_trust(options.ssl_context)
+    check_connect_size(options)
     if options.servers[0].websocket:
         _check_websocket()
 
 
-def _check_seconds(name: str, value: object, least: float = 0, most: float = math.inf) -> None:
-    if not is_number(value):
-        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
-    if not least <= value <= most:
-        limits = f"from {least} to {most}" if most < math.inf else f"at least {least}"
-        raise ValueError(f"{name} is {limits} seconds, not {value}")
+def check_connect_size(options: Options, will_key: str | None = None) -> None:
+    """
+    Check that the broker can take the CONNECT packet.
+
+    :param will_key: what the function has returned that gives the key of the will, once it has
+    :raises MessageTooLargeError: if the packet, or the message of the will, has too many bytes
+    :raises ValueError: if the message of the will cannot be encoded
+    :raises TypeError: if the message of the will cannot be encoded
+    """
+    fields = [
+        text.encode()
+        for text in (options.client_id, options.username, options.password)
+        if text is not None
+    ]
+    if (will := options.will) is not None:
+        payload = encode_payload(will.message)
+        if len(payload) > _MAX_FIELD:
+            raise MessageTooLargeError(
+                f"cannot use the will: its message has {len(payload)} bytes; MQTT allows "
+                f"{_MAX_FIELD}"
+            )
+        key = will_key or (will.key if isinstance(will.key, str) else A_KEY)
+        fields += [format_topic(key, will.channel).encode(), payload]
+    # Protocol, version, flags and keepalive have 10 bytes; each field has its length in front.
+    size = 10 + 2 * len(fields) + sum(map(len, fields))
+    if size > options.max_message_size:
+        raise MessageTooLargeError(
+            f"cannot connect: client_id, username, password and will make a CONNECT of {size} "
+            f"bytes; the broker takes {options.max_message_size} (max_message_size)"
+        )
 
 
-def _check_timeout(name: str, value: object) -> None:
-    if value is not None:
-        _check_seconds(name, value)
+_check_port = partial(check_int, least=1, most=65535)
 
 
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is a str, not {type(value).__name__}")
+def _check_timeout(name: str, value: object) -> float | None:
+    return None if value is None else check_seconds(name, value)
+
+
+def _check_utf8(name: str, text: str) -> str:
     try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} has no UTF-8") from None
-    if size > 65535:
-        raise ValueError(f"{name} has at most 65535 bytes")
+        size = len(text.encode())
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"{name} has no UTF-8: {exc.reason}") from None
+    if size > _MAX_FIELD:
+        raise ValueError(f"{name} has at most {_MAX_FIELD} bytes")
+    return text
 
 
-def _check_credential(name: str, value: object) -> None:
-    if value is not None:
-        _check_text(name, value)
+def _check_string(name: str, value: object) -> str:
+    text = _check_utf8(name, check_text(name, value))
+    if "\0" in text:
+        raise ValueError(f"{name} contains a NUL character, which MQTT does not allow")
+    return text
 
 
-def _check_is(kind: type, what: str, *, optional: bool = True) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if not isinstance(value, kind) and not (optional and value is None):
+def _check_username(name: str, value: object) -> str | None:
+    return None if value is None else _check_string(name, value)
+
+
+def _check_password(name: str, value: object) -> str | None:
+    return None if value is None else _check_utf8(name, check_text(name, value))
+
+
+def _check_is(kind: type, what: str) -> _Check:
+    def check(name: str, value: object) -> object:
+        if not isinstance(value, kind) and value is not None:
             raise TypeError(f"{name} is {what}, not {type(value).__name__}")
+        return value
 
     return check
 
 
-def _check_one_of(*values: str) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if value not in values:
-            raise ValueError(f"{name} is {' or '.join(map(repr, values))}, not {value!r}")
+_PLACE: Final[Mapping[str, _Check]] = {
+    "host": _check_host_or_path,
+    "port": _check_port,
+    "secure": check_flag,
+    "servers": _check_servers,
+}
 
-    return check
-
-
-def _check_size(name: str, value: object) -> None:
-    if not is_whole(value):
-        raise TypeError(f"{name} is a whole number, not {type(value).__name__}")
-    if not 1024 <= value <= 0xFFFFFFF:
-        raise ValueError(f"{name} is from 1024 to {0xFFFFFFF} bytes, not {value}")
-
-
-_CHECKS: Final[Mapping[str, Callable[[str, object], None]]] = {
-    "keepalive": partial(_check_seconds, least=1, most=MAX_KEEPALIVE),
-    "username": _check_credential,
-    "password": _check_credential,
-    "client_id": _check_text,
+_CHECKS: Final[Mapping[str, _Check]] = {
+    "keepalive": partial(check_seconds, least=1, most=MAX_KEEPALIVE),
+    "username": _check_username,
+    "password": _check_password,
+    "client_id": _check_string,
     "will": _check_is(Will, "a Will(key, channel, message)"),
     "ssl_context": _check_is(ssl.SSLContext, "an ssl.SSLContext"),
     "connect_timeout": _check_timeout,
     "request_timeout": _check_timeout,
-    "disconnect_timeout": _check_seconds,
-    "matcher": _check_one_of("emitter", "mqtt"),
-    "max_message_size": _check_size,
-    "allow_collisions": _check_is(bool, "a bool", optional=False),
+    "disconnect_timeout": check_seconds,
+    "matcher": partial(check_choice, choices=("emitter", "mqtt")),
+    "max_message_size": partial(check_int, least=1024, most=0xFFFFFFF, unit=" bytes"),
+    "allow_collisions": check_flag,
     "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable"),
     "reconnect": _check_is(Backoff, "a Backoff(), or None for one link only"),
-    "while_down": _check_one_of("wait", "raise"),
+    "while_down": partial(check_choice, choices=("wait", "raise")),
 }
 
 

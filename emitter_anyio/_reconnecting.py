@@ -25,7 +25,7 @@ from ._errors import (
     portable,
 )
 from ._events import logger
-from ._options import Options
+from ._options import Options, check_connect_size
 from ._tasks import Tasks
 
 State: TypeAlias = Literal["closed", "connecting", "connected", "closing"]
@@ -294,6 +294,7 @@ class Reconnector(Delivery):
             try:
                 with anyio.fail_after(self._options.connect_timeout):
                     self._will_key = self._will_key or await self._keys.get(will.key)
+                check_connect_size(self._options, self._will_key)
             except Exception as exc:
                 raise ConnectError(f"there is no key of the will: {exc!r}") from exc
         after = None if last is None else last.server

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, NoReturn, TypeVar
 
 from ._channels import format_options, format_topic
 from ._errors import readable
@@ -58,14 +58,32 @@ class Link:
     channel: str
 
 
+class _ReadOnlyDict(dict[str, str]):
+    """A dict that cannot be changed; a mapping proxy could not be pickled or copied."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def _refuse_to_change(*args: object, **keywords: object) -> NoReturn:
+    raise TypeError("links cannot be changed; copy them with dict(me.links)")
+
+
+for _name in (
+    *("__setitem__", "__delitem__", "__ior__", "update", "setdefault"),
+    *("pop", "popitem", "clear"),
+):
+    setattr(_ReadOnlyDict, _name, _refuse_to_change)
+
+
 @dataclass(frozen=True, slots=True)
 class Me:
     """
     What the broker knows of this connection.
 
     :ivar id: the connection's id, new for each link
-    :ivar links: channels by the names of their links; handlers and callers share it, so do not
-        change it
+    :ivar links: channels by the names of their links; read-only, because handlers and callers
+        share it
     """
 
     id: str
@@ -182,7 +200,7 @@ def me() -> Request[Me]:
         links = answer.get("links", {})
         if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
             raise NonsenseError("links is not an object of channels")
-        return Me(_text(answer, "id"), links)
+        return Me(_text(answer, "id"), _ReadOnlyDict(links))
 
     return Request("me", b"", parse)
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
 from . import _requests as requests
-from ._channels import Key, format_topic, is_whole, unshare
+from ._channels import Key, format_topic, unshare
+from ._checks import is_whole
 from ._errors import (
     EmitterError,
     RemoteProtocolError,
@@ -117,6 +118,12 @@ class Session(Grants):
         pending: Pending[None] = Pending(operation, key, channel, settles=self.published)
         return pending, self._register(pending)
 
+    def forget(self, packet_id: int) -> None:
+        """Free the id of a packet that could not be encoded and so was not sent."""
+        del self._pending[packet_id]
+        if self._when_free:
+            self._tell_free()
+
     def request(self, request: Request[T], *, awaited: bool = True) -> Pending[T]:
         """Ask a control request."""
         pending: Pending[T] = Pending(
@@ -127,7 +134,8 @@ class Session(Grants):
             settles=self.published,
             awaited=awaited,
         )
-        self._send(Publish(request.topic.encode(), request.body, self._register(pending)))
+        topic = request.topic.encode()
+        self._send_asking(pending, lambda packet_id: Publish(topic, request.body, packet_id))
         return pending
 
     def ping(self, *, awaited: bool = True) -> Pending[RequestError | None]:
@@ -204,7 +212,8 @@ class Session(Grants):
     def unsubscribe(self, key: str, filter: str) -> Pending[None]:
         """Tell the broker to unsubscribe what nobody uses here."""
         pending: Pending[None] = Pending("unsubscribe", key, filter, settles=self.published)
-        self._send(Unsubscribe(self._register(pending), format_topic(key, filter)))
+        topic = format_topic(key, filter)
+        self._send_asking(pending, lambda packet_id: Unsubscribe(packet_id, topic))
         return pending
 
     def awaited(self) -> list[Pending[Any]]:
@@ -262,15 +271,23 @@ class Session(Grants):
     # How
 
     def _ask_for(self, grant: Grant, replay: Replay) -> None:
+        topic = format_topic(grant.key, grant.filter, replay.options)
         pending: Pending[None] = Pending(
             "subscribe", grant.key, grant.filter, settles=self.published
         )
+        self._send_asking(pending, lambda packet_id: Subscribe(packet_id, topic))
         pending.grant, grant.asked, grant.refused = grant, pending, False
         if not replay.nothing:
             self.replays.add(grant)
         self._grants.setdefault(grant.filter, {})[grant.source] = grant
-        topic = format_topic(grant.key, grant.filter, replay.options)
-        self._send(Subscribe(self._register(pending), topic))
+
+    def _send_asking(self, pending: Pending[Any], make: Callable[[int], Packet]) -> None:
+        packet_id = self._register(pending)
+        try:
+            self._send(make(packet_id))
+        except BaseException:
+            self.forget(packet_id)
+            raise
 
     def _register(self, pending: Pending[Any]) -> int:
         if len(self._pending) >= _IDS:
@@ -315,10 +332,8 @@ class Session(Grants):
         pending = self._pending.get(packet_id)
         if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
             return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
-        del self._pending[packet_id]
+        self.forget(packet_id)
         self.answered += 1
-        if self._when_free:
-            self._tell_free()
         if pending.settles > self._settled:
             self._settled = pending.settles
         if pending.done:

@@ -12,7 +12,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -20,18 +20,19 @@ from anyio.lowlevel import checkpoint
 from . import _requests as requests
 from ._buffer import Overflow, check_buffer
 from ._channels import (
+    A_KEY,
     Key,
     check_channel,
     check_group,
     check_source,
-    check_whole,
     format_topic,
     levels,
     share,
     unix_seconds,
     unshare,
 )
-from ._conversation import DEFAULT, Timeout
+from ._checks import check_flag, check_int, check_whole
+from ._conversation import DEFAULT, Timeout, check_timeout
 from ._errors import (
     RequestError,
     SubscriptionConflictError,
@@ -45,9 +46,6 @@ from ._subscription import Entering, EventStream
 from ._watermark import Watermark
 
 T = TypeVar("T")
-
-_A_KEY: Final = "k" * 32
-"""As long as the key that a function will give."""
 
 
 class Subscribing(Entering[EventStream[T]]):
@@ -193,10 +191,12 @@ class Subscriber(Resumer):
         replay = Replay(
             check_whole("last", last), unix_seconds("since", since), unix_seconds("until", until)
         )
-        filter = self._check_filter(key, channel, group, replay)
+        source, filter = self._check_filter(key, channel, group, replay)
         check_buffer(buffer, overflow)
-        limit = check_whole("resume_limit", resume_limit)
-        if resume:
+        timeout = check_timeout(timeout)
+        mark_gaps = check_flag("mark_gaps", mark_gaps)
+        limit = check_int("resume_limit", resume_limit, 0)
+        if check_flag("resume", resume):
             check_stored(unshare(filter)[1])
         if unshare(filter)[0] is not None:
             if replay.insists:
@@ -208,14 +208,14 @@ class Subscriber(Resumer):
             replay = Replay(last=0)
 
         def make(stream: EventStream[EmitterMessage | Gap] | None) -> Subscription:
-            made = Subscription(key, filter, stream)
+            made = Subscription(source, filter, stream)
             made.mark_gaps = mark_gaps
             if resume:
-                made.watermark, made.resume_limit = Watermark(made.channel), limit or 0
+                made.watermark, made.resume_limit = Watermark(made.channel), limit
             return made
 
         return Subscribing(
-            partial(self._subscribe_for_handlers, make, key, filter, replay, timeout),
+            partial(self._subscribe_for_handlers, make, source, filter, replay, timeout),
             partial(self._subscribed, make, filter, replay, buffer, overflow, timeout),
         )
 
@@ -233,10 +233,12 @@ class Subscriber(Resumer):
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :raises RequestError: if the broker refused
         """
-        filter = self._check_filter(key, channel, group, Replay())
-        text = await self._key_of(key)
+        source, filter = self._check_filter(key, channel, group, Replay())
+        timeout = check_timeout(timeout)
+        text = await self._key_of(source)
+        self._check_size(format_topic(text, filter).encode(), b"", 1)
         await self._room()
-        subscription = self._awaited.pop((key, filter), None)
+        subscription = self._awaited.pop((source, filter), None)
         if subscription is not None:
             pending = self._give_back(subscription)
         elif self._session.in_use(filter):
@@ -249,19 +251,22 @@ class Subscriber(Resumer):
             pending.awaited = True
             await self._answer(pending, timeout)
 
-    def _check_filter(self, key: Key, channel: str, group: str | None, replay: Replay) -> str:
-        text = check_source(key)
+    def _check_filter(
+        self, key: Key, channel: str, group: str | None, replay: Replay
+    ) -> tuple[Key, str]:
+        source = check_source(key)
         checked = check_channel(channel, wildcards=True)
         filter = share(None if group is None else check_group(group), checked)
-        topic = format_topic(text if isinstance(text, str) else _A_KEY, filter, replay.options)
-        self._check_size(topic.encode(), b"", 1)
-        return filter
+        text = source if isinstance(source, str) else A_KEY
+        self._check_size(format_topic(text, filter, replay.options).encode(), b"", 1)
+        return source, filter
 
     async def _subscribe(
         self, subscription: Subscription, replay: Replay, timeout: Timeout, key: str
     ) -> None:
         channel = subscription.channel
         watermark = subscription.watermark
+        self._check_size(format_topic(key, subscription.filter, replay.options).encode(), b"", 1)
         if watermark is not None:
             # Before the broker is asked to deliver, so that nothing stays between.
             watermark.begin(await self._newest_stored(key, channel))

@@ -11,8 +11,9 @@ import anyio
 
 from . import _requests as requests
 from ._buffer import Overflow, check_buffer
-from ._channels import Key, check_channel, check_source
-from ._conversation import DEFAULT, Conversation, Timeout
+from ._channels import A_KEY, Key, check_channel, check_source
+from ._checks import check_flag, check_seconds
+from ._conversation import DEFAULT, Conversation, Timeout, check_timeout
 from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
 from ._options import Options
 from ._presence import PresenceFeed
@@ -54,8 +55,9 @@ class Watcher(Conversation):
         :raises UnauthorizedError: if the key may not
         :raises RequestError: without a status, if the answer was too large for the broker to send
         """
-        check_source(key)
-        channel = check_channel(channel, wildcards=True)
+        key, channel = self._check_presence(key, channel)
+        changes = None if changes is None else check_flag("changes", changes)
+        timeout = check_timeout(timeout)
         fresh = changes is True and channel not in self._presence_wanted
         if fresh:
             self._session.watch(channel)
@@ -73,6 +75,13 @@ class Watcher(Conversation):
             # The key that has just served is the one to come back with.
             self._presence_wanted[channel] = key
         return status
+
+    def _check_presence(self, key: Key, channel: str) -> tuple[Key, str]:
+        key, channel = check_source(key), check_channel(channel, wildcards=True)
+        text = key if isinstance(key, str) else A_KEY
+        longest = requests.presence(text, channel, status=False, changes=False)
+        self._check_size(longest.topic.encode(), longest.body, 1)
+        return key, channel
 
     async def _ask_presence(
         self, channel: str, changes: bool | None, timeout: Timeout, key: str
@@ -112,11 +121,11 @@ class Watcher(Conversation):
         :return: to be entered, for a :class:`PresenceFeed`
         :raises UnauthorizedError: when entered, if the key may not
         """
-        check_source(key)
-        channel = check_channel(channel, wildcards=True)
+        key, channel = self._check_presence(key, channel)
         check_buffer(buffer, overflow)
-        if refresh is not None and not refresh > 0:
-            raise ValueError(f"refresh is a number of seconds above 0, or None, not {refresh!r}")
+        timeout = check_timeout(timeout)
+        if refresh is not None and not check_seconds("refresh", refresh):
+            raise ValueError("refresh must be above 0 seconds, or None for no fresh status")
         return Entering(partial(self._watching, key, channel, buffer, overflow, refresh, timeout))
 
     @asynccontextmanager

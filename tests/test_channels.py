@@ -14,18 +14,16 @@ from emitter_anyio._channels import (
     check_group,
     check_key,
     check_target,
-    check_whole,
     fingerprint,
     format_options,
     format_topic,
-    is_number,
-    is_whole,
     level_hash,
     levels,
     share,
     unix_seconds,
     unshare,
 )
+from emitter_anyio._checks import check_whole, is_number, is_whole
 from emitter_anyio._errors import InvalidChannelError
 
 # The broker's security/channel.go: the codes 45 to 58 without the slash, 65 to 122, and 36.

@@ -286,7 +286,7 @@ class TestEachOption:
             ("request_timeout", None),
             ("request_timeout", float("inf")),
             ("disconnect_timeout", 0),
-            ("username", "x" * 65535),
+            ("username", "x" * 65000),
             ("username", None),
             ("client_id", "me"),
             ("will", Will("k", "a/", "bye")),
@@ -302,7 +302,7 @@ class TestEachOption:
         ],
     )
     def test_is_taken(self, name: str, value: Any) -> None:
-        assert getattr(made({name: value}), name) is value
+        assert getattr(made({name: value}), name) == value
 
     @pytest.mark.parametrize(
         ("name", "value", "error"),

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import json
-from dataclasses import FrozenInstanceError, fields
+import pickle
+from dataclasses import FrozenInstanceError, asdict, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -149,6 +151,13 @@ class TestGoodAnswers:
         assert requests.me().parse({"id": "X"}) == Me("X")
         made = requests.me().parse({"id": "X", "links": {"a1": "a/?me=0"}})
         assert made == Me("X", {"a1": "a/?me=0"})
+        with pytest.raises(TypeError):
+            made.links["b"] = "b/"  # type: ignore[index]  # that is the point
+        with pytest.raises(TypeError):
+            made.links.clear()  # type: ignore[attr-defined]  # that is the point
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert copied == made
+        assert json.loads(json.dumps(asdict(made))) == {"id": "X", "links": {"a1": "a/?me=0"}}
 
     @pytest.mark.parametrize("banned", [True, False])
     def test_keyban(self, banned: bool) -> None:

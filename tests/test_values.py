@@ -203,10 +203,6 @@ def test_dataclasses_become_dicts(make: Make) -> None:
     assert list(dataclasses.asdict(value)) == [field.name for field in dataclasses.fields(value)]
 
 
-def test_the_links_of_me_become_a_dict() -> None:
-    assert dataclasses.asdict(Me("id", {"a1": "a/"})) == {"id": "id", "links": {"a1": "a/"}}
-
-
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize(
     ("cause", "text"),

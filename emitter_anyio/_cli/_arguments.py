@@ -10,7 +10,8 @@ from datetime import datetime
 from typing import Any, Final, NoReturn, TypeAlias
 
 from emitter_anyio import InvalidChannelError, connect
-from emitter_anyio._channels import check_channel, check_group, check_target, check_whole
+from emitter_anyio._channels import check_channel, check_group, check_target
+from emitter_anyio._checks import check_whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
