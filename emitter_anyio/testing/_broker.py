@@ -6,6 +6,7 @@ import logging
 import ssl
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from anyio import (
@@ -24,6 +25,7 @@ from ._exchange import PATIENCE, Exchange
 from ._keys import License
 from ._matching import Matcher
 from ._refusals import RefusedError
+from ._sockets import keep_accepting
 from ._topics import Topic, parse
 
 if TYPE_CHECKING:
@@ -133,7 +135,9 @@ class Broker(AsyncContextManagerMixin):
                 self._nodes.start(self._exchange)
                 self._run_now = task_group.cancel_scope, ended
                 task_status.started()
-                await listener.serve(self._serve, task_group)
+                for each in listener.listeners:
+                    serve = partial(each.serve, self._serve, task_group)
+                    task_group.start_soon(keep_accepting, serve)
         finally:
             ended.set()
 

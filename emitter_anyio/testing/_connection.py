@@ -181,11 +181,13 @@ class Client(Peer):
                     self._scope.deadline = current_time() + LINGER
                     self._outbox.close()
         finally:
-            self._leave()
-            with CancelScope(shield=True):
-                await aclose_forcefully(self._stream)
-            self._outbox.progress.set()
-            self._closed.set()
+            try:
+                self._leave()
+            finally:
+                with CancelScope(shield=True):
+                    await aclose_forcefully(self._stream)
+                self._outbox.progress.set()
+                self._closed.set()
 
     async def _begin(self) -> bool:
         if self._ssl_context is None:
@@ -215,6 +217,7 @@ class Client(Peer):
                 reader.feed(self._wire.receive(data))
                 if answer := self._wire.answer():
                     self._put(answer)
+                    await self._traffic.relieve(self)
                 whole = False  # half a packet does not break the silence
                 while (packet := reader.next_packet()) is not None:
                     if not await self._take(packet):
@@ -269,7 +272,11 @@ class Client(Peer):
                 if packet.qos:
                     self.send("puback", PubAck(packet.packet_id).encode())
             case Subscribe():
-                codes = [await self._subscribe(packet.packet_id, *one) for one in packet.filters]
+                codes = []
+                for topic, qos in packet.filters:
+                    codes.append(await self._subscribe(packet.packet_id, topic, qos))
+                    # What one filter replays must be on its way before the next one is.
+                    await self._traffic.relieve(self)
                 self.send("suback", SubAck(packet.packet_id, tuple(codes)).encode())
             case Unsubscribe():
                 for topic in packet.filters:

@@ -32,7 +32,7 @@ class Trie(Generic[T]):
 
     def __init__(self, matcher: Matcher = "emitter") -> None:
         self._root: _Node[T] = _Node()
-        self._collect: Callable[[_Node[T], Words, int, dict[T, None]], None]
+        self._collect: Callable[[_Node[T], Words, dict[T, None]], None]
         self._collect = _by_prefix if matcher == "emitter" else _by_length
 
     def add(self, words: Words, holder: T) -> None:
@@ -47,15 +47,16 @@ class Trie(Generic[T]):
         for word in words:
             path.append(path[-1].children[word])
         del path[-1].here[holder]
-        while words and not path[-1].here and not path[-1].children:
+        for word in reversed(words):
+            if path[-1].here or path[-1].children:
+                break
             path.pop()
-            del path[-1].children[words[-1]]
-            words = words[:-1]
+            del path[-1].children[word]
 
     def match(self, words: Words) -> dict[T, None]:
         """Give those whose filters a channel reaches, each once."""
         found: dict[T, None] = {}
-        self._collect(self._root, words, 0, found)
+        self._collect(self._root, words, found)
         return found
 
 
@@ -92,26 +93,34 @@ class Subscriptions(Trie[T]):
         if shared := self._root.children.get("$share"):
             for name, group in shared.children.items():
                 members: dict[T, None] = {}
-                self._collect(group, words, 0, members)
+                self._collect(group, words, members)
                 if members:
                     groups[name] = members
         return groups
 
 
-def _by_prefix(node: _Node[T], words: Words, at: int, found: dict[T, None]) -> None:
-    found.update(node.here)
-    if at < len(words):
-        for word in (words[at], "+"):
-            if child := node.children.get(word):
-                _by_prefix(child, words, at + 1, found)
+# Both go down level by level, because a channel may have more levels than Python allows recursion.
 
 
-def _by_length(node: _Node[T], words: Words, at: int, found: dict[T, None]) -> None:
-    if at == len(words):
+def _by_prefix(root: _Node[T], words: Words, found: dict[T, None]) -> None:
+    nodes = [root]
+    found.update(root.here)
+    for word in words:
+        nodes = _below(nodes, word)
+        for node in nodes:
+            found.update(node.here)
+
+
+def _by_length(root: _Node[T], words: Words, found: dict[T, None]) -> None:
+    nodes = [root]
+    for word in words:
+        for node in nodes:
+            if tail := node.children.get("#"):
+                found.update(tail.here)
+        nodes = _below(nodes, word)
+    for node in nodes:
         found.update(node.here)
-        return
-    for word in (words[at], "+"):
-        if child := node.children.get(word):
-            _by_length(child, words, at + 1, found)
-    if tail := node.children.get("#"):
-        found.update(tail.here)
+
+
+def _below(nodes: list[_Node[T]], word: str) -> list[_Node[T]]:
+    return [child for node in nodes for name in (word, "+") if (child := node.children.get(name))]

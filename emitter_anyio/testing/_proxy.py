@@ -6,6 +6,7 @@ import math
 import socket
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Literal, TypeAlias
 
 from anyio import (
@@ -26,7 +27,7 @@ from anyio.abc import ByteStream, TaskGroup
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from ._sockets import SocketStream, accept, listening, open_socket
+from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket
 
 #: One of the two ways through a link.
 Direction: TypeAlias = Literal["to_broker", "to_client"]
@@ -63,7 +64,7 @@ class FaultProxy(AsyncContextManagerMixin):
         with listening(self.host) as sock:
             self._port = sock.getsockname()[1]
             async with create_task_group() as task_group:
-                task_group.start_soon(self._accept, sock, task_group)
+                task_group.start_soon(keep_accepting, partial(self._accept, sock, task_group))
                 try:
                     yield self
                 except get_cancelled_exc_class():
@@ -178,8 +179,7 @@ class FaultProxy(AsyncContextManagerMixin):
             link.cut(reset)
 
     async def _accept(self, sock: socket.socket, task_group: TaskGroup) -> None:
-        while True:
-            task_group.start_soon(self._serve, await accept(sock))
+        task_group.start_soon(self._serve, await accept(sock))
 
     async def _serve(self, client: SocketStream) -> None:
         try:

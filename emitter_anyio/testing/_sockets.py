@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from anyio import (
     BrokenResourceError,
     EndOfStream,
     notify_closing,
+    sleep,
     to_thread,
     wait_readable,
     wait_writable,
@@ -21,8 +23,13 @@ from anyio.abc import ByteStream
 
 T = TypeVar("T")
 
+ACCEPT_PAUSE = 1.0
+"""Seconds to the next try when a connection could not be accepted."""
+
 #: Closing a socket with this set resets the connection.
 _NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+
+logger = logging.getLogger("emitter_anyio.testing")
 
 
 class SocketStream(ByteStream):
@@ -84,6 +91,22 @@ async def accept(sock: socket.socket) -> SocketStream:
     """Wait for a client of a socket that listens."""
     client, _ = await _patiently(wait_readable, sock, sock.accept)
     return SocketStream(client)
+
+
+async def keep_accepting(accept: Callable[[], Awaitable[None]]) -> NoReturn:
+    """
+    Accept connections until cancelled, and pause where that fails: descriptors may be free later.
+
+    :param accept: accepts one connection or many
+    """
+    while True:
+        try:
+            await accept()
+        except (OSError, BrokenResourceError) as exc:
+            # AnyIO's socket on Trio, and ours, have the system's error as the cause.
+            cause = exc.__cause__ or exc
+            logger.warning("accepting failed, next try in %g s: %s", ACCEPT_PAUSE, cause)
+            await sleep(ACCEPT_PAUSE)
 
 
 async def _patiently(

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Literal
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio.testing import Broker, _connection
+from emitter_anyio.testing import Broker, _connection, _sockets
 from emitter_anyio.testing._connection import HIGH_WATER, Client, Traffic
 from emitter_anyio.testing._exchange import Exchange
 from emitter_anyio.testing._keys import License
@@ -30,9 +32,12 @@ from emitter_anyio.testing._packets import (
     Unsubscribe,
     Will,
 )
+from emitter_anyio.testing._sockets import SocketStream
 from emitter_anyio.testing._topics import parse
 from tests.broker.player import Link, MemoryStream
-from tests.support.logs import logged
+from tests.broker.websocket import WebSocketStream
+from tests.support.descriptors import no_free_descriptors
+from tests.support.logs import awaiting_log, logged
 
 REFUSED = "the security key provided is not authorized to perform this operation"
 
@@ -96,6 +101,17 @@ class TestEntering:
             assert await links[-1].read_to_end() == []
             with pytest.raises(OSError):  # noqa: PT011 -- each system says it its own way
                 await Link.open(broker)
+
+    async def test_it_goes_on_after_descriptors_have_run_out(
+        self, broker: Broker, links: list[Link], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_sockets, "ACCEPT_PAUSE", 0.01)
+        sock = socket.socket()
+        links.append(Link(SocketStream(sock)))
+        with awaiting_log("accepting failed") as failed, no_free_descriptors():
+            sock.connect_ex((broker.host, broker.port))
+            await failed.wait()
+        assert await links[0].ask(Connect()) == [ConnAck()]
 
     async def test_an_exception_of_the_body_leaves_bare(self) -> None:
         error = LookupError("of the body")
@@ -399,6 +415,46 @@ class TestSlowOnes:
         assert "takes nothing" in caplog.text
 
 
+class TestDepth:
+    """Channels of more levels than Python's stack has frames."""
+
+    @pytest.mark.parametrize("matcher", ["emitter", "mqtt"])
+    async def test_a_deep_channel_is_delivered_and_watched(
+        self, matcher: Literal["emitter", "mqtt"], links: list[Link]
+    ) -> None:
+        channel = "a/" * 1500
+        async with Broker(matcher=matcher) as broker:
+            links += [await Link.connect(broker), await Link.connect(broker)]
+            key = broker.keygen("#/", "rwp")
+            watch = {"key": key, "channel": channel, "changes": True, "status": False}
+            assert (await links[0].request("presence", **watch))["status"] == 200
+            await subscribe(links[1], broker, channel)
+            await broker.publish(channel, "hello")
+            assert await links[1].ask() == [Publish(channel, b"hello")]
+            watcher, subscriber = broker.clients
+            await broker.drop(subscriber)
+            [came, gone] = await links[0].ask()
+            assert isinstance(came, Publish)
+            assert isinstance(gone, Publish)
+            assert json.loads(gone.payload)["event"] == "unsubscribe"
+            await broker.drop(watcher)
+            assert await links[0].read_to_end() == []
+
+    async def test_a_link_is_closed_even_if_ending_its_subscriptions_fails(
+        self, broker: Broker, links: list[Link], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        links.append(await Link.connect(broker))
+        [client] = broker.clients
+
+        def fail(self: Exchange, peer: object) -> None:
+            raise RecursionError
+
+        monkeypatch.setattr(Exchange, "leave", fail)
+        await links[0].send(Disconnect())
+        await client.wait_closed()
+        assert await links[0].read_to_end() == []
+
+
 @pytest.mark.virtual_time
 class TestTime:
     """Over links in memory, so that the clock may jump."""
@@ -469,6 +525,36 @@ class TestTime:
         await link.send(Connect(), *(Publish("a") for _ in range(40)))
         await client.wait_closed()
         assert anyio.current_time() - start == pytest.approx(120)
+        assert HIGH_WATER < client._outbox.queued < HIGH_WATER + 65536
+
+    async def test_one_subscribe_packet_replays_at_the_pace_of_its_reader(
+        self, served: list[tuple[Link, Client]]
+    ) -> None:
+        [(link, client), _] = served
+        exchange = client._exchange
+        for _ in range(2):
+            exchange.spread(parse("broker/a/"), bytes(30000), ttl=600)
+        filters = ((f"{exchange.keygen('a/', 'rl', 0)}/a/?last=2", 0),) * 1400
+        await link.send(Connect(), Subscribe(1, filters))
+        await client.wait_closed()
+        assert HIGH_WATER < client._outbox.queued < HIGH_WATER + 65536
+
+    async def test_websocket_pings_are_answered_at_the_pace_of_their_reader(
+        self, served: list[tuple[Link, Client]]
+    ) -> None:
+        [(link, client), _] = served
+        websocket = await WebSocketStream.connect(link.stream)
+        await websocket.send(Connect().encode())
+        pings = (b"\x89\xfd" + bytes(4 + 125)) * 500
+
+        async def ping() -> None:
+            with suppress(anyio.BrokenResourceError):
+                for _ in range(40):
+                    await link.stream.send(pings)
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(ping)
+            await client.wait_closed()
         assert HIGH_WATER < client._outbox.queued < HIGH_WATER + 65536
 
     async def test_a_flood_goes_at_the_pace_of_a_slow_reader(

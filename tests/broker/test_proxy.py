@@ -13,7 +13,7 @@ from anyio.abc import ByteStream, SocketAttribute
 from anyio.streams.tls import TLSStream
 
 from emitter_anyio import ConnectionLostError, connect
-from emitter_anyio.testing import Broker, Direction, FaultProxy
+from emitter_anyio.testing import Broker, Direction, FaultProxy, _sockets
 from emitter_anyio.testing._packets import (
     ConnAck,
     Connect,
@@ -23,9 +23,12 @@ from emitter_anyio.testing._packets import (
     Publish,
     Subscribe,
 )
+from emitter_anyio.testing._sockets import SocketStream
 from tests.broker.player import Link, MemoryStream
 from tests.broker.websocket import WebSocketStream
 from tests.support import tls
+from tests.support.descriptors import no_free_descriptors
+from tests.support.logs import awaiting_log
 
 DIRECTIONS: list[Direction] = ["to_broker", "to_client"]
 
@@ -55,6 +58,18 @@ async def proxy(broker: Broker) -> AsyncIterator[FaultProxy]:
 async def link(proxy: FaultProxy, streams: list[ByteStream]) -> Link:
     """A link through the proxy, connected."""
     return await connected(proxy.host, proxy.port, streams)
+
+
+async def test_it_goes_on_after_descriptors_have_run_out(
+    proxy: FaultProxy, streams: list[ByteStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sockets, "ACCEPT_PAUSE", 0.01)
+    sock = socket.socket()
+    streams.append(SocketStream(sock))
+    with awaiting_log("accepting failed") as failed, no_free_descriptors():
+        sock.connect_ex((proxy.host, proxy.port))
+        await failed.wait()
+    assert await Link(streams[0]).ask(Connect()) == [ConnAck()]
 
 
 async def connected(host: str, port: int, streams: list[ByteStream]) -> Link:
