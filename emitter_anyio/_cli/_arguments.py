@@ -7,10 +7,17 @@ import re
 import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime
+from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias
 
 from emitter_anyio import InvalidChannelError, connect
-from emitter_anyio._channels import check_channel, check_group, check_target
+from emitter_anyio._channels import (
+    check_channel,
+    check_group,
+    check_key,
+    check_target,
+    unix_seconds,
+)
 from emitter_anyio._checks import check_whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -30,15 +37,26 @@ class UsageError(Exception):
     """What is wrong with a command line, where argparse cannot tell."""
 
 
+# What argparse's messages repeat of a command line might be a secret in the wrong place.
+_ECHOES: Final = (
+    (r"unrecognized arguments: (--[a-z-]+).*", r"unrecognized option \1"),
+    (r"unrecognized arguments: .*", "unrecognized arguments"),
+    (r"invalid choice: .*\(", "invalid choice ("),
+    (r"invalid \w+ value: .*", "invalid value"),
+    (r"ambiguous option: ([^= ]*).* could match", r"ambiguous option: \1 could match"),
+    (r"ignored explicit argument .*", "takes no value"),
+)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line that show no password."""
+    """argparse's, with errors of one line that repeat no value."""
 
     def error(self, message: str) -> NoReturn:
         # argparse would put the usage before it, several lines long.
         if message.endswith("expected one argument"):
             message += "; if its value begins with '-', write --option=VALUE"
-        # What it repeats may be a URL in a wrong place, with a password.
-        message = re.sub(r"://\S*@", "://…@", message)
+        for echo, replacement in _ECHOES:
+            message = re.sub(echo, replacement, message, flags=re.DOTALL)
         self.exit(2, f"{NAME}: {message} (see {self.prog} --help)\n")
 
 
@@ -73,38 +91,56 @@ def url(text: str) -> str:
     return text
 
 
+def username(text: str) -> str:
+    """Take what ``connect()`` takes as a user name."""
+    try:
+        connect(username=text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    return text
+
+
+def key(text: str) -> str:
+    """Take a key, or the secret."""
+    try:
+        return check_key(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
 def channel(text: str) -> str:
     """Take a channel without wildcards."""
-    return _checked(lambda: check_channel(text))
+    return _checked(text, check_channel)
 
 
 def pattern(text: str) -> str:
     """Take a channel that may have wildcards."""
-    return _checked(lambda: check_channel(text, wildcards=True))
+    return _checked(text, partial(check_channel, wildcards=True))
 
 
 def target(text: str) -> str:
     """Take what a key can be made for."""
-    return _checked(lambda: check_target(text))
+    return _checked(text, check_target)
 
 
 def group(text: str) -> str:
     """Take the name of a share group."""
-    return _checked(lambda: check_group(text))
+    return _checked(text, check_group)
 
 
-def _checked(check: Callable[[], str]) -> str:
+def _checked(text: str, check: Callable[[str], str]) -> str:
     try:
-        return check()
+        return check(text)
     except InvalidChannelError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
+        # A key or a URL in a channel's place must not be repeated.
+        raise argparse.ArgumentTypeError(str(exc).replace(f" {text!r}", "", 1)) from None
 
 
 def port(text: str) -> int:
     """Take a port, or 0."""
     if text.isascii() and text.isdigit() and int(text) <= 65535:
         return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no port from 0 to 65535")
+    raise argparse.ArgumentTypeError("expected a port from 0 to 65535")
 
 
 def count(text: str) -> int:
@@ -113,9 +149,7 @@ def count(text: str) -> int:
         whole = int(text) if text.isascii() and text.isdigit() else -1
         check_whole("the number", whole)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text[:32]!r} is no whole number from 0 to {2**31 - 1}"
-        ) from None
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**31 - 1}") from None
     return whole
 
 
@@ -134,7 +168,7 @@ def seconds(text: str) -> float:
         number = -1
     if number >= 0:
         return number
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    raise argparse.ArgumentTypeError("expected a number of seconds")
 
 
 def period(text: str) -> float:
@@ -146,11 +180,17 @@ def period(text: str) -> float:
 
 def moment(text: str) -> float:
     """Take a time: a span before now, unix seconds, or a date with or without a time."""
-    if ago := _AGO.fullmatch(text):
-        return time.time() - float(ago[1]) * _UNITS[ago[2]]
     try:
-        return float(text) if text.isdigit() else datetime.fromisoformat(text).timestamp()
+        if ago := _AGO.fullmatch(text):
+            seconds = time.time() - float(ago[1]) * _UNITS[ago[2]]
+        elif text.isdigit():
+            seconds = float(text)
+        else:
+            seconds = datetime.fromisoformat(text).timestamp()
+        unix_seconds("the time", seconds)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: write 10m (s, m, h or d ago), 2030-01-31T12:00 or unix seconds"
+            "expected a time from 2018 to 2066: 10m (s, m, h or d ago), 2030-01-31T12:00 or unix "
+            "seconds"
         ) from None
+    return seconds

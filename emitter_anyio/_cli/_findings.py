@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 from ._formats import to_json
-from ._output import say, visible
+from ._output import say
 from ._painting import painter
 
 Verdict: TypeAlias = Literal["ok", "note", "wrong", "untried"]
@@ -57,9 +57,9 @@ class Report:
             told = {"check": check, "verdict": verdict, "text": text}
             say(to_json({**told, "way": way} if way else told))
             return
-        say(f"{self._paint(f'{verdict:<9}', _STYLES[verdict])}{check:<11}{visible(text)}")
+        say(f"{check:<11}{text}", painted=self._paint(f"{verdict:<9}", _STYLES[verdict]))
         if way:
-            say(f"{'':<9}{'':<11}-> {visible(way)}")
+            say(f"{'':<9}{'':<11}-> {way}")
 
     @property
     def wrong(self) -> list[str]:
@@ -69,4 +69,4 @@ class Report:
     def close(self, text: str) -> None:
         """Print what it comes to, for people."""
         if not self._json:
-            say(self._paint(text, "bold green"))
+            say("", painted=self._paint(text, "bold green"))

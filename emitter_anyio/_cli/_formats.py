@@ -9,7 +9,7 @@ import sys
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from ._output import visible
+from ._output import STEERING, visible
 from ._painting import painter
 
 FORMATS: Final = ("text", "json", "hex")
@@ -64,12 +64,14 @@ class Formatter:
         """Make a line, with its end."""
         if self._format == "json":
             line = to_json({"time": stamp(time), **described(message), **more})
-            return f"{visible(line) if self._terminal else line}\n".encode()
+            return f"{line}\n".encode()
         payload = message.binary.hex().encode() if self._format == "hex" else message.binary
         if self._terminal:
             payload = visible(payload.decode(errors="backslashreplace")).encode()
-        channel = f"{self._paint(message.channel, 'cyan')} ".encode() if self._channel else b""
-        return channel + payload + b"\n"
+        if not self._channel:
+            return payload + b"\n"
+        channel = self._paint(visible(message.channel), "cyan")
+        return f"{channel} ".encode() + payload + b"\n"
 
 
 def described(message: Readable) -> dict[str, Any]:
@@ -82,8 +84,9 @@ def described(message: Readable) -> dict[str, Any]:
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """Put an object on one line."""
-    return json.dumps(value, ensure_ascii=False)
+    """Put an object on one line, in which nothing could steer a terminal."""
+    text = json.dumps(value, ensure_ascii=False)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def stamp(time: datetime) -> str:

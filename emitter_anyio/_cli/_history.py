@@ -66,8 +66,12 @@ def add_history(commands: Commands) -> None:
 
 
 async def _history(arguments: argparse.Namespace) -> None:
+    async with Output() as output:
+        await _print(arguments, output)
+
+
+async def _print(arguments: argparse.Namespace, output: Output) -> None:
     source: Source = arguments.source
-    output = Output()
     formatter = Formatter(arguments, terminal=output.terminal)
 
     async def write(messages: list[StoredMessage]) -> None:

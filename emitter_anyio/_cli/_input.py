@@ -12,11 +12,19 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
+from ._arguments import CommandError
+
 _CHUNK: Final = 65536
 
 
 async def chunks() -> AsyncGenerator[bytes]:
-    """Give the bytes of standard input as they come."""
+    """
+    Give the bytes of standard input as they come.
+
+    :raises CommandError: if it cannot be read
+    """
+    if sys.stdin is None:
+        raise CommandError("cannot read standard input: it is closed")
     descriptor = sys.stdin.fileno()
     waits = True
     while True:
@@ -28,7 +36,10 @@ async def chunks() -> AsyncGenerator[bytes]:
                 waits = False
         read = partial(os.read, descriptor, _CHUNK)
         # Not in a thread where one can wait: one that reads from a terminal would outlive us.
-        data = read() if waits else await to_thread.run_sync(read, abandon_on_cancel=True)
+        try:
+            data = read() if waits else await to_thread.run_sync(read, abandon_on_cancel=True)
+        except OSError as exc:
+            raise CommandError(f"cannot read standard input: {exc.strerror or exc}") from exc
         if not data:
             return
         yield data

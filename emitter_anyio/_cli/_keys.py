@@ -11,7 +11,7 @@ from . import _arguments as arguments_
 from ._arguments import Commands, UsageError, add_command
 from ._formats import to_json
 from ._input import lines
-from ._output import hint, note, say
+from ._output import hint, is_terminal, note, say
 from ._source import Source, add_source, asking
 
 
@@ -53,6 +53,7 @@ def add_keygen(commands: Commands) -> None:
     parser.add_argument(
         "-k",
         "--key",
+        type=arguments_.key,
         help="instead of the secret, a key that may extend (e): it makes a key for a private "
         "channel below the given one. EMITTER_KEY, which is for other commands, is not looked at",
     )
@@ -101,11 +102,8 @@ def add_me(commands: Commands) -> None:
 
 
 def _permissions(text: str) -> str:
-    if unknown := set(text) - set("rwslpex"):
-        raise ArgumentTypeError(
-            f"Emitter has no permission {', '.join(sorted(map(repr, unknown)))}; there are r, w, "
-            "s, l, p, e and x"
-        )
+    if set(text) - set("rwslpex"):
+        raise ArgumentTypeError("expected letters out of r, w, s, l, p, e and x")
     return text
 
 
@@ -129,7 +127,7 @@ async def _ban(arguments: argparse.Namespace) -> None:
     secret = source.needed_secret()
     target: str | None = arguments.target
     if target is None:
-        if sys.stdin.isatty():
+        if is_terminal(sys.stdin):
             hint("the key, please")
         async with aclosing(lines()) as read:
             target = (await anext(read, b"")).decode(errors="replace").strip()

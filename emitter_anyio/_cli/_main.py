@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from ._demo import add_demo
 from ._doctor import add_doctor
 from ._history import add_history
 from ._keys import add_ban, add_keygen, add_me
-from ._output import note
+from ._output import flush, note
 from ._presence import add_presence
 from ._pub import add_link, add_pub
 from ._source import find_source
@@ -47,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         was interrupted, or whose reader has left
     :raises SystemExit: with 2 if the command line is wrong, with 0 behind ``--help``
     """
-    arguments = _make_parser().parse_args(argv)
+    try:
+        arguments = _make_parser().parse_args(argv)
+    except SystemExit:
+        flush()  # --help and --version have printed
+        raise
     try:
         if "env_file" in arguments:
             arguments.source = find_source(arguments)
@@ -97,8 +100,6 @@ def _outcome(exc: BaseException, arguments: argparse.Namespace) -> int:
         # That is how the broker is told to end, where or while nothing waits for the signal.
         return 0 if arguments.run is run_broker else _INTERRUPTED
     if isinstance(exc, BrokenPipeError):
-        # Python flushes once more at exit, and must not fail then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     if isinstance(exc, UsageError):
         arguments.parser.error(str(exc))

@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
+from ._output import is_terminal
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def _console(stream: TextIO) -> Console | None:
+def _console(stream: TextIO | None) -> Console | None:
     """Give Rich's view of a terminal that can do more than print lines."""
-    if not stream.isatty():
+    if stream is None or not is_terminal(stream):
         return None
     try:
         from rich.console import Console
@@ -28,7 +30,7 @@ def _console(stream: TextIO) -> Console | None:
     return None if console.is_dumb_terminal else console
 
 
-def painter(stream: TextIO) -> Callable[[str, str], str]:
+def painter(stream: TextIO | None) -> Callable[[str, str], str]:
     """
     Make what gives text a style of Rich's, such as ``"dim"`` or ``"bold red"``.
 

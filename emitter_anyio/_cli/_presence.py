@@ -56,7 +56,8 @@ async def _presence(arguments: argparse.Namespace) -> None:
         async with asking(source) as emitter:
             key = source.key_for(emitter, "p", arguments.channel)
             status = await emitter.presence(key, arguments.channel)
-        await Output().write(_lines(status, as_json=arguments.json))
+        async with Output() as output:
+            await output.write(_lines(status, as_json=arguments.json))
         return
     async with lasting(source) as emitter:
         key = source.key_for(emitter, "p", arguments.channel)
@@ -65,9 +66,9 @@ async def _presence(arguments: argparse.Namespace) -> None:
 
 
 async def _print(feed: PresenceFeed, arguments: argparse.Namespace) -> None:
-    output = Output()
-    async for event in feed:
-        await output.write(_lines(event, as_json=arguments.json))
+    async with Output() as output:
+        async for event in feed:
+            await output.write(_lines(event, as_json=arguments.json))
 
 
 async def _show(feed: PresenceFeed, arguments: argparse.Namespace) -> None:
@@ -91,7 +92,7 @@ def _rows(feed: PresenceFeed, since: dict[str, str]) -> Sequence[Sequence[str]]:
 def _last(event: PresenceEvent, time: str) -> str:
     if event.event == "status":
         return f"as of {time}"
-    return f"{time}  {name(event.who[0])} {VERBS[event.event]} ({event.channel})"
+    return f"{time}  {name(event.who[0])} {VERBS[event.event]} ({visible(event.channel)})"
 
 
 def name(member: Member) -> str:
@@ -105,9 +106,9 @@ def _lines(event: PresenceEvent, *, as_json: bool) -> bytes:
         told = {"time": stamp(event.time), "event": event.event, "channel": event.channel}
         return f"{to_json({**told, 'who': who})}\n".encode()
     local: datetime = event.time.astimezone()
+    channel = visible(event.channel)
     if not event.who:
-        return f"{local:%H:%M:%S}  nobody is here  {event.channel}\n".encode()
+        return f"{local:%H:%M:%S}  nobody is here  {channel}\n".encode()
     return "".join(
-        f"{local:%H:%M:%S}  {name(each)} {VERBS[event.event]}  {event.channel}\n"
-        for each in event.who
+        f"{local:%H:%M:%S}  {name(each)} {VERBS[event.event]}  {channel}\n" for each in event.who
     ).encode()

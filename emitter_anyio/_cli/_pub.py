@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -19,7 +20,7 @@ from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
 from ._formats import to_json
 from ._input import chunks, lines
-from ._output import hint, say
+from ._output import hint, is_terminal, say
 from ._source import TO_MAKE_A_KEY, Source, add_source, asking, lasting
 
 
@@ -85,7 +86,7 @@ def add_link(commands: Commands) -> None:
         ),
         examples=("  %(prog)s a1 chat/ hello\n  seq 100 | %(prog)s a1 chat/ - --ttl 60"),
     )
-    parser.add_argument("name", help="one or two letters or digits")
+    parser.add_argument("name", type=_link_name, help="one or two letters or digits")
     parser.add_argument("channel", type=arguments_.channel, help="such as chat/ or chat/room/")
     _add_message(parser)
     _add_options(parser)
@@ -118,6 +119,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="do not deliver it to this connection itself",
     )
+
+
+def _link_name(text: str) -> str:
+    if not re.fullmatch("[0-9A-Za-z]{1,2}", text):
+        raise argparse.ArgumentTypeError("expected one or two letters or digits")
+    return text
 
 
 def _permissions(arguments: argparse.Namespace) -> str:
@@ -170,12 +177,9 @@ async def _link(arguments: argparse.Namespace) -> None:
     source: Source = arguments.source
     async with asking(source) as emitter:
         key = source.key_for(emitter, _permissions(arguments), arguments.channel)
-        try:
-            link = await emitter.link(
-                key, arguments.channel, arguments.name, ttl=arguments.ttl, echo=arguments.echo
-            )
-        except ValueError as exc:
-            raise UsageError(str(exc)) from None
+        link = await emitter.link(
+            key, arguments.channel, arguments.name, ttl=arguments.ttl, echo=arguments.echo
+        )
         if arguments.json:
             say(to_json({"name": link.name, "channel": link.channel}))
         else:
@@ -228,7 +232,7 @@ async def _each(message: str) -> AsyncGenerator[bytes]:
     if message != "-":
         yield message.encode(errors="surrogateescape")
         return
-    if sys.stdin.isatty():
+    if is_terminal(sys.stdin):
         hint("each line is a message; Ctrl-D ends")
     async with aclosing(lines()) as read:
         async for line in read:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from emitter_anyio import Backoff, Emitter, connect
-from emitter_anyio._channels import Key
+from emitter_anyio._channels import Key, check_key
 
-from ._arguments import CommandError, UsageError, url
+from ._arguments import CommandError, UsageError, url, username
 from ._output import note
 
 DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
@@ -58,7 +58,9 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
         metavar="FILE",
         help="take them from lines such as EMITTER_KEY=..., as a shell reads them",
     )
-    group.add_argument("--username", metavar="NAME", help="the name that presence shows of us")
+    group.add_argument(
+        "--username", type=username, metavar="NAME", help="the name that presence shows of us"
+    )
     group.add_argument(
         "--cafile",
         metavar="FILE",
@@ -96,16 +98,16 @@ class Source:
         """
         Give the key, or else what makes one with the secret.
 
-        :raises UsageError: if there is neither
+        :raises UsageError: if there is neither, or it cannot be a key
         """
         if self.key:
-            return self.key
-        secret = self.secret
-        if not secret:
+            return _checked(self.key)
+        if not self.secret:
             raise UsageError(
                 "a key is needed: --key or EMITTER_KEY; or --secret or EMITTER_SECRET, and one is "
                 "made for this command"
             )
+        secret = _checked(self.secret)
 
         async def make() -> str:
             made = await emitter.keygen(secret, _coverable(channel), permissions, ttl=_A_DAY)
@@ -117,11 +119,18 @@ class Source:
         """
         Give the secret.
 
-        :raises UsageError: if there is none
+        :raises UsageError: if there is none, or it cannot be a key
         """
         if not self.secret:
             raise UsageError("the broker's secret is needed: --secret or EMITTER_SECRET")
-        return self.secret
+        return _checked(self.secret)
+
+
+def _checked(key: str) -> str:
+    try:
+        return check_key(key)
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
 
 
 def _coverable(channel: str) -> str:
@@ -159,8 +168,9 @@ def find_source(arguments: argparse.Namespace) -> Source:
     except argparse.ArgumentTypeError as exc:
         raise UsageError(f"{origin}: {exc}") from None
     context = None if arguments.cafile is None else _trusting(arguments.cafile, broker)
-    key, secret = found.get("key"), found.get("secret")
-    return Source(broker, origin, key, secret, arguments.username, context)
+    return Source(
+        broker, origin, found.get("key"), found.get("secret"), arguments.username, context
+    )
 
 
 def _read(name: str) -> dict[str, str]:

@@ -130,13 +130,15 @@ async def _sub(arguments: argparse.Namespace) -> None:
             mark_gaps=True,
         ) as messages:
             hint(f"listening to {arguments.channel}; Ctrl-C ends")
-            output = _Rates(arguments) if arguments.stats else _Lines(arguments)
-            with anyio.move_on_after(arguments.timeout):
-                async with aclosing(_batches(messages, arguments.count)) as batches:
-                    await output.follow(batches)
-    if arguments.count is not None and output.taken < arguments.count:
+            async with Output() as output:
+                kind = _Rates if arguments.stats else _Lines
+                printer = kind(arguments, output)
+                with anyio.move_on_after(arguments.timeout):
+                    async with aclosing(_batches(messages, arguments.count)) as batches:
+                        await printer.follow(batches)
+    if arguments.count is not None and printer.taken < arguments.count:
         raise CommandError(
-            f"{output.taken} of {arguments.count} messages came within {arguments.timeout:g} s"
+            f"{printer.taken} of {arguments.count} messages came within {arguments.timeout:g} s"
         )
 
 
@@ -176,10 +178,10 @@ class _Lines:
     :ivar taken: how many there were
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, output: Output) -> None:
         self.taken = 0
-        self._output = Output()
-        self._formatter = Formatter(arguments, terminal=self._output.terminal)
+        self._output = output
+        self._formatter = Formatter(arguments, terminal=output.terminal)
 
     async def follow(self, batches: Batches) -> None:
         async for batch in batches:
@@ -199,10 +201,10 @@ class _Rates:
     :ivar taken: how many there were
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, output: Output) -> None:
         self.taken = 0
         self._bytes = 0
-        self._output = Output()
+        self._output = output
         self._json = arguments.format == "json"
         self._period: float = arguments.stats
 

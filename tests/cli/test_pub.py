@@ -161,7 +161,7 @@ class TestLink:
     def test_a_name_that_is_none(self, cli: Cli, unique: str) -> None:
         done = cli("link", "abc", unique)
         assert done.code == 2
-        assert "'abc'" in done.error
+        assert "one or two letters or digits" in done.error
 
     def test_the_link_to_the_broker_is_lost(
         self,

@@ -33,6 +33,13 @@ class TestOrder:
         assert done.code == 2
         assert "EMITTER_KEY" in done.error
 
+    def test_no_key_can_look_like_that(self, cli: Cli, unique: str) -> None:
+        for wrong in ("--key", "--secret"):
+            done = cli("sub", unique, wrong, "\udcff")
+            assert done.code == 2
+            assert "the key has the character" in done.error
+        assert cli("keygen", unique, "--secret", "a b").code == 2
+
     @pytest.mark.parametrize("channel", ["{}", "{}+/", "{}+/a/", "{}#/", "{}+/+/"])
     def test_a_key_is_made_with_the_secret(self, cli: Cli, unique: str, channel: str) -> None:
         assert cli("sub", channel.format(unique), "--timeout", "0").code == 0

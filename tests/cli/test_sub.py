@@ -58,7 +58,7 @@ class TestFormats:
         place.when_subscribed(unique, publishing(unique, b"\xc2\x9b"))
         code, screen = on_terminal("sub", unique, "--count", "1", "--format", "json")
         assert code == 0
-        assert '"payload": "\\x9b"' in screen.text
+        assert '"payload": "\\u009b"' in screen.text
 
     @pytest.mark.parametrize("without", ["colour", "Rich", "a terminal that can"])
     def test_plain_on_a_terminal(
