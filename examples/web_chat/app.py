@@ -55,12 +55,26 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
             tasks.cancel_scope.cancel()
 
 
+def same_origin(websocket: WebSocket) -> bool:
+    """Tell whether a page of this server asks: a browser lets any page open a WebSocket to it."""
+    origin = websocket.headers.get("origin")
+    return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
+
+
+def printable(text: str) -> str:
+    """Leave out control characters, and all but single spaces between words."""
+    return " ".join("".join(each for each in word if each.isprintable()) for word in text.split())
+
+
 async def serve(websocket: WebSocket) -> None:
     """Serve a browser. Each text from it is 32 letters to know the message by, and the message."""
     emitter: Emitter = websocket.app.state.emitter
     key: str = websocket.app.state.key
     people: People = websocket.app.state.people
-    name = " ".join(websocket.query_params.get("name", "").split())[:24] or "Somebody"
+    if not same_origin(websocket):
+        await websocket.close(1008)
+        return
+    name = printable(websocket.query_params.get("name", ""))[:24] or "Somebody"
 
     async def send_messages() -> None:
         # A browser that was away gets what was said meanwhile, and knows by the ids what is new;
@@ -75,6 +89,7 @@ async def serve(websocket: WebSocket) -> None:
             await websocket.send_json({"people": people.names, "live": live})
             with anyio.move_on_after(10):  # and then again: to a browser, silence is a lost link
                 await changed.wait()
+            await people.gather()
 
     await websocket.accept()
     try:

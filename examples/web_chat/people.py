@@ -10,13 +10,15 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import anyio
 
 from emitter_anyio import Emitter
 
 CHANNEL = "webchat/people/"
+PAUSE = 0.5  # seconds: of those who come within it, everybody gets one list and not one for each
+PART = 200  # names in one message, which has at most 64 KiB
 
 
 class People:
@@ -25,6 +27,7 @@ class People:
         self.changed, self._news = anyio.Event(), anyio.Event()
         self._here: Counter[str] = Counter()
         self._elsewhere: dict[str, list[str]] = {}
+        self._names: list[str] | None = None
 
     @staticmethod
     def new_server() -> str:
@@ -33,7 +36,10 @@ class People:
 
     @property
     def names(self) -> list[str]:
-        return sorted({*+self._here}.union(*self._elsewhere.values()), key=str.casefold)
+        if self._names is None:
+            everybody = {*+self._here}.union(*self._elsewhere.values())
+            self._names = sorted(everybody, key=str.casefold)
+        return self._names
 
     @contextmanager
     def visit(self, name: str) -> Iterator[None]:
@@ -48,8 +54,13 @@ class People:
 
     def show(self) -> None:
         """Wake those who wait for ``changed``."""
+        self._names = None
         self.changed.set()
         self.changed = anyio.Event()
+
+    async def gather(self) -> None:
+        """Let more changes come, before all of them are told."""
+        await anyio.sleep(PAUSE)
 
     async def run(self) -> None:
         async with anyio.create_task_group() as tasks:
@@ -65,12 +76,23 @@ class People:
             await self._news.wait()
             self._news = anyio.Event()
             where = f"{CHANNEL}{self.server}/"
-            await self.emitter.publish(self.key, where, [*+self._here], echo=False)
+            names = [*+self._here]
+            for start in range(0, max(len(names), 1), PART):
+                part = {"start": start, "names": names[start : start + PART]}
+                await self.emitter.publish(self.key, where, part, echo=False)
+            await self.gather()
 
     async def _hear_others(self) -> None:
         async with self.emitter.subscribe(self.key, CHANNEL, last=0) as lists:
             async for message in lists:
-                self._elsewhere[message.channel.split("/")[-2]] = message.as_object()
+                with suppress(ValueError):  # whoever has a key may publish anything
+                    self._hear(message.channel.split("/")[-2], message.as_object())
+
+    def _hear(self, server: str, part: object) -> None:
+        match part:
+            case {"start": int(start), "names": [*names]} if all(isinstance(n, str) for n in names):
+                known = self._elsewhere.setdefault(server, [])
+                known[start:] = names
                 self.show()
 
     async def _watch_others(self) -> None:

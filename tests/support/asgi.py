@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -67,19 +74,31 @@ async def serving(app: Application) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def websocket(app: Application, path: str, **query: str) -> AsyncIterator[Exchange]:
-    """Be a browser with a WebSocket."""
+async def websocket(
+    app: Application,
+    path: str,
+    *,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    answer: str = "websocket.accept",
+    **query: str,
+) -> AsyncIterator[Exchange]:
+    """
+    Be a browser with a WebSocket.
+
+    :param headers: those of the handshake
+    :param answer: how the application answers it
+    """
     text = "&".join(f"{name}={quote(value)}" for name, value in query.items())
     scope = {
         "type": "websocket",
         "asgi": {"version": "3.0"},
         "path": path,
         "query_string": text.encode(),
-        "headers": [],
+        "headers": [*headers],
     }
     async with _calling(app, scope) as exchange:
         await exchange.say("websocket.connect")
-        await exchange.hear("websocket.accept")
+        await exchange.hear(answer)
         yield exchange
         await exchange.say("websocket.disconnect", code=1001)
 
