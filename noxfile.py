@@ -145,6 +145,27 @@ def build(session: nox.Session) -> None:
         session.run(python, "-m", "pytest", "--collect-only", "--quiet", external=True, silent=True)
 
 
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """What is released, in dist/; and in sbom/ a list of what it runs with (CycloneDX)."""
+    session.install(*nox.project.dependency_groups(PROJECT, "build"))
+    for made in ("dist", "sbom"):
+        shutil.rmtree(made, ignore_errors=True)
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+
+    (wheel,) = Path("dist").glob("*.whl")
+    alone = Path(session.create_tmp(), "alone").absolute()
+    session.run("python", "-m", "venv", "--clear", "--without-pip", str(alone))
+    session.run("python", "-m", "pip", "--python", str(alone), "install", "--quiet", str(wheel))
+    Path("sbom").mkdir()
+    version = wheel.name.split("-")[1]
+    session.run(
+        *("cyclonedx-py", "environment", "--mc-type", "library", "--output-reproducible"),
+        *("--output-file", f"sbom/emitter_anyio-{version}.cdx.json", str(alone)),
+    )
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """The pages of docs/, as HTML in docs/_build/html; a warning is an error."""

@@ -75,6 +75,19 @@ class TestVersion:
         assert holding == ["_version.py"]
 
 
+class TestWorkflows:
+    def test_every_action_is_pinned_by_hash_with_its_version(self) -> None:
+        used = [
+            line.strip()
+            for path in (ROOT / ".github/workflows").glob("*.yml")
+            for line in path.read_text().splitlines()
+            if "uses:" in line
+        ]
+        assert used
+        for line in used:
+            assert re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+
+
 class TestSurface:
     def test_is_what_is_documented(self) -> None:
         assert sorted(public_names()) == sorted(SURFACE)
