@@ -15,6 +15,9 @@ from typing import Any, Final
 import pytest
 
 from emitter_anyio import Backoff, Emitter, MessageTooLargeError, Will, connect
+from emitter_anyio import _requests as requests
+from emitter_anyio._pending import Replay
+from emitter_anyio._session import Session
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Packet, Peer, memory_peer
@@ -398,6 +401,7 @@ HOSTS: Final = {
     "h\u3000": "no host name has",
     "h\udcff": "no UTF-8",
     "::1::2": "not an IPv6 address",
+    "": "empty",
     "fe80::1%a b": "network interface",
     "/tmp/\0": "Unix socket",
     "/tmp/\ud800": "Unix socket",
@@ -452,3 +456,40 @@ def test_the_zone_of_an_address_in_a_url_is_quoted() -> None:
     url = "mqtt://[fe80::1%25eth0]:8080"
     assert url in repr(connect(url))
     assert url in repr(connect(host="fe80::1%eth0", secure=False))
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+async def test_a_publish_that_cannot_be_encoded_leaves_nothing_pending(
+    qos: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.accept()
+        assert await sent(peer) == []
+
+    def encode(*_: object) -> bytes:
+        raise MemoryError
+
+    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+        with monkeypatch.context() as patch:
+            for module in ("_client", "_delivery"):
+                patch.setattr(f"emitter_anyio.{module}.encode_publish", encode)
+            with pytest.raises(MemoryError):
+                await call(emitter, "publish", {**arguments_of("publish"), "qos": qos})
+        assert emitter.statistics().pending == 0
+
+
+def test_a_request_that_cannot_be_encoded_leaves_nothing_pending() -> None:
+    def send(packet: object) -> None:
+        raise MemoryError
+
+    session = Session(send)
+    freed: list[None] = []
+    session.call_when_free(lambda: freed.append(None))
+    for ask in (
+        lambda: session.request(requests.me()),
+        lambda: session.unsubscribe(KEY, "a/"),
+        lambda: session.subscribe(KEY, KEY, "a/", Replay()),
+    ):
+        with pytest.raises(MemoryError):
+            ask()
+    assert (session.pending, session.in_use("a/"), freed) == (0, False, [None])
