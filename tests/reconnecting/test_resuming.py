@@ -516,8 +516,12 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
                 await publisher.publish(key, "a/", str(number), 60, qos=chance.choice([0, 1]))
                 if chance.random() < 0.1:
                     await publisher.flush()
-                    if any(client.client_id == "subscriber" for client in broker.clients):
-                        await broker.drop("subscriber")
+                    while not any(client.client_id == "subscriber" for client in broker.clients):
+                        await checkpoint()
+                    # While it connects, restores, resumes or receives.
+                    for _ in range(chance.randrange(200)):
+                        await checkpoint()
+                    await broker.drop("subscriber")
                 while chance.random() < 0.3:
                     await checkpoint()
             await publisher.publish(key, "a/", "end", 60, qos=1)
