@@ -26,6 +26,7 @@ from ._errors import ServerError as ServerError
 from ._errors import SlowConsumerError as SlowConsumerError
 from ._errors import SubscriptionConflictError as SubscriptionConflictError
 from ._errors import UnauthorizedError as UnauthorizedError
+from ._errors import WrongLoopError as WrongLoopError
 from ._messages import EmitterMessage as EmitterMessage
 from ._messages import Gap as Gap
 from ._messages import StoredMessage as StoredMessage

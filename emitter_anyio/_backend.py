@@ -7,9 +7,12 @@ import sys
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from functools import partial
+from threading import get_ident
 from typing import Protocol
 
 from anyio.abc import TaskGroup
+
+from ._errors import WrongLoopError
 
 
 class Wakeup(Protocol):
@@ -63,6 +66,66 @@ def clock_of(loop: asyncio.AbstractEventLoop | None) -> Callable[[], float]:
     import trio
 
     return trio.current_time
+
+
+def _current_run() -> object:
+    """Give what stands for the event loop, or the run of Trio, that runs the calling code."""
+    trio = sys.modules.get("trio")
+    # In guest mode, a loop of asyncio runs around Trio.
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return trio.lowlevel.current_trio_token()
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class Owner:
+    """
+    The thread and the event loop to which something belongs, as long as it is used.
+
+    Code outside of any event loop waits for nothing, so that only its thread counts.
+
+    :ivar thread: the thread's identifier. Hot paths compare only this, and call :meth:`check` where
+        it differs
+    """
+
+    __slots__ = ("_run", "_uses", "thread")
+
+    def __init__(self) -> None:
+        self.thread = 0
+        self._run: object = None
+        self._uses = 0
+
+    def claim(self) -> None:
+        """
+        Begin a use in the event loop that runs.
+
+        :raises WrongLoopError: if it is in use in another one
+        """
+        self.check()
+        self._uses += 1
+        self.thread, self._run = get_ident(), _current_run()
+
+    def release(self) -> None:
+        """End a use."""
+        self._uses -= 1
+
+    def check(self) -> None:
+        """
+        See to it that the calling code may use it.
+
+        :raises WrongLoopError: if it is in use in another event loop
+        """
+        if not self._uses:
+            return
+        run = _current_run()
+        if self.thread != get_ident() or (run is not self._run and None not in (run, self._run)):
+            raise WrongLoopError(
+                "wrong thread or event loop: a client and its streams belong to the one in which "
+                "the client was entered; call them there, from other threads by "
+                "anyio.from_thread.run() or a blocking portal"
+            )
 
 
 def task_starter(group: TaskGroup) -> Callable[..., object]:

@@ -17,7 +17,7 @@ import anyio
 from anyio import EndOfStream, WouldBlock
 from anyio.lowlevel import checkpoint
 
-from ._backend import Wakeup, wakeup_maker
+from ._backend import Owner, Wakeup, wakeup_maker
 from ._checks import is_whole
 from ._errors import SlowConsumerError
 from ._messages import ITEM_BYTES, EmitterMessage
@@ -80,6 +80,8 @@ class Buffer(Generic[T]):
         self._in, self._out = anyio.create_memory_object_stream["_Batch[T] | _Missing"](math.inf)
         self._queued = 0
         """How many batches and gaps are in it."""
+        self._owner = Owner()
+        self._owner.claim()
         self._ready: deque[T] = deque()
         """The items of the batches that have been taken out."""
         self._held: deque[T | _Missing] = deque()
@@ -233,6 +235,7 @@ class Buffer(Generic[T]):
 
     async def _pause(self) -> None:
         """See to others before one is taken: so each item asks one question, not two."""
+        self._owner.check()
         if self._taken % _TURN == _TURN - 1:
             await checkpoint()
         self._stop = self._taken + _TURN - (self._taken + 1) % _TURN
@@ -258,6 +261,7 @@ class Buffer(Generic[T]):
 
     async def _more(self) -> None:
         """Make ready what is next, or wait for it; somebody else may take it."""
+        self._owner.check()
         if self._queued or self._ended:
             self._make_ready()
         else:
@@ -311,6 +315,11 @@ class Buffer(Generic[T]):
         """How many items wait beside the buffer, and how many bytes they weigh at most."""
         self._count()
         return self._extra, self._extra_bytes
+
+    def _waiting(self) -> tuple[int, int]:
+        """Give how many items wait, and their bytes; nothing changes: other threads may ask."""
+        count = self._buffer - self._room + self._extra - (self._taken - self._counted)
+        return count, self._bytes - self._ready_bytes + weight_of([*self._ready])
 
     def _count(self) -> int:
         """Give how many more may wait."""

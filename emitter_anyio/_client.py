@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import get_ident
 from typing import Any, Final, Literal, TypeAlias
 
 import anyio
@@ -151,6 +152,7 @@ class Emitter(Caller, Watcher):
         :raises RequestTimeoutError: with ``qos=1``, if the broker did not answer in time
         :raises ConnectionLostError: if the link is lost; with ``qos=1`` the outcome is unknown
         :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop than the client's, as every verb
 
         Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
@@ -190,6 +192,7 @@ class Emitter(Caller, Watcher):
         link, session = self._connection, self._session
         at_once = (
             self._ready
+            and get_ident() == self._owner.thread
             and link is not None
             and link.writer.has_room
             and len(topic) + len(payload) <= self._largest
@@ -201,6 +204,7 @@ class Emitter(Caller, Watcher):
             session.published += 1
             link.writer.write(packet)
         elif at_once and qos == 1 and not session.full:
+            self._owner.check()
             sent = self._send_confirmed(topic, payload, key, channel, retain)
             await self._answer(sent, timeout)
         else:

@@ -56,6 +56,7 @@ class Conversation(Life):
 
     async def _room(self) -> None:
         """Wait until a packet may be queued; nothing may be awaited before it is."""
+        self._owner.check()
         link = self._connection
         if (
             link is not None
@@ -93,6 +94,7 @@ class Conversation(Life):
 
     async def _key_of(self, source: Key, refused: str | None = None) -> str:
         """Give a key, and another one than what was refused if there is one."""
+        self._owner.check()
         restoring = RESTORING.get()
         seconds = self._options.request_timeout if restoring else None
         with anyio.move_on_after(seconds):

@@ -208,8 +208,9 @@ class Delivery(EventSource):
     def _streams(self) -> list[EventStream[Any]]:
         handlers = {id(registration.stream) for registration in self._registrations}
         found: list[EventStream[Any]] = [*self._feeds]
-        for router in self._routers.values():
-            found += [stream for stream in router if id(stream) not in handlers]
+        # statistics() may ask in another thread: nothing is walked while it may change.
+        for router in [*self._routers.values()]:
+            found += [stream for stream in [*router] if id(stream) not in handlers]
         return found
 
     def _leave_stream(self, stream: EventStream[Any]) -> None:

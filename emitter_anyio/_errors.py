@@ -8,6 +8,7 @@
     │   └── ConnectRefusedError       the broker's CONNACK said no
     ├── ConnectionLostError           an established link dropped; the outcome is unknown
     ├── ClosedError                   used outside the block
+    ├── WrongLoopError                used from another thread or event loop
     ├── RequestTimeoutError           the broker did not answer in time
     ├── RemoteProtocolError           the peer sent nonsense
     ├── SlowConsumerError             a buffer was full, messages were dropped
@@ -126,6 +127,15 @@ class ConnectionLostError(EmitterError, anyio.BrokenResourceError):
 
 class ClosedError(EmitterError, anyio.ClosedResourceError):
     """The client was used before it was entered or after it was left."""
+
+
+class WrongLoopError(EmitterError, RuntimeError):
+    """
+    The client or a stream was used from another thread or event loop than its own.
+
+    Nothing was done: the client and its tasks go on. Other threads call it by
+    ``anyio.from_thread.run()``, or through a blocking portal of its event loop.
+    """
 
 
 class RequestTimeoutError(EmitterError, TimeoutError):

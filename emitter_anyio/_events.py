@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import anyio
-from anyio import EndOfStream
 
+from ._backend import Owner
 from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
 from ._checks import check_function, check_text
@@ -80,6 +80,7 @@ class EventSource(ABC):
         self._routers: defaultdict[str, Router[EventStream[Any]]] = defaultdict(
             partial(Router, matcher)
         )
+        self._owner = Owner()
         self._registrations: list[_Registration] = []
         self._handler_tasks: Tasks | None = None
         self._busy: set[_Registration] = set()
@@ -172,6 +173,7 @@ class EventSource(ABC):
         :return: the handler
         :raises TypeError: if an argument has the wrong type, or the handler is a generator function
         :raises ValueError: if there is no such event
+        :raises WrongLoopError: once the client is entered, in another thread or event loop
         """
         event, channel = _check(event, channel, buffer, overflow)
 
@@ -187,8 +189,11 @@ class EventSource(ABC):
         Take a handler away; what waits for it is dropped.
 
         :raises ValueError: if it is not registered for this event
+        :raises WrongLoopError: once the client is entered, in another thread or event loop
         """
         event = _check_event(event)
+        if self._handler_tasks is not None:
+            self._owner.check()
         for registration in self._registrations:
             if registration.event == event and registration.handler == handler:
                 self._registrations.remove(registration)
@@ -249,18 +254,23 @@ class EventSource(ABC):
         :raises ValueError: if there is no such event
         """
         event, channel = _check(event, channel, buffer, overflow)
-        return Entering(partial(self._entered_stream, event, channel, buffer, overflow))
+        return Entering(
+            self._owner, partial(self._entered_stream, event, channel, buffer, overflow)
+        )
 
     @asynccontextmanager
     async def _entered_stream(
         self, event: str, channel: str | None, buffer: int, overflow: Overflow
     ) -> AsyncGenerator[EventStream[Any]]:
+        # Before the client is entered, too: it is then entered in the same event loop.
+        self._owner.claim()
         stream: EventStream[Any] = EventStream(f"stream({event!r})", buffer, overflow)
         self._listen(stream, event, channel)
         try:
             yield stream
         finally:
             self._unlisten(stream, event)
+            self._owner.release()
 
     # For the client
 
@@ -362,8 +372,11 @@ class EventSource(ABC):
         """End the client because of an error that nobody handles."""
 
     def _register(self, registration: _Registration) -> None:
-        self._registrations.append(registration)
-        if self._handler_tasks is not None:
+        if self._handler_tasks is None:
+            self._registrations.append(registration)
+        else:
+            self._owner.check()
+            self._registrations.append(registration)
             self._start_handler(registration)
 
     def _start_handler(self, registration: _Registration) -> None:
@@ -399,8 +412,8 @@ class EventSource(ABC):
         arguments = () if event in _WITHOUT_VALUE else (None,)
         while True:
             try:
-                value = await stream.receive()
-            except EndOfStream:
+                value = await stream.__anext__()  # anext() would be one more call
+            except StopAsyncIteration:
                 return
             except SlowConsumerError as exc:
                 self._report(exc)

@@ -37,14 +37,17 @@ class Life(Reconnector):
     async def __aenter__(self) -> Self:
         # AnyIO's mixin does the same, but says less when somebody enters twice.
         if self._entered is not None:
+            self._owner.check()
             raise RuntimeError(
                 "this Emitter is already entered: leave it first, or make another with connect()"
             )
+        self._owner.claim()
         self._entered = self._live()
         try:
             return await self._entered.__aenter__()
         except BaseException:
             self._entered = None
+            self._owner.release()
             raise
 
     async def __aexit__(
@@ -55,10 +58,12 @@ class Life(Reconnector):
     ) -> None:
         # It swallows nothing, and says so by its type, for the sake of type checkers.
         assert self._entered is not None
+        self._owner.check()
         try:
             await self._entered.__aexit__(exc_type, exc, traceback)
         finally:
             self._entered = None
+            self._owner.release()
 
     async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
         """
@@ -246,11 +251,13 @@ class Life(Reconnector):
         """
         Leave now; returns when the link is closed.
 
-        It may be called from anywhere, any number of times. Handlers finish what waits for them,
-        what is queued is sent, then comes DISCONNECT, all within ``disconnect_timeout``. Streams
-        end behind what is buffered; the body of the ``async with`` goes on, and finds every verb
-        raising :class:`ClosedError`. Cancelling it does not stop the leaving.
+        It may be called from any task of the client's event loop, any number of times. Handlers
+        finish what waits for them, what is queued is sent, then comes DISCONNECT, all within
+        ``disconnect_timeout``. Streams end behind what is buffered; the body of the ``async with``
+        goes on, and finds every verb raising :class:`ClosedError`. Cancelling it does not stop the
+        leaving.
         """
+        self._owner.check()
         self._handler_leaves()
         if self._tasks is not None:
             self._start_leaving()

@@ -174,14 +174,20 @@ class Reconnector(Delivery):
         :raises ClosedError: if the client was left, or could not connect
         :raises ConnectionLostError: if the link is gone for good
         """
-        await checkpoint()
-        while self._state != "connected":
-            if self._lived and self._state != "connecting":
-                raise self._gone()
-            await self._change()
+        # Before the client is entered, too: it is then entered in the same event loop.
+        self._owner.claim()
+        try:
+            await checkpoint()
+            while self._state != "connected":
+                if self._lived and self._state != "connecting":
+                    raise self._gone()
+                await self._change()
+        finally:
+            self._owner.release()
 
     async def wait_closed(self) -> None:
         """Wait until the link is closed; returns at once when there is none."""
+        self._owner.check()
         await checkpoint()
         while self._state != "closed":
             await self._change()
@@ -213,7 +219,8 @@ class Reconnector(Delivery):
 
     async def _change(self) -> None:
         """Wait until something of the link or of the state changes."""
-        if self._changed is None:
+        if self._changed is None or not self._changed.statistics().tasks_waiting:
+            # One that nobody waits for may be of an event loop before this one.
             self._changed = anyio.Event()
         await self._changed.wait()
 
@@ -233,6 +240,7 @@ class Reconnector(Delivery):
 
     async def _linked(self) -> Connection:
         """Wait until there is a link to use, if there may be one."""
+        self._owner.check()
         while not self._usable(self._connection):
             if not self._may_come():
                 raise self._gone()

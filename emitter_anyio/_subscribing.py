@@ -18,6 +18,7 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from . import _requests as requests
+from ._backend import Owner
 from ._buffer import Overflow, check_buffer
 from ._channels import (
     A_KEY,
@@ -53,10 +54,11 @@ class Subscribing(Entering[EventStream[T]]):
 
     def __init__(
         self,
+        owner: Owner,
         for_handlers: Callable[[], Coroutine[Any, Any, None]],
         entered: Callable[[], AbstractAsyncContextManager[EventStream[T]]],
     ) -> None:
-        super().__init__(entered)
+        super().__init__(owner, entered)
         self._for_handlers = for_handlers
         self._used = False
 
@@ -215,6 +217,7 @@ class Subscriber(Resumer):
             return made
 
         return Subscribing(
+            self._owner,
             partial(self._subscribe_for_handlers, make, source, filter, replay, timeout),
             partial(self._subscribed, make, filter, replay, buffer, overflow, timeout),
         )

@@ -58,6 +58,7 @@ class Watcher(Conversation):
         key, channel = self._check_presence(key, channel)
         changes = None if changes is None else check_flag("changes", changes)
         timeout = check_timeout(timeout)
+        self._owner.check()
         fresh = changes is True and channel not in self._presence_wanted
         if fresh:
             self._session.watch(channel)
@@ -126,7 +127,10 @@ class Watcher(Conversation):
         timeout = check_timeout(timeout)
         if refresh is not None and not check_seconds("refresh", refresh):
             raise ValueError("refresh must be above 0 seconds, or None for no fresh status")
-        return Entering(partial(self._watching, key, channel, buffer, overflow, refresh, timeout))
+        return Entering(
+            self._owner,
+            partial(self._watching, key, channel, buffer, overflow, refresh, timeout),
+        )
 
     @asynccontextmanager
     async def _watching(

@@ -28,6 +28,7 @@ from emitter_anyio._errors import (
     SlowConsumerError,
     SubscriptionConflictError,
     UnauthorizedError,
+    WrongLoopError,
     refusal,
 )
 from emitter_anyio._messages import EmitterMessage
@@ -38,6 +39,7 @@ TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     ConnectRefusedError: (ConnectError,),
     ConnectionLostError: (EmitterError, anyio.BrokenResourceError),
     ClosedError: (EmitterError, anyio.ClosedResourceError),
+    WrongLoopError: (EmitterError, RuntimeError),
     RequestTimeoutError: (EmitterError, TimeoutError),
     ReplyError: (EmitterError,),
     RemoteProtocolError: (EmitterError,),

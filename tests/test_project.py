@@ -35,7 +35,13 @@ VALUES = [
 ]
 ERRORS = [
     *["EmitterError", "ConnectError", "ConnectRefusedError", "ConnectionLostError", "ClosedError"],
-    *["RequestTimeoutError", "RemoteProtocolError", "SlowConsumerError", "HandlerError"],
+    *[
+        "WrongLoopError",
+        "RequestTimeoutError",
+        "RemoteProtocolError",
+        "SlowConsumerError",
+        "HandlerError",
+    ],
     *["SubscriptionConflictError", "ReplyError", "InvalidChannelError", "MessageTooLargeError"],
     *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
     *["ForbiddenError", "NotFoundError", "ServerError", "HistoryIncompleteError"],

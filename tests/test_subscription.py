@@ -16,6 +16,7 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from emitter_anyio._backend import Owner
 from emitter_anyio._buffer import MAX_BYTES, Overflow, check_buffer
 from emitter_anyio._errors import ConnectionLostError, SlowConsumerError
 from emitter_anyio._messages import EmitterMessage
@@ -826,7 +827,7 @@ class TestEntering:
             yield "value"
             made.append("out")
 
-        entering = Entering(make)
+        entering = Entering(Owner(), make)
         assert made == [], "nothing happens before"
         async with entering as value:
             assert value == "value"
@@ -850,7 +851,7 @@ class TestEntering:
 
         boom = ZeroDivisionError()
         with pytest.raises(ZeroDivisionError) as caught:
-            async with Entering(make):
+            async with Entering(Owner(), make):
                 raise boom
         assert caught.value is boom
         assert seen == [boom]
