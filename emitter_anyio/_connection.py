@@ -243,7 +243,7 @@ class Connection:
     def _begin(self, ping: Ping, tasks: Tasks) -> None:
         self.writer.begin(partial(tasks.start_soon, self._write))
         _Keepalive(self, self._options.keepalive, ping)
-        self.timer.begin(self._break, self._reads_so_far)
+        self.timer.begin(self._break, self._reads_so_far, tasks.start)
 
     def _reads_so_far(self) -> int | None:
         """Return how many reads there have been, or ``None`` while one is being handled."""

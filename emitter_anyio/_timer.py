@@ -6,7 +6,6 @@ import asyncio
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
 from heapq import heappop, heappush
 from typing import Final, Protocol, TypeAlias
 
@@ -20,6 +19,9 @@ _LONGEST_LOOK: Final = 1.0
 
 Reads: TypeAlias = Callable[[], int | None]
 """Returns how many times the reader has read, or ``None`` while it is handling what it has read."""
+
+Start: TypeAlias = Callable[..., object]
+"""Starts a task that ends by itself."""
 
 
 class Waker(Protocol):
@@ -114,12 +116,14 @@ class Timer:
     Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
     nothing to do, and is set to the next one that is not done.
 
-    :param open_waker: makes what calls a function at its time
+    :param open_waker: makes what calls a function at its time, in a task if there is no other way
     :param clock: tells the time of the loop
     """
 
     def __init__(
-        self, open_waker: Callable[[Callable[[], None]], Waker], clock: Callable[[], float]
+        self,
+        open_waker: Callable[[Callable[[], None], Start], Waker],
+        clock: Callable[[], float],
     ) -> None:
         self._open_waker = open_waker
         self.clock: Callable[[], float] = clock
@@ -150,15 +154,16 @@ class Timer:
         """Judge a deadline that has fallen due, after the reader has taken in what has arrived."""
         _Look(self, self._reads, deadline, now).fall_due(now)
 
-    def begin(self, failed: Callable[[Exception], None], reads: Reads) -> None:
+    def begin(self, failed: Callable[[Exception], None], reads: Reads, start: Start) -> None:
         """
         Let them fall due from now on.
 
         :param failed: is told what one of them raises, behind which none falls due any more
+        :param start: starts a task, which ends with the timer
         """
         self._failed = failed
         self._reads = reads
-        self._waker = self._open_waker(self._wake)
+        self._waker = self._open_waker(self._wake, start)
         self._when = self._first()
         self._waker.set(self._when)
 
@@ -195,7 +200,7 @@ def open_timer() -> Timer:
     """Make one for the backend that runs."""
     loop = asyncio_loop()
     if loop is not None:
-        return Timer(partial(LoopWaker, loop), clock_of(loop))
+        return Timer(lambda wake, _: LoopWaker(loop, wake), clock_of(loop))
     # Where Trio runs its import is done, and nobody else is to wait for it.
     from ._alarm import AlarmWaker
 

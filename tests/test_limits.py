@@ -70,7 +70,7 @@ class World(Transport):
     def clock(self) -> float:
         return self.now
 
-    def open_waker(self, wake: Callable[[], None]) -> World:
+    def open_waker(self, wake: Callable[[], None], start: object) -> World:
         self.wake = wake
         return self
 
@@ -120,7 +120,7 @@ def played(steps: Steps) -> Iterator[tuple[World, list[Waiting]]]:
     limits = [Limits(seconds, timer, writer) for seconds in SECONDS[:2]]
     everybody: list[Waiting] = []
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int, print)
 
     def note_left() -> None:
         for one in everybody:
@@ -182,7 +182,7 @@ def test_one_who_waits_long_does_not_keep_the_others() -> None:
     writer = Writer(world, world.clock)
     limits = Limits(math.inf, timer, writer)
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int, print)
     long = [limits.add(pytest.fail) for _ in range(3)]
     for _ in range(10_000):
         writer.write(b"x")
@@ -198,7 +198,7 @@ def test_what_a_lost_link_leaves_waits_for_no_garbage_collector() -> None:
     writer = Writer(world, world.clock)
     limits = Limits(5, timer, writer)
     writer.begin(lambda: None)
-    timer.begin(lambda exc: pytest.fail(repr(exc)), int)
+    timer.begin(lambda exc: pytest.fail(repr(exc)), int, print)
     for _ in range(3):
         writer.write(b"x")
         limits.add(pytest.fail)

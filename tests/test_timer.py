@@ -10,7 +10,7 @@ import anyio
 import pytest
 import trio
 
-from emitter_anyio._alarm import _ALARM, AlarmWaker
+from emitter_anyio._alarm import AlarmWaker
 from emitter_anyio._timer import Due, Timer, open_timer
 from tests.support.leaks import living_tasks
 from tests.support.links import one_link
@@ -33,45 +33,35 @@ def sleepers() -> list[trio.lowlevel.Task]:
 
 
 @on_trio
-async def test_there_is_one_as_long_as_there_are_links(anyio_backend: object) -> None:
+async def test_each_link_has_one_which_ends_with_it(anyio_backend: object) -> None:
     async with memory_peer(serve) as connectable:
         for _ in range(2):
             async with AsyncExitStack() as stack:
                 for _ in range(3):
                     await stack.enter_async_context(one_link(connectable=connectable))
                 await anyio.wait_all_tasks_blocked()
-                assert len(sleepers()) == 1
+                assert len(sleepers()) == 3
             assert not sleepers()
 
 
 @on_trio
-async def test_links_that_have_ended_leave_no_times_behind(anyio_backend: object) -> None:
-    async with memory_peer(serve) as connectable:
-        async with one_link(connectable=connectable, keepalive=30):
-            for _ in range(300):
-                async with one_link(connectable=connectable, keepalive=60):
-                    await anyio.wait_all_tasks_blocked()
-            assert len(_ALARM.get().heap) < 100
-        assert not _ALARM.get().heap
-
-
-@on_trio
-async def test_the_task_of_one_that_was_stopped_at_once_ends(anyio_backend: object) -> None:
-    AlarmWaker(print).stop()
-    await anyio.wait_all_tasks_blocked()
-    assert not sleepers()
+async def test_one_that_was_stopped_at_once_ends(anyio_backend: object) -> None:
+    async with anyio.create_task_group() as tasks:
+        AlarmWaker(print, tasks.start_soon).stop()
 
 
 @on_trio
 async def test_it_sleeps_for_those_who_wait_for_nothing(anyio_backend: object) -> None:
-    woken = anyio.Event()
-    waker = AlarmWaker(woken.set)
-    await anyio.wait_all_tasks_blocked()
-    waker.set(anyio.current_time() + 1)
-    await woken.wait()
-    waker.stop()
-    await anyio.wait_all_tasks_blocked()
-    assert not sleepers()
+    async with anyio.create_task_group() as tasks:
+        woken = anyio.Event()
+        waker = AlarmWaker(woken.set, tasks.start_soon)
+        await anyio.wait_all_tasks_blocked()
+        for late in (2, 1):
+            waker.set(anyio.current_time() + late)
+        start = anyio.current_time()
+        await woken.wait()
+        assert anyio.current_time() - start == 1
+        waker.stop()
 
 
 class Failing(Due):
@@ -88,10 +78,10 @@ async def test_nothing_falls_due_behind_what_fails(seconds: float, anyio_backend
     timer, failed = open_timer(), list[Exception]()
     for _ in range(2):
         timer.add(timer.clock() + seconds, Failing())
-    timer.begin(failed.append, int)
-    await anyio.sleep(5)
-    timer.end()
-    await anyio.wait_all_tasks_blocked()
+    async with anyio.create_task_group() as tasks:
+        timer.begin(failed.append, int, tasks.start_soon)
+        await anyio.sleep(5)
+        timer.end()
     assert [type(one) for one in failed] == [ZeroDivisionError]
 
 
