@@ -19,9 +19,9 @@ class AlarmWaker:
     def __init__(self, wake: Callable[[], None], start: Callable[..., object]) -> None:
         self._wake = wake
         self._when = math.inf
+        """When to wake it; before everything else once it is stopped."""
         self._scope = trio.CancelScope()
         """In which the task sleeps; what is done to it while the task is awake is void."""
-        self._stopped = False
         start(self._run, name="emitter_anyio timer")
 
     def set(self, when: float) -> None:
@@ -30,13 +30,16 @@ class AlarmWaker:
 
     def stop(self) -> None:
         """Wake it no more."""
-        self._stopped = True
+        self._when = -math.inf
         self._scope.cancel()
 
     async def _run(self) -> None:
-        while not self._stopped:
+        while self._when > -math.inf:
             with trio.CancelScope(deadline=self._when) as self._scope:
                 await trio.sleep_forever()
-            if not self._stopped:
+            if not self._scope.cancel_called:
+                # In a nursery that was left open, a scope takes each cancellation for its own.
+                return
+            if self._when > -math.inf:
                 self._when = math.inf
                 self._wake()

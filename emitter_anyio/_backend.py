@@ -128,6 +128,20 @@ class Owner:
             )
 
 
+def current_task() -> object:
+    """Give the task that runs."""
+    if asyncio_loop() is not None:
+        return asyncio.current_task()
+    import trio
+
+    return trio.lowlevel.current_task()
+
+
+def has_ended(task: object) -> bool:
+    """Tell whether a task has ended; on Trio, one that has left a task group open never does."""
+    return isinstance(task, asyncio.Task) and task.done()
+
+
 def task_starter(group: TaskGroup) -> Callable[..., object]:
     """
     Give what starts a task in a group.

@@ -31,6 +31,7 @@ from ._errors import (
     readable,
 )
 from ._events import logger
+from ._guard import Guard
 from ._messages import EmitterMessage, Gap, Payload, encode_payload
 from ._options import Options
 from ._pending import Replay
@@ -303,11 +304,14 @@ class Caller(Subscriber):
             asked = next(iter(service.waiting))
             key, message = service.waiting.pop(asked)
             scope = service.running[asked] = anyio.CancelScope()
-            service.tasks.start_soon(self._serve_one, service, key, message, scope)
+            assert self._tasks is not None
+            arguments = service, key, message, scope
+            service.tasks.start_soon(self._tasks.run, self._serve_one, *arguments)
 
     async def _serve_one(
         self, service: _Service, key: str, message: EmitterMessage, scope: anyio.CancelScope
     ) -> None:
+        guard = Guard()
         with scope:
             try:
                 reply = service.handler(message)
@@ -315,7 +319,9 @@ class Caller(Subscriber):
                     reply = await reply
                 kind, payload = _REPLY, encode_payload(reply)
                 self._check_size(self._topic(key, f"{message.channel}{kind}/"), payload, 0)
-            except Exception as exc:
+            except BaseException as exc:
+                if not guard.is_of_user(exc):
+                    raise
                 logger.warning("serving %r raised", readable(message.channel), exc_info=exc)
                 words = f"the handler that served it raised {type(exc).__name__}: {exc}"
                 kind, payload = _ERROR, words.encode(errors="replace")[:1024]

@@ -21,7 +21,6 @@ from ._errors import (
 from ._life import Life
 from ._limits import Limit, OwnLimit
 from ._pending import Pending
-from ._reconnecting import RESTORING
 from ._requests import Request
 
 T = TypeVar("T")
@@ -95,7 +94,7 @@ class Conversation(Life):
     async def _key_of(self, source: Key, refused: str | None = None) -> str:
         """Give a key, and another one than what was refused if there is one."""
         self._owner.check()
-        restoring = RESTORING.get()
+        restoring = self._restores()
         seconds = self._options.request_timeout if restoring else None
         with anyio.move_on_after(seconds):
             if refused is None:
@@ -121,7 +120,7 @@ class Conversation(Life):
         assert link is not None
         over = link.make_wakeup()
         pending.call_when_done(wake := over.set)
-        if timeout is DEFAULT and not RESTORING.get():
+        if timeout is DEFAULT and not self._restores():
             limit = None if link.limits is None else link.limits.add(wake)
         else:
             limit = self._own_limit(wake, link, timeout)
@@ -147,7 +146,7 @@ class Conversation(Life):
         seconds = self._seconds(timeout)
         if seconds is None:
             return None
-        session = self._session if RESTORING.get() else None
+        session = self._session if self._restores() else None
         return OwnLimit(wake, seconds, link.timer, link.writer, session)
 
     def _seconds(self, timeout: Timeout) -> float | None:

@@ -18,6 +18,7 @@ from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
 from ._checks import check_function, check_text
 from ._errors import HandlerError, SlowConsumerError
+from ._guard import Guard
 from ._messages import EmitterMessage
 from ._requests import ChannelKey, Link, Me, PresenceEvent
 from ._router import Matcher, Router
@@ -364,7 +365,7 @@ class EventSource(ABC):
         """Close a stream, and keep what is to be known of it."""
 
     @abstractmethod
-    def _passes(self, error: Exception) -> bool:
+    def _passes(self, error: BaseException) -> bool:
         """Tell whether a handler's exception is about something that will soon be over."""
 
     @abstractmethod
@@ -399,10 +400,6 @@ class EventSource(ABC):
         registration.task = anyio.get_current_task().id
         try:
             await self._handle(registration, stream)
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as exc:
-            self._fail(exc)
         finally:
             self._busy.discard(registration)
             self._be_less_busy()
@@ -410,6 +407,7 @@ class EventSource(ABC):
     async def _handle(self, registration: _Registration, stream: EventStream[Any]) -> None:
         event, handler = registration.event, registration.handler
         arguments = () if event in _WITHOUT_VALUE else (None,)
+        guard = Guard()
         while True:
             try:
                 value = await stream.__anext__()  # anext() would be one more call
@@ -424,10 +422,15 @@ class EventSource(ABC):
                 result = handler(*arguments)
                 if result is not None and inspect.isawaitable(result):
                     await result
-            except Exception as exc:
-                self._handler_raised(event, handler, exc)
+            except BaseException as exc:
+                if not guard.is_of_user(exc):
+                    raise
+                if not self._handled(event, handler, exc):
+                    self._fail(exc)
+                    return
 
-    def _handler_raised(self, event: str, handler: Callable[..., object], exc: Exception) -> None:
+    def _handled(self, event: str, handler: Callable[..., object], exc: BaseException) -> bool:
+        """Give what a handler has raised to those of ``on("error")``, if there are any."""
         name = getattr(handler, "__qualname__", type(handler).__name__)
         error = HandlerError(
             f"the handler {name} of {event!r} raised {type(exc).__name__}", event=event
@@ -435,11 +438,12 @@ class EventSource(ABC):
         error.__cause__ = exc
         if self._passes(exc):
             self._report(error)
-            return
+            return True
         if event == "error" or not self._receivers("error", error):
             exc.add_note(f"raised by the handler {name} of {event!r}, and nobody handled 'error'")
-            raise exc
+            return False
         self._emit("error", error)
+        return True
 
 
 def _check(

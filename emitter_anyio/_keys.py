@@ -9,6 +9,8 @@ from typing import Final
 import anyio
 
 from ._channels import Key, check_key
+from ._errors import EmitterError
+from ._guard import Guard
 
 _KNOWN: Final = 1024
 """The answers of so many functions are kept."""
@@ -69,13 +71,7 @@ class KeyRing:
                 known = self._known.get(source)
                 if known is not None and (known != refused or asking.answers > answers):
                     return known
-                answer = source()
-                if not inspect.isawaitable(answer):
-                    raise TypeError(
-                        "a function that gives a key must be async: it returned "
-                        f"{type(answer).__name__}, which cannot be awaited"
-                    )
-                key = check_key(await answer)
+                key = check_key(await _answer(source))
                 if len(self._known) >= _KNOWN:
                     self._known.clear()
                 self._known[source] = key
@@ -84,3 +80,22 @@ class KeyRing:
         finally:
             if not asking.lock.statistics().tasks_waiting and not asking.lock.locked():
                 self._asking.pop((source, restoring), None)
+
+
+async def _answer(source: Callable[[], Awaitable[str]]) -> str:
+    guard = Guard()
+    try:
+        answer = source()
+        if not inspect.isawaitable(answer):
+            raise TypeError(
+                "a function that gives a key must be async: it returned "
+                f"{type(answer).__name__}, which cannot be awaited"
+            )
+        return await answer
+    except BaseException as exc:
+        if isinstance(exc, Exception) or not guard.is_of_user(exc):
+            raise
+        # As it is, it would pass for a cancellation of the one who asks.
+        raise EmitterError(
+            "the function that gives the key has awaited a task or a future that was cancelled"
+        ) from exc

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +23,8 @@ class Life(Reconnector):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._entered: AbstractAsyncContextManager[Self] | None = None
+        self._group: Tasks | None = None
+        """The tasks, from entering to leaving."""
         self._body: anyio.CancelScope | None = None
         self._failure: BaseException | None = None
         self._over = True
@@ -34,21 +33,36 @@ class Life(Reconnector):
 
     # Entering and leaving
 
+    # There is no generator between the user and the task group: if it is never left, the end of
+    # asyncio's run would wait in the generator for tasks that nobody has cancelled.
+
     async def __aenter__(self) -> Self:
-        # AnyIO's mixin does the same, but says less when somebody enters twice.
-        if self._entered is not None:
+        if self._group is not None:
             self._owner.check()
             raise RuntimeError(
                 "this Emitter is already entered: leave it first, or make another with connect()"
             )
         self._owner.claim()
-        self._entered = self._live()
+        self._begin()
+        # Background tasks never raise into the group: what fails is noted and cancels the body, so
+        # that its exception, collected on leaving, leaves as the same object in no group.
+        tasks = Tasks(self._task_failed)
+        await tasks.open()
+        self._group = tasks
+        self._body = anyio.CancelScope()
+        self._body.__enter__()
         try:
-            return await self._entered.__aenter__()
-        except BaseException:
-            self._entered = None
-            self._owner.release()
+            connection = await self._open_link(None)
+            if self._body.cancel_called:
+                await connection.abandon()
+                raise _closed_while_connecting()
+            self._start(connection, tasks)
+        except BaseException as exc:
+            if isinstance(exc, Exception):
+                self._start_failure = exc
+            await self._leave_here(exc)
             raise
+        return self
 
     async def __aexit__(
         self,
@@ -57,13 +71,13 @@ class Life(Reconnector):
         traceback: TracebackType | None,
     ) -> None:
         # It swallows nothing, and says so by its type, for the sake of type checkers.
-        assert self._entered is not None
         self._owner.check()
-        try:
-            await self._entered.__aexit__(exc_type, exc, traceback)
-        finally:
-            self._entered = None
-            self._owner.release()
+        if self._group is None:
+            raise RuntimeError("this Emitter is not entered")
+        if self._group.hosted_here:
+            await self._leave_here(exc)
+        else:
+            await self._leave_elsewhere(exc)
 
     async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
         """
@@ -78,40 +92,53 @@ class Life(Reconnector):
             task_status.started(self)
             await self.wait_closed()
 
-    @asynccontextmanager
-    async def _live(self) -> AsyncGenerator[Self]:
-        self._begin()
-        raised: BaseException | None = None
+    async def _leave_here(self, exc: BaseException | None) -> None:
+        tasks, body = self._group, self._body
+        assert tasks is not None
+        assert body is not None
+        raised = _left_over(body, exc)
         try:
-            # Background tasks never raise into the group: what fails is noted and cancels the
-            # body, so that its exception, collected here, leaves as the same object in no group.
-            async with anyio.create_task_group() as group:
-                tasks = Tasks(group)
-                try:
-                    with anyio.CancelScope() as self._body:
-                        connection = await self._open_link(None)
-                        if self._body.cancel_called:
-                            await connection.abandon()
-                        else:
-                            self._start(connection, tasks)
-                            yield self
-                    if self._tasks is None:
-                        raise ClosedError("disconnect() was called while the client was connecting")
-                except BaseException as exc:
-                    raised = exc
-                try:
-                    if self._tasks is not None and not _is_cancelled(raised):
-                        await self._leave()
-                        self._alone = raised is None and not tasks.used
-                        if not self._alone:
-                            await self._left()
-                except BaseException as exc:
-                    raised = raised or exc
-                if raised is not None or self._tasks is None or tasks.used:
+            try:
+                if raised is None and self._tasks is None:
+                    raised = _closed_while_connecting()
+                if self._tasks is not None and not (self._cut or _is_cancelled(raised)):
+                    await self._leave()
+                    self._alone = raised is None and not tasks.used
+                    if not self._alone:
+                        await self._left()
+            except BaseException as error:
+                raised = _gravest(raised, error)
+            try:
+                if raised is not None or self._tasks is None or self._cut or tasks.used:
                     tasks.cancel()
+                await tasks.close()
+            except BaseException as error:
+                raised = _gravest(raised, error)
         finally:
             self._finish()
-        self._raise(raised)
+        self._raise(raised, exc)
+
+    async def _leave_elsewhere(self, exc: BaseException | None) -> None:
+        """Leave in another task than the one that has entered: its task group stays open."""
+        tasks = self._group
+        assert tasks is not None
+        try:
+            await self.disconnect()
+            tasks.stop()
+            await tasks.stopped()
+        finally:
+            self._cut_off()
+            tasks.stop()
+            if tasks.host_ended:
+                self._finish()
+        if not tasks.host_ended:
+            raise RuntimeError(
+                "the client was left in another task than the one that entered it, and that task "
+                "still runs: it has disconnected, but the first task has to leave, too. Use 'async "
+                "with' in one task; or have a task run it, by create_task(emitter.run()), wait by "
+                "wait_connected(), and end it by disconnect()"
+            ) from self._failure or exc
+        self._raise(exc, exc)
 
     def _begin(self) -> None:
         if self._lived:
@@ -121,6 +148,8 @@ class Life(Reconnector):
         self._leaving = False
         self._lost = None
         self._failure = None
+        self._start_failure = None
+        self._cut = False
         self._unread = []
         self._carried = []
         self._deadline = math.inf
@@ -212,40 +241,72 @@ class Life(Reconnector):
         self._stop_handlers()
         self._tasks = None
         self._set_state("closed")
+        self._group = None
+        self._owner.release()
 
-    def _raise(self, raised: BaseException | None) -> None:
-        failure = self._failure
-        if failure is None:
-            if raised is not None:
-                raise raised
-        elif raised is None or isinstance(failure, KeyboardInterrupt | SystemExit):
-            raise failure
-        elif isinstance(raised, BaseExceptionGroup) and self._is_this_loss(raised):
-            # Tasks of the body have met the same loss in their calls: it leaves bare all the same.
-            raise failure
-        elif self._is_this_loss(raised):
-            raise raised
-        else:
-            raised.add_note(f"meanwhile in emitter_anyio: {failure!r}")
-            logger.error("%s, while the body was failing", failure, exc_info=failure)
-            raise raised
+    def _raise(self, raised: BaseException | None, exc: BaseException | None) -> None:
+        """
+        Raise what is to leave the block, or nothing if it is on its way.
+
+        :param raised: what the block has raised, or leaving it
+        :param exc: what is on its way
+        """
+        leaves, failure = raised, self._failure
+        if failure is not None:
+            # Tasks of the body may have met the same loss in their calls: it leaves bare, too.
+            met = raised is not None and self._is_this_loss(raised)
+            if raised is None or _ends_program(failure) or (met and _is_group(raised)):
+                leaves = failure
+            elif not met:
+                raised.add_note(f"meanwhile in emitter_anyio: {failure!r}")
+                logger.error("%s, while the body was failing", failure, exc_info=failure)
+        if leaves is not None and leaves is not exc:
+            context = leaves.__context__
+            try:
+                raise leaves
+            finally:
+                # Not the cancellation by which the body has come to its end.
+                leaves.__context__ = context
 
     def _is_this_loss(self, error: BaseException) -> bool:
         if isinstance(error, BaseExceptionGroup):
             return all(map(self._is_this_loss, error.exceptions))
         return isinstance(error, ConnectionLostError) and error.unread is self._unread
 
-    def _passes(self, error: Exception) -> bool:
+    def _passes(self, error: BaseException) -> bool:
         if isinstance(error, ExceptionGroup):
             return all(map(self._passes, error.exceptions))
         transient = isinstance(error, ConnectionLostError) and self._options.reconnect is not None
         return transient and self._lost is None
 
+    def _task_failed(self, error: BaseException) -> None:
+        """End it all now, as a task has ended that was still needed."""
+        if not isinstance(error, anyio.get_cancelled_exc_class()):
+            self._fail(error)
+        elif self._over:
+            return
+        else:
+            # By Task.cancel(), as when asyncio's run ends.
+            self._lost = self._lost or "a task of the client was cancelled by Task.cancel()"
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """Have it all end now."""
+        self._cut = True
+        if (link := self._connection) is not None:
+            self._end_link(link, None)
+            link.close()
+        if self._retrying is not None:
+            self._retrying.cancel()
+        self._end()
+        self._set_state("closed")
+
     def _fail(self, error: BaseException) -> None:
-        if self._failure is None or not isinstance(error, Exception):
-            self._failure = error
+        self._failure = _gravest(self._failure, error)
         assert self._body is not None
-        self._body.cancel()
+        assert self._group is not None
+        if not self._group.host_ended:
+            self._body.cancel()
 
     async def disconnect(self) -> None:
         """
@@ -266,8 +327,34 @@ class Life(Reconnector):
         await self.wait_closed()
 
 
+def _closed_while_connecting() -> ClosedError:
+    return ClosedError("disconnect() was called while the client was connecting")
+
+
+def _left_over(scope: anyio.CancelScope, exc: BaseException | None) -> BaseException | None:
+    """Leave a scope, and give what goes on: of a group, what is not its cancellation."""
+    try:
+        return None if scope.__exit__(None if exc is None else type(exc), exc, None) else exc
+    except BaseException as remaining:
+        return remaining
+
+
 def _is_cancelled(raised: BaseException | None) -> bool:
     return raised is not None and (
         isinstance(raised, anyio.get_cancelled_exc_class())
         or anyio.current_effective_deadline() == -math.inf
     )
+
+
+def _gravest(first: BaseException | None, second: BaseException) -> BaseException:
+    return (
+        second if first is None or (_ends_program(second) and not _ends_program(first)) else first
+    )
+
+
+def _ends_program(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt | SystemExit)
+
+
+def _is_group(error: BaseException | None) -> bool:
+    return isinstance(error, BaseExceptionGroup)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextvars import ContextVar
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -62,9 +62,6 @@ The age at which the loss of a connection restarts the back-off.
 
 A broker that accepts connections and soon closes them must not be contacted without pause.
 """
-
-RESTORING: Final[ContextVar[bool]] = ContextVar("emitter_anyio restoring", default=False)
-"""Whether the present task restores a link, and so may use it before all others may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +121,10 @@ class Reconnector(Delivery):
         self._state: State = "closed"
         self._changed: anyio.Event | None = None
         self._lived = False
+        self._start_failure: Exception | None = None
+        """Why the client could not be started."""
+        self._cut = False
+        """Whether something has cancelled a task of the client, so that all of them end now."""
         self._leaving = False
         self._deadline = math.inf
         """Until when there is time for the goodbye."""
@@ -138,6 +139,8 @@ class Reconnector(Delivery):
         self._tasks: Tasks | None = None
         self._link_tasks: TaskGroup | None = None
         """For what restores the present link, and ends with it."""
+        self._restorers_now: set[int] = set()
+        """The tasks that restore the present link. What a key function starts is none of them."""
         self._last_error: Exception | None = None
         self._received_before = 0
         """How many messages had been received when the last link ended."""
@@ -229,8 +232,12 @@ class Reconnector(Delivery):
             link is not None
             and link is self._connection
             and not link.leaving
-            and (self._ready or RESTORING.get())
+            and (self._ready or self._restores())
         )
+
+    def _restores(self) -> bool:
+        """Tell whether this task restores a link."""
+        return bool(self._restorers_now) and anyio.get_current_task().id in self._restorers_now
 
     def _may_come(self) -> bool:
         """Tell whether a link may come that can be used."""
@@ -258,7 +265,9 @@ class Reconnector(Delivery):
                 "the client is not entered: use it inside 'async with connect(…) as emitter:', "
                 "or start its run() first"
             )
-        return ClosedError("the client is closed: it has disconnected, or was never connected")
+        error = ClosedError("the client is closed: it has disconnected, or was never connected")
+        error.__cause__ = self._start_failure
+        return error
 
     def _connection_lost(self) -> ConnectionLostError:
         error = ConnectionLostError(self._lost or "the link is lost", self._unread)
@@ -285,7 +294,7 @@ class Reconnector(Delivery):
             self._end_link(link, broken)
             return broken
         async with anyio.create_task_group() as self._link_tasks:
-            self._link_tasks.start_soon(self._restore, link, self._ask_again())
+            self._link_tasks.start_soon(self._tasks.run, self._restore, link, self._ask_again())
             if self._leaving:
                 self._start_goodbye(link)
             broken = await link.run(self._deliver, self._ping, self._tasks)
@@ -347,10 +356,10 @@ class Reconnector(Delivery):
 
     async def _restore(self, link: Connection, asked: Sequence[Restoration]) -> None:
         """See to it that a new link has all that the last one had, and let everybody use it."""
-        RESTORING.set(True)
+        assert self._tasks is not None
         async with anyio.create_task_group() as tasks:
             for one in asked:
-                tasks.start_soon(self._await_restored, link, one)
+                tasks.start_soon(self._tasks.run, self._await_restored, link, one)
         if link is self._connection and not link.broken:
             carried, self._carried = self._carried, []
             self._session.published += len(carried)
@@ -360,17 +369,23 @@ class Reconnector(Delivery):
 
     async def _await_restored(self, link: Connection, one: Restoration) -> None:
         try:
-            await one.answered()
+            with self._restoring():
+                await one.answered()
         except _INTERRUPTED as exc:
             link.fail(exc)
         except Exception as exc:
             logger.warning("%s could not be restored: %s", one.what, exc)
             one.refused(exc)
-        except anyio.get_cancelled_exc_class():
-            raise
-        except BaseException as exc:
-            # A function that gives a key may raise whatever ends a program.
-            self._fail(exc)
+
+    @contextmanager
+    def _restoring(self) -> Generator[None]:
+        """Let this task use a link that is being restored, before all others may."""
+        task = anyio.get_current_task().id
+        self._restorers_now.add(task)
+        try:
+            yield
+        finally:
+            self._restorers_now.discard(task)
 
     async def _next_link(
         self, last: Connection, broken: Exception | None, attempt: int
@@ -408,7 +423,9 @@ class Reconnector(Delivery):
         return f"the link to {link.server} is lost"
 
     def _end_link(self, link: Connection, broken: Exception | None) -> None:
-        """Take leave of a link; what may go on is kept for the next one."""
+        """Take leave of a link, if it is there; what may go on is kept for the next one."""
+        if link is not self._connection:
+            return
         was_ready, self._ready = self._ready, False
         self._connection = None
         self._nonsense += self._session.nonsense

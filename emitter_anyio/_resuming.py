@@ -153,7 +153,9 @@ class Resumer(Historian):
             if (watermark := subscription.watermark) is not None:
                 # Cut short with the link: the next one does it all again.
                 scope = subscription.scope()
-                self._link_tasks.start_soon(self._resume, subscription, watermark, grant, scope)
+                assert self._tasks is not None
+                arguments = subscription, watermark, grant, scope
+                self._link_tasks.start_soon(self._tasks.run, self._resume, *arguments)
 
     def _grant_refused(self, grant: Grant, error: Exception) -> None:
         self._session.drop(grant)
@@ -209,7 +211,7 @@ class Resumer(Historian):
         scope: anyio.CancelScope,
     ) -> None:
         """Deliver what was stored while the link was away, and then what waits behind it."""
-        with scope:
+        with scope, self._restoring():
             try:
                 found, reason = await self._stored_behind(grant, watermark, subscription)
             except ConnectionLostError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ import pytest
 
 from emitter_anyio import ClosedError, ConnectError, ConnectionLostError, Emitter
 from emitter_anyio.testing import Broker
+from tests.support.command import run
 from tests.support.leaks import living_tasks
 from tests.support.links import one_link
 
@@ -160,3 +162,140 @@ def tasks_of_clients(before: set[object]) -> list[str]:
     """Name the tasks that have come since, but for those of the broker."""
     names = (str(getattr(task, "name", task)) for task in living_tasks() - before)
     return [name for name in names if "emitter_anyio" in name and ".testing" not in name]
+
+
+# It was entered, and is never left
+
+
+NEVER_LEFT = """
+import asyncio, contextlib
+import trio
+from anyio.from_thread import start_blocking_portal
+from emitter_anyio import connect
+from emitter_anyio.testing import Broker
+
+async def main():
+    stack = contextlib.AsyncExitStack()
+    emitter = await stack.enter_async_context(connect(broker.url))
+    emitter.on("message", print)
+    await emitter.me()
+    raise ValueError("the program's own")
+
+with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker()) as broker:
+    {run}
+"""
+
+
+@pytest.mark.parametrize("run_with", ["asyncio.run(main())", "trio.run(main)"])
+def test_one_that_is_never_left_does_not_keep_the_program_from_ending(run_with: str) -> None:
+    done = run("-c", NEVER_LEFT.format(run=run_with))
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+Error: ", line)]
+    assert errors[0] == "ValueError: the program's own"
+    if run_with.startswith("asyncio"):
+        assert len(errors) == 1
+    else:
+        # As with a task group that is never left.
+        assert errors[1].startswith("RuntimeError: Nursery stack corrupted")
+
+
+# It is left in another task than the one that has entered it
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_it_may_be_left_in_another_task_when_the_first_one_has_ended(
+    broker: Broker,
+) -> None:
+    emitter = one_link(broker.url, disconnect_timeout=0.05)
+    emitter.on("message", hang)
+    before = living_tasks()
+    for _ in range(2):
+        await asyncio.create_task(emitter.__aenter__())
+        await emitter.subscribe(key := broker.keygen("a/", "rw"), "a/")
+        await emitter.publish(key, "a/", "x", qos=1)
+        await asyncio.create_task(emitter.__aexit__(None, None, None))
+        assert emitter.state == "closed"
+        assert not tasks_of_clients(before)
+
+
+async def hang(message: object) -> None:
+    await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_left_in_another_task_it_raises_what_has_ended_it(broker: Broker) -> None:
+    emitter = one_link(broker.url)
+    await asyncio.create_task(emitter.__aenter__())
+    await broker.drop()
+    await emitter.wait_closed()
+    with pytest.raises(ConnectionLostError):
+        await emitter.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_broker_may_be_left_in_another_task(anyio_backend: object) -> None:
+    broker = Broker()
+    for _ in range(2):
+        await asyncio.create_task(broker.__aenter__())
+        async with one_link(broker.url) as emitter:
+            await emitter.me()
+        await broker.__aexit__(None, None, None)
+
+
+async def test_leaving_in_another_task_while_the_first_one_runs_says_how_to_do_it(
+    broker: Broker,
+) -> None:
+    recipe = r"another task.*create_task\(emitter\.run\(\)\).*wait_connected\(\).*disconnect\(\)"
+
+    async def leave() -> None:
+        with pytest.raises(RuntimeError, match=recipe) as caught:
+            await emitter.__aexit__(None, None, None)
+        assert isinstance(caught.value.__cause__, ConnectionLostError)
+
+    emitter = one_link(broker.url)
+    with pytest.raises(ConnectionLostError):
+        async with emitter:
+            with anyio.CancelScope(shield=True):
+                await broker.drop()
+                await emitter.wait_closed()
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(leave)
+
+
+async def test_a_broker_left_in_another_task_says_how_to_do_it(anyio_backend: object) -> None:
+    async def leave() -> None:
+        with pytest.raises(RuntimeError, match=r"another task.*start\(broker\.run\)"):
+            await broker.__aexit__(None, None, None)
+
+    async with Broker() as broker:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(leave)
+
+
+async def test_a_broker_is_run_in_a_task(anyio_backend: object) -> None:
+    async with anyio.create_task_group() as tasks:
+        broker = await tasks.start(Broker().run)
+        with pytest.raises(RuntimeError, match="already entered"):
+            await broker.__aenter__()
+        async with one_link(broker.url) as emitter:
+            await emitter.me()
+        tasks.cancel_scope.cancel()
+    with pytest.raises(RuntimeError, match="not entered"):
+        await broker.__aexit__(None, None, None)
+
+
+async def test_who_waits_for_a_start_that_fails_is_told_why(broker: Broker) -> None:
+    emitter = one_link(broker.url)
+
+    async def start() -> None:
+        with pytest.raises(ConnectError):
+            await emitter.run()
+
+    with broker.refuse():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(start)
+            with pytest.raises(ClosedError) as caught:
+                await emitter.wait_connected()
+    assert isinstance(caught.value.__cause__, ConnectError)
+    with pytest.raises(RuntimeError, match="not entered"):
+        await emitter.__aexit__(None, None, None)

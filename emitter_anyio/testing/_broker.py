@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from anyio import (
-    AsyncContextManagerMixin,
     CancelScope,
     Event,
     create_task_group,
     create_tcp_listener,
-    get_cancelled_exc_class,
 )
-from anyio.abc import ByteStream, SocketAttribute, TaskGroup, TaskStatus
+from anyio.abc import ByteStream, SocketAttribute, SocketStream
+from anyio.streams.stapled import MultiListener
+
+from emitter_anyio._tasks import Tasks
 
 from ._cluster import Cluster
 from ._connection import Client, Diversion, Traffic
@@ -25,6 +26,7 @@ from ._exchange import PATIENCE, Exchange
 from ._keys import License
 from ._matching import Matcher
 from ._refusals import RefusedError
+from ._service import Service
 from ._sockets import keep_accepting
 from ._topics import Topic, parse
 
@@ -36,7 +38,7 @@ _ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
 logger = logging.getLogger("emitter_anyio.testing")
 
 
-class Broker(AsyncContextManagerMixin):
+class Broker(Service):
     """
     An Emitter broker to develop and test against, not for production::
 
@@ -102,42 +104,33 @@ class Broker(AsyncContextManagerMixin):
         self._exchange: Exchange = Exchange(licence, matcher, self._nodes, patience)
         self._traffic: Traffic = Traffic(None if cluster is None else cluster._traffic.crowded)
         self._clients: dict[Client, None] = {}
-        self._task_group: TaskGroup | None = None
         self._run_now: tuple[CancelScope, Event] | None = None
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncGenerator[Broker]:
-        failure: BaseException | None = None
-        async with create_task_group() as task_group:
-            self._task_group = task_group
-            try:
-                await task_group.start(self._run, self._address[1])
-                yield self
-            except get_cancelled_exc_class():
-                raise
-            except BaseException as exc:  # leaves bare, and not in the group of our tasks
-                failure = exc
-            finally:
-                self._task_group = None
-                self._halt()
-        if failure is not None:
-            raise failure
+    async def _begin(self, tasks: Tasks) -> None:
+        await self._start(tasks, self._address[1])
 
-    async def _run(self, port: int, *, task_status: TaskStatus[None]) -> None:
-        """Run once: listen, and serve clients, until :meth:`_halt`."""
-        ended = Event()
+    async def _end(self, tasks: Tasks) -> None:
+        self._halt()
+        tasks.stop()
+        await tasks.stopped()
+
+    async def _start(self, tasks: Tasks, port: int) -> None:
+        """Listen, and serve clients until :meth:`_halt`."""
+        listener = await create_tcp_listener(local_host=self.host, local_port=port)
+        self._port = listener.extra(SocketAttribute.local_port)
+        self._nodes.start(self._exchange)
+        scope, ended = self._run_now = CancelScope(), Event()
+        tasks.start_soon(self._serve_all, listener, scope, ended)
+
+    async def _serve_all(
+        self, listener: MultiListener[SocketStream], scope: CancelScope, ended: Event
+    ) -> None:
         try:
-            async with (
-                await create_tcp_listener(local_host=self.host, local_port=port) as listener,
-                create_task_group() as task_group,
-            ):
-                self._port = listener.extra(SocketAttribute.local_port)
-                self._nodes.start(self._exchange)
-                self._run_now = task_group.cancel_scope, ended
-                task_status.started()
-                for each in listener.listeners:
-                    serve = partial(each.serve, self._serve, task_group)
-                    task_group.start_soon(keep_accepting, serve)
+            with scope:
+                async with listener, create_task_group() as task_group:
+                    for each in listener.listeners:
+                        serve = partial(each.serve, self._serve, task_group)
+                        task_group.start_soon(keep_accepting, serve)
         finally:
             ended.set()
 
@@ -262,11 +255,11 @@ class Broker(AsyncContextManagerMixin):
         :param forget: lose what was stored, as a node does that stores in memory only
         :raises RuntimeError: outside of the ``async with`` block
         """
-        if self._task_group is None:
+        if self._tasks is None:
             raise RuntimeError("cannot restart the broker: it is not entered; use `async with`")
         await self.stop()
         self._exchange.storage.restart(forget)
-        await self._task_group.start(self._run, self._port)
+        await self._start(self._tasks, self._port)
 
     def pause(self) -> None:
         """

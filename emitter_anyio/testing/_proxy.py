@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Literal, TypeAlias
 
 from anyio import (
-    AsyncContextManagerMixin,
     BrokenResourceError,
     CancelScope,
     ClosedResourceError,
@@ -20,13 +19,15 @@ from anyio import (
     create_memory_object_stream,
     create_task_group,
     current_time,
-    get_cancelled_exc_class,
     sleep_until,
 )
-from anyio.abc import ByteStream, TaskGroup
+from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from emitter_anyio._tasks import Tasks
+
+from ._service import Service
 from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket
 
 #: One of the two ways through a link.
@@ -37,7 +38,7 @@ _CHUNK = 65536
 _UNDER_WAY = 16
 
 
-class FaultProxy(AsyncContextManagerMixin):
+class FaultProxy(Service):
     """
     A proxy between clients and a broker, for tests of what happens when the network fails::
 
@@ -55,25 +56,19 @@ class FaultProxy(AsyncContextManagerMixin):
     def __init__(self, host: str, port: int) -> None:
         self._broker = host, port
         self._port = 0
+        self._listening = ExitStack()
         self._links: dict[_Link, None] = {}
         self._lanes: dict[Direction, _Lane] = {"to_broker": _Lane(), "to_client": _Lane()}
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncGenerator[FaultProxy]:
-        failure: BaseException | None = None
-        with listening(self.host) as sock:
-            self._port = sock.getsockname()[1]
-            async with create_task_group() as task_group:
-                task_group.start_soon(keep_accepting, partial(self._accept, sock, task_group))
-                try:
-                    yield self
-                except get_cancelled_exc_class():
-                    raise
-                except BaseException as exc:  # leaves bare, and not in the group of our tasks
-                    failure = exc
-                task_group.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+    async def _begin(self, tasks: Tasks) -> None:
+        sock = self._listening.enter_context(listening(self.host))
+        self._port = sock.getsockname()[1]
+        tasks.start_soon(keep_accepting, partial(self._accept, sock, tasks))
+
+    async def _end(self, tasks: Tasks) -> None:
+        tasks.stop()
+        await tasks.stopped()
+        self._listening.close()
 
     @property
     def host(self) -> str:
@@ -178,8 +173,8 @@ class FaultProxy(AsyncContextManagerMixin):
         for link in self._links:
             link.cut(reset)
 
-    async def _accept(self, sock: socket.socket, task_group: TaskGroup) -> None:
-        task_group.start_soon(self._serve, await accept(sock))
+    async def _accept(self, sock: socket.socket, tasks: Tasks) -> None:
+        tasks.start_soon(self._serve, await accept(sock))
 
     async def _serve(self, client: SocketStream) -> None:
         try:

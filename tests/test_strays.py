@@ -1,0 +1,355 @@
+"""Cancellations that the client did not cause, interrupts, and whose they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+import anyio
+import pytest
+
+from emitter_anyio import (
+    ConnectionLostError,
+    EmitterError,
+    EmitterMessage,
+    HandlerError,
+    ReplyError,
+)
+from emitter_anyio._tasks import Tasks
+from emitter_anyio.testing import Broker
+from tests.support.command import run
+from tests.support.links import many_links, one_link, while_away
+
+asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+
+Stray: TypeAlias = Callable[[], Awaitable[None]]
+
+
+async def await_a_cancelled_task() -> None:
+    task = asyncio.create_task(asyncio.sleep(60))
+    task.cancel()
+    await task
+
+
+async def await_a_cancelled_future() -> None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.cancel)
+    await future
+
+
+async def ask_for_the_result_of_a_cancelled_future() -> None:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.cancel()
+    future.result()
+
+
+strays = pytest.mark.parametrize(
+    "stray",
+    [
+        await_a_cancelled_task,
+        await_a_cancelled_future,
+        ask_for_the_result_of_a_cancelled_future,
+    ],
+)
+
+
+# In user code: it is its error
+
+
+@asyncio_only
+@strays
+async def test_in_a_handler_it_is_the_handlers_error(broker: Broker, stray: Stray) -> None:
+    emitter = one_link(broker.url)
+    key = broker.keygen("a/", "rw")
+
+    @emitter.on("message")
+    async def handle(message: EmitterMessage) -> None:
+        await stray()
+
+    emitter.on("error", lambda error: None)
+    async with emitter, emitter.stream("error") as errors:
+        await emitter.subscribe(key, "a/")
+        for _ in range(2):
+            await emitter.publish(key, "a/", "x")
+            error = await errors.receive()
+            assert isinstance(error, HandlerError)
+            assert isinstance(error.__cause__, asyncio.CancelledError)
+        assert (await emitter.me()).id
+
+
+@asyncio_only
+async def test_in_a_plain_handler_it_is_the_handlers_error(broker: Broker) -> None:
+    emitter = one_link(broker.url)
+    key = broker.keygen("a/", "rw")
+
+    @emitter.on("message")
+    def handle(message: EmitterMessage) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        future.result()
+
+    async with emitter, emitter.stream("error") as errors:
+        await emitter.subscribe(key, "a/")
+        await emitter.publish(key, "a/", "x")
+        error = await errors.receive()
+        assert isinstance(error.__cause__, asyncio.CancelledError)
+
+
+@asyncio_only
+@strays
+@pytest.mark.parametrize("event", ["message", "error"])
+async def test_one_that_nobody_handles_ends_the_client_and_leaves_bare(
+    broker: Broker, stray: Stray, event: str
+) -> None:
+    emitter = one_link(broker.url)
+    key = broker.keygen("a/", "rw")
+
+    async def handle(value: object) -> None:
+        await stray()
+
+    emitter.on("message", handle)
+    if event == "error":
+        emitter.on("error", handle)
+    with pytest.raises(asyncio.CancelledError) as caught:
+        async with emitter:
+            await emitter.subscribe(key, "a/")
+            await emitter.publish(key, "a/", "x")
+            await anyio.sleep_forever()
+    assert any(event in note for note in caught.value.__notes__)
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+@asyncio_only
+@strays
+async def test_in_a_served_request_it_is_the_replys_error(broker: Broker, stray: Stray) -> None:
+    key = broker.keygen("a/#/", "rw")
+
+    async def handle(message: EmitterMessage) -> bytes:
+        if message.binary == b"stray":
+            await stray()
+        return b"served"
+
+    async with one_link(broker.url) as emitter, anyio.create_task_group() as tasks:
+        await tasks.start(emitter.serve, key, "a/", handle)
+        with pytest.raises(ReplyError, match="CancelledError"):
+            await emitter.request(key, "a/", "stray")
+        assert (await emitter.request(key, "a/", "x")).binary == b"served"
+        tasks.cancel_scope.cancel()
+
+
+@asyncio_only
+@strays
+async def test_in_a_key_function_it_is_the_calls_error(broker: Broker, stray: Stray) -> None:
+    async def source() -> str:
+        await stray()
+        raise AssertionError("it goes on")
+
+    async with one_link(broker.url) as emitter:
+        with pytest.raises(EmitterError, match="function that gives the key") as caught:
+            await emitter.publish(source, "a/", "x", qos=1)
+        assert isinstance(caught.value.__cause__, asyncio.CancelledError)
+
+
+@asyncio_only
+@strays
+async def test_while_a_subscription_is_restored_it_is_the_streams_error(
+    broker: Broker, stray: Stray
+) -> None:
+    keys = [broker.keygen("a/", "r", ttl=60)]
+
+    async def source() -> str:
+        if not keys:
+            await stray()
+        return keys.pop()
+
+    async with many_links(broker.url) as emitter, emitter.subscribe(source, "a/") as messages:
+        async with while_away(emitter, broker):
+            broker.advance(61)
+        with pytest.raises(EmitterError, match="function that gives the key"):
+            await messages.receive()
+        assert emitter.state == "connected"
+
+
+@asyncio_only
+async def test_a_deadline_of_the_handlers_own_is_its_own(broker: Broker) -> None:
+    emitter = one_link(broker.url)
+    key = broker.keygen("a/", "rw")
+    done = anyio.Event()
+
+    @emitter.on("message")
+    async def handle(message: EmitterMessage) -> None:
+        with anyio.move_on_after(0):
+            await anyio.sleep_forever()
+        try:
+            async with asyncio.timeout(0):
+                await anyio.sleep_forever()
+        except TimeoutError:
+            done.set()
+
+    async with emitter:
+        await emitter.subscribe(key, "a/")
+        await emitter.publish(key, "a/", "x")
+        await done.wait()
+
+
+# By Task.cancel(), on a task of the client: it ends, for good and now
+
+
+async def hang(value: object) -> None:
+    await anyio.sleep_forever()
+
+
+@asyncio_only
+@pytest.mark.parametrize("name", ["emitter_anyio link", "emitter_anyio on('message')"])
+async def test_one_of_the_clients_tasks_that_is_cancelled_ends_it(
+    broker: Broker, name: str
+) -> None:
+    emitter = many_links(broker.url)
+    emitter.on("message", hang)
+    key = broker.keygen("a/", "rw")
+    with pytest.raises(ConnectionLostError, match=r"Task\.cancel\(\)"):
+        async with emitter, emitter.subscribe(key, "a/") as messages:
+            await emitter.publish(key, "a/", "x", qos=1)
+            (task,) = (task for task in asyncio.all_tasks() if task.get_name() == name)
+            task.cancel()
+            with anyio.CancelScope(shield=True):
+                await emitter.wait_closed()
+                await messages.receive()
+                with pytest.raises(ConnectionLostError):
+                    await messages.receive()
+            await anyio.sleep_forever()
+    assert emitter.statistics().links == 1
+
+
+@asyncio_only
+async def test_all_of_them_that_are_cancelled_while_no_link_is_there(broker: Broker) -> None:
+    emitter = many_links(broker.url)
+    mine = asyncio.current_task()
+    with pytest.raises(ConnectionLostError):
+        async with emitter, emitter.stream("disconnect") as gone:
+            others = asyncio.all_tasks()
+            with broker.refuse():
+                await broker.drop()
+                await gone.receive()
+                (link,) = (one for one in others if one.get_name() == "emitter_anyio link")
+                assert link is not mine
+                link.cancel()
+                await anyio.sleep_forever()
+    assert emitter.statistics().links == 1
+
+
+# A task that a key function starts is not the one that restores
+
+
+async def test_what_a_key_function_starts_waits_like_all_others(broker: Broker) -> None:
+    refused: list[type[Exception]] = []
+    keys = [broker.keygen("a/", "r", ttl=60)]
+    tried = anyio.Event()
+
+    async def use() -> None:
+        try:
+            await emitter.me()
+        except ConnectionLostError as exc:
+            refused.append(type(exc))
+        tried.set()
+
+    async def source() -> str:
+        if not keys:
+            tasks.start_soon(use)
+            await tried.wait()
+            # The function itself may use the link.
+            return (await emitter.keygen(broker.secret_key, "a/", "r")).key
+        return keys.pop()
+
+    async with anyio.create_task_group() as tasks:
+        async with many_links(broker.url, while_down="raise") as emitter:
+            async with emitter.subscribe(source, "a/"):
+                async with while_away(emitter, broker):
+                    broker.advance(61)
+    assert refused == [ConnectionLostError]
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import signal, sys
+import anyio
+from anyio.from_thread import start_blocking_portal
+from emitter_anyio import connect
+from emitter_anyio._tasks import Tasks
+from emitter_anyio.testing import Broker
+from tests.support.command import run
+
+
+class Interrupting:
+    def __init__(self, stream):
+        self.stream, self.received = stream, 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    async def receive(self, size):
+        data = await self.stream.receive(size)
+        self.received += 1
+        if self.received == 2:
+            signal.raise_signal(signal.SIGINT)
+        return data
+
+
+class Connectable(anyio.abc.ByteStreamConnectable):
+    async def connect(self):
+        return Interrupting(await anyio.connect_tcp(broker.host, broker.port))
+
+
+async def main():
+    async with connect(connectable=Connectable(), secure=False) as emitter:
+        try:
+            await emitter.me()
+            await anyio.sleep_forever()
+        finally:
+            print("left", flush=True)
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker()) as broker:
+    anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_ctrl_c_in_one_of_the_clients_tasks_leaves_bare(backend: str) -> None:
+    done = run("-c", INTERRUPTED, backend)
+    assert done.stdout == "left\n"
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+    assert "ExceptionGroup" not in done.stderr
+
+
+async def fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_an_interrupt_that_no_task_could_report_leaves_bare(anyio_backend: object) -> None:
+    def interrupt(error: BaseException) -> None:
+        raise KeyboardInterrupt from error
+
+    tasks = Tasks(interrupt)
+    await tasks.open()
+    tasks.start_soon(fail)
+    with pytest.raises(KeyboardInterrupt):
+        await tasks.close()
+
+
+async def test_what_else_no_task_could_report_is_not_lost(anyio_backend: object) -> None:
+    def fail_to_report(error: BaseException) -> None:
+        raise ValueError from error
+
+    tasks = Tasks(fail_to_report)
+    await tasks.open()
+    tasks.start_soon(fail)
+    with pytest.raises(ExceptionGroup) as caught:
+        await tasks.close()
+    assert [type(error) for error in caught.value.exceptions] == [ValueError]
