@@ -12,7 +12,6 @@ from typing import Any
 import anyio
 import pytest
 from anyio import TCPConnectable
-from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage, RequestTimeoutError
@@ -318,20 +317,24 @@ async def test_replies_that_waited_are_taken_in(
 async def test_a_reply_of_another_client_that_waited_is_taken_in(
     plain: Background, anyio_backend: object, unique: str
 ) -> None:
-    served, answer = Event(), Event()
+    serving, served, answer, done = Event(), Event(), Event(), Event()
 
     async def serve(message: EmitterMessage) -> str:
         served.set()
         await anyio.to_thread.run_sync(answer.wait)
         return "yes"
 
-    async def serve_all(*, task_status: TaskStatus[None]) -> None:
+    async def serve_until_done() -> None:
         key = plain.key(f"{unique}#/", "rw")
-        async with many_links(plain.url) as server:
-            await server.serve(key, unique, serve, task_status=task_status)
+        async with many_links(plain.url) as server, anyio.create_task_group() as tasks:
+            await tasks.start(server.serve, key, unique, serve)
+            serving.set()
+            await anyio.to_thread.run_sync(done.wait)
+            tasks.cancel_scope.cancel()
 
     ahead = Ahead("mqtt", plain)
-    stop = await anyio.to_thread.run_sync(plain.start, serve_all)
+    await anyio.to_thread.run_sync(plain.begin, serve_until_done)
+    await anyio.to_thread.run_sync(serving.wait)
     async with many_links(**ahead.options) as emitter:
         key = plain.key(f"{unique}#/", "rw")
 
@@ -342,5 +345,5 @@ async def test_a_reply_of_another_client_that_waited_is_taken_in(
             tasks.start_soon(ask)
             await anyio.to_thread.run_sync(served.wait)
             stand_still_for(0.4, meanwhile=answer.set)
-    stop()
+    done.set()
     await anyio.to_thread.run_sync(plain.call, ahead.all_gone)
