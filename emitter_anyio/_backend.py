@@ -93,7 +93,7 @@ class Owner:
     __slots__ = ("_run", "_uses", "thread")
 
     def __init__(self) -> None:
-        self.thread = 0
+        self.thread: int = 0
         self._run: object = None
         self._uses = 0
 

@@ -337,8 +337,6 @@ class Connection:
 class _Keepalive(Due):
     """Sends a PINGREQ after ``keepalive`` seconds without a byte in one of the two directions."""
 
-    done = False
-
     def __init__(self, link: Connection, seconds: float, ping: Ping) -> None:
         self.link = link
         self.seconds = seconds
@@ -346,6 +344,10 @@ class _Keepalive(Due):
         self.excused = -math.inf
         """When bytes had last arrived as a timeout of a PINGREQ last fell due late."""
         self.fall_due(-math.inf)
+
+    @property
+    def done(self) -> bool:
+        return False
 
     def fall_due(self, now: float) -> None:
         link = self.link

@@ -21,8 +21,9 @@ NAMES = {
     "python": {
         "library/asyncio-task.html": "asyncio.Task.cancel:method asyncio.timeout:function",
         "library/contextlib.html": "contextlib.AbstractContextManager",
-        "library/collections.abc.html": "collections.abc.AsyncGenerator collections.abc.Awaitable "
-        "collections.abc.Callable collections.abc.Iterator collections.abc.Mapping",
+        "library/collections.abc.html": "collections.abc.AsyncGenerator "
+        "collections.abc.AsyncIterator collections.abc.Awaitable collections.abc.Callable "
+        "collections.abc.Iterator collections.abc.Mapping",
         "library/constants.html": "None:data True:data False:data",
         "library/datetime.html": "datetime.datetime",
         "library/exceptions.html": "Exception:exception ImportError:exception "

@@ -93,7 +93,8 @@ async def test_a_watched_room_is_right_again(
                 await old.unsubscribe(key, unique)
                 await new.subscribe(key, unique, 0)
                 await connected.receive()
-            while old_id in feed.members or new_id not in feed.members:
+            # Nobody has told this connection that the old one has left.
+            while feed.members[old_id].confirmed or new_id not in feed.members:
                 await feed.receive()
 
 
