@@ -99,7 +99,8 @@ class Router(Generic[T]):
         self.receivers = self._answers = _Answers(self._find_receivers)
 
     def __iter__(self) -> Iterator[T]:
-        return iter(self._patterns)
+        # A copy: statistics() of another thread iterates while receivers come and go.
+        return iter(tuple(self._patterns))
 
     def add(self, receiver: T, pattern: str | None) -> None:
         """Add a receiver of what a channel reaches; ``None`` is of everything."""

@@ -33,6 +33,7 @@ from emitter_anyio import (
     ForbiddenError,
     Gap,
     HandlerError,
+    HistoryIncompleteError,
     InvalidChannelError,
     Link,
     Me,
@@ -56,6 +57,7 @@ from emitter_anyio import (
     SubscriptionConflictError,
     UnauthorizedError,
     Will,
+    WrongLoopError,
     testing,
 )
 from emitter_anyio._messages import ReplayedMessage
@@ -119,6 +121,9 @@ ERRORS: Final[dict[type, Make]] = {
     ConnectionLostError: lambda: ConnectionLostError("gone", [EmitterMessage("a/", b"x")]),
     EmitterError: lambda: EmitterError("any"),
     HandlerError: lambda: HandlerError("oh", event="message"),
+    HistoryIncompleteError: lambda: HistoryIncompleteError(
+        "too large", channel="a/", since=NOW, until=NOW
+    ),
     InvalidChannelError: lambda: InvalidChannelError("empty"),
     MessageTooLargeError: lambda: MessageTooLargeError("70000 bytes"),
     RemoteProtocolError: lambda: RemoteProtocolError("cut off"),
@@ -126,6 +131,7 @@ ERRORS: Final[dict[type, Make]] = {
     RequestTimeoutError: lambda: RequestTimeoutError("10 s"),
     SlowConsumerError: lambda: SlowConsumerError("full", dropped=3),
     SubscriptionConflictError: lambda: SubscriptionConflictError("a/ and b/"),
+    WrongLoopError: lambda: WrongLoopError("another thread"),
     **{
         kind: partial(refusal, kind)
         for kind in (
