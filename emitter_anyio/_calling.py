@@ -272,7 +272,7 @@ class Caller(Subscriber):
                 message = await requests.receive()
             except EndOfStream:
                 return
-            except SlowConsumerError as exc:
+            except SlowConsumerError as exc:  # pragma: no cover - this loop waits for nothing else
                 logger.warning("serving %r: %s", channel, exc)
                 continue
             asked = message.channel

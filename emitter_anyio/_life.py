@@ -54,7 +54,8 @@ class Life(Reconnector):
         try:
             connection = await self._open_link(None)
             if self._body.cancel_called:
-                await connection.abandon()
+                with anyio.CancelScope(shield=True):
+                    await connection.abandon()
                 raise _closed_while_connecting()
             self._start(connection, tasks)
         except BaseException as exc:

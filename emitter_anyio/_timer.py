@@ -105,8 +105,8 @@ class LoopWaker:
         self._handle = self._loop.call_at(when, self._wake)
 
     def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
+        assert self._handle is not None
+        self._handle.cancel()
 
 
 class Timer:

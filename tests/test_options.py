@@ -427,3 +427,7 @@ class TestEachOption:
         for secret in ("password", "private", "hidden"):
             assert secret not in repr(options)
             assert secret not in str(options.servers)
+
+
+def test_no_servers_is_the_same_as_none_given() -> None:
+    assert server_of(servers=None) == server_of()

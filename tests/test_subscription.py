@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio._backend import Owner
-from emitter_anyio._buffer import MAX_BYTES, Overflow, check_buffer
+from emitter_anyio._buffer import MAX_BYTES, Overflow, check_buffer, weight_of
 from emitter_anyio._errors import ConnectionLostError, SlowConsumerError
-from emitter_anyio._messages import EmitterMessage
+from emitter_anyio._messages import ITEM_BYTES, EmitterMessage, Gap
 from emitter_anyio._requests import Member, PresenceEvent
 from emitter_anyio._subscription import Entering, EventStream, StreamStatistics
 
@@ -897,3 +897,8 @@ def test_what_two_hold_back_waits_for_both(make: MakeStream) -> None:
     assert read(stream) == []
     stream.release()
     assert read(stream) == ["item"]
+
+
+def test_a_message_weighs_the_same_among_other_items() -> None:
+    items = [EmitterMessage("a/", b"xyz"), Gap("a/")]
+    assert weight_of(items) == 2 * ITEM_BYTES + 5

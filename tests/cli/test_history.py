@@ -41,6 +41,18 @@ class TestHistory:
         assert cli("history", unique, "--until", "1d").output == ""
         assert cli("history", unique, "--last", "0").output == ""
 
+    def test_what_cannot_be_read_fails_after_the_rest(
+        self, cli: Cli, place: Background, unique: str
+    ) -> None:
+        store(place, unique)
+        place.broker.advance(2)
+        place.publish(unique, "x" * 60_000, ttl=60)
+        place.broker.advance(2)
+        done = cli("history", unique)
+        assert [json.loads(line)["payload"] for line in done.lines] == ["m0", "m1", "m2"]
+        assert done.code == 1
+        assert "could not be read" in done.error
+
     def test_a_first_level_that_is_a_wildcard(self, cli: Cli) -> None:
         done = cli("history", "+/a/")
         assert done.code == 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from emitter_anyio._cli._output import flush
 from emitter_anyio.testing import _requests
 from tests.cli.conftest import Cli
 from tests.support.background import Background, publishing
@@ -180,3 +181,10 @@ class TestHostileAnswers:
             answering(time=0, event="status", channel=f"a/{HOSTILE}/", who=[]),
         )
         assert f"nobody is here  a/{SHOWN}/" in cli("presence", "a/", "--once").output
+
+
+def test_what_cannot_be_flushed_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        full.write("x")
+        monkeypatch.setattr(sys, "stdout", full)
+        flush()
