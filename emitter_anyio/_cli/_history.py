@@ -81,6 +81,7 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
         )
         await output.write(b"".join(lines))
 
+    missing: HistoryIncompleteError | None = None
     async with asking(source) as emitter:
         key = source.key_for(emitter, "l", arguments.channel)
         try:
@@ -99,7 +100,6 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
         # Lines and a bar do not go together on a terminal.
         alone = output.terminal and arguments.newest_first
         with progress(f"reading {arguments.channel}", 0 if alone else arguments.last) as add:
-            missing: HistoryIncompleteError | None = None
             while True:
                 try:
                     message = await anext(found, None)
@@ -117,6 +117,6 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
             gathered.reverse()
         for begin in range(0, len(gathered), _TOGETHER):
             await write(gathered[begin : begin + _TOGETHER])
-        if missing is not None:
-            # What can be read has been printed.
-            raise missing
+    if missing is not None:
+        # What can be read has been printed.
+        raise missing
