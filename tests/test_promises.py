@@ -26,7 +26,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.support import packets
-from tests.support.leaks import living_tasks
+from tests.support.leaks import living_tasks, tasks_of_clients
 from tests.support.links import one_link
 from tests.support.logs import logged
 from tests.support.peer import PUBLISH, SUBSCRIBE, UNSUBSCRIBE, Peer, memory_peer
@@ -394,12 +394,12 @@ async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backen
 
 
 async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Broker) -> None:
-    before = len(living_tasks())
+    before = living_tasks()
     async with connect(broker.url) as emitter:
         async with emitter.watch_presence(broker.keygen("a/", "p"), "a/", refresh=0.001) as feed:
             assert (await feed.receive()).event == "status"
             await emitter.disconnect()
-            while len(living_tasks()) > before:
+            while tasks_of_clients(before):
                 await checkpoint()
             assert [event async for event in feed] == []
 

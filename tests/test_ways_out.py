@@ -13,7 +13,7 @@ import pytest
 from emitter_anyio import ClosedError, ConnectError, ConnectionLostError, Emitter
 from emitter_anyio.testing import Broker
 from tests.support.command import run
-from tests.support.leaks import living_tasks
+from tests.support.leaks import living_tasks, tasks_of_clients
 from tests.support.links import one_link
 
 
@@ -156,12 +156,6 @@ async def test_no_task_is_left_when_it_was_cancelled_natively(broker: Broker) ->
 async def leave_when_cancelled(emitter: Emitter) -> None:
     async with emitter:
         await anyio.sleep_forever()
-
-
-def tasks_of_clients(before: set[object]) -> list[str]:
-    """Name the tasks that have come since, but for those of the broker."""
-    names = (str(getattr(task, "name", task)) for task in living_tasks() - before)
-    return [name for name in names if "emitter_anyio" in name and ".testing" not in name]
 
 
 # It was entered, and is never left

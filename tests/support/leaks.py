@@ -55,6 +55,12 @@ def living_tasks() -> set[Any]:
     return tasks
 
 
+def tasks_of_clients(before: set[object]) -> list[str]:
+    """List the names of the clients' tasks that have been started since ``before`` was noted."""
+    names = (str(getattr(task, "name", task)) for task in living_tasks() - before)
+    return [name for name in names if "emitter_anyio" in name and ".testing" not in name]
+
+
 def open_sockets() -> set[str]:
     """The sockets that this process holds, by inode; none where the system does not list them."""
     if sys.platform != "linux":
