@@ -27,8 +27,6 @@ CHECKED = {"win32": ("emitter_anyio", "examples")}
 PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
 
-measured_by: list[str] = []
-
 nox.options.sessions = ["lint", "typing", f"tests-{RUNNING}", "coverage", "build", "docs"]
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
@@ -94,13 +92,12 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 def _run_tests(session: nox.Session) -> None:
-    """Run the suite; only the first session that does so measures coverage, which takes time."""
+    """Run the suite; only the session of the default run measures coverage, which takes time."""
     arguments = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal", *session.posargs)
-    if measured_by:
+    if session.name != f"tests-{RUNNING}":
         session.run("python", *arguments)
         return
 
-    measured_by.append(session.name)
     shutil.rmtree(MEASURED, ignore_errors=True)
     MEASURED.mkdir(parents=True)
     session.env["COVERAGE_FILE"] = str(MEASURED / ".coverage")
@@ -109,9 +106,9 @@ def _run_tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Every line and branch of the library, in the first session that ran the suite."""
+    """Every line and branch of the library, in the session of the default run."""
     if not any(MEASURED.glob(".coverage*")):
-        session.error("no coverage data: run the session tests before this one")
+        session.error(f"no coverage data: run the session tests-{RUNNING} before this one")
 
     session.install("coverage")
     session.env["COVERAGE_FILE"] = str(MEASURED / ".coverage")
