@@ -197,7 +197,7 @@ ROWS: Final = (
         "connect and close",
         "connect",
         (P50, P99, CPU),
-        (Goal(P50, 1.5),),
+        (Goal(P50, 2.3),),
         "sink",
         500,
         200,

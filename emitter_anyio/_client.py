@@ -23,7 +23,6 @@ from ._channels import (
     format_topic,
 )
 from ._checks import check_flag, check_int, check_text, check_whole, is_whole
-from ._codec import encode_publish
 from ._conversation import DEFAULT, Timeout, check_timeout
 from ._errors import MessageTooLargeError
 from ._messages import Payload, encode_payload
@@ -200,7 +199,7 @@ class Emitter(Caller, Watcher):
         # As _publish() does it: each call in between would cost a twentieth.
         if at_once and qos == 0 and session.published & 15:
             assert link is not None
-            packet = encode_publish(topic, payload, retain)
+            packet = link.encode_publish(topic, payload, retain, None)
             session.published += 1
             link.writer.write(packet)
         elif at_once and qos == 1 and not session.full:

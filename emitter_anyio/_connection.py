@@ -16,12 +16,13 @@ from anyio.lowlevel import checkpoint
 from ._backend import Wakeup, wakeup_maker
 from ._batches import Messages
 from ._channels import format_topic
-from ._codec import Codec, Hello, is_unconfirmed_publish
 from ._errors import ConnectError, ConnectRefusedError, RemoteProtocolError
 from ._limits import Limits
 from ._messages import encode_payload
 from ._options import Options, Server
-from ._packets import ConnAck, Disconnect, Event, Packet, Publish
+from ._packets import ConnAck, Connect, Disconnect, Event, Packet, Publish
+from ._protocol._codec import Codec
+from ._protocol._fast_path import is_qos_0_publish
 from ._reading import CHUNK
 from ._tasks import Tasks
 from ._timer import Deadline, Due, open_timer
@@ -32,6 +33,9 @@ Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
 Ping: TypeAlias = Callable[[Callable[[], None]], None]
 """Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
+
+FAST_PATH = True
+"""Whether connections use the codec's fast path. The test session plain-engine turns it off."""
 
 _LARGEST_CHUNK: Final = 262144
 """So much is read at a time of a link that brings more than was asked for."""
@@ -87,6 +91,8 @@ class Connection:
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
+        self.encode_publish = codec.encode_publish
+        """Encodes a PUBLISH, for :attr:`writer`."""
         self.last_heard = transport.last_heard
         """When bytes last arrived, or the reader last waited for a consumer."""
         self._first = first
@@ -141,7 +147,7 @@ class Connection:
     @property
     def unsent(self) -> list[bytes]:
         """The publishes of QoS 0 of which no byte has been handed over."""
-        return [bytes(one) for one in self.writer.untouched if is_unconfirmed_publish(one)]
+        return [bytes(one) for one in self.writer.untouched if is_qos_0_publish(one)]
 
     async def run(self, deliver: Deliver, ping: Ping, tasks: Tasks) -> Exception | None:
         """
@@ -294,9 +300,8 @@ class Connection:
                 self.last_heard.time = self.timer.clock()
             else:
                 self._awaits_bytes = True
-                data = await receive(
-                    size if codec.missing <= size else min(codec.missing, _LARGEST_READ)
-                )
+                missing = codec.missing
+                data = await receive(size if missing <= size else min(missing, _LARGEST_READ))
                 self._awaits_bytes = False
                 self._reads += 1
                 if not data:
@@ -312,7 +317,7 @@ class Connection:
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         # Several acknowledgements let several go on: what they publish leaves together.
         self.writer.gathers = len(events) > 1 or (bool(events) and type(events[0]) is Messages)
-        # Nothing goes behind DISCONNECT, of which Paho knows nothing.
+        # Nothing goes after DISCONNECT.
         if (written := self._codec.take_written()) and not self.leaving:
             self._acknowledge(written)
         await deliver(events)
@@ -418,23 +423,23 @@ async def open_connection(
     :param after: begin behind this server, which has just failed
     :raises ConnectError: if none can be reached, with every cause
     """
-    hello = _make_hello(options, will_key)
+    connect = _make_connect(options, will_key)
     causes: dict[str, Exception] = {}
     begin = 0 if after is None else options.servers.index(after) + 1
     for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
             with anyio.move_on_after(options.connect_timeout):
-                return await _open(server, options, hello)
+                return await _open(server, options, connect)
             causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options, after)
 
 
-async def _open(server: Server, options: Options, hello: Hello) -> Connection:
+async def _open(server: Server, options: Options, connect: Connect) -> Connection:
     transport = await open_transport(server, options)
     try:
-        codec = Codec(hello, options.max_message_size)
+        codec = Codec(connect, options.max_message_size, fast_path=FAST_PATH)
         data = codec.connect()
         while data:
             data = data[await transport.send(data) :]
@@ -468,14 +473,14 @@ def is_permanent(cause: Exception) -> bool:
     return isinstance(cause, ssl.SSLError)
 
 
-def _make_hello(options: Options, will_key: str | None) -> Hello:
+def _make_connect(options: Options, will_key: str | None) -> Connect:
     will = None
     if options.will is not None and will_key is not None:
         given = options.will
         topic = format_topic(will_key, given.channel)
         will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
     # MQTT counts in whole seconds; Emitter passes over what it is told here.
-    return Hello(
+    return Connect(
         options.client_id,
         options.username,
         options.password,

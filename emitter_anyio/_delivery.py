@@ -9,7 +9,6 @@ from typing import Any, Final, TypeAlias
 from anyio.lowlevel import checkpoint
 
 from ._batches import Messages, in_one_go
-from ._codec import encode_publish
 from ._connection import Connection
 from ._errors import UnauthorizedError
 from ._events import EventSource, logger
@@ -66,7 +65,7 @@ class Delivery(EventSource):
 
     def _send_publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
         assert self._connection is not None
-        packet = encode_publish(topic, payload, retain)
+        packet = self._connection.encode_publish(topic, payload, retain, None)
         self._session.published += 1
         self._connection.writer.write(packet)
 
@@ -81,7 +80,7 @@ class Delivery(EventSource):
         assert self._connection is not None
         pending, packet_id = self._session.expect_confirmation(key, channel)
         try:
-            packet = encode_publish(topic, payload, retain, packet_id)
+            packet = self._connection.encode_publish(topic, payload, retain, packet_id)
         except BaseException:
             self._session.forget(packet_id)
             raise

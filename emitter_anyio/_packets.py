@@ -8,13 +8,26 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, TypeAlias
 
-from ._batches import Messages
+from ._batches import Messages, in_one_go
 from ._errors import RemoteProtocolError
 from ._messages import EmitterMessage
 
 
 def _keyless(topic: str) -> str:
     return repr(f"…/{topic.partition('/')[2]}")
+
+
+class Connect(NamedTuple):
+    """What the ``CONNECT`` of a connection states; its repr hides the password."""
+
+    client_id: str = ""
+    username: str | None = None
+    password: str | None = None
+    keepalive: int = 30
+    will: Publish | None = None
+
+    def __repr__(self) -> str:
+        return f"Connect(username={self.username!r}, password=…, will={self.will})"
 
 
 class Publish(NamedTuple):
@@ -113,3 +126,16 @@ Answer: TypeAlias = (
 
 Event: TypeAlias = Messages | Answer
 """What the codec gives: messages in a row together."""
+
+
+def append_event(events: list[Event], event: Event) -> None:
+    """Append an event; messages in a row become one event."""
+    # A message for which there is no space then keeps none after it from another consumer.
+    last = events[-1] if events else None
+    if type(event) is EmitterMessage:
+        if type(last) is EmitterMessage:
+            last = events[-1] = in_one_go([last])
+        if type(last) is Messages:
+            last.append(event)
+            return
+    events.append(event)

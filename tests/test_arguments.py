@@ -471,8 +471,7 @@ async def test_a_publish_that_cannot_be_encoded_leaves_nothing_pending(
 
     async with memory_peer(script) as way, one_link(connectable=way) as emitter:
         with monkeypatch.context() as patch:
-            for module in ("_client", "_delivery"):
-                patch.setattr(f"emitter_anyio.{module}.encode_publish", encode)
+            patch.setattr(emitter._connection, "encode_publish", encode)
             with pytest.raises(MemoryError):
                 await call(emitter, "publish", {**arguments_of("publish"), "qos": qos})
         assert emitter.statistics().pending == 0

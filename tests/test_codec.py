@@ -1,22 +1,19 @@
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import paho.mqtt.client as paho
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from emitter_anyio._batches import Messages
-from emitter_anyio._codec import Codec, Hello, encode_publish
 from emitter_anyio._errors import RemoteProtocolError
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._packets import (
     ConnAck,
+    Connect,
     Disconnect,
     Event,
     PingReq,
@@ -29,6 +26,8 @@ from emitter_anyio._packets import (
     UnsubAck,
     Unsubscribe,
 )
+from emitter_anyio._protocol._codec import Codec
+from emitter_anyio._protocol._fast_path import encode_publish
 from tests.support.events import one_by_one
 from tests.support.packets import (
     CONNACK,
@@ -60,11 +59,16 @@ def plain(events: Iterable[Event]) -> list[Plain]:
     ]
 
 
-def connected(limit: int = 65536) -> Codec:
-    codec = Codec(Hello(), limit)
+def connected(limit: int = 65536, *, fast_path: bool = True) -> Codec:
+    codec = Codec(Connect(), limit, fast_path=fast_path)
     codec.connect()
     assert codec.decode(CONNACK) == [ConnAck(0)]
     return codec
+
+
+@pytest.fixture(params=[True, False], ids=["fast path", "Paho"])
+def fast_path(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 def message(topic: bytes, payload: bytes) -> Plain:
@@ -114,10 +118,10 @@ class TestDecoding:
     ) -> None:
         data = CONNACK + b"".join(packet for packet, _ in stream)
         expected = [("ConnAck", 0), *(event for _, events in stream for event in events)]
-        codec = Codec(Hello())
+        codec = Codec(Connect())
         codec.connect()
         assert plain(codec.decode(data)) == expected
-        codec = Codec(Hello())
+        codec = Codec(Connect())
         codec.connect()
         heard = [event for chunk in chunks(data, cuts) for event in plain(codec.decode(chunk))]
         assert heard == expected
@@ -136,7 +140,7 @@ class TestDecoding:
         for place in draw.draw(st.lists(st.integers(0, 400), max_size=4)):
             if place < len(mutated):
                 mutated[place] = draw.draw(st.integers(0, 255))
-        codec = Codec(Hello(), LIMIT)
+        codec = Codec(Connect(), LIMIT)
         codec.connect()
         events: list[Event] = []
         broken = False
@@ -147,7 +151,7 @@ class TestDecoding:
             assert not (broken and more)
             events += more
             broken = broken or any(isinstance(event, RemoteProtocolError) for event in more)
-            assert len(codec._rest) <= LIMIT + 5
+            assert len(codec._framing._kept) <= LIMIT + 5
         assert [isinstance(event, RemoteProtocolError) for event in events[:-1]].count(True) == 0
         for event in events:
             if isinstance(event, RemoteProtocolError):
@@ -196,8 +200,8 @@ class TestDecoding:
 
 class TestTheBeginning:
     @pytest.mark.parametrize("code", range(256))
-    def test_a_connack_of_any_code(self, code: int) -> None:
-        codec = Codec(Hello())
+    def test_a_connack_of_any_code(self, code: int, fast_path: bool) -> None:
+        codec = Codec(Connect(), fast_path=fast_path)
         codec.connect()
         assert codec.decode(connack(code)) == [ConnAck(code)]
         assert codec.take_written() == b""
@@ -211,14 +215,14 @@ class TestTheBeginning:
         ],
     )
     def test_anything_else_is_an_error(self, first: bytes) -> None:
-        codec = Codec(Hello())
+        codec = Codec(Connect())
         codec.connect()
         (event,) = codec.decode(first + bytes(100))
         assert isinstance(event, RemoteProtocolError)
         assert "CONNACK" in str(event)
 
     def test_messages_may_come_right_behind_it(self) -> None:
-        codec = Codec(Hello())
+        codec = Codec(Connect())
         codec.connect()
         heard = plain(codec.decode(CONNACK + publish("a/", b"x") + puback(3)))
         assert heard == [("ConnAck", 0), ("message", "a/", b"x"), ("PubAck", 3)]
@@ -295,7 +299,7 @@ class TestMalformed:
         heard = 0
         for byte in data[:-1]:
             heard += len(codec.decode(bytes((byte,))))
-            assert len(codec._rest) < LIMIT + 5
+            assert len(codec._framing._kept) < LIMIT + 5
         assert heard == 2
 
     @pytest.mark.parametrize("packet_id", [None, 9])
@@ -308,7 +312,8 @@ class TestMalformed:
 
 class TestEncoding:
     def test_connect(self) -> None:
-        data = Codec(Hello("me", "ann", "word", 45, Publish(b"k/a/", b"bye", None, True))).connect()
+        will = Publish(b"k/a/", b"bye", None, True)
+        data = Codec(Connect("me", "ann", "word", 45, will)).connect()
         body = data[2:]
         assert data[:2] == bytes((0x10, len(body)))
         # User, password, will retain, will, clean session.
@@ -320,18 +325,18 @@ class TestEncoding:
         assert rest == b""
 
     def test_connect_with_nothing_to_say(self) -> None:
-        assert Codec(Hello()).connect() == packet(0x10, b"\0\4MQTT\4\2\0\x1e\0\0")
+        assert Codec(Connect()).connect() == packet(0x10, b"\0\4MQTT\4\2\0\x1e\0\0")
 
     def test_a_user_without_a_password(self) -> None:
-        data = Codec(Hello("", "ann")).connect()
+        data = Codec(Connect("", "ann")).connect()
         assert data[9] == 0b10000010
         assert data.endswith(b"\0\3ann")
 
     def test_a_will_that_is_not_kept(self) -> None:
-        assert Codec(Hello(will=Publish(b"k/a/", b""))).connect()[9] == 0b00000110
+        assert Codec(Connect(will=Publish(b"k/a/", b""))).connect()[9] == 0b00000110
 
-    def test_every_packet(self) -> None:
-        codec = connected()
+    def test_every_packet(self, fast_path: bool) -> None:
+        codec = connected(fast_path=fast_path)
         assert codec.encode(Subscribe(7, "k/a/")) == packet(0x82, two(7) + two(4) + b"k/a/\0")
         assert codec.encode(Unsubscribe(8, "k/a/")) == packet(0xA2, two(8) + two(4) + b"k/a/")
         assert codec.encode(Publish(b"k/a/", b"x")) == publish("k/a/", b"x")
@@ -339,15 +344,16 @@ class TestEncoding:
         assert codec.encode(PingReq()) == packet(0xC0, b"")
         assert codec.encode(Disconnect()) == packet(0xE0, b"")
 
-    def test_each_leaves_at_once_and_once(self) -> None:
-        codec = connected()
+    def test_each_leaves_at_once_and_once(self, fast_path: bool) -> None:
+        codec = connected(fast_path=fast_path)
         for number in range(1, 200):
             expected = packet(0x82, two(number) + two(4) + b"k/a/\0")
             assert codec.encode(Subscribe(number, "k/a/")) == expected
+            assert codec.encode(Publish(b"a/", b"", number)) == publish("a/", b"", number)
         assert codec.take_written() == b""
 
     def test_before_the_connack_too(self) -> None:
-        codec = Codec(Hello())
+        codec = Codec(Connect())
         codec.connect()
         assert codec.encode(Subscribe(1, "a/")) == packet(0x82, two(1) + two(2) + b"a/\0")
 
@@ -361,87 +367,29 @@ class TestEncoding:
 
 
 class TestTheGoodbye:
-    @pytest.mark.parametrize("late", [suback(1, 0), unsuback(1), PINGRESP, publish("a/", b"x", 5)])
+    LATE = (suback(1, 0), unsuback(1), PINGRESP, publish("a/", b"x", 5))
+
+    @pytest.mark.parametrize("late", LATE)
     def test_an_answer_behind_it_is_no_error(self, late: bytes) -> None:
         codec = connected()
         assert codec.encode(Disconnect()) == packet(0xE0, b"")
         events = codec.decode(late + publish("a/", b"y") + puback(3))
         assert plain(events)[-2:] == [("message", "a/", b"y"), ("PubAck", 3)]
+        assert codec.take_written() == b""
+
+    @pytest.mark.parametrize("late", LATE)
+    def test_without_the_fast_path_neither(self, late: bytes) -> None:
+        codec = connected(fast_path=False)
+        codec.encode(Publish(b"a/", b"x", 3))
+        assert codec.encode(Disconnect()) == packet(0xE0, b"")
+        events = codec.decode(late + publish("a/", b"y") + puback(3))
+        assert events == ([PingResp()] if late == PINGRESP else [])
+        assert codec.take_written() == b""
 
     def test_nonsense_behind_it_is_still_an_error(self) -> None:
         codec = connected()
         codec.encode(Disconnect())
         assert plain(codec.decode(packet(0x40, b""))) == [("error",)]
-
-
-class _Wire:
-    """A socket for a Paho client of the test's own."""
-
-    def __init__(self) -> None:
-        self.inbound = b""
-        self.outbound = b""
-
-    def recv(self, size: int) -> bytes:
-        if not self.inbound:
-            raise BlockingIOError
-        data, self.inbound = self.inbound[:size], self.inbound[size:]
-        return data
-
-    def send(self, data: bytes) -> int:
-        self.outbound += bytes(data)
-        return len(data)
-
-    def setblocking(self, flag: bool) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class PahoPeer(paho.Client):
-    """Paho as it is, on a link in memory."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            CallbackAPIVersion.VERSION2,
-            protocol=MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        self.wire = _Wire()
-        self.heard: list[Plain] = []
-        self.on_message = self._note_message
-        self.on_publish = self._note_publish
-        self.connect("nowhere")
-        self.wire.outbound = b""
-        assert self.feed(CONNACK) is None
-
-    def _create_socket(self) -> Any:
-        return self.wire
-
-    def _note_message(self, client: object, userdata: object, it: paho.MQTTMessage) -> None:
-        try:
-            self.heard.append(("message", it.topic, bytes(it.payload)))
-        except UnicodeDecodeError:
-            self.heard.append(("Undecodable", len(it.payload)))
-
-    def _note_publish(self, client: object, userdata: object, mid: int, *rest: object) -> None:
-        self.heard.append(("PubAck", mid))
-
-    def feed(self, data: bytes) -> str | None:
-        """Read it all; tells whether Paho finds it malformed."""
-        self.wire.inbound += data
-        while self.wire.inbound:
-            try:
-                code = self.loop_read()
-            except (struct.error, IndexError, ValueError) as exc:
-                # Paho up to 2.1 lets them out.
-                return repr(exc)
-            if code != MQTTErrorCode.MQTT_ERR_SUCCESS:
-                return str(code)
-        return None
-
-
-@pytest.fixture(scope="module")
-def peer() -> PahoPeer:
-    return PahoPeer()
 
 
 names = st.text(st.sampled_from("ab/?=é漢\U0001f600"), min_size=1, max_size=100).map(str.encode)
@@ -458,12 +406,14 @@ wild_packets = st.one_of(
     # PUBACK, too.
     st.builds(puback, st.integers(1, 6)),
     st.builds(packet, st.sampled_from([0x40, 0x4F]), st.binary(max_size=4)),
-    # And PINGRESP.
+    # And what goes the same way with the fast path and without it.
+    st.builds(publish, topics, payloads, ids),
     st.builds(packet, st.sampled_from([0xD0, 0xDF]), st.binary(max_size=1)),
+    st.builds(suback, st.integers(1, 6), st.sampled_from([0, 1, 2, 128])),
 )
 
 
-class TestAgainstPaho:
+class TestTheFastPathAgainstPaho:
     @given(
         topic=names,
         size=st.integers(0, 140) | st.integers(16_370, 16_390),
@@ -478,52 +428,46 @@ class TestAgainstPaho:
     @example(topic=b"a/", size=2_097_151 - 4, packet_id=None, retain=False)
     @example(topic=b"a/", size=2_097_152 - 6, packet_id=65535, retain=False)
     def test_a_publish_is_encoded_alike(
-        self, peer: PahoPeer, topic: bytes, size: int, packet_id: int | None, retain: bool
+        self, topic: bytes, size: int, packet_id: int | None, retain: bool
     ) -> None:
-        payload = bytes(size)
-        peer.wire.outbound = b""
-        mid, qos = (0, 0) if packet_id is None else (packet_id, 1)
-        info = paho.MQTTMessageInfo(mid)
-        peer._send_publish(mid, topic, payload, qos, retain, info=info)
-        assert encode_publish(topic, payload, retain, packet_id) == peer.wire.outbound
+        message = Publish(topic, bytes(size), packet_id, retain)
+        with_paho = connected(fast_path=False).encode(message)
+        assert connected().encode(message) == with_paho
+        assert encode_publish(topic, bytes(size), retain, packet_id) == with_paho
 
-    def test_a_ping_is_encoded_alike(self, peer: PahoPeer) -> None:
-        peer.wire.outbound = b""
-        peer._send_pingreq()
-        assert connected().encode(PingReq()) == peer.wire.outbound
-
-    @given(st.lists(wild_packets, max_size=8), st.integers(0, 30))
-    def test_what_comes_most_often_is_decoded_alike(
-        self, stream: list[bytes], missing: int
+    @given(st.lists(wild_packets, max_size=8), st.integers(0, 30), st.lists(st.integers(0, 999)))
+    def test_packets_are_decoded_alike(
+        self, stream: list[bytes], missing: int, cuts: list[int]
     ) -> None:
         data = b"".join(stream)
         data = data[: len(data) - missing] if missing < len(data) else data
-        peer = PahoPeer()
-        for _ in range(6):
-            # Paho tells only of those that it has sent: 1 to 6.
-            peer.publish("a", qos=1)
-        trouble = peer.feed(data)
-
+        with_paho = connected(fast_path=False)
+        for packet_id in range(1, 7):
+            # Paho reports a PUBACK only of what it has sent, and only once.
+            with_paho.encode(Publish(b"a", b"", packet_id))
         open_ids = set(range(1, 7))
-        heard: list[Plain] = []
-        for event in connected().decode(data):
+        expected: list[Plain] = []
+        fast = connected()
+        for event in fast.decode(data):
             if isinstance(event, PubAck):
                 if event.packet_id not in open_ids:
                     continue
                 open_ids.remove(event.packet_id)
-            if isinstance(event, PingResp):
-                # Paho tells nobody.
-                continue
-            heard += plain([event])
-        assert heard == peer.heard + ([] if trouble is None else [("error",)])
+            expected += plain([event])
+        heard = [event for chunk in chunks(data, cuts) for event in plain(with_paho.decode(chunk))]
+        assert heard == expected
+        assert with_paho.take_written() == fast.take_written()
 
-    @given(st.lists(st.builds(publish, topics, payloads, st.none() | ids), max_size=8))
-    def test_what_we_decode_and_what_we_hand_over_to_paho_are_alike(
-        self, stream: list[bytes]
-    ) -> None:
-        peer = PahoPeer()
-        assert peer.feed(b"".join(stream)) is None
-        assert plain(connected().decode(b"".join(stream))) == peer.heard
+    def test_a_turn_ends_after_fewer_messages_with_paho(self) -> None:
+        codec = connected(fast_path=False)
+        events = one_by_one(codec.decode(publish("a/", b"x") * 200))
+        assert codec.turn_over
+        turns = 1
+        while codec.turn_over:
+            events += one_by_one(codec.decode(b""))
+            turns += 1
+        assert len(events) == 200
+        assert turns == 4
 
 
 def test_no_packet_shows_a_key_or_a_password() -> None:
@@ -532,14 +476,14 @@ def test_no_packet_shows_a_key_or_a_password() -> None:
         repr(Publish(b"emitter/keygen/", b'{"key":"private"}')),
         repr(Subscribe(8, "private/a/")),
         repr(Unsubscribe(9, "private/a/")),
-        repr(Hello("me", "ann", "private", 30)),
+        repr(Connect("me", "ann", "private", 30)),
     ]
     assert shown == [
         "Publish(topic='…/a/?ttl=5', 1 bytes, packet_id=7, retain=True)",
         "Publish(topic='…/keygen/', 17 bytes, packet_id=None, retain=False)",
         "Subscribe(packet_id=8, topic='…/a/')",
         "Unsubscribe(packet_id=9, topic='…/a/')",
-        "Hello(username='ann', password=…, will=None)",
+        "Connect(username='ann', password=…, will=None)",
     ]
 
 

@@ -115,7 +115,10 @@ SMALL: Final = {
 }
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.fast_path] * (kind == "puback")) for kind in SMALL],
+)
 async def test_many_small_packets_in_one_read_leave_their_turns_to_others(
     anyio_backend: object, kind: str
 ) -> None:

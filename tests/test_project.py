@@ -51,6 +51,7 @@ SURFACE = [*CALLS, *VALUES, *ERRORS]
 # The rows of the map that hold values, rules and the session: no I/O, no clock.
 PURE = ["_errors", "_channels", "_messages", "_packets", "_hints", "_requests", "_router"]
 PURE += ["_pending", "_session", "_backoff", "_stored"]
+PURE += [f"_protocol/{module}" for module in ("_framing", "_fast_path", "_paho", "_codec")]
 
 
 def public_names() -> dict[str, object]:
@@ -157,11 +158,11 @@ class TestImports:
         unwanted = {"trio", "wsproto", "rich", "emitter_anyio.testing"}
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
-        ours = {name for name in loaded if name.startswith("emitter_anyio.")}
+        ours = {name for name in loaded if name.startswith("emitter_anyio")}
         assert ours == {
-            f"emitter_anyio.{path.stem}"
-            for path in LIBRARY.glob("_*.py")
-            if path.stem not in ("__init__", "__main__", "_alarm", "_parking", "_websocket")
+            ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            for path in (*LIBRARY.glob("_*.py"), *LIBRARY.glob("_protocol/*.py"))
+            if path.stem not in ("__main__", "_alarm", "_parking", "_websocket")
         }
         started = modules_loaded_by("")
         # AnyIO and Paho import sniffio and PySocks where something else has installed them.

@@ -11,12 +11,12 @@ from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 from emitter_anyio import _requests as requests
-from emitter_anyio._codec import Codec, Hello
 from emitter_anyio._errors import ConnectError, EmitterError, RemoteProtocolError
 from emitter_anyio._messages import EmitterMessage
 from emitter_anyio._options import make_options
-from emitter_anyio._packets import Answer, Disconnect, Packet, PubAck, SubAck
+from emitter_anyio._packets import Answer, Connect, Disconnect, Packet, PubAck, SubAck
 from emitter_anyio._pending import Pending, Replay
+from emitter_anyio._protocol._codec import Codec
 from emitter_anyio._session import Session
 from emitter_anyio._websocket import Upgrade, WebSocket
 from tests.fuzz import seeds
@@ -68,7 +68,7 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
 
     :return: the events, written so that they can be compared
     """
-    made = Codec(Hello(), LIMIT)
+    made = Codec(Connect(), LIMIT)
     made.connect()
     events: list[Answer] = []
     if head & _BEGUN:
@@ -87,8 +87,8 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
         events += one_by_one(more)
         made.take_written()
         assert held(made) <= LIMIT + 5, "more is held than a packet"
-        assert not made._heard, "an event is kept for later"
-        assert not (broken and made._rest), "what a broken link has said is kept"
+        assert not made._engine._reported, "an event is kept for later"
+        assert not (broken and made._framing._kept), "what a broken connection has sent is kept"
     return [
         f"message {event.channel!r} {event.binary!r}"
         if isinstance(event, EmitterMessage)
@@ -99,10 +99,9 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
 
 def held(made: Codec) -> int:
     """How many bytes from the peer and to it a codec holds: its own, and what Paho has."""
-    client = made._use_paho()
+    client, socket = made._engine._client, made._engine._socket
     paho = (client._in_packet["packet"], *client._out_packet, *client._in_messages)
-    link = client.link
-    own = len(made._rest) + len(link.inbound) + len(link.outbound)
+    own = len(made._framing._kept) + len(socket._inbound) + len(socket._outbound)
     return own + sum(len(item) if isinstance(item, bytes | bytearray) else 1 for item in paho)
 
 
