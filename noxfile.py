@@ -195,6 +195,17 @@ def cluster_dev(session: nox.Session) -> None:
     session.run("pytest", "--numprocesses=auto", "-m", "emitter", *session.posargs)
 
 
+@nox.session(name="plain-engine", default=False)
+def plain_engine(session: nox.Session) -> None:
+    """The tests of the client without its fast path, so that Paho carries every packet."""
+    session.install("-e", ".[test]")
+    session.env["EMITTER_PLAIN_ENGINE"] = "1"
+    elsewhere = ("--ignore=tests/broker", "--ignore=tests/cli")
+    session.run(
+        *("pytest", "--numprocesses=auto", "-m", "not fast_path", *elsewhere, *session.posargs)
+    )
+
+
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
     """The web chat of the examples, in Chromium: two talk, are cut off, and come back."""

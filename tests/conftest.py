@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from collections.abc import AsyncIterator, Generator, Iterator
@@ -38,6 +39,15 @@ def pytest_configure() -> None:
         real_server()
     except RuntimeError as exc:
         raise pytest.UsageError(str(exc)) from None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_engine() -> Iterator[None]:
+    """Turn the fast path off, so that Paho carries every packet, if EMITTER_PLAIN_ENGINE is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("EMITTER_PLAIN_ENGINE"):
+            patch.setattr("emitter_anyio._connection.FAST_PATH", False)
+        yield
 
 
 def pytest_report_header() -> str:
