@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from benchmarks import report
 from benchmarks.environments import HERE, MissingError, python_of, requirements
@@ -134,7 +134,9 @@ def measure(
                     and row.runs_on(client)
                     and (not number or all_take_part or client.ours or client.name in near)
                 ]
-                more = {"seconds": 2.0 if quick else 3.0} if row.case == "idle" else {}
+                more: dict[str, Any] = {}
+                if row.case == "idle":
+                    more["seconds"] = 2.0 if quick else 3.0
                 secure = certificate if row.needs == "tls" else None
                 messages = row.quick if quick else row.messages
                 for client in taking_part:

@@ -103,6 +103,7 @@ def run(
     python: str,
     messages: int,
     certificate: Certificate | None = None,
+    library: Path = ROOT,
     **more: Any,
 ) -> dict[str, float]:
     """
@@ -111,18 +112,20 @@ def run(
     :param python: the interpreter that has the client
     :param messages: how many messages; a client whose ``share`` is smaller gets fewer
     :param certificate: speak TLS
+    :param library: the directory that has the client, if it is ours
     :param more: what else the client is told
     :raises RunFailedError: if it gave no figures
     """
     if row.mode in ("blast", "sink") and row.case != "stalled":
         messages = max(1, round(messages * client.share))
-    command = [python, "-m", f"benchmarks.clients.{client.module}"]
+    # Without the working directory on the path, which would come first.
+    command = [python, "-P", "-m", f"benchmarks.clients.{client.module}"]
     if row.mode == "none":
-        return _figures(command, {"case": row.case, "messages": messages}, certificate)
+        return _figures(command, {"case": row.case, "messages": messages}, certificate, library)
 
     told, part = job_and_part(row, client, messages, certificate, **more)
     with running_peer(part) as peer:
-        figures = _figures(command, {**told, "port": peer.port}, certificate)
+        figures = _figures(command, {**told, "port": peer.port}, certificate, library)
     if not client.python:
         # It cannot say how long it took; the peer can.
         figures["rate"] = messages / peer.counted["seconds"]
@@ -130,9 +133,9 @@ def run(
 
 
 def _figures(
-    command: list[str], told: Mapping[str, Any], certificate: Certificate | None
+    command: list[str], told: Mapping[str, Any], certificate: Certificate | None, library: Path
 ) -> dict[str, float]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{library}{os.pathsep}{ROOT}"}
     # What pip has installed is compiled; a checkout would be compiled at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if certificate is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ._backoff import Backoff as Backoff
+from ._client import ConnectionInfo as ConnectionInfo
 from ._client import Emitter as Emitter
 from ._client import connect as connect
 from ._errors import BadRequestError as BadRequestError
@@ -32,18 +33,17 @@ from ._messages import Gap as Gap
 from ._messages import StoredMessage as StoredMessage
 from ._messages import Will as Will
 from ._presence import PresenceFeed as PresenceFeed
-from ._reconnecting import ConnectionInfo as ConnectionInfo
-from ._reconnecting import Statistics as Statistics
 from ._requests import ChannelKey as ChannelKey
 from ._requests import Link as Link
 from ._requests import Me as Me
 from ._requests import Member as Member
 from ._requests import PresenceEvent as PresenceEvent
 from ._requests import PresenceStatus as PresenceStatus
-from ._subscribing import Subscribing as Subscribing
 from ._subscription import Entering as Entering
 from ._subscription import EventStream as EventStream
 from ._subscription import StreamStatistics as StreamStatistics
+from ._subscriptions import Subscribing as Subscribing
+from ._totals import Statistics as Statistics
 from ._version import __version__ as __version__
 
 # Users see these in reprs, tracebacks and documentation: show where they import them from.

@@ -1,56 +1,84 @@
-"""The client."""
+"""The client that users hold: signatures, documentation and delegation."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from threading import get_ident
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import anyio
-from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from anyio.abc import TaskStatus
 
 from . import _requests as requests
-from ._calling import Caller
-from ._channels import (
-    Key,
-    check_channel,
-    check_key,
-    check_source,
-    check_target,
-    format_topic,
-)
-from ._checks import check_flag, check_int, check_text, check_whole, is_whole
-from ._conversation import DEFAULT, Timeout, check_timeout
-from ._errors import MessageTooLargeError
-from ._messages import Payload, encode_payload
+from ._background import Background
+from ._buffer import Overflow
+from ._calls import Calls, Serve
+from ._channels import Key
+from ._checks import check_task_status
+from ._dispatcher import Dispatcher
+from ._errors import portable
+from ._events import Events
+from ._guard import Guard
+from ._history import History
+from ._keygen import Keys
+from ._keys import KeyRing
+from ._lifecycle import Lifecycle
+from ._links import Links
+from ._messages import EmitterMessage, Gap, Payload, StoredMessage
+from ._opener import Opener
 from ._options import Options, make_options
-from ._reconnecting import Restoration
-from ._requests import ChannelKey, Link, Me
-from ._watching import Watcher
+from ._presence import PresenceFeed
+from ._presence_watch import Presence
+from ._publisher import Publisher
+from ._requester import DEFAULT, Requester, Timeout, check_timeout
+from ._requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
+from ._resumption import Resumption
+from ._router import Routes
+from ._slot import Slot, State
+from ._subscription import Entering, EventStream
+from ._subscriptions import Subscribing, Subscriptions
+from ._supervisor import Supervisor
+from ._totals import Statistics, Totals
+from ._wants import Wants
 
-_TopicOptions: TypeAlias = tuple[tuple[str, int | None], ...]
+_LifeEvent: TypeAlias = Literal["connect", "disconnect"]
+_OnLife = TypeVar("_OnLife", bound=Callable[[], object])
+_OnMessage = TypeVar("_OnMessage", bound=Callable[[EmitterMessage], object])
+_OnPresence = TypeVar("_OnPresence", bound=Callable[[PresenceEvent], object])
+_OnKeygen = TypeVar("_OnKeygen", bound=Callable[[ChannelKey], object])
+_OnKeyban = TypeVar("_OnKeyban", bound=Callable[[bool], object])
+_OnLink = TypeVar("_OnLink", bound=Callable[[Link], object])
+_OnMe = TypeVar("_OnMe", bound=Callable[[Me], object])
+_OnError = TypeVar("_OnError", bound=Callable[[Exception], object])
 
-_LINK = re.compile(r"[a-zA-Z0-9]{1,2}", re.ASCII)
 
-_MAX_DELIVERED: Final = 65528
-"""The broker sends on no more than so many bytes of channel and payload."""
-
-_TOPICS: Final = 1024
-"""So many topics are kept ready to be published to."""
+class _Options(TypedDict, total=False):
+    channel: str | None
+    buffer: int
+    overflow: Overflow
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class _Made:
-    """How a link was made, to make it again; its ``repr`` does not show the key."""
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """
+    What is known of the present link.
 
-    key: Key
-    channel: str
-    options: _TopicOptions
-    text: str = ""
-    """The key as the broker was told it."""
+    :ivar server: where it goes, as a URL without user and password
+    :ivar since: when the broker acknowledged it
+    :ivar id: the connection's id, once ``me()`` has asked for it on this link
+    :ivar last_error: why the link before it ended, if one has broken
+    """
+
+    server: str
+    since: datetime
+    id: str | None
+    last_error: Exception | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        error = None if self.last_error is None else portable(self.last_error)
+        return type(self), (self.server, self.since, self.id, error)
 
 
 def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Emitter:
@@ -79,7 +107,7 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     return Emitter(make_options(options, keywords))
 
 
-class Emitter(Caller, Watcher):
+class Emitter:
     """
     A client of an Emitter broker; :func:`connect` makes one.
 
@@ -100,20 +128,46 @@ class Emitter(Caller, Watcher):
     """
 
     def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self._topics: dict[tuple[object, ...], bytes] = {}
-        self._largest = options.max_message_size - 4
-        """How many bytes topic and payload have at most, whatever the QoS."""
-        self._links: dict[str, _Made] = {}
-        self._restorers.append(self._restore_links)
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._links.clear()
+        # Each object gets only objects that were made before it.
+        self._options = options
+        self._slot = slot = Slot(options)
+        background = Background()
+        guard = Guard()
+        routes: Routes[EventStream[Any]] = Routes(options.matcher)
+        self._totals = totals = Totals(slot, routes)
+        self._events = events = Events(slot, routes, background, guard, totals)
+        key_ring = KeyRing(guard)
+        wants = Wants(options.matcher, allow_collisions=options.allow_collisions)
+        dispatcher = Dispatcher(routes, events, totals, refused=key_ring.forget)
+        opener = Opener(options, key_ring, wants)
+        self._requester = requester = Requester(slot, key_ring, options)
+        self._publisher = publisher = Publisher(slot, requester, options)
+        self._keys = Keys(requester)
+        self._history = history = History(requester)
+        resumption = Resumption(slot, requester, history, events, background)
+        self._subscriptions = subscriptions = Subscriptions(
+            slot, requester, wants, routes, events, totals, resumption
+        )
+        self._presence = presence = Presence(
+            slot, requester, wants, key_ring, routes, events, totals, background
+        )
+        self._links = links = Links(requester, publisher, subscriptions, events)
+        self._calls = calls = Calls(slot, requester, subscriptions, key_ring, guard, background)
+        supervisor = Supervisor(
+            *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
+            restorers=(presence.restore, subscriptions.restore, links.restore),
+            losers=(subscriptions.lose, presence.lose),
+        )
+        self._lifecycle = Lifecycle(
+            *(slot, background, supervisor, events, routes),
+            finish=(subscriptions.finish, presence.finish, links.finish, calls.finish, wants.clear),
+        )
 
     def __repr__(self) -> str:
         servers = ", ".join(map(str, self._options.servers))
-        return f"<Emitter {servers}, {self._state}>"
+        return f"<Emitter {servers}, {self.state}>"
+
+    # Asking the broker
 
     async def publish(
         self,
@@ -156,59 +210,9 @@ class Emitter(Caller, Watcher):
         Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
         message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
         """
-        # Only plain text may look a topic up: a subclass of str may compare in its own way.
-        if not (
-            type(key) is str
-            and type(channel) is str
-            and (ttl is None or type(ttl) is int)
-            and type(qos) is int
-            and (retain is False or retain is True)
-            and (echo is True or echo is False)
-            and timeout is DEFAULT
-        ):
-            retain, echo = check_flag("retain", retain), check_flag("echo", echo)
-            ttl, qos = check_whole("ttl", ttl), _check_qos(qos)
-            key, channel = check_source(key), check_channel(channel)
-            timeout = check_timeout(timeout)
-            if not isinstance(key, str):
-                payload = encode_payload(message)
-                await self._keyed(
-                    key,
-                    lambda text: self.publish(
-                        *(text, channel, payload, ttl),
-                        qos=qos,
-                        retain=retain,
-                        echo=echo,
-                        timeout=timeout,
-                    ),
-                )
-                return
-        # Not by index: a KeyError would show the key in the tracebacks of the errors below.
-        topic = self._topics.get((key, channel, ttl, echo))
-        if topic is None:
-            topic = self._make_topic(key, channel, ttl, echo)
-        payload = message if type(message) is bytes else encode_payload(message)
-        link, session = self._connection, self._session
-        at_once = (
-            self._ready
-            and get_ident() == self._owner.thread
-            and link is not None
-            and link.writer.has_room
-            and len(topic) + len(payload) <= self._largest
-        )
-        # As _publish() does it: each call in between would cost a twentieth.
-        if at_once and qos == 0 and session.published & 15:
-            assert link is not None
-            packet = link.encode_publish(topic, payload, retain, None)
-            session.published += 1
-            link.writer.write(packet)
-        elif at_once and qos == 1 and not session.full:
-            self._owner.check()
-            sent = self._send_confirmed(topic, payload, key, channel, retain)
-            await self._answer(sent, timeout)
-        else:
-            qos = _check_qos(qos)
-            await self._publish(topic, payload, key, channel, qos, retain, timeout)
+        waiting = self._publisher.put(key, channel, message, ttl, qos, retain, echo, timeout)
+        if waiting is not None:
+            await waiting
 
     async def publish_with_link(
         self,
@@ -233,24 +237,7 @@ class Emitter(Caller, Watcher):
         :raises MessageTooLargeError: if the broker could not send it on: over 65528 bytes of
             channel and payload it closes the link or drops the message (its ``conn.go``)
         """
-        name = _check_link(name)
-        payload = encode_payload(message)
-        qos, retain, timeout = _check_qos(qos), check_flag("retain", retain), check_timeout(timeout)
-        made = self._links.get(name)
-        channel = None if made is None else made.channel
-        if channel is not None and len(channel) + len(payload) > _MAX_DELIVERED:
-            raise MessageTooLargeError(
-                f"channel and payload have {len(channel) + len(payload)} bytes; through a link "
-                f"the broker cannot send on more than {_MAX_DELIVERED}"
-            )
-
-        async def through(key: str) -> None:
-            if made is not None and key != self._links.get(name, made).text:
-                # The broker looks at the key only now, and has refused the one that it was told.
-                await self._ask_for_link(name, made, timeout, key)
-            await self._publish(name.encode(), payload, None, channel, qos, retain, timeout)
-
-        await self._keyed("" if made is None else made.key, through)
+        await self._links.publish(name, message, qos, retain, timeout)
 
     async def flush(self, *, timeout: Timeout = DEFAULT) -> float:
         """
@@ -264,13 +251,139 @@ class Emitter(Caller, Watcher):
         :raises RequestTimeoutError: if the broker did not answer in time
         :raises ConnectionLostError: if the link is lost
         """
-        timeout = check_timeout(timeout)
-        await self._room()
-        start = anyio.current_time()
-        refusal = await self._answer(self._session.ping(), timeout)
-        if refusal is not None:
-            raise refusal
-        return anyio.current_time() - start
+        return await self._requester.flush(timeout)
+
+    @overload
+    def subscribe(
+        self,
+        key: Key,
+        channel: str,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: Literal[False] = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Subscribing[EmitterMessage]: ...
+    @overload
+    def subscribe(
+        self,
+        key: Key,
+        channel: str,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: Literal[True],
+        timeout: Timeout = DEFAULT,
+    ) -> Subscribing[EmitterMessage | Gap]: ...
+    def subscribe(
+        self,
+        key: Key,
+        channel: str,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Any:
+        """
+        Subscribe to a channel, and to all below it.
+
+        **Awaited**, messages go to the handlers of ``on("message")``; doing it again is nothing
+        new. **Entered** with ``async with``, it gives an :class:`EventStream` of its own, and ends
+        when it is left, without waiting.
+
+        When the link was lost, the next one has the subscription again before ``connect`` is
+        emitted. What was published meanwhile is missing, unless ``resume`` reads back what of it
+        was stored. If the broker refuses the subscription then, its stream raises that; for
+        handlers it goes to ``on("error")``.
+
+        :param key: a key with the permission to read (``r``); for a group, one that was made for
+            ``$share/<group>/<channel>/`` itself; or a function as in :meth:`publish`
+        :param channel: the channel; a level may be ``+``, which stands for any one. With the
+            broker's default matcher nothing is ever delivered to ``#``, though it may be replayed
+        :param last: replay so many stored messages first, if the key may load (``l``); 0 replays
+            none; with ``None`` the broker replays the newest one. Beside an overlapping
+            subscription the replay comes from a history request, to this subscriber alone: one
+            that is stored meanwhile may come twice, and none is missed
+        :param since: replay only what was stored since then: an aware ``datetime`` or unix
+            seconds; without ``last``, still the newest one only
+        :param until: replay only what was stored until then
+        :param group: share the messages with the others of this group: each goes to one of them.
+            Nothing is replayed to a group
+        :param buffer: how many messages may wait in the stream, beside what is replayed or
+            resumed; 8 MiB of them at most, where one weighs its payload, its channel and 128 bytes
+        :param overflow: what happens to more: ``"raise"`` (a :class:`SlowConsumerError` at the
+            place of the gap), ``"drop_oldest"``, ``"drop_newest"`` or ``"block"``, which stops
+            reading the link: whoever then awaits an answer while the own buffer is full waits for
+            ever, and the broker closes a link that it cannot write to for 120 s. While the stream
+            waits for what ``resume`` reads back, ``"block"`` does what ``"raise"`` does
+        :param resume: after a lost link, deliver what was stored meanwhile, in order and before
+            the live messages, as far as the broker has it. Around the gap a message may come
+            twice; what was read back has ``replayed`` set and an ``id``. The key needs ``l``
+        :param resume_limit: read back so many messages at most, the newest, and 8 MiB; if there
+            are more, that is logged, and a :class:`Gap` says so. Those of an earlier gap that have
+            not been received yet count, too
+        :param mark_gaps: put a :class:`Gap` into the stream wherever the link was away
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: to be awaited or entered, once
+        :raises InvalidChannelError: if the broker would not take the channel, or could not resume
+            it
+        :raises UnauthorizedError: when awaited or entered, if the key does not open the channel,
+            or may not load what ``resume`` needs
+        :raises SubscriptionConflictError: when awaited or entered, if the broker could not keep
+            it apart from another subscription of this link
+        :raises ConnectionLostError: when awaited or entered, if the link was lost meanwhile
+
+        Cancelled while being entered, the subscription is given back.
+        """
+        return self._subscriptions.subscribe(
+            key,
+            channel,
+            last,
+            since=since,
+            until=until,
+            group=group,
+            buffer=buffer,
+            overflow=overflow,
+            resume=resume,
+            resume_limit=resume_limit,
+            mark_gaps=mark_gaps,
+            timeout=timeout,
+        )
+
+    async def unsubscribe(
+        self, key: Key, channel: str, *, group: str | None = None, timeout: Timeout = DEFAULT
+    ) -> None:
+        """
+        End what an awaited :meth:`subscribe` began.
+
+        The broker is told when nobody else uses the channel here.
+
+        :param key: the key, or the function, that it was subscribed with
+        :param channel: the channel
+        :param group: the group that it was subscribed in, if any
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :raises RequestError: if the broker refused
+        """
+        await self._subscriptions.unsubscribe(key, channel, group, timeout)
 
     async def keygen(
         self,
@@ -295,21 +408,7 @@ class Emitter(Caller, Watcher):
         :return: the key and its channel
         :raises UnauthorizedError: if ``key`` may not make keys
         """
-        key = check_source(key)
-        channel = check_target(channel)
-        ttl = check_int("ttl", ttl, 0)
-        timeout = check_timeout(timeout)
-        permissions = check_text("permissions", permissions, " such as 'rw'")
-        if unknown := set(permissions) - set("rwslpex"):
-            raise ValueError(
-                f"permissions has {', '.join(sorted(map(repr, unknown)))}, which Emitter does not "
-                "know; there are r, w, s, l, p, e and x"
-            )
-
-        async def ask(text: str) -> ChannelKey:
-            return await self._request(requests.keygen(text, channel, permissions, ttl), timeout)
-
-        return await self._keyed(key, ask)
+        return await self._keys.keygen(key, channel, permissions, ttl, timeout)
 
     async def keyban(
         self, secret: Key, target: Key, banned: bool = True, *, timeout: Timeout = DEFAULT
@@ -327,14 +426,7 @@ class Emitter(Caller, Watcher):
         :return: whether it is banned now
         :raises UnauthorizedError: if ``secret`` may not ban
         """
-        secret, target = check_source(secret), check_source(target)
-        banned, timeout = check_flag("banned", banned), check_timeout(timeout)
-        banning = await self._key_of(target)
-
-        async def ask(text: str) -> bool:
-            return await self._request(requests.keyban(text, banning, banned), timeout)
-
-        return await self._keyed(secret, ask)
+        return await self._keys.keyban(secret, target, banned, timeout)
 
     async def link(
         self,
@@ -365,37 +457,7 @@ class Emitter(Caller, Watcher):
         :return: the name, and the channel with its options
         :raises UnauthorizedError: with ``subscribe``, if the key may not read; the link is there
         """
-        key = check_source(key)
-        channel = check_channel(channel)
-        name = _check_link(name)
-        subscribe, timeout = check_flag("subscribe", subscribe), check_timeout(timeout)
-        options = _topic_options(ttl, echo)
-        ask = partial(self._ask_for_link, name, _Made(key, channel, options), timeout)
-        made = await self._keyed(key, ask)
-        if subscribe:
-            await self.subscribe(key, channel, 0, timeout=timeout)
-        return made
-
-    async def _ask_for_link(self, name: str, made: _Made, timeout: Timeout, key: str) -> Link:
-        asked = requests.link(key, made.channel, name, made.options)
-        link = await self._request(asked, timeout)
-        self._links[name] = replace(made, text=key)
-        return link
-
-    def _restore_links(self) -> Iterable[Restoration]:
-        for name, made in self._links.items():
-            yield Restoration(
-                f"the link {name!r}",
-                partial(self._restore_link, name, made),
-                partial(self._link_refused, name),
-            )
-
-    async def _restore_link(self, name: str, made: _Made) -> None:
-        await self._keyed(made.key, partial(self._ask_for_link, name, made, DEFAULT))
-
-    def _link_refused(self, name: str, error: Exception) -> None:
-        del self._links[name]
-        self._emit("error", error)
+        return await self._links.make(key, channel, name, subscribe, ttl, echo, timeout)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """
@@ -404,52 +466,362 @@ class Emitter(Caller, Watcher):
         :param timeout: seconds for the broker to answer, instead of ``request_timeout``
         :return: the connection's id, and its links
         """
-        return await self._request(requests.me(), check_timeout(timeout))
+        return await self._requester.request(requests.me(), check_timeout(timeout))
 
-    async def _publish(
+    async def presence(
         self,
-        topic: bytes,
-        payload: bytes,
-        key: str | None,
-        channel: str | None,
-        qos: int,
-        retain: bool,
-        timeout: Timeout,
+        key: Key,
+        channel: str,
+        *,
+        changes: bool | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> PresenceStatus:
+        """
+        Ask whom a message to a channel would reach.
+
+        :param key: a key with the permission for presence (``p``)
+        :param channel: the channel; who is subscribed below it is not there
+        :param changes: ``True`` has the broker tell ``on("presence")`` of changes, at the channel
+            and below it, from now on; ``False`` ends that; ``None`` leaves it as it is
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: who is there now
+        :raises UnauthorizedError: if the key may not
+        :raises RequestError: without a status, if the answer was too large for the broker to send
+        """
+        return await self._presence.presence(key, channel, changes, timeout)
+
+    def watch_presence(
+        self,
+        key: Key,
+        channel: str,
+        *,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        refresh: float | None = 60,
+        timeout: Timeout = DEFAULT,
+    ) -> Entering[PresenceFeed]:
+        """
+        Watch who comes and goes; entered with ``async with``.
+
+        :param key: a key with the permission for presence (``p``)
+        :param channel: the channel; what happens below it is told too
+        :param buffer: how many events may wait in the stream
+        :param overflow: what happens to more, as in :meth:`subscribe`
+        :param refresh: every so many seconds a fresh status is asked for; ``None`` never
+        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :return: to be entered, for a :class:`PresenceFeed`
+        :raises UnauthorizedError: when entered, if the key may not
+        """
+        return self._presence.watch(key, channel, buffer, overflow, refresh, timeout)
+
+    def history(
+        self,
+        key: Key,
+        channel: str,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        order: Literal["oldest", "newest"] = "oldest",
+        timeout: Timeout = DEFAULT,
+    ) -> AsyncIterator[StoredMessage]:
+        """
+        Read back stored messages of a channel, and of all channels below it.
+
+        They come in the order of time: by the second, and within a second in the order of the ids
+        of each node of the broker. They are requested in pages, each as large as the broker can
+        send.
+
+        :param key: a key with the permission to load (``l``)
+        :param channel: the channel; any level except the first may be ``+``
+        :param last: the number of messages at most, the newest ones; 100 unless given
+        :param since: the time, as an aware ``datetime`` or unix seconds, before which none is read
+        :param until: the time after which none is read
+        :param order: ``"oldest"`` gives the oldest message first, and gathers all before that;
+            ``"newest"`` gives the newest first, and holds one page at a time
+        :param timeout: seconds for the broker to answer each page, instead of
+            ``request_timeout``
+        :return: an asynchronous iterator of :class:`StoredMessage`. It needs no closing. After an
+            error, or when it was cancelled, iterating further continues at the same place
+        :raises InvalidChannelError: if the broker would not take the channel
+        :raises UnauthorizedError: when iterated, if the key may not load
+        :raises HistoryIncompleteError: when iterated, at the place where stored messages cannot be
+            read
+        """
+        return self._history.read(key, channel, last, since, until, order, timeout)
+
+    async def request(
+        self, key: Key, channel: str, message: Payload, *, timeout: Timeout = DEFAULT
+    ) -> EmitterMessage:
+        """
+        Ask those who :meth:`serve` a channel, and wait for the first reply.
+
+        :param key: a key with the permissions to read and write (``rw``) below the channel, such
+            as one for ``channel/#/``
+        :param channel: the channel that is served
+        :param message: what to ask, as in :meth:`publish`
+        :param timeout: seconds for the reply, instead of ``request_timeout``; ``None`` never
+        :return: the reply
+        :raises ReplyError: if the handler that served it raised
+        :raises RequestTimeoutError: if no reply came in time
+        :raises UnauthorizedError: if the key may not
+
+        Cancelling it, or a timeout, cancels the handler that serves it.
+        """
+        return await self._calls.request(key, channel, message, timeout)
+
+    async def serve(
+        self,
+        key: Key,
+        channel: str,
+        handler: Serve,
+        *,
+        concurrency: int = 64,
+        buffer: int = 1024,
+        task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
-        if qos == 0:
-            await (checkpoint_if_cancelled() if self._session.published & 63 else checkpoint())
-            self._check_size(topic, payload, qos)
-            await self._room()
-            self._send_publish(topic, payload, retain)
-        else:
-            self._check_size(topic, payload, qos)
-            await self._room()
-            sent = self._send_confirmed(topic, payload, key, channel, retain)
-            await self._answer(sent, timeout)
+        """
+        Serve the requests on a channel, each in a task of its own, until cancelled.
 
-    def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
-        options = _topic_options(ttl, echo)
-        topic = format_topic(check_key(key), check_channel(channel), options).encode()
-        if len(self._topics) >= _TOPICS:
-            self._topics.clear()
-        self._topics[key, channel, ttl, echo] = topic
-        return topic
+        :param key: a key with the permissions to read and write (``rw``) below the channel
+        :param channel: the channel to serve
+        :param handler: is called with each request, and returns the reply, or an awaitable of it.
+            What it raises is logged, and raised where it was asked as :class:`ReplyError`
+        :param concurrency: how many requests are handled at the same time; others wait
+        :param buffer: how many requests may wait. More are dropped, which is logged, and whoever
+            made them gets a :class:`RequestTimeoutError`
+        :param task_status: is told when requests are served: ``await task_group.start(...)``
+        :raises UnauthorizedError: if the key may not
+        :raises ConnectionLostError: if the link is gone for good
+        """
+        await self._calls.serve(key, channel, handler, concurrency, buffer, task_status)
 
+    @overload
+    def on(self, event: _LifeEvent, handler: _OnLife, **options: Unpack[_Options]) -> _OnLife: ...
+    @overload
+    def on(
+        self, event: Literal["message"], handler: _OnMessage, **options: Unpack[_Options]
+    ) -> _OnMessage: ...
+    @overload
+    def on(
+        self, event: Literal["presence"], handler: _OnPresence, **options: Unpack[_Options]
+    ) -> _OnPresence: ...
+    @overload
+    def on(
+        self, event: Literal["keygen"], handler: _OnKeygen, **options: Unpack[_Options]
+    ) -> _OnKeygen: ...
+    @overload
+    def on(
+        self, event: Literal["keyban"], handler: _OnKeyban, **options: Unpack[_Options]
+    ) -> _OnKeyban: ...
+    @overload
+    def on(
+        self, event: Literal["link"], handler: _OnLink, **options: Unpack[_Options]
+    ) -> _OnLink: ...
+    @overload
+    def on(self, event: Literal["me"], handler: _OnMe, **options: Unpack[_Options]) -> _OnMe: ...
+    @overload
+    def on(
+        self, event: Literal["error"], handler: _OnError, **options: Unpack[_Options]
+    ) -> _OnError: ...
+    @overload
+    def on(
+        self, event: _LifeEvent, **options: Unpack[_Options]
+    ) -> Callable[[_OnLife], _OnLife]: ...
+    @overload
+    def on(
+        self, event: Literal["message"], **options: Unpack[_Options]
+    ) -> Callable[[_OnMessage], _OnMessage]: ...
+    @overload
+    def on(
+        self, event: Literal["presence"], **options: Unpack[_Options]
+    ) -> Callable[[_OnPresence], _OnPresence]: ...
+    @overload
+    def on(
+        self, event: Literal["keygen"], **options: Unpack[_Options]
+    ) -> Callable[[_OnKeygen], _OnKeygen]: ...
+    @overload
+    def on(
+        self, event: Literal["keyban"], **options: Unpack[_Options]
+    ) -> Callable[[_OnKeyban], _OnKeyban]: ...
+    @overload
+    def on(
+        self, event: Literal["link"], **options: Unpack[_Options]
+    ) -> Callable[[_OnLink], _OnLink]: ...
+    @overload
+    def on(self, event: Literal["me"], **options: Unpack[_Options]) -> Callable[[_OnMe], _OnMe]: ...
+    @overload
+    def on(
+        self, event: Literal["error"], **options: Unpack[_Options]
+    ) -> Callable[[_OnError], _OnError]: ...
+    def on(
+        self,
+        event: str,
+        handler: Callable[..., object] | None = None,
+        *,
+        channel: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+    ) -> Any:
+        """
+        Register a handler, before or after entering; or, without one, decorate it.
 
-def _check_link(name: str) -> str:
-    name = check_text("the name of a link", name)
-    if not _LINK.fullmatch(name):
-        raise ValueError(f"the name of a link is one or two letters or digits, not {name!r}")
-    return name
+        A handler is called with the event's value, and without any for ``connect`` and
+        ``disconnect``; what it returns is awaited if it can be. Its calls come in order, in a task
+        of the client's; it may await any verb. What it raises goes to ``on("error")`` as
+        :class:`HandlerError`; where nobody handles that, it ends the client and leaves bare.
 
+        :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``,
+            ``"keygen"``, ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
+        :param handler: a function or coroutine function
+        :param channel: for ``message`` and ``presence``: only what this channel reaches; it
+            subscribes to nothing
+        :param buffer: how many values may wait for the handler
+        :param overflow: what happens to more; a :class:`SlowConsumerError` goes to ``on("error")``
+        :return: the handler
+        :raises TypeError: if an argument has the wrong type, or the handler is a generator function
+        :raises ValueError: if there is no such event
+        :raises WrongLoopError: once the client is entered, in another thread or event loop
+        """
+        return self._events.on(event, handler, channel, buffer, overflow)
 
-def _check_qos(qos: int) -> Literal[0, 1]:
-    if not is_whole(qos):
-        raise TypeError(f"qos must be an int, not {type(qos).__name__}")
-    if qos not in (0, 1):
-        raise ValueError(f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1")
-    return 1 if qos else 0
+    def off(self, event: str, handler: Callable[..., object]) -> None:
+        """
+        Take a handler away; what waits for it is dropped.
 
+        :raises ValueError: if it is not registered for this event
+        :raises WrongLoopError: once the client is entered, in another thread or event loop
+        """
+        self._events.off(event, handler)
 
-def _topic_options(ttl: int | None, echo: bool) -> _TopicOptions:
-    return ("ttl", check_whole("ttl", ttl) or None), ("me", None if check_flag("echo", echo) else 0)
+    @overload
+    def stream(
+        self, event: _LifeEvent, **options: Unpack[_Options]
+    ) -> Entering[EventStream[None]]: ...
+    @overload
+    def stream(
+        self, event: Literal["message"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[EmitterMessage]]: ...
+    @overload
+    def stream(
+        self, event: Literal["presence"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[PresenceEvent]]: ...
+    @overload
+    def stream(
+        self, event: Literal["keygen"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[ChannelKey]]: ...
+    @overload
+    def stream(
+        self, event: Literal["keyban"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[bool]]: ...
+    @overload
+    def stream(
+        self, event: Literal["link"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[Link]]: ...
+    @overload
+    def stream(
+        self, event: Literal["me"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[Me]]: ...
+    @overload
+    def stream(
+        self, event: Literal["error"], **options: Unpack[_Options]
+    ) -> Entering[EventStream[Exception]]: ...
+    def stream(
+        self,
+        event: str,
+        *,
+        channel: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+    ) -> Any:
+        """
+        Give what a handler would be given as a stream, entered with ``async with``.
+
+        :param event: as in :meth:`on`
+        :param channel: for ``message`` and ``presence``: only what this channel reaches; it
+            subscribes to nothing
+        :param buffer: how many values may wait in the stream
+        :param overflow: what happens to more
+        :return: to be entered, for an :class:`EventStream`
+        :raises ValueError: if there is no such event
+        """
+        return self._events.stream(event, channel, buffer, overflow)
+
+    # Entering and leaving
+
+    async def __aenter__(self) -> Self:
+        await self._lifecycle.enter()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # It swallows nothing, and its type says so to type checkers.
+        await self._lifecycle.leave(exc)
+
+    async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
+        """
+        Live in a task of the caller's: ``await task_group.start(emitter.run)``.
+
+        :param task_status: is told the client once it is connected
+        :raises ConnectError: if no link could be opened
+        :raises ConnectionLostError: if the link is gone for good
+        """
+        check_task_status(task_status)
+        async with self:
+            task_status.started(self)
+            await self.wait_closed()
+
+    async def disconnect(self) -> None:
+        """
+        Leave now; returns when the link is closed.
+
+        It may be called from any task of the client's event loop, any number of times. Handlers
+        finish what waits for them, what is queued is sent, then comes DISCONNECT, all within
+        ``disconnect_timeout``. Streams end behind what is buffered; the body of the ``async with``
+        goes on, and finds every verb raising :class:`ClosedError`. Cancelling it does not stop the
+        leaving.
+        """
+        await self._lifecycle.disconnect()
+
+    async def wait_connected(self) -> None:
+        """
+        Wait until there is a link; for a client that has not been entered yet, too.
+
+        :raises ClosedError: if the client was left, or could not connect
+        :raises ConnectionLostError: if the link is gone for good
+        """
+        await self._lifecycle.wait_connected()
+
+    async def wait_closed(self) -> None:
+        """Wait until the link is closed; returns at once when there is none."""
+        await self._lifecycle.wait_closed()
+
+    # What it is doing
+
+    @property
+    def state(self) -> State:
+        """
+        ``"connecting"`` (between two links, too), ``"connected"``, ``"closing"`` or ``"closed"``.
+        """
+        return self._slot.public_state
+
+    @property
+    def connection(self) -> ConnectionInfo | None:
+        """What is known of the present link; ``None`` when there is none."""
+        connection = self._slot.connection
+        if connection is None or not self._slot.restored:
+            return None
+        return ConnectionInfo(
+            str(connection.server),
+            connection.since,
+            connection.session.connection_id,
+            self._slot.last_error,
+        )
+
+    def statistics(self) -> Statistics:
+        """Return the figures of this client."""
+        return self._totals.statistics()

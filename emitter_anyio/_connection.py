@@ -24,15 +24,14 @@ from ._packets import ConnAck, Connect, Disconnect, Event, Packet, Publish
 from ._protocol._codec import Codec
 from ._protocol._fast_path import is_qos_0_publish
 from ._reading import CHUNK
+from ._session import Session
 from ._tasks import Tasks
 from ._timer import Deadline, Due, open_timer
 from ._transport import BROKEN, Transport, open_transport
+from ._wants import Wants
 from ._writer import Writer
 
 Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
-
-Ping: TypeAlias = Callable[[Callable[[], None]], None]
-"""Sends a PINGREQ, and calls what it is given when there is an answer, or the link is lost."""
 
 FAST_PATH = True
 """Whether connections use the codec's fast path. The test session plain-engine turns it off."""
@@ -80,19 +79,19 @@ class Connection:
         codec: Codec,
         first: list[Event],
         options: Options,
+        wants: Wants,
     ) -> None:
         self.server = server
         self.since = datetime.now(UTC)
         self.timer = open_timer()
         self.writer = Writer(transport, self.timer.clock)
+        self.session = Session(wants, self.send, self.writer.write, codec.encode_publish)
         self.held_up = False
         """Whether the reader waits for a consumer, so that the peer's silence says nothing."""
         self.seen_off = False
         """Whether the broker has closed the link behind our DISCONNECT: it has read all of it."""
         self._transport = transport
         self._codec = codec
-        self.encode_publish = codec.encode_publish
-        """Encodes a PUBLISH, for :attr:`writer`."""
         self.last_heard = transport.last_heard
         """When bytes last arrived, or the reader last waited for a consumer."""
         self._first = first
@@ -139,28 +138,22 @@ class Connection:
             writer.ended = type(packet) is Disconnect
             writer.write(self._codec.encode(packet))
 
-    def send_again(self, packets: Sequence[bytes]) -> None:
-        """Queue packets as they are, for which an earlier link had no time."""
-        for packet in packets:
-            self.writer.write(packet)
-
     @property
     def unsent(self) -> list[bytes]:
         """The publishes of QoS 0 of which no byte has been handed over."""
         return [bytes(one) for one in self.writer.untouched if is_qos_0_publish(one)]
 
-    async def run(self, deliver: Deliver, ping: Ping, tasks: Tasks) -> Exception | None:
+    async def run(self, deliver: Deliver, tasks: Tasks) -> Exception | None:
         """
         Keep the link going until it breaks or :meth:`close` ends it.
 
         :param deliver: takes the events in, and may wait
-        :param ping: sends a PINGREQ
         :param tasks: where the writer task goes, once there is something for it to do
         :return: why the link broke; ``None`` if we closed it
         """
         try:
             if not self._over:
-                self._begin(ping, tasks)
+                self._begin(tasks)
                 # Not in a function: each time that something comes would go through it.
                 try:
                     with self._transport.listening():
@@ -246,9 +239,9 @@ class Connection:
         self.writer.hurry()
         return not self.writer.size
 
-    def _begin(self, ping: Ping, tasks: Tasks) -> None:
+    def _begin(self, tasks: Tasks) -> None:
         self.writer.begin(partial(tasks.start_soon, self._write))
-        _Keepalive(self, self._options.keepalive, ping)
+        _Keepalive(self, self._options.keepalive)
         self.timer.begin(self._break, self._reads_so_far, tasks.start)
 
     def _reads_so_far(self) -> int | None:
@@ -342,10 +335,9 @@ class Connection:
 class _Keepalive(Due):
     """Sends a PINGREQ after ``keepalive`` seconds without a byte in one of the two directions."""
 
-    def __init__(self, link: Connection, seconds: float, ping: Ping) -> None:
+    def __init__(self, link: Connection, seconds: float) -> None:
         self.link = link
         self.seconds = seconds
-        self._ping = ping
         self.excused = -math.inf
         """When bytes had last arrived as a timeout of a PINGREQ last fell due late."""
         self.fall_due(-math.inf)
@@ -361,7 +353,7 @@ class _Keepalive(Due):
         if when <= now + _LATE:
             timeout = _PingTimeout(self, now)
             link.timer.add(now + self.seconds * 0.5, timeout)
-            self._ping(link.timer.put_off)
+            link.session.ping(awaited=False).call_when_done(link.timer.put_off)
             link.writer.call_when_left(timeout.begin)
             when = now + self.seconds
         link.timer.add(when, self)
@@ -412,13 +404,14 @@ class _PingTimeout(Deadline):
 
 
 async def open_connection(
-    options: Options, *, will_key: str | None = None, after: Server | None = None
+    options: Options, wants: Wants, *, will_key: str | None = None, after: Server | None = None
 ) -> Connection:
     """
     Try each server once, in turn, each under ``connect_timeout``.
 
     Cancelling it at any point leaves nothing behind.
 
+    :param wants: what the client wants from every connection
     :param will_key: the key of the will, if there is one
     :param after: begin behind this server, which has just failed
     :raises ConnectError: if none can be reached, with every cause
@@ -429,14 +422,14 @@ async def open_connection(
     for server in (*options.servers[begin:], *options.servers[:begin]):
         try:
             with anyio.move_on_after(options.connect_timeout):
-                return await _open(server, options, connect)
+                return await _open(server, options, wants, connect)
             causes[str(server)] = TimeoutError()
         except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options, after)
 
 
-async def _open(server: Server, options: Options, connect: Connect) -> Connection:
+async def _open(server: Server, options: Options, wants: Wants, connect: Connect) -> Connection:
     transport = await open_transport(server, options)
     try:
         codec = Codec(connect, options.max_message_size, fast_path=FAST_PATH)
@@ -453,7 +446,7 @@ async def _open(server: Server, options: Options, connect: Connect) -> Connectio
             events = codec.decode(data)
         match events.pop(0):
             case ConnAck(0):
-                return Connection(server, transport, codec, events, options)
+                return Connection(server, transport, codec, events, options, wants)
             case ConnAck(code):
                 raise ConnectRefusedError(
                     f"{server} refused: {_REFUSALS.get(code, f'code {code}')}", code=code

@@ -1,31 +1,104 @@
-"""User code in the client's tasks: whose a cancellation is that comes out of it."""
+"""The one place that awaits user code: handlers, ``serve()`` handlers and key functions."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import anyio
 
 from ._backend import asyncio_loop
+from ._errors import SlowConsumerError
+
+
+class UserCodeError(Exception):
+    """
+    User code has raised.
+
+    :param error: what it raised; on asyncio also a ``CancelledError``, if it awaited a task or a
+        future that something else had cancelled
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Guard:
     """
-    Tells what user code has raised from a cancellation of the task that awaits it.
+    Runs user code, and separates what it raises from a cancellation of the task that awaits it.
 
-    On asyncio, awaiting a task or a future that something else has cancelled raises a
-    ``CancelledError``, too. Made before the user code is called.
+    A cancellation is the client's if ``Task.cancelling()`` is higher than before the call, or if
+    the deadline of an enclosing scope has passed.
     """
 
-    def __init__(self) -> None:
-        self._task = None if asyncio_loop() is None else asyncio.current_task()
-        self._before = 0 if self._task is None else self._task.cancelling()
+    async def call(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """
+        Call a function, and await what it returns if possible.
 
-    def is_of_user(self, error: BaseException) -> bool:
-        """Tell whether an error is the user code's; if not, it is to be raised again."""
-        if self._task is None or not isinstance(error, asyncio.CancelledError):
-            return isinstance(error, Exception)
-        return (
-            self._task.cancelling() <= self._before
-            and anyio.current_effective_deadline() > anyio.current_time()
-        )
+        :raises UserCodeError: if it raises
+        """
+        cancellations = _cancellations()
+        try:
+            result = function(*arguments)
+            return await result if inspect.isawaitable(result) else result
+        except BaseException as exc:
+            if not _is_of_user(exc, cancellations):
+                raise
+            raise UserCodeError(exc) from None
+
+    async def call_with_each(
+        self,
+        items: AsyncIterator[Any],
+        function: Callable[..., Any],
+        *,
+        without_value: bool,
+        overflowed: Callable[[SlowConsumerError], object],
+        failed: Callable[[BaseException], bool],
+    ) -> None:
+        """
+        Call a function with each item of a stream, as :meth:`call` does, until the stream ends.
+
+        :param without_value: whether to call it without the item
+        :param overflowed: gets the stream's overflow errors
+        :param failed: gets what the function raises; returns whether to go on
+        """
+        cancellations = _cancellations()
+        arguments: tuple[object, ...] = ()
+        while True:
+            try:
+                item = await items.__anext__()  # anext() would be one more call for each item
+            except StopAsyncIteration:
+                return
+            except SlowConsumerError as exc:
+                overflowed(exc)
+                continue
+            if not without_value:
+                arguments = (item,)
+            try:
+                result = function(*arguments)
+                if result is not None and inspect.isawaitable(result):
+                    await result
+            except BaseException as exc:
+                if not _is_of_user(exc, cancellations):
+                    raise
+                if not failed(exc):
+                    return
+
+
+def _cancellations() -> int:
+    """Return how often the current task has been cancelled natively; Trio does not count them."""
+    task = None if asyncio_loop() is None else asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def _is_of_user(error: BaseException, cancellations: int) -> bool:
+    if not isinstance(error, asyncio.CancelledError):
+        # Trio's Cancelled is no Exception either.
+        return isinstance(error, Exception)
+    return (
+        _cancellations() <= cancellations
+        and anyio.current_effective_deadline() > anyio.current_time()
+    )

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, Literal, TypeVar
+from typing import Final
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -15,22 +15,17 @@ from anyio.lowlevel import checkpoint
 from . import _requests as requests
 from ._channels import A_KEY, Key, check_channel, check_source, levels, unix_seconds
 from ._checks import check_choice, check_int
-from ._conversation import DEFAULT, Conversation, Timeout, check_timeout
 from ._errors import HistoryIncompleteError, InvalidChannelError, RequestError
 from ._messages import StoredMessage
-from ._options import Options
-from ._pending import Pending
-from ._requests import Request
+from ._requester import DEFAULT, Requester, Timeout, check_timeout
 from ._stored import Answer, Census, Known, Look, Reading, Unread
-
-T = TypeVar("T")
 
 _PAGE_SECONDS: Final = 1.9
 """A node waits 2 s for others that do not answer; a page that took this long may lack theirs."""
 _CENSUS_SECONDS: Final = 0.9
 """A node that has others waits 1 s for what they do not say of presence."""
-_USUAL: Final = 100
-"""How many messages ``history()`` gives unless told otherwise."""
+_DEFAULT_LAST: Final = 100
+"""The most messages that ``history()`` gives unless ``last`` is given."""
 
 
 class Reader:
@@ -66,7 +61,7 @@ class Reader:
             self._step = None
 
 
-class History(AsyncIterator[StoredMessage]):
+class HistoryIterator(AsyncIterator[StoredMessage]):
     """
     Stored messages, read as they are iterated over.
 
@@ -107,62 +102,44 @@ class History(AsyncIterator[StoredMessage]):
         return self._gathered.pop() if self._gathered else None
 
 
-class Historian(Conversation):
-    """The verb ``history``."""
+class History:
+    """
+    Reads stored messages.
 
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self._stored_by = Known()
+    :param requester: sends requests
+    """
 
-    def history(
+    def __init__(self, requester: Requester) -> None:
+        self._requester = requester
+        self._known = Known()
+
+    def read(
         self,
         key: Key,
         channel: str,
-        last: int | None = None,
-        *,
-        since: datetime | float | None = None,
-        until: datetime | float | None = None,
-        order: Literal["oldest", "newest"] = "oldest",
-        timeout: Timeout = DEFAULT,
-    ) -> AsyncIterator[StoredMessage]:
-        """
-        Read back stored messages of a channel, and of all channels below it.
-
-        They come in the order of time: by the second, and within a second in the order of the ids
-        of each node of the broker. They are requested in pages, each as large as the broker can
-        send.
-
-        :param key: a key with the permission to load (``l``)
-        :param channel: the channel; any level except the first may be ``+``
-        :param last: the number of messages at most, the newest ones; 100 unless given
-        :param since: the time, as an aware ``datetime`` or unix seconds, before which none is read
-        :param until: the time after which none is read
-        :param order: ``"oldest"`` gives the oldest message first, and gathers all before that;
-            ``"newest"`` gives the newest first, and holds one page at a time
-        :param timeout: seconds for the broker to answer each page, instead of
-            ``request_timeout``
-        :return: an asynchronous iterator of :class:`StoredMessage`. It needs no closing. After an
-            error, or when it was cancelled, iterating further continues at the same place
-        :raises InvalidChannelError: if the broker would not take the channel
-        :raises UnauthorizedError: when iterated, if the key may not load
-        :raises HistoryIncompleteError: when iterated, at the place where stored messages cannot be
-            read
-        """
+        last: int | None,
+        since: datetime | float | None,
+        until: datetime | float | None,
+        order: str,
+        timeout: Timeout,
+    ) -> HistoryIterator:
+        """Return an iterator over stored messages, after checking every argument."""
         key = check_source(key)
         channel = check_channel(channel, wildcards=True)
         check_stored(channel)
-        count = _USUAL if last is None else check_int("last", last, 0)
+        count = _DEFAULT_LAST if last is None else check_int("last", last, 0)
         newest = check_choice("order", order, ("oldest", "newest")) == "newest"
         timeout = check_timeout(timeout)
         first, final = unix_seconds("since", since), unix_seconds("until", until)
         text = key if isinstance(key, str) else A_KEY
         asked = requests.history(text, channel, last=count, since=first, until=final)
-        self._check_size(asked.topic.encode(), asked.body, 1)
-        reader = self._reader(key, channel, count, first, final, timeout)
-        return History(reader, channel, not newest)
+        self._requester.check_size(asked.topic.encode(), asked.body, 1)
+        reader = self.reader(self._requester, key, channel, count, first, final, timeout)
+        return HistoryIterator(reader, channel, not newest)
 
-    def _reader(
+    def reader(
         self,
+        requester: Requester,
         key: Key,
         channel: str,
         last: int,
@@ -170,50 +147,58 @@ class Historian(Conversation):
         until: int | None = None,
         timeout: Timeout = DEFAULT,
     ) -> Reader:
+        """
+        Make a reader of stored messages.
+
+        :param requester: sends the requests
+        :param last: the most messages
+        :param since: the first second, in unix time
+        :param until: the last second, in unix time
+        """
         level = levels(channel)[0]
-        reading = Reading(last, since, until, int(time.time()), self._stored_by, level)
-        return Reader(reading, partial(self._look_up, key, channel, timeout))
+        reading = Reading(last, since, until, int(time.time()), self._known, level)
+        return Reader(reading, partial(_look, requester, key, channel, timeout))
 
-    async def _look_up(
-        self, key: Key, channel: str, timeout: Timeout, look: Look | Census
-    ) -> Answer:
-        if isinstance(look, Look):
-            return await self._keyed(key, partial(self._page, channel, timeout, look))
-        return await self._keyed(key, partial(self._take_census, channel, timeout))
 
-    async def _page(self, channel: str, timeout: Timeout, look: Look, key: str) -> Answer:
-        last, since, until, before = look
-        asked = requests.history(key, channel, last=last, since=since, until=until, before=before)
-        pending = await self._put(asked)
+async def _look(
+    requester: Requester, key: Key, channel: str, timeout: Timeout, look: Look | Census
+) -> Answer:
+    if isinstance(look, Look):
+        return await requester.with_key(key, partial(_page, requester, channel, timeout, look))
+    return await requester.with_key(key, partial(_take_census, requester, channel, timeout))
+
+
+async def _page(
+    requester: Requester, channel: str, timeout: Timeout, look: Look, key: str
+) -> Answer:
+    last, since, until, before = look
+    asked = requests.history(key, channel, last=last, since=since, until=until, before=before)
+    connection, pending = await requester.send(asked)
+    start = anyio.current_time()
+    try:
+        messages = await requester.answer(connection, pending, timeout)
+    except RequestError as exc:
+        if exc.status is not None:
+            raise
+        # Only the acknowledgement came: the answer was too large for the broker to send.
+        messages = None
+    return Answer(messages, anyio.current_time() - start >= _PAGE_SECONDS)
+
+
+async def _take_census(requester: Requester, channel: str, timeout: Timeout, key: str) -> Answer:
+    asked = requests.presence(key, channel, status=True, changes=None)
+    # One answer may be slow without other nodes: a busy broker writes once a second.
+    for _ in range(2):
+        connection, pending = await requester.send(replace(asked, emits=False))
         start = anyio.current_time()
         try:
-            messages = await self._answer(pending, timeout)
-        except RequestError as exc:
-            if exc.status is not None:
-                raise
-            # Only the acknowledgement came: the answer was too large for the broker to send.
-            messages = None
-        return Answer(messages, anyio.current_time() - start >= _PAGE_SECONDS)
-
-    async def _take_census(self, channel: str, timeout: Timeout, key: str) -> Answer:
-        asked = requests.presence(key, channel, status=True, changes=None)
-        # Without other nodes, one answer may be slow: a busy broker writes once a second.
-        for _ in range(2):
-            pending = await self._put(replace(asked, emits=False))
-            start = anyio.current_time()
-            try:
-                await self._answer(pending, timeout)
-            except RequestError:
-                # The key is not for presence, as a rule.
-                return Answer(None)
-            if anyio.current_time() - start < _CENSUS_SECONDS:
-                return Answer(None)
-        return Answer(None, True)
-
-    async def _put(self, request: Request[T]) -> Pending[T]:
-        self._check_size(request.topic.encode(), request.body, 1)
-        await self._room()
-        return self._session.request(request)
+            await requester.answer(connection, pending, timeout)
+        except RequestError:
+            # As a rule, the key has no permission for presence.
+            return Answer(None)
+        if anyio.current_time() - start < _CENSUS_SECONDS:
+            return Answer(None)
+    return Answer(None, True)
 
 
 def check_stored(channel: str) -> None:

@@ -1,8 +1,7 @@
-"""Keys that renew themselves: functions that stand where a key does."""
+"""Key functions: functions that stand where a key does."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -10,42 +9,47 @@ import anyio
 
 from ._channels import Key, check_key
 from ._errors import EmitterError
-from ._guard import Guard
+from ._guard import Guard, UserCodeError
 
-_KNOWN: Final = 1024
-"""The answers of so many functions are kept."""
+_CACHED_KEYS: Final = 1024
 
 
 class _Asking:
-    """Those who want one answer at one time."""
+    """The callers that want one key function's answer at the same time."""
 
     def __init__(self) -> None:
         self.lock = anyio.Lock()
         self.answers = 0
 
+    def answered(self) -> None:
+        self.answers += 1
+
 
 class KeyRing:
     """
-    What the functions that stand for keys have answered.
+    The keys that key functions have returned.
 
-    A function is asked when its key is first used, and again when the broker has refused what it
-    answered. Those who want the same answer at the same time ask once; but while subscriptions are
-    restored, they do not wait for those who wait for that.
+    A function is called when its key is first used, and again when the broker has refused the key.
+    Callers that want the same key at the same time share one call. Callers that restore a
+    connection do not share it with those that wait for the connection.
+
+    :param guard: calls the functions
     """
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._known: dict[Callable[[], Awaitable[str]], str] = {}
         self._asking: dict[tuple[Callable[[], Awaitable[str]], bool], _Asking] = {}
 
     async def get(self, source: Key, *, restoring: bool = False) -> str:
-        """Give the key that something stands for, and ask for it if it is not known."""
+        """Return the key that a ``key`` argument stands for."""
         if isinstance(source, str):
             return source
         known = self._known.get(source)
         return await self._ask(source, None, restoring) if known is None else known
 
     async def renew(self, source: Key, refused: str, *, restoring: bool = False) -> str:
-        """Give another key for one that was refused, or the same if there is no other."""
+        """Return another key than the refused one, or the same if there is no other."""
         if isinstance(source, str):
             return source
         known = self._known.get(source)
@@ -54,11 +58,11 @@ class KeyRing:
         return known
 
     def known(self, source: Key) -> str | None:
-        """Give the key that something stands for, if it is known."""
+        """Return the key that a ``key`` argument stands for, unless a call would be needed."""
         return source if isinstance(source, str) else self._known.get(source)
 
-    def doubt(self) -> None:
-        """Ask every function again: one of the keys was refused, and it is not known which."""
+    def forget(self) -> None:
+        """Forget all keys, because the broker has refused one without naming it."""
         self._known.clear()
 
     async def _ask(
@@ -71,31 +75,35 @@ class KeyRing:
                 known = self._known.get(source)
                 if known is not None and (known != refused or asking.answers > answers):
                     return known
-                key = check_key(await _answer(source))
-                if len(self._known) >= _KNOWN:
+                key = check_key(await self._call(source))
+                if len(self._known) >= _CACHED_KEYS:
                     self._known.clear()
                 self._known[source] = key
-                asking.answers += 1
+                asking.answered()
                 return key
         finally:
             if not asking.lock.statistics().tasks_waiting and not asking.lock.locked():
                 self._asking.pop((source, restoring), None)
 
+    async def _call(self, source: Callable[[], Awaitable[str]]) -> str:
+        try:
+            key: str = await self._guard.call(_only_async, source)
+            return key
+        except UserCodeError as exc:
+            error = exc.error
+        if not isinstance(error, Exception):
+            # Raised as it is, it would look like a cancellation of the caller.
+            raise EmitterError(
+                "the function that gives the key has awaited a task or a future that was cancelled"
+            ) from error
+        raise error
 
-async def _answer(source: Callable[[], Awaitable[str]]) -> str:
-    guard = Guard()
-    try:
-        answer = source()
-        if not inspect.isawaitable(answer):
-            raise TypeError(
-                "a function that gives a key must be async: it returned "
-                f"{type(answer).__name__}, which cannot be awaited"
-            )
-        return await answer
-    except BaseException as exc:
-        if isinstance(exc, Exception) or not guard.is_of_user(exc):
-            raise
-        # As it is, it would pass for a cancellation of the one who asks.
-        raise EmitterError(
-            "the function that gives the key has awaited a task or a future that was cancelled"
-        ) from exc
+
+async def _only_async(source: Callable[[], Awaitable[str]]) -> str:
+    answer = source()
+    if not isinstance(answer, Awaitable):
+        raise TypeError(
+            "a function that gives a key must be async: it returned "
+            f"{type(answer).__name__}, which cannot be awaited"
+        )
+    return await answer

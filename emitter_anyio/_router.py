@@ -155,3 +155,45 @@ class Router(Generic[T]):
             names = () if at_end else dict.fromkeys((path[depth], "+"))
             nodes = [node.below[name] for node in nodes for name in names if name in node.below]
         return reached
+
+
+class Routes(Generic[T]):
+    """
+    The receivers of each event, by the channel that they ask for.
+
+    :param matcher: how the broker matches
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher: Matcher = matcher
+        self.messages: Router[T] = Router(matcher)
+        self._others: dict[str, Router[T]] = {}
+
+    def add(self, event: str, receiver: T, channel: str | None) -> None:
+        """Add a receiver of an event; ``None`` stands for every channel."""
+        self._router(event).add(receiver, channel)
+
+    def discard(self, event: str, receiver: T) -> None:
+        """Remove a receiver of an event."""
+        self._router(event).discard(receiver)
+
+    def reached(self, event: str, channel: str = "/") -> tuple[T, ...]:
+        """
+        Return the receivers of an event.
+
+        :param channel: the event's channel; receivers of events without one ask for every channel
+        """
+        return self._router(event).receivers[channel]
+
+    def __iter__(self) -> Iterator[T]:
+        # Copies: statistics() in another thread iterates while receivers come and go.
+        for router in (self.messages, *tuple(self._others.values())):
+            yield from router
+
+    def _router(self, event: str) -> Router[T]:
+        if event == "message":
+            return self.messages
+        router = self._others.get(event)
+        if router is None:
+            router = self._others[event] = Router(self._matcher)
+        return router

@@ -1,19 +1,18 @@
-"""What was asked of the broker and what is pending. Events in, packets out.
+"""The conversation with the broker on one connection. Decoded packets in, packets out.
 
-The session knows neither sockets nor tasks: it allots the packet ids, matches what the broker says
-with what was asked, and counts who uses which subscription. The broker refuses *before* it
-acknowledges, and names the packet (``req``), so an acknowledgement without a refusal before it is a
-yes.
+The session knows neither sockets nor tasks: it allots the packet ids and matches replies with
+requests. The broker refuses *before* it acknowledges, and names the packet (``req``), so an
+acknowledgement without a refusal before it means success.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar
 
 from . import _requests as requests
-from ._channels import Key, format_topic, unshare
+from ._channels import Key, format_topic
 from ._checks import is_whole
 from ._errors import (
     EmitterError,
@@ -21,7 +20,6 @@ from ._errors import (
     RequestError,
 )
 from ._errors import refusal as refusal_of
-from ._grants import Grants
 from ._hints import refused
 from ._messages import EmitterMessage
 from ._packets import (
@@ -40,92 +38,130 @@ from ._packets import (
 )
 from ._pending import Emission, Grant, Pending, Replay
 from ._requests import NonsenseError, Request
-from ._router import Matcher, reaches
+from ._router import overlap, reaches
+from ._wants import Wants
 
 T = TypeVar("T")
 
+EncodePublish: TypeAlias = Callable[[bytes, bytes, bool, int | None], bytes]
+"""Encodes a PUBLISH from its topic, payload, retain flag and packet id (``None`` for QoS 0)."""
+
 SYSTEM: Final = "emitter/"
-"""Below this the broker answers; anybody with a wide enough key may publish there too."""
+"""The broker replies below this channel; anyone with a wide enough key may publish there too."""
 
-_IDS: Final = 65535
-_KEPT_IDS: Final = 4096
+_PACKET_IDS: Final = 65535
+_RESERVED_PACKET_IDS: Final = 4096
+"""Packet ids kept for packets that must leave without waiting, such as UNSUBSCRIBE."""
+
+_REPLAY_BYTES: Final = 65536
+"""The broker replays at most this many bytes to one subscription."""
 
 
-class Session(Grants):
+class Session:
     """
-    The state of the conversation with the broker.
+    The packet ids, pending calls and counters of one connection.
 
-    :param send: takes each packet that is to leave, in order
-    :param matcher: how the broker matches subscriptions
-    :param allow_collisions: whether the broker keeps channels of the same fingerprint apart
+    :param wants: what the client wants from every connection
+    :param send: queues a packet
+    :param write: queues an encoded PUBLISH
+    :param encode_publish: encodes a PUBLISH
     """
 
     def __init__(
         self,
+        wants: Wants,
         send: Callable[[Packet], None],
-        *,
-        matcher: Matcher = "emitter",
-        allow_collisions: bool = False,
+        write: Callable[[bytes], None],
+        encode_publish: EncodePublish,
     ) -> None:
-        super().__init__(matcher, allow_collisions=allow_collisions)
+        self._wants = wants
         self._send = send
+        self._write = write
+        self._encode_publish = encode_publish
         self._pending: dict[int, Pending[Any]] = {}
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self.published = 0
-        """How many publishes of QoS 0 there were on this link, which nothing answers."""
         self._settled = 0
         self._refusal: RequestError | None = None
+        self._replays: dict[Grant, int] = {}
+        """The bytes that the broker might still replay to each subscription."""
+        self._left_feeds: set[str] = set()
+        self.published = 0
+        """The number of QoS 0 publishes, which are not acknowledged."""
         self.answered = 0
-        """How many things that were asked have been acknowledged, on all links."""
+        """The number of acknowledgements received."""
         self.nonsense = 0
-        """How many things came that the broker would not send."""
+        """The number of unexpected packets and replies received."""
         self.connection_id: str | None = None
 
-    # What is asked
+    # Requests
 
     @property
     def pending(self) -> int:
-        """How many acknowledgements are outstanding."""
+        """The number of outstanding acknowledgements."""
         return len(self._pending) + len(self._pings)
 
     @property
     def unsettled(self) -> bool:
-        """Tell whether the broker has yet to say that it has taken something published."""
+        """Whether the broker might not have read everything that was published."""
         published = (one.operation.startswith("publish") for one in self._pending.values())
         return self.published > self._settled or any(published)
 
     @property
     def full(self) -> bool:
-        """Tell whether packet ids are scarce: some are kept for what leaves without waiting."""
-        return len(self._pending) >= _IDS - _KEPT_IDS
+        """Whether only the reserved packet ids are left."""
+        return len(self._pending) >= _PACKET_IDS - _RESERVED_PACKET_IDS
+
+    @property
+    def replays(self) -> bool:
+        """Whether the broker might be replaying stored messages."""
+        return bool(self._replays)
 
     def call_when_free(self, waker: Callable[[], None]) -> None:
-        """Have a function called when a packet id is free again, or the link is lost."""
+        """Have a function called when a packet id becomes free, or the connection is lost."""
         self._when_free.append(waker)
 
-    def expect_confirmation(
-        self, key: str | None, channel: str | None
-    ) -> tuple[Pending[None], int]:
-        """
-        Be ready for the answer to a publish of QoS 1, which the caller sends on its own.
+    def publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
+        """Queue a QoS 0 publish."""
+        packet = self._encode_publish(topic, payload, retain, None)
+        self.published += 1
+        self._write(packet)
 
-        :param key: the key; ``None`` if it goes through a link
-        :return: what is pending, and the packet's id
+    def publish_carried(self, packets: Sequence[bytes]) -> None:
+        """Queue encoded QoS 0 publishes of which an earlier connection has sent no byte."""
+        self.published += len(packets)
+        for packet in packets:
+            self._write(packet)
+
+    def publish_confirmed(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        retain: bool = False,
+    ) -> Pending[None]:
+        """
+        Queue a QoS 1 publish.
+
+        :param key: the key, for errors; ``None`` for a publish through an Emitter link
         """
         operation = "publish_with_link" if key is None else "publish"
         pending: Pending[None] = Pending(operation, key, channel, settles=self.published)
-        return pending, self._register(pending)
+        packet_id = self._register(pending)
+        try:
+            packet = self._encode_publish(topic, payload, retain, packet_id)
+        except BaseException:
+            self._forget(packet_id)
+            raise
+        self._write(packet)
+        return pending
 
-    def forget(self, packet_id: int) -> None:
-        """Free the id of a packet that could not be encoded and so was not sent."""
-        del self._pending[packet_id]
-        if self._when_free:
-            self._tell_free()
-
-    def request(self, request: Request[T], *, awaited: bool = True) -> Pending[T]:
-        """Ask a control request."""
+    def request(
+        self, request: Request[T], *, awaited: bool = True, quiet: bool = False
+    ) -> Pending[T]:
+        """Send a control request."""
         pending: Pending[T] = Pending(
             request.operation,
             request.key,
@@ -133,6 +169,7 @@ class Session(Grants):
             request=request,
             settles=self.published,
             awaited=awaited,
+            quiet=quiet,
         )
         topic = request.topic.encode()
         self._send_asking(pending, lambda packet_id: Publish(topic, request.body, packet_id))
@@ -140,8 +177,9 @@ class Session(Grants):
 
     def ping(self, *, awaited: bool = True) -> Pending[RequestError | None]:
         """
-        Send a barrier; its value is the first refusal of a publish of QoS 0 since the last one
-        that somebody waited for.
+        Send a PINGREQ.
+
+        Its value is the first refusal of a QoS 0 publish since the last awaited one.
         """
         pending: Pending[RequestError | None] = Pending(
             "flush", settles=self.published, awaited=awaited
@@ -155,79 +193,103 @@ class Session(Grants):
         Use a subscription; the broker is asked once for each key and filter.
 
         :param source: the key as the user gave it
-        :param key: the key itself
-        :param filter: the channel, with its group in front if it is shared
-        :return: the grant, and whether the replay has to come from a history request, since on
-            the wire it would reach other subscribers too
-        :raises SubscriptionConflictError: if the broker would mix it up with another one
+        :param key: the key as the broker gets it
+        :param filter: the channel, preceded by its group if it is shared
+        :return: the subscription, and whether the replay has to come from a history request,
+            because other subscribers would receive a replay by the broker
+        :raises SubscriptionConflictError: if the broker could not keep it apart from another one
         """
-        others = self._grants.get(filter)
-        if others is None:
-            self._check_collision("subscription", filter, self._grants)
-            self._check_groups(filter)
-        shared = self.overlapped(filter) or self._is_deaf(filter)
-        grant = None if others is None else others.get(source)
+        wants = self._wants
+        wants.check(filter)
+        shared = wants.overlaps(filter) or wants.gets_replays_only(filter)
+        grant = wants.find(source, filter)
         if grant is None:
             grant = Grant(source, key, filter)
-            self._ask_for(grant, Replay(last=0) if shared else replay)
-        grant.users += 1
+            self._ask_for(grant, key, Replay(last=0) if shared else replay)
+            wants.add(grant)
+        grant.use()
         return grant, shared and not replay.nothing
 
     def restore(self) -> list[Grant]:
         """
-        Ask for every subscription again, on a new link.
+        Ask for every subscription, on a new connection.
 
-        What is refused then is kept: whoever restores it asks again with another key, or drops it.
-
-        :return: what was asked for
+        A refused one is kept: the caller asks again with another key, or removes it.
         """
-        self._linked = True
-        grants = [grant for by_source in self._grants.values() for grant in by_source.values()]
+        grants = self._wants.grants
         for grant in grants:
-            self._ask_for(grant, Replay(last=0))
+            self._ask_for(grant, grant.key, Replay(last=0))
         return grants
 
     def ask_again(self, grant: Grant, key: str) -> None:
-        """Ask with another key for a subscription that was refused."""
-        grant.key = key
-        self._ask_for(grant, Replay(last=0))
+        """Ask for a refused subscription with another key."""
+        self._ask_for(grant, key, Replay(last=0))
+        self._wants.add(grant)
 
-    def drop(self, grant: Grant) -> None:
-        """Give up a subscription that was refused, whoever uses it."""
-        # It is not unsubscribed; another key, whose users have left, may have to be.
-        grants = self._grants.get(grant.filter, {})
-        if grants.get(grant.source) is grant:
-            del grants[grant.source]
-            self._tidy(grant.filter)
-
-    def release(self, grant: Grant) -> Pending[None] | None:
+    def unsubscribe_unused(self, grants: Sequence[Grant]) -> Pending[None] | None:
         """
-        Stop using a subscription.
+        Unsubscribe what :meth:`Wants.leave` or :meth:`Wants.remove` returned.
 
-        :return: the UNSUBSCRIBE, if that was the last user of the filter
+        :return: the UNSUBSCRIBE, if there is one
         """
-        grant.users -= 1
-        return self._tidy(grant.filter)
+        # One accepted key is enough. Of those still being asked, each might be the good one; if
+        # its SUBSCRIBE is going to be refused, the UNSUBSCRIBE is as well, which is no news.
+        usable = [grant for grant in grants if not grant.refused]
+        granted = [grant for grant in usable if grant.asked.done]
+        pending: Pending[None] | None = None
+        for grant in granted[:1] or usable:
+            quiet = not grant.asked.done
+            pending = self.unsubscribe(grant.key, grant.filter, awaited=False, quiet=quiet)
+        return pending
 
-    def unsubscribe(self, key: str, filter: str) -> Pending[None]:
-        """Tell the broker to unsubscribe what nobody uses here."""
-        pending: Pending[None] = Pending("unsubscribe", key, filter, settles=self.published)
+    def unsubscribe(
+        self, key: str, filter: str, *, awaited: bool = True, quiet: bool = False
+    ) -> Pending[None]:
+        """Send an UNSUBSCRIBE."""
+        pending: Pending[None] = Pending(
+            "unsubscribe", key, filter, settles=self.published, awaited=awaited, quiet=quiet
+        )
         topic = format_topic(key, filter)
         self._send_asking(pending, lambda packet_id: Unsubscribe(packet_id, topic))
         return pending
 
+    def leave_feed(self, channel: str) -> None:
+        """Ignore presence changes that are on their way to a feed without users."""
+        self._left_feeds.add(channel)
+
+    def feed_ended(self, channel: str) -> None:
+        """Note that the broker sends no more changes of such a feed."""
+        self._left_feeds.discard(channel)
+
     def awaited(self) -> list[Pending[Any]]:
-        """Give what is not settled yet and somebody waits for."""
+        """Return the pending packets whose outcome a caller awaits."""
         asked = (*self._pending.values(), *self._pings)
         return [pending for pending in asked if pending.awaited and not pending.done]
 
-    # What the broker says
+    # Replays
+
+    def replaying(self, channel: str) -> Pending[None] | None:
+        """Return a SUBSCRIBE whose replay would also reach a subscription to a channel."""
+        for grant in self._replays:
+            if overlap(channel, grant.channel, self._wants.matcher):
+                return grant.asked
+        return None
+
+    def in_replay(self, message: EmitterMessage) -> bool:
+        """Return whether a message might belong to a replay, and count its bytes."""
+        for grant, left in self._replays.items():
+            if left > 0 and reaches(grant.channel, message.channel, self._wants.matcher):
+                self._replays[grant] = left - len(message.binary) - 1
+                return True
+        return False
+
+    # Replies
 
     def receive(self, event: Answer) -> Iterable[Emission]:
         """
-        Take in an event that is no ordinary message.
+        Handle a decoded packet other than an ordinary message.
 
-        :return: what is to be emitted
+        :return: the events to emit
         :raises RemoteProtocolError: if the broker may not send it now
         """
         if isinstance(event, PubAck):
@@ -250,81 +312,63 @@ class Session(Grants):
 
     def lost(self, error: Callable[[], Exception]) -> int:
         """
-        The link is gone: what is pending fails, and the packet ids are free again.
+        Fail everything that is pending, because the connection has ended.
 
-        What was granted is kept, to be restored on the next link.
-
-        :return: how many publishes of QoS 0 the broker is not known to have taken
+        :param error: makes the exception of each call
+        :return: the number of QoS 0 publishes that the broker might not have read
         """
-        self._forget_link()
         pending = [*self._pending.values(), *self._pings]
         self._pending.clear()
         self._pings.clear()
-        self._tell_free()
+        self._replays.clear()
+        self._wake_waiters()
         unsettled = self.published - self._settled
         self.published = self._settled = 0
-        self.connection_id = None
         for one in pending:
             one.fail(error)
         return unsettled
 
-    # How
+    # Details
 
-    def _ask_for(self, grant: Grant, replay: Replay) -> None:
-        topic = format_topic(grant.key, grant.filter, replay.options)
+    def _ask_for(self, grant: Grant, key: str, replay: Replay) -> None:
+        topic = format_topic(key, grant.filter, replay.options)
         pending: Pending[None] = Pending(
-            "subscribe", grant.key, grant.filter, settles=self.published
+            "subscribe", key, grant.filter, settles=self.published, grant=grant
         )
         self._send_asking(pending, lambda packet_id: Subscribe(packet_id, topic))
-        pending.grant, grant.asked, grant.refused = grant, pending, False
+        grant.ask(key, pending)
         if not replay.nothing:
-            self.replays.add(grant)
-        self._grants.setdefault(grant.filter, {})[grant.source] = grant
+            self._replays[grant] = _REPLAY_BYTES
 
     def _send_asking(self, pending: Pending[Any], make: Callable[[int], Packet]) -> None:
         packet_id = self._register(pending)
         try:
             self._send(make(packet_id))
         except BaseException:
-            self.forget(packet_id)
+            self._forget(packet_id)
             raise
 
     def _register(self, pending: Pending[Any]) -> int:
-        if len(self._pending) >= _IDS:
+        if len(self._pending) >= _PACKET_IDS:
             raise RuntimeError("every packet id is taken by what the broker has not acknowledged")
         packet_id = self._last_id
         while True:
-            packet_id = packet_id % _IDS + 1
+            packet_id = packet_id % _PACKET_IDS + 1
             if packet_id not in self._pending:
                 break
         self._last_id = packet_id
         self._pending[packet_id] = pending
         return packet_id
 
-    def _tell_free(self) -> None:
+    def _forget(self, packet_id: int) -> None:
+        del self._pending[packet_id]
+        if self._when_free:
+            self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
         wakers, self._when_free = self._when_free, []
         for waker in wakers:
             waker()
-
-    def _tidy(self, filter: str) -> Pending[None] | None:
-        """Unsubscribe a filter that nobody uses any more, under whichever key."""
-        grants = self._grants.get(filter, {})
-        if any(grant.users for grant in grants.values()):
-            return None
-        self._grants.pop(filter, None)
-        if not self._linked:
-            # The broker has forgotten all of it with the link.
-            return None
-        # A key that is granted will do. Of those that may be refused yet, any may be the good one;
-        # if the SUBSCRIBE is going to be refused, so is the UNSUBSCRIBE, and that is no news.
-        usable = [grant for grant in grants.values() if not grant.refused]
-        granted = [grant for grant in usable if grant.asked.done]
-        pending: Pending[None] | None = None
-        for grant in granted[:1] or usable:
-            pending = self.unsubscribe(grant.key, filter)
-            pending.awaited = False
-            pending.quiet = not grant.asked.done
-        return pending
 
     def _acknowledged(
         self, packet_id: int, kind: type[Answer], codes: tuple[int, ...] = ()
@@ -332,7 +376,7 @@ class Session(Grants):
         pending = self._pending.get(packet_id)
         if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
             return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
-        self.forget(packet_id)
+        self._forget(packet_id)
         self.answered += 1
         if pending.settles > self._settled:
             self._settled = pending.settles
@@ -342,14 +386,13 @@ class Session(Grants):
         if kind is SubAck:
             denied = not codes or codes[0] >= 0x80
             refusal = (refusal or (None, "the broker refused without a reason")) if denied else None
-            # Only subscribe() waits for a SUBACK, and it has made a grant.
-            assert pending.grant is not None
-            self.replays.discard(pending.grant)
-            pending.grant.refused = denied
-            if not denied:
-                pending.grant.granted = True
-            elif not pending.grant.granted:
-                self.drop(pending.grant)
+            # Only a SUBSCRIBE is acknowledged by a SUBACK, and it has a grant.
+            grant = pending.grant
+            assert grant is not None
+            self._replays.pop(grant, None)
+            grant.answer(accepted=not denied)
+            if not grant.accepted:
+                self.unsubscribe_unused(self._wants.remove(grant))
         if refusal is not None:
             return self._refuse(pending, *refusal)
         if pending.request is None:
@@ -390,7 +433,7 @@ class Session(Grants):
         if request is None:
             if operation != "error":
                 return None
-            pending.refusal = pending.refusal or requests.refusal_in(answer)
+            pending.note_refusal(requests.refusal_in(answer))
             return ()
         if operation != request.operation:
             return None
@@ -400,7 +443,7 @@ class Session(Grants):
             refusal = requests.refusal_in(answer)
             value = None if refusal else request.parse(answer)
         except NonsenseError as exc:
-            pending.nonsense = str(exc)
+            pending.note_nonsense(str(exc))
             raise
         if refusal:
             return self._refuse(pending, *refusal)
@@ -414,9 +457,9 @@ class Session(Grants):
     def _unasked(self, operation: str, answer: Any) -> Iterable[Emission] | None:
         if operation == "presence":
             event = requests.presence_event(answer)
-            if any(reaches(feed, event.channel, self._matcher) for feed in self._feeds):
+            if self._wants.feed_reaches(event.channel):
                 return (Emission("presence", event),)
-            if any(reaches(feed, event.channel, self._matcher) for feed in self._left_feeds):
+            if any(reaches(feed, event.channel, self._wants.matcher) for feed in self._left_feeds):
                 # It was on its way when the feed was left.
                 return ()
         elif operation == "error" and self.published > self._settled:
@@ -435,8 +478,7 @@ class Session(Grants):
 
     def _stray(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
         # A wide subscription ("+/") receives what its users publish below "emitter/" too.
-        channels = (unshare(filter)[1] for filter in self._grants)
-        if any(reaches(channel, message.channel, self._matcher) for channel in channels):
+        if self._wants.subscription_reaches(message.channel):
             return (Emission("message", message),)
         return self._report(f"a message on {message.channel[:64]!r}: {why}")
 

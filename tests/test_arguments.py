@@ -17,7 +17,9 @@ import pytest
 from emitter_anyio import Backoff, Emitter, MessageTooLargeError, Will, connect
 from emitter_anyio import _requests as requests
 from emitter_anyio._pending import Replay
+from emitter_anyio._protocol._fast_path import encode_publish
 from emitter_anyio._session import Session
+from emitter_anyio._wants import Wants
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Packet, Peer, memory_peer
@@ -471,7 +473,7 @@ async def test_a_publish_that_cannot_be_encoded_leaves_nothing_pending(
 
     async with memory_peer(script) as way, one_link(connectable=way) as emitter:
         with monkeypatch.context() as patch:
-            patch.setattr(emitter._connection, "encode_publish", encode)
+            patch.setattr(emitter._slot.session, "_encode_publish", encode)
             with pytest.raises(MemoryError):
                 await call(emitter, "publish", {**arguments_of("publish"), "qos": qos})
         assert emitter.statistics().pending == 0
@@ -481,7 +483,8 @@ def test_a_request_that_cannot_be_encoded_leaves_nothing_pending() -> None:
     def send(packet: object) -> None:
         raise MemoryError
 
-    session = Session(send)
+    wants = Wants("emitter")
+    session = Session(wants, send, send, encode_publish)
     freed: list[None] = []
     session.call_when_free(lambda: freed.append(None))
     for ask in (
@@ -491,4 +494,4 @@ def test_a_request_that_cannot_be_encoded_leaves_nothing_pending() -> None:
     ):
         with pytest.raises(MemoryError):
             ask()
-    assert (session.pending, session.in_use("a/"), freed) == (0, False, [None])
+    assert (session.pending, wants.is_subscribed("a/"), freed) == (0, False, [None])

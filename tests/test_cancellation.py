@@ -16,6 +16,7 @@ from emitter_anyio.testing import Broker
 from tests.support.adversity import broker_in_memory
 from tests.support.memory import MemoryConnectable
 from tests.support.steps import all_styles, cancel_in_step, styles
+from tests.support.tables import tables
 
 Verb = Callable[[], Awaitable[object]]
 
@@ -321,11 +322,19 @@ async def is_clean(emitter: Emitter, broker: Broker) -> None:
     assert not client.watched
     figures = emitter.statistics()
     assert (figures.pending, figures.nonsense, figures.dropped) == (0, 0, 0)
-    assert not [one for one in emitter._session._grants if not one.startswith("a/s/")]
-    assert not [one for one in emitter._subscriptions if not one.filter.startswith("a/s/")]
-    tables = (emitter._awaited, emitter._watches, emitter._feeds, emitter._keys._asking)
-    assert not any(tuple(table) for table in tables), tables
-    assert not any(replies.waiting for replies in emitter._replies.values())
+    kept = tables(emitter)
+    assert not [one for one in kept.get("Wants._grants", ()) if not one.startswith("a/s/")]
+    subscriptions = kept.get("Subscriptions._subscriptions", ())
+    assert not [one for one in subscriptions if not one.filter.startswith("a/s/")]
+    for name in (
+        "Wants._feeds",
+        "Subscriptions._awaited",
+        "Presence._watches",
+        "Presence._for_handlers",
+        "KeyRing._asking",
+        "_Replies.waiting",
+    ):
+        assert name not in kept, kept
 
 
 @pytest.mark.virtual_time

@@ -26,6 +26,7 @@ from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
 from emitter_anyio._tasks import Tasks
 from emitter_anyio._transport import SocketTransport
+from emitter_anyio._wants import Wants
 from emitter_anyio._writer import _HIGH_WATER
 from tests.support import packets
 from tests.support.leaks import open_sockets
@@ -612,8 +613,8 @@ async def test_nothing_goes_behind_disconnect(anyio_backend: object) -> None:
                 await emitter.publish("k", "a/", "too late")
             refused.append(emitter.state)
             # What is given back now has nothing to say, either.
-            assert emitter._connection is not None
-            emitter._connection.send(Publish(b"k/a/", b"too late"))
+            assert emitter._slot.connection is not None
+            emitter._slot.connection.send(Publish(b"k/a/", b"too late"))
 
     async with memory_peer(script) as connectable, anyio.create_task_group() as tasks:
         start = anyio.current_time()
@@ -657,9 +658,9 @@ async def test_a_link_may_be_closed_before_it_has_begun(anyio_backend: object) -
 
     kinds: list[int] = []
     async with tcp_peer(script) as port:
-        link = await open_connection(make_options(f"mqtt://127.0.0.1:{port}", {}))
+        link = await open_connection(make_options(f"mqtt://127.0.0.1:{port}", {}), Wants("emitter"))
         link.close()
-        assert await link.run(deliver, lambda answered: None, Tasks(print)) is None
+        assert await link.run(deliver, Tasks(print)) is None
     assert kinds == [CONNECT, DISCONNECT]
 
 
@@ -698,7 +699,7 @@ async def test_a_link_that_breaks_while_a_consumer_holds_it_up_ends(
         emitter = one_link(**options)
         with pytest.raises(ConnectionLostError) as caught:
             async with emitter, emitter.stream("message", buffer=1, overflow="block"):
-                connection = emitter._connection
+                connection = emitter._slot.connection
                 assert connection is not None
                 while not connection.held_up:
                     await checkpoint()

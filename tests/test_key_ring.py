@@ -5,6 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
+from emitter_anyio._guard import Guard
 from emitter_anyio._keys import KeyRing
 from tests.client.tools import Keys
 
@@ -14,8 +15,8 @@ REFUSED = "A" * 32
 async def test_a_ring_forgets_what_is_too_much(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._keys._KNOWN", 2)
-    ring = KeyRing()
+    monkeypatch.setattr("emitter_anyio._keys._CACHED_KEYS", 2)
+    ring = KeyRing(Guard())
     keys = [Keys(letter) for letter in "abc"]
     for one in keys:
         await ring.get(one)
@@ -25,7 +26,7 @@ async def test_a_ring_forgets_what_is_too_much(
 
 
 async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: object) -> None:
-    ring, keys = KeyRing(), Keys(REFUSED)
+    ring, keys = KeyRing(Guard()), Keys(REFUSED)
     assert await ring.get(keys) == REFUSED
     async with anyio.create_task_group() as tasks:
         for _ in range(10):
@@ -36,7 +37,7 @@ async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: ob
 
 
 async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: object) -> None:
-    ring = KeyRing()
+    ring = KeyRing(Guard())
     restored = anyio.Event()
     asked = 0
 

@@ -42,9 +42,11 @@ from emitter_anyio._packets import (
     Unsubscribe,
 )
 from emitter_anyio._pending import Emission, Grant, Pending, Replay
+from emitter_anyio._protocol._fast_path import encode_publish
 from emitter_anyio._requests import ChannelKey, Me, Request
 from emitter_anyio._router import Matcher, overlap
 from emitter_anyio._session import Session
+from emitter_anyio._wants import Wants
 
 KEY = "k" * 32
 OTHER = "o" * 32
@@ -69,7 +71,9 @@ class Link:
     def __init__(self, matcher: Matcher = "emitter", *, allow_collisions: bool = False) -> None:
         self.sent: list[Packet] = []
         self.emitted: list[Emission] = []
-        self.session = Session(self.sent.append, matcher=matcher, allow_collisions=allow_collisions)
+        self.wants = Wants(matcher, allow_collisions=allow_collisions)
+        self.written: list[bytes] = []
+        self.session = Session(self.wants, self.sent.append, self.written.append, encode_publish)
 
     def hear(self, *events: Answer) -> list[Emission]:
         """Take events in; gives what they emit."""
@@ -78,9 +82,26 @@ class Link:
         return emitted
 
     def publish(self, key: str = KEY, channel: str = "a/") -> Pending[None]:
-        pending, packet_id = self.session.expect_confirmation(key, channel)
-        self.sent.append(Publish(f"{key}/{channel}".encode(), b"x", packet_id))
+        topic = f"{key}/{channel}".encode()
+        pending = self.session.publish_confirmed(topic, b"x", key, channel)
+        self.sent.append(Publish(topic, b"x", self.session._last_id))
         return pending
+
+    def publish_at_0(self) -> None:
+        self.session.publish(b"k/a/", b"x")
+
+    def release(self, grant: Grant) -> Pending[None] | None:
+        return self.session.unsubscribe_unused(self.wants.leave(grant))
+
+    def unwatch(self, channel: str) -> None:
+        assert self.wants.unwatch(channel)
+        self.session.leave_feed(channel)
+
+    def lose(self) -> None:
+        """Lose the connection; the next one has a session of its own."""
+        self.wants.keep_accepted()
+        self.session.lost(lambda: ConnectionLostError("gone"))
+        self.session = Session(self.wants, self.sent.append, self.written.append, encode_publish)
 
     def subscribe(self, key: str = KEY, channel: str = "a/", replay: Replay = ANY) -> Grant:
         return self.session.subscribe(key, key, channel, replay)[0]
@@ -114,7 +135,7 @@ class TestPacketIds:
         assert ids == [1, 2, 3, 4]
 
     def test_a_publish_of_qos_0_and_a_ping_have_none(self, link: Link) -> None:
-        link.session.published += 1
+        link.publish_at_0()
         link.session.ping()
         assert link.sent == [PingReq()]
 
@@ -152,7 +173,7 @@ class TestPacketIds:
         called = []
         link.session.call_when_free(lambda: called.append("first"))
         grant = link.subscribe()
-        link.session.release(grant)
+        link.release(grant)
         assert called == []
         link.hear(PubAck(100))
         assert called == ["first"]
@@ -164,14 +185,14 @@ class TestPacketIds:
             link.publish()
         called = []
         link.session.call_when_free(lambda: called.append("freed"))
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.lose()
         assert called == ["freed"]
         assert link.session.pending == 0
 
     def test_more_than_there_are_is_an_error_and_no_endless_search(
         self, link: Link, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_session, "_IDS", 3)
+        monkeypatch.setattr(_session, "_PACKET_IDS", 3)
         for _ in range(3):
             link.publish()
         with pytest.raises(RuntimeError, match="packet id"):
@@ -188,7 +209,7 @@ class TestPacketIds:
         assert link.session.unsettled
         link.hear(PubAck(2))
         assert not link.session.unsettled
-        link.session.published += 1
+        link.publish_at_0()
         assert link.session.unsettled
         link.session.ping()
         link.hear(PingResp())
@@ -206,8 +227,7 @@ class TestPacketIds:
 
 class TestPublishing:
     def test_accepted(self, link: Link) -> None:
-        pending, packet_id = link.session.expect_confirmation(KEY, "a/")
-        assert packet_id == 1
+        pending = link.session.publish_confirmed(b"k/a/", b"x", KEY, "a/")
         assert not pending.done
         assert link.hear(PubAck(1)) == []
         assert pending.done
@@ -364,7 +384,7 @@ class TestRequests:
         link.session.request(requests.me())
         link.hear(answer("me", req=1, id="X"))
         assert link.session.connection_id == "X"
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.lose()
         assert link.session.connection_id is None
 
 
@@ -376,7 +396,7 @@ class TestFlush:
 
     def test_the_first_refusal_among_the_publishes_of_qos_0(self, link: Link) -> None:
         for _ in range(3):
-            link.session.published += 1
+            link.publish_at_0()
         pending = link.session.ping()
         emitted = link.hear(no(status=400), no(status=401), PingResp())
         assert [type(emission.value) for emission in emitted] == [
@@ -390,7 +410,7 @@ class TestFlush:
         assert "qos=1" in str(refusal)
 
     def test_each_refusal_is_told_by_one_flush(self, link: Link) -> None:
-        link.session.published += 1
+        link.publish_at_0()
         first = link.session.ping()
         second = link.session.ping()
         link.hear(no(), PingResp(), PingResp())
@@ -398,7 +418,7 @@ class TestFlush:
         assert second.result() is None
 
     def test_a_ping_of_the_keepalive_keeps_it_for_the_next_flush(self, link: Link) -> None:
-        link.session.published += 1
+        link.publish_at_0()
         link.session.ping(awaited=False)
         link.hear(no(), PingResp())
         pending = link.session.ping()
@@ -407,7 +427,7 @@ class TestFlush:
 
     def test_behind_what_settles_them_no_more_refusals_count(self, link: Link) -> None:
         for settle in ("ping", "publish", "request"):
-            link.session.published += 1
+            link.publish_at_0()
             if settle == "ping":
                 link.session.ping()
                 link.hear(PingResp())
@@ -424,12 +444,12 @@ class TestFlush:
 
     def test_what_was_asked_before_the_publish_does_not_settle_it(self, link: Link) -> None:
         link.publish()
-        link.session.published += 1
+        link.publish_at_0()
         (emission,) = link.hear(PubAck(1), no())
         assert isinstance(emission.value, UnauthorizedError)
 
     def test_an_error_of_status_200_is_no_refusal(self, link: Link) -> None:
-        link.session.published += 1
+        link.publish_at_0()
         pending = link.session.ping()
         link.hear(no(status=200), PingResp())
         assert pending.result() is None
@@ -455,8 +475,8 @@ class TestSubscriptions:
         assert not grant.asked.done
         assert link.hear(SubAck(1, (0,))) == []
         grant.asked.result()
-        assert link.session.in_use("a/")
-        assert not link.session.in_use("b/")
+        assert link.wants.is_subscribed("a/")
+        assert not link.wants.is_subscribed("b/")
 
     def test_it_is_asked_once_for_each_key_and_channel(self, link: Link) -> None:
         first = link.subscribe()
@@ -483,48 +503,48 @@ class TestSubscriptions:
         link.subscribe()
         assert link.session.subscribe(KEY, KEY, "a/b/", ANY)[1] is False
         assert link.session.subscribe(KEY, KEY, "a/#/", ANY)[1] is True
-        assert link.session.overlapped("a/b/c/")
-        assert not link.session.overlapped("c/")
+        assert link.wants.overlaps("a/b/c/")
+        assert not link.wants.overlaps("c/")
 
     def test_it_is_given_back_when_the_last_user_has_left(self, link: Link) -> None:
         grant = link.granted()
         link.subscribe()
         link.sent.clear()
-        assert link.session.release(grant) is None
-        pending = link.session.release(grant)
+        assert link.release(grant) is None
+        pending = link.release(grant)
         assert link.sent == [Unsubscribe(2, f"{KEY}/a/")]
         assert pending is not None
         assert not pending.awaited
         assert link.hear(UnsubAck(2)) == []
         pending.result()
-        assert not link.session.in_use("a/")
+        assert not link.wants.is_subscribed("a/")
 
     def test_the_last_user_of_the_channel_under_any_key(self, link: Link) -> None:
         first, second = link.granted(), link.granted(OTHER)
         link.sent.clear()
-        assert link.session.release(first) is None
-        assert link.session.in_use("a/")
-        assert link.session.release(second) is not None
+        assert link.release(first) is None
+        assert link.wants.is_subscribed("a/")
+        assert link.release(second) is not None
         assert len(link.sent) == 1
 
     def test_whoever_comes_back_meanwhile_need_not_ask_again(self, link: Link) -> None:
         first, second = link.granted(), link.granted(OTHER)
-        link.session.release(first)
+        link.release(first)
         link.sent.clear()
         assert link.subscribe() is first
         assert link.sent == []
-        link.session.release(second)
+        link.release(second)
         assert link.sent == []
 
     def test_asked_again_after_it_was_given_back(self, link: Link) -> None:
         first = link.granted()
-        link.session.release(first)
+        link.release(first)
         second = link.subscribe()
         assert second is not first
         assert isinstance(link.sent[-1], Subscribe)
         link.hear(UnsubAck(2), SubAck(3, (0,)))
         second.asked.result()
-        assert link.session.in_use("a/")
+        assert link.wants.is_subscribed("a/")
 
     @pytest.mark.parametrize("codes", [(128,), (), (255,), (128, 0)])
     def test_refused(self, link: Link, codes: tuple[int, ...]) -> None:
@@ -533,8 +553,8 @@ class TestSubscriptions:
         with pytest.raises(UnauthorizedError) as caught:
             grant.asked.result()
         assert (caught.value.operation, caught.value.channel) == ("subscribe", "a/")
-        assert not link.session.in_use("a/")
-        assert link.session.release(grant) is None
+        assert not link.wants.is_subscribed("a/")
+        assert link.release(grant) is None
         assert len(link.sent) == 1, "what was refused is not unsubscribed"
 
     def test_refused_without_a_word(self, link: Link) -> None:
@@ -556,42 +576,42 @@ class TestSubscriptions:
         for grant in (first, second):
             with pytest.raises(UnauthorizedError):
                 grant.asked.result()
-            assert link.session.release(grant) is None
+            assert link.release(grant) is None
         assert len(link.sent) == 1
 
     def test_another_key_of_the_channel_stays(self, link: Link) -> None:
         good = link.granted()
         bad = link.subscribe(BAD)
         link.hear(no(2), SubAck(2, (128,)))
-        link.session.release(bad)
-        assert link.session.in_use("a/")
+        link.release(bad)
+        assert link.wants.is_subscribed("a/")
         assert len(link.sent) == 2
-        assert link.session.release(good) is not None
+        assert link.release(good) is not None
 
     def test_the_users_of_the_good_key_have_left_when_the_other_is_refused(
         self, link: Link
     ) -> None:
         good = link.granted()
         bad = link.subscribe(BAD)
-        assert link.session.release(good) is None, "the other one may be granted"
+        assert link.release(good) is None, "the other one may be granted"
         link.hear(no(2), SubAck(2, (128,)))
         assert link.sent[2:] == [Unsubscribe(3, f"{KEY}/a/")]
-        assert link.session.release(bad) is None
-        assert not link.session.in_use("a/")
+        assert link.release(bad) is None
+        assert not link.wants.is_subscribed("a/")
 
     def test_a_refusal_of_one_that_was_asked_anew(self, link: Link) -> None:
         first = link.subscribe()
-        link.session.release(first)
+        link.release(first)
         second = link.subscribe()
         link.hear(SubAck(1, (128,)), UnsubAck(2))
-        assert link.session.in_use("a/")
+        assert link.wants.is_subscribed("a/")
         link.hear(SubAck(3, (0,)))
         second.asked.result()
 
     def test_left_before_it_was_granted(self, link: Link) -> None:
         grant = link.subscribe()
         grant.asked.awaited = False
-        pending = link.session.release(grant)
+        pending = link.release(grant)
         assert link.sent[1:] == [Unsubscribe(2, f"{KEY}/a/")]
         assert pending is not None
         assert link.hear(SubAck(1, (0,)), UnsubAck(2)) == []
@@ -599,7 +619,7 @@ class TestSubscriptions:
 
     def test_left_before_it_was_refused(self, link: Link) -> None:
         grant = link.subscribe(BAD)
-        link.session.release(grant)
+        link.release(grant)
         emitted = link.hear(no(1), SubAck(1, (128,)), no(2), UnsubAck(2))
         # The caller of the subscription is told; that the UNSUBSCRIBE fails too is no news.
         assert emitted == []
@@ -608,8 +628,8 @@ class TestSubscriptions:
 
     def test_two_keys_left_before_the_first_was_refused(self, link: Link) -> None:
         bad, good = link.subscribe(BAD), link.subscribe(KEY)
-        link.session.release(bad)
-        link.session.release(good)
+        link.release(bad)
+        link.release(good)
         # The broker takes an UNSUBSCRIBE only with a key that it has taken.
         assert Unsubscribe(link.last_id, f"{KEY}/a/") in link.sent
 
@@ -621,7 +641,7 @@ class TestSubscriptions:
         assert caught.value.operation == "unsubscribe"
 
     def test_giving_back_that_is_refused_is_told(self, link: Link) -> None:
-        link.session.release(link.granted())
+        link.release(link.granted())
         (emission,) = link.hear(no(2), UnsubAck(2))
         assert isinstance(emission.value, UnauthorizedError)
 
@@ -631,9 +651,9 @@ class TestGroups:
         grant = link.granted(channel="$share/g/a/")
         assert (grant.filter, grant.channel) == ("$share/g/a/", "a/")
         assert link.sent == [Subscribe(1, f"{KEY}/$share/g/a/")]
-        assert link.session.in_use("$share/g/a/")
-        assert not link.session.in_use("a/")
-        link.session.release(grant)
+        assert link.wants.is_subscribed("$share/g/a/")
+        assert not link.wants.is_subscribed("a/")
+        link.release(grant)
         assert link.sent[1:] == [Unsubscribe(2, f"{KEY}/$share/g/a/")]
 
     @pytest.mark.parametrize(
@@ -653,7 +673,7 @@ class TestGroups:
         with pytest.raises(SubscriptionConflictError, match="second Emitter"):
             link.subscribe(channel=second)
         assert len(link.sent) == 1
-        assert not link.session.in_use(second)
+        assert not link.wants.is_subscribed(second)
 
     def test_what_does_not_overlap(self, link: Link) -> None:
         link.subscribe(channel="$share/g/a/")
@@ -680,18 +700,18 @@ class TestCollisions:
         with pytest.raises(SubscriptionConflictError, match=r"'q/p/' .*'p/q/'.*second Emitter"):
             link.subscribe(channel="q/p/")
         assert len(link.sent) == 1
-        assert not link.session.in_use("q/p/")
+        assert not link.wants.is_subscribed("q/p/")
 
     def test_of_two_presence_feeds(self, link: Link) -> None:
-        link.session.watch("d/d/")
+        link.wants.watch("d/d/")
         with pytest.raises(SubscriptionConflictError, match=r"presence.*'g/g/'"):
-            link.session.watch("g/g/")
-        assert not link.session.watched("g/g/")
+            link.wants.watch("g/g/")
+        assert not link.wants.is_watched("g/g/")
 
     def test_a_subscription_and_a_feed_are_apart(self, link: Link) -> None:
         link.subscribe(channel="p/q/")
-        link.session.watch("q/p/")
-        assert link.session.watched("q/p/")
+        link.wants.watch("q/p/")
+        assert link.wants.is_watched("q/p/")
 
     def test_a_channel_is_in_no_ones_way_but_others(self, link: Link) -> None:
         link.subscribe(channel="p/q/")
@@ -700,7 +720,7 @@ class TestCollisions:
         link.subscribe(channel="p/q/r/")
 
     def test_it_is_over_when_the_first_has_left(self, link: Link) -> None:
-        link.session.release(link.granted(channel="p/q/"))
+        link.release(link.granted(channel="p/q/"))
         link.subscribe(channel="q/p/")
         assert link.sent[-1] == Subscribe(3, f"{KEY}/q/p/")
 
@@ -708,8 +728,8 @@ class TestCollisions:
         link = Link(allow_collisions=True)
         link.subscribe(channel="p/q/")
         link.subscribe(channel="q/p/")
-        link.session.watch("d/d/")
-        link.session.watch("g/g/")
+        link.wants.watch("d/d/")
+        link.wants.watch("g/g/")
         assert len(link.sent) == 2
 
     def test_the_key_is_not_shown(self, link: Link) -> None:
@@ -723,29 +743,29 @@ class TestCollisions:
 class TestReplays:
     def test_are_under_way_until_the_acknowledgement(self, link: Link) -> None:
         grant = link.subscribe()
-        assert link.session.replays == {grant}
+        assert link.session.replays
         assert link.session.replaying("a/") is grant.asked
         assert link.session.replaying("a/b/") is grant.asked
         assert link.session.replaying("b/") is None
         link.hear(SubAck(1, (0,)))
-        assert link.session.replays == set()
+        assert not link.session.replays
         assert link.session.replaying("a/") is None
 
     @pytest.mark.parametrize("codes", [(128,), ()])
     def test_end_with_a_refusal(self, link: Link, codes: tuple[int, ...]) -> None:
         link.subscribe()
         link.hear(SubAck(1, codes))
-        assert link.session.replays == set()
+        assert not link.session.replays
 
     def test_end_with_the_link(self, link: Link) -> None:
         link.subscribe()
-        link.session.lost(lambda: ConnectionLostError("gone"))
-        assert link.session.replays == set()
+        link.lose()
+        assert not link.session.replays
 
     def test_there_are_none_where_none_is_asked_for(self, link: Link) -> None:
         link.subscribe(replay=NONE)
         link.subscribe(OTHER)
-        assert link.session.replays == set()
+        assert not link.session.replays
 
     def test_are_64_kib_at_most(self, link: Link) -> None:
         link.subscribe()
@@ -782,49 +802,49 @@ class TestPresence:
     @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
     @pytest.mark.parametrize("channel", ["a/", "a/b/c/"])
     def test_a_change_of_what_is_watched(self, link: Link, channel: str, event: str) -> None:
-        link.session.watch("a/")
+        link.wants.watch("a/")
         (emission,) = link.hear(change(channel, event))
         assert emission.event == "presence"
         assert (emission.value.channel, emission.value.event) == (channel, event)
 
     def test_of_what_nobody_watches(self, link: Link) -> None:
-        link.session.watch("a/")
+        link.wants.watch("a/")
         (emission,) = link.hear(change("b/"))
         assert isinstance(emission.value, RemoteProtocolError)
         assert link.session.nonsense == 1
 
     def test_a_change_with_a_req_is_none(self, link: Link) -> None:
-        link.session.watch("a/")
+        link.wants.watch("a/")
         forged = json.loads(change().binary) | {"req": 5}
         link.hear(answer("presence", **forged))
         assert link.session.nonsense == 1
 
     def test_one_that_was_on_its_way_when_the_feed_was_left(self, link: Link) -> None:
-        link.session.watch("a/")
-        link.session.unwatch("a/")
+        link.wants.watch("a/")
+        link.unwatch("a/")
         assert link.hear(change("a/b/")) == []
         assert link.session.nonsense == 0
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.lose()
         link.hear(change("a/b/"))
         assert link.session.nonsense == 1, "it cannot come from the link before"
 
     def test_none_is_on_its_way_when_the_broker_has_ended_the_feed(self, link: Link) -> None:
-        link.session.watch("a/")
-        link.session.unwatch("a/")
-        link.session.unwatched("a/")
-        link.session.unwatched("b/")
+        link.wants.watch("a/")
+        link.unwatch("a/")
+        link.session.feed_ended("a/")
+        link.session.feed_ended("b/")
         link.hear(change())
         assert link.session.nonsense == 1
 
     def test_a_feed_ends_with_its_last_user(self, link: Link) -> None:
-        link.session.watch("a/")
-        link.session.watch("a/")
-        assert link.session.watched("a/")
-        assert link.session.unwatch("a/") is False
-        assert link.session.watched("a/")
-        assert link.session.unwatch("a/") is True
-        assert not link.session.watched("a/")
-        assert link.session.unwatch("a/") is False
+        link.wants.watch("a/")
+        link.wants.watch("a/")
+        assert link.wants.is_watched("a/")
+        assert link.wants.unwatch("a/") is False
+        assert link.wants.is_watched("a/")
+        assert link.wants.unwatch("a/") is True
+        assert not link.wants.is_watched("a/")
+        assert link.wants.unwatch("a/") is False
         assert link.sent == []
 
 
@@ -984,7 +1004,7 @@ class TestHostileAnswers:
     def test_any_bytes_do_no_harm(self, operation: str, binary: bytes) -> None:
         link = Link()
         pending = link.session.request(requests.me())
-        link.session.watch("a/")
+        link.wants.watch("a/")
         link.hear(EmitterMessage(f"emitter/{operation}/", binary))
         assert not pending.done
         assert link.session.nonsense == 1
@@ -1002,7 +1022,7 @@ class TestTheLossOfTheLink:
         called = []
         for one in pending:
             one.call_when_done(lambda: called.append(True))
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.lose()
         assert len(called) == 5
         for one in pending:
             with pytest.raises(ConnectionLostError, match="gone"):
@@ -1012,12 +1032,12 @@ class TestTheLossOfTheLink:
     def test_leaves_alone_what_has_been_answered(self, link: Link) -> None:
         pending = link.session.request(requests.me())
         link.hear(answer("me", req=1, id="X"))
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.lose()
         assert pending.result() == Me("X")
 
     def test_an_answer_from_before_counts_no_more(self, link: Link) -> None:
-        link.session.published += 1
-        link.session.lost(lambda: ConnectionLostError("gone"))
+        link.publish_at_0()
+        link.lose()
         link.hear(no())
         assert link.session.nonsense == 1
 
@@ -1025,7 +1045,8 @@ class TestTheLossOfTheLink:
         first, second = link.publish(), link.publish()
         third, ping = link.session.request(requests.me()), link.session.ping()
         link.session.ping(awaited=False)
-        second.awaited = False
+        second.begin_wait()
+        second.end_wait()
         link.hear(answer("me", req=3, id="X"))
         assert link.session.awaited() == [first, ping]
         assert third.done
@@ -1091,14 +1112,15 @@ class Conversation(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.constants = _session._IDS, _session._KEPT_IDS
+        self.constants = _session._PACKET_IDS, _session._RESERVED_PACKET_IDS
         # So few that they come round again and again.
-        _session._IDS, _session._KEPT_IDS = 60, 30  # type: ignore[misc]  # put back below
+        _session._PACKET_IDS, _session._RESERVED_PACKET_IDS = 60, 30  # type: ignore[misc]  # put back below
         self.begin()
 
     def begin(self) -> None:
         self.broker = Broker()
-        self.session = Session(self.send)
+        self.wants = Wants("emitter")
+        self.session = Session(self.wants, self.send, lambda packet: None, encode_publish)
         self.coming: list[Answer] = []
         self.outstanding: dict[int, str] = {}
         self.pings = 0
@@ -1112,7 +1134,7 @@ class Conversation(RuleBasedStateMachine):
         self.all: list[Pending[Any]] = []
 
     def teardown(self) -> None:
-        _session._IDS, _session._KEPT_IDS = self.constants  # type: ignore[misc]  # as they were
+        _session._PACKET_IDS, _session._RESERVED_PACKET_IDS = self.constants  # type: ignore[misc]  # as they were
 
     # The wire
 
@@ -1156,7 +1178,7 @@ class Conversation(RuleBasedStateMachine):
             grant = self.session._pending[event.packet_id].grant
             assert grant is not None
             self.refused.add(grant)
-            if self.session._grants.get(grant.filter, {}).get(grant.key) is grant:
+            if self.wants.find(grant.key, grant.filter) is grant:
                 self.asked.discard((grant.key, grant.filter))
                 self.ended.discard((grant.key, grant.filter))
         emitted = list(self.session.receive(event))
@@ -1190,13 +1212,14 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: not self.session.full)
     @rule(key=keys)
     def publish(self, key: str) -> None:
-        pending, packet_id = self.session.expect_confirmation(key, "a/")
-        self.send(Publish(f"{key}/a/".encode(), b"x", packet_id, False))
+        topic = f"{key}/a/".encode()
+        pending = self.session.publish_confirmed(topic, b"x", key, "a/")
+        self.send(Publish(topic, b"x", self.session._last_id, False))
         self.expect(pending, UnauthorizedError if key == BAD else None)
 
     @rule(key=keys)
     def publish_at_0(self, key: str) -> None:
-        self.session.published += 1
+        self.session.publish(f"{key}/a/".encode(), b"x")
         self.send(Publish(f"{key}/a/".encode(), b"x", None, False))
 
     @precondition(lambda self: not self.session.full)
@@ -1230,7 +1253,7 @@ class Conversation(RuleBasedStateMachine):
     def subscribe(self, key: str, channel: str, replay: Replay) -> None:
         before = len(self.broker.packets)
         # Nothing is delivered to "#", so that what the broker replays would reach nobody.
-        overlapped = self.session.overlapped(channel) or channel == "#/"
+        overlapped = self.wants.overlaps(channel) or channel == "#/"
         group, plain = unshare(channel)
         held = {grant.filter for grant in self.users if grant not in self.refused} - {channel}
         if any((group or unshare(one)[0]) and overlap(plain, unshare(one)[1]) for one in held):
@@ -1252,14 +1275,15 @@ class Conversation(RuleBasedStateMachine):
     @rule(which=st.integers(0))
     def leave(self, which: int) -> None:
         grant = self.users.pop(which % len(self.users))
-        self.session.release(grant)
+        self.session.unsubscribe_unused(self.wants.leave(grant))
 
     @rule(which=st.integers(0))
     def give_up(self, which: int) -> None:
         # The caller is gone; what it asked goes its way.
         waiting = [pending for pending, _ in self.expected.values()]
         if waiting:
-            waiting[which % len(waiting)].awaited = False
+            waiting[which % len(waiting)].begin_wait()
+            waiting[which % len(waiting)].end_wait()
 
     # What others do
 
@@ -1288,7 +1312,7 @@ class Conversation(RuleBasedStateMachine):
     def dropped(self, event: Answer) -> None:
         before = self.session.nonsense, self.session.pending
         for emission in self.session.receive(event):
-            wide = emission.event == "message" and self.session.in_use("#/") is not None
+            wide = emission.event == "message" and self.wants.is_subscribed("#/") is not None
             assert wide or isinstance(emission.value, RemoteProtocolError)
         assert self.session.nonsense == before[0] + 1
         assert self.session.pending == before[1]

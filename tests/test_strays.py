@@ -241,15 +241,19 @@ async def test_all_of_them_that_are_cancelled_while_no_link_is_there(broker: Bro
     assert emitter.statistics().links == 1
 
 
-# A task that a key function starts is not the one that restores
+# What a key function starts may use a connection that is being restored until the function returns
 
 
-async def test_what_a_key_function_starts_waits_like_all_others(broker: Broker) -> None:
+async def test_tasks_of_a_key_function_lose_its_right_when_it_returns(broker: Broker) -> None:
+    made: list[str] = []
     refused: list[type[Exception]] = []
-    keys = [broker.keygen("a/", "r", ttl=60)]
-    tried = anyio.Event()
+    keys = {channel: [broker.keygen(channel, "r", ttl=60)] for channel in ("a/", "b/")}
+    used, returns, tried = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def use() -> None:
+        made.append((await emitter.me()).id)
+        used.set()
+        await returns.wait()
         try:
             await emitter.me()
         except ConnectionLostError as exc:
@@ -257,18 +261,27 @@ async def test_what_a_key_function_starts_waits_like_all_others(broker: Broker) 
         tried.set()
 
     async def source() -> str:
-        if not keys:
-            tasks.start_soon(use)
-            await tried.wait()
-            # The function itself may use the link.
-            return (await emitter.keygen(broker.secret_key, "a/", "r")).key
-        return keys.pop()
+        if keys["a/"]:
+            return keys["a/"].pop()
+        tasks.start_soon(use)
+        await used.wait()
+        key = (await emitter.keygen(broker.secret_key, "a/", "r")).key
+        returns.set()
+        return key
+
+    async def slow_source() -> str:
+        if keys["b/"]:
+            return keys["b/"].pop()
+        # Until then, the connection is being restored.
+        await tried.wait()
+        return broker.keygen("b/", "r")
 
     async with anyio.create_task_group() as tasks:
         async with many_links(broker.url, while_down="raise") as emitter:
-            async with emitter.subscribe(source, "a/"):
+            async with emitter.subscribe(source, "a/"), emitter.subscribe(slow_source, "b/"):
                 async with while_away(emitter, broker):
                     broker.advance(61)
+    assert len(made) == 1
     assert refused == [ConnectionLostError]
 
 

@@ -120,9 +120,9 @@ async def test_the_timer_of_a_busy_link_wakes_for_few(
             for _ in range(500):
                 await emitter.publish("k", "a/", "x", qos=1, **options)
                 await anyio.sleep(7.2)
-            assert emitter._connection is not None
+            assert emitter._slot.connection is not None
             # The keepalive, and a few that are done.
-            assert len(emitter._connection.timer._heap) < 12
+            assert len(emitter._slot.connection.timer._heap) < 12
     assert 50 < len(woken) <= most + 10
 
 

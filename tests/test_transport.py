@@ -263,8 +263,8 @@ async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
         await over.wait()
 
     async with serving("tls", script) as options, one_link(**options) as emitter:
-        assert emitter._connection is not None
-        last_heard = emitter._connection.last_heard
+        assert emitter._slot.connection is not None
+        last_heard = emitter._slot.connection.last_heard
         before = last_heard.time
         begun.set()
         while last_heard.time == before:

@@ -616,7 +616,7 @@ async def test_a_ping_is_answered_while_a_send_is_under_way(
         async with over(connectable) as emitter:
             await emitter.publish("k", "a/", payload)
             await anyio.sleep(0.5)
-            connection = emitter._connection
+            connection = emitter._slot.connection
             assert connection is not None
             assert isinstance(connection._transport, WebSocketTransport)
             assert len(connection._transport._due) < len(payload) + 100

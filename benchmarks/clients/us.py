@@ -119,14 +119,17 @@ async def confirmed(job: Job) -> Figures:
 
 async def round_trip(job: Job) -> Figures:
     """Publish, and wait until it comes back."""
-    body, seconds = job.body, list[float]()
+    body, seconds, meter = job.body, list[float](), Meter()
     async with link(job) as emitter, emitter.subscribe(KEY, channel(0)) as messages:
+        meter.start()
         for _ in range(job.messages):
             start = time.perf_counter()
             await emitter.publish(KEY, "bench/0000/", body)
             await messages.receive()
             seconds.append(time.perf_counter() - start)
-    return common.percentiles(seconds[job.messages // 10 :])
+        meter.stop()
+    used = {"cpu_us": meter.figures(job.messages)["cpu_us"]}
+    return common.percentiles(seconds[job.messages // 10 :]) | used
 
 
 async def opening(job: Job) -> Figures:

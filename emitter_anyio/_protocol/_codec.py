@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Sequence
+from typing import Final
 
 from emitter_anyio._errors import RemoteProtocolError
 from emitter_anyio._packets import (
@@ -19,13 +19,11 @@ from emitter_anyio._packets import (
     Unsubscribe,
     append_event,
 )
+from emitter_anyio._session import EncodePublish
 
 from ._fast_path import FastPath, encode_publish
 from ._framing import Framing
 from ._paho import PahoEngine
-
-EncodePublish: TypeAlias = Callable[[bytes, bytes, bool, int | None], bytes]
-"""Encodes a PUBLISH from its topic, payload, retain flag and packet id (``None`` for QoS 0)."""
 
 _CONNACK: Final = 2
 _PINGRESP: Final = 13

@@ -17,7 +17,9 @@ from emitter_anyio._options import make_options
 from emitter_anyio._packets import Answer, Connect, Disconnect, Packet, PubAck, SubAck
 from emitter_anyio._pending import Pending, Replay
 from emitter_anyio._protocol._codec import Codec
+from emitter_anyio._protocol._fast_path import encode_publish
 from emitter_anyio._session import Session
+from emitter_anyio._wants import Wants
 from emitter_anyio._websocket import Upgrade, WebSocket
 from tests.fuzz import seeds
 from tests.support.events import one_by_one
@@ -116,7 +118,8 @@ def answers(data: bytes) -> None:
     The first byte of a line says what it is on; the rest is the payload.
     """
     sent: list[Packet] = []
-    session = Session(sent.append)
+    wants, written = Wants("emitter"), list[bytes]()
+    session = Session(wants, sent.append, written.append, encode_publish)
     asked: tuple[requests.Request[Any], ...] = (
         requests.keygen(KEY, "a/", "rw", 0),
         requests.keyban(KEY, KEY, True),
@@ -127,10 +130,10 @@ def answers(data: bytes) -> None:
         requests.presence(KEY, "a/", status=False, changes=False),
     )
     pending: list[Pending[Any]] = [session.request(request) for request in asked]
-    pending.append(session.expect_confirmation(KEY, "a/")[0])
+    pending.append(session.publish_confirmed(b"k/a/", b"x", KEY, "a/"))
     pending.append(session.subscribe(KEY, KEY, "a/", Replay())[0].asked)
-    session.published += 1
-    session.watch("a/")
+    session.publish(b"k/a/", b"x")
+    wants.watch("a/")
     for line in data.split(b"\n"):
         where = ASKED[line[0] % len(ASKED)] if line else ""
         tell(session, EmitterMessage(f"emitter/{where}/", line[1:]))

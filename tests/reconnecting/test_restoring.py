@@ -347,18 +347,6 @@ async def test_subscribers_who_come_and_go_leave_nothing_behind(
     assert emitter.statistics().pending == 0
 
 
-async def test_what_was_left_before_it_is_restored_is_not_asked_for(
-    broker: Broker, key: str
-) -> None:
-    async with connect(broker.url) as emitter:
-        async with emitter.watch_presence(key, "a/") as feed:
-            pass
-        await emitter.flush()
-        await emitter._restore_feed(feed, key)
-        await emitter._restore_changes("a/", key)
-        assert emitter.statistics().pending == 0
-
-
 async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -> None:
     key = broker.keygen("a/#/", "rwl")
     begun, gate, done = anyio.Event(), anyio.Event(), anyio.Event()

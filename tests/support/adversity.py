@@ -32,6 +32,7 @@ from emitter_anyio import (
 from emitter_anyio.testing import Broker
 from emitter_anyio.testing._packets import PacketReader, Publish
 from emitter_anyio.testing._peer import Kind, Peer
+from tests.support.tables import tables
 
 from .memory import Direction, Fault, MemoryConnectable, MemoryStream
 
@@ -346,25 +347,11 @@ class Session:
 
     def _check_tables(self) -> None:
         """What no public figure tells: nothing may be kept for ever."""
-        emitter, session = self.emitter, self.emitter._session
-        left = {
-            # That of the replies is for as long as the client lives.
-            "grants": [name for name in session._grants if not name.startswith("a/s/")],
-            "state": emitter.state != "closed",
-            "session": (
-                session._pending, session._pings, session._feeds,
-                session._left_feeds, session.replays, session._when_free,
-            ),
-            "client": (
-                emitter._subscriptions, emitter._awaited, emitter._watches,
-                emitter._presence_wanted, emitter._replies, emitter._carried, emitter._listeners,
-            ),
-            "streams": emitter._streams(),
-            "keys": emitter._keys._asking,
-            "broker": self.broker._clients,
-        }  # fmt: skip
-        kept = {name: it for name, it in left.items() if (any(it) if isinstance(it, tuple) else it)}
+        assert self.emitter.state == "closed"
+        kept = tables(self.emitter)
+        kept.pop("Events._registrations", None)
         assert not kept, kept
+        assert not self.broker._clients
 
 
 async def _until(

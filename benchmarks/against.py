@@ -1,0 +1,89 @@
+"""
+Measure the client beside an earlier commit of itself: ``python -m benchmarks.against COMMIT``.
+
+Both are measured in turn, several times, and the smallest CPU time of each counts, because other
+processes can only add to it. A figure above 1 means that the present client takes more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from benchmarks.rows import CLIENTS, ROWS, Row
+from benchmarks.running import ROOT, run
+
+CPU: Final = "cpu_us"
+
+COMPARED: Final = {
+    "receive": 60_000,
+    "handler": 60_000,
+    "round-trip": 2_000,
+    "publish": 60_000,
+    "confirmed-20": 10_000,
+    "confirmed-100": 10_000,
+    "connect": 200,
+    "receive-256k": 500,
+    "publish-256k": 500,
+}
+"""The rows, and the number of messages of one run."""
+
+
+@contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """
+    Check a commit out, and remove it afterwards.
+
+    :return: a directory with only its client, because the benchmarks are to be the present ones
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        path, library = Path(directory, "checkout"), Path(directory, "library")
+        git = ("git", "-C", str(ROOT), "worktree")
+        subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
+        library.mkdir()
+        (library / "emitter_anyio").symlink_to(path / "emitter_anyio")
+        try:
+            yield library
+        finally:
+            subprocess.run([*git, "remove", "--force", str(path)], check=True)
+
+
+def compare(row: Row, variant: str, before: Path, rounds: int) -> tuple[float, float]:
+    """Return the least CPU time of one message, in µs, before and now."""
+    (client,) = (one for one in CLIENTS if one.ours and one.variant == variant)
+    least = {before: float("inf"), ROOT: float("inf")}
+    for number in range(rounds):
+        # Each goes first as often as the other.
+        for library in sorted(least, reverse=number % 2 == 0):
+            figures = run(row, client, sys.executable, COMPARED[row.name], library=library)
+            least[library] = min(least[library], figures[CPU])
+    return least[before], least[ROOT]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__)
+    parser.add_argument("commit", help="the earlier commit")
+    parser.add_argument("--rows", help="rows, separated by commas; all unless given")
+    parser.add_argument("--rounds", type=int, default=7, help="7 unless given")
+    options = parser.parse_args()
+    wanted = options.rows.split(",") if options.rows else list(COMPARED)
+    rows = {row.name: row for row in ROWS}
+    print(f"{'row':16}{'backend':10}{'before':>10}{'now':>10}{'ratio':>8}   CPU µs each")
+    with checkout(options.commit) as before:
+        for name in wanted:
+            for variant in ("asyncio", "trio"):
+                was, now = compare(rows[name], variant, before, options.rounds)
+                print(
+                    f"{name:16}{variant:10}{was:10.2f}{now:10.2f}{now / was:8.3f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What a client keeps in its tables."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Final
+from weakref import WeakSet
+
+from emitter_anyio import Emitter
+
+_CACHES: Final = {
+    "KeyRing._known",
+    "Publisher._topics",
+    "Router._answers",
+    "Router.receivers",
+    "Routes._others",
+    "Supervisor._restorers",
+    "_Node.below",
+}
+"""Tables that may keep what no longer is in use, up to a bound."""
+
+
+def tables(emitter: Emitter) -> dict[str, list[Any]]:
+    """
+    List what a client and the objects that it is composed of keep, by class and attribute.
+
+    Empty tables, caches and constants are left out.
+    """
+    found: dict[str, list[Any]] = {}
+    for name, table in _walk(emitter, set()):
+        if table and name not in _CACHES:
+            found.setdefault(name, []).extend(table)
+    return found
+
+
+def _walk(thing: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    attributes = dict(getattr(thing, "__dict__", {}))
+    for slot in getattr(type(thing), "__slots__", ()):
+        if hasattr(thing, slot):
+            attributes[slot] = getattr(thing, slot)
+    for name, value in attributes.items():
+        if isinstance(value, dict | list | set | deque | WeakSet):
+            yield f"{type(thing).__name__}.{name}", value
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from _walk_ours(inner, seen)
+        else:
+            yield from _walk_ours(value, seen)
+
+
+def _walk_ours(value: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if type(value).__module__.startswith("emitter_anyio") and not isinstance(value, Exception):
+        yield from _walk(value, seen)
