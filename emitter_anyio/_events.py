@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -55,7 +55,7 @@ class _Registration:
 
     def start(self) -> EventStream[Any]:
         """Open the stream."""
-        self.task, self.leaves = None, False
+        self.task = None
         self.stream = EventStream(f"on({self.event!r})", self._buffer, self._overflow)
         return self.stream
 
@@ -63,9 +63,9 @@ class _Registration:
         """Note the task that calls the handler, which is the current one."""
         self.task = anyio.get_current_task().id
 
-    def leave(self) -> None:
-        """Note that the handler awaits the end of the client."""
-        self.leaves = True
+    def leave(self, *, leaves: bool) -> None:
+        """Note whether the handler awaits the end of the client."""
+        self.leaves = leaves
 
     def stop(self) -> None:
         """Forget the stream, which is closed."""
@@ -235,13 +235,19 @@ class Events:
                         self._less_busy = anyio.Event()
                     await self._less_busy.wait()
 
-    def note_leaver(self) -> None:
-        """If the current task is a handler's, note that it awaits the end of the client."""
+    @contextmanager
+    def awaiting_end(self) -> Generator[None]:
+        """Have closing not wait for the current task's handler, if it is one, which awaits it."""
         task = anyio.get_current_task().id
-        for registration in self._busy:
-            if registration.task == task:
-                registration.leave()
-                self._be_less_busy()
+        waiting = [registration for registration in self._busy if registration.task == task]
+        for registration in waiting:
+            registration.leave(leaves=True)
+            self._be_less_busy()
+        try:
+            yield
+        finally:
+            for registration in waiting:
+                registration.leave(leaves=False)
 
     def handles(self, stream: EventStream[Any]) -> bool:
         """Return whether a receiver is a handler's stream."""
@@ -281,8 +287,10 @@ class Events:
     ) -> bool:
         """Give what a handler raised to ``on("error")``, or end the client."""
         name = getattr(handler, "__qualname__", type(handler).__name__)
+        # Python replaces StopIteration by a RuntimeError in coroutines.
+        raised = exc.__cause__ if isinstance(exc.__cause__, StopIteration) else exc
         error = HandlerError(
-            f"the handler {name} of {event!r} raised {type(exc).__name__}", event=event
+            f"the handler {name} of {event!r} raised {type(raised).__name__}", event=event
         )
         error.__cause__ = exc
         if self._slot.will_pass(exc):

@@ -84,6 +84,10 @@ class Guard:
             except BaseException as exc:
                 if not _is_of_user(exc, cancellations):
                     raise
+                if isinstance(exc, StopIteration):
+                    # As in a coroutine, which it could not leave.
+                    stopped, exc = exc, RuntimeError("a handler raised StopIteration")
+                    exc.__cause__ = stopped
                 if not failed(exc):
                     return
 

@@ -129,7 +129,6 @@ class Lifecycle:
         """Disconnect, and wait until the client has ended."""
         slot = self._slot
         slot.owner.check()
-        self._events.note_leaver()
         if slot.started:
             self._start_leaving()
         elif slot.state is ClientState.CONNECTING and self._background.entered:
@@ -159,8 +158,9 @@ class Lifecycle:
         """Wait until the client has ended."""
         self._slot.owner.check()
         await checkpoint()
-        while self._slot.state is not ClientState.CLOSED:
-            await self._slot.change()
+        with self._events.awaiting_end():
+            while self._slot.state is not ClientState.CLOSED:
+                await self._slot.change()
 
     async def _leave_here(self, exc: BaseException | None) -> None:
         tasks, started = self._background.tasks, self._slot.started

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
@@ -112,3 +114,52 @@ async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float
             await gone.receive()
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(0)
+
+
+async def serve(peer: Peer) -> None:
+    await peer.serve()
+
+
+@pytest.mark.parametrize("event", ["connect", "error"])
+async def test_a_handler_that_waits_for_the_end_does_not_delay_it(
+    event: Literal["connect", "error"], anyio_backend: object
+) -> None:
+    steps: list[str] = []
+
+    async def wait(*values: object) -> None:
+        steps.append("waits")
+        await emitter.wait_closed()
+        steps.append(emitter.state)
+
+    async with memory_peer(serve) as connectable:
+        emitter = many_links(connectable=connectable)
+        emitter.on(event, wait)
+        if event == "error":
+            emitter.on("connect", lambda: 1 / 0)
+        async with emitter:
+            await anyio.wait_all_tasks_blocked()
+            assert steps == ["waits"]
+            start = anyio.current_time()
+    assert anyio.current_time() - start == exactly(0)
+    assert steps == ["waits", "closed"]
+
+
+async def test_a_handler_that_no_longer_waits_for_the_end_is_waited_for(
+    anyio_backend: object,
+) -> None:
+    steps: list[str] = []
+
+    async def wait() -> None:
+        with anyio.move_on_after(1):
+            await emitter.wait_closed()
+        await anyio.sleep(3)
+        steps.append(emitter.state)
+
+    async with memory_peer(serve) as connectable:
+        emitter = many_links(connectable=connectable)
+        emitter.on("connect", wait)
+        start = anyio.current_time()
+        async with emitter:
+            await anyio.sleep(2)
+        assert anyio.current_time() - start == exactly(4)
+    assert steps == ["closing"]

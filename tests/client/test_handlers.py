@@ -472,6 +472,41 @@ async def test_the_error_handler_may_be_a_stream(emitter: Emitter, key: str, uni
         assert isinstance(await errors.receive(), HandlerError)
 
 
+def stop(*values: object) -> None:
+    raise StopIteration
+
+
+async def stop_as_a_coroutine(*values: object) -> None:
+    raise StopIteration
+
+
+@pytest.mark.parametrize("handler", [stop, stop_as_a_coroutine])
+async def test_a_handler_that_raises_stopiteration_is_named(
+    client: Emitter, handler: Callable[..., object]
+) -> None:
+    errors = Calls()
+    client.on("connect", handler)
+    client.on("error", errors)
+    async with client:
+        (error,) = await errors.get(1)
+    assert str(error) == f"the handler {handler.__name__} of 'connect' raised StopIteration"
+    # No coroutine can raise StopIteration.
+    assert isinstance(error.__cause__, RuntimeError)
+    assert isinstance(error.__cause__.__cause__, StopIteration)
+
+
+@pytest.mark.parametrize("handler", [stop, stop_as_a_coroutine])
+async def test_stopiteration_that_no_handler_takes_leaves_with_the_handlers_name(
+    client: Emitter, handler: Callable[..., object]
+) -> None:
+    client.on("connect", handler)
+    with pytest.raises(RuntimeError, match="raised StopIteration") as caught:
+        async with client:
+            await anyio.sleep_forever()
+    assert f"the handler {handler.__name__} of 'connect'" in "".join(caught.value.__notes__)
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 @pytest.mark.parametrize("event", ["connect", "disconnect", "keygen", "me"])
 async def test_what_it_raises_is_reported_whenever_it_is_called(
     client: Emitter, session: Session, event: Any
