@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import unittest
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
@@ -234,6 +235,25 @@ async def test_a_broker_may_be_left_in_another_task(anyio_backend: object) -> No
         async with one_link(broker.url) as emitter:
             await emitter.me()
         await broker.__aexit__(None, None, None)
+
+
+def test_unittest_enters_and_leaves_in_different_tasks() -> None:
+    class Case(unittest.IsolatedAsyncioTestCase):
+        async def asyncSetUp(self) -> None:
+            self.broker = await self.enterAsyncContext(Broker())
+            self.emitter = await self.enterAsyncContext(one_link(self.broker.url))
+
+        async def test(self) -> None:
+            key = self.broker.keygen("a/", "rw")
+            entering = self.emitter.subscribe(key, "a/")
+            messages = await self.enterAsyncContext(entering)
+            await self.emitter.publish(key, "a/", "x")
+            self.assertEqual((await messages.receive()).binary, b"x")
+
+    result = Case("test").run()
+    assert result is not None
+    assert not result.errors
+    assert result.wasSuccessful()
 
 
 async def test_leaving_in_another_task_while_the_first_one_runs_says_how_to_do_it(
