@@ -80,6 +80,19 @@ def _current_run() -> object:
         return None
 
 
+def _task_check(run: object) -> Callable[[], object]:
+    """Return a fast check of whether a task of an event loop runs in the loop's own thread."""
+    if isinstance(run, asyncio.AbstractEventLoop):
+        # While a guest run of Trio is at work, there is no task of the loop around it.
+        return partial(asyncio.current_task, run)
+    if run is None:
+        return bool
+    import trio
+
+    in_task, token = trio.lowlevel.in_trio_task, trio.lowlevel.current_trio_token
+    return lambda: in_task() and token() is run
+
+
 class Owner:
     """
     The thread and the event loop to which something belongs, as long as it is used.
@@ -90,11 +103,13 @@ class Owner:
         it differs
     """
 
-    __slots__ = ("_run", "_uses", "thread")
+    __slots__ = ("_run", "_task_runs", "_uses", "thread")
 
     def __init__(self) -> None:
         self.thread: int = 0
         self._run: object = None
+        self._task_runs: Callable[[], object] = bool
+        """Whether a task of the event loop runs in the thread. Other code might, too."""
         self._uses = 0
 
     def claim(self) -> None:
@@ -106,6 +121,7 @@ class Owner:
         self.check()
         self._uses += 1
         self.thread, self._run = get_ident(), _current_run()
+        self._task_runs = _task_check(self._run)
 
     def release(self) -> None:
         """End a use."""
@@ -119,8 +135,11 @@ class Owner:
         """
         if not self._uses:
             return
+        here = get_ident() == self.thread
+        if here and self._task_runs():
+            return
         run = _current_run()
-        if self.thread != get_ident() or (run is not self._run and None not in (run, self._run)):
+        if not here or (run is not self._run and None not in (run, self._run)):
             raise WrongLoopError(
                 "wrong thread or event loop: a client and its streams belong to the one in which "
                 "the client was entered; call them there, from other threads by "

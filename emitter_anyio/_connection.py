@@ -135,8 +135,8 @@ class Connection:
         """Encode a packet and queue it; nothing goes behind DISCONNECT."""
         writer = self.writer
         if not writer.ended:
-            writer.ended = type(packet) is Disconnect
-            writer.write(self._codec.encode(packet))
+            write = writer.write_last if type(packet) is Disconnect else writer.write
+            write(self._codec.encode(packet))
 
     @property
     def unsent(self) -> list[bytes]:

@@ -86,7 +86,7 @@ class Publisher:
         if (
             slot.direct_thread == get_ident()
             and connection is not None
-            and connection.writer.has_room
+            and (writer := connection.writer).size < writer.limit
             and len(topic) + len(payload) <= self._largest
         ):
             session = connection.session

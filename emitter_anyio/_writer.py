@@ -47,7 +47,13 @@ class Writer:
         self._transport = transport
         self._clock = clock
         self._packets: deque[bytes | memoryview] = deque()
-        self._size = 0
+        self.size = 0
+        """The bytes in the queue."""
+        self.limit = _HIGH_WATER
+        """
+        At this many bytes in the queue, a caller waits: 0 while another one waits, and after the
+        last packet. Plain attributes, because each publish compares them.
+        """
         self._idle = False
         self._start: Callable[[], object] | None = None
         self._wake: anyio.Event | None = None
@@ -66,14 +72,9 @@ class Writer:
         self.last_sent = clock()
 
     @property
-    def size(self) -> int:
-        """How many bytes wait."""
-        return self._size
-
-    @property
     def queued(self) -> int:
         """How many bytes have been queued on this link."""
-        return self.sent + self._size
+        return self.sent + self.size
 
     @property
     def untouched(self) -> list[bytes | memoryview]:
@@ -90,12 +91,12 @@ class Writer:
     @property
     def kept(self) -> int:
         """How many bytes the link has not been offered yet."""
-        return self._size - self._under_way
+        return self.size - self._under_way
 
     @property
     def has_room(self) -> bool:
-        """Tell whether one more packet may be queued now, and nobody is in front."""
-        return self._size < _HIGH_WATER and not self._waiting and not self.ended
+        """Whether the queue has space for a packet, and no caller waits for space."""
+        return self.size < self.limit
 
     async def room(self) -> None:
         """Wait until there is room for one more packet; first come, first served."""
@@ -103,12 +104,15 @@ class Writer:
             return
         turn = anyio.Event()
         self._waiting.append(turn)
+        self.limit = 0
         self._admit()
         try:
             await turn.wait()
         finally:
             # One that gives up lets the next one in; else its write() does.
             self._waiting.remove(turn)
+            if not (self._waiting or self.ended):
+                self.limit = _HIGH_WATER
             self._admit()
 
     def begin(self, start: Callable[[], object]) -> None:
@@ -127,7 +131,7 @@ class Writer:
 
     def write(self, data: bytes) -> None:
         """Queue a packet."""
-        self._size += len(data)
+        self.size += len(data)
         self._packets.append(data)
         if self._idle:
             if not self.gathers or len(data) >= _LARGE:
@@ -137,6 +141,12 @@ class Writer:
                     return
             self._rouse()
 
+    def write_last(self, data: bytes) -> None:
+        """Queue the last packet, after which the queue has no space."""
+        self.ended = True
+        self.limit = 0
+        self.write(data)
+
     def call_when_left(self, waker: Callable[[], None], mark: int | None = None) -> None:
         """
         Have a function called when the first ``mark`` bytes of the link have been handed over, or
@@ -145,7 +155,7 @@ class Writer:
         :param mark: unless given, all that is queued
         """
         if mark is None:
-            mark = self.sent + self._size
+            mark = self.sent + self.size
         if self.sent < mark and not self.broken:
             insort(self._marks, (mark, waker), key=itemgetter(0))
         else:
@@ -236,7 +246,7 @@ class Writer:
         before = 0
         for _ in range(_PAUSES):
             count = len(self._packets)
-            if count - before < _MANY or self._size >= _GATHERED:
+            if count - before < _MANY or self.size >= _GATHERED:
                 break
             before = count
             # Trio runs the tasks of a turn in either order: in two of them, each has run.
@@ -246,7 +256,7 @@ class Writer:
     def _gather(self) -> bytes | memoryview:
         if len(self._packets) == 1:
             return self._packets[0]
-        if self._size <= _GATHERED:
+        if self.size <= _GATHERED:
             return b"".join(self._packets)
         packets, chosen, size = iter(self._packets), list[bytes | memoryview](), 0
         while size < _GATHERED:
@@ -255,10 +265,10 @@ class Writer:
         return b"".join(chosen)
 
     def _took(self, sent: int) -> None:
-        self._size -= sent
+        self.size -= sent
         self.sent += sent
         self.last_sent = self._clock()
-        if not self._size:
+        if not self.size:
             self._packets.clear()
             self._torn = False
             sent = 0
@@ -274,5 +284,5 @@ class Writer:
         self._admit()
 
     def _admit(self) -> None:
-        if self._waiting and (self._size < _HIGH_WATER or self.broken):
+        if self._waiting and (self.size < _HIGH_WATER or self.broken):
             self._waiting[0].set()

@@ -442,7 +442,7 @@ async def test_hurrying_leaves_alone_what_is_under_way(anyio_backend: object) ->
 async def test_nothing_has_room_behind_the_last_packet(anyio_backend: object) -> None:
     async with socket_link() as link:
         assert link.writer.has_room
-        link.writer.ended = True
+        link.writer.write_last(b"x")
         assert not link.writer.has_room
         # There is nothing to wait for: who comes now finds that the client is leaving.
         await link.writer.room()
