@@ -118,7 +118,8 @@ class Owner:
 
         :raises WrongLoopError: if it is in use in another one
         """
-        self.check()
+        if self._uses:
+            self.check()
         self._uses += 1
         self.thread, self._run = get_ident(), _current_run()
         self._task_runs = _task_check(self._run)

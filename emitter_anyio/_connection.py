@@ -266,8 +266,9 @@ class Connection:
         if self._writing is not None:
             scope, ended = self._writing
             scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await ended.wait()
+            if not self.writer.idle:
+                with anyio.CancelScope(shield=True):
+                    await ended.wait()
 
     def _break(self, exc: Exception) -> None:
         if self._over:

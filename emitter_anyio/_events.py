@@ -22,6 +22,7 @@ from ._requests import PresenceEvent
 from ._router import Routes
 from ._slot import Slot
 from ._subscription import Entering, EventStream
+from ._tasks import is_cancelled
 from ._totals import Totals
 
 logger = logging.getLogger("emitter_anyio")
@@ -271,13 +272,14 @@ class Events:
     async def _run_handler(self, registration: _Registration, stream: EventStream[Any]) -> None:
         registration.begin()
         try:
-            await self._guard.call_with_each(
-                stream,
-                registration.handler,
-                without_value=registration.event in _WITHOUT_VALUE,
-                overflowed=self.report,
-                failed=partial(self._handler_failed, registration.event, registration.handler),
-            )
+            if not is_cancelled():
+                await self._guard.call_with_each(
+                    stream,
+                    registration.handler,
+                    without_value=registration.event in _WITHOUT_VALUE,
+                    overflowed=self.report,
+                    failed=partial(self._handler_failed, registration.event, registration.handler),
+                )
         finally:
             self._busy.discard(registration)
             self._be_less_busy()

@@ -17,6 +17,7 @@ from ._router import Routes
 from ._slot import ClientState, Slot
 from ._subscription import EventStream
 from ._supervisor import Supervisor
+from ._tasks import is_cancelled
 
 
 class Lifecycle:
@@ -93,6 +94,9 @@ class Lifecycle:
             raise
 
     async def _run(self, connection: Connection) -> None:
+        if is_cancelled():
+            await connection.abandon()
+            return
         slot, events = self._slot, self._events
         await self._supervisor.run(connection)
         self._end()

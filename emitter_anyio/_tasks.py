@@ -90,7 +90,7 @@ class Tasks:
         try:
             await function(*arguments)
         except anyio.get_cancelled_exc_class() as exc:
-            if anyio.current_effective_deadline() == -math.inf:
+            if is_cancelled():
                 raise
             self._failed(exc)
         except BaseException as exc:
@@ -130,6 +130,17 @@ class Tasks:
         with scope:
             await self.run(function, *arguments)
         self._scopes.discard(scope)
+
+
+def is_cancelled() -> bool:
+    """
+    Return whether the present task is cancelled by a scope.
+
+    When a program ends without leaving a client, Trio cancels the client's tasks and gives them one
+    turn. If one of them takes more, Trio raises ``TrioInternalError`` instead of showing the
+    program's own exception.
+    """
+    return anyio.current_effective_deadline() == -math.inf
 
 
 def _interrupt_in(error: BaseException) -> BaseException | None:

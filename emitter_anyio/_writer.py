@@ -54,7 +54,8 @@ class Writer:
         At this many bytes in the queue, a caller waits: 0 while another one waits, and after the
         last packet. Plain attributes, because each publish compares them.
         """
-        self._idle = False
+        self.idle = False
+        """Whether nothing is being sent, and the writer task waits for packets if it has begun."""
         self._start: Callable[[], object] | None = None
         self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
@@ -122,7 +123,7 @@ class Writer:
         :param start: has :meth:`run` run in a task, once there is something for it to do
         """
         self._start = start
-        self._idle = True
+        self.idle = True
         self._transport.on_due(self._rouse)
         if self._packets:
             self._send_now(self._gather())
@@ -133,7 +134,7 @@ class Writer:
         """Queue a packet."""
         self.size += len(data)
         self._packets.append(data)
-        if self._idle:
+        if self.idle:
             if not self.gathers or len(data) >= _LARGE:
                 self.gathers = True
                 self._send_now(data)
@@ -178,7 +179,7 @@ class Writer:
             if not self._packets:
                 await self._transport.send_due()
             if not self._packets:
-                self._idle, self.gathers = True, False
+                self.idle, self.gathers = True, False
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue
@@ -214,8 +215,8 @@ class Writer:
             waker()
 
     def _rouse(self) -> None:
-        if self._idle:
-            self._idle = False
+        if self.idle:
+            self.idle = False
             if self._wake is not None:
                 self._wake.set()
             elif self._start is not None:

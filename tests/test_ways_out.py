@@ -194,6 +194,53 @@ def test_one_that_is_never_left_does_not_keep_the_program_from_ending(run_with: 
         assert errors[1].startswith("RuntimeError: Nursery stack corrupted")
 
 
+OFTEN_NEVER_LEFT = """
+import contextlib, logging
+import trio.testing
+from anyio.from_thread import start_blocking_portal
+from emitter_anyio import connect
+from emitter_anyio.testing import Broker
+
+logging.disable()
+left_open = []
+
+async def nothing(emitter):
+    pass
+
+async def settle(emitter):
+    await trio.testing.wait_all_tasks_blocked()
+
+async def publish(emitter):
+    for _ in range(20):
+        await emitter.publish(key, "a/", "x" * 1000)
+    await emitter.subscribe(key, "a/")
+
+async def main(work):
+    stack = contextlib.AsyncExitStack()
+    left_open.append(stack)
+    emitter = await stack.enter_async_context(connect(broker.url))
+    emitter.on("message", print)
+    await work(emitter)
+    raise ValueError("the program's own")
+
+with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker()) as broker:
+    key = broker.keygen("a/", "rw")
+    for work in (nothing, settle, publish):
+        for _ in range(20):
+            try:
+                trio.run(main, work)
+            except BaseException as exc:
+                print(work.__name__, type(exc).__name__, type(exc.__context__).__name__)
+"""
+
+
+def test_trio_never_fails_internally_where_it_is_never_left() -> None:
+    done = run("-W", "ignore", "-c", OFTEN_NEVER_LEFT)
+    assert set(done.stdout.splitlines()) == {
+        f"{work} RuntimeError ValueError" for work in ("nothing", "settle", "publish")
+    }
+
+
 # It is left in another task than the one that has entered it
 
 
@@ -248,7 +295,7 @@ def test_unittest_enters_and_leaves_in_different_tasks() -> None:
             entering = self.emitter.subscribe(key, "a/")
             messages = await self.enterAsyncContext(entering)
             await self.emitter.publish(key, "a/", "x")
-            self.assertEqual((await messages.receive()).binary, b"x")
+            assert (await messages.receive()).binary == b"x"
 
     result = Case("test").run()
     assert result is not None
