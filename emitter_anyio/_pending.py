@@ -129,6 +129,8 @@ class Pending(Generic[T]):
 
     def _finish(self) -> None:
         self.done = True
+        # The subscription has this object.
+        self.grant = None
         for waker in self._wakers:
             waker()
 

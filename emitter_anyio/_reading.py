@@ -107,10 +107,13 @@ class WatchingReader(Reader):
                 await self._waiter
             finally:
                 self._waiter = None
-        came = self._came
+        came, self._came = self._came, None
         if isinstance(came, Exception):
-            raise came
-        self._came = None
+            try:
+                raise came
+            finally:
+                # Its traceback has this frame.
+                del came
         return came
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
@@ -66,62 +66,34 @@ def _path(channel: str) -> tuple[str, ...]:
     return tuple(levels(channel))
 
 
-class _Answers(dict[str, T]):
-    """Answers that were given before, since messages come again and again from one channel."""
-
-    def __init__(self, find: Callable[[str], T]) -> None:
-        self._find = find
-
-    def __missing__(self, channel: str) -> T:
-        if len(self) >= _CACHE_LIMIT:
-            self.clear()
-        found = self[channel] = self._find(channel)
-        return found
-
-
-class Router(Generic[T]):
+class _Tree(Generic[T]):
     """
-    A table of receivers by the channel that they ask for; it is a tree of levels.
+    Receivers by the levels of the channel that they ask for.
 
     :param matcher: how the broker matches
-
-    :ivar receivers: the receivers that a channel reaches, in the order in which they were added
     """
 
-    def __init__(self, matcher: Matcher = "emitter") -> None:
-        self.matcher: Matcher = matcher
-        self._patterns: dict[T, str | None] = {}
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher: Matcher = matcher
         self._everything: dict[T, int] = {}
         self._root: _Node[T] = _Node()
-        self._added = 0
-        self.receivers: Mapping[str, tuple[T, ...]]
-        # Looking an answer up is no call, which a message would pay for.
-        self.receivers = self._answers = _Answers(self._find_receivers)
 
-    def __iter__(self) -> Iterator[T]:
-        # A copy: statistics() of another thread iterates while receivers come and go.
-        return iter(tuple(self._patterns))
+    def add(self, receiver: T, pattern: str | None, rank: int) -> None:
+        """
+        Add a receiver.
 
-    def add(self, receiver: T, pattern: str | None) -> None:
-        """Add a receiver of what a channel reaches; ``None`` is of everything."""
-        self._patterns[receiver] = pattern
-        self._added += 1
-        self._place(pattern, make=True)[receiver] = self._added
-        self._answers.clear()
+        :param rank: its place among the others
+        """
+        self._place(pattern, make=True)[receiver] = rank
 
-    def discard(self, receiver: T) -> None:
-        """Take a receiver away."""
-        if receiver not in self._patterns:
-            return
-        pattern = self._patterns.pop(receiver)
+    def remove(self, receiver: T, pattern: str | None) -> None:
+        """Remove a receiver."""
         del self._place(pattern)[receiver]
         if pattern is not None:
             self._prune(levels(pattern))
-        self._answers.clear()
 
-    def _find_receivers(self, channel: str) -> tuple[T, ...]:
-        if not self._patterns:
-            return ()
+    def find(self, channel: str) -> tuple[T, ...]:
+        """Return the receivers that a channel reaches, in the order of their ranks."""
         reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
         return tuple(sorted(reached, key=reached.__getitem__))
 
@@ -148,13 +120,66 @@ class Router(Generic[T]):
         for depth in range(len(path) + 1):
             at_end = depth == len(path)
             for node in nodes:
-                if at_end or self.matcher == "emitter":
+                if at_end or self._matcher == "emitter":
                     reached.update(node.here)
-                if self.matcher == "mqtt" and (rest := node.below.get("#")):
+                if self._matcher == "mqtt" and (rest := node.below.get("#")):
                     reached.update(rest.here)
             names = () if at_end else dict.fromkeys((path[depth], "+"))
             nodes = [node.below[name] for node in nodes for name in names if name in node.below]
         return reached
+
+
+class _Found(dict[str, tuple[T, ...]]):
+    """
+    The receivers of channels that were looked up before.
+
+    A dictionary, because looking a channel up in it needs no call.
+
+    :param tree: finds the receivers of other channels
+    """
+
+    def __init__(self, tree: _Tree[T]) -> None:
+        self._tree = tree
+
+    def __missing__(self, channel: str) -> tuple[T, ...]:
+        if len(self) >= _CACHE_LIMIT:
+            self.clear()
+        found = self[channel] = self._tree.find(channel)
+        return found
+
+
+class Router(Generic[T]):
+    """
+    Receivers by the channel that they ask for.
+
+    :param matcher: how the broker matches
+
+    :ivar receivers: the receivers that a channel reaches, in the order in which they were added
+    """
+
+    def __init__(self, matcher: Matcher = "emitter") -> None:
+        self._patterns: dict[T, str | None] = {}
+        self._tree: _Tree[T] = _Tree(matcher)
+        self._found = _Found(self._tree)
+        self._added = 0
+        self.receivers: Mapping[str, tuple[T, ...]] = self._found
+
+    def __iter__(self) -> Iterator[T]:
+        # A copy: statistics() in another thread iterates while receivers come and go.
+        return iter(tuple(self._patterns))
+
+    def add(self, receiver: T, pattern: str | None) -> None:
+        """Add a receiver of a channel; ``None`` stands for every channel."""
+        self._patterns[receiver] = pattern
+        self._added += 1
+        self._tree.add(receiver, pattern, self._added)
+        self._found.clear()
+
+    def discard(self, receiver: T) -> None:
+        """Remove a receiver, if it is there."""
+        if receiver in self._patterns:
+            self._tree.remove(receiver, self._patterns.pop(receiver))
+            self._found.clear()
 
 
 class Routes(Generic[T]):

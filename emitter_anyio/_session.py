@@ -326,6 +326,8 @@ class Session:
         self.published = self._settled = 0
         for one in pending:
             one.fail(error)
+        # The connection has this session, and these belong to the connection.
+        self._send = self._write = _send_nothing
         return unsettled
 
     # Details
@@ -495,6 +497,10 @@ class Session:
 
         pending.fail(error)
         return () if pending.awaited or pending.quiet else (Emission("error", error()),)
+
+
+def _send_nothing(packet: object) -> None:
+    """Send nothing: the connection has ended."""
 
 
 _ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}

@@ -13,11 +13,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from ._background import Background
-from ._connection import Connection, is_permanent
+from ._connection import Connection
 from ._dispatcher import Dispatcher
 from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
 from ._events import Events, logger
-from ._opener import Opener
+from ._opener import Opener, is_permanent
 from ._options import Options
 from ._requester import Requester
 from ._slot import Slot
@@ -276,7 +276,7 @@ class Supervisor:
                 gone = partial(_interrupted, connection, broken)
         self._wants.keep_accepted()
         uncertain = session.lost(gone) - len(unsent)
-        if uncertain and not connection.seen_off:
+        if uncertain and not connection.read_by_broker:
             self._totals.doubt(uncertain)
             logger.warning(
                 "%d publishes of qos=0 were under way: the broker may have taken them or not",
@@ -301,7 +301,7 @@ class Supervisor:
         quiet = self._slot.restored and not (
             self._events.busy or session.pending or session.unsettled
         )
-        if not (quiet and connection.blurt_goodbye()):
+        if not (quiet and connection.disconnect_nowait()):
             with anyio.CancelScope(deadline=self._slot.deadline):
                 await self._wait_and_disconnect(connection)
         connection.close()
@@ -316,7 +316,7 @@ class Supervisor:
             done = anyio.Event()
             pending.call_when_done(done.set)
             await done.wait()
-        await connection.say_goodbye(unsettled=session.unsettled)
+        await connection.disconnect(unsettled=session.unsettled)
 
     # The next connection
 

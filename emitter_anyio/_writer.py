@@ -64,7 +64,7 @@ class Writer:
         self._torn = False
         self.broken = False
         """Whether nothing will leave any more."""
-        self.gathers = False
+        self._gathers = False
         """Whether one packet has been sent at once since anything came, so that others gather."""
         self.ended = False
         """Whether the last packet has been queued."""
@@ -135,8 +135,8 @@ class Writer:
         self.size += len(data)
         self._packets.append(data)
         if self.idle:
-            if not self.gathers or len(data) >= _LARGE:
-                self.gathers = True
+            if not self._gathers or len(data) >= _LARGE:
+                self._gathers = True
                 self._send_now(data)
                 if not self._packets:
                     return
@@ -147,6 +147,14 @@ class Writer:
         self.ended = True
         self.limit = 0
         self.write(data)
+
+    def gather(self, *, several: bool) -> None:
+        """
+        Begin a turn.
+
+        :param several: whether several packets are likely, which are then sent together
+        """
+        self._gathers = several
 
     def call_when_left(self, waker: Callable[[], None], mark: int | None = None) -> None:
         """
@@ -179,7 +187,7 @@ class Writer:
             if not self._packets:
                 await self._transport.send_due()
             if not self._packets:
-                self.idle, self.gathers = True, False
+                self.idle, self._gathers = True, False
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue

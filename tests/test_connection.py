@@ -21,7 +21,7 @@ from emitter_anyio import (
     SlowConsumerError,
     Will,
 )
-from emitter_anyio._connection import open_connection
+from emitter_anyio._opener import open_connection
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
 from emitter_anyio._tasks import Tasks
@@ -701,7 +701,7 @@ async def test_a_link_that_breaks_while_a_consumer_holds_it_up_ends(
             async with emitter, emitter.stream("message", buffer=1, overflow="block"):
                 connection = emitter._slot.connection
                 assert connection is not None
-                while not connection.held_up:
+                while not connection._held_up:
                     await checkpoint()
                 gone.set()
                 while True:

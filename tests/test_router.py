@@ -154,7 +154,7 @@ class TestRouter:
         router.add("x", "a/")
         for number in range(10_000):
             assert router.receivers[f"a/{number}/"] == ("x",)
-            assert len(router._answers) <= 4096
+            assert len(router._found) <= 4096
 
     def test_nothing_is_left_of_those_who_are_gone(self) -> None:
         router: Router[int] = Router()
@@ -163,10 +163,10 @@ class TestRouter:
             router.add(number, f"a/b/{number % 3}/+/")
         for number in range(1, 9):
             router.discard(number)
-        assert list(router._root.below) == ["a"]
-        assert not router._root.below["a"].below
+        assert list(router._tree._root.below) == ["a"]
+        assert not router._tree._root.below["a"].below
         router.discard(0)
-        assert not router._root.below
+        assert not router._tree._root.below
 
     @matchers
     def test_a_channel_may_have_any_number_of_levels(self, matcher: Matcher) -> None:

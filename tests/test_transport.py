@@ -264,7 +264,7 @@ async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
 
     async with serving("tls", script) as options, one_link(**options) as emitter:
         assert emitter._slot.connection is not None
-        last_heard = emitter._slot.connection.last_heard
+        last_heard = emitter._slot.connection._last_heard
         before = last_heard.time
         begun.set()
         while last_heard.time == before:

@@ -12,7 +12,7 @@ from emitter_anyio import Emitter
 _CACHES: Final = {
     "KeyRing._known",
     "Publisher._topics",
-    "Router._answers",
+    "Router._found",
     "Router.receivers",
     "Routes._others",
     "Supervisor._restorers",

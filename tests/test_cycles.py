@@ -1,0 +1,60 @@
+"""What a client leaves to the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from emitter_anyio.testing import Broker
+from tests.support.links import many_links
+
+MOST_IN_CYCLES = 40
+
+
+@pytest.fixture
+def no_collections() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+async def test_everything_dies_on_leaving_without_a_collection(
+    no_collections: None, broker: Broker
+) -> None:
+    key = broker.keygen("a/#/", "rwp")
+    emitter = many_links(broker.url)
+    emitter.on("message", lambda message: None)
+    async with emitter:
+        connection = emitter._slot.connection
+        assert connection is not None
+        parts = [
+            connection,
+            connection.session,
+            connection._transport,
+            connection._codec,
+            connection._codec._engine._client,
+        ]
+        async with emitter.subscribe(key, "a/") as messages, emitter.watch_presence(key, "a/"):
+            await emitter.publish(key, "a/", "x", qos=1)
+            parts += [await messages.receive(), messages]
+        alive = [weakref.ref(part) for part in parts if type(part).__weakrefoffset__]
+        del connection, messages, parts
+    del emitter
+    assert [type(part()).__name__ for part in alive if part() is not None] == []
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    ours = [
+        thing
+        for thing in gc.garbage
+        if type(thing).__module__.startswith("emitter_anyio")
+        and not type(thing).__module__.startswith("emitter_anyio.testing")
+    ]
+    assert len(ours) <= MOST_IN_CYCLES, ours

@@ -1,0 +1,90 @@
+"""The states of a client and of a connection, in every pair of state and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from anyio import EndOfStream
+
+from emitter_anyio import ClosedError, Emitter, connect
+from emitter_anyio._connection import CONNECTION_TRANSITIONS, ConnectionState, ConnectionStep
+from emitter_anyio._options import make_options
+from emitter_anyio._slot import TRANSITIONS, ClientState, Slot, Step
+from emitter_anyio.testing import Broker
+from tests.support.links import many_links, while_away
+
+
+class Link:
+    """Stands for a connection, of which a slot only keeps a reference."""
+
+    session = None
+
+
+LINK: Any = Link()
+
+STEPS: dict[Step, Callable[[Slot], object]] = {
+    Step.ENTER: Slot.enter,
+    Step.OPEN: lambda slot: slot.open(LINK),
+    Step.RESTORE: Slot.restore,
+    Step.LOSE: lambda slot: slot.lose(EndOfStream(), None),
+    Step.LEAVE: Slot.leave,
+    Step.END: Slot.end,
+}
+
+WAYS: dict[ClientState, tuple[Step, ...]] = {
+    ClientState.CLOSED: (),
+    ClientState.CONNECTING: (Step.ENTER,),
+    ClientState.RESTORING: (Step.ENTER, Step.OPEN),
+    ClientState.CONNECTED: (Step.ENTER, Step.OPEN, Step.RESTORE),
+    ClientState.CLOSING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.LEAVE),
+}
+"""The steps that lead to each state."""
+
+
+@pytest.mark.parametrize("step", Step, ids=lambda step: step.name)
+@pytest.mark.parametrize("state", ClientState, ids=lambda state: state.name)
+async def test_every_step_in_every_state_of_a_client(
+    anyio_backend: object, state: ClientState, step: Step
+) -> None:
+    slot = Slot(make_options("mqtt://127.0.0.1", {}))
+    for way in WAYS[state]:
+        STEPS[way](slot)
+    assert slot.state is state
+    STEPS[step](slot)
+    assert slot.state is TRANSITIONS.get((state, step), state)
+
+
+def test_every_state_of_a_client_can_end() -> None:
+    for state in set(ClientState) - {ClientState.CLOSED}:
+        assert TRANSITIONS[state, Step.END] is ClientState.CLOSED
+
+
+def test_a_connection_that_has_ended_changes_no_more() -> None:
+    for step in ConnectionStep:
+        assert (ConnectionState.ENDED, step) not in CONNECTION_TRANSITIONS
+    for state in set(ConnectionState) - {ConnectionState.ENDED}:
+        assert CONNECTION_TRANSITIONS[state, ConnectionStep.END] is ConnectionState.ENDED
+
+
+async def test_what_users_see_of_the_states(broker: Broker) -> None:
+    emitter: Emitter = many_links(broker.url)
+    seen: list[str] = [emitter.state]
+    async with emitter:
+        seen.append(emitter.state)
+        async with while_away(emitter, broker):
+            seen.append(emitter.state)
+        seen.append(emitter.state)
+    seen.append(emitter.state)
+    assert seen == ["closed", "connected", "connecting", "connected", "closed"]
+
+
+async def test_a_client_that_cannot_connect_says_why_later(anyio_backend: object) -> None:
+    emitter = connect("mqtt://127.0.0.1:1", reconnect=None)
+    with pytest.raises(Exception, match="could not connect") as caught:
+        async with emitter:
+            raise AssertionError("entered")
+    with pytest.raises(ClosedError) as later:
+        await emitter.wait_connected()
+    assert later.value.__cause__ is caught.value
