@@ -96,7 +96,8 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
         answer; ``None`` never), ``disconnect_timeout`` (5 s), ``matcher`` (``"emitter"`` or
         ``"mqtt"``, as the broker is configured), ``max_message_size`` (65536 bytes),
         ``allow_collisions`` (``False``; for brokers that keep channels of equal hashes apart),
-        ``connectable`` (an ``anyio.abc.ByteStreamConnectable`` instead of host and TLS),
+        ``connectable`` (an ``anyio.abc.ByteStreamConnectable`` instead of TCP; TLS and WebSocket
+        are added as the URL's scheme or ``secure=True`` requires),
         ``reconnect`` (``Backoff()``: a link that is lost comes back; ``None``: one link only),
         ``while_down`` (``"wait"`` until it is back, or ``"raise"``: what a call does meanwhile)
     :return: a client to be entered

@@ -149,18 +149,24 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
     if said.get("connectable") is not None and not place:
         made = Options(servers=(Server("connectable", "", 0),), **said)
     else:
-        made = Options(servers=_servers(place, server), **said)
+        secure = said.get("connectable") is None
+        made = Options(servers=_servers(place, server, secure=secure), **said)
     _check_together(made)
     return made
 
 
-def _servers(place: dict[str, Any], of_url: Server | None) -> tuple[Server, ...]:
+def _servers(place: dict[str, Any], of_url: Server | None, *, secure: bool) -> tuple[Server, ...]:
+    """
+    Return the servers that the options name.
+
+    :param secure: whether TLS is used unless the options say so
+    """
     servers: tuple[Server, ...] | None = place.pop("servers", None)
     if servers is not None:
         if place:
             raise TypeError(f"servers stands instead of {', '.join(place)}: give only one of them")
         return servers
-    scheme = "mqtts" if place.get("secure", True) else "mqtt"
+    scheme = "mqtts" if place.get("secure", secure) else "mqtt"
     host = place.get("host", DEFAULT_HOST)
     if host.startswith("/"):
         return (Server("unix", host, 0),)
@@ -305,11 +311,8 @@ def _check_together(options: Options) -> None:
     if options.password is not None and options.username is None:
         raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
     if options.ssl_context is not None:
-        if options.connectable is not None or not options.servers[0].secure:
-            raise TypeError(
-                "ssl_context is for TLS: it needs secure=True, mqtts:// or wss://, and no "
-                "connectable"
-            )
+        if not options.servers[0].secure:
+            raise TypeError("ssl_context is for TLS: it needs secure=True, mqtts:// or wss://")
         _check_trust(options.ssl_context)
     check_connect_size(options)
     if options.servers[0].websocket:

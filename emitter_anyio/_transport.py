@@ -342,7 +342,15 @@ async def open_transport(server: Server, options: Options) -> Transport:
 
 async def _open_below(server: Server, options: Options) -> Transport:
     if options.connectable is not None:
-        return StreamTransport(await options.connectable.connect())
+        stream = await options.connectable.connect()
+        if not server.secure:
+            return StreamTransport(stream)
+        try:
+            context = await client_context(options.ssl_context)
+            return StreamTransport(await _wrap(stream, server, context))
+        except BaseException:
+            await anyio.aclose_forcefully(stream)
+            raise
     if server.scheme == "unix":
         if sys.platform == "win32":  # pragma: no cover - not on Linux
             raise OSError("Python has no Unix sockets on Windows")
@@ -373,27 +381,32 @@ async def _upgrade(below: Transport, server: Server, max_message_size: int) -> T
 async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
     transport = SocketTransport(await _connect_tcp(server))
     try:
-        # Emitter's clients close without the closing message of TLS, and MQTT has an end of its
-        # own, so nothing is to be learned from waiting for it.
-        stream = await TLSStream.wrap(
-            _SocketStream(transport),
+        return StreamTransport(await _wrap(_SocketStream(transport), server, context), transport)
+    except BaseException:
+        await transport.aclose()
+        raise
+
+
+async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> TLSStream:
+    try:
+        # Brokers close without the closing message of TLS, and MQTT has its own end, so that waiting
+        # for that message would serve no purpose.
+        return await TLSStream.wrap(
+            stream,
             hostname=server.host,
             ssl_context=context,
             standard_compatible=False,
         )
-    except BaseException as exc:
-        await transport.aclose()
-        if isinstance(exc, EndOfStream):
-            raise EOFError(
-                "the peer closed the connection in the TLS handshake; "
-                "if it does not use TLS, connect to mqtt:// or ws://, or with secure=False"
-            ) from None
-        if isinstance(exc, BrokenResourceError):
-            raise _worded(exc) from exc
-        if isinstance(exc, ssl.SSLError):
-            explain(exc)
+    except EndOfStream:
+        raise EOFError(
+            "the peer closed the connection in the TLS handshake; "
+            "if it does not use TLS, connect to mqtt:// or ws://, or with secure=False"
+        ) from None
+    except BrokenResourceError as exc:
+        raise _worded(exc) from exc
+    except ssl.SSLError as exc:
+        explain(exc)
         raise
-    return StreamTransport(stream, transport)
 
 
 async def _connect_tcp(server: Server) -> socket.socket:
