@@ -24,7 +24,7 @@ extensions = [
 exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore = [
-    ("py:class", "emitter_anyio._subscription.T"),  # whatever the stream is of
+    ("py:class", "emitter_anyio._streams._receive.T_co"),  # whatever the stream is of
 ]
 
 myst_heading_anchors = 3

@@ -39,9 +39,9 @@ from ._requests import Me as Me
 from ._requests import Member as Member
 from ._requests import PresenceEvent as PresenceEvent
 from ._requests import PresenceStatus as PresenceStatus
-from ._subscription import Entering as Entering
-from ._subscription import EventStream as EventStream
-from ._subscription import StreamStatistics as StreamStatistics
+from ._streams import Entering as Entering
+from ._streams import EventStream as EventStream
+from ._streams import StreamStatistics as StreamStatistics
 from ._subscriptions import Subscribing as Subscribing
 from ._totals import Statistics as Statistics
 from ._version import __version__ as __version__

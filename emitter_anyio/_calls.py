@@ -37,7 +37,7 @@ from ._pending import Replay
 from ._requester import DEFAULT, Requester, Timeout, check_timeout
 from ._resumption import Subscription
 from ._slot import Slot
-from ._subscription import EventStream
+from ._streams import EventStream, Receiver
 from ._subscriptions import Subscriptions
 
 Serve: TypeAlias = Callable[[EmitterMessage], "Payload | Awaitable[Payload]"]
@@ -65,37 +65,30 @@ class _Reply:
         self.came.set()
 
 
-class _Replies(EventStream["EmitterMessage | Gap"]):
-    """The receiver of the replies on one channel, which gives each to its caller."""
+class _Replies(Receiver["EmitterMessage | Gap"]):
+    """Receives the replies on one channel, and gives each to its caller."""
 
     def __init__(self, channel: str) -> None:
-        super().__init__(f"replies on {channel!r}", 1, "drop_newest")
         self.channel = channel
         self.waiting: dict[str, _Reply] = {}
+        self.ended = False
 
-    def push_many(
-        self, items: list[EmitterMessage | Gap], each: int | None = None, *, extra: bool = False
-    ) -> int:
-        """Give replies to their callers; drop late and unknown ones."""
-        for item in items:
-            assert isinstance(item, EmitterMessage)
-            path = levels(item.channel[len(self.channel) :] or "/")
-            reply = self.waiting.get(path[0])
-            if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
-                reply.arrive(path[1], item)
-        return len(items)
+    def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
+        """Give a reply to its caller; drop a late or unknown one."""
+        assert isinstance(item, EmitterMessage)
+        path = levels(item.channel[len(self.channel) :] or "/")
+        reply = self.waiting.get(path[0])
+        if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
+            reply.arrive(path[1], item)
+        return True
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """Wake all callers: there will be no replies."""
-        super().end(error)
-        self._wake_all()
+        self.ended = True
+        self.note_gap()
 
     def note_gap(self) -> None:
         """Wake all callers: the connection was lost, perhaps with their replies."""
-        super().note_gap()
-        self._wake_all()
-
-    def _wake_all(self) -> None:
         for reply in self.waiting.values():
             reply.came.set()
 
@@ -161,7 +154,7 @@ class Calls:
         """End the subscriptions to replies, because the client has ended."""
         for replies, subscription in self._replies.values():
             self._subscriptions.forget(subscription)
-            replies.close()
+            replies.end()
         self._replies.clear()
         self._subscribing = None
 
@@ -236,11 +229,9 @@ class Calls:
             self._subscribing = anyio.Lock()
         async with self._subscribing:
             known = self._replies.get((source, channel))
+            # One that has ended could not be restored on a new connection: subscribe once more.
             if known is not None and not known[0].ended:
                 return known[0]
-            if known is not None:
-                # It could not be restored on a new connection: subscribe once more.
-                known[0].close()
             connection = await self._requester.connected()
             connection_id = connection.session.connection_id
             if connection_id is None:
@@ -248,11 +239,7 @@ class Calls:
             replies = _Replies(f"{channel}{connection_id}/")
             subscription = Subscription(source, replies.channel, replies)
             add = partial(self._subscriptions.add, subscription, Replay(last=0), DEFAULT)
-            try:
-                await self._requester.with_key(source, add)
-            except BaseException:
-                replies.close()
-                raise
+            await self._requester.with_key(source, add)
             self._replies[source, channel] = replies, subscription
             return replies
 

@@ -13,7 +13,6 @@ from anyio.abc import TaskStatus
 
 from . import _requests as requests
 from ._background import Background
-from ._buffer import Overflow
 from ._calls import Calls, Serve
 from ._channels import Key
 from ._checks import check_task_status
@@ -37,7 +36,7 @@ from ._requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
 from ._resumption import Resumption
 from ._router import Routes
 from ._slot import Slot, State
-from ._subscription import Entering, EventStream
+from ._streams import Entering, EventStream, Overflow, Receiver
 from ._subscriptions import Subscribing, Subscriptions
 from ._supervisor import Supervisor
 from ._totals import Statistics, Totals
@@ -134,7 +133,7 @@ class Emitter:
         self._slot = slot = Slot(options)
         background = Background()
         guard = Guard()
-        routes: Routes[EventStream[Any]] = Routes(options.matcher)
+        routes: Routes[Receiver[Any]] = Routes(options.matcher)
         self._totals = totals = Totals(slot, routes)
         self._events = events = Events(slot, routes, background, guard, totals)
         key_ring = KeyRing(guard)

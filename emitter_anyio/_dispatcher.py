@@ -15,14 +15,13 @@ from ._events import Events, logger
 from ._messages import EmitterMessage
 from ._packets import Event
 from ._pending import Emission
-from ._presence import PresenceFeed
 from ._router import Routes
 from ._session import SYSTEM
-from ._subscription import EventStream
+from ._streams import Receiver, Sender
 from ._totals import Totals
 
-_Crowded: TypeAlias = tuple[EventStream[Any], list[EmitterMessage], int | None, int]
-"""A full stream, the messages for it, the weight of each, and how many were taken."""
+_Crowded: TypeAlias = tuple[Receiver[Any], list[EmitterMessage], int | None, int]
+"""A full receiver, the messages for it, the weight of each, and how many were taken."""
 
 _is_system = methodcaller("startswith", SYSTEM)
 """Return whether the broker replies on a channel."""
@@ -52,7 +51,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        routes: Routes[EventStream[Any]],
+        routes: Routes[Receiver[Any]],
         events: Events,
         totals: Totals,
         refused: Callable[[], None],
@@ -139,16 +138,14 @@ class Dispatcher:
             for stream in self._events.receivers(event, value):
                 await self._hand_over(connection, stream, value)
             if event == "presence" and value.event != "status":
-                for feed in self._routes.reached(FEED, value.channel):
-                    assert isinstance(feed, PresenceFeed)
-                    feed.note(value)
-                    await self._hand_over(connection, feed, value)
+                for receiver in self._routes.reached(FEED, value.channel):
+                    await self._hand_over(connection, receiver, value)
 
     async def _deliver_message(self, connection: Connection, message: EmitterMessage) -> None:
         self._totals.receive(1)
         streams = self._routes.messages.receivers[message.channel]
         replayed = connection.session.in_replay(message)
-        full: list[EventStream[Any]] = []
+        full: list[Receiver[Any]] = []
         for stream in streams:
             if not stream.push(message, extra=replayed):
                 full.append(stream)  # noqa: PERF401 - up to Python 3.11 that is a call
@@ -167,8 +164,10 @@ class Dispatcher:
             )
         self._totals.leave_unhandled(count)
 
-    async def _hand_over(self, connection: Connection, stream: EventStream[Any], item: Any) -> None:
+    async def _hand_over(self, connection: Connection, stream: Receiver[Any], item: Any) -> None:
         if not stream.push(item):
+            # Other receivers are never full.
+            assert isinstance(stream, Sender)
             if not stream.blocks:
                 await stream.make_room()
                 connection.check()

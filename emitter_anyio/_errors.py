@@ -15,6 +15,7 @@
     ├── SubscriptionConflictError     the broker cannot keep two subscriptions of one link apart
     ├── HandlerError                  an ``on()`` handler raised
     ├── ReplyError                    the handler that served a request() raised
+    ├── DecodeError                   a message could not be decoded
     ├── InvalidChannelError           a channel that the broker would not take
     ├── MessageTooLargeError          more bytes than the broker takes
     └── RequestError                  the broker refused
@@ -176,6 +177,18 @@ class HandlerError(EmitterError):
 
 class ReplyError(EmitterError):
     """The handler that served a ``request()`` raised, at the other client."""
+
+
+class DecodeError(EmitterError, ValueError):
+    """
+    The function that decodes the messages of a stream raised; ``__cause__`` is what it raised.
+
+    :ivar message: the message that it was given
+    """
+
+    def __init__(self, text: str, *, message: EmitterMessage) -> None:
+        super().__init__(text)
+        self.message = message
 
 
 class InvalidChannelError(EmitterError, ValueError):

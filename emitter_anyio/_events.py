@@ -6,13 +6,12 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import anyio
 
 from ._backend import Owner
 from ._background import Background
-from ._buffer import Overflow, check_buffer
 from ._channels import check_channel
 from ._checks import check_function, check_text
 from ._errors import HandlerError
@@ -21,7 +20,7 @@ from ._messages import EmitterMessage
 from ._requests import PresenceEvent
 from ._router import Routes
 from ._slot import Slot
-from ._subscription import Entering, EventStream
+from ._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
 from ._tasks import is_cancelled
 from ._totals import Totals
 
@@ -30,6 +29,10 @@ logger = logging.getLogger("emitter_anyio")
 _WITH_CHANNEL: Final = ("message", "presence")
 _WITHOUT_VALUE: Final = ("connect", "disconnect")
 EVENTS: Final = (*_WITHOUT_VALUE, *_WITH_CHANNEL, "keygen", "keyban", "link", "me", "error")
+
+
+_Listen: TypeAlias = Callable[[str, str | None, str, int, Overflow], Sender[Any]]
+"""Opens a stream of an event and a channel, with its name in errors, buffer and policy."""
 
 
 class _Registration:
@@ -46,7 +49,8 @@ class _Registration:
         self.event = event
         self.handler = handler
         self.channel = channel
-        self.stream: EventStream[Any] | None = None
+        self.send: Sender[Any] | None = None
+        self._stream: EventStream[Any] | None = None
         self.task: int | None = None
         """The task that calls the handler, if it has begun."""
         self.leaves = False
@@ -54,11 +58,14 @@ class _Registration:
         self._buffer = buffer
         self._overflow: Overflow = overflow
 
-    def start(self) -> EventStream[Any]:
+    def start(self, listen: _Listen) -> EventStream[Any]:
         """Open the stream."""
         self.task = None
-        self.stream = EventStream(f"on({self.event!r})", self._buffer, self._overflow)
-        return self.stream
+        self.send = listen(
+            self.event, self.channel, f"on({self.event!r})", self._buffer, self._overflow
+        )
+        self._stream = EventStream(self.send)
+        return self._stream
 
     def begin(self) -> None:
         """Note the task that calls the handler, which is the current one."""
@@ -69,8 +76,10 @@ class _Registration:
         self.leaves = leaves
 
     def stop(self) -> None:
-        """Forget the stream, which is closed."""
-        self.stream = None
+        """Close the stream."""
+        if self._stream is not None:
+            self._stream.close()
+            self.send = self._stream = None
 
 
 class Events:
@@ -87,7 +96,7 @@ class Events:
     def __init__(
         self,
         slot: Slot,
-        routes: Routes[EventStream[Any]],
+        routes: Routes[Receiver[Any]],
         background: Background,
         guard: Guard,
         totals: Totals,
@@ -101,8 +110,8 @@ class Events:
         self._started = False
         self._busy: set[_Registration] = set()
         self._less_busy: anyio.Event | None = None
-        self._listeners: set[EventStream[Any]] = set()
-        """The streams of handlers and of ``stream()``; other receivers belong to subscriptions."""
+        self._listeners: set[Sender[Any]] = set()
+        """Those of handlers and of ``stream()``; other receivers belong to subscriptions."""
 
     @property
     def busy(self) -> bool:
@@ -135,8 +144,7 @@ class Events:
         for registration in self._registrations:
             if registration.event == event and registration.handler == handler:
                 self._registrations.remove(registration)
-                if registration.stream is not None:
-                    self._unlisten(registration.stream, event)
+                registration.stop()
                 return
         raise ValueError(f"this handler is not registered for {event!r}")
 
@@ -156,29 +164,27 @@ class Events:
         # If the client is not entered yet, it will be entered in the same event loop.
         owner: Owner = self._slot.owner
         owner.claim()
-        stream: EventStream[Any] = EventStream(f"stream({event!r})", buffer, overflow)
-        self._listen(stream, event, channel)
+        send = self._listen(event, channel, f"stream({event!r})", buffer, overflow)
         try:
-            yield stream
+            with EventStream[Any](send) as stream:
+                yield stream
         finally:
-            self._unlisten(stream, event)
+            send.leave()
             owner.release()
 
     # Emitting
 
-    def receivers(self, event: str, value: object) -> tuple[EventStream[Any], ...]:
+    def receivers(self, event: str, value: object) -> tuple[Receiver[Any], ...]:
         """Return the receivers that a value reaches."""
         if isinstance(value, EmitterMessage | PresenceEvent):
             return self._routes.reached(event, value.channel)
         return self._routes.reached(event)
 
-    def message_listeners(
-        self, message: EmitterMessage | None = None
-    ) -> tuple[EventStream[Any], ...]:
+    def message_listeners(self, message: EmitterMessage | None = None) -> tuple[Sender[Any], ...]:
         """Return the handlers' and ``stream()``'s streams of messages, or those of one message."""
         every = self._routes.messages
         found = every if message is None else every.receivers[message.channel]
-        return tuple(stream for stream in found if stream in self._listeners)
+        return tuple(one for one in found if isinstance(one, Sender) and one in self._listeners)
 
     def emit(self, event: str, value: object = None) -> None:
         """Give a value to handlers and streams, without waiting for space."""
@@ -203,17 +209,15 @@ class Events:
     def end(self, *, but: tuple[str, ...] = ()) -> None:
         """Let handlers finish the values that they have, and give them no more."""
         for registration in self._registrations:
-            if registration.stream is not None and registration.event not in but:
-                registration.stream.end()
+            if registration.send is not None and registration.event not in but:
+                registration.send.end()
 
     def stop(self) -> None:
         """Forget the handlers' tasks, which have ended."""
         self._started = False
         self._busy.clear()
         for registration in self._registrations:
-            if registration.stream is not None:
-                self._unlisten(registration.stream, registration.event)
-                registration.stop()
+            registration.stop()
 
     async def wait_done(
         self, deadline: float, *, but: tuple[str, ...] = (), leavers: bool = False
@@ -250,9 +254,9 @@ class Events:
             for registration in waiting:
                 registration.leave(leaves=False)
 
-    def handles(self, stream: EventStream[Any]) -> bool:
+    def handles(self, receiver: Receiver[Any]) -> bool:
         """Return whether a receiver is a handler's stream."""
-        return any(registration.stream is stream for registration in self._registrations)
+        return any(registration.send is receiver for registration in self._registrations)
 
     def _register(self, registration: _Registration) -> None:
         if self._started:
@@ -262,8 +266,7 @@ class Events:
             self._start_handler(registration)
 
     def _start_handler(self, registration: _Registration) -> None:
-        stream = registration.start()
-        self._listen(stream, registration.event, registration.channel)
+        stream = registration.start(self._listen)
         # Before its task has begun: values that arrive from now on must be handled.
         self._busy.add(registration)
         name = f"emitter_anyio on({registration.event!r})"
@@ -310,14 +313,18 @@ class Events:
             self._less_busy.set()
             self._less_busy = None
 
-    def _listen(self, stream: EventStream[Any], event: str, channel: str | None) -> None:
-        self._listeners.add(stream)
-        self._routes.add(event, stream, channel)
+    def _listen(
+        self, event: str, channel: str | None, what: str, buffer: int, overflow: Overflow
+    ) -> Sender[Any]:
+        send: Sender[Any] = Sender(what, buffer, overflow, partial(self._unlisten, event))
+        self._listeners.add(send)
+        self._routes.add(event, send, channel)
+        return send
 
-    def _unlisten(self, stream: EventStream[Any], event: str) -> None:
-        self._listeners.discard(stream)
-        self._routes.discard(event, stream)
-        self._totals.close_stream(stream)
+    def _unlisten(self, event: str, send: Sender[Any]) -> None:
+        self._listeners.discard(send)
+        self._routes.discard(event, send)
+        self._totals.leave_stream(send)
 
 
 def _check(

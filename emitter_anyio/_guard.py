@@ -70,7 +70,7 @@ class Guard:
         while True:
             try:
                 item = await items.__anext__()  # anext() would be one more call for each item
-            except StopAsyncIteration:
+            except (StopAsyncIteration, anyio.ClosedResourceError):
                 return
             except SlowConsumerError as exc:
                 overflowed(exc)

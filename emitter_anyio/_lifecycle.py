@@ -15,7 +15,7 @@ from ._errors import ClosedError, ConnectionLostError
 from ._events import Events, logger
 from ._router import Routes
 from ._slot import ClientState, Slot
-from ._subscription import EventStream
+from ._streams import Receiver
 from ._supervisor import Supervisor
 from ._tasks import is_cancelled
 
@@ -41,7 +41,7 @@ class Lifecycle:
         background: Background,
         supervisor: Supervisor,
         events: Events,
-        routes: Routes[EventStream[Any]],
+        routes: Routes[Receiver[Any]],
         *,
         finish: Sequence[Callable[[], None]],
     ) -> None:

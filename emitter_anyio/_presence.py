@@ -1,4 +1,4 @@
-"""The stream of who comes and goes, and the set of who is there."""
+"""The stream of who comes and goes, and who is there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Final
 
 import anyio
 
-from ._buffer import Overflow
 from ._requests import Member, PresenceEvent, PresenceStatus
-from ._subscription import EventStream
+from ._streams import EventStream, Receiver, Sender
 
 _GATHERED: Final = 0.1
 """For so many seconds doubts are gathered before a status is asked for."""
@@ -33,14 +32,55 @@ class PresenceFeed(EventStream[PresenceEvent]):
     feed asks for fresh statuses now and then; where one says something new, the
     :class:`PresenceStatus` is an item of the stream too.
 
-    In a cluster a status names only those on the node that is asked, while events come from all
-    nodes. So a status removes only those whom an earlier one, on the same connection, has named.
+    :ivar channel: the channel that is watched
+    :ivar members: who is there now, by the id of the connection; a view that stays up to date
     """
 
-    def __init__(self, channel: str, buffer: int, overflow: Overflow) -> None:
-        super().__init__(f"watch_presence({channel!r})", buffer, overflow)
+    def __init__(
+        self, send: Sender[PresenceEvent], channel: str, members: Mapping[str, Member]
+    ) -> None:
+        super().__init__(send)
         self.channel = channel
-        """The channel that is watched."""
+        self.members = members
+
+
+class Watch:
+    """
+    What the client holds of one ``watch_presence()``.
+
+    :ivar channel: the channel that is watched
+    :ivar members: who is there
+    :ivar send: the send end of the feed
+    """
+
+    def __init__(self, channel: str, send: Sender[PresenceEvent]) -> None:
+        self.channel = channel
+        self.members = Members(channel)
+        self.send = send
+
+    @property
+    def receivers(self) -> tuple[Receiver[PresenceEvent], ...]:
+        """What receives the changes: the members first."""
+        return self.members, self.send
+
+    def note_gap(self) -> None:
+        """Note that the connection was lost."""
+        for receiver in self.receivers:
+            receiver.note_gap()
+
+
+class Members(Receiver[PresenceEvent]):
+    """
+    Who is there, according to the events that it receives, and to statuses.
+
+    In a cluster a status names only those on the node that is asked, while events come from all
+    nodes. So a status removes only those whom an earlier one, on the same connection, has named.
+
+    :param channel: the channel that is watched
+    """
+
+    def __init__(self, channel: str) -> None:
+        self._channel = channel
         self._there: dict[str, dict[str, Member]] = {channel: {}}
         self._members: dict[str, Member] = {}
         self._named: set[str] = set()
@@ -50,42 +90,40 @@ class PresenceFeed(EventStream[PresenceEvent]):
         self._doubt = anyio.Event()
 
     @property
-    def members(self) -> Mapping[str, Member]:
-        """Who is there now, by the id of the connection; a view that stays up to date."""
+    def view(self) -> Mapping[str, Member]:
+        """Who is there now, by the id of the connection; it stays up to date."""
         return MappingProxyType(self._members)
 
-    # The side of the client
-
     def note_gap(self) -> None:
-        """Note that the link is lost: the next one may lead to another node."""
-        super().note_gap()
+        """Note that the connection was lost: the next one might lead to another node."""
         self._named.clear()
         for id, member in self._members.items():
             self._members[id] = replace(member, confirmed=False)
 
     def next_below(self) -> list[str]:
         """Give channels below the watched one in which somebody is or was, each in its turn."""
-        below = [channel for channel in self._there if channel != self.channel][:_LOOKED_AT]
+        below = [channel for channel in self._there if channel != self._channel][:_LOOKED_AT]
         for channel in below:
             self._there[channel] = self._there.pop(channel)
         return below
 
-    def note(self, event: PresenceEvent) -> None:
+    def push(self, item: PresenceEvent, *, extra: bool = False) -> bool:
         """Take in a change."""
-        (member,) = event.who
+        (member,) = item.who
         self._touched.add(member.id)
-        there = self._place(event.channel)
-        if event.event == "subscribe":
+        there = self._place(item.channel)
+        if item.event == "subscribe":
             if member.id not in self._members:
                 # It has come under our eyes, so all its channels are known.
                 self._witnessed.add(member.id)
             there[member.id] = self._members[member.id] = member
-            return
-        there.pop(member.id, None)
-        if member.id not in self._witnessed:
-            # A subscription that we did not see may still reach it: a status will tell.
-            self.doubt()
-        self._forget_the_gone()
+        else:
+            there.pop(member.id, None)
+            if member.id not in self._witnessed:
+                # A subscription that we did not see may still reach it: a status will tell.
+                self.doubt()
+            self._forget_the_gone()
+        return True
 
     def asking(self) -> None:
         """Note that a status is being asked for: what changes meanwhile, it may not know."""
@@ -103,7 +141,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
             del there[id]
         self._named |= told.keys()
         # A status names the subscribers of the parents too: they need no place below.
-        above = {} if channel == self.channel else self._there[self.channel]
+        above = {} if channel == self._channel else self._there[self._channel]
         for id in told.keys() - self._touched:
             self._members[id] = told[id]
             if id not in above:
@@ -131,7 +169,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
     def _place(self, channel: str) -> dict[str, Member]:
         if channel not in self._there and len(self._there) > _REMEMBERED:
-            empty = (c for c, there in self._there.items() if not there and c != self.channel)
+            empty = (c for c, there in self._there.items() if not there and c != self._channel)
             if (longest_ago := next(empty, None)) is not None:
                 del self._there[longest_ago]
         return self._there.setdefault(channel, {})

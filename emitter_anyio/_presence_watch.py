@@ -12,19 +12,18 @@ import anyio
 
 from . import _requests as requests
 from ._background import Background
-from ._buffer import Overflow, check_buffer
 from ._channels import A_KEY, Key, check_channel, check_source
 from ._checks import check_flag, check_seconds
 from ._dispatcher import FEED
 from ._errors import ConnectionLostError, EmitterError, RequestError, RequestTimeoutError
 from ._events import Events
 from ._keys import KeyRing
-from ._presence import PresenceFeed
+from ._presence import PresenceFeed, Watch
 from ._requester import DEFAULT, Requester, Timeout, check_timeout
-from ._requests import PresenceStatus
+from ._requests import PresenceEvent, PresenceStatus
 from ._router import Routes
 from ._slot import Slot
-from ._subscription import Entering, EventStream
+from ._streams import Entering, Overflow, Receiver, Sender, check_buffer
 from ._supervisor import Restoration, Restoring
 from ._totals import Totals
 from ._wants import Wants
@@ -50,7 +49,7 @@ class Presence:
         requester: Requester,
         wants: Wants,
         keys: KeyRing,
-        routes: Routes[EventStream[Any]],
+        routes: Routes[Receiver[Any]],
         events: Events,
         totals: Totals,
         background: Background,
@@ -65,7 +64,7 @@ class Presence:
         self._background = background
         self._for_handlers: dict[str, Key] = {}
         """The channels with ``presence(changes=True)``, and their keys."""
-        self._watches: dict[PresenceFeed, Key] = {}
+        self._watches: dict[Watch, Key] = {}
 
     def finish(self) -> None:
         """Forget what the handlers want, because the client has ended."""
@@ -129,23 +128,31 @@ class Presence:
         timeout: Timeout,
     ) -> AsyncGenerator[PresenceFeed]:
         await self._requester.connected()
-        self._wants.watch(channel)
-        feed = PresenceFeed(channel, buffer, overflow)
-        self._routes.add(FEED, feed, channel)
         refreshing = anyio.CancelScope()
-        try:
-            ask = partial(_ask_status, self._requester, feed, key, channel, timeout, changes=True)
-            status, _ = await ask()
-            feed.put_in_front([status])
-            self._watches[feed] = key
-            self._background.start_soon(self._refresh, feed, key, channel, refresh, refreshing)
-            yield feed
-        finally:
+
+        def left(send: Sender[PresenceEvent]) -> None:
             refreshing.cancel()
-            self._watches.pop(feed, None)
-            self._routes.discard(FEED, feed)
-            self._totals.close_stream(feed)
+            self._watches.pop(watch, None)
+            for receiver in watch.receivers:
+                self._routes.discard(FEED, receiver)
+            self._totals.leave_stream(send)
             self._leave(channel, self._keys.known(key))
+
+        self._wants.watch(channel)
+        send: Sender[PresenceEvent] = Sender(f"watch_presence({channel!r})", buffer, overflow, left)
+        watch = Watch(channel, send)
+        for receiver in watch.receivers:
+            self._routes.add(FEED, receiver, channel)
+        ask = partial(_ask_status, self._requester, watch, key, channel, timeout, changes=True)
+        try:
+            with PresenceFeed(send, channel, watch.members.view) as feed:
+                status, _ = await ask()
+                send.put_in_front([status])
+                self._watches[watch] = key
+                self._background.start_soon(self._refresh, watch, key, channel, refresh, refreshing)
+                yield feed
+        finally:
+            send.leave()
 
     def _leave(self, channel: str, key: str | None) -> bool:
         """
@@ -180,7 +187,7 @@ class Presence:
 
     async def _refresh(
         self,
-        feed: PresenceFeed,
+        watch: Watch,
         key: Key,
         channel: str,
         refresh: float | None,
@@ -191,23 +198,23 @@ class Presence:
         gaps = 0
         due = anyio.current_time() + period
         with scope:
-            while not feed.ended:
-                doubted = await feed.doubted(due - anyio.current_time())
+            while not watch.send.ended:
+                doubted = await watch.members.doubted(due - anyio.current_time())
                 # A doubt is about members that the channel's own status lists. From time to time,
                 # and after a lost connection, the channels below are asked for as well.
                 channels = [channel]
-                gaps, known_gaps = feed.statistics().gaps, gaps
+                gaps, known_gaps = watch.send.gaps, gaps
                 if not doubted or gaps > known_gaps or anyio.current_time() >= due:
-                    channels += feed.next_below()
+                    channels += watch.members.next_below()
                     due = anyio.current_time() + period
                 for asked in channels:
                     try:
                         status, new = await _ask_status(
-                            self._requester, feed, key, asked, DEFAULT, changes=None
+                            self._requester, watch, key, asked, DEFAULT, changes=None
                         )
                     except RequestError as exc:
                         if asked == channel:
-                            _end(feed, exc)
+                            _end(watch, exc)
                             return
                         # The key does not open the channel below: changes alone must do.
                     except RequestTimeoutError as exc:
@@ -220,23 +227,23 @@ class Presence:
                         return
                     else:
                         if new:
-                            await feed.put(status)
+                            await watch.send.put(status)
 
     # When the connection was lost, and on a new one
 
     def lose(self) -> None:
         """Note a gap in every feed."""
-        for feed in self._watches:
-            feed.note_gap()
+        for watch in self._watches:
+            watch.note_gap()
 
     def restore(self, restoring: Restoring) -> Iterable[Restoration]:
         """Ask for every feed."""
         requester = restoring.requester
-        for feed, key in self._watches.items():
+        for watch, key in self._watches.items():
             yield Restoration(
-                f"the presence feed of {feed.channel!r}",
-                partial(self._restore_feed, requester, feed, key),
-                partial(_end, feed),
+                f"the presence feed of {watch.channel!r}",
+                partial(self._restore_feed, requester, watch, key),
+                partial(_end, watch),
             )
         for channel, key in self._for_handlers.items():
             yield Restoration(
@@ -245,14 +252,14 @@ class Presence:
                 partial(self._changes_refused, channel),
             )
 
-    async def _restore_feed(self, requester: Requester, feed: PresenceFeed, key: Key) -> None:
-        if feed not in self._watches:
+    async def _restore_feed(self, requester: Requester, watch: Watch, key: Key) -> None:
+        if watch not in self._watches:
             return
-        status, new = await _ask_status(requester, feed, key, feed.channel, DEFAULT, changes=True)
-        feed.doubt()
+        status, new = await _ask_status(requester, watch, key, watch.channel, DEFAULT, changes=True)
+        watch.members.doubt()
         if new:
             # Restoring does not wait for the feed's consumer.
-            feed.push_or_drop(status)
+            watch.send.push_or_drop(status)
 
     async def _restore_changes(self, requester: Requester, channel: str, key: Key) -> None:
         if channel in self._for_handlers:
@@ -274,7 +281,7 @@ async def _ask(
 
 async def _ask_status(
     requester: Requester,
-    feed: PresenceFeed,
+    watch: Watch,
     key: Key,
     channel: str,
     timeout: Timeout,
@@ -282,10 +289,10 @@ async def _ask_status(
     changes: bool | None,
 ) -> tuple[PresenceStatus, bool]:
     """Ask for a status, correct the feed's members by it, and return whether that changed them."""
-    feed.asking()
+    watch.members.asking()
     status = await requester.with_key(key, partial(_ask, requester, channel, changes, timeout))
-    return status, feed.correct(channel, status)
+    return status, watch.members.correct(channel, status)
 
 
-def _end(feed: PresenceFeed, error: Exception) -> None:
-    feed.end(lambda: error)
+def _end(watch: Watch, error: Exception) -> None:
+    watch.send.end(lambda: error)

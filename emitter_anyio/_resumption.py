@@ -11,7 +11,6 @@ import anyio
 
 from . import _requests as requests
 from ._background import Background
-from ._buffer import MAX_BYTES, weight_of
 from ._channels import Key, unshare
 from ._errors import ConnectionLostError, EmitterError, RequestError
 from ._events import Events, logger
@@ -21,7 +20,7 @@ from ._pending import Grant
 from ._requester import DEFAULT, Requester
 from ._slot import Slot
 from ._stored import Unread
-from ._subscription import EventStream
+from ._streams import MAX_BYTES, Receiver, Sender, weight_of
 from ._supervisor import Restoring
 from ._watermark import RENEWED, Watermark
 
@@ -43,17 +42,19 @@ class Subscription:
 
     :param source: the key as the user gave it
     :param filter: the channel, preceded by its group if it is shared
-    :param stream: where its messages go; ``None`` stands for the handlers
+    :param receiver: where its messages go; ``None`` stands for the handlers
     :param mark_gaps: whether gaps are marked in the stream
     :param watermark: how far its messages have certainly been delivered, if it is to be resumed
     :param resume_limit: the most messages that a resumption delivers
+
+    :ivar send: the receiver, if it is the send end of a stream
     """
 
     def __init__(
         self,
         source: Key,
         filter: str,
-        stream: EventStream[EmitterMessage | Gap] | None,
+        receiver: Receiver[EmitterMessage | Gap] | None,
         *,
         mark_gaps: bool = False,
         watermark: Watermark | None = None,
@@ -62,20 +63,23 @@ class Subscription:
         self.source = source
         self.filter = filter
         self.channel = unshare(filter)[1]
-        self.stream = stream
+        self.receiver = receiver
+        self.send = receiver if isinstance(receiver, Sender) else None
         self.mark_gaps = mark_gaps
         self.watermark = watermark
         self.resume_limit = resume_limit
         self.grant: Grant | None = None
         """What the broker was asked for."""
-        self.held: Sequence[EventStream[Any]] = ()
+        self.held: Sequence[Sender[Any]] = ()
         """The streams in which live messages wait for the stored ones of a gap."""
+        self.not_resumed = Gap(self.channel, reason=_NOT_RESUMED)
+        """Marks a gap until a resumption has completed."""
         self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
 
     @property
-    def receivers(self) -> list[EventStream[Any]]:
+    def receivers(self) -> list[Receiver[EmitterMessage | Gap]]:
         """What receives the messages of its channel."""
-        return [each for each in (self.watermark, self.stream) if each is not None]
+        return [each for each in (self.watermark, self.receiver) if each is not None]
 
     def ask(self, grant: Grant) -> None:
         """Note what the broker was asked for."""
@@ -92,7 +96,7 @@ class Subscription:
         self._scopes.add(scope)
         return scope
 
-    def hold(self, streams: Sequence[EventStream[Any]]) -> None:
+    def hold(self, streams: Sequence[Sender[Any]]) -> None:
         """Have live messages wait in streams for the stored ones."""
         self.held = streams
         for stream in streams:
@@ -109,8 +113,6 @@ class Subscription:
         self.release()
         for scope in self._scopes:
             scope.cancel()
-        if self.watermark is not None:
-            self.watermark.close()
 
 
 class Resumption:
@@ -150,21 +152,19 @@ class Resumption:
             self._background.start_soon(self._keep_watermark, *arguments)
 
     def lose(self, subscription: Subscription) -> None:
-        """Note and mark a gap: the connection was lost."""
-        if subscription.watermark is not None:
-            subscription.watermark.doubt()
-            if not subscription.held:
-                # The gap is marked when it is resumed.
-                return
-        if subscription.mark_gaps and subscription.stream is not None:
-            reason = _NOT_RESUMED if subscription.held else None
-            subscription.stream.push(Gap(subscription.channel, reason=reason), extra=True)
+        """Mark a gap: the connection was lost."""
+        if subscription.watermark is not None and not subscription.held:
+            # The gap is marked when it is resumed.
+            return
+        if subscription.mark_gaps and subscription.send is not None:
+            gap = subscription.not_resumed if subscription.held else Gap(subscription.channel)
+            subscription.send.push(gap, extra=True)
 
     def hold(self, subscription: Subscription) -> None:
         """Have live messages of a new connection wait for the stored ones."""
         if subscription.watermark is not None and not subscription.held:
-            stream = subscription.stream
-            subscription.hold(self._events.message_listeners() if stream is None else (stream,))
+            own = subscription.send
+            subscription.hold(self._events.message_listeners() if own is None else (own,))
 
     def resume(self, restoring: Restoring, subscription: Subscription, grant: Grant) -> None:
         """Deliver what was stored in the gap, in a task that ends with the connection."""
@@ -235,7 +235,7 @@ class Resumption:
         be missing."""
         found: list[StoredMessage] = []
         # What an earlier gap has left unread counts as well.
-        beside = [stream.beside for stream in subscription.held] or [(0, 0)]
+        beside = [stream.extra for stream in subscription.held] or [(0, 0)]
         most = subscription.resume_limit - max(count for count, _ in beside)
         size = max(size for _, size in beside)
         reason = None
@@ -251,7 +251,7 @@ class Resumption:
                 if not watermark.behind(stored):
                     known = known or watermark.is_at(stored)
                     continue
-                size += weight_of([stored])
+                size += weight_of(stored)
                 if len(found) >= most:
                     limit = f"there are more than resume_limit={subscription.resume_limit}"
                     return found[::-1], limit
@@ -267,7 +267,7 @@ class Resumption:
     def _deliver(
         self, subscription: Subscription, found: Sequence[StoredMessage], reason: str | None
     ) -> None:
-        channel, own = subscription.channel, subscription.stream
+        channel, own = subscription.channel, subscription.send
         if reason is None:
             logger.info("%r: resumed, with %d stored messages", channel, len(found))
         else:
@@ -277,7 +277,7 @@ class Resumption:
             own.put_ahead([gap])
             # One resumption reads back everything since the last one that completed, so its result
             # holds for the gaps that wait in the stream as well.
-            own.replace_held(Gap(channel, reason=_NOT_RESUMED), replace(gap, resumed=0))
+            own.replace_held(subscription.not_resumed, replace(gap, resumed=0))
         for message in map(replayed, found):
             streams = self._events.message_listeners(message) if own is None else (own,)
             for stream in streams:

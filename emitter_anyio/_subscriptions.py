@@ -20,7 +20,6 @@ from anyio.lowlevel import checkpoint
 
 from . import _requests as requests
 from ._backend import Owner
-from ._buffer import Overflow, check_buffer
 from ._channels import (
     A_KEY,
     Key,
@@ -47,7 +46,7 @@ from ._requester import DEFAULT, Requester, Timeout, check_timeout
 from ._resumption import Resumption, Subscription, replayed
 from ._router import Routes
 from ._slot import Slot
-from ._subscription import Entering, EventStream
+from ._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
 from ._supervisor import Restoration, Restoring
 from ._totals import Totals
 from ._wants import Wants
@@ -55,7 +54,7 @@ from ._watermark import Watermark
 
 T = TypeVar("T")
 
-_Make = Callable[["EventStream[EmitterMessage | Gap] | None"], Subscription]
+_Make = Callable[["Sender[EmitterMessage | Gap] | None"], Subscription]
 
 
 class Subscribing(Entering[EventStream[T]], Generic[T]):
@@ -119,7 +118,7 @@ class Subscriptions:
         slot: Slot,
         requester: Requester,
         wants: Wants,
-        routes: Routes[EventStream[Any]],
+        routes: Routes[Receiver[Any]],
         events: Events,
         totals: Totals,
         resumption: Resumption,
@@ -177,10 +176,10 @@ class Subscriptions:
                 )
             replay = Replay(last=0)
 
-        def make(stream: EventStream[EmitterMessage | Gap] | None) -> Subscription:
-            watermark = Watermark(unshare(filter)[1]) if resume else None
+        def make(send: Sender[EmitterMessage | Gap] | None) -> Subscription:
+            watermark = Watermark() if resume else None
             return Subscription(
-                *(source, filter, stream),
+                *(source, filter, send),
                 mark_gaps=mark_gaps,
                 watermark=watermark,
                 resume_limit=limit,
@@ -301,8 +300,8 @@ class Subscriptions:
                 last //= 2
                 continue
             found = list(map(replayed, stored))
-            if subscription.stream is not None:
-                subscription.stream.put_in_front(found)
+            if subscription.send is not None:
+                subscription.send.put_in_front(found)
             else:
                 for message in found:
                     for handler in self._events.message_listeners(message):
@@ -344,17 +343,21 @@ class Subscriptions:
         overflow: Overflow,
         timeout: Timeout,
     ) -> AsyncGenerator[EventStream[EmitterMessage | Gap]]:
-        stream: EventStream[EmitterMessage | Gap] = EventStream(
-            f"subscribe({filter!r})", buffer, overflow
-        )
-        subscription = make(stream)
-        try:
-            add = partial(self.add, subscription, replay, timeout)
-            await self._requester.with_key(subscription.source, add)
-            yield stream
-        finally:
+        def left(send: Sender[EmitterMessage | Gap]) -> None:
             self.give_back(subscription)
-            self._totals.close_stream(stream)
+            self._totals.leave_stream(send)
+
+        send: Sender[EmitterMessage | Gap] = Sender(
+            f"subscribe({filter!r})", buffer, overflow, left
+        )
+        subscription = make(send)
+        add = partial(self.add, subscription, replay, timeout)
+        try:
+            with EventStream[EmitterMessage | Gap](send) as stream:
+                await self._requester.with_key(subscription.source, add)
+                yield stream
+        finally:
+            send.leave()
 
     # When the connection was lost, and on a new one
 
@@ -395,8 +398,8 @@ class Subscriptions:
             session.unsubscribe_unused(unused)
         for subscription in self._users(grant):
             self.forget(subscription)
-            if subscription.stream is not None:
-                subscription.stream.end(lambda: error)
+            if subscription.receiver is not None:
+                subscription.receiver.end(lambda: error)
             else:
                 self._awaited.pop((subscription.source, subscription.filter), None)
                 self._events.emit("error", error)

@@ -8,7 +8,7 @@ from typing import Any
 from ._messages import EmitterMessage
 from ._router import Routes
 from ._slot import Slot
-from ._subscription import EventStream
+from ._streams import Receiver, Sender
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class Totals:
     Counts what outlives a connection or a stream.
 
     :param slot: has the present connection, and keeps what was not read before the final loss
-    :param routes: has the open streams
+    :param routes: has the streams
     """
 
-    def __init__(self, slot: Slot, routes: Routes[EventStream[Any]]) -> None:
+    def __init__(self, slot: Slot, routes: Routes[Receiver[Any]]) -> None:
         self._slot = slot
         self._routes = routes
         self.received = 0
@@ -84,14 +84,13 @@ class Totals:
         """Count publishes that were never sent."""
         self.unsent += count
 
-    def close_stream(self, stream: EventStream[Any]) -> None:
-        """Close a stream, add its figures, and keep what was unread at the final loss."""
+    def leave_stream(self, send: Sender[Any]) -> None:
+        """Add the figures of a stream that was left, and keep what was unread at the final loss."""
         if self._slot.lost is not None:
             self._slot.keep_unread(
-                [item for item in stream.drain() if isinstance(item, EmitterMessage)]
+                [item for item in send.drain() if isinstance(item, EmitterMessage)]
             )
-        self.dropped += stream.dropped
-        stream.close()
+        self.dropped += send.dropped
 
     def statistics(self) -> Statistics:
         """Return the figures, with those of the present connection and the open streams."""

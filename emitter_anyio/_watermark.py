@@ -7,14 +7,14 @@ from typing import Final
 
 import anyio
 
-from ._messages import EmitterMessage, StoredMessage
-from ._subscription import EventStream
+from ._messages import EmitterMessage, Gap, StoredMessage
+from ._streams import Receiver
 
 RENEWED: Final = 10.0
 """So many seconds after a message has come, what is stored is looked at."""
 
 
-class Watermark(EventStream[EmitterMessage]):
+class Watermark(Receiver["EmitterMessage | Gap"]):
     """
     What has surely been delivered, so that a gap is resumed behind it.
 
@@ -22,23 +22,27 @@ class Watermark(EventStream[EmitterMessage]):
     stored. It stores before it delivers, so that message may still be on its way here: the id is
     believed only when the next one is known. No clock is read: an id has the broker's own time.
 
-    It is a receiver of what comes, to know when there is something to ask for.
-
-    :param channel: the channel of the subscription
+    It keeps no message that it receives: a message only shows that there is something to ask for.
     """
 
-    def __init__(self, channel: str) -> None:
-        super().__init__(f"resume of {channel!r}", 1, "drop_newest")
+    def __init__(self) -> None:
         self.stale = anyio.Event()
         self._known: StoredMessage | None = None
         self._newest: StoredMessage | None = None
 
-    def push_many(
-        self, items: list[EmitterMessage], each: int | None = None, *, extra: bool = False
-    ) -> int:
-        """Note that something has come, and keep nothing of it."""
+    def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
+        """Note that a message has come."""
+        self.stale.set()
+        return True
+
+    def push_many(self, items: Sequence[EmitterMessage | Gap], each: int | None = None) -> int:
+        """Note that messages have come."""
         self.stale.set()
         return len(items)
+
+    def note_gap(self) -> None:
+        """Forget the newest message, which might not have been delivered."""
+        self._newest = self._known
 
     @property
     def since(self) -> int | None:
@@ -72,10 +76,6 @@ class Watermark(EventStream[EmitterMessage]):
             # It is believed the next time, for which nothing more has to come.
             self.stale.set()
         self._known, self._newest = self._newest, newest
-
-    def doubt(self) -> None:
-        """Forget what is not believed yet: the link is away."""
-        self._newest = self._known
 
     def resumed(self, found: Sequence[StoredMessage]) -> None:
         """Take in what has been delivered out of the storage, the newest of it last."""

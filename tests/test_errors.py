@@ -42,6 +42,7 @@ TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     WrongLoopError: (EmitterError, RuntimeError),
     RequestTimeoutError: (EmitterError, TimeoutError),
     ReplyError: (EmitterError,),
+    errors.DecodeError: (EmitterError, ValueError),
     RemoteProtocolError: (EmitterError,),
     SlowConsumerError: (EmitterError,),
     SubscriptionConflictError: (EmitterError,),

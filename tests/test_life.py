@@ -189,6 +189,35 @@ async def test_what_was_received_and_not_read_is_in_unread(broker: Broker) -> No
     assert [message.binary for message in caught.value.unread] == [b"y", b"z"]
 
 
+async def test_what_an_end_that_was_closed_had_not_read_is_in_unread(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    with pytest.raises(ConnectionLostError) as caught:
+        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+            await emitter.publish(key, "a/", "x")
+            await emitter.flush()
+            async with messages:
+                await broker.drop()
+                await anyio.sleep_forever()
+    assert [message.binary for message in caught.value.unread] == [b"x"]
+
+
+async def test_what_a_clone_can_still_read_is_not_in_unread(broker: Broker) -> None:
+    key = broker.keygen("a/")
+    with pytest.raises(ConnectionLostError) as caught:
+        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+            clone = messages.clone()
+            await emitter.publish(key, "a/", "x")
+            await emitter.flush()
+            await broker.drop()
+            await anyio.sleep_forever()
+    assert caught.value.unread == []
+    with clone:
+        assert clone.receive_nowait().binary == b"x"
+        for _ in range(2):
+            with pytest.raises(ConnectionLostError):
+                await clone.receive()
+
+
 async def test_pending_calls_raise_when_the_link_is_lost(broker: Broker) -> None:
     key = broker.keygen("a/")
     outcomes: list[type[BaseException]] = []

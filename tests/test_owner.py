@@ -113,7 +113,7 @@ async def client_of(broker: Broker) -> AsyncGenerator[Client]:
         assert (await client.messages.receive()).binary == b"1"
         yield client
         assert (await client.messages.receive()).binary == b"2"
-        assert client.messages.statistics().buffered == 1
+        assert client.messages.statistics().current_buffer_used == 1
         await emitter.flush()
         (one,) = broker.clients
         assert one.id == (await emitter.me()).id
@@ -203,10 +203,10 @@ async def test_statistics_may_be_asked_for_anywhere(broker: Broker) -> None:
                 finally:
                     over.set()
         figures = messages.statistics()
-        assert figures.buffered == 100
+        assert figures.current_buffer_used == 100
         for _ in range(100):
             await messages.receive()
-        assert messages.statistics().buffered == 0
+        assert messages.statistics().current_buffer_used == 0
 
 
 async def test_handlers_come_and_go_anywhere_before_it_is_entered(broker: Broker) -> None:

@@ -14,15 +14,14 @@ def stored(second: int, count: int = 0, node: bytes = b"node") -> StoredMessage:
 
 
 def test_at_first_everything_may_be_missing() -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     assert watermark.since is None
     assert watermark.behind(stored(1))
     assert not watermark.is_at(stored(1))
-    watermark.close()
 
 
 def test_what_is_later_is_behind_it() -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     watermark.begin(stored(5, 3))
     assert watermark.since == 5
     assert watermark.is_at(stored(5, 3))
@@ -36,19 +35,17 @@ def test_what_is_later_is_behind_it() -> None:
         True,
         True,
     ]
-    watermark.close()
 
 
 def test_within_a_second_nodes_of_a_cluster_have_no_order() -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     watermark.begin(stored(5, 3))
     assert watermark.behind(stored(5, 1, b"else"))
     assert not watermark.behind(stored(4, 9, b"else"))
-    watermark.close()
 
 
 async def test_what_is_newest_is_believed_the_next_time(anyio_backend: object) -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     watermark.begin(stored(1))
     watermark.renew(stored(5))
     assert watermark.since == 1
@@ -56,24 +53,21 @@ async def test_what_is_newest_is_believed_the_next_time(anyio_backend: object) -
     watermark.renew(stored(5))
     assert watermark.since == 5
     assert not watermark.stale.is_set()
-    watermark.close()
 
 
 async def test_what_was_not_believed_yet_is_forgotten_with_the_link(anyio_backend: object) -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     watermark.begin(stored(1))
     watermark.renew(stored(5))
-    watermark.doubt()
+    watermark.note_gap()
     watermark.renew(stored(9))
     assert watermark.since == 1
-    watermark.close()
 
 
 async def test_where_nothing_can_be_told_the_old_one_stays(anyio_backend: object) -> None:
-    watermark = Watermark("a/")
+    watermark = Watermark()
     watermark.begin(stored(1))
     for _ in range(2):
         watermark.renew(None)
         assert watermark.since == 1
     assert not watermark.stale.is_set()
-    watermark.close()

@@ -220,7 +220,7 @@ async def stalled(job: Job) -> Figures:
         kept = unread.statistics()
     return {
         "growth_mb": growth / 1e6,
-        "uncounted": job.messages - kept.dropped - kept.buffered,
+        "uncounted": job.messages - kept.dropped - kept.current_buffer_used,
         "lost_by_healthy": job.messages - received,
     }
 

@@ -262,7 +262,8 @@ async def _exchange(url: str, secret: str | None, **options: Any) -> list[str]:
                 await emitter.publish(key, channel, "x", qos=1)
             await emitter.flush()
             return [
-                messages.receive_nowait().channel for _ in range(messages.statistics().buffered)
+                messages.receive_nowait().channel
+                for _ in range(messages.statistics().current_buffer_used)
             ]
 
 

@@ -252,6 +252,17 @@ async def test_a_handler_for_a_channel_subscribes_to_nothing(
     assert emitter.statistics().received == 0
 
 
+async def test_closing_the_last_end_inside_ends_a_stream_of_events(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    await emitter.subscribe(key, unique)
+    async with emitter.stream("message") as stream:
+        stream.close()
+        await emitter.publish(key, unique, "late")
+        await emitter.flush()
+        assert emitter.statistics().unhandled == 1
+
+
 # What on(), off() and stream() refuse
 
 

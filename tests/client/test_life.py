@@ -312,6 +312,8 @@ async def test_disconnecting_from_another_task_ends_the_streams(
             tasks.start_soon(emitter.disconnect)
             await emitter.wait_closed()
             assert [message.as_string() async for message in messages] == ["buffered"]
+            with pytest.raises(anyio.EndOfStream):
+                await messages.receive()
 
 
 @pytest.mark.parametrize("form", ["a plain handler that returns it", "a handler that awaits it"])
@@ -409,7 +411,7 @@ async def test_statistics_count_what_came(emitter: Emitter, key: str, unique: st
         for _ in range(3):
             await emitter.publish(key, unique, "m")
         await emitter.flush()
-        assert messages.statistics().buffered == 1
+        assert messages.statistics().current_buffer_used == 1
         figures = emitter.statistics()
     assert (figures.received, figures.unhandled, figures.dropped) == (3, 0, 2)
     assert (figures.nonsense, figures.queued_bytes, figures.pending) == (0, 0, 0)

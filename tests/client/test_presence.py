@@ -327,11 +327,25 @@ async def test_turning_changes_off_leaves_the_feed(
         assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
 
 
-async def test_leaving_the_feed_ends_it(emitter: Emitter, key: str, unique: str) -> None:
+async def test_leaving_the_feed_closes_it(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.watch_presence(key, unique) as feed:
         pass
-    with pytest.raises(anyio.EndOfStream):
+    with pytest.raises(anyio.ClosedResourceError):
         await feed.receive()
+
+
+async def test_closing_the_last_end_inside_ends_the_feed(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.watch_presence(key, unique) as feed:
+        with feed.clone() as clone:
+            feed.close()
+            assert (await clone.receive()).event == "status"
+            async with emitter.subscribe(key, unique):
+                assert (await clone.receive()).event == "subscribe"
+        async with emitter.stream("presence") as changes, emitter.subscribe(key, unique):
+            await emitter.flush()
+            assert changes.statistics().received == changes.statistics().current_buffer_used == 0
 
 
 async def test_a_change_that_comes_while_the_feed_is_left_is_no_error(

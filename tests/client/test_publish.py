@@ -257,7 +257,7 @@ async def test_flush_returns_the_round_trip_when_the_broker_has_taken_everything
         for _ in range(5):
             await emitter.publish(key, unique, "m")
         assert await emitter.flush() >= 0
-        assert messages.statistics().buffered == 5
+        assert messages.statistics().current_buffer_used == 5
 
 
 async def test_flush_raises_the_first_refusal_since_the_last_one_and_once(

@@ -9,6 +9,8 @@ import pytest
 
 from emitter_anyio import (
     Emitter,
+    EmitterMessage,
+    EventStream,
     InvalidChannelError,
     SlowConsumerError,
     SubscriptionConflictError,
@@ -46,14 +48,54 @@ async def test_leaving_the_stream_ends_the_delivery(
     await emitter.publish(key, unique, "late")
     await emitter.flush()
     assert emitter.statistics().received == 0
-    with pytest.raises(anyio.EndOfStream):
+    with pytest.raises(anyio.ClosedResourceError):
         await messages.receive()
 
 
-async def test_closing_the_stream_inside_ends_it(emitter: Emitter, key: str, unique: str) -> None:
-    async with emitter.subscribe(key, unique) as messages:
+async def test_a_task_that_waits_in_a_stream_that_is_left_raises(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async def receive(messages: EventStream[EmitterMessage]) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await messages.receive()
+
+    async with anyio.create_task_group() as tasks:
+        async with emitter.subscribe(key, unique) as messages:
+            tasks.start_soon(receive, messages)
+            await anyio.wait_all_tasks_blocked()
+
+
+async def test_closing_the_last_end_inside_unsubscribes(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique, buffer=1) as messages:
+        clone = messages.clone()
         await messages.aclose()
-        assert [message async for message in messages] == []
+        await emitter.publish(key, unique, "one")
+        await emitter.publish(key, unique, "dropped")
+        await emitter.flush()
+        assert (await clone.receive()).as_string() == "one"
+        await clone.aclose()
+        assert emitter.statistics().dropped == 1, "it is counted before the block is left"
+        await emitter.publish(key, unique, "late")
+        await emitter.flush()
+        assert emitter.statistics().received == 2
+    assert emitter.statistics().dropped == 1
+
+
+async def test_clones_of_a_stream_that_was_left_get_what_is_buffered(
+    emitter: Emitter, key: str, unique: str
+) -> None:
+    async with emitter.subscribe(key, unique) as messages:
+        clone = messages.clone()
+        await emitter.publish(key, unique, "buffered")
+        await emitter.flush()
+    await emitter.publish(key, unique, "late")
+    await emitter.flush()
+    with clone:
+        assert [message.as_string() async for message in clone] == ["buffered"]
+        with pytest.raises(anyio.EndOfStream):
+            await clone.receive()
 
 
 async def test_a_stream_can_be_had_again(emitter: Emitter, key: str, unique: str) -> None:
@@ -432,7 +474,7 @@ async def test_a_full_buffer_drops_and_counts(
             await emitter.publish(key, unique, str(number))
         assert await arrived(emitter, messages) == kept
         figures = messages.statistics()
-    assert (figures.dropped, figures.received, figures.buffered) == (3, 2, 0)
+    assert (figures.dropped, figures.received, figures.current_buffer_used) == (3, 2, 0)
 
 
 async def test_a_full_buffer_blocks_the_link(

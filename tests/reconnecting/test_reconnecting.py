@@ -139,7 +139,7 @@ async def test_a_presence_feed_that_was_being_looked_at_goes_on(broker: Broker) 
                 async for event in feed:
                     if event.who:
                         break
-            assert errors.statistics().buffered == 0
+            assert errors.statistics().current_buffer_used == 0
 
 
 async def test_changes_of_presence_are_told_again(
@@ -307,7 +307,7 @@ async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
             await broker.publish("a/", "x")
             assert (await messages.receive()).binary == b"x"
             assert messages.statistics().gaps == 1
-            assert gone.statistics().buffered == 1
+            assert gone.statistics().current_buffer_used == 1
             assert emitter.statistics().links == 2
 
 

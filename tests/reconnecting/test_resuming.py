@@ -23,6 +23,7 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
+from emitter_anyio._streams import Sender
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
 from tests.support.links import another_link, many_links, while_away
@@ -311,7 +312,7 @@ async def test_what_is_held_back_stays_within_the_buffer_and_stops_no_reading(
                 await broker.publish("a/", text)
             while messages.statistics().dropped < 8:
                 await checkpoint()
-            assert messages.statistics().buffered == 2
+            assert messages.statistics().current_buffer_used == 2
             with pytest.raises(anyio.WouldBlock):
                 messages.receive_nowait()
         assert await take(messages, 3) == ["meanwhile*", *left]
@@ -353,7 +354,7 @@ async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
         for texts, buffered in (("12", 3), ("34", 4), ("56", 5)):
             async with while_away(emitter, broker):
                 await store(broker, *texts)
-            while messages.statistics().buffered < buffered:
+            while messages.statistics().current_buffer_used < buffered:
                 await checkpoint()
         assert await take(messages, 3) == ["gap of 2", "1*", "2*"]
         first, second = await messages.receive(), await messages.receive()
@@ -393,7 +394,10 @@ async def test_too_many_bytes_that_are_held_back_are_dropped_as_ever(
         async with answers_held(emitter, broker):
             for number, text in enumerate(sent):
                 await broker.publish("a/", text)
-                while sum(attrgetter("buffered", "dropped")(messages.statistics())) <= number:
+                while (
+                    sum(attrgetter("current_buffer_used", "dropped")(messages.statistics()))
+                    <= number
+                ):
                     await checkpoint()
         dropped = messages.statistics().dropped
         assert 0 < dropped < 20
@@ -411,7 +415,7 @@ async def test_a_link_lost_in_the_middle_begins_all_over(
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
         async with answers_held(emitter, broker):
             await store(broker, "held")
-            while messages.statistics().buffered < 1:
+            while messages.statistics().current_buffer_used < 1:
                 await checkpoint()
             async with emitter.stream("connect") as connected:
                 await broker.drop()
@@ -476,15 +480,15 @@ async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) ->
 
 
 async def test_what_comes_first_of_all_comes_before_what_is_held(anyio_backend: object) -> None:
-    stream: EventStream[int] = EventStream("test", 10, "raise")
-    stream.push(2)
-    stream.hold()
-    stream.push(4)
-    stream.put_ahead([3])
-    stream.put_in_front([0, 1])
-    stream.release()
-    assert [stream.receive_nowait() for _ in range(5)] == [0, 1, 2, 3, 4]
-    stream.close()
+    send: Sender[int] = Sender("test", 10, "raise")
+    send.push(2)
+    send.hold()
+    send.push(4)
+    send.put_ahead([3])
+    send.put_in_front([0, 1])
+    send.release()
+    with EventStream[int](send) as stream:
+        assert [stream.receive_nowait() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
 # Nothing stored is lost

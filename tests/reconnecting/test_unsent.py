@@ -259,7 +259,7 @@ async def test_what_is_published_while_down_is_certain(broker: Broker) -> None:
                 await connected.receive()
             await emitter.flush()
             await other.flush()
-            assert messages.statistics().buffered <= 1
+            assert messages.statistics().current_buffer_used <= 1
         assert emitter.statistics().uncertain == 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from emitter_anyio._batches import Messages
-from emitter_anyio._buffer import weight_of
 from emitter_anyio._packets import Answer, Event
+from emitter_anyio._streams import weight_of
 
 
 def one_by_one(events: Iterable[Event]) -> list[Answer]:
@@ -19,7 +19,7 @@ def one_by_one(events: Iterable[Event]) -> list[Answer]:
         assert event.in_order
         for channel, messages in event.by_channel.items():
             assert messages == [one for one in event.in_order if one.channel == channel]
-            weights = {weight_of([message]) for message in messages}
+            weights = set(map(weight_of, messages))
             assert event.each[channel] in {None, *(weights if len(weights) == 1 else ())}
         assert sum(map(len, event.by_channel.values())) == len(event.in_order)
         found += event.in_order

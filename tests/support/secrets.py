@@ -160,10 +160,20 @@ def _install() -> None:
 
 def _watch(kind: type) -> None:
     own = "__repr__" in vars(kind) and not issubclass(kind, Enum)
-    if own:
-        kind.__del__ = _look_back  # type: ignore[attr-defined]  # none of them has one
+    if own and kind not in _watched:
+        finalize = getattr(kind, "__del__", None)
+        look = _look_back if finalize is None else _look_back_before(finalize)
+        kind.__del__ = look  # type: ignore[attr-defined]  # most have none
     if own or issubclass(kind, BaseException):
         _watched[kind] = None
+
+
+def _look_back_before(finalize: Callable[[object], None]) -> Callable[[object], None]:
+    def look_back(value: object) -> None:
+        _look_back(value)
+        finalize(value)
+
+    return look_back
 
 
 def _look_back(value: object) -> None:

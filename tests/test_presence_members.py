@@ -1,0 +1,406 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Literal
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emitter_anyio._presence import Members, PresenceFeed, Watch
+from emitter_anyio._requests import Member, PresenceEvent, PresenceStatus
+from emitter_anyio._streams import Sender
+
+NOW = datetime(2024, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def members() -> Members:
+    return Members("a/")
+
+
+def came(id: str, channel: str = "a/", username: str | None = None) -> PresenceEvent:
+    return PresenceEvent(NOW, "subscribe", channel, (Member(id, username),))
+
+
+def went(id: str, channel: str = "a/") -> PresenceEvent:
+    return PresenceEvent(NOW, "unsubscribe", channel, (Member(id),))
+
+
+def status(*ids: str, channel: str = "a/") -> PresenceStatus:
+    return PresenceStatus(NOW, "status", channel, tuple(Member(id) for id in ids))
+
+
+def asked(members: Members, *ids: str, channel: str = "a/") -> bool:
+    """Ask for a status and take it in, with nothing in between."""
+    members.asking()
+    return members.correct(channel, status(*ids, channel=channel))
+
+
+def in_doubt(members: Members) -> bool:
+    return members._doubt.is_set()
+
+
+class TestMembers:
+    def test_at_first_nobody_is_known(self, members: Members) -> None:
+        assert dict(members.view) == {}
+        assert not in_doubt(members)
+
+    def test_the_first_status_says_who_is_there(self, members: Members) -> None:
+        assert asked(members, "X", "Y")
+        assert dict(members.view) == {"X": Member("X"), "Y": Member("Y")}
+
+    def test_a_status_that_is_no_news(self, members: Members) -> None:
+        assert not asked(members)
+        asked(members, "X", "Y")
+        assert not asked(members, "Y", "X")
+        assert asked(members, "X")
+        assert list(members.view) == ["X"]
+
+    def test_another_name_is_news(self, members: Members) -> None:
+        asked(members, "X")
+        members.asking()
+        named = PresenceStatus(NOW, "status", "a/", (Member("X", "ann"),))
+        assert members.correct("a/", named)
+        assert members.view["X"].username == "ann"
+
+    def test_who_comes_and_goes(self, members: Members) -> None:
+        asked(members)
+        members.push(came("X", username="ann"))
+        assert dict(members.view) == {"X": Member("X", "ann")}
+        assert not in_doubt(members)
+        members.push(went("X"))
+        assert dict(members.view) == {}
+
+    def test_who_comes_twice_is_there_once(self, members: Members) -> None:
+        members.push(came("X"))
+        members.push(came("X", username="ann"))
+        assert dict(members.view) == {"X": Member("X", "ann")}
+        members.push(went("X"))
+        assert dict(members.view) == {}
+
+    def test_it_is_a_view(self, members: Members) -> None:
+        view = members.view
+        members.push(came("X"))
+        assert list(view) == ["X"]
+        asked(members)
+        members.push(came("Y"))
+        assert "Y" in view
+        with pytest.raises(TypeError):
+            view["Z"] = Member("Z")  # type: ignore[index]  # that is the point
+
+
+class TestBelow:
+    """A status of the channel names those whom a message to it would reach, and so nobody below."""
+
+    def test_who_comes_and_goes_there(self, members: Members) -> None:
+        asked(members)
+        members.push(came("X", "a/b/"))
+        assert list(members.view) == ["X"]
+        assert members.next_below() == ["a/b/"]
+        members.push(went("X", "a/b/"))
+        assert dict(members.view) == {}
+        assert not in_doubt(members)
+
+    def test_who_is_in_two_places_is_there_until_it_has_left_both(self, members: Members) -> None:
+        asked(members)
+        members.push(came("X", "a/"))
+        members.push(came("X", "a/b/"))
+        members.push(went("X", "a/"))
+        assert list(members.view) == ["X"]
+        members.push(went("X", "a/b/"))
+        assert dict(members.view) == {}
+        assert not in_doubt(members)
+
+    def test_a_status_of_the_channel_says_nothing_of_them(self, members: Members) -> None:
+        asked(members)
+        members.push(came("X", "a/b/"))
+        assert not asked(members)
+        assert list(members.view) == ["X"]
+
+    def test_a_status_of_their_own_channel_does(self, members: Members) -> None:
+        asked(members)
+        members.push(came("X", "a/b/"))
+        assert not asked(members, "X", channel="a/b/")
+        assert asked(members, "Y", channel="a/b/")
+        assert list(members.view) == ["Y"]
+        assert asked(members, channel="a/b/")
+        assert dict(members.view) == {}
+
+    def test_it_names_those_above_too(self, members: Members) -> None:
+        asked(members, "X")
+        members.push(came("Y", "a/b/"))
+        assert not asked(members, "X", "Y", channel="a/b/")
+        members.push(went("Y", "a/b/"))
+        assert asked(members)
+        assert dict(members.view) == {}, "X is not held by the channel below"
+
+    def test_all_channels_are_looked_at_each_in_its_turn(self, members: Members) -> None:
+        assert members.next_below() == []
+        channels = [f"a/{number}/" for number in range(100)]
+        for channel in channels:
+            members.push(came("X", channel))
+        assert members.next_below() == channels[:64]
+        members.push(came("Y", "a/new/"))
+        assert members.next_below() == [*channels[64:], *channels[:28]]
+        assert members.next_below() == [*channels[28:64], "a/new/", *channels[64:91]]
+
+    def test_one_that_everybody_has_left_is_remembered(self, members: Members) -> None:
+        """Somebody may come back, and no event tell of it."""
+        members.push(came("X", "a/b/"))
+        members.push(went("X", "a/b/"))
+        assert not asked(members, channel="a/b/")
+        assert members.next_below() == ["a/b/"]
+        assert asked(members, "Y", channel="a/b/")
+        assert list(members.view) == ["Y"]
+
+    def test_of_those_that_everybody_has_left_the_latest_are_remembered(
+        self, members: Members
+    ) -> None:
+        members.push(came("X", "a/stays/"))
+        for number in range(2000):
+            members.push(came("Y", f"a/{number}/"))
+            members.push(went("Y", f"a/{number}/"))
+        below = {channel for _ in range(40) for channel in members.next_below()}
+        assert below == {"a/stays/"} | {f"a/{number}/" for number in range(2000 - 1023, 2000)}
+
+    def test_all_in_which_somebody_is_are_remembered(self, members: Members) -> None:
+        for number in range(1100):
+            members.push(came("X", f"a/{number}/"))
+        assert len({channel for _ in range(20) for channel in members.next_below()}) == 1100
+
+
+class TestDoubts:
+    def test_who_was_there_before_us_may_be_reached_otherwise_still(self, members: Members) -> None:
+        asked(members, "X")
+        members.push(went("X"))
+        assert dict(members.view) == {}
+        assert in_doubt(members)
+        assert asked(members, "X"), "and so it is"
+        assert list(members.view) == ["X"]
+        assert not in_doubt(members)
+
+    def test_who_was_there_before_us_and_leaves_a_place_below(self, members: Members) -> None:
+        asked(members, "X")
+        members.push(came("X", "a/b/"))
+        members.push(went("X", "a/b/"))
+        assert list(members.view) == ["X"]
+        assert in_doubt(members)
+
+    def test_who_leaves_and_was_never_there(self, members: Members) -> None:
+        members.push(went("X"))
+        members.push(went("Y", "a/b/"))
+        assert dict(members.view) == {}
+        assert in_doubt(members)
+
+    def test_who_comes_is_beyond_doubt(self, members: Members) -> None:
+        members.push(came("X"))
+        members.push(came("X", "a/b/"))
+        assert not in_doubt(members)
+
+    def test_who_left_and_came_back_is_beyond_doubt(self, members: Members) -> None:
+        asked(members, "X")
+        members.push(went("X"))
+        asked(members)
+        members.push(came("X"))
+        members.push(went("X"))
+        assert not in_doubt(members)
+
+    def test_who_is_gone_by_a_status_is_a_stranger_again(self, members: Members) -> None:
+        members.push(came("X"))
+        asked(members, "X")
+        asked(members)
+        asked(members, "X")
+        members.push(went("X"))
+        assert in_doubt(members), "it may be in other places by now"
+
+
+class TestOtherNodes:
+    """A status names those on one node of a cluster; events come from all of them."""
+
+    def test_who_is_on_another_node_stays(self, members: Members) -> None:
+        asked(members, "X")
+        members.push(came("Y"))
+        members.push(came("Z", "a/b/"))
+        assert not asked(members, "X")
+        assert not asked(members, "X", channel="a/b/")
+        assert sorted(members.view) == ["X", "Y", "Z"]
+        members.push(went("Y"))
+        members.push(went("Z", "a/b/"))
+        assert list(members.view) == ["X"]
+
+    def test_who_was_named_once_may_be_missed_in_any_channel(self, members: Members) -> None:
+        members.push(came("X", "a/b/"))
+        asked(members, "X", channel="a/b/")
+        members.push(came("X", "a/c/"))
+        assert asked(members, channel="a/b/") is False
+        assert asked(members, channel="a/c/")
+        assert dict(members.view) == {}
+
+    def test_those_of_another_connection_stay_unconfirmed(self, members: Members) -> None:
+        asked(members, "W", "X")
+        members.push(came("Y", username="ann"))
+        members.push(came("Z"))
+        members.note_gap()
+        assert {member.confirmed for member in members.view.values()} == {False}
+        assert not asked(members, "X"), "nobody has come or gone"
+        assert not asked(members, "X"), "nor have those whom another node may have"
+        members.push(came("Z"))
+        assert dict(members.view) == {
+            "W": Member("W", confirmed=False),
+            "X": Member("X"),
+            "Y": Member("Y", "ann", confirmed=False),
+            "Z": Member("Z"),
+        }
+        members.push(went("Y"))
+        assert asked(members), "X has been named since"
+        assert sorted(members.view) == ["W", "Z"]
+
+
+class TestChangesWhileAskingForAStatus:
+    """The answer is from before or after the change: nobody knows, so the change counts."""
+
+    def test_who_came(self, members: Members) -> None:
+        members.asking()
+        members.push(came("X"))
+        assert not members.correct("a/", status())
+        assert list(members.view) == ["X"]
+        assert in_doubt(members), "another status is to tell"
+
+    def test_who_went(self, members: Members) -> None:
+        members.push(came("X"))
+        members.asking()
+        members.push(went("X"))
+        assert not members.correct("a/", status("X"))
+        assert dict(members.view) == {}
+        assert in_doubt(members)
+
+    def test_the_others_are_corrected(self, members: Members) -> None:
+        asked(members, "X", "Y")
+        members.asking()
+        members.push(came("Z"))
+        assert members.correct("a/", status("X"))
+        assert sorted(members.view) == ["X", "Z"]
+
+    def test_asking_again_without_changes_settles_it(self, members: Members) -> None:
+        members.asking()
+        members.push(came("X"))
+        members.correct("a/", status())
+        assert not asked(members, "X")
+        assert not in_doubt(members)
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["subscribe", "unsubscribe"]), st.sampled_from("XYZ")),
+            max_size=15,
+        ),
+        st.sets(st.sampled_from("XYZ")),
+    )
+    def test_a_status_with_nothing_in_between_is_the_truth(
+        self, changes: list[tuple[Literal["subscribe", "unsubscribe"], str]], there: set[str]
+    ) -> None:
+        members = Members("a/")
+        for event, id in changes:
+            members.push(PresenceEvent(NOW, event, "a/", (Member(id),)))
+        before = set(members.view)
+        # It removes nobody, who may be on another node, before it has named him once.
+        assert asked(members, *there) == (not there <= before)
+        assert set(members.view) == there | before
+        asked(members, *"XYZ")
+        assert asked(members, *there) == (there != set("XYZ"))
+        assert set(members.view) == there
+        assert not in_doubt(members)
+
+    @given(st.lists(st.tuples(st.sampled_from("XYZ"), st.sampled_from(["a/", "a/b/", "a/c/"]))))
+    def test_who_comes_under_our_eyes_is_followed_exactly(
+        self, moves: list[tuple[str, str]]
+    ) -> None:
+        members = Members("a/")
+        places: set[tuple[str, str]] = set()
+        for place in moves:
+            # The broker tells of each place once.
+            members.push(went(*place) if place in places else came(*place))
+            places ^= {place}
+            assert set(members.view) == {id for id, _ in places}
+        assert not in_doubt(members)
+
+
+class TestTheFeed:
+    @pytest.fixture
+    def watch(self) -> Watch:
+        return Watch("a/", Sender("watch_presence('a/')", 10, "raise"))
+
+    @pytest.fixture
+    def feed(self, watch: Watch) -> Iterator[PresenceFeed]:
+        with PresenceFeed(watch.send, "a/", watch.members.view) as feed:
+            yield feed
+
+    def test_the_status_comes_first(self, watch: Watch, feed: PresenceFeed) -> None:
+        event = came("X")
+        watch.send.push(event)
+        first = status("X")
+        watch.send.put_in_front([first])
+        assert [feed.receive_nowait(), feed.receive_nowait()] == [first, event]
+
+    def test_members_stay_up_to_date_and_cannot_be_changed(
+        self, watch: Watch, feed: PresenceFeed
+    ) -> None:
+        watch.members.push(came("X"))
+        assert list(feed.members) == ["X"]
+        assert not hasattr(feed.members, "clear")
+
+    def test_a_gap_is_counted_and_leaves_members_unconfirmed(
+        self, watch: Watch, feed: PresenceFeed
+    ) -> None:
+        watch.members.push(came("X"))
+        watch.note_gap()
+        assert feed.statistics().gaps == 1
+        assert not feed.members["X"].confirmed
+
+    def test_a_clone_shares_the_events(self, watch: Watch, feed: PresenceFeed) -> None:
+        event = came("X")
+        watch.send.push(event)
+        with feed.clone() as clone:
+            assert clone.receive_nowait() is event
+
+    def test_says_what_it_is(self, feed: PresenceFeed) -> None:
+        assert repr(feed) == "<PresenceFeed watch_presence('a/'), open, 0 buffered>"
+
+
+@pytest.mark.virtual_time
+class TestWaitingForDoubts:
+    async def waited(self, members: Members, seconds: float) -> tuple[bool, float]:
+        """Whether there is a doubt, and how long that took."""
+        start = anyio.current_time()
+        doubted = await members.doubted(seconds)
+        return doubted, round(anyio.current_time() - start, 6)
+
+    async def later(self, seconds: float, act: Callable[[], object]) -> None:
+        await anyio.sleep(seconds)
+        act()
+
+    async def test_a_status_is_wanted_now_and_then(self, members: Members) -> None:
+        assert await self.waited(members, 60) == (False, 60)
+
+    async def test_doubts_are_gathered_for_a_little_while(self, members: Members) -> None:
+        members.doubt()
+        members.doubt()
+        assert await self.waited(members, 60) == (True, 0.1)
+
+    async def test_a_doubt_that_comes_later(self, members: Members) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.later, 5, members.doubt)
+            assert await self.waited(members, math.inf) == (True, 5.1)
+
+    async def test_a_doubt_puts_nothing_off(self, members: Members) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.later, 59.95, members.doubt)
+            assert await self.waited(members, 60) == (True, 60)
+
+    async def test_asking_settles_the_doubts(self, members: Members) -> None:
+        members.doubt()
+        members.asking()
+        assert await self.waited(members, 60) == (False, 60)
