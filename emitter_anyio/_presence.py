@@ -13,7 +13,9 @@ from ._requests import Member, PresenceEvent, PresenceStatus
 from ._streams import EventStream, Receiver, Sender
 
 _GATHERED: Final = 0.1
-"""For so many seconds doubts are gathered before a status is asked for."""
+_GATHERED_EACH: Final = 0.001
+"""Doubts are gathered for so many seconds before a status is requested: always, and for each member
+in addition. A status has some 36 bytes for each, so a busy channel costs at most 36 KB a second."""
 
 _REMEMBERED: Final = 1024
 """So many channels below the watched one are remembered, beside those in which somebody is."""
@@ -85,7 +87,6 @@ class Members(Receiver[PresenceEvent]):
         self._members: dict[str, Member] = {}
         self._named: set[str] = set()
         """Who is on the node that is asked: named by a status since the connection was opened."""
-        self._witnessed: set[str] = set()
         self._touched: set[str] = set()
         self._doubt = anyio.Event()
 
@@ -113,16 +114,16 @@ class Members(Receiver[PresenceEvent]):
         self._touched.add(member.id)
         there = self._place(item.channel)
         if item.event == "subscribe":
-            if member.id not in self._members:
-                # It has come under our eyes, so all its channels are known.
-                self._witnessed.add(member.id)
             there[member.id] = self._members[member.id] = member
-        else:
+            return True
+        # When a node dies, each other node reports its members as gone, with ids that its own
+        # members may have. A user name proves that, and a status corrects the rest. A status also
+        # names those who are still reached by another subscription.
+        known = self._members.get(member.id, member)
+        if known.username == member.username:
             there.pop(member.id, None)
-            if member.id not in self._witnessed:
-                # A subscription that we did not see may still reach it: a status will tell.
-                self.doubt()
-            self._forget_the_gone()
+        self.doubt()
+        self._forget_the_gone()
         return True
 
     def asking(self) -> None:
@@ -164,7 +165,7 @@ class Members(Receiver[PresenceEvent]):
         with anyio.move_on_after(seconds):
             await self._doubt.wait()
             # Who leaves rarely leaves alone: one status for all of them.
-            await anyio.sleep(_GATHERED)
+            await anyio.sleep(_GATHERED + _GATHERED_EACH * len(self._members))
         return self._doubt.is_set()
 
     def _place(self, channel: str) -> dict[str, Member]:
@@ -181,4 +182,3 @@ class Members(Receiver[PresenceEvent]):
         here = {id for there in self._there.values() for id in there}
         for id in self._members.keys() - here:
             del self._members[id]
-            self._witnessed.discard(id)

@@ -185,6 +185,34 @@ async def test_members_on_another_node_stay(nodes: Pair, key: str) -> None:
         await settle(feed)
 
 
+@pytest.mark.parametrize("names", [("ann", "bob"), ("", "")])
+async def test_members_stay_when_another_node_dies(
+    nodes: Pair, key: str, names: tuple[str, str]
+) -> None:
+    """It is reported that the other node's member has left, with the id of the one who stays."""
+    async with AsyncExitStack() as stack:
+
+        async def come(node: Broker, name: str) -> Emitter:
+            options = {"username": name} if name else {}
+            return await stack.enter_async_context(connect(node.url, **options))
+
+        # Each is the first client of its node.
+        stays, goes = await come(nodes[0], names[0]), await come(nodes[1], names[1])
+        watcher = await come(nodes[0], "")
+        feed = await stack.enter_async_context(watcher.watch_presence(key, "a/", refresh=None))
+        for member in stays, goes:
+            await member.subscribe(key, "a/", 0)
+        await settle(feed, *names)
+        id = (await stays.me()).id
+        await nodes[1].stop()
+        while (event := await feed.receive()).event != "unsubscribe":
+            pass
+        assert event.who == (Member(id, names[1] or None),)
+        while id not in feed.members:
+            await checkpoint()
+        assert len(feed.members) == 2, "a ghost, who is not reported as gone, remains"
+
+
 async def test_members_of_an_earlier_connection_are_not_confirmed(nodes: Pair, key: str) -> None:
     async with (
         many_links(nodes[0].url) as watcher,

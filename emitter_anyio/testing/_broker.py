@@ -238,7 +238,8 @@ class Broker(Service):
 
         Its clients are cut, and their wills are lost. The other nodes notice that: they no longer
         ask it, nor wait for it, and each tells those who watch presence there that subscribers have
-        left, but with ids that are not theirs, as Emitter does. Returns when the port is free.
+        left. As in Emitter, the ids are not theirs, and may be those of clients of the other node.
+        Returns when the port is free.
         Stopping it again has no effect.
         """
         if ended := self._halt():

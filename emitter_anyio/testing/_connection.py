@@ -133,7 +133,7 @@ class Client(Peer):
         ssl_context: ssl.SSLContext | None = None,
         coalesce: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(exchange.name, next(exchange.numbers))
         self.client_id: str = ""
         self.connected: bool = False
         self._exchange = exchange

@@ -5,6 +5,8 @@ What the recorded conversations leave open was seen in the broker's ``internal/s
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -17,7 +19,7 @@ from . import _requests
 from ._cluster import Ban, Cluster
 from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permissions
 from ._matching import Matcher, Subscriptions, Trie
-from ._peer import Peer, deliver, new_id, to_json
+from ._peer import Peer, connection_id, deliver, to_json
 from ._refusals import EXTEND_KEY, RefusedError
 from ._storage import RETAINED, Storage, Stored, merge
 from ._topics import Topic, Words, parse
@@ -54,6 +56,9 @@ class Exchange:
         self.watchers: Trie[Peer] = Trie(matcher)
         self.cluster: Cluster = Cluster() if cluster is None else cluster
         self.cluster.join(self)
+        self.name = secrets.token_bytes(8)
+        #: gives each connection its number; real nodes that start together count from the same one
+        self.numbers = itertools.count()
         self._patience = patience
         self._grant = lru_cache(maxsize=4096)(self._find_key)
 
@@ -168,13 +173,14 @@ class Exchange:
         """
         End what a connection had when this node is killed: its will is lost.
 
-        The other nodes announce that it ended. But as real ones do, each gives it an id that nobody
-        has: it makes the id from its own name, instead of that of the node which is gone.
+        The other nodes announce that it ended. But as real ones do, each makes the id from its own
+        name, instead of that of the node which is gone. So this is the id of its own connection
+        with the same number, if there is one.
         """
         peer.will = None
         struck = self._strike_all(peer)
         for other in self.cluster.others(self):
-            who = {**peer.who(), "id": new_id()}
+            who = {**peer.who(), "id": connection_id(other.name, peer.number)}
             for words, channel in struck:
                 change = self._change("unsubscribe", who, channel)
                 self.cluster.do(other, partial(other.announce, words, change))

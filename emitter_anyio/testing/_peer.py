@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,11 +22,17 @@ Kind: TypeAlias = Literal[
 
 
 class Peer(ABC):
-    """A connection's state."""
+    """
+    A connection's state.
 
-    def __init__(self) -> None:
+    :param node: the name of the node that it leads to
+    :param number: its number on that node
+    """
+
+    def __init__(self, node: bytes = b"", number: int = 0) -> None:
+        self.number = number
         #: what ``me`` answers and presence shows: a new one for every connection
-        self.id: str = new_id()
+        self.id: str = connection_id(node, number)
         self.username: str = ""
         self.will: Will | None = None
         self.links: dict[str, Topic] = {}
@@ -46,9 +52,10 @@ class Peer(ABC):
         return {"id": self.id, "username": self.username} if self.username else {"id": self.id}
 
 
-def new_id() -> str:
-    """Make an id as connections have it."""
-    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=")
+def connection_id(node: bytes, number: int) -> str:
+    """Make an id as connections have it: of the name of a node, and the number on that node."""
+    digest = hashlib.sha256(node + number.to_bytes(8, "big")).digest()
+    return base64.b32encode(digest[:16]).decode().rstrip("=")
 
 
 def deliver(peers: Iterable[Peer], kind: Kind, topic: str, payload: bytes) -> None:
