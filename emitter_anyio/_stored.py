@@ -88,10 +88,12 @@ class Known:
 
     :ivar contract: the licence's part of the ids
     :ivar has_several_nodes: whether nodes were at work at the same time
+    :ivar has_large: whether it stores messages large enough that some might hide others
     """
 
     contract: int | None = None
     has_several_nodes: bool = False
+    has_large: bool = False
 
 
 Steps: TypeAlias = Generator[Look | Census | StoredMessage | Unread, Answer, T]
@@ -219,7 +221,6 @@ class Reading:
         self._counted: bool | None = None
         """Whether the broker has been found to have several nodes."""
         self._slow = False
-        self._large = False
 
     def steps(self) -> Steps[None]:
         """Give looks, each to be answered, and in between messages and what cannot be read."""
@@ -320,7 +321,7 @@ class Reading:
     def _note(self, message: StoredMessage) -> None:
         second, node = second_of(message), _node(message)
         self._broker.contract = int.from_bytes(message.id[:4], "big") ^ self._level
-        self._large = self._large or len(message.binary) > _LARGE_BYTES
+        self._broker.has_large |= len(message.binary) > _LARGE_BYTES
         oldest, newest = self._spans.get(node, (second, second))
         self._spans[node] = min(oldest, second), max(newest, second)
 
@@ -421,7 +422,7 @@ class Reading:
 
     def _skip(self, since: int | None, until: int | None, reason: str) -> Steps[None]:
         self._left -= 1
-        self._large = True
+        self._broker.has_large = True
         yield self._unread(since, until, reason)
 
     def _pass_large(self, until: int | None) -> Steps[int]:
@@ -444,9 +445,14 @@ class Reading:
         return second - 1
 
     def _search(self, until: int | None) -> Steps[int | None]:
-        """Look for messages where there seem to be none, if large ones may hide them."""
+        """
+        Look for messages where there seem to be none, if large ones may hide them.
+
+        A search takes some 16 requests, and Emitter delays answers beyond 60 writes a second. So
+        there is one only if the broker has large messages, or if no cursor can be made yet.
+        """
         contract = self._broker.contract
-        if self._slow or (contract is not None and not self._large):
+        if self._slow or (contract is not None and not self._broker.has_large):
             return self._oldest - 1
 
         def shows_any(second: int) -> Steps[bool]:
@@ -456,7 +462,7 @@ class Reading:
         second = yield from self._find_last(until, shows_any)
         if second is None:
             return self._oldest - 1
-        self._large = True
+        self._broker.has_large = True
         if contract is None and self._broker.contract is not None:
             # Now it can be looked behind the one that hides them.
             return until

@@ -288,6 +288,22 @@ def test_several_in_a_row_are_passed_once_one_is_known() -> None:
     assert result.lost() == []
 
 
+def test_several_in_a_row_are_passed_once_a_large_one_was_read_in_another_channel() -> None:
+    broker = Known()
+    other, node = a(), a()
+    other.store(START, b"x" * 45000)
+    list(read(Nodes(other).answer, broker=broker))
+    for second in range(20):
+        node.store(START + second, b"oldest")
+    node.store(START + 20, OVERSIZED)
+    node.store(START + 21, OVERSIZED)
+    node.store(START + 30, b"newest")
+    cluster = Nodes(node)
+    result = Found(cluster, read(cluster.answer, broker=broker))
+    assert len(result.messages) == 21
+    assert result.lost() == []
+
+
 @pytest.mark.parametrize("small", [10, 150])
 @pytest.mark.parametrize("counts", [(0, 7000), (7000, 0)])
 def test_a_node_that_is_absent_is_looked_for(counts: tuple[int, int], small: int) -> None:
