@@ -1,8 +1,9 @@
-"""What to ask a broker for, so that no stored message of any of its nodes is passed over.
+"""The requests that read stored messages without missing any node of the broker. No I/O.
 
-A broker's node asks the others, and merges what they answer. Each answer holds the newest messages
-of its node, and ends at a limit, at 64 KiB, or before a message that alone is larger than that. So
-a page says how far each node in it has been read, and nothing of a node that is not in it.
+The node that gets a request sends it to the other nodes, and merges the answers. The answer of each
+node holds its newest messages. It ends at the limit of the request, at 64 KiB, or before a message
+that alone is larger than that. So a page proves how far each node in it has been read. It proves
+nothing about a node that is absent from it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _MAX_UINT32: Final = 0xFFFFFFFF
 _LEAST: Final = 16
 _USUAL: Final = 128
 _MOST: Final = 1024
-"""How many messages the first page asks for, at least and at most, and how many any page."""
+"""The number of messages to request: of the first page at least and at most, and of any page."""
 _ANSWER_BYTES: Final = 65536
-"""The broker sends no larger answer, in JSON; nor does a node give more, in bytes."""
+"""The size limit of the broker's answer, in JSON, and of the answer of each node, in bytes."""
 _PAGE_BYTES: Final = 40000
-"""A page asks for so many messages as need these bytes in JSON, if all are as those before."""
+"""The size in JSON that a page should have, if its messages are as large as those before."""
 _CERTAIN_BYTES: Final = 16384
-"""A node that gave no more than this would have given any other message that can be sent."""
+"""A node that returned at most this many bytes has no further message that can be sent."""
 _LARGE_BYTES: Final = 32768
 _MOST_PROBES: Final = 32
 _SKEW: Final = 2
@@ -45,10 +46,13 @@ SLOW: Final = "the broker took 2 s, so one of its nodes might not have answered"
 
 class Look(NamedTuple):
     """
-    A question: the newest messages of a window, whose bounds are unix seconds and belong to it.
+    A request for the newest messages of a window.
 
-    :ivar cursor: the id of a message: only older ones. A node that does not store it skips its
-        first older one
+    :ivar last: the maximum number of messages
+    :ivar since: the oldest second of the window, in unix time; ``None`` for no bound
+    :ivar until: the newest second of the window
+    :ivar cursor: the id of a message; only older messages are returned. A node that does not store
+        that message skips the next older one
     """
 
     last: int
@@ -58,15 +62,15 @@ class Look(NamedTuple):
 
 
 class Census(NamedTuple):
-    """A question: whether the broker waits for other nodes when it is asked for presence."""
+    """A request that takes long if the broker has several nodes: a status of presence."""
 
 
 class Answer(NamedTuple):
     """
-    What came of it.
+    The outcome of a request.
 
     :ivar messages: ``None`` if the answer was too large for the broker to send
-    :ivar slow: whether the broker has waited for other nodes
+    :ivar slow: whether it took so long that the broker must have waited for other nodes
     """
 
     messages: Sequence[StoredMessage] | None
@@ -74,7 +78,7 @@ class Answer(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A window in which there are messages that cannot be read, in unix seconds."""
+    """A window with messages that cannot be read; both bounds are unix seconds within it."""
 
     since: int
     until: int
@@ -84,10 +88,10 @@ class Unread(NamedTuple):
 @dataclass
 class Known:
     """
-    What ids have shown of a broker.
+    What the stored messages have shown of a broker.
 
-    :ivar contract: the licence's part of the ids
-    :ivar has_several_nodes: whether nodes were at work at the same time
+    :ivar contract: the part of the ids that depends on the licence
+    :ivar has_several_nodes: whether two nodes have stored messages at the same time
     :ivar has_large: whether it stores messages large enough that some might hide others
     """
 
@@ -104,7 +108,7 @@ def second_of(message: StoredMessage) -> int:
 
 
 def _age(message: StoredMessage) -> bytes:
-    """Where a message has its place: the second, the node's counter, the node; newest first."""
+    """Return the sort key of a message: second, counter of the node, node; the newest is first."""
     return message.id[4:16]
 
 
@@ -124,16 +128,16 @@ def _json_bytes(messages: Iterable[StoredMessage]) -> int:
 
 
 def _behind(message: StoredMessage) -> bytes:
-    """Make a cursor that no node stores, so that what follows the message is skipped."""
+    """Make a cursor that no node stores: each node skips its next message after this one."""
     return message.id + b"\0"
 
 
 @dataclass(frozen=True, slots=True)
 class _Page:
     """
-    Messages, the newest first.
+    The messages of an answer, the newest first.
 
-    :ivar full: whether the broker may have cut it
+    :ivar full: whether the broker might have cut it at the requested number of messages
     """
 
     messages: list[StoredMessage]
@@ -141,7 +145,7 @@ class _Page:
 
     @property
     def oldest(self) -> int:
-        """The last second of it, of which a full page may lack anything."""
+        """The oldest second of the page; a full page might lack any message of that second."""
         return second_of(self.messages[-1])
 
     def by_node(self) -> dict[bytes, list[StoredMessage]]:
@@ -151,16 +155,16 @@ class _Page:
         return nodes
 
     def sure(self) -> list[StoredMessage]:
-        """Those of each node without one missing in between."""
+        """Return the messages of which no newer one of the same node is missing."""
         if not self.full or len(self.by_node()) == 1:
             return self.messages
         return [message for message in self.messages if second_of(message) > self.oldest]
 
     def misses(self, message: StoredMessage, newest: StoredMessage | None) -> bool:
         """
-        Tell whether a message should be here.
+        Tell whether the page lacks a message that it should have.
 
-        :param newest: the newest message of its node that is here
+        :param newest: the newest message of the same node in the page
         """
         if self.full and second_of(message) <= self.oldest:
             return False
@@ -168,7 +172,7 @@ class _Page:
 
 
 class _Shown(NamedTuple):
-    """What was seen in a window, and the newest message of each node."""
+    """The page of a window, and the newest message of each node in that window."""
 
     page: _Page
     newest: dict[bytes, StoredMessage]
@@ -177,16 +181,16 @@ class _Shown(NamedTuple):
 
 class Reading:
     """
-    What to ask for, one look after another, and what comes of it.
+    One pass over the stored messages of a channel, as a sequence of requests and results.
 
-    The seconds come newest first, and so do the messages of one node in a second. A second is left
-    when each node that is known to have messages there has been read to its end.
+    The newest second comes first, and within a second the newest message of each node. The reading
+    leaves a second when it has read each node that is known to have messages there to its end.
 
-    :param last: how many messages at most; one that cannot be read counts, too
+    :param last: the maximum number of messages; a message that cannot be read counts, too
     :param since: the oldest second, or ``None``
     :param until: the newest second, or ``None``
-    :param now: the present second as far as known: a search begins there
-    :param broker: what is known of the broker, to which this adds
+    :param now: the current second of the local clock, at which a search begins
+    :param broker: what is known of the broker; the reading adds to it
     :param level: the first level of the channel
     """
 
@@ -208,22 +212,22 @@ class Reading:
         self._broker = broker
         self._level = level_hash(level)
         self._given: dict[bytes, list[StoredMessage]] = {}
-        """By node: the last message that was given, behind the one before it in its second."""
+        """By node: the last two messages yielded, or one if they are of different seconds."""
         self._json_bytes = 0, 0
-        """A second, and what has been found in it, in bytes of JSON."""
+        """A second, and the size in JSON of the messages that were yielded from it."""
         self._spans: dict[bytes, tuple[int, int]] = {}
-        """By node: the oldest and the newest second seen."""
+        """By node: the oldest and the newest second of its messages."""
         self._doubtful: list[int] = []
-        """Seconds in which other nodes would have found no place, if there were any."""
+        """Seconds in which one node filled each answer, so that another one might be missing."""
         self._before: _Shown | None = None
         self._told: int | None = None
-        """The last second of which it has been told that not all of it can be read."""
+        """The last second that was reported as not fully readable."""
         self._counted: bool | None = None
-        """Whether the broker has been found to have several nodes."""
+        """The result of the census, if there was one."""
         self._slow = False
 
     def steps(self) -> Steps[None]:
-        """Give looks, each to be answered, and in between messages and what cannot be read."""
+        """Yield requests, each to be answered, and between them messages and unreadable windows."""
         until = self._until
         cursors: list[bytes] = []
         slow_from: list[int | None] = []
@@ -245,10 +249,12 @@ class Reading:
         self, until: int | None, cursors: list[bytes]
     ) -> Steps[tuple[int | None, list[bytes]]]:
         """
-        Read what is newest in what is left.
+        Read the newest messages of what is left.
 
-        :param cursors: where nodes may show nothing because of a large message; else at the newest
-        :return: the same for the next time
+        :param until: the newest second that is left
+        :param cursors: the places where a large message might hide a node; if there are none, the
+            newest place of the window
+        :return: ``until`` and ``cursors`` of the next call
         """
         before, self._before = self._before, None
         page = yield from self._ask(self._since, until)
@@ -264,7 +270,7 @@ class Reading:
         if not self._slow:
             self._before = _Shown(page, shown, until)
         newest = max(second_of(messages[0]) for messages in nodes.values())
-        # So far each node in it has been read, to the second.
+        # Each node in the page has been read at least to the end of this second.
         end = max(floor, *(second_of(messages[-1]) for messages in nodes.values()))
         yield from self._give(m for m in page.sure() + hidden if second_of(m) >= end)
         if not page.full and not floor and all(_is_certain(each) for each in nodes.values()):
@@ -283,10 +289,12 @@ class Reading:
         size: int | None = None,
     ) -> Steps[_Page | None]:
         """
-        Ask for a page.
+        Request a page.
 
-        :param size: how many messages; else as many as may fit, and fewer if they do not
-        :return: ``None`` if the broker cannot send it; without a size, not even one message
+        :param size: the number of messages; by default as many as should fit into an answer, and
+            fewer if they do not fit
+        :return: ``None`` if the broker cannot send the answer: without ``size``, not even one
+            message
         """
         asked = self._size if size is None else size
         while True:
@@ -307,7 +315,7 @@ class Reading:
         return page
 
     def _cursor(self, until: int | None) -> bytes:
-        """Make a cursor before all messages until then, which no node stores."""
+        """Make a cursor that no node stores, just before the newest place of the window."""
         assert self._broker.contract is not None
         time = 0 if until is None else _MAX_UINT32 - (until - _FIRST_SECOND)
         words = (self._broker.contract ^ self._level, time, 0, 0)
@@ -326,7 +334,7 @@ class Reading:
         self._spans[node] = min(oldest, second), max(newest, second)
 
     def _has_several_nodes(self) -> bool:
-        # One node has another name in each run, so what is of different times may be of one.
+        # A node has another name after each start, so only overlapping times prove two nodes.
         spans = sorted(self._spans.values())
         if any(later[0] <= earlier[1] for earlier, later in pairwise(spans)):
             self._broker.has_several_nodes = True
@@ -351,15 +359,16 @@ class Reading:
             self._json_bytes = second, 0
         self._json_bytes = second, self._json_bytes[1] + size
 
-    # What hides others
+    # Messages that hide others
 
     def _look_behind(
         self, page: _Page, until: int | None, cursors: Sequence[bytes]
     ) -> Steps[tuple[list[StoredMessage], int]]:
         """
-        Have each node skip one message: if that is too large, those before it are seen.
+        Make each node skip one message: if that message is too large, the older ones appear.
 
-        :return: what the page should have had; and the second from which more may be hidden, or 0
+        :return: the messages that the page should have had, and the second from which more might be
+            hidden, or 0
         """
         hidden: dict[bytes, StoredMessage] = {}
         floor = 0
@@ -384,7 +393,7 @@ class Reading:
             if missed and again is None:
                 again = yield from self._ask(self._since, until)
             if again is not None:
-                # What has been stored since then is there now.
+                # Messages that were stored since the first page are in this one.
                 newest = {node: messages[0] for node, messages in again.by_node().items()}
                 missed = [m for m in missed if again.misses(m, newest.get(_node(m)))]
             if missed:
@@ -394,8 +403,8 @@ class Reading:
         return sorted(hidden.values(), key=_age), floor
 
     def _compare(self, before: _Shown, shown: Iterable[StoredMessage]) -> Steps[None]:
-        """See whether the page before should have had what is here: then something hid it there."""
-        # What is as new as that may have been stored in between.
+        """Report messages that were missing in the page before: something hid them there."""
+        # Messages as new as the newest might have been stored between the two requests.
         newest = max(span[1] for span in self._spans.values())
         missed = [
             second_of(message)
@@ -412,7 +421,7 @@ class Reading:
             page = yield from self._ask(self._since, second)
             return page is None or page.full or bool(_of(page, _node(behind)))
 
-        # What hides it stands in the second from which on the node is not seen.
+        # The hiding message is in the first second from which the node is absent.
         since = second_of(behind)
         last = since
         if until is None or since < until:
@@ -426,7 +435,7 @@ class Reading:
         yield self._unread(since, until, reason)
 
     def _pass_large(self, until: int | None) -> Steps[int]:
-        """Skip the newest message, which cannot be sent, and read the others of its second."""
+        """Skip the newest message, which cannot be sent, and read the rest of its second."""
 
         def is_within(second: int) -> Steps[bool]:
             return (yield from self._ask(second, until, size=1)) is None
@@ -446,7 +455,7 @@ class Reading:
 
     def _search(self, until: int | None) -> Steps[int | None]:
         """
-        Look for messages where there seem to be none, if large ones may hide them.
+        Search for messages that large ones hide, where an answer was empty.
 
         A search takes some 16 requests, and Emitter delays answers beyond 60 writes a second. So
         there is one only if the broker has large messages, or if no cursor can be made yet.
@@ -464,7 +473,7 @@ class Reading:
             return self._oldest - 1
         self._broker.has_large = True
         if contract is None and self._broker.contract is not None:
-            # Now it can be looked behind the one that hides them.
+            # The contract is known now, so a cursor can skip the message that hides them.
             return until
         yield from self._skip(second + 1, until, HIDDEN)
         return second
@@ -473,10 +482,11 @@ class Reading:
         self, until: int | None, holds: Callable[[int], Steps[bool]], found: int | None = None
     ) -> Steps[int | None]:
         """
-        Find the last second for which something holds, in ever larger steps, then by halves.
+        Find the last second for which a condition holds: in growing steps, then by bisecting.
 
-        :param found: a second for which it does
-        :return: the last one found
+        :param holds: the condition
+        :param found: a second for which it holds
+        :return: the last second found
         """
         top = _MAX_UINT32 if until is None else until
         probe = min(top, max(self._oldest, self._now) if found is None else found) + 1
@@ -501,9 +511,9 @@ class Reading:
         """
         Read a second to its end.
 
-        :param page: what has been read of it
-        :param nodes: the nodes in it
-        :return: cursors behind its last messages
+        :param page: what has been read of the second
+        :param nodes: the nodes that have messages in the second
+        :return: cursors after the last message of each node
         """
         crowded = page.full and page.oldest == second
         if crowded and self._left > 0:
@@ -530,17 +540,17 @@ class Reading:
         ]
 
     def _may_hide_nodes(self) -> Steps[bool]:
-        """Tell whether there are nodes beside one that fills an answer."""
+        """Tell whether there might be nodes beside the one that fills an answer."""
         if self._counted is None and not self._has_several_nodes():
             self._counted = (yield Census()).slow
         return bool(self._counted) or self._has_several_nodes()
 
     def _finish_node(self, second: int, node: bytes, nodes: list[bytes]) -> Steps[bool]:
         """
-        Read what one node has in a second.
+        Read the messages of one node in a second.
 
-        :param nodes: those that are known; others are added
-        :return: whether other nodes' messages may have taken the place of some
+        :param nodes: the nodes that are known to have messages in it; others are added
+        :return: whether messages of other nodes might have displaced some
         """
         crowded = False
         given = [m for m in self._given.get(node, ()) if second_of(m) == second]
@@ -551,12 +561,12 @@ class Reading:
             if last is None or self._size > 1:
                 page = yield from self._ask(second, second, anchor)
                 if anchor is not None and last not in _of(page, node):
-                    # It has expired. If the anchor has, too, a message was skipped.
+                    # The last message has expired. If the anchor has, too, one was skipped.
                     page = yield from self._ask(second, second)
             cursor = None if last is None else last.id
             fresh = self._new_of(page, node)
             if not (fresh or last is None or _is_end(page, node)):
-                # Of large messages an answer has no two.
+                # An answer cannot hold two large messages.
                 page = yield from self._ask(second, second, cursor)
                 if page is None:
                     cursor = _behind(last)
@@ -591,7 +601,7 @@ def _of(page: _Page | None, node: bytes) -> list[StoredMessage]:
 
 
 def _is_end(page: _Page | None, node: bytes) -> bool:
-    """Tell whether a node would have given more if it had any that can be sent."""
+    """Tell whether a node has no further message that can be sent."""
     return page is not None and not page.full and _is_certain(_of(page, node))
 
 
