@@ -32,7 +32,6 @@ _PAGE_BYTES: Final = 40000
 """The size in JSON that a page should have, if its messages are as large as those before."""
 _CERTAIN_BYTES: Final = 16384
 """A node that returned at most this many bytes has no further message that can be sent."""
-_LARGE_BYTES: Final = 32768
 _MOST_PROBES: Final = 32
 _SKEW: Final = 2
 """Seconds by which the clocks of nodes may differ."""
@@ -92,12 +91,10 @@ class Known:
 
     :ivar contract: the part of the ids that depends on the licence
     :ivar has_several_nodes: whether two nodes have stored messages at the same time
-    :ivar has_large: whether it stores messages large enough that some might hide others
     """
 
     contract: int | None = None
     has_several_nodes: bool = False
-    has_large: bool = False
 
 
 Steps: TypeAlias = Generator[Look | Census | StoredMessage | Unread, Answer, T]
@@ -329,7 +326,6 @@ class Reading:
     def _note(self, message: StoredMessage) -> None:
         second, node = second_of(message), _node(message)
         self._broker.contract = int.from_bytes(message.id[:4], "big") ^ self._level
-        self._broker.has_large |= len(message.binary) > _LARGE_BYTES
         oldest, newest = self._spans.get(node, (second, second))
         self._spans[node] = min(oldest, second), max(newest, second)
 
@@ -431,7 +427,6 @@ class Reading:
 
     def _skip(self, since: int | None, until: int | None, reason: str) -> Steps[None]:
         self._left -= 1
-        self._broker.has_large = True
         yield self._unread(since, until, reason)
 
     def _pass_large(self, until: int | None) -> Steps[int]:
@@ -457,11 +452,12 @@ class Reading:
         """
         Search for messages that large ones hide, where an answer was empty.
 
-        A search takes some 16 requests, and Emitter delays answers beyond 60 writes a second. So
-        there is one only if the broker has large messages, or if no cursor can be made yet.
+        An empty answer alone proves nothing: one message of more than 64 KiB hides all before it. A
+        search takes some 30 small requests, at distances that double, so it can miss messages that
+        were all stored within a short time long ago.
         """
         contract = self._broker.contract
-        if self._slow or (contract is not None and not self._broker.has_large):
+        if self._slow:
             return self._oldest - 1
 
         def shows_any(second: int) -> Steps[bool]:
@@ -471,7 +467,6 @@ class Reading:
         second = yield from self._find_last(until, shows_any)
         if second is None:
             return self._oldest - 1
-        self._broker.has_large = True
         if contract is None and self._broker.contract is not None:
             # The contract is known now, so a cursor can skip the message that hides them.
             return until
@@ -491,14 +486,16 @@ class Reading:
         top = _MAX_UINT32 if until is None else until
         probe = min(top, max(self._oldest, self._now) if found is None else found) + 1
         probe, step = min(top, probe), 1
-        for count in range(_MOST_PROBES):
+        for count in range(2 * _MOST_PROBES):
             if (yield from holds(probe)):
                 found = probe
             else:
                 top = probe - 1
             if top <= (self._oldest - 1 if found is None else found):
                 break
-            step *= 1 if count < 3 else 4
+            if found is None and count == _MOST_PROBES:
+                break
+            step *= 1 if count < 3 else 2 if found is None else 4
             if found is None:
                 probe = max(self._oldest, top - step + 1)
             else:

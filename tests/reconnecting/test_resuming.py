@@ -523,7 +523,7 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
                     while not any(client.client_id == "subscriber" for client in broker.clients):
                         await checkpoint()
                     # While it connects, restores, resumes or receives.
-                    for _ in range(chance.randrange(200)):
+                    for _ in range(chance.randrange(400)):
                         await checkpoint()
                     await broker.drop("subscriber")
                 while chance.random() < 0.3:
