@@ -314,9 +314,9 @@ class Connection:
         if self._ended:
             # An error of a connection that is about to end does not explain why.
             return
-        # After DISCONNECT was sent, it does not matter how the connection ends. The broker may close
-        # it before the transport reports that DISCONNECT was sent; its silence means that it was
-        # not.
+        # After DISCONNECT was sent, it does not matter how the connection ends. The broker may
+        # close it before the transport reports that DISCONNECT was sent. If the broker is silent,
+        # it was not.
         left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
         if left or not self.leaving:
             self._broken = exc

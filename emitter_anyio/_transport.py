@@ -363,10 +363,7 @@ async def _open_below(server: Server, options: Options) -> Transport:
 async def _upgrade(below: Transport, server: Server, max_message_size: int) -> Transport:
     from ._websocket import Upgrade, WebSocket
 
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    if server.port != (443 if server.secure else 80):
-        host += f":{server.port}"
-    upgrade = Upgrade(host, server.path)
+    upgrade = Upgrade(host_header(server), server.path)
     request = upgrade.request
     while request:
         request = request[await below.send(request) :]
@@ -376,6 +373,13 @@ async def _upgrade(below: Transport, server: Server, max_message_size: int) -> T
                 patience.deadline = min(patience.deadline, anyio.current_time() + _PATIENCE)
         return WebSocketTransport(below, WebSocket(max_message_size), received)
     raise upgrade.refusal()
+
+
+def host_header(server: Server) -> str:
+    """Return the Host header of a WebSocket handshake."""
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    usual = 443 if server.secure else 80
+    return host if server.port == usual else f"{host}:{server.port}"
 
 
 async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
@@ -389,8 +393,8 @@ async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
 
 async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> TLSStream:
     try:
-        # Brokers close without the closing message of TLS, and MQTT has its own end, so that waiting
-        # for that message would serve no purpose.
+        # Brokers close without the closing message of TLS, and MQTT has its own end, so waiting for
+        # that message would serve no purpose.
         return await TLSStream.wrap(
             stream,
             hostname=server.host,

@@ -22,8 +22,14 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import generate_accept_token
 
 from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError
+from emitter_anyio._options import make_options
 from emitter_anyio._tls import explain
-from emitter_anyio._transport import SocketTransport, StreamTransport, WebSocketTransport
+from emitter_anyio._transport import (
+    SocketTransport,
+    StreamTransport,
+    WebSocketTransport,
+    host_header,
+)
 from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
@@ -545,9 +551,8 @@ async def test_websocket_is_spoken_over_a_connectable(anyio_backend: object) -> 
     ("url", "host"),
     [
         ("ws://h:80", "h"),
-        ("wss://h", "h"),
         ("ws://h:443", "h:443"),
-        ("wss://[::1]:80", "[::1]:80"),
+        ("ws://[::1]:81", "[::1]:81"),
         ("ws://bücher.example", "xn--bcher-kva.example:8080"),
     ],
 )
@@ -566,6 +571,11 @@ async def test_the_port_is_told_unless_it_is_usual(
         async with one_link(url, connectable=connectable):
             pass
     assert [name.encode("idna").decode() for name in asked] == [host]
+
+
+@pytest.mark.parametrize(("url", "host"), [("wss://h", "h"), ("wss://[::1]:80", "[::1]:80")])
+def test_the_port_is_told_over_tls_unless_it_is_usual(url: str, host: str) -> None:
+    assert host_header(make_options(url, {}).servers[0]) == host
 
 
 @pytest.mark.virtual_time

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
+from urllib.parse import urlsplit, urlunsplit
 
 import anyio
 from anyio import BrokenResourceError, EndOfStream
@@ -91,7 +92,8 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
         heard = _Heard(stream)
         options = {**source.options, "connectable": _Open(heard), "reconnect": None}
         options.pop("ssl_context", None)
-        emitter = connect(source.url, connect_timeout=timeout, request_timeout=timeout, **options)
+        url = _without_tls(source.url, server)
+        emitter = connect(url, connect_timeout=timeout, request_timeout=timeout, **options)
         start = time.perf_counter()
         try:
             await stack.enter_async_context(emitter)
@@ -104,6 +106,17 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
             took = f"{(time.perf_counter() - start) * 1e3:.1f} ms"
             report.add("connack", "ok", f"the broker has accepted us, in {took}")
             yield emitter
+
+
+def _without_tls(url: str, server: Server) -> str:
+    """Return a URL for a stream that speaks TLS already."""
+    if not server.secure:
+        return url
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    scheme = parts.scheme.removesuffix("s")
+    return urlunsplit((scheme, f"{user}{at}{host}:{server.port}", parts.path, parts.query, ""))
 
 
 async def _stream_to(
