@@ -40,6 +40,7 @@ from ._streams import Entering, EventStream, Overflow, Receiver
 from ._subscriptions import Subscribing, Subscriptions
 from ._supervisor import Supervisor
 from ._totals import Statistics, Totals
+from ._trace import Trace
 from ._wants import Wants
 
 _LifeEvent: TypeAlias = Literal["connect", "disconnect"]
@@ -98,7 +99,9 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
         ``connectable`` (an ``anyio.abc.ByteStreamConnectable`` instead of TCP; TLS and WebSocket
         are added as the URL's scheme or ``secure=True`` requires),
         ``reconnect`` (``Backoff()``: a link that is lost comes back; ``None``: one link only),
-        ``while_down`` (``"wait"`` until it is back, or ``"raise"``: what a call does meanwhile)
+        ``while_down`` (``"wait"`` until it is back, or ``"raise"``: what a call does meanwhile),
+        ``trace`` (a function that gets the name of each event of the client, and a mapping of what
+        is known of it)
     :return: a client to be entered
     :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
     :raises ValueError: if a value is out of its range
@@ -136,12 +139,13 @@ class Emitter:
         routes: Routes[Receiver[Any]] = Routes(options.matcher)
         self._totals = totals = Totals(slot, routes)
         self._events = events = Events(slot, routes, background, guard, totals)
+        trace = Trace(options.trace)
         key_ring = KeyRing(guard)
         wants = Wants(options.matcher, allow_collisions=options.allow_collisions)
-        dispatcher = Dispatcher(routes, events, totals, refused=key_ring.forget)
-        opener = Opener(options, key_ring, wants)
-        self._requester = requester = Requester(slot, key_ring, options)
-        self._publisher = publisher = Publisher(slot, requester, options)
+        dispatcher = Dispatcher(routes, events, totals, key_ring.forget, trace)
+        opener = Opener(options, key_ring, wants, trace)
+        self._requester = requester = Requester(slot, key_ring, options, trace)
+        self._publisher = publisher = Publisher(slot, requester, options, trace)
         self._keys = Keys(requester)
         self._history = history = History(requester)
         resumption = Resumption(slot, requester, history, events, background)

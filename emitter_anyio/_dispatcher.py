@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import methodcaller
 from typing import Any, Final, TypeAlias
 
 from anyio.lowlevel import checkpoint
 
 from ._batches import Messages, in_one_go
-from ._connection import Connection
-from ._errors import UnauthorizedError
+from ._connection import Connection, Deliver
+from ._errors import RequestError, UnauthorizedError
 from ._events import Events, logger
 from ._messages import EmitterMessage
 from ._packets import Event
@@ -19,6 +20,7 @@ from ._router import Routes
 from ._session import SYSTEM
 from ._streams import Receiver, Sender
 from ._totals import Totals
+from ._trace import Trace
 
 _Crowded: TypeAlias = tuple[Receiver[Any], list[EmitterMessage], int | None, int]
 """A full receiver, the messages for it, the weight of each, and how many were taken."""
@@ -47,6 +49,7 @@ class Dispatcher:
     :param events: emits events, and reports errors
     :param totals: counts messages
     :param refused: is called when the broker has refused a publish without naming it
+    :param trace: gets deliveries, dropped items, and refusals that no call awaits
     """
 
     def __init__(
@@ -55,11 +58,24 @@ class Dispatcher:
         events: Events,
         totals: Totals,
         refused: Callable[[], None],
+        trace: Trace,
     ) -> None:
         self._routes = routes
         self._events = events
         self._totals = totals
         self._refused = refused
+        self._trace = trace
+
+    def deliver_for(self, connection: Connection) -> Deliver:
+        """Return what delivers the decoded packets of a connection."""
+        if not self._trace:
+            return partial(self.deliver, connection)
+
+        async def deliver(events: Sequence[Event]) -> None:
+            with self._trace.span("deliver", packets=len(events)):
+                await self.deliver(connection, events)
+
+        return deliver
 
     async def deliver(self, connection: Connection, events: Sequence[Event]) -> None:
         """
@@ -133,6 +149,8 @@ class Dispatcher:
         elif event == "error":
             if isinstance(value, UnauthorizedError):
                 self._refused()
+            if isinstance(value, RequestError):
+                self._trace("refused", operation=value.operation, status=value.status)
             self._events.report(value)
         else:
             for stream in self._events.receivers(event, value):
@@ -173,4 +191,7 @@ class Dispatcher:
                 connection.check()
             elif not await connection.hold_up(stream.make_room):
                 return
+            dropped = stream.dropped
             stream.push_or_drop(item)
+            if stream.dropped > dropped:
+                self._trace("dropped", stream=stream.what)

@@ -15,6 +15,7 @@ from ._messages import encode_payload
 from ._options import Options, Server, check_connect_size
 from ._packets import ConnAck, Connect, Event, Publish
 from ._protocol._codec import Codec
+from ._trace import Trace
 from ._transport import BROKEN, open_transport
 from ._wants import Wants
 
@@ -44,10 +45,12 @@ class Opener:
     :param options: the client's options
     :param keys: returns the key of the will
     :param wants: what the client wants from every connection
+    :param trace: gets each attempt
     """
 
-    def __init__(self, options: Options, keys: KeyRing, wants: Wants) -> None:
+    def __init__(self, options: Options, keys: KeyRing, wants: Wants, trace: Trace) -> None:
         self._options = options
+        self._trace = trace
         self._keys = keys
         self._wants = wants
         self._will_key: str | None = None
@@ -71,9 +74,10 @@ class Opener:
             except Exception as exc:
                 raise ConnectError(f"there is no key of the will: {exc!r}") from exc
         after = None if last is None else last.server
-        return await open_connection(
-            self._options, self._wants, will_key=self._will_key, after=after
-        )
+        with self._trace.span("connect" if last is None else "reconnect"):
+            return await open_connection(
+                self._options, self._wants, will_key=self._will_key, after=after
+            )
 
 
 async def open_connection(

@@ -18,7 +18,7 @@ from anyio.abc import ByteStreamConnectable
 
 from ._backoff import Backoff
 from ._channels import A_KEY, format_topic
-from ._checks import check_choice, check_flag, check_int, check_seconds, check_text
+from ._checks import check_choice, check_flag, check_function, check_int, check_seconds, check_text
 from ._errors import MessageTooLargeError
 from ._messages import Will, encode_payload
 from ._router import Matcher
@@ -85,6 +85,10 @@ class Server:
         return f"{self.scheme}://{host}:{self.port}{path}"
 
 
+TraceHook: TypeAlias = Callable[[str, Mapping[str, object]], object]
+"""Gets the name of an event and what is known of it."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
     """Everything that can be said about a client; see :func:`~emitter_anyio.connect`."""
@@ -105,6 +109,7 @@ class Options:
     connectable: ByteStreamConnectable | None = None
     reconnect: Backoff | None = _BACKOFF
     while_down: Literal["wait", "raise"] = "wait"
+    trace: TraceHook | None = None
 
 
 logger = logging.getLogger("emitter_anyio")
@@ -399,6 +404,15 @@ _PLACE: Final[Mapping[str, _Check]] = {
     "servers": _check_servers,
 }
 
+
+def _check_trace(name: str, value: object) -> TraceHook | None:
+    if value is None:
+        return None
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
+    return check_function(name, value)
+
+
 _CHECKS: Final[Mapping[str, _Check]] = {
     "keepalive": partial(check_seconds, least=1, most=MAX_KEEPALIVE),
     "username": _check_username,
@@ -413,6 +427,7 @@ _CHECKS: Final[Mapping[str, _Check]] = {
     "max_message_size": partial(check_int, least=1024, most=0xFFFFFFF, unit=" bytes"),
     "allow_collisions": check_flag,
     "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable"),
+    "trace": _check_trace,
     "reconnect": _check_is(Backoff, "a Backoff(), or None for one link only"),
     "while_down": partial(check_choice, choices=("wait", "raise")),
 }

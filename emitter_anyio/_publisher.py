@@ -14,6 +14,7 @@ from ._messages import Payload, encode_payload
 from ._options import Options
 from ._requester import DEFAULT, Requester, Timeout, check_timeout
 from ._slot import Slot
+from ._trace import Trace
 
 TopicOptions: TypeAlias = tuple[tuple[str, int | None], ...]
 
@@ -35,10 +36,12 @@ class Publisher:
     :param slot: the present connection
     :param requester: waits for queue space and for replies
     :param options: the client's options
+    :param trace: gets each publish
     """
 
-    def __init__(self, slot: Slot, requester: Requester, options: Options) -> None:
+    def __init__(self, slot: Slot, requester: Requester, options: Options, trace: Trace) -> None:
         self._slot = slot
+        self._trace = trace
         self._requester = requester
         self._largest = options.max_message_size - _HEADER_BYTES
         self._topics: dict[tuple[object, ...], bytes] = {}
@@ -114,6 +117,19 @@ class Publisher:
 
         :param key: the key, for errors; ``None`` for a publish through an Emitter link
         """
+        with self._trace.span("publish", channel=channel, qos=qos, size=len(payload)):
+            await self._publish(topic, payload, key, channel, qos, retain, timeout)
+
+    async def _publish(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        qos: Literal[0, 1],
+        retain: bool,
+        timeout: Timeout,
+    ) -> None:
         requester = self._requester
         if qos == 0:
             session = self._slot.session

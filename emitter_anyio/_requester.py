@@ -24,6 +24,7 @@ from ._options import Options
 from ._pending import Pending
 from ._requests import Request
 from ._slot import Permit, Slot
+from ._trace import Trace
 
 T = TypeVar("T")
 
@@ -62,21 +63,28 @@ class Requester:
     :param slot: the present connection
     :param keys: the keys that functions have returned
     :param options: the client's options
+    :param trace: gets refusals
     :param bound: the connection that is being restored by this requester's calls, which all other
         calls have to wait for; ``None`` is for ordinary calls
     """
 
     def __init__(
-        self, slot: Slot, keys: KeyRing, options: Options, bound: Connection | None = None
+        self,
+        slot: Slot,
+        keys: KeyRing,
+        options: Options,
+        trace: Trace,
+        bound: Connection | None = None,
     ) -> None:
         self._slot = slot
+        self._trace = trace
         self._keys = keys
         self._options = options
         self._bound = bound
 
     def bind(self, connection: Connection) -> Requester:
         """Make a requester that restores a connection."""
-        return Requester(self._slot, self._keys, self._options, connection)
+        return Requester(self._slot, self._keys, self._options, self._trace, connection)
 
     async def connected(self) -> Connection:
         """Wait for a connection to use, as :meth:`Slot.connected` does."""
@@ -169,6 +177,11 @@ class Requester:
             pending.end_wait()
             if limit is not None:
                 limit.done = True
+        if self._trace and pending.refusal is not None:
+            status, _ = pending.refusal
+            self._trace(
+                "refused", operation=pending.operation, channel=pending.channel, status=status
+            )
         if not pending.done:
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(

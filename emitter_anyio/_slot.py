@@ -168,7 +168,8 @@ class Slot:
     def restore(self) -> None:
         """Let every call use the connection."""
         self.restored = True
-        self.direct_thread = self.owner.thread
+        # A traced publish takes the way with the hook.
+        self.direct_thread = self.owner.thread if self._options.trace is None else 0
         self._take(Step.RESTORE)
         self._tell()
 

@@ -195,7 +195,7 @@ class Supervisor:
 
     async def _run_one(self, connection: Connection) -> Exception | None:
         # In the turn in which a connection ends, so that callers it lets go find none.
-        deliver = partial(self._dispatcher.deliver, connection)
+        deliver = self._dispatcher.deliver_for(connection)
         if self._slot.restored or connection is not self._slot.connection:
             broken = await connection.run(deliver, self._background.tasks)
             self._end(connection, broken)

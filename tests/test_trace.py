@@ -1,0 +1,127 @@
+"""The trace hook."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+
+import anyio
+import pytest
+
+from emitter_anyio import ConnectError, UnauthorizedError
+from emitter_anyio.testing import Broker
+from tests.support.links import many_links, one_link, while_away
+
+
+class Traced:
+    """A hook that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, Mapping[str, object]]] = []
+
+    def __call__(self, name: str, values: Mapping[str, object]) -> None:
+        self.events.append((name, values))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.events]
+
+    def values(self, name: str) -> list[Mapping[str, object]]:
+        return [values for each, values in self.events if each == name]
+
+
+async def test_connecting_publishing_and_delivering(broker: Broker) -> None:
+    trace, key = Traced(), broker.keygen("a/", "rw")
+    async with many_links(broker.url, trace=trace) as emitter:
+        async with emitter.subscribe(key, "a/") as messages:
+            await emitter.publish(key, "a/", "four")
+            await messages.receive()
+            await emitter.publish(key, "a/", "four", qos=1)
+            await messages.receive()
+    assert trace.names[:2] == ["connect.started", "connect.complete"]
+    publishes = trace.values("publish.complete")
+    assert [(each["channel"], each["qos"], each["size"]) for each in publishes] == [
+        ("a/", 0, 4),
+        ("a/", 1, 4),
+    ]
+    for name in ("connect.complete", "publish.complete", "deliver.complete"):
+        for values in trace.values(name):
+            assert isinstance(seconds := values["seconds"], float)
+            assert seconds >= 0
+    assert key not in repr(trace.events)
+
+
+async def test_reconnecting(broker: Broker) -> None:
+    trace = Traced()
+    async with many_links(broker.url, trace=trace) as emitter:
+        async with while_away(emitter, broker):
+            pass
+    assert trace.names.count("connect.complete") == 1
+    assert trace.names.count("reconnect.complete") == 1
+
+
+async def test_a_connection_that_fails(anyio_backend: object) -> None:
+    trace = Traced()
+    with suppress(ConnectError):
+        async with one_link("mqtt://127.0.0.1:1", trace=trace):
+            raise AssertionError("entered")
+    assert trace.names == ["connect.started", "connect.failed"]
+    assert isinstance(trace.values("connect.failed")[0]["error"], ConnectError)
+
+
+async def test_refusals(broker: Broker) -> None:
+    trace = Traced()
+    async with one_link(broker.url, trace=trace) as emitter:
+        with pytest.raises(UnauthorizedError):
+            await emitter.publish("x" * 32, "a/", "x", qos=1)
+        await emitter.publish("x" * 32, "a/", "x")
+        with pytest.raises(UnauthorizedError):
+            await emitter.flush()
+    refused = trace.values("refused")
+    assert [values["status"] for values in refused] == [401, 401]
+    assert [values["operation"] for values in refused] == ["publish", "publish"]
+
+
+async def test_dropped_messages(broker: Broker) -> None:
+    trace, key = Traced(), broker.keygen("a/", "rw")
+    async with one_link(broker.url, trace=trace) as emitter:
+        async with emitter.subscribe(key, "a/", buffer=1, overflow="drop_newest") as messages:
+            for _ in range(3):
+                await emitter.publish(key, "a/", "x", qos=1)
+            await emitter.flush()
+            assert messages.statistics().dropped == 2
+    assert len(trace.values("dropped")) == 2
+
+
+async def test_a_hook_that_raises_is_logged(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trace(name: str, values: Mapping[str, object]) -> None:
+        raise ZeroDivisionError
+
+    async with one_link(broker.url, trace=trace) as emitter:
+        await emitter.flush()
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert any("connect.started" in record.getMessage() for record in errors)
+
+
+async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
+    trace, key = Traced(), broker.keygen("a/", "rw")
+    async with one_link(broker.url, trace=trace) as emitter:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await emitter.publish(key, "a/", "x", qos=1)
+        await emitter.publish(key, "a/", "x", qos=1)
+    assert [name for name in trace.names if name.startswith("publish")] == [
+        "publish.started",
+        "publish.failed",
+        "publish.started",
+        "publish.complete",
+    ]
+
+
+@pytest.mark.parametrize("hook", [1, "trace"])
+def test_it_must_be_a_function(hook: object) -> None:
+    with pytest.raises(TypeError, match="trace"):
+        one_link("mqtt://h", trace=hook)
