@@ -319,7 +319,7 @@ async def is_clean(emitter: Emitter, broker: Broker) -> None:
     (client,) = broker.clients
     # That of the replies is for as long as the client lives.
     assert [one for one in client.subscriptions if not one.startswith("a/s/")] == []
-    assert not client.watched
+    assert not client.peer.watched
     figures = emitter.statistics()
     assert (figures.pending, figures.nonsense, figures.dropped) == (0, 0, 0)
     kept = tables(emitter)

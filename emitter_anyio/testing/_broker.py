@@ -7,22 +7,25 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args
 
 from anyio import (
+    TASK_STATUS_IGNORED,
     CancelScope,
     Event,
     create_task_group,
     create_tcp_listener,
 )
-from anyio.abc import ByteStream, SocketAttribute, SocketStream
+from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
 from anyio.streams.stapled import MultiListener
 
 from emitter_anyio._tasks import Tasks
 
 from ._cluster import Cluster
-from ._connection import Client, Diversion, Traffic
+from ._connection import Client, Crowd
 from ._exchange import PATIENCE, Exchange
+from ._faults import Diversion, Faults
 from ._keys import License
 from ._matching import Matcher
 from ._refusals import RefusedError
@@ -38,7 +41,14 @@ _ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
 logger = logging.getLogger("emitter_anyio.testing")
 
 
-class Broker(Service):
+class Shared(NamedTuple):
+    """What the nodes of a cluster have in common, beside the licence."""
+
+    cluster: Cluster[Exchange]
+    crowd: Crowd
+
+
+class Broker:
     """
     An Emitter broker to develop and test against, not for production::
 
@@ -100,26 +110,48 @@ class Broker(Service):
         self._port = port
         self._ssl_context = ssl_context
         self._coalesce = coalesce
-        self._nodes: Cluster = Cluster() if cluster is None else cluster._nodes
-        self._exchange: Exchange = Exchange(licence, matcher, self._nodes, patience)
-        self._traffic: Traffic = Traffic(None if cluster is None else cluster._traffic.crowded)
+        self._shared = Shared(Cluster(), Crowd()) if cluster is None else cluster.shared
+        self._cluster, self._crowd = self._shared
+        self._exchange: Exchange = Exchange(licence, matcher, self._cluster, patience)
+        self._faults = Faults()
         self._clients: dict[Client, None] = {}
-        self._run_now: tuple[CancelScope, Event] | None = None
+        self._current_run: tuple[CancelScope, Event] | None = None
+        self._service = Service(type(self).__name__, self._start, self._end)
 
-    async def _begin(self, tasks: Tasks) -> None:
-        await self._start(tasks, self._address[1])
+    async def __aenter__(self) -> Self:
+        await self._service.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._service.__aexit__(exc_type, exc, traceback)
+
+    async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
+        """
+        Run in a task, until it is cancelled: ``await task_group.start(broker.run)``.
+
+        :param task_status: gets this object as soon as it listens
+        """
+        await self._service.run(partial(task_status.started, self))
+
+    async def _start(self, tasks: Tasks) -> None:
+        await self._listen(tasks, self._address[1])
 
     async def _end(self, tasks: Tasks) -> None:
         self._halt()
         tasks.stop()
         await tasks.stopped()
 
-    async def _start(self, tasks: Tasks, port: int) -> None:
+    async def _listen(self, tasks: Tasks, port: int) -> None:
         """Listen, and serve clients until :meth:`_halt`."""
         listener = await create_tcp_listener(local_host=self.host, local_port=port)
         self._port = listener.extra(SocketAttribute.local_port)
-        self._nodes.start(self._exchange)
-        scope, ended = self._run_now = CancelScope(), Event()
+        self._cluster.start(self._exchange)
+        scope, ended = self._current_run = CancelScope(), Event()
         tasks.start_soon(self._serve_all, listener, scope, ended)
 
     async def _serve_all(
@@ -136,13 +168,13 @@ class Broker(Service):
 
     def _halt(self) -> Event | None:
         """End the run, if there is one, and give what is set when its port is free."""
-        if self._run_now is None:
+        if self._current_run is None:
             return None
-        (scope, ended), self._run_now = self._run_now, None
-        self._nodes.stop(self._exchange)
+        (scope, ended), self._current_run = self._current_run, None
+        self._cluster.stop(self._exchange)
         for client in self._clients:
-            self._exchange.abandon(client)
-        self._traffic.resume()
+            self._exchange.abandon(client.peer)
+        self._faults.resume()
         scope.cancel()
         return ended
 
@@ -161,6 +193,11 @@ class Broker(Service):
         """The URL to connect to by TCP, without a key."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtt' if self._ssl_context is None else 'mqtts'}://{host}:{self.port}"
+
+    @property
+    def shared(self) -> Shared:
+        """What it shares with the other nodes of its cluster, for ``Broker(cluster=...)``."""
+        return self._shared
 
     @property
     def clients(self) -> list[Client]:
@@ -198,7 +235,7 @@ class Broker(Service):
         """
         topic = self._topic(channel)
         self._exchange.spread(topic, payload.encode() if isinstance(payload, str) else payload, ttl)
-        await self._traffic.relieve()
+        await self._crowd.relieve()
 
     async def drop(self, client: Client | str | None = None) -> None:
         """
@@ -230,7 +267,7 @@ class Broker(Service):
         """
         if seconds < 0:
             raise ValueError("a broker's clock goes forward only")
-        self._nodes.ahead += seconds
+        self._cluster.advance(seconds)
 
     async def stop(self) -> None:
         """
@@ -256,11 +293,12 @@ class Broker(Service):
         :param forget: lose what was stored, as a node does that stores in memory only
         :raises RuntimeError: outside of the ``async with`` block
         """
-        if self._tasks is None:
+        tasks = self._service.tasks
+        if tasks is None:
             raise RuntimeError("cannot restart the broker: it is not entered; use `async with`")
         await self.stop()
-        self._exchange.storage.restart(forget)
-        await self._start(self._tasks, self._port)
+        self._exchange.restart(forget)
+        await self._listen(tasks, self._port)
 
     def pause(self) -> None:
         """
@@ -270,14 +308,14 @@ class Broker(Service):
         get no answers from it, and wait for them.
         """
         self._require_run("pause")
-        self._nodes.pause(self._exchange)
-        self._traffic.pause()
+        self._cluster.pause(self._exchange)
+        self._faults.pause()
 
     def resume(self) -> None:
         """Let a paused node handle everything that has arrived since, and go on."""
         self._require_run("resume")
-        self._nodes.resume(self._exchange)
-        self._traffic.resume()
+        self._cluster.resume(self._exchange)
+        self._faults.resume()
 
     def cut(self) -> None:
         """
@@ -287,12 +325,12 @@ class Broker(Service):
         waits for the answers of the other, and gets none.
         """
         self._require_run("cut")
-        self._nodes.cut(self._exchange, True)
+        self._cluster.cut(self._exchange, True)
 
     def heal(self) -> None:
         """Connect a node again that was cut off. What was lost stays lost, but bans spread now."""
         self._require_run("heal")
-        self._nodes.cut(self._exchange, False)
+        self._cluster.cut(self._exchange, False)
 
     @contextmanager
     def hold(self, *kinds: Kind) -> Iterator[None]:
@@ -307,7 +345,7 @@ class Broker(Service):
         """
         held = Diversion(kinds or _ACKNOWLEDGEMENTS)
         try:
-            with self._traffic.divert(held):
+            with self._faults.divert(held):
                 yield
         finally:
             held.release()
@@ -322,7 +360,7 @@ class Broker(Service):
 
         :param kinds: as for :meth:`hold`
         """
-        with self._traffic.divert(Diversion(kinds or _ACKNOWLEDGEMENTS)):
+        with self._faults.divert(Diversion(kinds or _ACKNOWLEDGEMENTS)):
             yield
 
     @contextmanager
@@ -333,14 +371,11 @@ class Broker(Service):
         :param code: CONNACK's: 1 protocol version, 2 client id, 3 server unavailable, 4 bad user
             name or password, 5 not authorized
         """
-        before, self._traffic.refusal = self._traffic.refusal, code
-        try:
+        with self._faults.refuse(code):
             yield
-        finally:
-            self._traffic.refusal = before
 
     def _require_run(self, action: str) -> None:
-        if self._run_now is None:
+        if self._current_run is None:
             raise RuntimeError(f"cannot {action} the broker: it does not run")
 
     def _topic(self, channel: str) -> Topic:
@@ -355,7 +390,8 @@ class Broker(Service):
     async def _serve(self, stream: ByteStream) -> None:
         client = Client(
             self._exchange,
-            self._traffic,
+            self._faults,
+            self._crowd,
             stream,
             ssl_context=self._ssl_context,
             coalesce=self._coalesce,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from anyio import (
@@ -38,12 +36,14 @@ from ._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from ._peer import Kind, Peer, deliver, to_json
+from ._peer import Kind, deliver, to_json
 from ._refusals import RefusedError
+from ._requests import handle_publish
 from ._wire import Wire
 
 if TYPE_CHECKING:
     from ._exchange import Exchange
+    from ._faults import Faults
 
 SILENCE = 120.0
 """Seconds without a packet after which Emitter closes a link (``internal/broker/conn.go``)."""
@@ -58,86 +58,49 @@ _CHUNK = 65536
 logger = logging.getLogger("emitter_anyio.testing")
 
 
-class Diversion:
-    """Packets that a test keeps from being sent."""
-
-    def __init__(self, kinds: tuple[Kind, ...]) -> None:
-        self.kinds = kinds
-        self.kept: list[tuple[Client, Kind, bytes]] = []
-
-    def release(self) -> None:
-        """Send them after all."""
-        for client, kind, data in self.kept:
-            client.send(kind, data)
-
-
-class Traffic:
+class Crowd:
     """
-    What the links of a broker share: who cannot keep up, and the faults that a test wants.
+    The clients that cannot keep up, of all nodes of a cluster: whoever publishes waits for them.
 
-    :param crowded: who cannot keep up, for the nodes of a cluster together
+    :ivar clients: those that nothing waits for yet
     """
 
-    def __init__(self, crowded: set[Client] | None = None) -> None:
-        self.crowded: set[Client] = set() if crowded is None else crowded
-        self.refusal = 0
-        self.diversions: list[Diversion] = []
-        self._going_on: Event | None = None  # while the broker is paused
+    def __init__(self) -> None:
+        self.clients: set[Client] = set()
 
-    def pause(self) -> None:
-        """Take nothing more of what clients send."""
-        if self._going_on is None:
-            self._going_on = Event()
-
-    def resume(self) -> None:
-        """Go on."""
-        if self._going_on is not None:
-            self._going_on.set()
-            self._going_on = None
-
-    async def go_on(self) -> None:
-        """Wait while the broker is paused."""
-        while self._going_on is not None:
-            await self._going_on.wait()
-
-    @contextmanager
-    def divert(self, diversion: Diversion) -> Iterator[None]:
-        """Put aside what would be sent; of two diversions the later gets it."""
-        self.diversions.insert(0, diversion)
-        try:
-            yield
-        finally:
-            self.diversions.remove(diversion)
+    def add(self, client: Client) -> None:
+        """Add a client that was just sent too much."""
+        self.clients.add(client)
 
     async def relieve(self, publisher: Client | None = None) -> None:
-        """Wait until those who were just sent too much can take more."""
-        while self.crowded:
-            await self.crowded.pop().wait_for_room(publisher)
+        """Wait until those that were just sent too much can take more."""
+        while self.clients:
+            await self.clients.pop().wait_for_space(publisher)
 
 
-class Client(Peer):
+class Client:
     """
     A client that is connected to a :class:`Broker`.
 
-    :ivar id: the connection's id, as ``me`` and presence tell it
     :ivar client_id: what the client calls itself
-    :ivar username: what presence shows of it, or ``""``
     """
 
     def __init__(
         self,
         exchange: Exchange,
-        traffic: Traffic,
+        faults: Faults,
+        crowd: Crowd,
         stream: ByteStream,
         *,
         ssl_context: ssl.SSLContext | None = None,
         coalesce: bool = False,
     ) -> None:
-        super().__init__(exchange.name, next(exchange.numbers))
+        self.peer = exchange.new_peer(self._send)
         self.client_id: str = ""
         self.connected: bool = False
         self._exchange = exchange
-        self._traffic = traffic
+        self._faults = faults
+        self._crowd = crowd
         self._stream = stream
         self._ssl_context = ssl_context
         self._wire = Wire()
@@ -146,9 +109,19 @@ class Client(Peer):
         self._closed = Event()
 
     @property
+    def id(self) -> str:
+        """The connection's id, as ``me`` and presence give it."""
+        return self.peer.id
+
+    @property
+    def username(self) -> str:
+        """What presence shows beside the id, or ``""``."""
+        return self.peer.username
+
+    @property
     def subscriptions(self) -> list[str]:
         """The channels it is subscribed to, a group's with ``$share/…/``, oldest first."""
-        return list(self.subscribed.values())
+        return self.peer.channels
 
     async def wait_closed(self) -> None:
         """Wait until the link is closed, and all that it had is given back."""
@@ -158,25 +131,18 @@ class Client(Peer):
         """Close the link now, whatever is still queued."""
         self._scope.cancel()
 
-    def send(self, kind: Kind, data: bytes) -> None:
-        for diversion in self._traffic.diversions:
-            if kind in diversion.kinds:
-                diversion.kept.append((self, kind, data))
-                return
-        self._put(self._wire.wrap(data))
-
     async def serve(self) -> None:
         """Serve the link until one side closes it."""
         try:
             with self._scope:
                 self._scope.deadline = current_time() + SILENCE
-                await self._traffic.go_on()
+                await self._faults.wait_resumed()
                 if not await self._begin():
                     return
                 async with create_task_group() as task_group:
                     task_group.start_soon(self._outbox.write, self._stream)
                     await self._read()
-                    await self._traffic.go_on()
+                    await self._faults.wait_resumed()
                     self._leave()
                     self._scope.deadline = current_time() + LINGER
                     self._outbox.close()
@@ -186,7 +152,7 @@ class Client(Peer):
             finally:
                 with CancelScope(shield=True):
                     await aclose_forcefully(self._stream)
-                self._outbox.progress.set()
+                self._outbox.discard()
                 self._closed.set()
 
     async def _begin(self) -> bool:
@@ -206,37 +172,41 @@ class Client(Peer):
 
     def _leave(self) -> None:
         self.connected = False
-        self._exchange.leave(self)
+        self._exchange.leave(self.peer)
 
     async def _read(self) -> None:
         reader = PacketReader()
         while not self._wire.closed:
             try:
                 data = await self._stream.receive(_CHUNK)
-                await self._traffic.go_on()
+                await self._faults.wait_resumed()
                 reader.feed(self._wire.receive(data))
                 if answer := self._wire.answer():
                     self._put(answer)
-                    await self._traffic.relieve(self)
+                    await self._crowd.relieve(self)
                 whole = False  # half a packet does not break the silence
                 while (packet := reader.next_packet()) is not None:
                     if not await self._take(packet):
                         return
                     whole = True
-                    await self._traffic.go_on()
-                    if self._traffic.crowded:
-                        await self._traffic.relieve(self)
+                    await self._faults.wait_resumed()
+                    if self._crowd.clients:
+                        await self._crowd.relieve(self)
                 if whole:
                     self._scope.deadline = current_time() + SILENCE
             except (MalformedPacketError, *ENDED):
                 return
 
+    def _send(self, kind: Kind, data: bytes) -> None:
+        if not (self._faults.diversions and self._faults.keep(self._send, kind, data)):
+            self._put(self._wire.wrap(data))
+
     def _put(self, data: bytes) -> None:
         self._outbox.put(data)
         if self._outbox.queued > HIGH_WATER:
-            self._traffic.crowded.add(self)
+            self._crowd.add(self)
 
-    async def wait_for_room(self, publisher: Client | None) -> None:
+    async def wait_for_space(self, publisher: Client | None) -> None:
         """
         Wait until this client can be sent more.
 
@@ -250,7 +220,7 @@ class Client(Peer):
             written = outbox.written
             # in tenths: a loop that was busy itself must not take that for a client's silence
             with move_on_after(PATIENCE / 10):
-                await outbox.progress.wait()
+                await outbox.wait_progress()
             idle = 0 if outbox.written > written or self is publisher else idle + 1
             if idle == 10:
                 logger.warning("client %s takes nothing and is cut", self.id)
@@ -266,27 +236,27 @@ class Client(Peer):
                 return False
             case Publish():
                 try:
-                    await self._exchange.publish(self, packet)
+                    await handle_publish(self._exchange, self.peer, packet)
                 except RefusedError as refusal:
                     self._refuse(refusal, packet.packet_id)
                 if packet.qos:
-                    self.send("puback", PubAck(packet.packet_id).encode())
+                    self._send("puback", PubAck(packet.packet_id).encode())
             case Subscribe():
                 codes = []
                 for topic, qos in packet.filters:
                     codes.append(await self._subscribe(packet.packet_id, topic, qos))
                     # What one filter replays must be on its way before the next one is.
-                    await self._traffic.relieve(self)
-                self.send("suback", SubAck(packet.packet_id, tuple(codes)).encode())
+                    await self._crowd.relieve(self)
+                self._send("suback", SubAck(packet.packet_id, tuple(codes)).encode())
             case Unsubscribe():
                 for topic in packet.filters:
                     try:
-                        self._exchange.unsubscribe(self, topic)
+                        self._exchange.unsubscribe(self.peer, topic)
                     except RefusedError as refusal:
                         self._refuse(refusal, packet.packet_id)
-                self.send("unsuback", UnsubAck(packet.packet_id).encode())
+                self._send("unsuback", UnsubAck(packet.packet_id).encode())
             case PingReq():
-                self.send("pingresp", PingResp().encode())
+                self._send("pingresp", PingResp().encode())
             case PubAck() | PubRec() | PubRel() | PubComp():
                 pass
             case _:  # DISCONNECT, or what only a broker may send
@@ -295,16 +265,16 @@ class Client(Peer):
 
     def _connect(self, packet: Connect) -> bool:
         # a second CONNECT is taken like the first
-        refusal = self._traffic.refusal
+        refusal = self._faults.refusal
         self.client_id = packet.client_id
-        self.introduce(packet.username or "", None if refusal else packet.will)
+        self.peer.introduce(packet.username or "", None if refusal else packet.will)
         self.connected = not refusal
-        self.send("connack", ConnAck(refusal).encode())
+        self._send("connack", ConnAck(refusal).encode())
         return self.connected
 
     async def _subscribe(self, packet_id: int, topic: str, qos: int) -> int:
         try:
-            await self._exchange.subscribe(self, topic)
+            await self._exchange.subscribe(self.peer, topic)
         except RefusedError as refusal:
             self._refuse(refusal, packet_id)
             return 128
@@ -314,4 +284,4 @@ class Client(Peer):
         said = {"status": refusal.status, "message": refusal.message}
         if packet_id:
             said = {"req": packet_id, **said}
-        deliver((self,), "error", "emitter/error/", to_json(said))
+        deliver((self.peer,), "error", "emitter/error/", to_json(said))

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from anyio import sleep
 
-from . import _requests
 from ._cluster import Ban, Cluster
 from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permissions
 from ._matching import Matcher, Subscriptions, Trie
-from ._peer import Peer, connection_id, deliver, to_json
+from ._peer import Peer, Send, connection_id, deliver, to_json
 from ._refusals import EXTEND_KEY, RefusedError
 from ._storage import RETAINED, Storage, Stored, merge
 from ._topics import Topic, Words, parse
@@ -46,7 +45,7 @@ class Exchange:
         self,
         license: License,
         matcher: Matcher = "emitter",
-        cluster: Cluster | None = None,
+        cluster: Cluster[Exchange] | None = None,
         patience: float = PATIENCE,
     ) -> None:
         self.license = license
@@ -54,11 +53,11 @@ class Exchange:
         self.storage: Storage = Storage(license.contract)
         self.subscriptions: Subscriptions[_Receiver] = Subscriptions(matcher)
         self.watchers: Trie[Peer] = Trie(matcher)
-        self.cluster: Cluster = Cluster() if cluster is None else cluster
+        self.cluster: Cluster[Exchange] = Cluster() if cluster is None else cluster
         self.cluster.join(self)
         self.name = secrets.token_bytes(8)
-        #: gives each connection its number; real nodes that start together count from the same one
-        self.numbers = itertools.count()
+        # Real nodes that start together count their connections from the same number.
+        self._numbers = itertools.count()
         self._patience = patience
         self._grant = lru_cache(maxsize=4096)(self._find_key)
 
@@ -66,27 +65,24 @@ class Exchange:
         """Give the broker's time, in unix seconds."""
         return time.time() + self.cluster.ahead
 
-    async def publish(self, peer: Peer, packet: Publish) -> None:
+    def new_peer(self, send: Send) -> Peer:
         """
-        Take what a client publishes: a message, or a request.
+        Make the state of a new connection.
 
-        :raises RefusedError: when it may not, or asks for nothing sensible
+        :param send: queues an encoded packet for it
         """
-        if len(packet.topic.encode()) > 2:
-            topic = parse(packet.topic)
-        elif packet.topic in peer.links:
-            topic = peer.links[packet.topic]
-        else:
-            raise RefusedError(400)
-        if topic.wild:
-            raise RefusedError(403)
-        if topic.key == "emitter":
-            await _requests.answer(self, peer, topic, packet)
-        else:
-            key = self._entitle(topic, WRITE)
-            ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED * packet.retain
-            excluded = peer if topic.number("me") == 0 else None
-            self.spread(topic, packet.payload, ttl * key.allows(STORE), excluded)
+        return Peer(send, self.name, next(self._numbers))
+
+    def publish(self, peer: Peer, topic: Topic, packet: Publish) -> None:
+        """
+        Take a message that a client publishes.
+
+        :raises RefusedError: if the key does not permit it
+        """
+        key = self._entitle(topic, WRITE)
+        ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED * packet.retain
+        excluded = peer if topic.number("me") == 0 else None
+        self.spread(topic, packet.payload, ttl * key.allows(STORE), excluded)
 
     def spread(
         self, topic: Topic, payload: bytes, ttl: int = 0, excluded: Peer | None = None
@@ -118,7 +114,7 @@ class Exchange:
         """
         topic = parse(text.replace("#", "#/").replace("//", "/"))
         key = self._entitle(topic, READ)
-        self.enroll(peer, topic)
+        self.add_subscription(peer, topic)
         if key.allows(LOAD):
             for message in await self.query(topic):
                 deliver((peer,), "message", message.channel, message.payload)
@@ -131,25 +127,22 @@ class Exchange:
         """
         topic = parse(text)
         self._entitle(topic, READ)
-        if topic.words in peer.subscribed:
-            channel = self._strike(peer, topic.words)
-            self._tell("unsubscribe", peer, topic.words, channel)
+        channel = peer.remove_subscription(topic.words)
+        if channel is not None:
+            self.subscriptions.remove(topic.words, peer)
+            self._announce_everywhere("unsubscribe", peer, topic.words, channel)
 
-    def enroll(self, peer: Peer, topic: Topic) -> None:
-        """Enter a subscription; one that there is stays as it is."""
-        if topic.words not in peer.subscribed:
-            peer.subscribed[topic.words] = topic.channel
+    def add_subscription(self, peer: Peer, topic: Topic) -> None:
+        """Add a subscription; one that exists stays as it is."""
+        if peer.add_subscription(topic.words, topic.channel):
             self.subscriptions.add(topic.words, peer)
-            self._tell("subscribe", peer, topic.words, topic.channel)
+            self._announce_everywhere("subscribe", peer, topic.words, topic.channel)
 
     def watch(self, peer: Peer, words: Words, wanted: bool) -> None:
         """Begin or end the feed of presence changes at and below a channel."""
-        if wanted and words not in peer.watched:
-            peer.watched.add(words)
-            self.watchers.add(words, peer)
-        elif not wanted and words in peer.watched:
-            peer.watched.remove(words)
-            self.watchers.remove(words, peer)
+        if peer.watch(words, wanted):
+            change = self.watchers.add if wanted else self.watchers.remove
+            change(words, peer)
 
     def announce(self, words: Words, change: bytes) -> None:
         """Send a change of presence to those here who watch it."""
@@ -157,9 +150,9 @@ class Exchange:
 
     def leave(self, peer: Peer) -> None:
         """End what a connection had, and publish its will: a clean end is no different here."""
-        for words, channel in self._strike_all(peer):
-            self._tell("unsubscribe", peer, words, channel)
-        will, peer.will = peer.will, None
+        for words, channel in self._remove_all(peer):
+            self._announce_everywhere("unsubscribe", peer, words, channel)
+        will = peer.take_will()
         if will is not None:
             try:
                 topic = parse(will.topic)
@@ -177,11 +170,11 @@ class Exchange:
         name, instead of that of the node which is gone. So this is the id of its own connection
         with the same number, if there is one.
         """
-        peer.will = None
-        struck = self._strike_all(peer)
+        peer.take_will()
+        removed = self._remove_all(peer)
         for other in self.cluster.others(self):
             who = {**peer.who(), "id": connection_id(other.name, peer.number)}
-            for words, channel in struck:
+            for words, channel in removed:
                 change = self._change("unsubscribe", who, channel)
                 self.cluster.do(other, partial(other.announce, words, change))
 
@@ -236,6 +229,10 @@ class Exchange:
         for key, ban in bans.items():
             self.bans[key] = max(ban, self.bans.get(key, ban))
 
+    def restart(self, forget: bool) -> None:
+        """Store as another process of this node does, which may have lost what was stored."""
+        self.storage.restart(forget)
+
     def keygen(self, channel: str, letters: str, ttl: int) -> str:
         """
         Make a channel key.
@@ -263,17 +260,17 @@ class Exchange:
             return None
         return key if self.license.made(key) and key.opens(channel) else None
 
-    def _strike(self, peer: Peer, words: Words) -> str:
-        channel = peer.subscribed.pop(words)
-        self.subscriptions.remove(words, peer)
-        return channel
-
-    def _strike_all(self, peer: Peer) -> list[tuple[Words, str]]:
+    def _remove_all(self, peer: Peer) -> list[tuple[Words, str]]:
+        """Remove all subscriptions of a connection and what it watches, and give the former."""
         for watched in list(peer.watched):
             self.watch(peer, watched, False)
-        return [(words, self._strike(peer, words)) for words in list(peer.subscribed)]
+        removed = list(peer.subscribed.items())
+        for words, _ in removed:
+            peer.remove_subscription(words)
+            self.subscriptions.remove(words, peer)
+        return removed
 
-    def _tell(self, event: str, peer: Peer, words: Words, channel: str) -> None:
+    def _announce_everywhere(self, event: str, peer: Peer, words: Words, channel: str) -> None:
         change = self._change(event, peer.who(), channel)
         self.announce(words, change)
         for other in self.cluster.others(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -19,6 +19,10 @@ class _Node(Generic[T]):
     def __init__(self) -> None:
         self.children: dict[str, _Node[T]] = {}
         self.here: dict[T, None] = {}  # a set that keeps its order
+
+    def grandchildren(self, word: str) -> Iterable[tuple[str, _Node[T]]]:
+        child = self.children.get(word)
+        return () if child is None else child.children.items()
 
 
 class Trie(Generic[T]):
@@ -59,9 +63,45 @@ class Trie(Generic[T]):
         self._collect(self._root, words, found)
         return found
 
+    def match_below(self, word: str, words: Words) -> dict[str, dict[T, None]]:
+        """
+        Match the filters that begin with a word and any second one, without these two.
 
-class Subscriptions(Trie[T]):
-    """The filters of subscribers, of whom those below ``$share/group/`` share what reaches them."""
+        :return: by their second word, the holders whose filters a channel reaches, if there are any
+        """
+        found: dict[str, dict[T, None]] = {}
+        for name, node in self._root.grandchildren(word):
+            holders: dict[T, None] = {}
+            self._collect(node, words, holders)
+            if holders:
+                found[name] = holders
+        return found
+
+
+class Subscriptions(Generic[T]):
+    """
+    The filters of subscribers. Those below ``$share/group/`` share what reaches them.
+
+    :param matcher: as for :class:`Trie`
+    """
+
+    def __init__(self, matcher: Matcher = "emitter") -> None:
+        self._filters: Trie[T] = Trie(matcher)
+
+    def add(self, words: Words, subscriber: T) -> None:
+        self._filters.add(words, subscriber)
+
+    def remove(self, words: Words, subscriber: T) -> None:
+        """Take a filter from a subscriber that holds it."""
+        self._filters.remove(words, subscriber)
+
+    def match(self, words: Words) -> dict[T, None]:
+        """Give the subscribers whose filters a channel reaches, groups aside."""
+        return self._filters.match(words)
+
+    def groups(self, words: Words) -> dict[str, dict[T, None]]:
+        """Give each group that has members whose filters a channel reaches, with these members."""
+        return self._filters.match_below("$share", words)
 
     def receivers(
         self,
@@ -75,11 +115,11 @@ class Subscriptions(Trie[T]):
         :param elsewhere: who else gets it if one of these subscriptions matches: in each group that
             has members there, it is one member
         """
-        found, groups = self.match(words), self._groups(words)
+        found, groups = self._filters.match(words), self.groups(words)
         for holder, subscriptions in (elsewhere or {}).items():
             if subscriptions.match(words):
                 found[holder] = None
-            for name in subscriptions._groups(words):
+            for name in subscriptions.groups(words):
                 groups.setdefault(name, {})[holder] = None
         found.pop(excluded, None)  # type: ignore[arg-type]  # None is never there
         for members in groups.values():
@@ -87,16 +127,6 @@ class Subscriptions(Trie[T]):
             if members:
                 found[random.choice(list(members))] = None
         return list(found)
-
-    def _groups(self, words: Words) -> dict[str, dict[T, None]]:
-        groups: dict[str, dict[T, None]] = {}
-        if shared := self._root.children.get("$share"):
-            for name, group in shared.children.items():
-                members: dict[T, None] = {}
-                self._collect(group, words, members)
-                if members:
-                    groups[name] = members
-        return groups
 
 
 # Both go down level by level, because a channel may have more levels than Python allows recursion.

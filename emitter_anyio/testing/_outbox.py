@@ -34,13 +34,12 @@ class Outbox:
 
     :ivar queued: bytes that are not written yet
     :ivar written: bytes that are
-    :ivar progress: set when some were written, and then another one
     """
 
     def __init__(self, coalesce: bool = False, limit: float = math.inf) -> None:
         self.queued = 0
         self.written = 0
-        self.progress = Event()
+        self._progress = Event()
         self._coalesce = coalesce
         self._limit = limit
         self._ready: list[bytes] = []
@@ -68,6 +67,14 @@ class Outbox:
         self._closed = True
         self._wake.set()
 
+    def discard(self) -> None:
+        """Wake those that wait for progress, because nothing more is written."""
+        self._progress.set()
+
+    async def wait_progress(self) -> None:
+        """Wait until some bytes were written, or until :meth:`discard`."""
+        await self._progress.wait()
+
     async def write(self, stream: ByteStream) -> None:
         """Write what is queued, until :meth:`close`, or until the stream takes no more."""
         while True:
@@ -80,8 +87,8 @@ class Outbox:
                         await stream.send(piece)
                         self.queued -= len(piece)
                         self.written += len(piece)
-                        self.progress.set()
-                        self.progress = Event()
+                        self._progress.set()
+                        self._progress = Event()
                 except ENDED:
                     return  # the reader still takes what the client sent before it went
             if self._closed:

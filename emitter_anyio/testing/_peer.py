@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ._packets import MAX_REMAINING_LENGTH, Publish, Will
@@ -20,32 +19,89 @@ Kind: TypeAlias = Literal[
     "connack", "puback", "suback", "unsuback", "pingresp", "answer", "error", "message"
 ]
 
+#: Queues an encoded packet of a kind.
+Send: TypeAlias = Callable[[Kind, bytes], None]
 
-class Peer(ABC):
+
+class Peer:
     """
     A connection's state.
 
+    :param send: queues an encoded packet for it
     :param node: the name of the node that it leads to
     :param number: its number on that node
+
+    :ivar id: what ``me`` answers and presence shows: a new one for every connection
     """
 
-    def __init__(self, node: bytes = b"", number: int = 0) -> None:
+    def __init__(self, send: Send, node: bytes = b"", number: int = 0) -> None:
+        self.send = send
         self.number = number
-        #: what ``me`` answers and presence shows: a new one for every connection
         self.id: str = connection_id(node, number)
-        self.username: str = ""
-        self.will: Will | None = None
-        self.links: dict[str, Topic] = {}
-        self.subscribed: dict[Words, str] = {}
-        self.watched: set[Words] = set()
+        self._username = ""
+        self._will: Will | None = None
+        self._links: dict[str, Topic] = {}
+        self._subscribed: dict[Words, str] = {}
+        self._watched: set[Words] = set()
+
+    @property
+    def username(self) -> str:
+        """What presence shows beside the id, or ``""``."""
+        return self._username
+
+    @property
+    def links(self) -> Mapping[str, Topic]:
+        """The topics that have a short name here, by this name."""
+        return self._links
+
+    @property
+    def subscribed(self) -> Mapping[Words, str]:
+        """The subscriptions, oldest first: each channel by its words."""
+        return self._subscribed
+
+    @property
+    def channels(self) -> list[str]:
+        """The channels of the subscriptions, oldest first."""
+        return list(self._subscribed.values())
+
+    @property
+    def watched(self) -> Set[Words]:
+        """The channels whose presence changes it is sent."""
+        return self._watched
 
     def introduce(self, username: str, will: Will | None) -> None:
         """Take over what CONNECT says."""
-        self.username, self.will = username, will
+        self._username, self._will = username, will
 
-    @abstractmethod
-    def send(self, kind: Kind, data: bytes) -> None:
-        """Queue an encoded packet."""
+    def take_will(self) -> Will | None:
+        """Give the will, and forget it."""
+        will, self._will = self._will, None
+        return will
+
+    def link(self, name: str, topic: Topic) -> None:
+        """Give a topic a short name."""
+        self._links[name] = topic
+
+    def add_subscription(self, words: Words, channel: str) -> bool:
+        """Add a subscription, and return whether it is a new one."""
+        new = words not in self._subscribed
+        if new:
+            self._subscribed[words] = channel
+        return new
+
+    def remove_subscription(self, words: Words) -> str | None:
+        """Remove a subscription, and return its channel, or ``None`` if there was none."""
+        return self._subscribed.pop(words, None)
+
+    def watch(self, words: Words, wanted: bool) -> bool:
+        """Begin or end the feed of a channel's presence, and return whether this is a change."""
+        if wanted == (words in self._watched):
+            return False
+        if wanted:
+            self._watched.add(words)
+        else:
+            self._watched.remove(words)
+        return True
 
     def who(self) -> dict[str, str]:
         """Give how presence shows this connection."""

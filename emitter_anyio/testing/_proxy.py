@@ -7,9 +7,11 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Literal, TypeAlias
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
 
 from anyio import (
+    TASK_STATUS_IGNORED,
     BrokenResourceError,
     CancelScope,
     ClosedResourceError,
@@ -21,7 +23,7 @@ from anyio import (
     current_time,
     sleep_until,
 )
-from anyio.abc import ByteStream
+from anyio.abc import ByteStream, TaskStatus
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
@@ -38,7 +40,7 @@ _CHUNK = 65536
 _UNDER_WAY = 16
 
 
-class FaultProxy(Service):
+class FaultProxy:
     """
     A proxy between clients and a broker, for tests of what happens when the network fails::
 
@@ -59,8 +61,29 @@ class FaultProxy(Service):
         self._listening = ExitStack()
         self._links: dict[_Link, None] = {}
         self._lanes: dict[Direction, _Lane] = {"to_broker": _Lane(), "to_client": _Lane()}
+        self._service = Service(type(self).__name__, self._start, self._end)
 
-    async def _begin(self, tasks: Tasks) -> None:
+    async def __aenter__(self) -> Self:
+        await self._service.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._service.__aexit__(exc_type, exc, traceback)
+
+    async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
+        """
+        Run in a task, until it is cancelled: ``await task_group.start(proxy.run)``.
+
+        :param task_status: gets this object as soon as it listens
+        """
+        await self._service.run(partial(task_status.started, self))
+
+    async def _start(self, tasks: Tasks) -> None:
         sock = self._listening.enter_context(listening(self.host))
         self._port = sock.getsockname()[1]
         tasks.start_soon(keep_accepting, partial(self._accept, sock, tasks))
@@ -151,7 +174,7 @@ class FaultProxy(Service):
         if size is not None and size < 1:
             raise ValueError(f"a piece has at least one byte, not {size}")
         for lane in self._chosen(direction):
-            lane.size = size or _CHUNK
+            lane.split(size or _CHUNK)
 
     def delay(self, seconds: float, direction: Direction | None = None) -> None:
         """
@@ -164,7 +187,7 @@ class FaultProxy(Service):
         if seconds < 0:
             raise ValueError("a proxy cannot pass on what has not come yet")
         for lane in self._chosen(direction):
-            lane.latency = seconds
+            lane.delay(seconds)
 
     def _chosen(self, direction: Direction | None) -> list[_Lane]:
         return list(self._lanes.values()) if direction is None else [self._lanes[direction]]
@@ -199,8 +222,8 @@ class _Lane:
     """What a test wants of one direction."""
 
     def __init__(self) -> None:
-        self.size = _CHUNK
-        self.latency = 0.0
+        self._piece_bytes = _CHUNK
+        self._latency = 0.0
         self._left = math.inf
         self._stop: Callable[[], None] = lambda: None
         self._stalled: Event | None = None
@@ -219,6 +242,16 @@ class _Lane:
             raise ValueError(f"nothing stops after {count} bytes")
         self._left, self._stop = count, stop
 
+    def split(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+
+    def delay(self, seconds: float) -> None:
+        self._latency = seconds
+
+    def due(self) -> float:
+        """Give the moment at which to pass on what comes now."""
+        return current_time() + self._latency
+
     async def open(self) -> None:
         """Wait while this direction is stalled."""
         await checkpoint()  # what stops may also have cut
@@ -230,7 +263,7 @@ class _Lane:
             if self._left == 0:
                 self._stop_now()
             await self.open()
-            size = int(min(self.size, self._left))
+            size = int(min(self._piece_bytes, self._left))
             piece, data = data[:size], data[size:]
             self._left -= len(piece)
             await sink.send(piece)
@@ -322,7 +355,7 @@ class _Way:
                 while True:
                     await self._lane.open()
                     data = await self._source.receive(_CHUNK)
-                    await came.send((current_time() + self._lane.latency, data))
+                    await came.send((self._lane.due(), data))
             except EndOfStream:
                 pass
             except BrokenResourceError:

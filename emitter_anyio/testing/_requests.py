@@ -26,8 +26,28 @@ _Answer: TypeAlias = dict[str, Any]
 _LINK_NAME = re.compile("[a-zA-Z0-9]{1,2}")
 
 
-async def answer(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
-    """Work off a request, and send its answer on its own topic, options and all."""
+async def handle_publish(exchange: Exchange, peer: Peer, packet: Publish) -> None:
+    """
+    Take what a client publishes: a message, or a request.
+
+    :raises RefusedError: if the client may not publish it, or its topic is malformed
+    """
+    if len(packet.topic.encode()) > 2:
+        topic = parse(packet.topic)
+    elif packet.topic in peer.links:
+        topic = peer.links[packet.topic]
+    else:
+        raise RefusedError(400)
+    if topic.wild:
+        raise RefusedError(403)
+    if topic.key == "emitter":
+        await _answer_request(exchange, peer, topic, packet)
+    else:
+        exchange.publish(peer, topic, packet)
+
+
+async def _answer_request(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
+    """Handle a request, and send its answer on its own topic, options and all."""
     try:
         if len(topic.words) != 1 or topic.words[0] not in _HANDLERS:
             raise RefusedError(404)
@@ -143,11 +163,12 @@ async def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     text = f"{fields.text('key')}/{fields.text('channel')}"
     if not _LINK_NAME.fullmatch(name):
         raise RefusedError(400, LINK_NAME)
-    topic = peer.links[name] = parse(text)
+    topic = parse(text)
+    peer.link(name, topic)
     if subscribe:
         with suppress(RefusedError):  # a link is made whatever its key is good for
             exchange.authorize(topic, READ)
-            exchange.enroll(peer, topic)
+            exchange.add_subscription(peer, topic)
     return {"status": 200, "name": name, "channel": topic.safe}
 
 

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Final, Self
 
-from anyio import TASK_STATUS_IGNORED, CancelScope, get_cancelled_exc_class, sleep_forever
-from anyio.abc import TaskStatus
+from anyio import CancelScope, get_cancelled_exc_class, sleep_forever
 
 from emitter_anyio._tasks import Tasks
 
 
-class Service(ABC):
-    """Something that is entered with ``async with``, or run in a task."""
+class Service:
+    """
+    The background tasks of an object that is entered with ``async with``, or run in a task.
 
-    _tasks: Tasks | None = None
-    _failure: BaseException | None = None
+    :param name: the name of the object's class, for error messages
+    :param start: starts the tasks
+    :param end: stops the tasks, waits for them, and closes what they have used
+    """
 
-    # Not by AnyIO's mixin: with a generator between the user and the task group, the run of an
-    # event loop in which the block is never left would not end.
+    # Not AnyIO's mixin: with a generator between the user and the task group, the run of an event
+    # loop in which the block is never left would not end.
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[Tasks], Awaitable[None]],
+        end: Callable[[Tasks], Awaitable[None]],
+    ) -> None:
+        self._name: Final = name
+        self._start: Final = start
+        self._end: Final = end
+        self._tasks: Tasks | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def tasks(self) -> Tasks | None:
+        """The tasks, or ``None`` outside the block."""
+        return self._tasks
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
-            raise RuntimeError(f"this {type(self).__name__} is already entered: leave it first")
+            raise RuntimeError(f"this {self._name} is already entered: leave it first")
         self._failure = None
         self._tasks = tasks = Tasks(self._task_failed)
         await tasks.open()
         try:
-            await self._begin(tasks)
+            await self._start(tasks)
         except BaseException:
             await self._leave(tasks)
             raise
@@ -42,26 +61,26 @@ class Service(ABC):
     ) -> None:
         tasks = self._tasks
         if tasks is None:
-            raise RuntimeError(f"this {type(self).__name__} is not entered")
+            raise RuntimeError(f"this {self._name} is not entered")
         await self._leave(tasks)
         if self._failure is not None:
             raise self._failure
         if not (tasks.hosted_here or tasks.host_ended):
-            name = type(self).__name__
             raise RuntimeError(
-                f"the {name} was left in another task than the one that entered it, and that task "
-                "still runs: it has ended, but the first task has to leave, too. Use 'async with' "
-                f"in one task, or have a task run it: await task_group.start({name.lower()}.run)"
+                f"the {self._name} was left in another task than the one that entered it, and that "
+                "task still runs: it has ended, but the first task has to leave, too. Use 'async "
+                "with' in one task, or have a task run it: await "
+                f"task_group.start({self._name.lower()}.run)"
             ) from exc
 
-    async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
+    async def run(self, started: Callable[[], None]) -> None:
         """
-        Live in a task of the caller's, until it is cancelled: ``await task_group.start(x.run)``.
+        Enter, and leave when the calling task is cancelled.
 
-        :param task_status: is told this object once it listens
+        :param started: called after entering
         """
         async with self:
-            task_status.started(self)
+            started()
             await sleep_forever()
 
     async def _leave(self, tasks: Tasks) -> None:
@@ -80,11 +99,3 @@ class Service(ABC):
             self._failure = error
             assert self._tasks is not None
             self._tasks.cancel()
-
-    @abstractmethod
-    async def _begin(self, tasks: Tasks) -> None:
-        """Start the tasks."""
-
-    @abstractmethod
-    async def _end(self, tasks: Tasks) -> None:
-        """Stop the tasks, wait for them, and close what they have used."""

@@ -10,9 +10,10 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio.testing import Broker, _connection, _sockets
-from emitter_anyio.testing._connection import HIGH_WATER, Client, Traffic
+from emitter_anyio.testing import Broker, _connection, _requests, _sockets
+from emitter_anyio.testing._connection import HIGH_WATER, Client, Crowd
 from emitter_anyio.testing._exchange import Exchange
+from emitter_anyio.testing._faults import Faults
 from emitter_anyio.testing._keys import License
 from emitter_anyio.testing._packets import (
     ConnAck,
@@ -381,7 +382,7 @@ class TestLinks:
         def fail(*args: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(broker._exchange, "publish", fail)
+        monkeypatch.setitem(_requests._HANDLERS, "me", fail)
         assert await links[0].ask(Publish("emitter/me/")) == []
         assert links[0].closed
         assert await links[1].ask() == []
@@ -461,10 +462,10 @@ class TestTime:
 
     @pytest.fixture
     async def served(self) -> AsyncIterator[list[tuple[Link, Client]]]:
-        exchange, traffic = Exchange(License.new()), Traffic()
+        exchange, faults, crowd = Exchange(License.new()), Faults(), Crowd()
         pairs = [MemoryStream.pair() for _ in range(2)]
         links = [Link(here) for here, _ in pairs]
-        clients = [Client(exchange, traffic, there) for _, there in pairs]
+        clients = [Client(exchange, faults, crowd, there) for _, there in pairs]
         async with anyio.create_task_group() as task_group:
             for client in clients:
                 task_group.start_soon(client.serve)
@@ -475,7 +476,7 @@ class TestTime:
 
     async def test_what_is_coalesced_is_lost_when_its_client_leaves(self) -> None:
         here, there = MemoryStream.pair()
-        client = Client(Exchange(License.new()), Traffic(), there, coalesce=True)
+        client = Client(Exchange(License.new()), Faults(), Crowd(), there, coalesce=True)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(client.serve)
             link = Link(here)
@@ -521,7 +522,7 @@ class TestTime:
     ) -> None:
         [(link, client), _] = served
         start = anyio.current_time()
-        client.links["a"] = parse("emitter/me/?x=" + "x" * 30000)
+        client.peer.link("a", parse("emitter/me/?x=" + "x" * 30000))
         await link.send(Connect(), *(Publish("a") for _ in range(40)))
         await client.wait_closed()
         assert anyio.current_time() - start == pytest.approx(120)

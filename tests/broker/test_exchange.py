@@ -15,6 +15,7 @@ from emitter_anyio.testing._keys import License
 from emitter_anyio.testing._packets import MAX_REMAINING_LENGTH, PacketReader, Publish, Will
 from emitter_anyio.testing._peer import Kind, Peer
 from emitter_anyio.testing._refusals import EXTEND_KEY, RefusedError
+from emitter_anyio.testing._requests import handle_publish
 from emitter_anyio.testing._storage import RETAINED
 
 UNAUTHORIZED = "the security key provided is not authorized to perform this operation"
@@ -24,12 +25,12 @@ class Recorder(Peer):
     """A peer that keeps what it is sent."""
 
     def __init__(self, username: str = "") -> None:
-        super().__init__()
-        self.username = username
+        super().__init__(self._record)
+        self.introduce(username, None)
         self.kinds: list[Kind] = []
         self._reader = PacketReader(2**20)
 
-    def send(self, kind: Kind, data: bytes) -> None:
+    def _record(self, kind: Kind, data: bytes) -> None:
         self.kinds.append(kind)
         self._reader.feed(data)
 
@@ -62,7 +63,7 @@ def done(work: Coroutine[Any, Any, None]) -> None:
 
 
 def ask(exchange: Exchange, peer: Recorder, topic: str, payload: bytes) -> dict[str, Any]:
-    done(exchange.publish(peer, Publish(f"emitter/{topic}/", payload)))
+    done(handle_publish(exchange, peer, Publish(f"emitter/{topic}/", payload)))
     [(said_topic, said)] = peer.got
     assert said_topic == f"emitter/{topic}/"
     answer: dict[str, Any] = json.loads(said)
@@ -81,7 +82,7 @@ def refused(status: int, message: str = "") -> dict[str, Any]:
 def publish(
     exchange: Exchange, peer: Recorder, topic: str, payload: bytes = b"x", *, retain: bool = False
 ) -> None:
-    done(exchange.publish(peer, Publish(topic, payload, retain=retain)))
+    done(handle_publish(exchange, peer, Publish(topic, payload, retain=retain)))
 
 
 class TestJSON:
@@ -130,7 +131,11 @@ class TestJSON:
 
     def test_answers_are_written_as_go_does(self, exchange: Exchange, peer: Recorder) -> None:
         fields = {"name": "a", "key": "k", "channel": "a/?me=0&ttl=5"}
-        done(exchange.publish(peer, Publish("emitter/link/", json.dumps(fields).encode(), 1, 3)))
+        done(
+            handle_publish(
+                exchange, peer, Publish("emitter/link/", json.dumps(fields).encode(), 1, 3)
+            )
+        )
         [(_, said)] = peer.got
         assert said == b'{"req":3,"status":200,"name":"a","channel":"a/?me=0\\u0026ttl=5"}'
 
@@ -162,7 +167,7 @@ class TestKeygen:
         brief = request(exchange, peer, "keygen", **fields, ttl=10)["key"]
         expired = request(exchange, peer, "keygen", **fields, ttl=-10)["key"]
         publish(exchange, peer, f"{brief}/a/")
-        exchange.cluster.ahead += 11
+        exchange.cluster.advance(11)
         for key in (brief, expired):
             with pytest.raises(RefusedError, match=UNAUTHORIZED):
                 publish(exchange, peer, f"{key}/a/")
@@ -392,9 +397,9 @@ class TestStoring:
     ) -> None:
         publish(exchange, peer, f"{key}/a/?{options}", retain=retain)
         assert bool(self.stored(exchange, peer, key)) == (seconds > 0)
-        exchange.cluster.ahead += seconds - 2 if seconds else 0
+        exchange.cluster.advance(seconds - 2 if seconds else 0)
         assert bool(self.stored(exchange, peer, key)) == (seconds > 0)
-        exchange.cluster.ahead += 2
+        exchange.cluster.advance(2)
         assert self.stored(exchange, peer, key) == []
 
     def test_an_empty_message_comes_back_as_null(
@@ -406,7 +411,7 @@ class TestStoring:
     def test_pages(self, exchange: Exchange, peer: Recorder, key: str) -> None:
         for number in range(5):
             publish(exchange, peer, f"{key}/a/?ttl=60", b"%d" % number)
-            exchange.cluster.ahead += 1
+            exchange.cluster.advance(1)
         found: list[bytes] = []
         start = ""
         while True:
@@ -439,7 +444,7 @@ class TestStoring:
         assert len(self.stored(exchange, peer, key)) == 3
         publish(exchange, peer, f"{key}/a/?ttl=60", bytes(16000))
         payload = json.dumps({"channel": f"{key}/a/?last=4"}).encode()
-        done(exchange.publish(peer, Publish("emitter/history/", payload)))
+        done(handle_publish(exchange, peer, Publish("emitter/history/", payload)))
         assert peer.got == []
 
 
@@ -483,7 +488,7 @@ class TestWills:
     def leave(self, exchange: Exchange, will: Will) -> list[tuple[str, bytes]]:
         watcher, leaver = Recorder(), Recorder()
         done(exchange.subscribe(watcher, f"{exchange.keygen('#/', 'r', 0)}/a/"))
-        leaver.will = will
+        leaver.introduce("", will)
         for _ in range(2):  # only the first time
             exchange.leave(leaver)
         return watcher.got
@@ -496,7 +501,7 @@ class TestWills:
     def test_retain_stores(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "wsl", 0)
         assert self.leave(exchange, Will(f"{key}/a/", b"gone", retain=True)) == [("a/", b"gone")]
-        exchange.cluster.ahead += RETAINED - 2
+        exchange.cluster.advance(RETAINED - 2)
         assert len(request(exchange, peer, "history", channel=f"{key}/a/")["messages"]) == 1
 
     def test_retain_stores_nothing_without_the_permission(

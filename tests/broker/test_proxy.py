@@ -187,6 +187,16 @@ class TestEntering:
             await client.wait_closed()
             assert await link.read_to_end() == []
 
+    async def test_a_task_runs_it_until_it_is_cancelled(
+        self, broker: Broker, streams: list[ByteStream]
+    ) -> None:
+        proxy = FaultProxy(broker.host, broker.port)
+        async with anyio.create_task_group() as tasks:
+            assert await tasks.start(proxy.run) is proxy
+            link = await connected(proxy.host, proxy.port, streams)
+            tasks.cancel_scope.cancel()
+        assert await link.read_to_end() == []
+
     async def test_an_exception_of_the_body_leaves_bare(self, broker: Broker) -> None:
         group = ExceptionGroup("of the body", [ValueError()])
         with pytest.raises(ExceptionGroup) as info:

@@ -157,7 +157,7 @@ async def test_changes_of_presence_are_told_again(
         assert [member.username for member in last.who] == ["guest"]
     await emitter.presence(key, "a/", changes=False)
     await another_link(emitter, broker)
-    assert not any(client.watched for client in broker.clients)
+    assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_changes_of_presence_are_asked_for_with_the_last_key(
@@ -225,8 +225,8 @@ async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker,
                         connected.receive_nowait()
             await emitter.wait_connected()
             (client,) = broker.clients
-            assert list(client.links) == ["x"]
-            assert len(client.watched) == 2
+            assert list(client.peer.links) == ["x"]
+            assert len(client.peer.watched) == 2
     assert found == [[], ["a/", "b/"]]
 
 

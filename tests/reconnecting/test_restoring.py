@@ -255,7 +255,7 @@ async def test_a_subscription_left_while_down_is_not_made_again(
         async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "w/"):
             await stack.enter_async_context(while_away(emitter, broker))
     assert held(broker) == ["b/"]
-    assert not any(client.watched for client in broker.clients)
+    assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_leaving_in_the_middle_of_the_restoration(
@@ -282,7 +282,7 @@ async def test_leaving_in_the_middle_of_the_restoration(
         await connected.receive()
         await emitter.flush()
         assert held(broker) == []
-        assert not any(client.watched for client in broker.clients)
+        assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
@@ -306,7 +306,7 @@ async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
             await broker.drop()
     await emitter.flush()
     assert held(broker) == []
-    assert not any(client.watched for client in broker.clients)
+    assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_unsubscribing_waits_for_the_link(broker: Broker, emitter: Emitter, key: str) -> None:

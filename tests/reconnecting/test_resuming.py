@@ -187,7 +187,7 @@ async def test_large_messages_are_resumed(broker: Broker, emitter: Emitter, key:
 async def test_the_brokers_clock_may_be_wrong(
     broker: Broker, emitter: Emitter, key: str, ahead: float
 ) -> None:
-    broker._exchange.cluster.ahead = ahead
+    broker._exchange.cluster.advance(ahead)
     await store(broker, "old")
     async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
         for text in "12":

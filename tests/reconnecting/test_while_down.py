@@ -128,7 +128,7 @@ async def test_pending_calls_raise_and_the_client_goes_on(
     assert all(isinstance(error.__cause__, EOFError | OSError) for error in lost)
     await emitter.flush()
     assert held(broker) == []
-    assert not any(client.watched for client in broker.clients)
+    assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_waiting_to_be_connected(broker: Broker) -> None:

@@ -55,10 +55,10 @@ class Witness(Peer):
     """A subscriber inside the broker, whom no fault befalls."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(self._record)
         self.seen: list[tuple[str, bytes]] = []
 
-    def send(self, kind: Kind, data: bytes) -> None:
+    def _record(self, kind: Kind, data: bytes) -> None:
         reader = PacketReader()
         reader.feed(data)
         packet = reader.next_packet()
@@ -86,7 +86,7 @@ class Session:
         self.errors: list[str] = []
         """The documented errors in which calls have ended."""
         self._witness = Witness()
-        broker._exchange.enroll(self._witness, broker._topic("a/"))
+        broker._exchange.add_subscription(self._witness, broker._topic("a/"))
         self._heard: list[bytes] = []
         self._renewed = ""
         self._number = 0
@@ -182,7 +182,7 @@ class Session:
         await self._settle()
         for client in self.broker.clients:
             assert [it for it in client.subscriptions if not it.startswith("a/s/")] == []
-            assert not client.watched
+            assert not client.peer.watched
         await self._publish(0, "a/e/")
 
     async def _use_every_verb(self) -> None:
@@ -292,7 +292,7 @@ class Session:
             for channel in subscribed:
                 self._publish_at_the_broker(channel, marker)
             for channel in watched:
-                self.broker._exchange.enroll(guest, self.broker._topic(f"{channel}x/"))
+                self.broker._exchange.add_subscription(guest, self.broker._topic(f"{channel}x/"))
             if again:
                 # On a whole link this has been seen to work before.
                 await self.emitter.publish_with_link("l1", marker, qos=1)
