@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -23,6 +24,7 @@ class Receiver(Protocol[T_contra]):
         """How many items were dropped because the buffer was full."""
         return 0
 
+    @abstractmethod
     def push(self, item: T_contra, *, extra: bool = False) -> bool:
         """
         Take in one item.

@@ -67,7 +67,7 @@ class Missing:
     """
 
     def __init__(self) -> None:
-        self.dropped = 1
+        self.dropped: int = 1
 
     def add_one(self) -> None:
         """Count one more."""
@@ -118,7 +118,7 @@ class Sender(Generic[T]):
         left: Callable[[Sender[T]], object] | None = None,
     ) -> None:
         self.what = what
-        self.owner = Owner()
+        self.owner: Owner = Owner()
         self.owner.claim()
         self._buffer = buffer
         self._overflow: Overflow = overflow
@@ -140,13 +140,13 @@ class Sender(Generic[T]):
         self._gaps = 0
         self._stalled_at: int | None = None
         """How many items had been received when the consumer last used none of its turns."""
-        self.ended = False
+        self.ended: bool = False
         self._error: Callable[[], Exception] | None = None
         self._receive_ends = 0
         self._make_wakeup: Callable[[], Wakeup] | None = None
         self._receivers: deque[Wakeup] = deque()
         self._departure: anyio.Event | None = None
-        self.tasks_waiting = 0
+        self.tasks_waiting: int = 0
 
     # Putting in
 
