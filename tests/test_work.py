@@ -12,7 +12,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio import Emitter, EmitterMessage
+from emitter_anyio import Emitter, EmitterMessage, EventStream
 from emitter_anyio._packets import Connect
 from emitter_anyio._protocol._codec import Codec
 from tests.support import packets
@@ -42,6 +42,8 @@ SYSTEM_CALLS_TOLERANCE: Final = 1.2
 MEASURED: Final = {
     ("receiving", "asyncio"): Work(6.27, 8.98, 0.0257),
     ("receiving", "trio"): Work(6.27, 9.81, 0.0463),
+    ("receiving_alone", "asyncio"): Work(89, 273.1, 5),
+    ("receiving_alone", "trio"): Work(87, 362, 7.2),
     ("handling", "asyncio"): Work(8.31, 10.62, 0.0282),
     ("handling", "trio"): Work(8.31, 11.57, 0.0500),
     ("publishing", "asyncio"): Work(15.5, 17.65, 0.0276),
@@ -165,6 +167,35 @@ async def receiving() -> AsyncGenerator[tuple[Step, int]]:
 
 
 @asynccontextmanager
+async def receiving_alone() -> AsyncGenerator[tuple[Step, int]]:
+    """One message at a time, which the consumer waits for."""
+    data = packets.publish("a/", BODY)
+    far = Far(1)
+    taken = 0
+
+    async def take(messages: EventStream[EmitterMessage]) -> None:
+        nonlocal taken
+        async for _ in messages:
+            taken += 1
+
+    async with serving("unix", far.play) as options, one_link(**options) as emitter:
+        async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
+            tasks.start_soon(take, messages)
+
+            async def step() -> None:
+                wanted = taken + 1
+                await far.send(data)
+                while taken < wanted:
+                    await checkpoint()
+
+            try:
+                yield step, 1
+            finally:
+                tasks.cancel_scope.cancel()
+                far.leave()
+
+
+@asynccontextmanager
 async def handled(body: bytes, messages: int) -> AsyncGenerator[tuple[Step, int]]:
     data = packets.publish("a/", body) * messages
     taken = 0
@@ -237,7 +268,7 @@ async def publishing_large() -> AsyncGenerator[tuple[Step, int]]:
         yield step, 1
 
 
-SMALL = (receiving, handling, publishing, confirming)
+SMALL = (receiving, receiving_alone, handling, publishing, confirming)
 LARGER = (receiving_large, publishing_large)
 
 
@@ -276,8 +307,8 @@ def check_calls(record: Record, case: str, backend: str, calls: float) -> None:
 async def test_what_a_message_calls(
     path: Path, anyio_backend: tuple[str, object], record_property: Record
 ) -> None:
-    # With Trio's random order of tasks, a large message takes a few system calls more or less.
-    steps = 64 if path in LARGER else 8
+    # With Trio's random order of tasks, one message takes a few system calls more or less.
+    steps = 64 if path in (*LARGER, receiving_alone) else 8
     async with path() as (step, messages):
         work = await work_of(step, messages, steps)
     check_work(record_property, path.__name__, anyio_backend[0], work)
