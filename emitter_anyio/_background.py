@@ -67,6 +67,10 @@ class Background:
         except BaseException as remaining:
             return remaining
 
+    def cancel(self) -> None:
+        """Cancel all tasks."""
+        self.tasks.cancel()
+
     def cancel_block(self) -> None:
         """Cancel the block."""
         assert self._block is not None

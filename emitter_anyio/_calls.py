@@ -210,10 +210,11 @@ class Calls:
                 f"request {channel!r}: nobody replied within {seconds:g} s; whether it took "
                 "effect is unknown"
             )
+        binary = reply.message.binary
         if reply.kind == _ERROR:
-            words = readable(reply.message.binary.decode(errors="replace"))
+            words = readable(binary.decode(errors="replace"))
             raise ReplyError(f"request {channel!r}: {words}")
-        return EmitterMessage(where, reply.message.binary)
+        return EmitterMessage(where, binary)
 
     def _lost(self, channel: str) -> Exception:
         slot = self._slot

@@ -10,7 +10,6 @@ from typing import Any, Final, TypeAlias
 
 import anyio
 
-from ._backend import Owner
 from ._background import Background
 from ._channels import check_channel
 from ._checks import check_function, check_text
@@ -102,6 +101,7 @@ class Events:
         totals: Totals,
     ) -> None:
         self._slot = slot
+        self._owner = slot.owner
         self._routes = routes
         self._background = background
         self._guard = guard
@@ -140,7 +140,7 @@ class Events:
         """Unregister a handler."""
         event = _check_event(event)
         if self._started:
-            self._slot.owner.check()
+            self._owner.check()
         for registration in self._registrations:
             if registration.event == event and registration.handler == handler:
                 self._registrations.remove(registration)
@@ -154,7 +154,7 @@ class Events:
         """Return a stream of an event, to be entered."""
         event, channel = _check(event, channel, buffer, overflow)
         return Entering(
-            self._slot.owner, partial(self._entered_stream, event, channel, buffer, overflow)
+            self._owner, partial(self._entered_stream, event, channel, buffer, overflow)
         )
 
     @asynccontextmanager
@@ -162,15 +162,14 @@ class Events:
         self, event: str, channel: str | None, buffer: int, overflow: Overflow
     ) -> AsyncGenerator[EventStream[Any]]:
         # If the client is not entered yet, it will be entered in the same event loop.
-        owner: Owner = self._slot.owner
-        owner.claim()
+        self._owner.claim()
         send = self._listen(event, channel, f"stream({event!r})", buffer, overflow)
         try:
             with EventStream[Any](send) as stream:
                 yield stream
         finally:
             send.leave()
-            owner.release()
+            self._owner.release()
 
     # Emitting
 
@@ -260,7 +259,7 @@ class Events:
 
     def _register(self, registration: _Registration) -> None:
         if self._started:
-            self._slot.owner.check()
+            self._owner.check()
         self._registrations.append(registration)
         if self._started:
             self._start_handler(registration)

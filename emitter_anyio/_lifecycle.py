@@ -46,6 +46,7 @@ class Lifecycle:
         finish: Sequence[Callable[[], None]],
     ) -> None:
         self._slot = slot
+        self._owner = slot.owner
         self._background = background
         self._supervisor = supervisor
         self._events = events
@@ -109,7 +110,7 @@ class Lifecycle:
         if self._unattended and self._background.tasks.used:
             # Tasks were started after leaving had begun.
             await self._left()
-            self._background.tasks.cancel()
+            self._background.cancel()
 
     # Leaving
 
@@ -121,7 +122,7 @@ class Lifecycle:
         :raises RuntimeError: if the client is not entered, or was entered by another task that
             still runs
         """
-        self._slot.owner.check()
+        self._owner.check()
         if not self._background.entered:
             raise RuntimeError("this Emitter is not entered")
         if self._background.tasks.hosted_here:
@@ -160,7 +161,7 @@ class Lifecycle:
 
     async def wait_closed(self) -> None:
         """Wait until the client has ended."""
-        self._slot.owner.check()
+        self._owner.check()
         await checkpoint()
         with self._events.awaiting_end():
             while self._slot.state is not ClientState.CLOSED:
@@ -260,7 +261,7 @@ class Lifecycle:
         self._slot.finish()
         for finish in self._finishers:
             finish()
-        self._slot.owner.release()
+        self._owner.release()
 
     def _task_failed(self, error: BaseException) -> None:
         if not isinstance(error, anyio.get_cancelled_exc_class()):

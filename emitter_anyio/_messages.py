@@ -67,11 +67,12 @@ class Readable:
     def _named(self) -> str:
         return f"the message of {len(self.binary)} bytes from {readable(self.channel)!r}"
 
-    def _shown(self) -> str:
-        if self.channel.startswith("emitter/keygen/"):
-            # The broker's answer, which a wide subscription may receive as a message.
-            return f"<{len(self.binary)} bytes>"
-        return repr(self.binary[:_SHOWN]) + ("…" if len(self.binary) > _SHOWN else "")
+
+def _shown(message: Readable) -> str:
+    if message.channel.startswith("emitter/keygen/"):
+        # The broker's reply, which a wide subscription may receive as a message.
+        return f"<{len(message.binary)} bytes>"
+    return repr(message.binary[:_SHOWN]) + ("…" if len(message.binary) > _SHOWN else "")
 
 
 class EmitterMessage(Readable):
@@ -96,7 +97,7 @@ class EmitterMessage(Readable):
 
     def __repr__(self) -> str:
         replayed = ", replayed" if self.replayed else ""
-        return f"<EmitterMessage channel={self.channel!r} binary={self._shown()}{replayed}>"
+        return f"<EmitterMessage channel={self.channel!r} binary={_shown(self)}{replayed}>"
 
     @property
     def replayed(self) -> bool:
@@ -163,7 +164,7 @@ class StoredMessage(Readable):
     def __repr__(self) -> str:
         return (
             f"<StoredMessage time={self.time:%Y-%m-%dT%H:%M:%SZ} channel={self.channel!r} "
-            f"binary={self._shown()}>"
+            f"binary={_shown(self)}>"
         )
 
 

@@ -55,6 +55,7 @@ class Presence:
         background: Background,
     ) -> None:
         self._slot = slot
+        self._owner = slot.owner
         self._requester = requester
         self._wants = wants
         self._keys = keys
@@ -77,7 +78,7 @@ class Presence:
         key, channel = self._check(key, channel)
         changes = None if changes is None else check_flag("changes", changes)
         timeout = check_timeout(timeout)
-        self._slot.owner.check()
+        self._owner.check()
         fresh = changes is True and channel not in self._for_handlers
         if fresh:
             self._wants.watch(channel)
@@ -113,7 +114,7 @@ class Presence:
         if refresh is not None and not check_seconds("refresh", refresh):
             raise ValueError("refresh must be above 0 seconds, or None for no fresh status")
         return Entering(
-            self._slot.owner,
+            self._owner,
             partial(self._watching, key, channel, buffer, overflow, refresh, timeout),
         )
 

@@ -77,6 +77,7 @@ class Requester:
         bound: Connection | None = None,
     ) -> None:
         self._slot = slot
+        self._owner = slot.owner
         self._trace = trace
         self._keys = keys
         self._options = options
@@ -249,7 +250,7 @@ class Requester:
 
         :param refused: a key that the broker has refused: another one is wanted
         """
-        self._slot.owner.check()
+        self._owner.check()
         connection = self._restores()
         if connection is None:
             return await self._key_of(source, refused, restoring=False)

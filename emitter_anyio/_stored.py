@@ -96,6 +96,14 @@ class Known:
     contract: int | None = None
     has_several_nodes: bool = False
 
+    def note_contract(self, contract: int) -> None:
+        """Note the licence's part of an id."""
+        self.contract = contract
+
+    def note_several_nodes(self) -> None:
+        """Note that nodes were at work at the same time."""
+        self.has_several_nodes = True
+
 
 Steps: TypeAlias = Generator[Look | Census | StoredMessage | Unread, Answer, T]
 
@@ -325,7 +333,7 @@ class Reading:
 
     def _note(self, message: StoredMessage) -> None:
         second, node = second_of(message), _node(message)
-        self._broker.contract = int.from_bytes(message.id[:4], "big") ^ self._level
+        self._broker.note_contract(int.from_bytes(message.id[:4], "big") ^ self._level)
         oldest, newest = self._spans.get(node, (second, second))
         self._spans[node] = min(oldest, second), max(newest, second)
 
@@ -333,7 +341,7 @@ class Reading:
         # A node has another name after each start, so only overlapping times prove two nodes.
         spans = sorted(self._spans.values())
         if any(later[0] <= earlier[1] for earlier, later in pairwise(spans)):
-            self._broker.has_several_nodes = True
+            self._broker.note_several_nodes()
         return self._broker.has_several_nodes
 
     def _is_new(self, message: StoredMessage) -> bool:

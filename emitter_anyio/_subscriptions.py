@@ -372,7 +372,8 @@ class Subscriptions:
         """Ask for every subscription."""
         for subscription in self._subscriptions:
             self._resumption.hold(subscription)
-        for grant in restoring.connection.session.restore():
+        session = restoring.connection.session
+        for grant in session.restore():
             yield Restoration(
                 f"the subscription to {grant.filter!r}",
                 partial(self._restore_one, restoring, grant),

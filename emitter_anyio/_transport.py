@@ -271,8 +271,7 @@ class WebSocketTransport(Transport):
     async def send_due(self) -> None:
         async with self._sending:
             while self._due or self._websocket.answer:
-                self._due += self._websocket.answer
-                self._websocket.answer = b""
+                self._due += self._websocket.take_answer()
                 del self._due[: await self._below.send(bytes(self._due))]
 
     async def send_eof(self) -> None:

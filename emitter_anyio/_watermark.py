@@ -47,7 +47,8 @@ class Watermark(Receiver["EmitterMessage | Gap"]):
     @property
     def since(self) -> int | None:
         """The second in which a gap may begin, in unix time; ``None`` is the very beginning."""
-        return None if self._known is None else int(self._known.time.timestamp())
+        known = self._known
+        return None if known is None else int(known.time.timestamp())
 
     def behind(self, message: StoredMessage) -> bool:
         """Tell whether a stored message may not have been delivered."""

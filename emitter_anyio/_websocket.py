@@ -225,6 +225,11 @@ class WebSocket:
         """Put some of the stream into a frame; behind a close there is none."""
         return bytes(self._connection.send(BytesMessage(data))) if self.open else b""
 
+    def take_answer(self) -> bytes:
+        """Return what answers the last ping, and forget it."""
+        answer, self.answer = self.answer, b""
+        return answer
+
     def close(self) -> bytes:
         """Give what ends it or, if the peer has ended it, answers that; nothing if done before."""
         answer, self.answer = self.answer, b""
@@ -244,7 +249,8 @@ class WebSocket:
         self._farewell = event.response()
         code = f"code {event.code:d}"
         if isinstance(event.code, CloseReason):
-            code += f" ({event.code.name.lower().replace('_', ' ')})"
+            name = event.code.name
+            code += f" ({name.lower().replace('_', ' ')})"
         self.end = EOFError(
             f"the broker closed the WebSocket: {code}" + (reason and f", {reason!r}")
         )
