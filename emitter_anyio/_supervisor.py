@@ -17,7 +17,8 @@ from ._connection import Connection
 from ._dispatcher import Dispatcher
 from ._errors import ClosedError, ConnectError, ConnectionLostError, RequestTimeoutError
 from ._events import Events, logger
-from ._opener import Opener, is_permanent
+from ._opener import Opener
+from ._opening import is_permanent
 from ._options import Options
 from ._requester import Requester
 from ._slot import Slot

@@ -21,7 +21,7 @@ from emitter_anyio import (
     SlowConsumerError,
     Will,
 )
-from emitter_anyio._opener import open_connection
+from emitter_anyio._opening import open_connection
 from emitter_anyio._options import make_options
 from emitter_anyio._packets import Event, Publish
 from emitter_anyio._tasks import Tasks
