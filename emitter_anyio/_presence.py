@@ -35,7 +35,6 @@ class PresenceFeed(EventStream[PresenceEvent]):
     :class:`PresenceStatus` is an item of the stream too.
 
     :ivar channel: the channel that is watched
-    :ivar members: who is there now, by the id of the connection; a view that stays up to date
     """
 
     def __init__(
@@ -43,7 +42,12 @@ class PresenceFeed(EventStream[PresenceEvent]):
     ) -> None:
         super().__init__(send)
         self.channel = channel
-        self.members = members
+        self._members = members
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """Who is there now, by the id of the connection; a view that stays up to date."""
+        return self._members
 
 
 class Watch:

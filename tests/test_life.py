@@ -203,15 +203,16 @@ async def test_what_an_end_that_was_closed_had_not_read_is_in_unread(broker: Bro
 
 async def test_what_a_clone_can_still_read_is_not_in_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
+    clones = []
     with pytest.raises(ConnectionLostError) as caught:
         async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
-            clone = messages.clone()
+            clones.append(messages.clone())
             await emitter.publish(key, "a/", "x")
             await emitter.flush()
             await broker.drop()
             await anyio.sleep_forever()
     assert caught.value.unread == []
-    with clone:
+    with clones[0] as clone:
         assert clone.receive_nowait().binary == b"x"
         for _ in range(2):
             with pytest.raises(ConnectionLostError):

@@ -43,7 +43,8 @@ NAMES = {
         "anyio.create_task_group:function anyio.fail_after:function anyio.move_on_after:function "
         "anyio.open_signal_receiver:function anyio.run:function anyio.sleep_forever:function "
         "anyio.to_thread.run_sync:function anyio.to_process.run_sync:function "
-        "anyio.CapacityLimiter anyio.from_thread.BlockingPortal",
+        "anyio.CapacityLimiter anyio.from_thread.BlockingPortal "
+        "anyio.streams.memory.MemoryObjectReceiveStream",
     },
     "trio": {
         "reference-core.html": "trio.Nursery trio.open_nursery:function trio.run:function "
