@@ -191,15 +191,15 @@ class Calls:
         connection = await requester.space()
         reply = replies.waiting[number] = _Reply()
         sent = connection.session.publish_confirmed(topic, payload, key, where)
-        limit = None
+        deadline = None
         try:
             with anyio.CancelScope() as scope:
-                limit = requester.limit(scope.cancel, connection, seconds)
+                deadline = requester.deadline(scope.cancel, connection, seconds)
                 await requester.answer(connection, sent, None)
                 await reply.came.wait()
         finally:
-            if limit is not None:
-                limit.done = True
+            if deadline is not None:
+                deadline.cancel()
             del replies.waiting[number]
             if reply.message is None and sent.refusal is None:
                 self._send(key, f"{where}{_CANCEL}/", b"")

@@ -6,25 +6,23 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
-from functools import cached_property, partial
+from functools import partial
 from typing import Final, TypeAlias
 
 import anyio
 from anyio.lowlevel import checkpoint
 
-from ._backend import Wakeup, wakeup_maker
+from ._backend import CHUNK, current_backend
 from ._batches import Messages
 from ._errors import RemoteProtocolError
 from ._keepalive import Keepalive
-from ._limits import Limits
 from ._options import Options, Server
 from ._packets import Disconnect, Event, Packet
 from ._protocol._codec import Codec
 from ._protocol._fast_path import is_qos_0_publish
-from ._reading import CHUNK
 from ._session import Session
 from ._tasks import Tasks
-from ._timer import open_timer
+from ._timer import Timer
 from ._transport import Transport
 from ._wants import Wants
 from ._writer import Writer
@@ -101,7 +99,9 @@ class Connection:
     ) -> None:
         self.server = server
         self.since = datetime.now(UTC)
-        self.timer = open_timer()
+        backend = current_backend()
+        self.make_wakeup = backend.make_wakeup
+        self.timer = Timer(backend.clock)
         self.writer = Writer(transport, self.timer.clock)
         self.session = Session(wants, self.send, self.writer.write, codec.encode_publish)
         self.state = ConnectionState.OPENING
@@ -124,17 +124,6 @@ class Connection:
         self._writing: tuple[anyio.CancelScope, anyio.Event] | None = None
         """The scope of the writer task, and the event that it has ended, if there is one."""
         self._broken: Exception | None = None
-
-    @cached_property
-    def make_wakeup(self) -> Callable[[], Wakeup]:
-        """Makes the events by which calls await replies. Many connections never need it."""
-        return wakeup_maker()
-
-    @cached_property
-    def limits(self) -> Limits | None:
-        """The deadlines of calls with the client's ``request_timeout``."""
-        seconds = self._options.request_timeout
-        return None if seconds is None else Limits(seconds, self.timer, self.writer)
 
     @property
     def leaving(self) -> bool:
@@ -215,7 +204,7 @@ class Connection:
             broker has closed the connection
         """
         self.send(Disconnect())
-        await self.writer.left(self.writer.queued)
+        await self.writer.left()
         await self._transport.send_eof()
         if unsettled:
             self._take(ConnectionStep.DISCARD)
@@ -282,7 +271,7 @@ class Connection:
             held_up=lambda: self._held_up,
             seconds=self._options.keepalive,
         )
-        self.timer.begin(self._break, self._reads_so_far, tasks.start)
+        tasks.start(self.timer.run, self._break, self._reads_so_far, name="emitter_anyio timer")
 
     def _reads_so_far(self) -> int | None:
         """Return the number of reads, or ``None`` while one is being delivered."""

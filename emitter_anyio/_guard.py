@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
 
-from ._backend import asyncio_loop
+from ._backend import NativeCancelledError, current_backend
 from ._errors import SlowConsumerError
 
 
@@ -40,7 +39,7 @@ class Guard:
 
         :raises UserCodeError: if it raises
         """
-        cancellations = _cancellations()
+        cancellations = current_backend().native_cancellations()
         try:
             result = function(*arguments)
             return await result if inspect.isawaitable(result) else result
@@ -65,7 +64,7 @@ class Guard:
         :param overflowed: gets the stream's overflow errors
         :param failed: gets what the function raises; returns whether to go on
         """
-        cancellations = _cancellations()
+        cancellations = current_backend().native_cancellations()
         arguments: tuple[object, ...] = ()
         while True:
             try:
@@ -92,17 +91,11 @@ class Guard:
                     return
 
 
-def _cancellations() -> int:
-    """Return how often the current task has been cancelled natively; Trio does not count them."""
-    task = None if asyncio_loop() is None else asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
 def _is_of_user(error: BaseException, cancellations: int) -> bool:
-    if not isinstance(error, asyncio.CancelledError):
+    if not isinstance(error, NativeCancelledError):
         # Trio's Cancelled is no Exception either.
         return isinstance(error, Exception)
     return (
-        _cancellations() <= cancellations
+        current_backend().native_cancellations() <= cancellations
         and anyio.current_effective_deadline() > anyio.current_time()
     )

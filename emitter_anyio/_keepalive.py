@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
 
-from ._reading import LastHeard
+from ._backend import LastHeard
 from ._session import Session
-from ._timer import Deadline, Due, Timer
+from ._timer import Due, Timer
 from ._writer import Writer
 
 _LATE_SECONDS: Final = 0.05
@@ -26,6 +26,8 @@ class Keepalive(Due):
     :param held_up: returns whether the reader waits for a consumer, so that silence means nothing
     :param seconds: the keepalive period
     """
+
+    judges: ClassVar = False
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class Keepalive(Due):
                 self._timer, self._writer, self._last_heard, self._seconds, now, self._missed
             )
             self._timer.add(now + self._seconds * 0.5, timeout)
-            self._session.ping(awaited=False).call_when_done(self._timer.put_off)
+            self._session.ping(awaited=False)
             self._writer.call_when_left(timeout.begin)
             when = now + self._seconds
         self._timer.add(when, self)
@@ -71,7 +73,7 @@ class Keepalive(Due):
             raise TimeoutError(words)
 
 
-class PingTimeout(Deadline):
+class PingTimeout(Due):
     """
     Ends a connection on which nothing is received after a PINGREQ.
 
@@ -81,6 +83,8 @@ class PingTimeout(Deadline):
 
     :param missed: gets whether the timeout falls due late, when bytes last arrived, and the error
     """
+
+    judges: ClassVar = True
 
     def __init__(
         self,
@@ -113,10 +117,7 @@ class PingTimeout(Deadline):
     def fall_due(self, now: float) -> None:
         if now < self._when:
             self._timer.add(self._when, self)
-        else:
-            self._timer.judge(self, now)
-
-    def judge(self, now: float) -> None:
+            return
         self._missed(
             now > self._when + _LATE_SECONDS,
             self._heard,

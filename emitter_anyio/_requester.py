@@ -19,11 +19,12 @@ from ._errors import (
     UnauthorizedError,
 )
 from ._keys import KeyRing
-from ._limits import Limit, OwnLimit
 from ._options import Options
 from ._pending import Pending
 from ._requests import Request
+from ._session import Session
 from ._slot import Permit, Slot
+from ._timer import ReplyDeadline
 from ._trace import Trace
 
 T = TypeVar("T")
@@ -167,17 +168,14 @@ class Requester:
             return pending.result()
         over = connection.make_wakeup()
         pending.call_when_done(wake := over.set)
-        if timeout is DEFAULT and (self._slot.restored or not self._restores()):
-            limit = None if connection.limits is None else connection.limits.add(wake)
-        else:
-            limit = self.limit(wake, connection, timeout)
+        deadline = self.deadline(wake, connection, timeout)
         pending.begin_wait()
         try:
             await over.wait()
         finally:
             pending.end_wait()
-            if limit is not None:
-                limit.done = True
+            if deadline is not None:
+                deadline.cancel()
         if self._trace and pending.refusal is not None:
             status, _ = pending.refusal
             self._trace(
@@ -191,19 +189,20 @@ class Requester:
             )
         return pending.result()
 
-    def limit(
-        self, wake: Callable[[], None], connection: Connection, timeout: Timeout
-    ) -> Limit | None:
+    def deadline(
+        self, expired: Callable[[], object], connection: Connection, timeout: Timeout
+    ) -> ReplyDeadline | None:
         """
-        Have a function called when the time for the last queued packet is over.
+        Have a function called when the time for the reply to the packet queued last is over.
 
-        :return: what stops it
+        :return: the deadline, to be cancelled
         """
-        seconds = self.seconds(timeout)
+        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
         if seconds is None:
             return None
-        session = connection.session if self._restores() else None
-        return OwnLimit(wake, seconds, connection.timer, connection.writer, session)
+        if not self._slot.restored and self._restores() is not None:
+            expired = _unless_answering(connection.session, expired)
+        return ReplyDeadline(expired, seconds, connection.timer, connection.writer)
 
     def seconds(self, timeout: Timeout) -> float | None:
         """Return the seconds that a ``timeout`` argument stands for."""
@@ -270,3 +269,23 @@ class Requester:
 
     def _restores(self) -> Connection | None:
         return self._bound or self._slot.permitted()
+
+
+def _unless_answering(session: Session, expired: Callable[[], object]) -> Callable[[], bool]:
+    """
+    Return a function for :class:`ReplyDeadline` that moves the deadline while there are replies.
+
+    While a connection is restored, the broker gets all requests together and answers them one after
+    another. The deadline moves once anyway, because a broker that has been restarted is busy.
+    """
+    answered = -1
+
+    def check() -> bool:
+        nonlocal answered
+        if session.answered > answered:
+            answered = session.answered
+            return True
+        expired()
+        return False
+
+    return check

@@ -8,7 +8,7 @@ from typing import Any
 
 import anyio
 
-from ._backend import current_task, has_ended, task_starter
+from ._backend import current_backend
 
 
 class Tasks:
@@ -36,18 +36,17 @@ class Tasks:
     @property
     def hosted_here(self) -> bool:
         """Whether the calling task may close the group."""
-        return self._host is current_task()
+        return self._host is current_backend().current_task()
 
     @property
     def host_ended(self) -> bool:
         """Whether nobody can close the group any more, and nobody has to."""
-        return has_ended(self._host)
+        return current_backend().has_ended(self._host)
 
     async def open(self) -> None:
         """Open the group in the calling task."""
         await self._group.__aenter__()
-        self._host = current_task()
-        self._start = task_starter(self._group)
+        self._host = current_backend().current_task()
 
     async def close(self) -> None:
         """
@@ -68,7 +67,7 @@ class Tasks:
     ) -> None:
         """Start a task that ends by itself."""
         self._running += 1
-        self._start(self._run_counted, function, *arguments, name=name)
+        self._group.start_soon(self._run_counted, function, *arguments, name=name)
 
     def start_soon(
         self,

@@ -1,193 +1,123 @@
-"""One timer for all that a link waits for."""
+"""One timer for everything that a connection waits for, and the deadlines of replies."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from heapq import heappop, heappush
-from typing import Final, Protocol, TypeAlias
+from heapq import heapify, heappop, heappush
+from typing import ClassVar, Final, Protocol, TypeAlias
 
-from ._backend import asyncio_loop, clock_of
+from anyio import CancelScope, sleep_forever
+from anyio.lowlevel import checkpoint
+
+from ._tasks import is_cancelled
+from ._writer import Writer
 
 _QUIET_TURNS: Final = 10
 """The reader has taken in what had arrived if it gets nothing in this many turns of the loop."""
 
-_LONGEST_LOOK: Final = 1.0
+_MAX_CATCH_UP_SECONDS: Final = 1.0
 """The most seconds that the reader is given for that, because more might arrive all the time."""
+
+_SPARE_ENTRIES: Final = 64
+"""The entries that are done and may be kept, beside as many as there are others."""
 
 Reads: TypeAlias = Callable[[], int | None]
 """Returns how many times the reader has read, or ``None`` while it is handling what it has read."""
-
-Start: TypeAlias = Callable[..., object]
-"""Starts a task that ends by itself."""
-
-
-class Waker(Protocol):
-    """Wakes one timer, in the way that costs least on a backend."""
-
-    def set(self, when: float) -> None:
-        """Wake it then, and not at the time that it was set to."""
-
-    def stop(self) -> None:
-        """Wake it no more."""
 
 
 class Due(Protocol):
     """Something that falls due, unless it is done before."""
 
+    judges: ClassVar[bool]
+    """Whether it ends something because of what has not arrived, so that the reader goes first."""
+
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Tell whether it need not fall due any more."""
+        """Whether it need not fall due any more."""
 
     @abstractmethod
     def fall_due(self, now: float) -> None:
-        """Do what the time has come for; it may be put to the timer again."""
-
-
-class Deadline(Due, Protocol):
-    """Something that fails if it is not done in time."""
-
-    @abstractmethod
-    def judge(self, now: float) -> None:
         """
-        Fail, unless it may be put to the timer again.
+        Do what is due; it may be added to the timer again.
 
-        :param now: the time by which it was to be done, or later. The reader has taken in what had
-            arrived by then
+        :param now: its time, or later
         """
-
-
-class _Look(Due):
-    """
-    Has the reader take in what has arrived before a deadline is judged.
-
-    If the process stood still (a debugger, a suspended machine, a blocking call), what was awaited
-    might have arrived in time and wait in the socket.
-    """
-
-    def __init__(self, timer: Timer, reads: Reads, deadline: Deadline, now: float) -> None:
-        self._timer = timer
-        self._reads = reads
-        self._deadline = deadline
-        self._since = now
-        self._last_reads = reads()
-        self._turns = 0
-
-    @property
-    def done(self) -> bool:
-        return self._deadline.done
-
-    def fall_due(self, now: float) -> None:
-        reads = self._reads()
-        quiet = reads is not None and reads == self._last_reads
-        self._turns = self._turns + 1 if quiet else 0
-        self._last_reads = reads
-        if self._turns > _QUIET_TURNS or now > self._since + _LONGEST_LOOK:
-            self._deadline.judge(self._since)
-        else:
-            self._timer.add(math.nextafter(now, math.inf), self)
-
-
-class LoopWaker:
-    """Has the loop of asyncio wake one timer."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
-        self._loop = loop
-        self._wake = wake
-        self._handle: asyncio.TimerHandle | None = None
-
-    def set(self, when: float) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-        self._handle = self._loop.call_at(when, self._wake)
-
-    def stop(self) -> None:
-        assert self._handle is not None
-        self._handle.cancel()
 
 
 class Timer:
     """
-    Lets things fall due, by one timer that is set to the first of them.
+    Lets things fall due.
 
-    Nearly all are done long before, so the timer is not put off for each: it wakes once, finds
-    nothing to do, and is set to the next one that is not done.
+    Before it lets one fall due that judges, the reader takes in what has arrived: if the process
+    stood still (a debugger, a suspended machine, a blocking call), what was awaited might have
+    arrived in time and wait in the socket.
 
-    :param open_waker: makes what calls a function at its time, in a task if there is no other way
-    :param clock: tells the time of the loop
+    Nearly everything is done long before its time. So the task is not woken for each: it wakes at a
+    time for which something was added, and then sleeps until that of the first that is not done.
+
+    :param clock: returns the time of the event loop
     """
 
-    def __init__(
-        self,
-        open_waker: Callable[[Callable[[], None], Start], Waker],
-        clock: Callable[[], float],
-    ) -> None:
-        self._open_waker = open_waker
-        self.clock: Callable[[], float] = clock
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self._heap: list[tuple[float, int, Due]] = []
-        self._count = 0
-        self._when = -math.inf
-        """When it wakes; before everything else while it is awake, or does not run."""
+        self._added = 0
+        self._max_entries = _SPARE_ENTRIES
+        self._wakes_at = -math.inf
+        """When the task wakes; before everything else while it does not sleep."""
+        self._scope = CancelScope()
+        """The scope in which the task sleeps."""
+        self._ended = False
 
     def add(self, when: float, due: Due) -> None:
-        """Have something fall due at a time of the loop's clock."""
+        """
+        Let something fall due.
+
+        :param when: a time of the event loop's clock
+        """
         heap = self._heap
-        while heap and heap[0][2].done:
-            heappop(heap)
-        self._count += 1
-        heappush(heap, (when, self._count, due))
-        if when < self._when:
-            self._when = when
-            self._waker.set(when)
+        if len(heap) > self._max_entries:
+            heap[:] = [entry for entry in heap if not entry[2].done]
+            heapify(heap)
+            self._max_entries = 2 * len(heap) + _SPARE_ENTRIES
+        self._added += 1
+        heappush(heap, (when, self._added, due))
+        if when < self._wakes_at:
+            self._wakes_at = self._scope.deadline = when
 
-    def put_off(self) -> None:
-        """Do not wake for what is done."""
-        first = self._first()
-        if -math.inf < self._when < first:
-            self._when = first
-            self._waker.set(first)
-
-    def judge(self, deadline: Deadline, now: float) -> None:
-        """Judge a deadline that has fallen due, after the reader has taken in what has arrived."""
-        _Look(self, self._reads, deadline, now).fall_due(now)
-
-    def begin(self, failed: Callable[[Exception], None], reads: Reads, start: Start) -> None:
+    async def run(self, failed: Callable[[Exception], None], reads: Reads) -> None:
         """
-        Let them fall due from now on.
+        Let things fall due until :meth:`end`.
 
-        :param failed: is told what one of them raises, behind which none falls due any more
-        :param start: starts a task, which ends with the timer
+        :param failed: gets what one of them raises, after which none falls due
         """
-        self._failed = failed
-        self._reads = reads
-        self._waker = self._open_waker(self._wake, start)
-        self._when = self._first()
-        self._waker.set(self._when)
+        try:
+            # In a task group that was never left, Trio's scope catches cancellations that are not
+            # its own.
+            while not (self._ended or is_cancelled()):
+                when = self._first()
+                with CancelScope(deadline=when) as self._scope:
+                    self._wakes_at = when
+                    await sleep_forever()
+                self._wakes_at = -math.inf
+                now, caught_up = self.clock(), False
+                while self._first() <= now:
+                    if self._heap[0][2].judges and not caught_up:
+                        await self._let_catch_up(reads, now + _MAX_CATCH_UP_SECONDS)
+                        caught_up = True
+                    else:
+                        heappop(self._heap)[2].fall_due(now)
+        except Exception as exc:
+            failed(exc)
 
     def end(self) -> None:
         """Let nothing fall due any more."""
-        self._when = -math.inf
+        self._ended = True
         self._heap.clear()
-        self._waker.stop()
-        # They know the link, and what it leaves behind waits for no garbage collector.
-        del self._waker, self._failed, self._reads
-
-    def _wake(self) -> None:
-        self._when = -math.inf
-        now = self.clock()
-        try:
-            while self._heap and self._heap[0][0] <= now:
-                due = heappop(self._heap)[2]
-                if not due.done:
-                    due.fall_due(now)
-        except Exception as exc:
-            self._failed(exc)
-        else:
-            self._when = self._first()
-            self._waker.set(self._when)
+        self._scope.cancel()
 
     def _first(self) -> float:
         heap = self._heap
@@ -195,13 +125,48 @@ class Timer:
             heappop(heap)
         return heap[0][0] if heap else math.inf
 
+    async def _let_catch_up(self, reads: Reads, until: float) -> None:
+        quiet_turns, before = 0, reads()
+        while quiet_turns < _QUIET_TURNS and self.clock() <= until:
+            await checkpoint()
+            count = reads()
+            quiet_turns = quiet_turns + 1 if count is not None and count == before else 0
+            before = count
 
-def open_timer() -> Timer:
-    """Make one for the backend that runs."""
-    loop = asyncio_loop()
-    if loop is not None:
-        return Timer(lambda wake, _: LoopWaker(loop, wake), clock_of(loop))
-    # Where Trio runs its import is done, and nobody else is to wait for it.
-    from ._alarm import AlarmWaker
 
-    return Timer(AlarmWaker, clock_of(loop))
+class ReplyDeadline:
+    """
+    The deadline of one call that awaits a reply, counted from when the packet queued last is sent.
+
+    :param expired: is called at the deadline, unless it is cancelled before; it returns a true
+        value to set another deadline, ``seconds`` later
+    :param seconds: the time for the reply
+    :param timer: the timer of the connection
+    :param writer: sends the packet
+    """
+
+    judges: ClassVar = True
+
+    __slots__ = ("_expired", "_seconds", "_timer", "_writer", "done")
+
+    def __init__(
+        self, expired: Callable[[], object], seconds: float, timer: Timer, writer: Writer
+    ) -> None:
+        self.done = False
+        self._expired = expired
+        self._seconds = seconds
+        self._timer = timer
+        self._writer = writer
+        writer.call_when_left(self._begin)
+
+    def cancel(self) -> None:
+        """End the deadline: the call awaits no reply any more."""
+        self.done = True
+
+    def fall_due(self, now: float) -> None:
+        if self._expired():
+            self._timer.add(now + self._seconds, self)
+
+    def _begin(self) -> None:
+        if not (self.done or self._writer.broken):
+            self._timer.add(self._writer.last_sent + self._seconds, self)

@@ -24,9 +24,8 @@ from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
-from ._backend import asyncio_loop, clock_of
+from ._backend import CHUNK, LastHeard, current_backend
 from ._options import Options, Server
-from ._reading import CHUNK, LastHeard, open_reader
 from ._tls import client_context, explain
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ class SocketTransport(Transport):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._reader = open_reader(sock)
+        self._reader = current_backend().open_reader(sock)
         self.last_heard = self._reader.last_heard
         self._has_waited = False
         """Whether anybody has had to wait until it takes something."""
@@ -156,7 +155,7 @@ class StreamTransport(Transport):
     def __init__(self, stream: ByteStream, below: Transport | None = None) -> None:
         self._stream = stream
         self._receives = below is None
-        self.last_heard = LastHeard(clock_of(asyncio_loop())) if below is None else below.last_heard
+        self.last_heard = LastHeard(current_backend().clock) if below is None else below.last_heard
         self._listening = anyio.CancelScope()
 
     async def receive(self, size: int = CHUNK) -> bytes:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from operator import itemgetter
 from typing import Final
 
 import anyio
@@ -59,7 +56,8 @@ class Writer:
         self._start: Callable[[], object] | None = None
         self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
-        self._marks: list[tuple[int, Callable[[], None]]] = []
+        self._marks: deque[tuple[int, Callable[[], object]]] = deque()
+        self._awaiting_stop: list[anyio.Event] = []
         self._under_way = 0
         self._torn = False
         self.broken = False
@@ -156,30 +154,28 @@ class Writer:
         """
         self._gathers = several
 
-    def call_when_left(self, waker: Callable[[], None], mark: int | None = None) -> None:
+    def call_when_left(self, waker: Callable[[], object]) -> None:
         """
-        Have a function called when the first ``mark`` bytes of the link have been handed over, or
-        it is gone; which may be now.
-
-        :param mark: unless given, all that is queued
+        Have a function called when everything that is queued now has been sent, or nothing will be
+        any more; which may be now.
         """
-        if mark is None:
-            mark = self.sent + self.size
-        if self.sent < mark and not self.broken:
-            insort(self._marks, (mark, waker), key=itemgetter(0))
+        if self.size and not self.broken:
+            self._marks.append((self.sent + self.size, waker))
         else:
             waker()
 
-    async def left(self, mark: int) -> None:
-        """Wait until the first ``mark`` bytes of the link have been handed over, or it is gone."""
-        if self.sent < mark and not self.broken:
-            event = anyio.Event()
-            self.call_when_left(event.set, mark)
-            await event.wait()
+    async def left(self) -> None:
+        """Wait until everything that is queued now has been sent, or nothing will be any more."""
+        event = anyio.Event()
+        self.call_when_left(event.set)
+        await event.wait()
 
     async def stopped(self) -> None:
-        """Wait until the link is gone."""
-        await self.left(sys.maxsize)
+        """Wait until the connection is gone."""
+        if not self.broken:
+            event = anyio.Event()
+            self._awaiting_stop.append(event)
+            await event.wait()
 
     async def run(self) -> None:
         """Send what is queued, until cancelled or until the link breaks."""
@@ -218,7 +214,9 @@ class Writer:
         self.broken = True
         for turn in self._waiting:
             turn.set()
-        marks, self._marks = self._marks, []
+        for event in self._awaiting_stop:
+            event.set()
+        marks, self._marks = self._marks, deque()
         for _, waker in marks:
             waker()
 
@@ -289,7 +287,7 @@ class Writer:
                 break
             sent -= len(packet)
         while self._marks and self._marks[0][0] <= self.sent:
-            self._marks.pop(0)[1]()
+            self._marks.popleft()[1]()
         self._admit()
 
     def _admit(self) -> None:

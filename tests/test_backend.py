@@ -5,12 +5,12 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from emitter_anyio._backend import Wakeup, wakeup_maker
+from emitter_anyio._backend import Wakeup, current_backend
 
 
 @pytest.fixture
 async def wakeup(anyio_backend: object) -> Wakeup:
-    return wakeup_maker()()
+    return current_backend().make_wakeup()
 
 
 async def wait(wakeup: Wakeup) -> None:

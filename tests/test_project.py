@@ -159,12 +159,12 @@ class TestImports:
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
         ours = {name for name in loaded if name.startswith("emitter_anyio")}
-        packages = ("_protocol", "_streams")
+        packages = ("_backend", "_protocol", "_streams")
         files = [path for name in packages for path in LIBRARY.glob(f"{name}/*.py")]
         assert ours == {
             ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             for path in (*LIBRARY.glob("_*.py"), *files)
-            if path.stem not in ("__main__", "_alarm", "_parking", "_websocket")
+            if path.stem not in ("__main__", "_trio", "_websocket")
         }
         started = modules_loaded_by("")
         # AnyIO and Paho import sniffio and PySocks where something else has installed them.

@@ -10,7 +10,9 @@ import pytest
 from anyio import ClosedResourceError
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._reading import CHUNK, AskingReader, Reader, WatchingReader, open_reader
+from emitter_anyio._backend import CHUNK, Reader, current_backend
+from emitter_anyio._backend._asyncio import WatchingReader
+from emitter_anyio._backend._interface import WaitingReader
 
 pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
@@ -26,8 +28,12 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def asking_reader(sock: socket.socket) -> Reader:
-    return AskingReader(sock, asyncio.get_running_loop())
+def open_reader(sock: socket.socket) -> Reader:
+    return current_backend().open_reader(sock)
+
+
+def waiting_reader(sock: socket.socket) -> Reader:
+    return WaitingReader(sock, asyncio.get_running_loop().time)
 
 
 def is_watched(sock: socket.socket) -> bool:
@@ -133,7 +139,7 @@ async def test_closing_it_leaves_what_has_come(
     reader = open_reader(ours)
     assert isinstance(reader, WatchingReader)
     theirs.send(b"x")
-    while reader._came is None:
+    while reader._received is None:
         await checkpoint()
     reader.close()
     assert await reader.receive(CHUNK) == b"x"
@@ -142,9 +148,7 @@ async def test_closing_it_leaves_what_has_come(
     assert not is_watched(ours)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda sock: AskingReader(sock, asyncio.get_running_loop()), open_reader]
-)
+@pytest.mark.parametrize("make", [waiting_reader, open_reader])
 async def test_one_that_is_closed_reads_no_more(
     pair: tuple[socket.socket, socket.socket], make: Callable[[socket.socket], Reader]
 ) -> None:
@@ -166,7 +170,7 @@ async def test_a_loop_that_watches_no_sockets(
     with monkeypatch.context() as patch:
         patch.setattr(asyncio.get_running_loop(), "add_reader", add_reader)
         reader = open_reader(pair[0])
-    assert isinstance(reader, AskingReader)
+    assert isinstance(reader, WaitingReader)
     pair[1].send(b"x")
     assert await reader.receive(CHUNK) == b"x"
     reader.close()

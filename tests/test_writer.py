@@ -244,18 +244,19 @@ async def test_who_comes_first_is_served_first(anyio_backend: object) -> None:
 @pytest.mark.parametrize("attempt", range(5))
 async def test_nobody_overtakes_one_who_waits(anyio_backend: object, attempt: int) -> None:
     async with socket_link() as link:
-        link.writer.write(FULL * 2)
+        link.writer.write(FULL + b"x")
         admitted: list[int] = []
 
         async def come_when_there_is_room() -> None:
             # Wakes up in the turn in which the first one is let in.
-            await link.writer.left(len(FULL) + 1)
+            await link.writer.left()
             assert link.writer.size < _HIGH_WATER
             await wait_for_room(link, 2, b"2", admitted)
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(come_when_there_is_room)
             await anyio.wait_all_tasks_blocked()
+            link.writer.write(FULL[1:])
             tasks.start_soon(wait_for_room, link, 1, b"1", admitted)
             await anyio.wait_all_tasks_blocked()
             assert (await link.read(2 * len(FULL) + 2))[-2:] == b"12"
@@ -305,17 +306,18 @@ async def test_who_gives_up_when_its_turn_has_come_lets_the_next_one_in(
 ) -> None:
     for style in styles():
         async with socket_link() as link:
-            link.writer.write(FULL * 2)
+            link.writer.write(FULL + b"x")
             admitted: list[int] = []
             waiting = [Waiting(link, number, admitted) for number in range(3)]
 
             async def cancel_the_first(one: Waiting, link: SocketLink = link) -> None:
-                await link.writer.left(len(FULL) + 1)
+                await link.writer.left()
                 one.cancel()
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(cancel_the_first, waiting[0])
                 await anyio.wait_all_tasks_blocked()
+                link.writer.write(FULL[1:])
                 for one in waiting:
                     tasks.start_soon(one.run, style)
                     await anyio.wait_all_tasks_blocked()
@@ -331,7 +333,7 @@ async def test_left_returns_when_these_bytes_have_left(anyio_backend: object) ->
     left = []
 
     async def wait(link: SocketLink, mark: int) -> None:
-        await link.writer.left(mark)
+        await link.writer.left()
         assert link.writer.sent >= mark
         left.append(mark)
 
@@ -352,7 +354,7 @@ async def test_left_returns_when_these_bytes_have_left(anyio_backend: object) ->
                 assert mark in left
                 assert marks[-1] not in left or mark == marks[-1]
         assert left == marks
-        await link.writer.left(marks[-1])
+        await link.writer.left()
 
 
 async def test_giving_up_on_a_mark_leaves_the_others_alone(anyio_backend: object) -> None:
@@ -361,12 +363,12 @@ async def test_giving_up_on_a_mark_leaves_the_others_alone(anyio_backend: object
         left = []
 
         async def wait() -> None:
-            await writer.left(30)
+            await writer.left()
             left.append(True)
 
         async with anyio.create_task_group() as tasks:
             with anyio.move_on_after(0):
-                await writer.left(30)
+                await writer.left()
             tasks.start_soon(wait)
             await anyio.wait_all_tasks_blocked()
             assert not left
@@ -385,13 +387,13 @@ async def test_a_link_that_is_gone_lets_everybody_go(anyio_backend: object) -> N
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
                 tasks.start_soon(link.writer.room)
-                tasks.start_soon(link.writer.left, link.writer.queued)
+                tasks.start_soon(link.writer.left)
             await anyio.wait_all_tasks_blocked()
             link.writer.stop()
         # And those who come now as well.
         assert not link.writer.has_room
         await link.writer.room()
-        await link.writer.left(link.writer.queued)
+        await link.writer.left()
 
 
 async def test_only_the_task_meets_the_error_of_a_broken_link(anyio_backend: object) -> None:

@@ -13,7 +13,7 @@ import anyio
 from anyio import EndOfStream
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._backend import Owner, Wakeup, wakeup_maker
+from emitter_anyio._backend import Owner, Wakeup, current_backend
 from emitter_anyio._checks import is_whole
 from emitter_anyio._errors import SlowConsumerError
 
@@ -339,7 +339,7 @@ class Sender(Generic[T]):
     def expect_item(self) -> Wakeup:
         """Return what the calling task must wait for because there is no item."""
         if self._make_wakeup is None:
-            self._make_wakeup = wakeup_maker()
+            self._make_wakeup = current_backend().make_wakeup
         receiver = self._make_wakeup()
         self._receivers.append(receiver)
         return receiver
