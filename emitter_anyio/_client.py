@@ -11,37 +11,38 @@ from typing import Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, ov
 import anyio
 from anyio.abc import TaskStatus
 
-from . import _requests as requests
-from ._background import Background
-from ._calls import Calls, Serve
-from ._channels import Key
-from ._checks import check_task_status
-from ._dispatcher import Dispatcher
-from ._errors import portable
-from ._events import Events
-from ._guard import Guard
-from ._history import History
-from ._keygen import Keys
-from ._keys import KeyRing
-from ._lifecycle import Lifecycle
-from ._links import Links
-from ._messages import EmitterMessage, Gap, Payload, StoredMessage
-from ._opener import Opener
-from ._options import Options, make_options
-from ._presence import PresenceFeed
-from ._presence_watch import Presence
-from ._publisher import Publisher
-from ._requester import DEFAULT, Requester, Timeout, check_timeout
-from ._requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
-from ._resumption import Resumption
-from ._router import Routes
-from ._slot import Slot, State
+from emitter_anyio._features.calls import Calls, Serve
+from emitter_anyio._features.feed import PresenceFeed
+from emitter_anyio._features.history import History
+from emitter_anyio._features.keys import Keys
+from emitter_anyio._features.links import Links
+from emitter_anyio._features.presence import Presence
+from emitter_anyio._features.publisher import Publisher
+from emitter_anyio._features.resumption import Resumption
+from emitter_anyio._features.subscriptions import Subscribing, Subscriptions
+from emitter_anyio._net.options import Options, make_options
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._runtime.background import Background
+from emitter_anyio._runtime.dispatcher import Dispatcher
+from emitter_anyio._runtime.events import Events
+from emitter_anyio._runtime.guard import Guard
+from emitter_anyio._runtime.key_ring import KeyRing
+from emitter_anyio._runtime.lifecycle import Lifecycle
+from emitter_anyio._runtime.opener import Opener
+from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
+from emitter_anyio._runtime.slot import Slot, State
+from emitter_anyio._runtime.supervisor import Supervisor
+from emitter_anyio._runtime.totals import Statistics, Totals
+from emitter_anyio._runtime.trace import Trace
+from emitter_anyio._values import requests
+from emitter_anyio._values.channels import Key
+from emitter_anyio._values.checks import check_task_status
+from emitter_anyio._values.errors import portable
+from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, StoredMessage
+from emitter_anyio._values.requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
+from emitter_anyio._values.router import Routes
+
 from ._streams import Entering, EventStream, Overflow, Receiver
-from ._subscriptions import Subscribing, Subscriptions
-from ._supervisor import Supervisor
-from ._totals import Statistics, Totals
-from ._trace import Trace
-from ._wants import Wants
 
 _LifeEvent: TypeAlias = Literal["connect", "disconnect"]
 _OnLife = TypeVar("_OnLife", bound=Callable[[], object])

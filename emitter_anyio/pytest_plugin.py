@@ -15,8 +15,9 @@ import pytest
 from anyio import create_task_group
 from anyio.abc import TaskStatus
 
+from emitter_anyio._values.errors import ConnectError
+
 from ._client import Emitter, connect
-from ._errors import ConnectError
 
 if TYPE_CHECKING:
     from .testing import Broker

@@ -46,7 +46,7 @@ def _plain_engine() -> Iterator[None]:
     """Turn the fast path off, so that Paho carries every packet, if EMITTER_PLAIN_ENGINE is set."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("EMITTER_PLAIN_ENGINE"):
-            patch.setattr("emitter_anyio._opening.FAST_PATH", False)
+            patch.setattr("emitter_anyio._net.opening.FAST_PATH", False)
         yield
 
 

@@ -15,11 +15,11 @@ from typing import Any, Final
 import pytest
 
 from emitter_anyio import Backoff, Emitter, MessageTooLargeError, Will, connect
-from emitter_anyio import _requests as requests
-from emitter_anyio._pending import Replay
-from emitter_anyio._protocol._fast_path import encode_publish
-from emitter_anyio._session import Session
-from emitter_anyio._wants import Wants
+from emitter_anyio._protocol.fast_path import encode_publish
+from emitter_anyio._protocol.pending import Replay
+from emitter_anyio._protocol.session import Session
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._values import requests as requests
 from emitter_anyio.testing import Broker
 from tests.support.links import one_link
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Packet, Peer, memory_peer

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import EmitterMessage
-from emitter_anyio._batches import in_one_go
+from emitter_anyio._values.batches import in_one_go
 
 CHANNELS = [f"{name}/" for name in "abcd"]
 WHO = list(range(5))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._channels import (
+from emitter_anyio._values.channels import (
     MAX_KEY_LEVELS,
     check_channel,
     check_group,
@@ -23,8 +23,8 @@ from emitter_anyio._channels import (
     unix_seconds,
     unshare,
 )
-from emitter_anyio._checks import check_whole, is_number, is_whole
-from emitter_anyio._errors import InvalidChannelError
+from emitter_anyio._values.checks import check_whole, is_number, is_whole
+from emitter_anyio._values.errors import InvalidChannelError
 
 # The broker's security/channel.go: the codes 45 to 58 without the slash, 65 to 122, and 36.
 ALPHABET = "".join(chr(c) for c in (36, 45, 46, *range(48, 59), *range(65, 123)))

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from emitter_anyio._batches import Messages
-from emitter_anyio._errors import RemoteProtocolError
-from emitter_anyio._messages import EmitterMessage
-from emitter_anyio._packets import (
+from emitter_anyio._protocol.codec import Codec
+from emitter_anyio._protocol.fast_path import encode_publish
+from emitter_anyio._protocol.packets import (
     ConnAck,
     Connect,
     Disconnect,
@@ -26,8 +25,9 @@ from emitter_anyio._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from emitter_anyio._protocol._codec import Codec
-from emitter_anyio._protocol._fast_path import encode_publish
+from emitter_anyio._values.batches import Messages
+from emitter_anyio._values.errors import RemoteProtocolError
+from emitter_anyio._values.messages import EmitterMessage
 from tests.support.events import one_by_one
 from tests.support.packets import (
     CONNACK,

@@ -21,13 +21,13 @@ from emitter_anyio import (
     SlowConsumerError,
     Will,
 )
-from emitter_anyio._opening import open_connection
-from emitter_anyio._options import make_options
-from emitter_anyio._packets import Event, Publish
-from emitter_anyio._tasks import Tasks
-from emitter_anyio._transport import SocketTransport
-from emitter_anyio._wants import Wants
-from emitter_anyio._writer import _HIGH_WATER
+from emitter_anyio._backend.tasks import Tasks
+from emitter_anyio._net.opening import open_connection
+from emitter_anyio._net.options import make_options
+from emitter_anyio._net.transport import SocketTransport
+from emitter_anyio._net.writer import _HIGH_WATER
+from emitter_anyio._protocol.packets import Event, Publish
+from emitter_anyio._protocol.wants import Wants
 from tests.support import packets
 from tests.support.leaks import open_sockets
 from tests.support.links import one_link
@@ -1096,7 +1096,7 @@ def qos_1(count: int) -> bytes:
 async def test_acknowledgements_to_a_peer_that_never_reads_are_bounded(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._connection._PACKET_IDS", 1000)
+    monkeypatch.setattr("emitter_anyio._net.connection._PACKET_IDS", 1000)
     most = 0
 
     async def script(peer: Peer) -> None:
@@ -1120,7 +1120,7 @@ async def test_acknowledgements_to_a_peer_that_never_reads_are_bounded(
 async def test_acknowledgements_may_be_read_late(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._connection._PACKET_IDS", 1000)
+    monkeypatch.setattr("emitter_anyio._net.connection._PACKET_IDS", 1000)
 
     async def script(peer: Peer) -> None:
         await peer.accept()

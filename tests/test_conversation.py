@@ -14,7 +14,7 @@ from emitter_anyio.testing import Broker
 async def test_when_packet_ids_are_scarce_a_verb_waits(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._session._RESERVED_PACKET_IDS", 65535 - 2)
+    monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter:
         async with anyio.create_task_group() as tasks:

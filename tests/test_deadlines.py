@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emitter_anyio import RequestTimeoutError
-from emitter_anyio._timer import ReplyDeadline, Timer
-from emitter_anyio._transport import Transport
-from emitter_anyio._writer import Writer
+from emitter_anyio._net.timer import ReplyDeadline, Timer
+from emitter_anyio._net.transport import Transport
+from emitter_anyio._net.writer import Writer
 from tests.support.clock import stand_still, virtual_time_options
 from tests.support.links import one_link
 from tests.support.peer import PUBLISH, Peer, memory_peer

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import anyio
 import pytest
 
-from emitter_anyio import _errors as errors
-from emitter_anyio._errors import (
+from emitter_anyio._values import errors as errors
+from emitter_anyio._values.errors import (
     BadRequestError,
     ClosedError,
     ConnectError,
@@ -31,7 +31,8 @@ from emitter_anyio._errors import (
     WrongLoopError,
     refusal,
 )
-from emitter_anyio._messages import EmitterMessage
+from emitter_anyio._values.messages import EmitterMessage
+from emitter_anyio._values.text import readable
 
 TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     EmitterError: (Exception,),
@@ -172,5 +173,5 @@ class TestWhatTheErrorsCarry:
 
 
 def test_what_a_peer_says_is_one_line_and_not_too_long() -> None:
-    assert errors.readable("bad\n request \x1b[2J") == "bad request ?[2J"
-    assert errors.readable("x" * 70000) == "x" * 200 + "…"
+    assert readable("bad\n request \x1b[2J") == "bad request ?[2J"
+    assert readable("x" * 70000) == "x" * 200 + "…"

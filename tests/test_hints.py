@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from emitter_anyio._errors import (
+from emitter_anyio._values.errors import (
     BadRequestError,
     NotFoundError,
     RequestError,
     ServerError,
     UnauthorizedError,
 )
-from emitter_anyio._hints import refused
+from emitter_anyio._values.hints import refused
 
 SECRET = "S" * 32
 KEY = "k" * 32

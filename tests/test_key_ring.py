@@ -5,8 +5,8 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from emitter_anyio._guard import Guard
-from emitter_anyio._keys import KeyRing
+from emitter_anyio._runtime.guard import Guard
+from emitter_anyio._runtime.key_ring import KeyRing
 from tests.client.tools import Keys
 
 REFUSED = "A" * 32
@@ -15,7 +15,7 @@ REFUSED = "A" * 32
 async def test_a_ring_forgets_what_is_too_much(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._keys._CACHED_KEYS", 2)
+    monkeypatch.setattr("emitter_anyio._runtime.key_ring._CACHED_KEYS", 2)
     ring = KeyRing(Guard())
     keys = [Keys(letter) for letter in "abc"]
     for one in keys:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._messages import (
+from emitter_anyio._values.messages import (
     EmitterMessage,
     Payload,
     Readable,
     StoredMessage,
-    Will,
     encode_payload,
 )
+from emitter_anyio._values.will import Will
 
 WHEN = datetime(2024, 2, 3, 4, 5, 6, tzinfo=UTC)
 

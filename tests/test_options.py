@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import Backoff
-from emitter_anyio._messages import Will
-from emitter_anyio._options import _CHECKS, Options, Server, make_options
+from emitter_anyio._net.options import _CHECKS, Options, Server, make_options
+from emitter_anyio._values.will import Will
 
 
 def made(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Options:

@@ -20,9 +20,9 @@ import pytest
 from paho.mqtt import __version__ as paho_version
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from emitter_anyio._errors import RemoteProtocolError
-from emitter_anyio._messages import EmitterMessage
-from emitter_anyio._packets import (
+from emitter_anyio._protocol import paho as engine
+from emitter_anyio._protocol.codec import Codec
+from emitter_anyio._protocol.packets import (
     ConnAck,
     Connect,
     Disconnect,
@@ -36,9 +36,9 @@ from emitter_anyio._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from emitter_anyio._protocol import _paho
-from emitter_anyio._protocol._codec import Codec
-from emitter_anyio._protocol._paho import PahoEngine
+from emitter_anyio._protocol.paho import PahoEngine
+from emitter_anyio._values.errors import RemoteProtocolError
+from emitter_anyio._values.messages import EmitterMessage
 from tests.support.events import one_by_one
 from tests.support.packets import (
     CONNACK,
@@ -80,7 +80,7 @@ def plain_client(**options: Any) -> paho.Client:
 
 def private_names() -> set[str]:
     """Return Paho's private names that the engine overrides in its subclass or uses on a client."""
-    tree = ast.parse(Path(_paho.__file__).read_text())
+    tree = ast.parse(Path(engine.__file__).read_text())
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and node.name == "_PahoClient":
@@ -140,7 +140,7 @@ class TestPrivateHooks:
             seen.append(sub)
             return MQTTErrorCode.MQTT_ERR_SUCCESS
 
-        monkeypatch.setattr(_paho._PahoClient, "_filter_wildcard_len_check", staticmethod(look))
+        monkeypatch.setattr(engine._PahoClient, "_filter_wildcard_len_check", staticmethod(look))
         codec = connected()
         codec.encode(Subscribe(1, "#/"))
         codec.encode(Unsubscribe(2, "+/"))
@@ -150,13 +150,13 @@ class TestPrivateHooks:
 
 def count_sockets(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     made: list[object] = []
-    create = _paho._PahoClient._create_socket
+    create = engine._PahoClient._create_socket
 
     def create_socket(self: Any) -> Any:
         made.append(create(self))
         return made[-1]
 
-    monkeypatch.setattr(_paho._PahoClient, "_create_socket", create_socket)
+    monkeypatch.setattr(engine._PahoClient, "_create_socket", create_socket)
     return made
 
 
@@ -309,8 +309,8 @@ class TestTraps:
         assert len(events) == 2
 
     def test_13_a_plain_client_holds_publishes_back(self) -> None:
-        socket = _paho._MemorySocket()
-        client = _paho._PahoClient(Connect(), socket, [])
+        socket = engine._MemorySocket()
+        client = engine._PahoClient(Connect(), socket, [])
         client.max_inflight_messages_set(20)
         client.connect("emitter")
         socket.take_written()

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._presence import Members, PresenceFeed, Watch
-from emitter_anyio._requests import Member, PresenceEvent, PresenceStatus
+from emitter_anyio._features.feed import Members, PresenceFeed, Watch
 from emitter_anyio._streams import Sender
+from emitter_anyio._values.requests import Member, PresenceEvent, PresenceStatus
 
 NOW = datetime(2024, 1, 1, tzinfo=UTC)
 

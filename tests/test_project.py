@@ -49,9 +49,13 @@ ERRORS = [
 SURFACE = [*CALLS, *VALUES, *ERRORS]
 
 # The rows of the map that hold values, rules and the session: no I/O, no clock.
-PURE = ["_errors", "_channels", "_messages", "_packets", "_hints", "_requests", "_router"]
-PURE += ["_pending", "_session", "_backoff", "_stored"]
-PURE += [f"_protocol/{module}" for module in ("_framing", "_fast_path", "_paho", "_codec")]
+PACKAGES = ("_values", "_backend", "_protocol", "_streams", "_net", "_runtime", "_features")
+
+PURE = [
+    str(path.relative_to(LIBRARY).with_suffix(""))
+    for package in ("_values", "_protocol")
+    for path in sorted((LIBRARY / package).glob("[a-z]*.py"))
+] + ["_features/stored"]
 
 
 def public_names() -> dict[str, object]:
@@ -159,12 +163,12 @@ class TestImports:
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
         ours = {name for name in loaded if name.startswith("emitter_anyio")}
-        packages = ("_backend", "_protocol", "_streams")
-        files = [path for name in packages for path in LIBRARY.glob(f"{name}/*.py")]
+        files = [path for name in PACKAGES for path in LIBRARY.glob(f"{name}/*.py")]
+        later = ("_backend/trio.py", "_net/websocket.py", "__main__.py")
         assert ours == {
             ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             for path in (*LIBRARY.glob("_*.py"), *files)
-            if path.stem not in ("__main__", "_trio", "_websocket")
+            if str(path.relative_to(LIBRARY)) not in later
         }
         started = modules_loaded_by("")
         # AnyIO and Paho import sniffio and PySocks where something else has installed them.

@@ -11,8 +11,8 @@ from anyio import ClosedResourceError
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend import CHUNK, Reader, current_backend
-from emitter_anyio._backend._asyncio import WatchingReader
-from emitter_anyio._backend._interface import WaitingReader
+from emitter_anyio._backend.asyncio import WatchingReader
+from emitter_anyio._backend.interface import WaitingReader
 
 pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 

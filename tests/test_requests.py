@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio import _requests as requests
-from emitter_anyio._requests import (
+from emitter_anyio._values import requests as requests
+from emitter_anyio._values.requests import (
     ChannelKey,
     Link,
     Me,

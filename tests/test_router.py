@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._router import Matcher, Router, overlap, reaches
+from emitter_anyio._values.router import Matcher, Router, overlap, reaches
 
 matchers = pytest.mark.parametrize("matcher", ["emitter", "mqtt"])
 

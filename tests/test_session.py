@@ -13,21 +13,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from emitter_anyio import _requests as requests
-from emitter_anyio import _session
-from emitter_anyio._channels import unshare
-from emitter_anyio._errors import (
-    BadRequestError,
-    ConnectionLostError,
-    EmitterError,
-    RemoteProtocolError,
-    RequestError,
-    ServerError,
-    SubscriptionConflictError,
-    UnauthorizedError,
-)
-from emitter_anyio._messages import EmitterMessage
-from emitter_anyio._packets import (
+from emitter_anyio._protocol import session as _session
+from emitter_anyio._protocol.fast_path import encode_publish
+from emitter_anyio._protocol.packets import (
     Answer,
     ConnAck,
     Packet,
@@ -41,12 +29,24 @@ from emitter_anyio._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from emitter_anyio._pending import Emission, Grant, Pending, Replay
-from emitter_anyio._protocol._fast_path import encode_publish
-from emitter_anyio._requests import ChannelKey, Me, Request
-from emitter_anyio._router import Matcher, overlap
-from emitter_anyio._session import Session
-from emitter_anyio._wants import Wants
+from emitter_anyio._protocol.pending import Emission, Grant, Pending, Replay
+from emitter_anyio._protocol.session import Session
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._values import requests as requests
+from emitter_anyio._values.channels import unshare
+from emitter_anyio._values.errors import (
+    BadRequestError,
+    ConnectionLostError,
+    EmitterError,
+    RemoteProtocolError,
+    RequestError,
+    ServerError,
+    SubscriptionConflictError,
+    UnauthorizedError,
+)
+from emitter_anyio._values.messages import EmitterMessage
+from emitter_anyio._values.requests import ChannelKey, Me, Request
+from emitter_anyio._values.router import Matcher, overlap
 
 KEY = "k" * 32
 OTHER = "o" * 32

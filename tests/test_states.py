@@ -9,9 +9,9 @@ import pytest
 from anyio import EndOfStream
 
 from emitter_anyio import ClosedError, Emitter, connect
-from emitter_anyio._connection import CONNECTION_TRANSITIONS, ConnectionState, ConnectionStep
-from emitter_anyio._options import make_options
-from emitter_anyio._slot import TRANSITIONS, ClientState, Slot, Step
+from emitter_anyio._net.connection import CONNECTION_TRANSITIONS, ConnectionState, ConnectionStep
+from emitter_anyio._net.options import make_options
+from emitter_anyio._runtime.slot import TRANSITIONS, ClientState, Slot, Step
 from emitter_anyio.testing import Broker
 from tests.support.links import many_links, while_away
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._stored import Answer, Census, Known, Look, Unread
+from emitter_anyio._features.stored import Answer, Census, Known, Look, Unread
 from tests.support.nodes import LIMIT, NOW, START, Node, Nodes, read, second_of, size_of
 
 OVERSIZED = b"x" * 65536

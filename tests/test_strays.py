@@ -16,7 +16,7 @@ from emitter_anyio import (
     HandlerError,
     ReplyError,
 )
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio.testing import Broker
 from tests.support.command import run
 from tests.support.links import many_links, one_link, while_away
@@ -292,7 +292,7 @@ import signal, sys
 import anyio
 from anyio.from_thread import start_blocking_portal
 from emitter_anyio import connect
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio.testing import Broker
 from tests.support.command import run
 

@@ -19,9 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio._backend import Owner
-from emitter_anyio._errors import ConnectionLostError, DecodeError, SlowConsumerError
-from emitter_anyio._messages import ITEM_BYTES, EmitterMessage, Gap
-from emitter_anyio._requests import Member, PresenceEvent
 from emitter_anyio._streams import (
     MAX_BYTES,
     Entering,
@@ -33,6 +30,9 @@ from emitter_anyio._streams import (
     check_buffer,
     weight_of,
 )
+from emitter_anyio._values.errors import ConnectionLostError, DecodeError, SlowConsumerError
+from emitter_anyio._values.messages import ITEM_BYTES, EmitterMessage, Gap
+from emitter_anyio._values.requests import Member, PresenceEvent
 
 Ends = tuple[Sender[Any], EventStream[Any]]
 MakeStream = Callable[..., Ends]

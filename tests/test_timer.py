@@ -10,7 +10,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._timer import Due, Timer
+from emitter_anyio._net.timer import Due, Timer
 from tests.support.clock import stand_still
 from tests.support.leaks import living_tasks
 from tests.support.links import one_link
@@ -157,7 +157,7 @@ def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         times.append(anyio.current_time())
         await anyio.sleep_forever()
 
-    monkeypatch.setattr("emitter_anyio._timer.sleep_forever", noted)
+    monkeypatch.setattr("emitter_anyio._net.timer.sleep_forever", noted)
     return times
 
 

@@ -20,15 +20,15 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from emitter_anyio import Backoff, ConnectError, ConnectionLostError, Emitter, connect
-from emitter_anyio._options import make_options
-from emitter_anyio._transport import (
+from emitter_anyio._net.options import make_options
+from emitter_anyio._net.transport import (
     SocketTransport,
     StreamTransport,
     _alternate,
     _SocketStream,
     open_transport,
 )
-from emitter_anyio._writer import _HIGH_WATER
+from emitter_anyio._net.writer import _HIGH_WATER
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
@@ -341,7 +341,7 @@ async def test_addresses_that_answer_in_the_same_turn_leave_one_connection(
         resolve(one, two)
         with monkeypatch.context() as patch:
             patch.setattr(anyio, "wait_writable", wait_for_both)
-            patch.setattr("emitter_anyio._transport._is_connected", lambda sock: False)
+            patch.setattr("emitter_anyio._net.transport._is_connected", lambda sock: False)
             async with connect(host="broker.example", secure=False) as emitter:
                 patch.undo()
                 await emitter.flush()

@@ -60,7 +60,7 @@ from emitter_anyio import (
     WrongLoopError,
     testing,
 )
-from emitter_anyio._messages import ReplayedMessage
+from emitter_anyio._values.messages import ReplayedMessage
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 NOT_VALUES: Final = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._watermark import Watermark
+from emitter_anyio._features.watermark import Watermark
 
 
 def stored(second: int, count: int = 0, node: bytes = b"node") -> StoredMessage:

@@ -22,15 +22,15 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import generate_accept_token
 
 from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError
-from emitter_anyio._options import make_options
-from emitter_anyio._tls import explain
-from emitter_anyio._transport import (
+from emitter_anyio._net.options import make_options
+from emitter_anyio._net.tls import explain
+from emitter_anyio._net.transport import (
     SocketTransport,
     StreamTransport,
     WebSocketTransport,
     host_header,
 )
-from emitter_anyio._websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
+from emitter_anyio._net.websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
 from tests.support.links import one_link

@@ -13,8 +13,8 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream
-from emitter_anyio._packets import Connect
-from emitter_anyio._protocol._codec import Codec
+from emitter_anyio._protocol.codec import Codec
+from emitter_anyio._protocol.packets import Connect
 from tests.support import packets
 from tests.support.events import one_by_one
 from tests.support.links import one_link

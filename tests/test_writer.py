@@ -15,8 +15,8 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter
-from emitter_anyio._transport import SocketTransport, StreamTransport, Transport
-from emitter_anyio._writer import _GATHERED, _HIGH_WATER, _LARGE, _MANY, _PAUSES, Writer
+from emitter_anyio._net.transport import SocketTransport, StreamTransport, Transport
+from emitter_anyio._net.writer import _GATHERED, _HIGH_WATER, _LARGE, _MANY, _PAUSES, Writer
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving

@@ -7,10 +7,10 @@ Only this package imports them. Each backend is one module with one class, which
 
 from __future__ import annotations
 
-from ._asyncio import NativeCancelledError
-from ._current import current_backend
-from ._interface import CHUNK, Backend, LastHeard, Reader, Wakeup
-from ._owner import Owner
+from .asyncio import NativeCancelledError
+from .current import current_backend
+from .interface import CHUNK, Backend, LastHeard, Reader, Wakeup
+from .owner import Owner
 
 __all__ = [
     "CHUNK",

@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias
 
 from emitter_anyio import InvalidChannelError, connect
-from emitter_anyio._channels import (
+from emitter_anyio._values.channels import (
     check_channel,
     check_group,
     check_key,
     check_target,
     unix_seconds,
 )
-from emitter_anyio._checks import check_whole
+from emitter_anyio._values.checks import check_whole
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]

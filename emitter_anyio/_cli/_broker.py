@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 import anyio
 
-from emitter_anyio._router import Matcher
+from emitter_anyio._values.router import Matcher
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command

@@ -16,7 +16,7 @@ from emitter_anyio import (
     RequestError,
     RequestTimeoutError,
 )
-from emitter_anyio._options import make_options
+from emitter_anyio._net.options import make_options
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command

@@ -17,8 +17,8 @@ from anyio.abc import ByteStream, ByteStreamConnectable
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from emitter_anyio import ConnectError, ConnectRefusedError, Emitter, RemoteProtocolError, connect
-from emitter_anyio._options import Server, make_options
-from emitter_anyio._tls import client_context
+from emitter_anyio._net.options import Server, make_options
+from emitter_anyio._net.tls import client_context
 
 from ._findings import Report
 from ._source import Source

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from emitter_anyio import Backoff, Emitter, connect
-from emitter_anyio._channels import Key, check_key
+from emitter_anyio._values.channels import Key, check_key
 
 from ._arguments import CommandError, UsageError, url, username
 from ._output import note

@@ -13,8 +13,8 @@ import anyio
 from anyio import WouldBlock
 
 from emitter_anyio import EmitterMessage, EventStream, Gap
-from emitter_anyio._channels import share
-from emitter_anyio._router import Matcher
+from emitter_anyio._values.channels import share
+from emitter_anyio._values.router import Matcher
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command

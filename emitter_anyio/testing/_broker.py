@@ -20,7 +20,7 @@ from anyio import (
 from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
 from anyio.streams.stapled import MultiListener
 
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 
 from ._cluster import Cluster
 from ._connection import Client, Crowd

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from struct import Struct
 
-from emitter_anyio._channels import level_hash
+from emitter_anyio._values.channels import level_hash
 
 from . import _salsa20, _snappy, _xtea
 from ._refusals import TARGET, TARGET_TOO_DEEP, RefusedError

@@ -27,7 +27,7 @@ from anyio.abc import ByteStream, TaskStatus
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 
 from ._service import Service
 from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 from anyio import CancelScope, get_cancelled_exc_class, sleep_forever
 
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 
 
 class Service:

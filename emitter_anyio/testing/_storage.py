@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from emitter_anyio._channels import level_hash
+from emitter_anyio._values.channels import level_hash
 
 if TYPE_CHECKING:
     from ._topics import Words

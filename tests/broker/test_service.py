@@ -5,7 +5,7 @@ import asyncio
 import anyio
 import pytest
 
-from emitter_anyio._tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio.testing._service import Service
 
 

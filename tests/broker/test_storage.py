@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._channels import level_hash
+from emitter_anyio._values.channels import level_hash
 from emitter_anyio.testing._storage import REPLAY_LIMIT, Storage
 from emitter_anyio.testing._topics import Words
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emitter_anyio._channels import check_channel, format_topic
-from emitter_anyio._errors import InvalidChannelError
+from emitter_anyio._values.channels import check_channel, format_topic
+from emitter_anyio._values.errors import InvalidChannelError
 from emitter_anyio.testing._refusals import RefusedError
 from emitter_anyio.testing._topics import parse
 

@@ -10,17 +10,17 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
-from emitter_anyio import _requests as requests
-from emitter_anyio._errors import ConnectError, EmitterError, RemoteProtocolError
-from emitter_anyio._messages import EmitterMessage
-from emitter_anyio._options import make_options
-from emitter_anyio._packets import Answer, Connect, Disconnect, Packet, PubAck, SubAck
-from emitter_anyio._pending import Pending, Replay
-from emitter_anyio._protocol._codec import Codec
-from emitter_anyio._protocol._fast_path import encode_publish
-from emitter_anyio._session import Session
-from emitter_anyio._wants import Wants
-from emitter_anyio._websocket import Upgrade, WebSocket
+from emitter_anyio._net.options import make_options
+from emitter_anyio._net.websocket import Upgrade, WebSocket
+from emitter_anyio._protocol.codec import Codec
+from emitter_anyio._protocol.fast_path import encode_publish
+from emitter_anyio._protocol.packets import Answer, Connect, Disconnect, Packet, PubAck, SubAck
+from emitter_anyio._protocol.pending import Pending, Replay
+from emitter_anyio._protocol.session import Session
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._values import requests as requests
+from emitter_anyio._values.errors import ConnectError, EmitterError, RemoteProtocolError
+from emitter_anyio._values.messages import EmitterMessage
 from tests.fuzz import seeds
 from tests.support.events import one_by_one
 from tests.support.secrets import shown

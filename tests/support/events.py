@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emitter_anyio._batches import Messages
-from emitter_anyio._packets import Answer, Event
+from emitter_anyio._protocol.packets import Answer, Event
 from emitter_anyio._streams import weight_of
+from emitter_anyio._values.batches import Messages
 
 
 def one_by_one(events: Iterable[Event]) -> list[Answer]:

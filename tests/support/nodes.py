@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._channels import level_hash
-from emitter_anyio._stored import Answer, Census, Known, Look, Reading, Unread
+from emitter_anyio._features.stored import Answer, Census, Known, Look, Reading, Unread
+from emitter_anyio._values.channels import level_hash
 
 START = 1700000000
 """The first second of these tests."""

@@ -129,8 +129,8 @@ def _install() -> None:
         return
 
     from emitter_anyio import ChannelKey, EmitterError, Will
-    from emitter_anyio._channels import check_key
-    from emitter_anyio._options import Options
+    from emitter_anyio._net.options import Options
+    from emitter_anyio._values.channels import check_key
     from emitter_anyio.testing import Broker
 
     _after(ChannelKey, "__init__", lambda made, _: (made.key,))

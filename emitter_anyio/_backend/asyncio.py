@@ -1,0 +1,141 @@
+"""asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable
+from functools import partial
+from typing import Final
+
+from anyio import ClosedResourceError
+
+from .interface import CHUNK, Backend, LastHeard, Reader, WaitingReader, Wakeup
+
+NativeCancelledError: Final = asyncio.CancelledError
+"""What awaiting a task or a future raises that something else has cancelled."""
+
+
+class AsyncioBackend(Backend):
+    """
+    An event loop of asyncio.
+
+    :param loop: the running loop
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.token = loop
+        self.clock = loop.time
+        self.make_wakeup = partial(FutureWakeup, loop)
+        # A guest run of Trio is not in a task of the loop around it.
+        self.runs_task = partial(asyncio.current_task, loop)
+
+    def open_reader(self, sock: socket.socket) -> Reader:
+        try:
+            return WatchingReader(sock, self._loop)
+        except NotImplementedError:
+            # The loop of Windows cannot watch sockets, but AnyIO can wait for them.
+            return WaitingReader(sock, self.clock)
+
+    def current_task(self) -> object:
+        return asyncio.current_task(self._loop)
+
+    def has_ended(self, task: object) -> bool:
+        return isinstance(task, asyncio.Task) and task.done()
+
+    def native_cancellations(self) -> int:
+        task = asyncio.current_task(self._loop)
+        return 0 if task is None else task.cancelling()
+
+
+class FutureWakeup(Wakeup):
+    """A future, which asyncio's own event makes for each waiter, too."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    def set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def wait(self) -> Awaitable[None]:
+        return self._future
+
+
+class WatchingReader(Reader):
+    """
+    Has the loop watch the socket all the time.
+
+    To begin and to end that for each read takes two system calls and twice the time. It reads one
+    chunk ahead at most: what arrives then stays in the socket, and holds up the peer.
+    """
+
+    def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        self.last_heard = LastHeard(loop.time)
+        self._sock = sock
+        self._loop = loop
+        # Not the socket: if a selector does not know it, the error contains its repr(), which asks
+        # the system for both addresses.
+        self._fileno = sock.fileno()
+        self._size = CHUNK
+        self._closed = False
+        self._received: bytes | Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        loop.add_reader(self._fileno, self._read)
+        self._watched = True
+
+    async def receive(self, size: int) -> bytes:
+        self._size = size
+        while self._received is None:
+            if self._closed:
+                raise ClosedResourceError
+            if not self._watched:
+                self._loop.add_reader(self._fileno, self._read)
+                self._watched = True
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        received, self._received = self._received, None
+        if isinstance(received, Exception):
+            try:
+                raise received
+            finally:
+                # Its traceback contains this frame.
+                del received
+        return received
+
+    def close(self) -> None:
+        self._closed = True
+        self._stop_watching()
+        if self._received is None:
+            self._keep(ClosedResourceError())
+
+    def _read(self) -> None:
+        if self._received is not None:
+            self._stop_watching()
+            return
+        try:
+            data = self._sock.recv(self._size)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            self._stop_watching()
+            self._keep(exc)
+        else:
+            self.last_heard.note()
+            self._keep(data)
+
+    def _keep(self, received: bytes | Exception) -> None:
+        self._received = received
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _stop_watching(self) -> None:
+        if self._watched:
+            self._watched = False
+            self._loop.remove_reader(self._fileno)

@@ -1,0 +1,72 @@
+"""To which thread and event loop something belongs."""
+
+from __future__ import annotations
+
+from threading import get_ident
+
+from emitter_anyio._values.errors import WrongLoopError
+
+from .current import current_backend
+from .interface import Backend
+
+
+class Owner:
+    """
+    The thread and the event loop to which something belongs while it is in use.
+
+    Code outside of event loops cannot wait, so only its thread counts.
+
+    :ivar thread: the thread's identifier. Hot paths compare only this, and call :meth:`check` if it
+        differs
+    """
+
+    __slots__ = ("_backend", "_uses", "thread")
+
+    def __init__(self) -> None:
+        self.thread = 0
+        self._backend: Backend | None = None
+        self._uses = 0
+
+    def claim(self) -> None:
+        """
+        Begin a use in the running event loop.
+
+        :raises WrongLoopError: if it is in use in another one
+        """
+        if self._uses:
+            self.check()
+        self._uses += 1
+        self.thread, self._backend = get_ident(), _backend_or_none()
+
+    def release(self) -> None:
+        """End a use."""
+        self._uses -= 1
+
+    def check(self) -> None:
+        """
+        Check that the calling code may use it.
+
+        :raises WrongLoopError: if it is in use in another thread or event loop
+        """
+        if not self._uses:
+            return
+        owner = self._backend
+        if get_ident() == self.thread:
+            if owner is None or owner.runs_task():
+                return
+            # This costs five times as much as runs_task().
+            other = _backend_or_none()
+            if other is None or other.token is owner.token:
+                return
+        raise WrongLoopError(
+            "wrong thread or event loop: a client and its streams belong to the one in which the "
+            "client was entered; call them there, from other threads by anyio.from_thread.run() or "
+            "a blocking portal"
+        )
+
+
+def _backend_or_none() -> Backend | None:
+    try:
+        return current_backend()
+    except RuntimeError:
+        return None

@@ -1,0 +1,3 @@
+"""One module for each family of methods."""
+
+from __future__ import annotations

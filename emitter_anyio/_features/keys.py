@@ -1,0 +1,55 @@
+"""Making and banning keys."""
+
+from __future__ import annotations
+
+from emitter_anyio._runtime.requester import Requester, Timeout, check_timeout
+from emitter_anyio._values import requests
+from emitter_anyio._values.channels import Key, check_source, check_target
+from emitter_anyio._values.checks import check_flag, check_int, check_text
+from emitter_anyio._values.requests import ChannelKey
+
+_PERMISSIONS = frozenset("rwslpex")
+
+
+class Keys:
+    """
+    Makes and bans keys.
+
+    :param requester: sends requests
+    """
+
+    def __init__(self, requester: Requester) -> None:
+        self._requester = requester
+
+    async def keygen(
+        self, key: Key, channel: str, permissions: str, ttl: int, timeout: Timeout
+    ) -> ChannelKey:
+        """Have the broker make a key."""
+        key = check_source(key)
+        channel = check_target(channel)
+        ttl = check_int("ttl", ttl, 0)
+        timeout = check_timeout(timeout)
+        permissions = check_text("permissions", permissions, " such as 'rw'")
+        if unknown := set(permissions) - _PERMISSIONS:
+            raise ValueError(
+                f"permissions has {', '.join(sorted(map(repr, unknown)))}, which Emitter does not "
+                "know; there are r, w, s, l, p, e and x"
+            )
+
+        async def ask(text: str) -> ChannelKey:
+            asked = requests.keygen(text, channel, permissions, ttl)
+            return await self._requester.request(asked, timeout)
+
+        return await self._requester.with_key(key, ask)
+
+    async def keyban(self, secret: Key, target: Key, banned: bool, timeout: Timeout) -> bool:
+        """Have the broker ban a key, or lift the ban."""
+        secret, target = check_source(secret), check_source(target)
+        banned, timeout = check_flag("banned", banned), check_timeout(timeout)
+        banning = await self._requester.key_of(target)
+
+        async def ask(text: str) -> bool:
+            asked = requests.keyban(text, banning, banned)
+            return await self._requester.request(asked, timeout)
+
+        return await self._requester.with_key(secret, ask)

@@ -1,0 +1,192 @@
+"""Publishing."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from threading import get_ident
+from typing import Final, Literal, TypeAlias
+
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+
+from emitter_anyio._net.options import Options
+from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
+from emitter_anyio._runtime.slot import Slot
+from emitter_anyio._runtime.trace import Trace
+from emitter_anyio._values.channels import Key, check_channel, check_key, check_source, format_topic
+from emitter_anyio._values.checks import check_flag, check_whole, is_whole
+from emitter_anyio._values.messages import Payload, encode_payload
+
+TopicOptions: TypeAlias = tuple[tuple[str, int | None], ...]
+
+_CACHED_TOPICS: Final = 1024
+
+_CHECKED_PUBLISHES: Final = 16
+"""``publish(qos=0)`` checks for cancellation at least every 16 calls."""
+_PUBLISHES_PER_TURN: Final = 64
+"""``publish(qos=0)`` yields at least every 64 calls."""
+
+_HEADER_BYTES: Final = 4
+"""The most bytes of a PUBLISH beside topic and payload that count for ``max_message_size``."""
+
+
+class Publisher:
+    """
+    Publishes, and keeps the topics of recent publishes.
+
+    :param slot: the present connection
+    :param requester: waits for queue space and for replies
+    :param options: the client's options
+    :param trace: gets each publish
+    """
+
+    def __init__(self, slot: Slot, requester: Requester, options: Options, trace: Trace) -> None:
+        self._slot = slot
+        self._trace = trace
+        self._requester = requester
+        self._largest = options.max_message_size - _HEADER_BYTES
+        self._topics: dict[tuple[object, ...], bytes] = {}
+
+    def put(
+        self,
+        key: Key,
+        channel: str,
+        message: Payload,
+        ttl: int | None,
+        qos: Literal[0, 1],
+        retain: bool,
+        echo: bool,
+        timeout: Timeout,
+    ) -> Awaitable[None] | None:
+        """
+        Queue a publish if that needs no waiting.
+
+        :return: what is to be awaited, if anything
+        """
+        # Only plain values may look up a topic: a subclass of str might compare in its own way.
+        if not (
+            type(key) is str
+            and type(channel) is str
+            and (ttl is None or type(ttl) is int)
+            and type(qos) is int
+            and (retain is False or retain is True)
+            and (echo is True or echo is False)
+            and timeout is DEFAULT
+        ):
+            retain, echo = check_flag("retain", retain), check_flag("echo", echo)
+            ttl, qos = check_whole("ttl", ttl), check_qos(qos)
+            key, channel = check_source(key), check_channel(channel)
+            timeout = check_timeout(timeout)
+            if not isinstance(key, str):
+                payload = encode_payload(message)
+                return self._put_with_key(key, channel, payload, ttl, qos, retain, echo, timeout)
+        # Not by index: a KeyError would show the key in the tracebacks of the errors below.
+        topic = self._topics.get((key, channel, ttl, echo))
+        if topic is None:
+            topic = self._make_topic(key, channel, ttl, echo)
+        payload = message if type(message) is bytes else encode_payload(message)
+        slot = self._slot
+        connection = slot.connection
+        if (
+            slot.direct_thread == get_ident()
+            and connection is not None
+            and (writer := connection.writer).size < writer.limit
+            and len(topic) + len(payload) <= self._largest
+        ):
+            session = connection.session
+            if qos == 0 and session.published % _CHECKED_PUBLISHES:
+                session.publish(topic, payload, retain)
+                return None
+            if qos == 1 and not session.full:
+                slot.owner.check()
+                sent = session.publish_confirmed(topic, payload, key, channel, retain)
+                return self._requester.answer(connection, sent, timeout)
+        return self.publish(topic, payload, key, channel, check_qos(qos), retain, timeout)
+
+    async def publish(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        qos: Literal[0, 1],
+        retain: bool,
+        timeout: Timeout,
+    ) -> None:
+        """
+        Publish, and await the acknowledgement with ``qos=1``.
+
+        :param key: the key, for errors; ``None`` for a publish through an Emitter link
+        """
+        with self._trace.span("publish", channel=channel, qos=qos, size=len(payload)):
+            await self._publish(topic, payload, key, channel, qos, retain, timeout)
+
+    async def _publish(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        qos: Literal[0, 1],
+        retain: bool,
+        timeout: Timeout,
+    ) -> None:
+        requester = self._requester
+        if qos == 0:
+            session = self._slot.session
+            if session is not None and session.published % _PUBLISHES_PER_TURN:
+                await checkpoint_if_cancelled()
+            else:
+                await checkpoint()
+            requester.check_size(topic, payload, 0)
+            connection = requester.space_now() or await requester.space()
+            connection.session.publish(topic, payload, retain)
+        else:
+            requester.check_size(topic, payload, 1)
+            connection = requester.space_now() or await requester.space()
+            sent = connection.session.publish_confirmed(topic, payload, key, channel, retain)
+            await requester.answer(connection, sent, timeout)
+
+    async def _put_with_key(
+        self,
+        source: Key,
+        channel: str,
+        payload: bytes,
+        ttl: int | None,
+        qos: Literal[0, 1],
+        retain: bool,
+        echo: bool,
+        timeout: Timeout,
+    ) -> None:
+        async def publish(key: str) -> None:
+            waiting = self.put(key, channel, payload, ttl, qos, retain, echo, timeout)
+            if waiting is not None:
+                await waiting
+
+        await self._requester.with_key(source, publish)
+
+    def _make_topic(self, key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
+        options = topic_options(ttl, echo)
+        topic = format_topic(check_key(key), check_channel(channel), options).encode()
+        if len(self._topics) >= _CACHED_TOPICS:
+            self._topics.clear()
+        self._topics[key, channel, ttl, echo] = topic
+        return topic
+
+
+def check_qos(qos: int) -> Literal[0, 1]:
+    """
+    Check a ``qos`` argument.
+
+    :raises TypeError: if it is not an int
+    :raises ValueError: if it is neither 0 nor 1
+    """
+    if not is_whole(qos):
+        raise TypeError(f"qos must be an int, not {type(qos).__name__}")
+    if qos not in (0, 1):
+        raise ValueError(f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1")
+    return 1 if qos else 0
+
+
+def topic_options(ttl: int | None, echo: bool) -> TopicOptions:
+    """Return the options of a topic to publish to."""
+    return ("ttl", check_whole("ttl", ttl) or None), ("me", None if check_flag("echo", echo) else 0)

@@ -1,0 +1,410 @@
+"""Subscriptions: several subscribers on one connection, each with its own options."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio._backend import Owner
+from emitter_anyio._protocol.pending import Grant, Pending, Replay
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._runtime.events import Events
+from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
+from emitter_anyio._runtime.slot import Slot
+from emitter_anyio._runtime.supervisor import Restoration, Restoring
+from emitter_anyio._runtime.totals import Totals
+from emitter_anyio._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
+from emitter_anyio._values import requests
+from emitter_anyio._values.channels import (
+    A_KEY,
+    Key,
+    check_channel,
+    check_group,
+    check_source,
+    format_topic,
+    levels,
+    share,
+    unix_seconds,
+    unshare,
+)
+from emitter_anyio._values.checks import check_flag, check_int, check_whole
+from emitter_anyio._values.errors import (
+    RequestError,
+    SubscriptionConflictError,
+    UnauthorizedError,
+)
+from emitter_anyio._values.messages import EmitterMessage, Gap
+from emitter_anyio._values.router import Routes
+
+from .history import check_stored
+from .resumption import Resumption, Subscription, replayed
+from .watermark import Watermark
+
+T = TypeVar("T")
+
+_Make = Callable[["Sender[EmitterMessage | Gap] | None"], Subscription]
+
+
+class Subscribing(Entering[EventStream[T]], Generic[T]):
+    """
+    What :meth:`Emitter.subscribe` returns: awaited or entered, once.
+
+    :param owner: the event loop in which it is to be used
+    :param for_handlers: subscribes when it is awaited
+    :param entered: subscribes when it is entered
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        for_handlers: Callable[[], Coroutine[Any, Any, None]],
+        entered: Callable[[], AbstractAsyncContextManager[EventStream[T]]],
+    ) -> None:
+        super().__init__(owner, entered)
+        self._for_handlers = for_handlers
+        self._used = False
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        self._use()
+        return self._for_handlers().__await__()
+
+    async def __aenter__(self) -> EventStream[T]:
+        self._use()
+        return await super().__aenter__()
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(
+                "subscribe() did nothing: write 'await emitter.subscribe(…)' for messages to "
+                "on('message'), or 'async with emitter.subscribe(…) as messages:' for a stream",
+                RuntimeWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    def _use(self) -> None:
+        if self._used:
+            raise RuntimeError("a subscribe() is awaited or entered once: call it again")
+        self._used = True
+
+
+class Subscriptions:
+    """
+    Subscribes and unsubscribes, and restores subscriptions on new connections.
+
+    :param slot: the present connection
+    :param requester: sends requests
+    :param wants: what the broker is asked for on every connection
+    :param routes: gives messages to streams
+    :param events: has the handlers' streams, and gets errors
+    :param totals: counts what closed streams have dropped
+    :param resumption: reads back what was stored in a gap
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        requester: Requester,
+        wants: Wants,
+        routes: Routes[Receiver[Any]],
+        events: Events,
+        totals: Totals,
+        resumption: Resumption,
+    ) -> None:
+        self._slot = slot
+        self._requester = requester
+        self._wants = wants
+        self._routes = routes
+        self._events = events
+        self._totals = totals
+        self._resumption = resumption
+        self._subscriptions: dict[Subscription, None] = {}
+        self._awaited: dict[tuple[Key, str], Subscription] = {}
+        """The subscriptions of the handlers, by key and filter."""
+
+    def finish(self) -> None:
+        """End the subscriptions of the handlers, because the client has ended."""
+        for subscription in self._awaited.values():
+            self.forget(subscription)
+        self._awaited.clear()
+
+    def subscribe(
+        self,
+        key: Key,
+        channel: str,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: bool = False,
+        timeout: Timeout = DEFAULT,
+    ) -> Subscribing[Any]:
+        """Return what subscribes when it is awaited or entered, after checking every argument."""
+        replay = Replay(
+            check_whole("last", last), unix_seconds("since", since), unix_seconds("until", until)
+        )
+        source, filter = self._check_filter(key, channel, group, replay)
+        check_buffer(buffer, overflow)
+        timeout = check_timeout(timeout)
+        mark_gaps = check_flag("mark_gaps", mark_gaps)
+        limit = check_int("resume_limit", resume_limit, 0)
+        if check_flag("resume", resume):
+            check_stored(unshare(filter)[1])
+        if unshare(filter)[0] is not None:
+            if replay.insists:
+                raise ValueError("Emitter replays nothing to a group: leave out last, since, until")
+            if resume:
+                raise ValueError(
+                    "resume is not for a group: what was stored meanwhile, others of it have got"
+                )
+            replay = Replay(last=0)
+
+        def make(send: Sender[EmitterMessage | Gap] | None) -> Subscription:
+            watermark = Watermark() if resume else None
+            return Subscription(
+                *(source, filter, send),
+                mark_gaps=mark_gaps,
+                watermark=watermark,
+                resume_limit=limit,
+            )
+
+        return Subscribing(
+            self._slot.owner,
+            partial(self._subscribe_for_handlers, make, source, filter, replay, timeout),
+            partial(self._subscribed, make, filter, replay, buffer, overflow, timeout),
+        )
+
+    async def unsubscribe(
+        self, key: Key, channel: str, group: str | None, timeout: Timeout
+    ) -> None:
+        """End a subscription of the handlers."""
+        requester = self._requester
+        source, filter = self._check_filter(key, channel, group, Replay())
+        timeout = check_timeout(timeout)
+        text = await requester.key_of(source)
+        requester.check_size(format_topic(text, filter).encode(), b"", 1)
+        connection = await requester.space()
+        subscription = self._awaited.pop((source, filter), None)
+        if subscription is not None:
+            pending = self.give_back(subscription)
+        elif self._wants.is_subscribed(filter):
+            pending = None
+        else:
+            pending = connection.session.unsubscribe(text, filter)
+        if pending is None:
+            await checkpoint()
+        else:
+            await requester.answer(connection, pending, timeout)
+
+    async def add(
+        self, subscription: Subscription, replay: Replay, timeout: Timeout, key: str
+    ) -> None:
+        """Subscribe one subscriber."""
+        requester = self._requester
+        channel, filter = subscription.channel, subscription.filter
+        requester.check_size(format_topic(key, filter, replay.options).encode(), b"", 1)
+        await self._resumption.prepare(subscription, key)
+        connection = await requester.space()
+        while (other := connection.session.replaying(channel)) is not None:
+            # What is being replayed to another subscriber would reach this one as well.
+            settled = anyio.Event()
+            other.call_when_done(settled.set)
+            await settled.wait()
+            connection = await requester.space()
+        if replay.insists and levels(channel)[0] == "+" and self._wants.overlaps(filter):
+            raise SubscriptionConflictError(
+                f"{channel!r}: beside an overlapping subscription a replay comes from a history "
+                "request, which needs a literal first level; use last=0, or a second Emitter"
+            )
+        grant, by_history = connection.session.subscribe(subscription.source, key, filter, replay)
+        subscription.ask(grant)
+        self._subscriptions[subscription] = None
+        for receiver in subscription.receivers:
+            self._routes.add("message", receiver, channel)
+        try:
+            await requester.answer(connection, grant.asked, timeout)
+            if by_history:
+                await self._replay(key, subscription, replay, timeout)
+        except BaseException:
+            self.give_back(subscription)
+            raise
+        self._resumption.start(subscription, grant)
+
+    def give_back(self, subscription: Subscription) -> Pending[None] | None:
+        """
+        End one subscriber.
+
+        :return: the UNSUBSCRIBE, if it was the last one of its filter
+        """
+        self.forget(subscription)
+        grant = subscription.give_back()
+        unused = [] if grant is None else self._wants.leave(grant)
+        session = self._slot.session
+        # The broker has forgotten what an earlier connection asked for.
+        return None if session is None else session.unsubscribe_unused(unused)
+
+    def forget(self, subscription: Subscription) -> None:
+        """End one subscriber without telling the broker."""
+        self._subscriptions.pop(subscription, None)
+        subscription.end()
+        for receiver in subscription.receivers:
+            self._routes.discard("message", receiver)
+
+    def _check_filter(
+        self, key: Key, channel: str, group: str | None, replay: Replay
+    ) -> tuple[Key, str]:
+        source = check_source(key)
+        checked = check_channel(channel, wildcards=True)
+        filter = share(None if group is None else check_group(group), checked)
+        text = source if isinstance(source, str) else A_KEY
+        topic = format_topic(text, filter, replay.options)
+        self._requester.check_size(topic.encode(), b"", 1)
+        return source, filter
+
+    async def _replay(
+        self, key: str, subscription: Subscription, replay: Replay, timeout: Timeout
+    ) -> None:
+        """Replay to one subscriber what the broker would replay to all of this connection."""
+        channel = subscription.channel
+        last = 1 if replay.last is None else replay.last
+        while last and levels(channel)[0] != "+":
+            asked = requests.history(
+                key, channel, last=last, since=replay.since, until=replay.until
+            )
+            try:
+                stored = await self._requester.request(asked, timeout)
+            except UnauthorizedError:
+                # As with a SUBSCRIBE: without the permission to load nothing is replayed.
+                return
+            except RequestError as exc:
+                if exc.status is not None:
+                    raise
+                # Too large for the broker to send; its own replays end at 64 KiB as well.
+                last //= 2
+                continue
+            found = list(map(replayed, stored))
+            if subscription.send is not None:
+                subscription.send.put_in_front(found)
+            else:
+                for message in found:
+                    for handler in self._events.message_listeners(message):
+                        await handler.put(message)
+            return
+
+    async def _subscribe_for_handlers(
+        self, make: _Make, source: Key, filter: str, replay: Replay, timeout: Timeout
+    ) -> None:
+        if (source, filter) in self._awaited:
+            await self._requester.connected()
+            await checkpoint()
+            return
+        subscription = make(None)
+        if subscription.mark_gaps:
+            subscription.end()
+            raise ValueError(
+                "mark_gaps is for a stream: handlers are told by on('disconnect') and on('connect')"
+            )
+        try:
+            add = partial(self.add, subscription, replay, timeout)
+            await self._requester.with_key(source, add)
+        except BaseException:
+            subscription.end()
+            raise
+        if (source, filter) in self._awaited:
+            # Another task was quicker.
+            self.give_back(subscription)
+        else:
+            self._awaited[source, filter] = subscription
+
+    @asynccontextmanager
+    async def _subscribed(
+        self,
+        make: _Make,
+        filter: str,
+        replay: Replay,
+        buffer: int,
+        overflow: Overflow,
+        timeout: Timeout,
+    ) -> AsyncGenerator[EventStream[EmitterMessage | Gap]]:
+        def left(send: Sender[EmitterMessage | Gap]) -> None:
+            self.give_back(subscription)
+            self._totals.leave_stream(send)
+
+        send: Sender[EmitterMessage | Gap] = Sender(
+            f"subscribe({filter!r})", buffer, overflow, left
+        )
+        subscription = make(send)
+        add = partial(self.add, subscription, replay, timeout)
+        try:
+            with EventStream[EmitterMessage | Gap](send) as stream:
+                await self._requester.with_key(subscription.source, add)
+                yield stream
+        finally:
+            send.leave()
+
+    # When the connection was lost, and on a new one
+
+    def lose(self) -> None:
+        """Note a gap in every stream of messages."""
+        for receiver in self._routes.messages:
+            receiver.note_gap()
+        for subscription in self._subscriptions:
+            self._resumption.lose(subscription)
+
+    def restore(self, restoring: Restoring) -> Iterable[Restoration]:
+        """Ask for every subscription."""
+        for subscription in self._subscriptions:
+            self._resumption.hold(subscription)
+        session = restoring.connection.session
+        for grant in session.restore():
+            yield Restoration(
+                f"the subscription to {grant.filter!r}",
+                partial(self._restore_one, restoring, grant),
+                partial(self._refused, grant),
+            )
+
+    async def _restore_one(self, restoring: Restoring, grant: Grant) -> None:
+        connection, requester = restoring.connection, restoring.requester
+        try:
+            await requester.answer(connection, grant.asked, DEFAULT)
+        except UnauthorizedError:
+            key = await requester.key_of(grant.source, grant.key)
+            if key == grant.key or not grant.users:
+                raise
+            connection.session.ask_again(grant, key)
+            await requester.answer(connection, grant.asked, DEFAULT)
+        for subscription in self._users(grant):
+            self._resumption.resume(restoring, subscription, grant)
+
+    def _refused(self, grant: Grant, error: Exception) -> None:
+        unused, session = self._wants.remove(grant), self._slot.session
+        if session is not None:
+            session.unsubscribe_unused(unused)
+        for subscription in self._users(grant):
+            self.forget(subscription)
+            if subscription.receiver is not None:
+                subscription.receiver.end(lambda: error)
+            else:
+                self._awaited.pop((subscription.source, subscription.filter), None)
+                self._events.emit("error", error)
+
+    def _users(self, grant: Grant) -> list[Subscription]:
+        return [one for one in self._subscriptions if one.grant is grant]

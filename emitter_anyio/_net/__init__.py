@@ -1,0 +1,3 @@
+"""Connections: sockets, TLS, WebSocket, the writer, keepalive and timers."""
+
+from __future__ import annotations

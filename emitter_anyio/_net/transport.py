@@ -1,0 +1,517 @@
+"""Bytes to and from a broker, behind one small interface.
+
+A transport is used by one reader and one writer. Sending never waits in the caller of a verb:
+:meth:`Transport.try_send` hands over what the link takes at once, and the writer task does the
+rest by :meth:`Transport.send`. A cancelled send that waits inside a stream may have handed over a
+part of a packet, so nobody but the writer, which is cancelled only when the link ends, waits there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio.abc import ByteStream
+from anyio.lowlevel import checkpoint
+from anyio.streams.tls import TLSStream
+
+from emitter_anyio._backend import CHUNK, LastHeard, current_backend
+
+from .options import Options, Server
+from .tls import client_context, explain
+
+if TYPE_CHECKING:
+    # It needs wsproto, which only those have who speak WebSocket.
+    from .websocket import WebSocket
+
+# Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
+_UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
+
+_PATIENCE: Final = 1.0
+"""Seconds for the last words of a link: a server's when it refuses, ours when the peer ends it."""
+
+_NEXT_ADDRESS_SECONDS: Final = 0.25
+"""The delay before the next address of a server is tried beside the last one, as in AnyIO."""
+
+BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
+"""What a transport raises when the link is broken."""
+
+
+class Transport(ABC):
+    """A way to a broker."""
+
+    tears: bool
+    """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
+
+    last_heard: LastHeard
+
+    @abstractmethod
+    async def receive(self, size: int = CHUNK) -> bytes:
+        """
+        Wait for bytes from the peer.
+
+        :param size: how many to take at most
+        :return: some bytes; none when the peer has closed its side
+        """
+
+    @abstractmethod
+    def try_send(self, data: bytes | memoryview) -> int:
+        """Hand over what the link takes without waiting, and return how many bytes that is."""
+
+    @abstractmethod
+    async def send(self, data: bytes | memoryview) -> int:
+        """Wait until the link takes some bytes, and return how many bytes it took."""
+
+    @abstractmethod
+    async def send_eof(self) -> None:
+        """Tell the peer, where the link can, that nothing more comes; it may still send."""
+
+    def listening(self) -> AbstractContextManager[object]:
+        """To be entered by the one who calls :meth:`receive`, around all of its calls."""
+        return nullcontext()
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """
+        Let the one who receives go, and for good: in :meth:`receive` it gets a
+        :exc:`~anyio.ClosedResourceError`, or is made to leave :meth:`listening`, wherever it is.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close at once; safe under cancellation, and to be called twice."""
+
+    def on_due(self, wake: Callable[[], None]) -> None:  # noqa: B027 - most have no such thing
+        """
+        Have the writer woken for :meth:`send_due`.
+
+        :param wake: is called when the transport itself has something to send
+        """
+
+    async def send_due(self) -> None:  # noqa: B027 - most have no such thing
+        """Send what the transport itself has to send, such as the answer to a ping."""
+
+
+class SocketTransport(Transport):
+    """A non-blocking socket of our own: TCP, or a Unix socket."""
+
+    tears = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = current_backend().open_reader(sock)
+        self.last_heard = self._reader.last_heard
+        self._has_waited = False
+        """Whether anybody has had to wait until it takes something."""
+
+    async def receive(self, size: int = CHUNK) -> bytes:
+        return await self._reader.receive(size)
+
+    def try_send(self, data: bytes | memoryview) -> int:
+        try:
+            return self._sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    async def send(self, data: bytes | memoryview) -> int:
+        while not (sent := self.try_send(data)):
+            self._has_waited = True
+            await anyio.wait_writable(self._sock)
+        return sent
+
+    async def send_eof(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def interrupt(self) -> None:
+        self._reader.close()
+
+    async def aclose(self) -> None:
+        if self._sock.fileno() >= 0:
+            # Those who wait for the socket must know before its number is given to another one.
+            self._reader.close()
+            if self._has_waited:
+                anyio.notify_closing(self._sock)
+            self._sock.close()
+
+
+class StreamTransport(Transport):
+    """
+    An AnyIO byte stream: TLS, or whatever a ``connectable`` gives.
+
+    :param below: the transport below TLS, which receives the bytes
+    """
+
+    tears = True
+
+    def __init__(self, stream: ByteStream, below: Transport | None = None) -> None:
+        self._stream = stream
+        self._receives = below is None
+        self.last_heard = LastHeard(current_backend().clock) if below is None else below.last_heard
+        self._listening = anyio.CancelScope()
+
+    async def receive(self, size: int = CHUNK) -> bytes:
+        try:
+            data = await self._stream.receive(size)
+        except EndOfStream:
+            return b""
+        except BrokenResourceError as exc:
+            raise _worded(exc) from exc
+        except ssl.SSLError as exc:
+            explain(exc)
+            raise
+        if self._receives:
+            self.last_heard.note()
+        return data
+
+    def try_send(self, data: bytes | memoryview) -> int:
+        return 0
+
+    async def send(self, data: bytes | memoryview) -> int:
+        try:
+            await self._stream.send(bytes(data))
+        except BrokenResourceError as exc:
+            raise _worded(exc) from exc
+        return len(data)
+
+    async def send_eof(self) -> None:
+        # TLS cannot, and says so with a NotImplementedError, or with a TypeError when it is broken.
+        with suppress(NotImplementedError, TypeError, *BROKEN):
+            await self._stream.send_eof()
+
+    def listening(self) -> AbstractContextManager[object]:
+        return self._listening
+
+    def interrupt(self) -> None:
+        # TLS may have to send in order to receive, so it is not enough to close what is below.
+        self._listening.cancel()
+
+    async def aclose(self) -> None:
+        # How it closes is of no interest any more, and one that fails is as good as closed.
+        with suppress(Exception):
+            await anyio.aclose_forcefully(self._stream)
+
+
+class WebSocketTransport(Transport):
+    """
+    The frames of a WebSocket, over another transport.
+
+    Whole frames go into one buffer and leave it in their order, so that none is torn by another.
+    The reader never waits in a send: it leaves the answers to pings to the writer, since a peer
+    that waits for us to read may not read itself.
+
+    :param below: what carries the frames
+    :param websocket: the protocol
+    :param received: what came behind the handshake
+    """
+
+    tears = True
+
+    def __init__(self, below: Transport, websocket: WebSocket, received: bytes) -> None:
+        self.last_heard = LastHeard(below.last_heard.clock)
+        self._below = below
+        self._websocket = websocket
+        self._carried = websocket.receive(received)
+        self._due = bytearray()
+        self._sending = anyio.Lock(fast_acquire=True)
+        self._wake: Callable[[], None] | None = None
+        self._goodbye: anyio.CancelScope | None = None
+        """In which the one who receives answers the peer's goodbye."""
+
+    async def receive(self, size: int = CHUNK) -> bytes:
+        while not self._carried:
+            if self._websocket.end is not None:
+                with anyio.move_on_after(_PATIENCE) as self._goodbye:
+                    await self.send_eof()
+                raise self._websocket.end
+            if self._websocket.turn_over:
+                await checkpoint()
+                data = b""
+            elif not (data := await self._below.receive(size)):
+                return b""
+            self._carried = self._websocket.receive(data)
+            if self._websocket.answer and self._wake is not None:
+                self._wake()
+        # Only what carries MQTT: the pings of a proxy show nothing about the broker behind it.
+        self.last_heard.follow(self._below.last_heard)
+        carried, self._carried = self._carried, b""
+        return carried
+
+    def try_send(self, data: bytes | memoryview) -> int:
+        # A stream takes nothing at once: making a frame for it would be in vain.
+        if self._due or not self._websocket.open or not isinstance(self._below, SocketTransport):
+            return 0
+        frame = self._websocket.wrap(bytes(data))
+        if sent := self._below.try_send(frame):
+            self._due += frame[sent:]
+            return len(data)
+        return 0
+
+    async def send(self, data: bytes | memoryview) -> int:
+        if self._websocket.end is not None:
+            raise self._websocket.end
+        self._due += self._websocket.wrap(bytes(data))
+        await self.send_due()
+        return len(data)
+
+    def on_due(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        if self._websocket.answer:
+            wake()
+
+    async def send_due(self) -> None:
+        async with self._sending:
+            while self._due or self._websocket.answer:
+                self._due += self._websocket.take_answer()
+                del self._due[: await self._below.send(bytes(self._due))]
+
+    async def send_eof(self) -> None:
+        with suppress(*BROKEN):
+            self._due += self._websocket.close()
+            await self.send_due()
+
+    def listening(self) -> AbstractContextManager[object]:
+        return self._below.listening()
+
+    def interrupt(self) -> None:
+        if self._goodbye is not None:
+            self._goodbye.cancel()
+        self._below.interrupt()
+
+    async def aclose(self) -> None:
+        with suppress(*BROKEN):
+            # Behind half a frame there is no place for it.
+            if not self._due:
+                self._below.try_send(self._websocket.close())
+        await self._below.aclose()
+
+
+class _SocketStream(ByteStream):
+    """A socket of our own as the byte stream that AnyIO's TLS wants below it."""
+
+    def __init__(self, transport: SocketTransport) -> None:
+        self._transport = transport
+        self._sending = anyio.Lock(fast_acquire=True)
+
+    async def receive(self, max_bytes: int = CHUNK) -> bytes:
+        if data := await self._transport.receive(max_bytes):
+            return data
+        raise EndOfStream
+
+    async def send(self, item: bytes) -> None:
+        # The reader sends too, when the peer renews its keys.
+        async with self._sending:
+            while item:
+                item = item[await self._transport.send(item) :]
+
+    async def send_eof(self) -> None:
+        raise NotImplementedError("TLS has an end of its own")
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+async def open_transport(server: Server, options: Options) -> Transport:
+    """
+    Open a way to a server; cancelling leaves no socket behind.
+
+    :raises OSError: if it cannot be reached
+    :raises ssl.SSLError: if TLS does not come about
+    :raises ConnectError: if it refuses WebSocket
+    :raises RemoteProtocolError: if it answers with something else
+    """
+    transport = await _open_below(server, options)
+    if not server.websocket:
+        return transport
+    try:
+        return await _upgrade(transport, server, options.max_message_size)
+    except BaseException:
+        await transport.aclose()
+        raise
+
+
+async def _open_below(server: Server, options: Options) -> Transport:
+    if options.connectable is not None:
+        stream = await options.connectable.connect()
+        if not server.secure:
+            return StreamTransport(stream)
+        try:
+            context = await client_context(options.ssl_context)
+            return StreamTransport(await _wrap(stream, server, context))
+        except BaseException:
+            await anyio.aclose_forcefully(stream)
+            raise
+    if server.scheme == "unix":
+        if sys.platform == "win32":  # pragma: no cover - not on Linux
+            raise OSError("Python has no Unix sockets on Windows")
+        return SocketTransport(await _connect(socket.AF_UNIX, server.host))
+    if server.secure:
+        return await _open_tls(server, await client_context(options.ssl_context))
+    return SocketTransport(await _connect_tcp(server))
+
+
+async def _upgrade(below: Transport, server: Server, max_message_size: int) -> Transport:
+    from .websocket import Upgrade, WebSocket
+
+    upgrade = Upgrade(host_header(server), server.path)
+    request = upgrade.request
+    while request:
+        request = request[await below.send(request) :]
+    with anyio.CancelScope() as patience:
+        while (received := upgrade.receive(await below.receive())) is None:
+            if upgrade.refused:
+                patience.deadline = min(patience.deadline, anyio.current_time() + _PATIENCE)
+        return WebSocketTransport(below, WebSocket(max_message_size), received)
+    raise upgrade.refusal()
+
+
+def host_header(server: Server) -> str:
+    """Return the Host header of a WebSocket handshake."""
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    usual = 443 if server.secure else 80
+    return host if server.port == usual else f"{host}:{server.port}"
+
+
+async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
+    transport = SocketTransport(await _connect_tcp(server))
+    try:
+        return StreamTransport(await _wrap(_SocketStream(transport), server, context), transport)
+    except BaseException:
+        await transport.aclose()
+        raise
+
+
+async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> TLSStream:
+    try:
+        # Brokers close without the closing message of TLS, and MQTT has its own end, so waiting for
+        # that message would serve no purpose.
+        return await TLSStream.wrap(
+            stream,
+            hostname=server.host,
+            ssl_context=context,
+            standard_compatible=False,
+        )
+    except EndOfStream:
+        raise EOFError(
+            "the peer closed the connection in the TLS handshake; "
+            "if it does not use TLS, connect to mqtt:// or ws://, or with secure=False"
+        ) from None
+    except BrokenResourceError as exc:
+        raise _worded(exc) from exc
+    except ssl.SSLError as exc:
+        explain(exc)
+        raise
+
+
+async def _connect_tcp(server: Server) -> socket.socket:
+    found = _alternate(await _look_up(server.host, server.port))
+    if len(found) == 1:
+        family, *_, address = found[0]
+        sock = await _connect(family, address)
+    else:
+        sock = await _race(found)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _alternate(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+    """Move the first address of another family to the second place (RFC 8305, section 4)."""
+    other = next((entry for entry in found if entry[0] != found[0][0]), None)
+    if other is None:
+        return found
+    return [found[0], other, *(entry for entry in found[1:] if entry is not other)]
+
+
+async def _race(found: Sequence[tuple[Any, ...]]) -> socket.socket:
+    """
+    Connect to the address that answers first.
+
+    An address is tried 0.25 s after the one before it, or as soon as that one has failed.
+    """
+    connected: list[socket.socket] = []
+    failures: list[OSError] = []
+
+    async def connect(family: int, address: object, failed: anyio.Event) -> None:
+        try:
+            connected.append(await _connect(family, address))
+        except OSError as exc:
+            failures.append(exc)
+            failed.set()
+        else:
+            tasks.cancel_scope.cancel()
+
+    winner = None
+    try:
+        async with anyio.create_task_group() as tasks:
+            for family, *_, address in found:
+                failed = anyio.Event()
+                tasks.start_soon(connect, family, address, failed)
+                with anyio.move_on_after(_NEXT_ADDRESS_SECONDS):
+                    await failed.wait()
+        winner = connected[0] if connected else None
+    finally:
+        # Two addresses can answer in the same turn.
+        for sock in connected:
+            if sock is not winner:
+                sock.close()
+    if winner is not None:
+        return winner
+    reasons = "; ".join(dict.fromkeys(map(str, failures)))
+    refused = any(isinstance(exc, ConnectionRefusedError) for exc in failures)
+    raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
+        "no address could be reached", failures
+    )
+
+
+async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
+    try:
+        # A number needs no thread to be looked up in.
+        return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        pass
+    try:
+        found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as exc:
+        raise OSError(f"invalid host name {host!r}: {exc}") from exc
+    if not found:
+        raise OSError(f"the name look-up of {host!r} returned no address")
+    return found
+
+
+async def _connect(family: int, address: object) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex(address)  # type: ignore[arg-type]  # what getaddrinfo() returned
+        if code in _UNDER_WAY and not _is_connected(sock):
+            await anyio.wait_writable(sock)
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code and code not in _UNDER_WAY:
+            raise OSError(code, os.strerror(code))
+    except BaseException:
+        anyio.notify_closing(sock)
+        sock.close()
+        raise
+    return sock
+
+
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _worded(exc: BrokenResourceError) -> OSError:
+    """AnyIO's error says nothing; its cause may."""
+    return OSError(str(exc.__cause__ or "the stream is broken"))

@@ -1,0 +1,162 @@
+"""Both directions of one connection: bytes to events, and packets to bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from emitter_anyio._protocol.packets import (
+    ConnAck,
+    Connect,
+    Disconnect,
+    Event,
+    Packet,
+    PingReq,
+    PingResp,
+    Publish,
+    Subscribe,
+    Unsubscribe,
+    append_event,
+)
+from emitter_anyio._protocol.session import EncodePublish
+from emitter_anyio._values.errors import RemoteProtocolError
+
+from .fast_path import FastPath, encode_publish
+from .framing import Framing
+from .paho import PahoEngine
+
+_CONNACK: Final = 2
+_PINGRESP: Final = 13
+_PINGREQ: Final = b"\xc0\0"
+
+_NO_CONNACK: Final = "the peer did not answer CONNECT with a CONNACK"
+
+MESSAGES_PER_TURN: Final = 4096
+"""At most this many messages of QoS 0 are decoded before other tasks get a turn."""
+
+_PACKET_WEIGHT: Final = 16
+"""Another packet counts as this many messages, because the session handles each by itself."""
+
+_PAHO_PACKET_WEIGHT: Final = 64
+"""A packet that Paho decodes counts as this many more messages."""
+
+
+class Codec:
+    """
+    Both directions of one connection.
+
+    Paho hides the return codes 1 and 2 of CONNACK and merges those above 5, and has no public call
+    for a PINGREQ and no callback for a PINGRESP. So the codec reads the return code and does the
+    pings itself, with the fast path and without it.
+
+    :param connect: what CONNECT states
+    :param max_message_size: the largest remaining length to accept from the peer, in bytes
+    :param fast_path: whether the fast path is used; otherwise Paho carries its packets, too
+    """
+
+    def __init__(
+        self, connect: Connect, max_message_size: int = 65536, *, fast_path: bool = True
+    ) -> None:
+        self._engine = PahoEngine(connect)
+        self._framing = Framing(max_message_size)
+        self._fast_path = FastPath(max_message_size) if fast_path else None
+        self.encode_publish: EncodePublish
+        self.encode_publish = encode_publish if fast_path else self._engine.publish
+        self._written = b""
+        self._connected = False
+        self._broken = False
+        self._left = MESSAGES_PER_TURN
+        """How many more messages may be decoded in this turn."""
+        self.turn_over = False
+        """Whether other tasks get a turn before the next call of :meth:`decode`."""
+
+    @property
+    def missing(self) -> int:
+        """How many more bytes are needed, at least, to complete a packet that has begun."""
+        return self._framing.missing
+
+    def connect(self) -> bytes:
+        """Encode the CONNECT that begins the connection."""
+        return self._engine.connect()
+
+    def encode(self, packet: Packet) -> bytes:
+        """Encode a packet."""
+        match packet:
+            case Publish(topic, payload, packet_id, retain):
+                return self.encode_publish(topic, payload, retain, packet_id)
+            case Subscribe(packet_id, topic):
+                return self._engine.subscribe(packet_id, topic)
+            case Unsubscribe(packet_id, topic):
+                return self._engine.unsubscribe(packet_id, topic)
+            case PingReq():
+                return _PINGREQ
+            case Disconnect():  # pragma: no branch - there is no other packet
+                return self._engine.disconnect()
+
+    def decode(self, data: bytes) -> list[Event]:
+        """
+        Decode bytes from the peer, cut anywhere, into as many events as one turn may have.
+
+        While :attr:`turn_over` is true, call it with no bytes to decode those that are left.
+
+        Malformed bytes end in a :class:`~emitter_anyio.RemoteProtocolError` as the last event,
+        after those that came before. Everything after it is ignored.
+        """
+        if self._broken:
+            return []
+        if self.turn_over:
+            self.turn_over, self._left = False, MESSAGES_PER_TURN
+        events: list[Event] = []
+        try:
+            self._take_packets(self._framing.join(data), events)
+            self.turn_over = self._left <= 0
+        except RemoteProtocolError as exc:
+            self._broken = True
+            events.append(exc)
+        return events
+
+    def take_written(self) -> bytes:
+        """Return the PUBACKs of the messages of QoS 1 decoded since the last call."""
+        written, self._written = self._written, b""
+        return written
+
+    def _take_packets(self, data: bytes, events: list[Event]) -> None:
+        at, end = 0, len(data)
+        while at < end:
+            if self._left <= 0:
+                self._framing.keep(data, at)
+                return
+            if self._fast_path is not None and self._connected:
+                at, weight = self._fast_path.take(data, at, end, events, self._left)
+                if weight:
+                    self._left -= weight
+                    continue
+            if not self._connected and data[at] >> 4 != _CONNACK:
+                raise RemoteProtocolError(_NO_CONNACK)
+            if (body := self._framing.measure(data, at)) is None:
+                return
+            self._left -= _PACKET_WEIGHT
+            for event in self._decode_packet(data, at, *body):
+                append_event(events, event)
+            at = body[1]
+
+    def _decode_packet(self, data: bytes, at: int, start: int, stop: int) -> Sequence[Event]:
+        head, size = data[at], stop - start
+        if head >> 4 == _PINGRESP and not size:
+            return (PingResp(),)
+        if head >> 4 == _CONNACK:
+            if size != 2:
+                raise RemoteProtocolError(f"a CONNACK of {size} bytes, where it has 2")
+            self._connected = True
+            code = data[stop - 1]
+            if code == 0:
+                self._engine.receive(data[at:stop])
+            return (ConnAck(code),)
+        if self._fast_path is not None:
+            event = self._fast_path.decode(data, head, start, stop)
+            if event is not None:
+                return (event,)
+        self._left -= _PAHO_PACKET_WEIGHT
+        events = self._engine.receive(data[at:stop])
+        self._written += self._engine.take_written()
+        return events

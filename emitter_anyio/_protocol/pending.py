@@ -1,0 +1,182 @@
+"""What a session keeps of what it asked: pending packets and subscriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from emitter_anyio._values.channels import Key, unshare
+from emitter_anyio._values.requests import Request
+
+T = TypeVar("T")
+
+
+class Replay(NamedTuple):
+    """Which stored messages a subscriber asks for; all ``None`` leaves it to the broker."""
+
+    last: int | None = None
+    since: int | None = None
+    until: int | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return self.last == 0
+
+    @property
+    def insists(self) -> bool:
+        """Whether somebody has asked for stored messages in so many words."""
+        return self != Replay() and not self.nothing
+
+    @property
+    def options(self) -> tuple[tuple[str, int | None], ...]:
+        return (("last", self.last), ("from", self.since), ("until", self.until))
+
+
+class Pending(Generic[T]):
+    """
+    A packet that the broker has not acknowledged yet, and its outcome.
+
+    It outlives the caller that awaits it: its packet id stays reserved until the broker has
+    acknowledged it, so that a late reply is not mistaken for another one.
+
+    :param operation: the client's method, for errors
+    :param request: the control request that it carries, if any
+    :param settles: the number of QoS 0 publishes that were queued before it on its connection
+    :param awaited: whether a caller wants the outcome; otherwise a refusal is reported as an event
+    :param quiet: whether a refusal is not even reported
+    :param grant: the subscription that it asks for, if any
+    """
+
+    __slots__ = (
+        *("operation", "key", "channel", "request", "settles", "awaited", "quiet", "grant"),
+        *("done", "refusal", "nonsense", "_waiters", "_value", "_error", "_wakers"),
+    )
+
+    def __init__(
+        self,
+        operation: str,
+        key: str | None = None,
+        channel: str | None = None,
+        *,
+        request: Request[Any] | None = None,
+        settles: int = 0,
+        awaited: bool = True,
+        quiet: bool = False,
+        grant: Grant | None = None,
+    ) -> None:
+        self.operation = operation
+        self.key = key
+        self.channel = channel
+        self.request = request
+        self.settles = settles
+        self.awaited = awaited
+        self.quiet = quiet
+        self.grant = grant
+        self.done = False
+        self.refusal: tuple[int | None, str] | None = None
+        self.nonsense: str | None = None
+        self._waiters = 0
+        self._value: T | None = None
+        self._error: Callable[[], Exception] | None = None
+        self._wakers: list[Callable[[], None]] = []
+
+    def begin_wait(self) -> None:
+        """Count a caller that awaits the outcome."""
+        self._waiters += 1
+        self.awaited = True
+
+    def end_wait(self) -> None:
+        """Count a caller less."""
+        self._waiters -= 1
+        self.awaited = self._waiters > 0
+
+    def call_when_done(self, waker: Callable[[], None]) -> None:
+        """Have a function called when there is an outcome, which may be now."""
+        if self.done:
+            waker()
+        else:
+            self._wakers.append(waker)
+
+    def note_refusal(self, refusal: tuple[int | None, str] | None) -> None:
+        """Keep a refusal until the acknowledgement; the first one counts."""
+        self.refusal = self.refusal or refusal
+
+    def note_nonsense(self, reason: str) -> None:
+        """Keep why a reply was unusable."""
+        self.nonsense = reason
+
+    def succeed(self, value: T) -> None:
+        """Set the outcome to a value, unless there is an outcome."""
+        if not self.done:
+            self._value = value
+            self._finish()
+
+    def fail(self, error: Callable[[], Exception]) -> None:
+        """
+        Set the outcome to an error, unless there is an outcome.
+
+        :param error: makes a new exception for each caller
+        """
+        if not self.done:
+            self._error = error
+            self._finish()
+
+    def result(self) -> T:
+        """Return the value, or raise the error."""
+        if self._error is not None:
+            raise self._error()
+        return self._value  # type: ignore[return-value]  # succeed() has put a T there
+
+    def _finish(self) -> None:
+        self.done = True
+        # The subscription has this object.
+        self.grant = None
+        for waker in self._wakers:
+            waker()
+
+
+class Grant:
+    """
+    A subscription of one key to one filter, and how many use it.
+
+    :param source: the key as the user gave it
+    :param key: the key as the broker gets it
+    :param filter: the channel, preceded by its group if it is shared
+    """
+
+    def __init__(self, source: Key, key: str, filter: str) -> None:
+        self.source = source
+        self.key = key
+        self.filter = filter
+        self.channel = unshare(filter)[1]
+        self.asked: Pending[None]
+        """The SUBSCRIBE that asked for it, on this connection or on the last one."""
+        self.accepted = False
+        """Whether the broker has accepted it, on this connection or an earlier one."""
+        self.refused = False
+        """Whether the broker refused it when it was last asked."""
+        self.users = 0
+
+    def ask(self, key: str, asked: Pending[None]) -> None:
+        """Note that the broker is being asked for it."""
+        self.key, self.asked, self.refused = key, asked, False
+
+    def answer(self, *, accepted: bool) -> None:
+        """Note what the broker answered."""
+        self.refused = not accepted
+        self.accepted = self.accepted or accepted
+
+    def use(self) -> None:
+        """Count one user more."""
+        self.users += 1
+
+    def leave(self) -> None:
+        """Count one user less."""
+        self.users -= 1
+
+
+class Emission(NamedTuple):
+    """An event for ``on()`` and ``stream()``."""
+
+    event: str
+    value: Any

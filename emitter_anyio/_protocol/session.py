@@ -1,0 +1,520 @@
+"""The conversation with the broker on one connection. Decoded packets in, packets out.
+
+The session knows neither sockets nor tasks: it allots the packet ids and matches replies with
+requests. The broker refuses *before* it acknowledges, and names the packet (``req``), so an
+acknowledgement without a refusal before it means success.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar
+
+from emitter_anyio._values import requests
+from emitter_anyio._values.channels import Key, format_topic
+from emitter_anyio._values.checks import is_whole
+from emitter_anyio._values.errors import (
+    EmitterError,
+    RemoteProtocolError,
+    RequestError,
+)
+from emitter_anyio._values.errors import refusal as refusal_of
+from emitter_anyio._values.hints import refused
+from emitter_anyio._values.messages import EmitterMessage
+from emitter_anyio._values.requests import NonsenseError, Request
+from emitter_anyio._values.router import overlap, reaches
+
+from .packets import (
+    PINGREQ,
+    Answer,
+    ConnAck,
+    Packet,
+    PingResp,
+    PubAck,
+    Publish,
+    SubAck,
+    Subscribe,
+    Undecodable,
+    UnsubAck,
+    Unsubscribe,
+)
+from .pending import Emission, Grant, Pending, Replay
+from .wants import Wants
+
+T = TypeVar("T")
+
+EncodePublish: TypeAlias = Callable[[bytes, bytes, bool, int | None], bytes]
+"""Encodes a PUBLISH from its topic, payload, retain flag and packet id (``None`` for QoS 0)."""
+
+SYSTEM: Final = "emitter/"
+"""The broker replies below this channel; anyone with a wide enough key may publish there too."""
+
+_PACKET_IDS: Final = 65535
+_RESERVED_PACKET_IDS: Final = 4096
+"""Packet ids kept for packets that must leave without waiting, such as UNSUBSCRIBE."""
+
+_REPLAY_BYTES: Final = 65536
+"""The broker replays at most this many bytes to one subscription."""
+
+
+class Session:
+    """
+    The packet ids, pending calls and counters of one connection.
+
+    :param wants: what the client wants from every connection
+    :param send: queues a packet
+    :param write: queues an encoded PUBLISH
+    :param encode_publish: encodes a PUBLISH
+    """
+
+    def __init__(
+        self,
+        wants: Wants,
+        send: Callable[[Packet], None],
+        write: Callable[[bytes], None],
+        encode_publish: EncodePublish,
+    ) -> None:
+        self._wants = wants
+        self._send = send
+        self._write = write
+        self._encode_publish = encode_publish
+        self._pending: dict[int, Pending[Any]] = {}
+        self._pings: deque[Pending[RequestError | None]] = deque()
+        self._last_id = 0
+        self._when_free: list[Callable[[], None]] = []
+        self._settled = 0
+        self._refusal: RequestError | None = None
+        self._replays: dict[Grant, int] = {}
+        """The bytes that the broker might still replay to each subscription."""
+        self._left_feeds: set[str] = set()
+        self.published = 0
+        """The number of QoS 0 publishes, which are not acknowledged."""
+        self.answered = 0
+        """The number of acknowledgements received."""
+        self.nonsense = 0
+        """The number of unexpected packets and replies received."""
+        self.connection_id: str | None = None
+
+    # Requests
+
+    @property
+    def pending(self) -> int:
+        """The number of outstanding acknowledgements."""
+        return len(self._pending) + len(self._pings)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the broker might not have read everything that was published."""
+        published = (one.operation.startswith("publish") for one in self._pending.values())
+        return self.published > self._settled or any(published)
+
+    @property
+    def full(self) -> bool:
+        """Whether only the reserved packet ids are left."""
+        return len(self._pending) >= _PACKET_IDS - _RESERVED_PACKET_IDS
+
+    @property
+    def replays(self) -> bool:
+        """Whether the broker might be replaying stored messages."""
+        return bool(self._replays)
+
+    def call_when_free(self, waker: Callable[[], None]) -> None:
+        """Have a function called when a packet id becomes free, or the connection is lost."""
+        self._when_free.append(waker)
+
+    def publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
+        """Queue a QoS 0 publish."""
+        packet = self._encode_publish(topic, payload, retain, None)
+        self.published += 1
+        self._write(packet)
+
+    def publish_carried(self, packets: Sequence[bytes]) -> None:
+        """Queue encoded QoS 0 publishes of which an earlier connection has sent no byte."""
+        self.published += len(packets)
+        for packet in packets:
+            self._write(packet)
+
+    def publish_confirmed(
+        self,
+        topic: bytes,
+        payload: bytes,
+        key: str | None,
+        channel: str | None,
+        retain: bool = False,
+    ) -> Pending[None]:
+        """
+        Queue a QoS 1 publish.
+
+        :param key: the key, for errors; ``None`` for a publish through an Emitter link
+        """
+        operation = "publish_with_link" if key is None else "publish"
+        pending: Pending[None] = Pending(operation, key, channel, settles=self.published)
+        packet_id = self._register(pending)
+        try:
+            packet = self._encode_publish(topic, payload, retain, packet_id)
+        except BaseException:
+            self._forget(packet_id)
+            raise
+        self._write(packet)
+        return pending
+
+    def request(
+        self, request: Request[T], *, awaited: bool = True, quiet: bool = False
+    ) -> Pending[T]:
+        """Send a control request."""
+        pending: Pending[T] = Pending(
+            request.operation,
+            request.key,
+            request.channel,
+            request=request,
+            settles=self.published,
+            awaited=awaited,
+            quiet=quiet,
+        )
+        topic = request.topic.encode()
+        self._send_asking(pending, lambda packet_id: Publish(topic, request.body, packet_id))
+        return pending
+
+    def ping(self, *, awaited: bool = True) -> Pending[RequestError | None]:
+        """
+        Send a PINGREQ.
+
+        Its value is the first refusal of a QoS 0 publish since the last awaited one.
+        """
+        pending: Pending[RequestError | None] = Pending(
+            "flush", settles=self.published, awaited=awaited
+        )
+        self._pings.append(pending)
+        self._send(PINGREQ)
+        return pending
+
+    def subscribe(self, source: Key, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
+        """
+        Use a subscription; the broker is asked once for each key and filter.
+
+        :param source: the key as the user gave it
+        :param key: the key as the broker gets it
+        :param filter: the channel, preceded by its group if it is shared
+        :return: the subscription, and whether the replay has to come from a history request,
+            because other subscribers would receive a replay by the broker
+        :raises SubscriptionConflictError: if the broker could not keep it apart from another one
+        """
+        wants = self._wants
+        wants.check(filter)
+        shared = wants.overlaps(filter) or wants.gets_replays_only(filter)
+        grant = wants.find(source, filter)
+        if grant is None:
+            grant = Grant(source, key, filter)
+            self._ask_for(grant, key, Replay(last=0) if shared else replay)
+            wants.add(grant)
+        grant.use()
+        return grant, shared and not replay.nothing
+
+    def restore(self) -> list[Grant]:
+        """
+        Ask for every subscription, on a new connection.
+
+        A refused one is kept: the caller asks again with another key, or removes it.
+        """
+        grants = self._wants.grants
+        for grant in grants:
+            self._ask_for(grant, grant.key, Replay(last=0))
+        return grants
+
+    def ask_again(self, grant: Grant, key: str) -> None:
+        """Ask for a refused subscription with another key."""
+        self._ask_for(grant, key, Replay(last=0))
+        self._wants.add(grant)
+
+    def unsubscribe_unused(self, grants: Sequence[Grant]) -> Pending[None] | None:
+        """
+        Unsubscribe what :meth:`Wants.leave` or :meth:`Wants.remove` returned.
+
+        :return: the UNSUBSCRIBE, if there is one
+        """
+        # One accepted key is enough. Of those still being asked, each might be the good one; if
+        # its SUBSCRIBE is going to be refused, the UNSUBSCRIBE is as well, which is no news.
+        usable = [grant for grant in grants if not grant.refused]
+        granted = [grant for grant in usable if grant.asked.done]
+        pending: Pending[None] | None = None
+        for grant in granted[:1] or usable:
+            quiet = not grant.asked.done
+            pending = self.unsubscribe(grant.key, grant.filter, awaited=False, quiet=quiet)
+        return pending
+
+    def unsubscribe(
+        self, key: str, filter: str, *, awaited: bool = True, quiet: bool = False
+    ) -> Pending[None]:
+        """Send an UNSUBSCRIBE."""
+        pending: Pending[None] = Pending(
+            "unsubscribe", key, filter, settles=self.published, awaited=awaited, quiet=quiet
+        )
+        topic = format_topic(key, filter)
+        self._send_asking(pending, lambda packet_id: Unsubscribe(packet_id, topic))
+        return pending
+
+    def leave_feed(self, channel: str) -> None:
+        """Ignore presence changes that are on their way to a feed without users."""
+        self._left_feeds.add(channel)
+
+    def feed_ended(self, channel: str) -> None:
+        """Note that the broker sends no more changes of such a feed."""
+        self._left_feeds.discard(channel)
+
+    def awaited(self) -> list[Pending[Any]]:
+        """Return the pending packets whose outcome a caller awaits."""
+        asked = (*self._pending.values(), *self._pings)
+        return [pending for pending in asked if pending.awaited and not pending.done]
+
+    # Replays
+
+    def replaying(self, channel: str) -> Pending[None] | None:
+        """Return a SUBSCRIBE whose replay would also reach a subscription to a channel."""
+        for grant in self._replays:
+            if overlap(channel, grant.channel, self._wants.matcher):
+                return grant.asked
+        return None
+
+    def in_replay(self, message: EmitterMessage) -> bool:
+        """Return whether a message might belong to a replay, and count its bytes."""
+        for grant, left in self._replays.items():
+            if left > 0 and reaches(grant.channel, message.channel, self._wants.matcher):
+                self._replays[grant] = left - len(message.binary) - 1
+                return True
+        return False
+
+    # Replies
+
+    def receive(self, event: Answer) -> Iterable[Emission]:
+        """
+        Handle a decoded packet other than an ordinary message.
+
+        :return: the events to emit
+        :raises RemoteProtocolError: if the broker may not send it now
+        """
+        if isinstance(event, PubAck):
+            return self._acknowledged(event.packet_id, PubAck)
+        match event:
+            case EmitterMessage():
+                return self._receive_system(event)
+            case UnsubAck(packet_id):
+                return self._acknowledged(packet_id, UnsubAck)
+            case SubAck(packet_id, codes):
+                return self._acknowledged(packet_id, SubAck, codes)
+            case PingResp():
+                return self._pong()
+            case Undecodable(size):
+                return self._report(f"a message of {size} bytes whose topic is no UTF-8")
+            case ConnAck():
+                raise RemoteProtocolError("the broker sent a second CONNACK")
+            case _:
+                raise event
+
+    def lost(self, error: Callable[[], Exception]) -> int:
+        """
+        Fail everything that is pending, because the connection has ended.
+
+        :param error: makes the exception of each call
+        :return: the number of QoS 0 publishes that the broker might not have read
+        """
+        pending = [*self._pending.values(), *self._pings]
+        self._pending.clear()
+        self._pings.clear()
+        self._replays.clear()
+        self._wake_waiters()
+        unsettled = self.published - self._settled
+        self.published = self._settled = 0
+        for one in pending:
+            one.fail(error)
+        # The connection has this session, and these belong to the connection.
+        self._send = self._write = _send_nothing
+        return unsettled
+
+    # Details
+
+    def _ask_for(self, grant: Grant, key: str, replay: Replay) -> None:
+        topic = format_topic(key, grant.filter, replay.options)
+        pending: Pending[None] = Pending(
+            "subscribe", key, grant.filter, settles=self.published, grant=grant
+        )
+        self._send_asking(pending, lambda packet_id: Subscribe(packet_id, topic))
+        grant.ask(key, pending)
+        if not replay.nothing:
+            self._replays[grant] = _REPLAY_BYTES
+
+    def _send_asking(self, pending: Pending[Any], make: Callable[[int], Packet]) -> None:
+        packet_id = self._register(pending)
+        try:
+            self._send(make(packet_id))
+        except BaseException:
+            self._forget(packet_id)
+            raise
+
+    def _register(self, pending: Pending[Any]) -> int:
+        if len(self._pending) >= _PACKET_IDS:
+            raise RuntimeError("every packet id is taken by what the broker has not acknowledged")
+        packet_id = self._last_id
+        while True:
+            packet_id = packet_id % _PACKET_IDS + 1
+            if packet_id not in self._pending:
+                break
+        self._last_id = packet_id
+        self._pending[packet_id] = pending
+        return packet_id
+
+    def _forget(self, packet_id: int) -> None:
+        del self._pending[packet_id]
+        if self._when_free:
+            self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        wakers, self._when_free = self._when_free, []
+        for waker in wakers:
+            waker()
+
+    def _acknowledged(
+        self, packet_id: int, kind: type[Answer], codes: tuple[int, ...] = ()
+    ) -> Iterable[Emission]:
+        pending = self._pending.get(packet_id)
+        if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
+            return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
+        self._forget(packet_id)
+        self.answered += 1
+        if pending.settles > self._settled:
+            self._settled = pending.settles
+        if pending.done:
+            return ()
+        refusal = pending.refusal
+        if kind is SubAck:
+            denied = not codes or codes[0] >= 0x80
+            refusal = (refusal or (None, "the broker refused without a reason")) if denied else None
+            # Only a SUBSCRIBE is acknowledged by a SUBACK, and it has a grant.
+            grant = pending.grant
+            assert grant is not None
+            self._replays.pop(grant, None)
+            grant.answer(accepted=not denied)
+            if not grant.accepted:
+                self.unsubscribe_unused(self._wants.remove(grant))
+        if refusal is not None:
+            return self._refuse(pending, *refusal)
+        if pending.request is None:
+            pending.succeed(None)
+        else:
+            pending.fail(lambda: _unanswered(pending))
+        return ()
+
+    def _pong(self) -> Iterable[Emission]:
+        if not self._pings:
+            return self._report("a PINGRESP without a PINGREQ")
+        ping = self._pings.popleft()
+        self._settled = max(self._settled, ping.settles)
+        refusal = None
+        if ping.awaited:
+            refusal, self._refusal = self._refusal, None
+        ping.succeed(refusal)
+        return ()
+
+    def _receive_system(self, message: EmitterMessage) -> Iterable[Emission]:
+        operation = message.channel[len(SYSTEM) :].partition("?")[0].rstrip("/")
+        try:
+            answer = requests.parse_object(message.binary)
+            req = answer.get("req")
+            if req is None:
+                emissions = self._unasked(operation, answer)
+            else:
+                emissions = self._answered(operation, req, answer)
+        except NonsenseError as exc:
+            return self._stray(message, str(exc))
+        return self._stray(message, "nobody asked for it") if emissions is None else emissions
+
+    def _answered(self, operation: str, req: object, answer: Any) -> Iterable[Emission] | None:
+        pending = self._pending.get(req) if is_whole(req) else None
+        if pending is None:
+            return None
+        request = pending.request
+        if request is None:
+            if operation != "error":
+                return None
+            pending.note_refusal(requests.refusal_in(answer))
+            return ()
+        if operation != request.operation:
+            return None
+        if pending.done:
+            return ()
+        try:
+            refusal = requests.refusal_in(answer)
+            value = None if refusal else request.parse(answer)
+        except NonsenseError as exc:
+            pending.note_nonsense(str(exc))
+            raise
+        if refusal:
+            return self._refuse(pending, *refusal)
+        if isinstance(value, requests.Me):
+            self.connection_id = value.id
+        pending.succeed(value)
+        if value is None or not pending.awaited or not request.emits:
+            return ()
+        return (Emission(request.operation, value),)
+
+    def _unasked(self, operation: str, answer: Any) -> Iterable[Emission] | None:
+        if operation == "presence":
+            event = requests.presence_event(answer)
+            if self._wants.feed_reaches(event.channel):
+                return (Emission("presence", event),)
+            if any(reaches(feed, event.channel, self._wants.matcher) for feed in self._left_feeds):
+                # It was on its way when the feed was left.
+                return ()
+        elif operation == "error" and self.published > self._settled:
+            refusal = requests.refusal_in(answer)
+            if refusal is not None:
+                status, words = refusal
+                error = refusal_of(
+                    status,
+                    words,
+                    operation="publish",
+                    hint="one of the publishes of qos=0; qos=1, or flush() behind it, tells which",
+                )
+                self._refusal = self._refusal or error
+                return (Emission("error", error),)
+        return None
+
+    def _stray(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
+        # A wide subscription ("+/") receives what its users publish below "emitter/" too.
+        if self._wants.subscription_reaches(message.channel):
+            return (Emission("message", message),)
+        return self._report(f"a message on {message.channel[:64]!r}: {why}")
+
+    def _report(self, what: str) -> Iterable[Emission]:
+        self.nonsense += 1
+        if self.nonsense > 1:
+            return ()
+        error = RemoteProtocolError(f"the broker sent {what}; this and the like are dropped")
+        return (Emission("error", error),)
+
+    def _refuse(self, pending: Pending[Any], status: int | None, words: str) -> Iterable[Emission]:
+        def error() -> RequestError:
+            return refused(status, words, pending.operation, pending.key, pending.channel)
+
+        pending.fail(error)
+        return () if pending.awaited or pending.quiet else (Emission("error", error()),)
+
+
+def _send_nothing(packet: object) -> None:
+    """Send nothing: the connection has ended."""
+
+
+_ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
+
+
+def _unanswered(pending: Pending[Any]) -> EmitterError:
+    if pending.nonsense is not None:
+        return RemoteProtocolError(
+            f"{pending.operation}: what the broker answered is nonsense: {pending.nonsense}"
+        )
+    return RequestError(
+        None,
+        "acknowledged without an answer: it was too large for the broker to send (64 KiB)",
+        operation=pending.operation,
+        channel=pending.channel,
+    )

@@ -1,0 +1,171 @@
+"""What the client wants from every connection: subscriptions and presence feeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from emitter_anyio._values.channels import Key, fingerprint, unshare
+from emitter_anyio._values.errors import SubscriptionConflictError
+from emitter_anyio._values.router import Matcher, overlap, reaches
+
+from .pending import Grant
+
+
+class Wants:
+    """
+    The subscriptions and presence feeds of a client, and how many use each.
+
+    It lives as long as the client and sends nothing: a :class:`Session` asks the broker.
+
+    :param matcher: how the broker matches subscriptions
+    :param allow_collisions: whether the broker keeps channels with equal hashes apart
+    """
+
+    def __init__(self, matcher: Matcher, *, allow_collisions: bool = False) -> None:
+        self.matcher: Matcher = matcher
+        self._allow_collisions = allow_collisions
+        self._grants: dict[str, dict[Key, Grant]] = {}
+        """By filter, then by key as the user gave it."""
+        self._feeds: dict[str, int] = {}
+        """The number of users of each presence feed, by channel."""
+
+    def clear(self) -> None:
+        """Forget everything, because the client has ended."""
+        self._grants.clear()
+        self._feeds.clear()
+
+    # Subscriptions
+
+    @property
+    def grants(self) -> list[Grant]:
+        """Every subscription, in the order in which they were added."""
+        return [grant for by_source in self._grants.values() for grant in by_source.values()]
+
+    def find(self, source: Key, filter: str) -> Grant | None:
+        """Return the subscription of one key to one filter."""
+        return self._grants.get(filter, {}).get(source)
+
+    def check(self, filter: str) -> None:
+        """
+        Check that the broker could keep a new filter apart from the others.
+
+        :raises SubscriptionConflictError: if it could not
+        """
+        if filter not in self._grants:
+            self._check_collision("subscription", filter, self._grants)
+            self._check_groups(filter)
+
+    def add(self, grant: Grant) -> None:
+        """Add a subscription."""
+        self._grants.setdefault(grant.filter, {})[grant.source] = grant
+
+    def remove(self, grant: Grant) -> list[Grant]:
+        """
+        Remove a subscription that the broker has refused, whoever uses it.
+
+        :return: as for :meth:`leave`, the other keys' subscriptions to the filter if all their
+            users have left
+        """
+        grants = self._grants.get(grant.filter, {})
+        if grants.get(grant.source) is not grant:
+            return []
+        del grants[grant.source]
+        return self._remove_unused(grant.filter)
+
+    def leave(self, grant: Grant) -> list[Grant]:
+        """
+        Count one user less of a subscription.
+
+        :return: the subscriptions to unsubscribe, which are every key's to the filter if its last
+            user has left
+        """
+        grant.leave()
+        return self._remove_unused(grant.filter)
+
+    def keep_accepted(self) -> None:
+        """Keep what the next connection has to ask for: what was accepted and is still used."""
+        for filter, grants in list(self._grants.items()):
+            kept = {source: each for source, each in grants.items() if each.accepted and each.users}
+            if kept:
+                self._grants[filter] = kept
+            else:
+                del self._grants[filter]
+
+    def is_subscribed(self, filter: str) -> bool:
+        """Return whether there is a subscription to exactly this filter."""
+        return filter in self._grants
+
+    def overlaps(self, filter: str) -> bool:
+        """Return whether some channel reaches both this filter and another subscription."""
+        _, channel = unshare(filter)
+        return any(overlap(channel, unshare(other)[1], self.matcher) for other in self._grants)
+
+    def gets_replays_only(self, filter: str) -> bool:
+        """
+        Return whether the broker replays to a filter but never delivers to it.
+
+        The default matcher does so for ``#``. Other subscribers could not tell such a replay from
+        live messages.
+        """
+        return self.matcher == "emitter" and filter.endswith("#/")
+
+    def subscription_reaches(self, channel: str) -> bool:
+        """Return whether a message to a channel reaches a subscription."""
+        filters = (unshare(filter)[1] for filter in self._grants)
+        return any(reaches(filter, channel, self.matcher) for filter in filters)
+
+    def _remove_unused(self, filter: str) -> list[Grant]:
+        grants = self._grants.get(filter, {})
+        if any(grant.users for grant in grants.values()):
+            return []
+        self._grants.pop(filter, None)
+        return list(grants.values())
+
+    def _check_groups(self, filter: str) -> None:
+        group, channel = unshare(filter)
+        for other in self._grants:
+            other_group, other_channel = unshare(other)
+            if (group or other_group) and overlap(channel, other_channel, self.matcher):
+                raise SubscriptionConflictError(
+                    f"Emitter delivers one copy to a link, and cannot keep {filter!r} apart from "
+                    f"{other!r}, which overlaps with it: use a second Emitter for a group"
+                )
+
+    # Presence feeds
+
+    def watch(self, channel: str) -> None:
+        """
+        Count one user more of a channel's presence feed.
+
+        :raises SubscriptionConflictError: if the broker could not keep it apart from another feed
+        """
+        if channel not in self._feeds:
+            self._check_collision("presence feed", channel, self._feeds)
+        self._feeds[channel] = self._feeds.get(channel, 0) + 1
+
+    def unwatch(self, channel: str) -> bool:
+        """Count one user less of a presence feed; return whether it was the last one."""
+        users = self._feeds.pop(channel, 0) - 1
+        if users > 0:
+            self._feeds[channel] = users
+        return users == 0
+
+    def is_watched(self, channel: str) -> bool:
+        """Return whether the presence feed of exactly this channel has users."""
+        return channel in self._feeds
+
+    def feed_reaches(self, channel: str) -> bool:
+        """Return whether a presence change of a channel belongs to a feed."""
+        return any(reaches(feed, channel, self.matcher) for feed in self._feeds)
+
+    def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
+        if self._allow_collisions:
+            return
+        mark = fingerprint(channel)
+        for other in others:
+            if other != channel and fingerprint(other) == mark:
+                raise SubscriptionConflictError(
+                    f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
+                    "on one link and would never deliver to it: use a second Emitter for it (or "
+                    "connect(allow_collisions=True) with a broker without that fault)"
+                )

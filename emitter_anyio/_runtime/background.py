@@ -1,0 +1,123 @@
+"""The client's tasks, and the error that ends the client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any
+
+import anyio
+
+from emitter_anyio._backend.tasks import Tasks
+
+
+class Background:
+    """
+    The tasks of a client while it is entered, and the cancel scope of the block.
+
+    Tasks never raise into the client's task group. What fails is recorded here and cancels the
+    block, so that leaving can raise it as the same object and in no group.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: Tasks | None = None
+        self._block: anyio.CancelScope | None = None
+        self.failure: BaseException | None = None
+        """The error that ends the client."""
+
+    @property
+    def entered(self) -> bool:
+        """Whether the client is entered."""
+        return self._tasks is not None
+
+    @property
+    def tasks(self) -> Tasks:
+        """The task group."""
+        assert self._tasks is not None
+        return self._tasks
+
+    @property
+    def block_cancelled(self) -> bool:
+        """Whether the block was cancelled here."""
+        return self._block is not None and self._block.cancel_called
+
+    async def open(self, failed: Callable[[BaseException], None]) -> None:
+        """
+        Open the task group and the block's scope, in the task that enters the client.
+
+        :param failed: gets what a task has raised
+        """
+        self.failure = None
+        tasks = Tasks(failed)
+        await tasks.open()
+        self._tasks = tasks
+        self._block = anyio.CancelScope()
+        self._block.__enter__()
+
+    def leave_block(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> BaseException | None:
+        """Leave the block's scope; return what remains of its exception."""
+        assert self._block is not None
+        try:
+            return None if self._block.__exit__(exc_type, exc, traceback) else exc
+        except BaseException as remaining:
+            return remaining
+
+    def cancel(self) -> None:
+        """Cancel all tasks."""
+        self.tasks.cancel()
+
+    def cancel_block(self) -> None:
+        """Cancel the block."""
+        assert self._block is not None
+        if not self.tasks.host_ended:
+            self._block.cancel()
+
+    def fail(self, error: BaseException) -> None:
+        """End the client with an error; the gravest one counts."""
+        self.failure = gravest(self.failure, error)
+        self.cancel_block()
+
+    def close(self) -> None:
+        """Forget the tasks, which have ended."""
+        self._tasks = None
+
+    def start(
+        self,
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: object,
+        name: object = None,
+    ) -> None:
+        """Start a task that ends by itself."""
+        self.tasks.start(function, *arguments, name=name)
+
+    def start_soon(
+        self,
+        function: Callable[..., Coroutine[Any, Any, None]],
+        *arguments: object,
+        name: object = None,
+    ) -> None:
+        """Start a task that leaving cancels."""
+        self.tasks.start_soon(function, *arguments, name=name)
+
+    async def run(
+        self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
+    ) -> None:
+        """Run a function in another task group as one of these tasks."""
+        await self.tasks.run(function, *arguments)
+
+
+def gravest(first: BaseException | None, second: BaseException) -> BaseException:
+    """Return the error that counts: one that ends the program, else the first."""
+    if first is None or (ends_program(second) and not ends_program(first)):
+        return second
+    return first
+
+
+def ends_program(error: BaseException) -> bool:
+    """Return whether an error ends the program."""
+    return isinstance(error, KeyboardInterrupt | SystemExit)

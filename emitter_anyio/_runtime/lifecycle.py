@@ -1,0 +1,321 @@
+"""Entering and leaving a client, and which exception leaves the block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from emitter_anyio._backend.tasks import is_cancelled
+from emitter_anyio._net.connection import Connection
+from emitter_anyio._streams import Receiver
+from emitter_anyio._values.errors import ClosedError, ConnectionLostError
+from emitter_anyio._values.router import Routes
+
+from .background import Background, ends_program, gravest
+from .events import Events, logger
+from .slot import ClientState, Slot
+from .supervisor import Supervisor
+
+
+class Lifecycle:
+    """
+    Enters and leaves a client.
+
+    No generator stands between the user and the task group: if the block were never left, the end
+    of asyncio's run would wait in the generator for tasks that nothing has cancelled.
+
+    :param slot: the client's state
+    :param background: the client's tasks
+    :param supervisor: runs the connections
+    :param events: runs the handlers
+    :param routes: the streams that end with the client
+    :param finish: what the features do when it has ended, in order
+    """
+
+    def __init__(
+        self,
+        slot: Slot,
+        background: Background,
+        supervisor: Supervisor,
+        events: Events,
+        routes: Routes[Receiver[Any]],
+        *,
+        finish: Sequence[Callable[[], None]],
+    ) -> None:
+        self._slot = slot
+        self._owner = slot.owner
+        self._background = background
+        self._supervisor = supervisor
+        self._events = events
+        self._routes = routes
+        self._finishers = finish
+        self._cut = False
+        """Whether a task of the client was cancelled natively or has failed: all end now."""
+        self._over = True
+        """Whether there will be no other connection."""
+        self._unattended = False
+        """Whether leaving waits only for the connections' task."""
+
+    # Entering
+
+    async def enter(self) -> None:
+        """
+        Connect.
+
+        :raises RuntimeError: if the client is entered
+        :raises ConnectError: if no server could be reached
+        """
+        slot, background = self._slot, self._background
+        if background.entered:
+            slot.owner.check()
+            raise RuntimeError(
+                "this Emitter is already entered: leave it first, or make another with connect()"
+            )
+        slot.owner.claim()
+        slot.enter()
+        self._cut = self._unattended = False
+        await background.open(self._task_failed)
+        try:
+            connection = await self._supervisor.open_first()
+            if background.block_cancelled:
+                with anyio.CancelScope(shield=True):
+                    await connection.abandon()
+                raise _closed_while_connecting()
+            self._over = False
+            self._events.start()
+            self._supervisor.begin(connection)
+            background.start(self._run, connection, name="emitter_anyio link")
+        except BaseException as exc:
+            if isinstance(exc, Exception):
+                slot.fail_to_start(exc)
+            await self._leave_here(exc)
+            raise
+
+    async def _run(self, connection: Connection) -> None:
+        if is_cancelled():
+            await connection.abandon()
+            return
+        slot, events = self._slot, self._events
+        await self._supervisor.run(connection)
+        self._end()
+        # Handlers of "error" end last, because other handlers may raise until they have ended.
+        events.end(but=("error",))
+        await events.wait_done(slot.deadline, but=("error",))
+        events.end()
+        await events.wait_done(slot.deadline)
+        slot.end()
+        if self._unattended and self._background.tasks.used:
+            # Tasks were started after leaving had begun.
+            await self._left()
+            self._background.cancel()
+
+    # Leaving
+
+    async def leave(self, exc: BaseException | None) -> None:
+        """
+        Disconnect, and raise what is to leave the block.
+
+        :param exc: what is leaving it
+        :raises RuntimeError: if the client is not entered, or was entered by another task that
+            still runs
+        """
+        self._owner.check()
+        if not self._background.entered:
+            raise RuntimeError("this Emitter is not entered")
+        if self._background.tasks.hosted_here:
+            await self._leave_here(exc)
+        else:
+            await self._leave_elsewhere(exc)
+
+    async def disconnect(self) -> None:
+        """Disconnect, and wait until the client has ended."""
+        slot = self._slot
+        slot.owner.check()
+        if slot.started:
+            self._start_leaving()
+        elif slot.state is ClientState.CONNECTING and self._background.entered:
+            self._background.cancel_block()
+        await self.wait_closed()
+
+    async def wait_connected(self) -> None:
+        """
+        Wait until the client is connected, entered or not.
+
+        :raises ClosedError: if the client has ended, or could not connect
+        :raises ConnectionLostError: after the final loss
+        """
+        slot = self._slot
+        # If the client is not entered yet, it will be entered in the same event loop.
+        slot.owner.claim()
+        try:
+            await checkpoint()
+            while slot.state is not ClientState.CONNECTED:
+                if slot.entered_before and slot.public_state != "connecting":
+                    raise slot.gone()
+                await slot.change()
+        finally:
+            slot.owner.release()
+
+    async def wait_closed(self) -> None:
+        """Wait until the client has ended."""
+        self._owner.check()
+        await checkpoint()
+        with self._events.awaiting_end():
+            while self._slot.state is not ClientState.CLOSED:
+                await self._slot.change()
+
+    async def _leave_here(self, exc: BaseException | None) -> None:
+        tasks, started = self._background.tasks, self._slot.started
+        exc_type = None if exc is None else type(exc)
+        raised = self._background.leave_block(exc_type, exc, None)
+        try:
+            try:
+                if raised is None and not started:
+                    raised = _closed_while_connecting()
+                if started and not (self._cut or _is_cancelled(raised)):
+                    await self._leave()
+                    self._unattended = raised is None and not tasks.used
+                    if not self._unattended:
+                        await self._left()
+            except BaseException as error:
+                raised = gravest(raised, error)
+            try:
+                if raised is not None or not started or self._cut or tasks.used:
+                    tasks.cancel()
+                await tasks.close()
+            except BaseException as error:
+                raised = gravest(raised, error)
+        finally:
+            self._finish()
+        self._raise(raised, exc)
+
+    async def _leave_elsewhere(self, exc: BaseException | None) -> None:
+        """Leave in a task that cannot close the task group."""
+        tasks = self._background.tasks
+        try:
+            await self.disconnect()
+            tasks.stop()
+            await tasks.stopped()
+        finally:
+            self._cut_off()
+            tasks.stop()
+            if tasks.host_ended:
+                self._finish()
+        if not tasks.host_ended:
+            raise RuntimeError(
+                "the client was left in another task than the one that entered it, and that task "
+                "still runs: it has disconnected, but the first task has to leave, too. Use 'async "
+                "with' in one task; or have a task run it, by create_task(emitter.run()), wait by "
+                "wait_connected(), and end it by disconnect()"
+            ) from self._background.failure or exc
+        self._raise(exc, exc)
+
+    async def _leave(self) -> None:
+        connection = self._slot.connection
+        if self._slot.leaving or connection is None:
+            self._start_leaving()
+        else:
+            # disconnect() has a task do this, because its caller may be cancelled.
+            self._slot.leave()
+            await self._supervisor.close(connection)
+
+    def _start_leaving(self) -> None:
+        if not self._slot.leaving:
+            self._slot.leave()
+            self._supervisor.leave()
+
+    async def _left(self) -> None:
+        while self._slot.state is not ClientState.CLOSED:
+            await self._slot.change()
+        await self._events.wait_done(self._slot.deadline, leavers=True)
+
+    # The end
+
+    def _end(self) -> None:
+        """Note that there will be no other connection."""
+        slot = self._slot
+        unsent = self._supervisor.give_up_carried()
+        if self._over:
+            return
+        self._over = True
+        if slot.lost is not None:
+            self._background.fail(slot.connection_lost())
+        if unsent:
+            words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
+            logger.warning("%s", words)
+            self._events.emit("error", ConnectionLostError(words))
+        slot.leave_quietly()
+        for stream in self._routes:
+            if not self._events.handles(stream):
+                stream.end(slot.connection_lost if slot.lost else None)
+
+    def _finish(self) -> None:
+        """End what cancellation has kept from ending in its own time."""
+        self._supervisor.finish()
+        self._end()
+        self._events.stop()
+        self._background.close()
+        self._slot.finish()
+        for finish in self._finishers:
+            finish()
+        self._owner.release()
+
+    def _task_failed(self, error: BaseException) -> None:
+        if not isinstance(error, anyio.get_cancelled_exc_class()):
+            self._background.fail(error)
+        elif self._over:
+            return
+        else:
+            # As when asyncio.run() ends: opening another connection would keep it from ending.
+            self._slot.give_up("a task of the client was cancelled by Task.cancel()")
+        self._cut_off()
+
+    def _cut_off(self) -> None:
+        """End everything now."""
+        self._cut = True
+        self._supervisor.cut_off()
+        self._end()
+        self._slot.end()
+
+    def _raise(self, raised: BaseException | None, exc: BaseException | None) -> None:
+        """
+        Raise what is to leave the block, unless it is on its way.
+
+        :param raised: what the block or leaving it has raised
+        :param exc: what is on its way
+        """
+        leaves, failure = raised, self._background.failure
+        if failure is not None:
+            # Calls of the block may have met the same loss: it leaves bare nevertheless.
+            met = raised is not None and self._slot.is_loss(raised)
+            if raised is None or ends_program(failure) or (met and _is_group(raised)):
+                leaves = failure
+            elif not met:
+                raised.add_note(f"meanwhile in emitter_anyio: {failure!r}")
+                logger.error("%s, while the body was failing", failure, exc_info=failure)
+        if leaves is not None and leaves is not exc:
+            context = leaves.__context__
+            try:
+                raise leaves
+            finally:
+                # Not the cancellation with which the block has ended.
+                leaves.__context__ = context
+
+
+def _closed_while_connecting() -> ClosedError:
+    return ClosedError("disconnect() was called while the client was connecting")
+
+
+def _is_cancelled(raised: BaseException | None) -> bool:
+    return raised is not None and (
+        isinstance(raised, anyio.get_cancelled_exc_class())
+        or anyio.current_effective_deadline() == -math.inf
+    )
+
+
+def _is_group(error: BaseException | None) -> bool:
+    return isinstance(error, BaseExceptionGroup)

@@ -1,0 +1,56 @@
+"""Opening one connection after another, with the key of the will."""
+
+from __future__ import annotations
+
+import anyio
+
+from emitter_anyio._net.connection import Connection
+from emitter_anyio._net.opening import open_connection
+from emitter_anyio._net.options import Options, check_connect_size
+from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._values.errors import ConnectError
+
+from .key_ring import KeyRing
+from .trace import Trace
+
+
+class Opener:
+    """
+    Opens one connection after another.
+
+    :param options: the client's options
+    :param keys: returns the key of the will
+    :param wants: what the client wants from every connection
+    :param trace: gets each attempt
+    """
+
+    def __init__(self, options: Options, keys: KeyRing, wants: Wants, trace: Trace) -> None:
+        self._options = options
+        self._trace = trace
+        self._keys = keys
+        self._wants = wants
+        self._will_key: str | None = None
+
+    async def open(self, last: Connection | None) -> Connection:
+        """
+        Open a connection.
+
+        :param last: the connection that was lost; the server after its server is tried first
+        :raises ConnectError: if no server could be reached
+        """
+        will = self._options.will
+        if will is not None:
+            # A key function is called for the first connection only: it might use the client, which
+            # waits for the next connection.
+            self._will_key = self._keys.known(will.key) or self._will_key
+            try:
+                with anyio.fail_after(self._options.connect_timeout):
+                    self._will_key = self._will_key or await self._keys.get(will.key)
+                check_connect_size(self._options, self._will_key)
+            except Exception as exc:
+                raise ConnectError(f"there is no key of the will: {exc!r}") from exc
+        after = None if last is None else last.server
+        with self._trace.span("connect" if last is None else "reconnect"):
+            return await open_connection(
+                self._options, self._wants, will_key=self._will_key, after=after
+            )

@@ -1,0 +1,224 @@
+"""Which subscriptions a channel reaches, as the broker decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Final, Generic, Literal, TypeAlias, TypeVar
+
+from .channels import levels
+
+Matcher: TypeAlias = Literal["emitter", "mqtt"]
+"""How the broker matches: ``"emitter"``, its default, by prefix; ``"mqtt"`` as MQTT does."""
+
+T = TypeVar("T")
+
+_CACHE_LIMIT: Final = 4096
+
+
+def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
+    """
+    Tell whether a message to a channel reaches a subscription.
+
+    Under ``"emitter"`` a subscription reaches its channel and all below it, ``+`` stands for one
+    level, and ``#`` never matches anything. Under ``"mqtt"`` the levels match one by one and ``#``
+    stands for the rest.
+
+    :param pattern: the channel of the subscription
+    :param channel: a channel without wildcards
+    """
+    wanted, given = levels(pattern), levels(channel)
+    if matcher == "mqtt":
+        if wanted[-1] == "#":
+            wanted = wanted[:-1]
+            given = given[: len(wanted)]
+        if len(wanted) != len(given):
+            return False
+    elif len(wanted) > len(given):
+        return False
+    return all(w in ("+", g) for w, g in zip(wanted, given, strict=False))
+
+
+def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
+    """Tell whether some channel reaches both of two subscriptions."""
+    a, b = _path(one), _path(other)
+    if matcher == "mqtt":
+        shortest = min(len(x) - 1 if x[-1] == "#" else len(x) for x in (a, b))
+        if len(a) != len(b) and not any(
+            x[-1] == "#" and len(x) - 1 <= len(y) for x, y in ((a, b), (b, a))
+        ):
+            return False
+        a, b = a[:shortest], b[:shortest]
+    elif "#" in (a[-1], b[-1]):
+        return False
+    return all(x == y or "+" in (x, y) for x, y in zip(a, b, strict=False))
+
+
+@dataclass(slots=True)
+class _Node(Generic[T]):
+    below: dict[str, _Node[T]] = field(default_factory=dict)
+    here: dict[T, int] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=4096)
+def _path(channel: str) -> tuple[str, ...]:
+    return tuple(levels(channel))
+
+
+class _Tree(Generic[T]):
+    """
+    Receivers by the levels of the channel that they ask for.
+
+    :param matcher: how the broker matches
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher: Matcher = matcher
+        self._everything: dict[T, int] = {}
+        self._root: _Node[T] = _Node()
+
+    def add(self, receiver: T, pattern: str | None, rank: int) -> None:
+        """
+        Add a receiver.
+
+        :param rank: its place among the others
+        """
+        self._place(pattern, make=True)[receiver] = rank
+
+    def remove(self, receiver: T, pattern: str | None) -> None:
+        """Remove a receiver."""
+        del self._place(pattern)[receiver]
+        if pattern is not None:
+            self._prune(levels(pattern))
+
+    def find(self, channel: str) -> tuple[T, ...]:
+        """Return the receivers that a channel reaches, in the order of their ranks."""
+        reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
+        return tuple(sorted(reached, key=reached.__getitem__))
+
+    def _place(self, pattern: str | None, *, make: bool = False) -> dict[T, int]:
+        if pattern is None:
+            return self._everything
+        node = self._root
+        for level in levels(pattern):
+            node = node.below.setdefault(level, _Node()) if make else node.below[level]
+        return node.here
+
+    def _prune(self, path: list[str]) -> None:
+        node, passed = self._root, []
+        for level in path:
+            passed.append((node, level))
+            node = node.below[level]
+        while passed and not node.here and not node.below:
+            node, level = passed.pop()
+            del node.below[level]
+
+    def _collect(self, path: list[str]) -> dict[T, int]:
+        reached = dict(self._everything)
+        nodes = [self._root]
+        for depth in range(len(path) + 1):
+            at_end = depth == len(path)
+            for node in nodes:
+                if at_end or self._matcher == "emitter":
+                    reached.update(node.here)
+                if self._matcher == "mqtt" and (rest := node.below.get("#")):
+                    reached.update(rest.here)
+            names = () if at_end else dict.fromkeys((path[depth], "+"))
+            nodes = [node.below[name] for node in nodes for name in names if name in node.below]
+        return reached
+
+
+class _Found(dict[str, tuple[T, ...]]):
+    """
+    The receivers of channels that were looked up before.
+
+    A dictionary, because looking a channel up in it needs no call.
+
+    :param tree: finds the receivers of other channels
+    """
+
+    def __init__(self, tree: _Tree[T]) -> None:
+        self._tree = tree
+
+    def __missing__(self, channel: str) -> tuple[T, ...]:
+        if len(self) >= _CACHE_LIMIT:
+            self.clear()
+        found = self[channel] = self._tree.find(channel)
+        return found
+
+
+class Router(Generic[T]):
+    """
+    Receivers by the channel that they ask for.
+
+    :param matcher: how the broker matches
+
+    :ivar receivers: the receivers that a channel reaches, in the order in which they were added
+    """
+
+    def __init__(self, matcher: Matcher = "emitter") -> None:
+        self._patterns: dict[T, str | None] = {}
+        self._tree: _Tree[T] = _Tree(matcher)
+        self._found = _Found(self._tree)
+        self._added = 0
+        self.receivers: Mapping[str, tuple[T, ...]] = self._found
+
+    def __iter__(self) -> Iterator[T]:
+        # A copy: statistics() in another thread iterates while receivers come and go.
+        return iter(tuple(self._patterns))
+
+    def add(self, receiver: T, pattern: str | None) -> None:
+        """Add a receiver of a channel; ``None`` stands for every channel."""
+        self._patterns[receiver] = pattern
+        self._added += 1
+        self._tree.add(receiver, pattern, self._added)
+        self._found.clear()
+
+    def discard(self, receiver: T) -> None:
+        """Remove a receiver, if it is there."""
+        if receiver in self._patterns:
+            self._tree.remove(receiver, self._patterns.pop(receiver))
+            self._found.clear()
+
+
+class Routes(Generic[T]):
+    """
+    The receivers of each event, by the channel that they ask for.
+
+    :param matcher: how the broker matches
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher: Matcher = matcher
+        self.messages: Router[T] = Router(matcher)
+        self._others: dict[str, Router[T]] = {}
+
+    def add(self, event: str, receiver: T, channel: str | None) -> None:
+        """Add a receiver of an event; ``None`` stands for every channel."""
+        self._router(event).add(receiver, channel)
+
+    def discard(self, event: str, receiver: T) -> None:
+        """Remove a receiver of an event."""
+        self._router(event).discard(receiver)
+
+    def reached(self, event: str, channel: str = "/") -> tuple[T, ...]:
+        """
+        Return the receivers of an event.
+
+        :param channel: the event's channel; receivers of events without one ask for every channel
+        """
+        return self._router(event).receivers[channel]
+
+    def __iter__(self) -> Iterator[T]:
+        # Copies: statistics() in another thread iterates while receivers come and go.
+        for router in (self.messages, *tuple(self._others.values())):
+            yield from router
+
+    def _router(self, event: str) -> Router[T]:
+        if event == "message":
+            return self.messages
+        router = self._others.get(event)
+        if router is None:
+            router = self._others[event] = Router(self._matcher)
+        return router
