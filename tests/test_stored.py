@@ -259,6 +259,16 @@ def test_what_is_before_it_in_its_second_is_read() -> None:
     assert len(result.unread) == 3
 
 
+def test_two_in_a_row_in_one_second_are_reported() -> None:
+    node = a()
+    for binary in (b"older", UNSENDABLE, UNSENDABLE, b"newer"):
+        node.store(START, binary)
+    result = found(node)
+    assert result.messages[0].binary == b"newer"
+    assert result.lost() == []
+    assert spans(result)[0] == (0, 0)
+
+
 @pytest.mark.parametrize("gap", [0, 1, 50])
 def test_a_message_that_hides_those_before_it_is_passed_in_its_second_too(gap: int) -> None:
     node = a()

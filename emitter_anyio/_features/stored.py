@@ -32,7 +32,6 @@ _PAGE_BYTES: Final = 40000
 """The size in JSON that a page should have, if its messages are as large as those before."""
 _CERTAIN_BYTES: Final = 16384
 """A node that returned at most this many bytes has no further message that can be sent."""
-_MOST_PROBES: Final = 32
 _SKEW: Final = 2
 """Seconds by which the clocks of nodes may differ."""
 
@@ -494,21 +493,20 @@ class Reading:
         top = _MAX_UINT32 if until is None else until
         probe = min(top, max(self._oldest, self._now) if found is None else found) + 1
         probe, step = min(top, probe), 1
-        for count in range(2 * _MOST_PROBES):
+        count = 0
+        while True:
             if (yield from holds(probe)):
                 found = probe
             else:
                 top = probe - 1
             if top <= (self._oldest - 1 if found is None else found):
-                break
-            if found is None and count == _MOST_PROBES:
-                break
-            step *= 1 if count < 3 else 2 if found is None else 4
+                return found
+            count += 1
+            step *= 1 if count <= 3 else 2 if found is None else 4
             if found is None:
                 probe = max(self._oldest, top - step + 1)
             else:
                 probe = min(found + step, (found + top + 1) // 2)
-        return found
 
     # One second
 

@@ -20,6 +20,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend import Owner
 from emitter_anyio._protocol.pending import Grant, Pending, Replay
+from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._runtime.events import Events
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
@@ -378,7 +379,7 @@ class Subscriptions:
             yield Restoration(
                 f"the subscription to {grant.filter!r}",
                 partial(self._restore_one, restoring, grant),
-                partial(self._refused, grant),
+                partial(self._refused, session, grant),
             )
 
     async def _restore_one(self, restoring: Restoring, grant: Grant) -> None:
@@ -394,10 +395,8 @@ class Subscriptions:
         for subscription in self._users(grant):
             self._resumption.resume(restoring, subscription, grant)
 
-    def _refused(self, grant: Grant, error: Exception) -> None:
-        unused, session = self._wants.remove(grant), self._slot.session
-        if session is not None:
-            session.unsubscribe_unused(unused)
+    def _refused(self, session: Session, grant: Grant, error: Exception) -> None:
+        session.unsubscribe_unused(self._wants.remove(grant))
         for subscription in self._users(grant):
             self.forget(subscription)
             if subscription.receiver is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from ipaddress import IPv6Address
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from anyio.abc import ByteStreamConnectable
@@ -416,9 +416,7 @@ _PLACE: Final[Mapping[str, _Check]] = {
 def _check_trace(name: str, value: object) -> TraceHook | None:
     if value is None:
         return None
-    if not callable(value):
-        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
-    return check_function(name, value)
+    return check_function(name, cast("TraceHook", value))
 
 
 _CHECKS: Final[Mapping[str, _Check]] = {

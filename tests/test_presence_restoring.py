@@ -1,0 +1,27 @@
+"""Presence feeds that are left in the turn in which a new connection asks for them."""
+
+from __future__ import annotations
+
+from emitter_anyio._runtime.supervisor import Restoring
+from emitter_anyio.testing import Broker
+from tests.support.links import many_links
+
+
+async def test_what_was_left_before_it_is_restored_is_not_asked_for(broker: Broker) -> None:
+    key = broker.keygen("a/", "p")
+    async with many_links(broker.url) as emitter:
+        connection = emitter._slot.connection
+        assert connection is not None
+        requester = emitter._requester.bind(connection)
+        restoring = Restoring(connection, requester, lambda *arguments: None)
+        async with emitter.watch_presence(key, "a/"):
+            await emitter.presence(key, "a/", changes=True)
+            asked = list(emitter._presence.restore(restoring))
+            await emitter.presence(key, "a/", changes=False)
+        await emitter.flush()
+        for one in asked:
+            await one.answered()
+        assert len(asked) == 2
+        assert emitter.statistics().pending == 0
+        (client,) = broker.clients
+        assert not client.peer.watched
