@@ -23,7 +23,7 @@ class Owner:
     __slots__ = ("_backend", "_uses", "thread")
 
     def __init__(self) -> None:
-        self.thread = 0
+        self.thread: int = 0
         self._backend: Backend | None = None
         self._uses = 0
 

@@ -36,7 +36,7 @@ from ._packets import (
     UnsubAck,
     Unsubscribe,
 )
-from ._peer import Kind, deliver, to_json
+from ._peer import Kind, Peer, deliver, to_json
 from ._refusals import RefusedError
 from ._requests import handle_publish
 from ._wire import Wire
@@ -95,7 +95,7 @@ class Client:
         ssl_context: ssl.SSLContext | None = None,
         coalesce: bool = False,
     ) -> None:
-        self.peer = exchange.new_peer(self._send)
+        self.peer: Peer = exchange.new_peer(self._send)
         self.client_id: str = ""
         self.connected: bool = False
         self._exchange = exchange

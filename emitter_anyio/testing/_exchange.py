@@ -55,7 +55,7 @@ class Exchange:
         self.watchers: Trie[Peer] = Trie(matcher)
         self.cluster: Cluster[Exchange] = Cluster() if cluster is None else cluster
         self.cluster.join(self)
-        self.name = secrets.token_bytes(8)
+        self.name: bytes = secrets.token_bytes(8)
         # Real nodes that start together count their connections from the same number.
         self._numbers = itertools.count()
         self._patience = patience
