@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ nitpick_ignore = [
     ("py:class", "emitter_anyio._streams.receive.EventStream"),
     ("py:class", "emitter_anyio.testing._broker.Shared"),  # only handed to another Broker
 ]
-# The types of handlers and options in the overloads of on() and stream().
-nitpick_ignore_regex = [("py:class", r"emitter_anyio\._client\._(On\w+|Options)")]
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
@@ -71,5 +70,15 @@ def public_bases(app: Any, name: str, obj: Any, options: Any, bases: list[Any]) 
     bases[:] = [base for base in bases if not base.__module__.startswith("emitter_anyio._")]
 
 
+def use_written_signatures(app: Any) -> None:
+    """Show overloaded methods with the signatures that the reference gives them."""
+    # Not by an import statement: Sphinx is not installed where types are checked.
+    pycode = import_module("sphinx.pycode")
+    analyzer = pycode.ModuleAnalyzer.for_module("emitter_anyio._client")
+    analyzer.analyze()
+    analyzer.overloads.clear()
+
+
 def setup(app: Any) -> None:
+    app.connect("builder-inited", use_written_signatures)
     app.connect("autodoc-process-bases", public_bases)

@@ -121,6 +121,11 @@ async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
     ]
 
 
+async def test_none_is_no_hook(broker: Broker) -> None:
+    async with one_link(broker.url, trace=None) as emitter:
+        await emitter.flush()
+
+
 @pytest.mark.parametrize("hook", [1, "trace"])
 def test_it_must_be_a_function(hook: object) -> None:
     with pytest.raises(TypeError, match="trace"):
