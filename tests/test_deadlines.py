@@ -19,7 +19,7 @@ from emitter_anyio import RequestTimeoutError
 from emitter_anyio._net.timer import ReplyDeadline, Timer
 from emitter_anyio._net.transport import Transport
 from emitter_anyio._net.writer import Writer
-from tests.support.clock import stand_still, virtual_time_options
+from tests.support.clock import run_on_virtual_time, stand_still
 from tests.support.links import one_link
 from tests.support.peer import PUBLISH, Peer, memory_peer
 
@@ -147,7 +147,7 @@ def play(backend: str, steps: list[Step], check: Check) -> World:
         world.append(World())
         await world[0].play(steps, check)
 
-    anyio.run(main, backend=backend, backend_options=virtual_time_options(backend))
+    run_on_virtual_time(backend, main)
     return world[0]
 
 

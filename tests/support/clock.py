@@ -10,10 +10,14 @@ from __future__ import annotations
 import asyncio
 import math
 import selectors
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
+import anyio
 import sniffio
 import trio.testing
+
+T = TypeVar("T")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -70,3 +74,12 @@ def virtual_time_options(backend: str) -> dict[str, Any]:
         return {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
     return {"loop_factory": JumpingEventLoop}
+
+
+def run_on_virtual_time(backend: str, function: Callable[[], Awaitable[T]]) -> T:
+    """Run a function in an event loop of its own, on virtual time."""
+    options = virtual_time_options(backend)
+    if backend == "trio":
+        # AnyIO up to 4.11 does not pass the clock on.
+        return trio.run(function, **options)
+    return anyio.run(function, backend=backend, backend_options=options)
