@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from benchmarks.rows import CLIENTS, ROWS, Row
+from benchmarks.rows import CLIENTS, CPU, ROWS, Row
 from benchmarks.running import ROOT, run
-
-CPU: Final = "cpu_us"
 
 COMPARED: Final = {
     "receive": 60_000,
@@ -62,7 +60,7 @@ def compare(row: Row, variant: str, before: Path, rounds: int) -> tuple[float, f
         # Each goes first as often as the other.
         for library in sorted(least, reverse=number % 2 == 0):
             figures = run(row, client, sys.executable, COMPARED[row.name], library=library)
-            least[library] = min(least[library], figures[CPU])
+            least[library] = min(least[library], figures[CPU.key])
     return least[before], least[ROOT]
 
 

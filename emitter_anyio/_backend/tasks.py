@@ -142,8 +142,13 @@ def is_cancelled() -> bool:
     return anyio.current_effective_deadline() == -math.inf
 
 
+def ends_program(error: BaseException) -> bool:
+    """Return whether an error ends the program."""
+    return isinstance(error, KeyboardInterrupt | SystemExit)
+
+
 def _interrupt_in(error: BaseException) -> BaseException | None:
     """Find what ends a program, in a group."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(_interrupt_in, error.exceptions)), None)
-    return error if isinstance(error, KeyboardInterrupt | SystemExit) else None
+    return error if ends_program(error) else None

@@ -117,34 +117,22 @@ class Publisher:
 
         :param key: the key, for errors; ``None`` for a publish through an Emitter link
         """
-        with self._trace.span("publish", channel=channel, qos=qos, size=len(payload)):
-            await self._publish(topic, payload, key, channel, qos, retain, timeout)
-
-    async def _publish(
-        self,
-        topic: bytes,
-        payload: bytes,
-        key: str | None,
-        channel: str | None,
-        qos: Literal[0, 1],
-        retain: bool,
-        timeout: Timeout,
-    ) -> None:
         requester = self._requester
-        if qos == 0:
-            session = self._slot.session
-            if session is not None and session.published % _PUBLISHES_PER_TURN:
-                await checkpoint_if_cancelled()
+        with self._trace.span("publish", channel=channel, qos=qos, size=len(payload)):
+            if qos == 0:
+                session = self._slot.session
+                if session is not None and session.published % _PUBLISHES_PER_TURN:
+                    await checkpoint_if_cancelled()
+                else:
+                    await checkpoint()
+            requester.check_size(topic, payload, qos)
+            connection = await requester.space()
+            session = connection.session
+            if qos == 0:
+                session.publish(topic, payload, retain)
             else:
-                await checkpoint()
-            requester.check_size(topic, payload, 0)
-            connection = requester.space_now() or await requester.space()
-            connection.session.publish(topic, payload, retain)
-        else:
-            requester.check_size(topic, payload, 1)
-            connection = requester.space_now() or await requester.space()
-            sent = connection.session.publish_confirmed(topic, payload, key, channel, retain)
-            await requester.answer(connection, sent, timeout)
+                sent = session.publish_confirmed(topic, payload, key, channel, retain)
+                await requester.answer(connection, sent, timeout)
 
     async def _put_with_key(
         self,

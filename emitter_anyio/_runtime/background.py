@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any
 
 import anyio
 
-from emitter_anyio._backend.tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks, ends_program
 
 
 class Background:
@@ -54,16 +53,12 @@ class Background:
         self._block = anyio.CancelScope()
         self._block.__enter__()
 
-    def leave_block(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> BaseException | None:
+    def leave_block(self, exc: BaseException | None) -> BaseException | None:
         """Leave the block's scope; return what remains of its exception."""
         assert self._block is not None
+        exc_type = None if exc is None else type(exc)
         try:
-            return None if self._block.__exit__(exc_type, exc, traceback) else exc
+            return None if self._block.__exit__(exc_type, exc, None) else exc
         except BaseException as remaining:
             return remaining
 
@@ -116,8 +111,3 @@ def gravest(first: BaseException | None, second: BaseException) -> BaseException
     if first is None or (ends_program(second) and not ends_program(first)):
         return second
     return first
-
-
-def ends_program(error: BaseException) -> bool:
-    """Return whether an error ends the program."""
-    return isinstance(error, KeyboardInterrupt | SystemExit)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._backend.tasks import is_cancelled
+from emitter_anyio._backend.tasks import ends_program, is_cancelled
 from emitter_anyio._net.connection import Connection
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.errors import ClosedError, ConnectionLostError
 from emitter_anyio._values.router import Routes
 
-from .background import Background, ends_program, gravest
+from .background import Background, gravest
 from .events import Events, logger
 from .slot import ClientState, Slot
 from .supervisor import Supervisor
@@ -170,8 +169,7 @@ class Lifecycle:
 
     async def _leave_here(self, exc: BaseException | None) -> None:
         tasks, started = self._background.tasks, self._slot.started
-        exc_type = None if exc is None else type(exc)
-        raised = self._background.leave_block(exc_type, exc, None)
+        raised = self._background.leave_block(exc)
         try:
             try:
                 if raised is None and not started:
@@ -312,8 +310,7 @@ def _closed_while_connecting() -> ClosedError:
 
 def _is_cancelled(raised: BaseException | None) -> bool:
     return raised is not None and (
-        isinstance(raised, anyio.get_cancelled_exc_class())
-        or anyio.current_effective_deadline() == -math.inf
+        isinstance(raised, anyio.get_cancelled_exc_class()) or is_cancelled()
     )
 
 

@@ -93,30 +93,22 @@ class Requester:
         """Wait for a connection to use, as :meth:`Slot.connected` does."""
         return await self._slot.connected(self._bound)
 
-    def space_now(self) -> Connection | None:
-        """Return the connection if a packet may be queued without waiting."""
-        slot = self._slot
-        slot.owner.check()
-        connection = slot.connection
-        if (
-            connection is not None
-            and slot.usable(connection, self._bound)
-            and connection.writer.has_room
-            and not connection.session.full
-        ):
-            return connection
-        return None
-
     async def space(self) -> Connection:
         """
         Wait until a packet may be queued.
 
         :return: the connection, to be used before anything else is awaited
         """
-        connection = self.space_now()
-        if connection is not None:
-            return connection
+        self._owner.check()
         slot, bound = self._slot, self._bound
+        connection = slot.connection
+        if (
+            connection is not None
+            and slot.usable(connection, bound)
+            and connection.writer.has_room
+            and not connection.session.full
+        ):
+            return connection
         while True:
             connection = await slot.connected(bound)
             if not connection.writer.has_room:
@@ -177,7 +169,7 @@ class Requester:
             pending.end_wait()
             if deadline is not None:
                 deadline.cancel()
-        if self._trace and pending.refusal is not None:
+        if pending.refusal is not None:
             status, _ = pending.refusal
             self._trace(
                 "refused", operation=pending.operation, channel=pending.channel, status=status
@@ -198,7 +190,7 @@ class Requester:
 
         :return: the deadline, to be cancelled
         """
-        seconds = self._options.request_timeout if timeout is DEFAULT else timeout
+        seconds = self.seconds(timeout)
         if seconds is None:
             return None
         if not self._slot.restored and self._restores() is not None:
