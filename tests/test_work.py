@@ -67,7 +67,7 @@ MEASURED_CALLS: Final = {
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
 """How often a large message may be in memory at the same time, beside what the caller has."""
 KEPT: Final = 400
-"""Blocks of memory that may be left by thousands of messages: the loops keep some."""
+"""Blocks of memory that thousands of messages may leave: the event loops keep some."""
 
 ADVICE: Final = "run the benchmarks and see 'Speed' in CONTRIBUTING.md before you raise the bound"
 
@@ -348,7 +348,7 @@ async def test_what_a_ping_calls(
 async def test_what_messages_leave_in_memory(path: Path, anyio_backend: object) -> None:
     async with path() as (step, messages):
         kept = await blocks_kept(step, 20)
-    assert kept <= KEPT, f"{kept} blocks are left by {20 * messages} messages, at most {KEPT}"
+    assert kept <= KEPT, f"{20 * messages} messages leave {kept} blocks, at most {KEPT}"
 
 
 @pytest.mark.parametrize("path", LARGER)
