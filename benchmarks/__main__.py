@@ -1,8 +1,8 @@
 """
-Measure us beside other MQTT clients.
+Compare emitter_anyio with other MQTT clients.
 
-``python -m benchmarks`` runs everything; ``--quick`` is a glance of two minutes; ``--rows`` and
-``--clients`` pick. ``python -m nox -s bench -- ...`` does it in an environment of its own.
+``python -m benchmarks`` runs everything, ``--quick`` takes two minutes, and ``--rows`` and
+``--clients`` select. ``python -m nox -s bench -- ...`` runs it in a separate environment.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _LONG_ROUNDS: Final = 5
 """Rows that cannot be short have fewer rounds, and in a quick run few peers."""
 
 _HOW: Final = (
-    "peers that were far from the fastest in the first one had no other, nor had those of a row "
-    "whose goal is not held against them"
+    "a client that was far from the fastest in the first round ran only once, as did the clients "
+    "of rows whose goal does not refer to them"
 )
 
 _Named = TypeVar("_Named", Row, Client)
@@ -87,11 +87,15 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
         "date": datetime.date.today().isoformat(),
         "machine": f"{model}, {os.cpu_count()} processors, {platform.system()}",
         # From about 0.5 on, others have taken time that the rates miss; the CPU column does not.
-        "load before it": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
+        "load before the run": f"{os.getloadavg()[0]:.1f}"
+        if hasattr(os, "getloadavg")
+        else "unknown",
         "Python": platform.python_version(),
-        "we": f"{version('emitter_anyio')} {commit.stdout.strip()} with {', '.join(versions)}",
+        "emitter_anyio": ", ".join(
+            [f"{version('emitter_anyio')} {commit.stdout.strip()}", *versions]
+        ),
         "peers": ", ".join(peers.values()) or "none",
-        "rounds": f"{rounds}; {'quick: too few for a verdict' if quick else _HOW}",
+        "rounds": f"{rounds}; {'a quick run, too few for a verdict' if quick else _HOW}",
     }
 
 

@@ -1,4 +1,4 @@
-"""From figures to medians, ratios, goals, a table and a plot. No I/O but for the plot's file."""
+"""Medians, ratios, goals, tables and a plot. Only the plot writes a file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Final, TypeAlias
 from benchmarks.rows import CLIENTS, P50, RATE, ROWS, Client, Figure, Goal, Row
 
 _RATIOS: Final = (
-    "Ratios are to the fastest Python peer of the row in the same run; peers on uvloop stand "
-    "beside us on uvloop only."
+    "Ratios refer to the fastest Python peer of the row in the same run. Peers on uvloop are "
+    "compared with emitter_anyio on uvloop only."
 )
 
 _SUMMARY: Final = (
@@ -26,10 +26,10 @@ _SUMMARY: Final = (
 _SUMMARIZED: Final = ("us-asyncio", "us-trio", "emitter-io", "mosquitto")
 
 _FAR: Final = 3.0
-"""Noise has not made anybody so many times slower."""
+"""A client that is this many times slower than the fastest is not slow because of noise."""
 
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
-"""By row, client and figure."""
+"""The median of each figure, by row and client."""
 
 _CLIENTS: Final = {client.name: client for client in CLIENTS}
 _OURS: Final = tuple(client for client in CLIENTS if client.ours)
@@ -38,11 +38,11 @@ _OURS: Final = tuple(client for client in CLIENTS if client.ours)
 @dataclass
 class Results:
     """
-    What a whole run has measured.
+    The figures of a whole run.
 
     :ivar about: machine, date and versions
-    :ivar runs: by row and client, the figures of each round
-    :ivar failures: by row and client, why there are no figures
+    :ivar runs: the figures of each round, by row and client
+    :ivar failures: the reason for missing figures, by row and client
     """
 
     about: dict[str, str] = field(default_factory=dict)
@@ -50,15 +50,15 @@ class Results:
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, row: str, client: str, figures: dict[str, float]) -> None:
-        """Add what one run has given."""
+        """Add the figures of one run."""
         self.runs.setdefault(row, {}).setdefault(client, []).append(figures)
 
     def fail(self, row: str, client: str, why: str) -> None:
-        """Note that one run has given nothing."""
+        """Record that one run failed."""
         self.failures.setdefault(row, {})[client] = why
 
     def medians(self) -> Medians:
-        """The median of every figure."""
+        """Return the median of each figure."""
         return {
             row: {
                 client: {key: median(run[key] for run in runs) for key in runs[0]}
@@ -71,12 +71,12 @@ class Results:
 @dataclass(frozen=True)
 class Verdict:
     """
-    Whether a goal is met by one client of ours.
+    A goal and what one variant of emitter_anyio reached.
 
-    :ivar value: what was reached; ``None`` if there is no figure
-    :ivar reference: who it is compared with, if with anybody
-    :ivar ratio: ``value`` beside the figure of ``reference``; the value itself if there is none
-    :ivar met: ``None`` if it cannot be told
+    :ivar value: the figure, or ``None`` if it is missing
+    :ivar reference: the client or row that it is compared with, or an empty string
+    :ivar ratio: ``value`` divided by the figure of ``reference``, or ``value`` without a reference
+    :ivar met: ``None`` if the reference is missing
     """
 
     row: Row
@@ -94,7 +94,8 @@ def fastest(
     """
     Find the best Python peer of a row.
 
-    :param beside: one of ours; peers on uvloop stand beside us on uvloop only
+    :param beside: the variant of emitter_anyio; it is compared with peers on uvloop only if it
+        runs on uvloop
     """
     peers = {
         name: figures[figure.key]
@@ -111,7 +112,7 @@ def fastest(
 
 
 def near_the_fastest(results: Results, row: Row) -> set[str]:
-    """Name those beside whom a row has a goal, and who may turn out to be the fastest of them."""
+    """Return the clients that might be the fastest, if a goal of the row refers to them."""
     if not {goal.against for goal in row.goals} & {"fastest", "mosquitto"}:
         return set()
     figure = row.figures[0]
@@ -131,7 +132,7 @@ def near_the_fastest(results: Results, row: Row) -> set[str]:
 
 
 def judge(medians: Medians, rows: Iterable[Row] = ROWS) -> list[Verdict]:
-    """Hold what was reached against the goals."""
+    """Compare the figures with the goals."""
     return [
         _verdict(medians, row, goal, client)
         for row in rows
@@ -163,7 +164,7 @@ def _verdict(medians: Medians, row: Row, goal: Goal, client: Client) -> Verdict:
 
 
 def amount(value: float, digits: int = 0) -> str:
-    """Write a number for people."""
+    """Format a number with about three digits."""
     if value >= 10_000:
         return f"{value / 1000:,.0f}k"
     if value >= 1_000:
@@ -194,9 +195,9 @@ def _reached(verdict: Verdict) -> str:
 
 
 def goals_table(verdicts: Sequence[Verdict]) -> str:
-    """Lay out the goals, with what each of our clients has reached."""
+    """Return a table of the goals with the figures of each variant."""
     ours = [client for client in _OURS if any(v.client is client for v in verdicts)]
-    head = ["row", "figure", "goal", *(client.name for client in ours)]
+    head = ["row", "figure", "goal", *(client.title for client in ours)]
     lines = []
     for row, goal in dict.fromkeys((v.row, v.goal) for v in verdicts):
         reached = {v.client: _reached(v) for v in verdicts if (v.row, v.goal) == (row, goal)}
@@ -206,7 +207,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def row_table(row: Row, measured: Mapping[str, Mapping[str, float]], why: Mapping[str, str]) -> str:
-    """Lay out one row: a line for each client, the best first, and its ratio to the best peer."""
+    """Return a table of one row: a line for each client, the best first."""
     main = row.figures[0]
     best = fastest(measured, main, _CLIENTS["us-uvloop"])
     names = sorted(
@@ -222,9 +223,9 @@ def row_table(row: Row, measured: Mapping[str, Mapping[str, float]], why: Mappin
             for each in row.figures
         ]
         ratio = "–" if best is None or not best[1] else f"{figures[main.key] / best[1]:.2f}"
-        lines.append([name, *cells, ratio])
+        lines.append([_CLIENTS[name].title, *cells, ratio])
     lines += [[name, reason, *[""] * len(row.figures)] for name, reason in why.items()]
-    head = ["client", *(each.title for each in row.figures), "× the best Python peer"]
+    head = ["client", *(each.title for each in row.figures), "ratio to the fastest Python peer"]
     return _table(head, lines)
 
 
@@ -234,7 +235,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def markdown(results: Results) -> str:
-    """Write it all down."""
+    """Return the whole report."""
     medians = results.medians()
     verdicts = judge(medians)
     met, missed = (sum(v.met is outcome for v in verdicts) for outcome in (True, False))
@@ -250,7 +251,7 @@ def markdown(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Lay out a row for each of the figures that most people look for, with machine and date."""
+    """Return a table of the most important figures, with machine and date."""
     medians = results.medians()
     lines = []
     for row, figure, title in _SUMMARY:
@@ -258,49 +259,58 @@ def summary(results: Results) -> str:
         measured = {
             name: figures[figure.key] for name, figures in clients.items() if figure.key in figures
         }
-        told = [amount(measured[name]) if name in measured else "–" for name in _SUMMARIZED]
+        cells = [amount(measured[name]) if name in measured else "–" for name in _SUMMARIZED]
         best = fastest(clients, figure, _CLIENTS["us-asyncio"])
-        told.insert(2, "–" if best is None else f"{amount(best[1])} ({best[0]})")
-        lines.append([title, *told])
+        cells.insert(2, "–" if best is None else f"{amount(best[1])} ({best[0]})")
+        lines.append([title, *cells])
     about = results.about
     head = [
         f"{about.get('date', '')}, {about.get('machine', '')}, Python {about.get('Python', '')}",
-        *("here, asyncio", "here, Trio", "fastest other in Python", "emitter-io 2.3"),
+        *(
+            "emitter_anyio, asyncio",
+            "emitter_anyio, Trio",
+            "fastest other in Python",
+            "emitter-io 2.3",
+        ),
         "mosquitto's tools",
     ]
     return _table(head, lines) + "\n"
 
 
 def plot(medians: Medians, path: Path) -> None:
-    """Draw the rates of all clients as SVG, a panel for each row."""
+    """Draw the figures of the summary as SVG, a panel for each with a bar for each client."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "emitter_anyio"
     from matplotlib import pyplot
 
-    rows = [
-        row
-        for row in ROWS
-        if row.figures[0] is RATE and row.case != "fan_in" and medians.get(row.name)
-    ]
-    if not rows:
+    summary = [(row, figure, title) for row, figure, title in _SUMMARY if medians.get(row)]
+    if not summary:
         return
-    high = math.ceil(len(rows) / 3)
-    figure, panels = pyplot.subplots(high, 3, figsize=(11, 2.3 * high), squeeze=False)
-    for panel, row in zip(panels.flat, rows, strict=False):
-        rates = {name: figures[RATE.key] for name, figures in medians[row.name].items()}
-        names = sorted(rates, key=lambda name: rates[name])
+    picture, panels = pyplot.subplots(
+        len(summary), 1, figsize=(8, 1.7 * len(summary)), squeeze=False
+    )
+    for panel, (row, figure, title) in zip(panels.flat, summary, strict=True):
+        measured = {
+            name: figures[figure.key]
+            for name, figures in medians[row].items()
+            if figure.key in figures
+        }
+        best = fastest(medians[row], figure, _CLIENTS["us-asyncio"])
+        shown = [*_SUMMARIZED[:2], *([best[0]] if best else []), *_SUMMARIZED[2:]]
+        names = [name for name in dict.fromkeys(shown) if name in measured]
+        names.reverse()
         colours = ["tab:orange" if _CLIENTS[name].ours else "tab:gray" for name in names]
-        bars = panel.barh(names, [rates[name] for name in names], color=colours)
-        panel.bar_label(bars, [f" {amount(rates[name])}" for name in names], fontsize=6)
+        titles = [_CLIENTS[name].title for name in names]
+        bars = panel.barh(titles, [measured[name] for name in names], color=colours)
+        panel.bar_label(bars, [f" {amount(measured[name])}" for name in names], fontsize=9)
         panel.margins(x=0.15)
-        panel.set_title(row.name, fontsize=9)
-        panel.tick_params(labelsize=6)
+        better = "higher" if figure.higher else "lower"
+        panel.set_title(f"{title} ({better} is better)", fontsize=10, loc="left")
+        panel.tick_params(labelsize=9)
         panel.set_xticks([])
-    for panel in panels.flat[len(rows) :]:
-        panel.set_axis_off()
-    figure.suptitle("messages per second", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+    picture.tight_layout()
+    picture.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(picture)

@@ -1,4 +1,4 @@
-"""What is measured, of whom, and what is to be reached."""
+"""The rows of the benchmarks, the clients that run in them, and the goals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Reference: TypeAlias = Literal["fastest", "mosquitto", "row", "nothing"]
 @dataclass(frozen=True)
 class Figure:
     """
-    One number of a row.
+    A figure that a row measures.
 
-    :ivar higher: whether more of it is better
+    :ivar higher: whether a higher value is better
     """
 
     key: str
@@ -28,11 +28,11 @@ class Figure:
 @dataclass(frozen=True)
 class Goal:
     """
-    What one figure of ours is to reach.
+    A goal for one figure of emitter_anyio.
 
-    :ivar bound: at least, of a figure of which more is better; of another one at most
-    :ivar against: what ``bound`` is a multiple of: the fastest Python peer, mosquitto's tool, our
-        own figure in the row ``row``, or ``"nothing"``: it is an amount
+    :ivar bound: the least value if higher is better, otherwise the largest
+    :ivar against: the reference that ``bound`` is a multiple of: the fastest Python peer,
+        mosquitto's tool, or the same client in the row ``row``; ``"nothing"`` for an absolute bound
     """
 
     figure: Figure
@@ -44,12 +44,12 @@ class Goal:
 @dataclass(frozen=True)
 class Client:
     """
-    A client, and what it can.
+    A client and the rows in which it can run.
 
-    :ivar environment: the table of ``pins.toml`` that it is installed by; none for ourselves and
-        for tools of the system
-    :ivar program: the tool of the system that it needs
-    :ivar share: slow ones get so much of the messages, that a run does not take for ever
+    :ivar environment: the table of ``pins.toml`` with its requirements; empty for emitter_anyio and
+        for system tools
+    :ivar program: the system tool that it needs
+    :ivar share: the share of the messages that it gets, which is small for slow clients
     """
 
     name: str
@@ -59,6 +59,13 @@ class Client:
     program: str = ""
     lacks: frozenset[str] = frozenset()
     share: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """The name that tables and plots show."""
+        if not self.ours:
+            return self.name
+        return f"emitter_anyio, {'Trio' if self.variant == 'trio' else self.variant}"
 
     @property
     def ours(self) -> bool:
@@ -78,12 +85,12 @@ CPU: Final = Figure("cpu_us", "CPU µs each", digits=2)
 P50: Final = Figure("p50_us", "p50 µs")
 P99: Final = Figure("p99_us", "p99 µs")
 IDLE: Final = Figure("idle_ms", "CPU ms per 10 s", digits=1)
-PING: Final = Figure("ping_us", "CPU µs a ping")
-MEMORY: Final = Figure("memory_kb", "KB a link", digits=1)
+PING: Final = Figure("ping_us", "CPU µs per ping")
+MEMORY: Final = Figure("memory_kb", "KB per connection", digits=1)
 OPENED: Final = Figure("seconds", "s to open all", digits=2)
 GROWTH: Final = Figure("growth_mb", "MB grown", digits=1)
 UNCOUNTED: Final = Figure("uncounted", "drops not counted")
-LOST: Final = Figure("lost_by_healthy", "lost by the healthy")
+LOST: Final = Figure("lost_by_healthy", "lost by the healthy stream")
 IMPORT: Final = Figure("import_ms", "ms")
 
 
@@ -92,11 +99,10 @@ class Row:
     """
     One row of the table.
 
-    :ivar case: what the clients' programs call it
-    :ivar messages: how many there are; ``quick`` are enough for a glance
-    :ivar job: what else the client is told
-    :ivar part: what else the peer is told
-    :ivar needs: what else a client must have: ``"tls"`` or ``"websocket"``
+    :ivar case: its name in the clients' programs
+    :ivar messages: the number of messages; ``quick`` in a quick run
+    :ivar job: further parameters for the client
+    :ivar needs: a feature that a client must have: ``"tls"`` or ``"websocket"``
     """
 
     name: str
@@ -112,12 +118,12 @@ class Row:
     needs: str = ""
 
     def runs_on(self, client: Client) -> bool:
-        """Whether a client can do this."""
+        """Return whether a client can run in this row."""
         wanted = {self.case, self.needs, self.name}
         return not (wanted & client.lacks)
 
     def part(self, messages: int, subscriptions: int) -> Part:
-        """What the peer does."""
+        """Return what the peer does in this row."""
         assert self.mode != "none"
         return Part(
             mode=self.mode,
@@ -154,7 +160,7 @@ def _confirmed(in_flight: int, title: str, bound: float, messages: int) -> Row:
 def _fan_in(subscriptions: int, *goals: Goal) -> Row:
     return _receive(
         f"fan-in-{subscriptions}",
-        f"fan-in: {subscriptions:,} subscription{'s' * (subscriptions > 1)}, each with its task",
+        f"fan-in: {subscriptions:,} subscription{'s' * (subscriptions > 1)}, each with a task",
         *goals,
         case="fan_in",
         job={"subscriptions": subscriptions},
@@ -236,7 +242,7 @@ ROWS: Final = (
     ),
     Row(
         "idle",
-        "200 idle links",
+        "200 idle connections",
         "idle",
         (IDLE, PING),
         (Goal(IDLE, 2.0, "nothing"), Goal(PING, 110, "nothing")),
@@ -247,7 +253,7 @@ ROWS: Final = (
     ),
     Row(
         "links",
-        "1,000 links, opened in parallel, each publishes",
+        "1,000 connections, opened in parallel, each publishes",
         "links",
         (MEMORY, OPENED),
         (Goal(MEMORY, 60, "nothing"),),
@@ -258,10 +264,10 @@ ROWS: Final = (
     ),
     Row(
         "stalled",
-        "stalled consumer, 500,000 messages offered, of ours beside a healthy one",
+        "stalled consumer, 500,000 messages (emitter_anyio: beside a healthy stream)",
         "stalled",
         (GROWTH, UNCOUNTED, LOST),
-        # The buffer asked for is 1024 messages, which is 64 KiB of payload.
+        # The buffer holds 1024 messages, which is 64 KiB of payload.
         (
             Goal(GROWTH, 2.0 + 0.065, "nothing"),
             Goal(UNCOUNTED, 0, "nothing"),
@@ -283,8 +289,8 @@ ROWS: Final = (
 )
 
 _NO_STREAMS: Final = frozenset({"fan_in"})
-# It takes these three minutes and more to open a thousand, and the rest of the run to wait for it.
-_FEW_LINKS: Final = frozenset({"links"})
+# These three need minutes to open 1,000 connections.
+_FEW_CONNECTIONS: Final = frozenset({"links"})
 
 CLIENTS: Final = (
     Client("us-asyncio", "us", "asyncio"),
@@ -310,14 +316,14 @@ CLIENTS: Final = (
         "paho-thread",
         "peers.threads",
         environment="paho",
-        lacks=_NO_STREAMS | _FEW_LINKS | {"import"},
+        lacks=_NO_STREAMS | _FEW_CONNECTIONS | {"import"},
         share=0.3,
     ),
     Client(
         "aiomqtt",
         "peers.aiomqtt",
         environment="aiomqtt",
-        lacks=_NO_STREAMS | _FEW_LINKS,
+        lacks=_NO_STREAMS | _FEW_CONNECTIONS,
         share=0.1,
     ),
     Client(
@@ -325,7 +331,7 @@ CLIENTS: Final = (
         "peers.threads",
         "emitter-io",
         environment="emitter-io",
-        lacks=_NO_STREAMS | _FEW_LINKS | {"websocket"},
+        lacks=_NO_STREAMS | _FEW_CONNECTIONS | {"websocket"},
         share=0.3,
     ),
     Client(
@@ -333,7 +339,7 @@ CLIENTS: Final = (
         "mosquitto",
         program="mosquitto_sub",
         lacks=_NO_STREAMS
-        # It has up to 20 in flight, and no less.
+        # The tool has up to 20 messages in flight; the number cannot be set.
         | {
             "confirmed-1",
             "confirmed-100",

@@ -97,7 +97,7 @@ class TestReport:
         assert "Goals met: 1, not met: 1." in text
         assert "≥ 2.5 × the fastest Python peer" in text
         assert "| 240k (2.40 × gmqtt) ✗ | 300k (3.00 × gmqtt) ✓ |" in text
-        assert "| us-trio | 300k | – | 3.00 |" in text
+        assert "| emitter_anyio, Trio | 300k | – | 3.00 |" in text
         assert "| zmqtt | failed: alas |" in text
 
     def test_who_is_far_from_the_fastest_peer_needs_no_other_round(self) -> None:
