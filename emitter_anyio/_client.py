@@ -37,7 +37,7 @@ from emitter_anyio._runtime.trace import Trace
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import Key
 from emitter_anyio._values.checks import check_task_status
-from emitter_anyio._values.errors import portable
+from emitter_anyio._values.errors import make_picklable
 from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, StoredMessage
 from emitter_anyio._values.requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
 from emitter_anyio._values.router import Routes
@@ -78,7 +78,7 @@ class ConnectionInfo:
     last_error: Exception | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        error = None if self.last_error is None else portable(self.last_error)
+        error = None if self.last_error is None else make_picklable(self.last_error)
         return type(self), (self.server, self.since, self.id, error)
 
 

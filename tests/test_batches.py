@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import EmitterMessage
-from emitter_anyio._values.batches import in_one_go
+from emitter_anyio._values.batches import make_batch
 
 CHANNELS = [f"{name}/" for name in "abcd"]
 WHO = list(range(5))
@@ -25,7 +25,7 @@ receivers = st.fixed_dictionaries(
 def test_everybody_gets_theirs_in_order(
     messages: list[EmitterMessage], receivers: Mapping[str, list[int]]
 ) -> None:
-    found = in_one_go(messages).by_receiver(receivers)
+    found = make_batch(messages).by_receiver(receivers)
     expected = {
         who: theirs
         for who in WHO
@@ -36,7 +36,7 @@ def test_everybody_gets_theirs_in_order(
 
 @given(lists)
 def test_sorting_loses_nothing(messages: list[EmitterMessage]) -> None:
-    sorted_ = in_one_go(messages)
+    sorted_ = make_batch(messages)
     assert sorted_.in_order == messages
     assert sorted_.by_channel == {
         channel: theirs
@@ -46,18 +46,18 @@ def test_sorting_loses_nothing(messages: list[EmitterMessage]) -> None:
 
 
 def test_the_size_is_known_where_it_is_said() -> None:
-    messages = in_one_go(EmitterMessage(channel, b"one") for channel in ("a/", "b/", "a/", "c/"))
+    messages = make_batch(EmitterMessage(channel, b"one") for channel in ("a/", "b/", "a/", "c/"))
     messages.each.update({"a/": 3, "b/": None})
     batches = messages.by_receiver({"a/": ["a"], "b/": ["b"], "c/": ["c"]})
     assert {who: each for who, (_, each) in batches.items()} == {"a": 3, "b": None, "c": None}
 
 
 def test_nothing_is_copied_for_who_gets_all_or_one_channel() -> None:
-    found = in_one_go(EmitterMessage(channel, b"") for channel in ("a/", "b/", "a/"))
+    found = make_batch(EmitterMessage(channel, b"") for channel in ("a/", "b/", "a/"))
     batches = found.by_receiver({"a/": ["all", "one"], "b/": ["all"]})
     assert batches["all"][0] is found.in_order
     assert batches["one"][0] is found.by_channel["a/"]
 
 
 def test_nobody_gets_anything_of_nothing() -> None:
-    assert in_one_go([]).by_receiver({}) == {}
+    assert make_batch([]).by_receiver({}) == {}

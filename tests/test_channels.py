@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from emitter_anyio._values.channels import (
     MAX_KEY_LEVELS,
+    channel_hash,
     check_channel,
     check_group,
     check_key,
     check_target,
-    fingerprint,
     format_options,
     format_topic,
     level_hash,
@@ -23,7 +23,7 @@ from emitter_anyio._values.channels import (
     unix_seconds,
     unshare,
 )
-from emitter_anyio._values.checks import check_whole, is_number, is_whole
+from emitter_anyio._values.checks import check_optional_int, is_int, is_number
 from emitter_anyio._values.errors import InvalidChannelError
 
 # The broker's security/channel.go: the codes 45 to 58 without the slash, 65 to 122, and 36.
@@ -192,32 +192,32 @@ class TestCheckKey:
 
 class TestNumbers:
     def test_a_bool_is_no_number(self) -> None:
-        assert is_whole(3)
+        assert is_int(3)
         assert is_number(3)
         assert is_number(0.5)
-        assert not is_whole(0.5)
-        assert not is_whole(True)
+        assert not is_int(0.5)
+        assert not is_int(True)
         assert not is_number(True)
-        assert not is_whole("3")
+        assert not is_int("3")
         assert not is_number("3")
 
     @pytest.mark.parametrize("value", [0, 1, 2**31 - 1])
     def test_whole_numbers(self, value: int) -> None:
-        assert check_whole("last", value) == value
+        assert check_optional_int("last", value) == value
 
     def test_none_stays_none(self) -> None:
-        assert check_whole("last", None) is None
+        assert check_optional_int("last", None) is None
         assert unix_seconds("since", None) is None
 
     @pytest.mark.parametrize("value", [-1, 2**31, 10**400], ids=["-1", "2**31", "10**400"])
     def test_what_the_broker_does_not_take(self, value: int) -> None:
         with pytest.raises(ValueError, match=r"last.*0 to 2147483647.* -?\d+"):
-            check_whole("last", value)
+            check_optional_int("last", value)
 
     @pytest.mark.parametrize("value", [1.0, "1", True, b""])
     def test_of_another_kind(self, value: int) -> None:
         with pytest.raises(TypeError, match=f"last.*{type(value).__name__}"):
-            check_whole("last", value)
+            check_optional_int("last", value)
 
 
 class _Nowhere(tzinfo):
@@ -335,18 +335,18 @@ class TestFingerprint:
 
     @given(st.permutations(["a", "b", "c", "dd"]))
     def test_the_order_of_the_levels_does_not_show(self, path: list[str]) -> None:
-        assert fingerprint("/".join(path) + "/") == fingerprint("a/b/c/dd/")
+        assert channel_hash("/".join(path) + "/") == channel_hash("a/b/c/dd/")
 
     @pytest.mark.parametrize(
         ("one", "other"), [("p/q/", "q/p/"), ("d/d/", "g/g/"), ("a/b/b/", "a/c/c/")]
     )
     def test_channels_that_get_in_each_others_way(self, one: str, other: str) -> None:
-        assert fingerprint(one) == fingerprint(other)
+        assert channel_hash(one) == channel_hash(other)
 
     @given(words, words, words)
     def test_a_child_and_a_sibling_do_not(self, parent: str, one: str, other: str) -> None:
-        assert fingerprint(f"{parent}/{one}/") == level_hash(parent) ^ level_hash(one)
-        same = fingerprint(f"{parent}/{one}/") == fingerprint(f"{parent}/{other}/")
+        assert channel_hash(f"{parent}/{one}/") == level_hash(parent) ^ level_hash(one)
+        same = channel_hash(f"{parent}/{one}/") == channel_hash(f"{parent}/{other}/")
         assert same == (one == other)
 
 

@@ -25,7 +25,7 @@ from emitter_anyio._protocol.packets import (
     UnsubAck,
     Unsubscribe,
 )
-from emitter_anyio._values.batches import Messages
+from emitter_anyio._values.batches import MessageBatch
 from emitter_anyio._values.errors import RemoteProtocolError
 from emitter_anyio._values.messages import EmitterMessage
 from tests.support.events import one_by_one
@@ -167,7 +167,7 @@ class TestDecoding:
             (publish("a/") + retained, None),
         ):
             (event,) = connected().decode(data)
-            assert isinstance(event, Messages)
+            assert isinstance(event, MessageBatch)
             assert event.each == {"a/": each}
             assert one_by_one([event]) == event.in_order
 

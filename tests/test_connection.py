@@ -25,7 +25,7 @@ from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._net.opening import open_connection
 from emitter_anyio._net.options import make_options
 from emitter_anyio._net.transport import SocketTransport
-from emitter_anyio._net.writer import _HIGH_WATER
+from emitter_anyio._net.writer import MAX_QUEUED_BYTES
 from emitter_anyio._protocol.packets import Event, Publish
 from emitter_anyio._protocol.wants import Wants
 from tests.support import packets
@@ -701,7 +701,7 @@ async def test_a_link_that_breaks_while_a_consumer_holds_it_up_ends(
             async with emitter, emitter.stream("message", buffer=1, overflow="block"):
                 connection = emitter._slot.connection
                 assert connection is not None
-                while not connection._held_up:
+                while not connection._reading_paused:
                     await checkpoint()
                 gone.set()
                 while True:
@@ -978,7 +978,7 @@ async def is_stuck(emitter: Emitter) -> bool:
     waiting = emitter.statistics().queued_bytes
     for _ in range(50):
         await checkpoint()
-        if emitter.statistics().queued_bytes != waiting or waiting < _HIGH_WATER:
+        if emitter.statistics().queued_bytes != waiting or waiting < MAX_QUEUED_BYTES:
             return False
     return True
 
@@ -1096,7 +1096,7 @@ def qos_1(count: int) -> bytes:
 async def test_acknowledgements_to_a_peer_that_never_reads_are_bounded(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._net.connection._PACKET_IDS", 1000)
+    monkeypatch.setattr("emitter_anyio._net.connection._MAX_PACKET_IDS", 1000)
     most = 0
 
     async def script(peer: Peer) -> None:
@@ -1120,7 +1120,7 @@ async def test_acknowledgements_to_a_peer_that_never_reads_are_bounded(
 async def test_acknowledgements_may_be_read_late(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._net.connection._PACKET_IDS", 1000)
+    monkeypatch.setattr("emitter_anyio._net.connection._MAX_PACKET_IDS", 1000)
 
     async def script(peer: Peer) -> None:
         await peer.accept()

@@ -31,7 +31,7 @@ SETTLING_TURNS: Final = 40
 class Taking(Transport):
     """A transport that takes as many bytes as it may."""
 
-    tears = False
+    may_send_part = False
 
     def __init__(self) -> None:
         self.may_take = 0
@@ -122,7 +122,7 @@ class World:
                 self.calls.append(call)
             case ("take", int(size)):
                 self._transport.may_take += size
-                self._writer.hurry()
+                self._writer.send_nowait()
             case ("reply", int(which)) if which < len(self.calls):
                 self.calls[which].deadline.cancel()
             case ("wait", int(seconds)):
@@ -207,7 +207,7 @@ async def test_what_a_lost_connection_leaves_waits_for_no_garbage_collector(
                 writer.write(b"x")
                 if left:
                     writer._transport.may_take = 1  # type: ignore[attr-defined]
-                    writer.hurry()
+                    writer.send_nowait()
                 ReplyDeadline(pytest.fail, 5, timer, writer)
             await checkpoint()
             timer.end()

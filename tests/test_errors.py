@@ -29,10 +29,10 @@ from emitter_anyio._values.errors import (
     SubscriptionConflictError,
     UnauthorizedError,
     WrongLoopError,
-    refusal,
+    make_request_error,
 )
 from emitter_anyio._values.messages import EmitterMessage
-from emitter_anyio._values.text import readable
+from emitter_anyio._values.text import make_printable
 
 TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
     EmitterError: (Exception,),
@@ -103,7 +103,7 @@ class TestRefusal:
         ],
     )
     def test_has_the_error_of_its_status(self, status: int | None, kind: type) -> None:
-        error = refusal(status, "no", operation="keygen", channel="a/", hint="why")
+        error = make_request_error(status, "no", operation="keygen", channel="a/", hint="why")
         assert type(error) is kind
         assert (error.status, error.message, error.operation, error.channel, error.hint) == (
             status,
@@ -125,7 +125,9 @@ class TestRefusal:
     def test_says_all_that_is_known(
         self, status: int | None, channel: str | None, hint: str | None, words: str
     ) -> None:
-        error = refusal(status, "no way", operation="publish", channel=channel, hint=hint)
+        error = make_request_error(
+            status, "no way", operation="publish", channel=channel, hint=hint
+        )
         assert str(error) == words
 
 
@@ -173,5 +175,5 @@ class TestWhatTheErrorsCarry:
 
 
 def test_what_a_peer_says_is_one_line_and_not_too_long() -> None:
-    assert readable("bad\n request \x1b[2J") == "bad request ?[2J"
-    assert readable("x" * 70000) == "x" * 200 + "…"
+    assert make_printable("bad\n request \x1b[2J") == "bad request ?[2J"
+    assert make_printable("x" * 70000) == "x" * 200 + "…"

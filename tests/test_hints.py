@@ -9,7 +9,7 @@ from emitter_anyio._values.errors import (
     ServerError,
     UnauthorizedError,
 )
-from emitter_anyio._values.hints import refused
+from emitter_anyio._values.hints import make_refusal
 
 SECRET = "S" * 32
 KEY = "k" * 32
@@ -20,7 +20,7 @@ KEY = "k" * 32
     [(400, BadRequestError), (404, NotFoundError), (500, ServerError), (None, RequestError)],
 )
 def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestError]) -> None:
-    error = refused(status_, "no", "publish", KEY, "a/")
+    error = make_refusal(status_, "no", "publish", KEY, "a/")
     assert type(error) is kind
     assert error.hint is None
     assert (error.status, error.message, error.operation, error.channel) == (
@@ -32,13 +32,13 @@ def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestEr
 
 
 def test_to_some_brokers_the_secret_of_another_is_not_found() -> None:
-    hint = refused(404, "no", "keygen", KEY, "a/").hint
+    hint = make_refusal(404, "no", "keygen", KEY, "a/").hint
     assert hint is not None
     assert "the broker's master secret" in hint
 
 
 def test_without_a_key_there_is_nothing_to_say() -> None:
-    assert refused(401, "no", "me", None, None).hint is None
+    assert make_refusal(401, "no", "me", None, None).hint is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_without_a_key_there_is_nothing_to_say() -> None:
     ],
 )
 def test_the_permission_that_may_be_missing(operation: str, permission: str) -> None:
-    error = refused(401, "no", operation, KEY, "a/")
+    error = make_refusal(401, "no", operation, KEY, "a/")
     assert isinstance(error, UnauthorizedError)
     assert error.hint is not None
     assert permission in error.hint
@@ -72,7 +72,7 @@ def test_the_permission_that_may_be_missing(operation: str, permission: str) -> 
     ],
 )
 def test_other_reasons(key: str, operation: str, words: str, hint: str) -> None:
-    error = refused(401, words, operation, key, "a/")
+    error = make_refusal(401, words, operation, key, "a/")
     assert error.hint is not None
     assert hint in error.hint
     assert key not in str(error)
@@ -80,7 +80,7 @@ def test_other_reasons(key: str, operation: str, words: str, hint: str) -> None:
 
 def test_a_group_needs_a_key_of_its_own() -> None:
     channel = "$share/g/a/"
-    error = refused(401, "no", "subscribe", KEY, channel)
+    error = make_refusal(401, "no", "subscribe", KEY, channel)
     assert error.hint is not None
     assert repr(channel) in error.hint
 
@@ -94,6 +94,6 @@ def test_a_group_needs_a_key_of_its_own() -> None:
     ],
 )
 def test_a_link_is_refused_for_reasons_of_its_own(status: int, hint: str | None) -> None:
-    error = refused(status, "no", "publish_with_link", None, None)
+    error = make_refusal(status, "no", "publish_with_link", None, None)
     assert (hint or "") in (error.hint or "")
     assert (error.hint is None) == (hint is None)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import Backoff
-from emitter_anyio._net.options import _CHECKS, Options, Server, make_options
+from emitter_anyio._net.options import _OTHER_CHECKS, Options, Server, make_options
 from emitter_anyio._values.will import Will
 
 
@@ -273,7 +273,7 @@ class TestServers:
 
 class TestEachOption:
     def test_is_checked(self) -> None:
-        assert {"servers", *_CHECKS} == {field.name for field in fields(Options)}
+        assert {"servers", *_OTHER_CHECKS} == {field.name for field in fields(Options)}
 
     @pytest.mark.parametrize(
         ("name", "value"),

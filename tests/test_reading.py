@@ -10,7 +10,7 @@ import pytest
 from anyio import ClosedResourceError
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._backend import CHUNK, Reader, current_backend
+from emitter_anyio._backend import READ_CHUNK_BYTES, Reader, current_backend
 from emitter_anyio._backend.asyncio import WatchingReader
 from emitter_anyio._backend.interface import WaitingReader
 
@@ -47,7 +47,7 @@ def fill(sock: socket.socket) -> int:
     sent = 0
     try:
         while True:
-            sent += sock.send(bytes(CHUNK))
+            sent += sock.send(bytes(READ_CHUNK_BYTES))
     except BlockingIOError:
         return sent
 
@@ -67,8 +67,8 @@ async def test_it_reads_one_chunk_ahead_and_then_holds_the_peer_up(
     sent += fill(theirs)
     theirs.shutdown(socket.SHUT_WR)
     received = 0
-    while data := await reader.receive(CHUNK):
-        assert len(data) <= CHUNK
+    while data := await reader.receive(READ_CHUNK_BYTES):
+        assert len(data) <= READ_CHUNK_BYTES
         received += len(data)
     assert received == sent
     reader.close()
@@ -85,7 +85,7 @@ async def test_bytes_are_heard_before_a_task_reads_them(
     while reader.last_heard.time == before:
         await checkpoint()
     assert before < reader.last_heard.time <= asyncio.get_running_loop().time()
-    assert await reader.receive(CHUNK) == b"x"
+    assert await reader.receive(READ_CHUNK_BYTES) == b"x"
     reader.close()
 
 
@@ -94,7 +94,7 @@ async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
 ) -> None:
     ours, theirs = pair
     reader = open_reader(ours)
-    task = asyncio.create_task(reader.receive(CHUNK))
+    task = asyncio.create_task(reader.receive(READ_CHUNK_BYTES))
     await checkpoint()
     theirs.send(b"x")
     while not task._fut_waiter.done():  # type: ignore[attr-defined]  # a turn before it runs
@@ -104,7 +104,7 @@ async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await reader.receive(CHUNK) == b"x"
+    assert await reader.receive(READ_CHUNK_BYTES) == b"x"
     reader.close()
 
 
@@ -114,7 +114,7 @@ async def test_a_link_that_is_reset(pair: tuple[socket.socket, socket.socket]) -
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     theirs.close()
     with pytest.raises(ConnectionResetError):
-        await reader.receive(CHUNK)
+        await reader.receive(READ_CHUNK_BYTES)
     reader.close()
 
 
@@ -124,7 +124,7 @@ async def test_closing_it_lets_go_who_waits(pair: tuple[socket.socket, socket.so
 
     async def receive() -> None:
         with pytest.raises(ClosedResourceError):
-            await reader.receive(CHUNK)
+            await reader.receive(READ_CHUNK_BYTES)
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(receive)
@@ -142,9 +142,9 @@ async def test_closing_it_leaves_what_has_come(
     while reader._received is None:
         await checkpoint()
     reader.close()
-    assert await reader.receive(CHUNK) == b"x"
+    assert await reader.receive(READ_CHUNK_BYTES) == b"x"
     with pytest.raises(ClosedResourceError):
-        await reader.receive(CHUNK)
+        await reader.receive(READ_CHUNK_BYTES)
     assert not is_watched(ours)
 
 
@@ -158,7 +158,7 @@ async def test_one_that_is_closed_reads_no_more(
     theirs.send(b"x")
     for _ in range(2):
         with pytest.raises(ClosedResourceError):
-            await reader.receive(CHUNK)
+            await reader.receive(READ_CHUNK_BYTES)
 
 
 async def test_a_loop_that_watches_no_sockets(
@@ -172,5 +172,5 @@ async def test_a_loop_that_watches_no_sockets(
         reader = open_reader(pair[0])
     assert isinstance(reader, WaitingReader)
     pair[1].send(b"x")
-    assert await reader.receive(CHUNK) == b"x"
+    assert await reader.receive(READ_CHUNK_BYTES) == b"x"
     reader.close()

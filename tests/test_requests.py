@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from emitter_anyio._values import requests as requests
 from emitter_anyio._values.requests import (
     ChannelKey,
+    InvalidReplyError,
     Link,
     Me,
     Member,
-    NonsenseError,
     PresenceEvent,
     PresenceStatus,
     Request,
     parse_object,
-    presence_event,
-    refusal_in,
+    parse_presence_event,
+    parse_refusal,
 )
 
 SECRET = "S" * 32
@@ -187,7 +187,7 @@ class TestGoodAnswers:
     @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
     def test_a_change_of_presence(self, event: str) -> None:
         answer = {"time": 1600000000, "event": event, "channel": "a/b/", "who": {"id": "X"}}
-        made = presence_event(answer)
+        made = parse_presence_event(answer)
         assert (made.event, made.channel, made.who) == (event, "a/b/", (Member("X"),))
         assert made.time.timestamp() == 1600000000
         assert made.time.tzinfo is UTC
@@ -251,7 +251,7 @@ class TestNonsense:
         ],
     )
     def test_what_is_no_object(self, binary: bytes, why: str) -> None:
-        with pytest.raises(NonsenseError, match=why):
+        with pytest.raises(InvalidReplyError, match=why):
             parse_object(binary)
 
     def test_an_object(self) -> None:
@@ -302,7 +302,7 @@ class TestNonsense:
     def test_fields_of_another_kind(
         self, request_: Request[Any], answer: dict[str, object], why: str
     ) -> None:
-        with pytest.raises(NonsenseError, match=why):
+        with pytest.raises(InvalidReplyError, match=why):
             request_.parse(answer)
 
     @pytest.mark.parametrize(
@@ -318,23 +318,27 @@ class TestNonsense:
         ],
     )
     def test_no_change_of_presence(self, answer: dict[str, object], why: str) -> None:
-        with pytest.raises(NonsenseError, match=why):
-            presence_event(answer)
+        with pytest.raises(InvalidReplyError, match=why):
+            parse_presence_event(answer)
 
     @given(answers)
     def test_of_any_object_comes_a_value_or_nonsense(self, answer: dict[str, Any]) -> None:
-        for parse in (*(request.parse for request in REQUESTS), presence_event, refusal_in):
-            with contextlib.suppress(NonsenseError):
+        for parse in (
+            *(request.parse for request in REQUESTS),
+            parse_presence_event,
+            parse_refusal,
+        ):
+            with contextlib.suppress(InvalidReplyError):
                 parse(answer)
 
 
 class TestRefusals:
     @pytest.mark.parametrize("answer", [{}, {"status": 200}, {"status": 200, "message": 5}])
     def test_a_yes(self, answer: dict[str, object]) -> None:
-        assert refusal_in(answer) is None
+        assert parse_refusal(answer) is None
 
     def test_a_no(self) -> None:
-        assert refusal_in({"req": 1, "status": 401, "message": "no"}) == (401, "no")
+        assert parse_refusal({"req": 1, "status": 401, "message": "no"}) == (401, "no")
 
     @pytest.mark.parametrize(
         ("answer", "why"),
@@ -349,8 +353,8 @@ class TestRefusals:
         ],
     )
     def test_neither(self, answer: dict[str, object], why: str) -> None:
-        with pytest.raises(NonsenseError, match=why):
-            refusal_in(answer)
+        with pytest.raises(InvalidReplyError, match=why):
+            parse_refusal(answer)
 
 
 class TestValues:

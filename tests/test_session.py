@@ -83,7 +83,7 @@ class Link:
 
     def publish(self, key: str = KEY, channel: str = "a/") -> Pending[None]:
         topic = f"{key}/{channel}".encode()
-        pending = self.session.publish_confirmed(topic, b"x", key, channel)
+        pending = self.session.publish_qos_1(topic, b"x", key, channel)
         self.sent.append(Publish(topic, b"x", self.session._last_id))
         return pending
 
@@ -192,7 +192,7 @@ class TestPacketIds:
     def test_more_than_there_are_is_an_error_and_no_endless_search(
         self, link: Link, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_session, "_PACKET_IDS", 3)
+        monkeypatch.setattr(_session, "_MAX_PACKET_IDS", 3)
         for _ in range(3):
             link.publish()
         with pytest.raises(RuntimeError, match="packet id"):
@@ -202,18 +202,18 @@ class TestPacketIds:
         assert link.last_id == 2
 
     def test_whether_what_was_published_is_settled(self, link: Link) -> None:
-        assert not link.session.unsettled
+        assert not link.session.uncertain
         link.session.request(requests.me())
-        assert not link.session.unsettled
+        assert not link.session.uncertain
         link.publish()
-        assert link.session.unsettled
+        assert link.session.uncertain
         link.hear(PubAck(2))
-        assert not link.session.unsettled
+        assert not link.session.uncertain
         link.publish_at_0()
-        assert link.session.unsettled
+        assert link.session.uncertain
         link.session.ping()
         link.hear(PingResp())
-        assert not link.session.unsettled
+        assert not link.session.uncertain
 
     def test_how_many_are_outstanding(self, link: Link) -> None:
         link.publish()
@@ -227,7 +227,7 @@ class TestPacketIds:
 
 class TestPublishing:
     def test_accepted(self, link: Link) -> None:
-        pending = link.session.publish_confirmed(b"k/a/", b"x", KEY, "a/")
+        pending = link.session.publish_qos_1(b"k/a/", b"x", KEY, "a/")
         assert not pending.done
         assert link.hear(PubAck(1)) == []
         assert pending.done
@@ -781,7 +781,7 @@ class TestReplays:
         assert sum(link.session.in_replay(empty) for _ in range(70_000)) == 65536
 
     @pytest.mark.parametrize(
-        ("replay", "nothing", "insists"),
+        ("replay", "nothing", "is_explicit"),
         [
             (ANY, False, False),
             (NONE, True, False),
@@ -790,8 +790,8 @@ class TestReplays:
             (Replay(last=0, since=1600000000), True, False),
         ],
     )
-    def test_what_is_asked_for(self, replay: Replay, nothing: bool, insists: bool) -> None:
-        assert (replay.nothing, replay.insists) == (nothing, insists)
+    def test_what_is_asked_for(self, replay: Replay, nothing: bool, is_explicit: bool) -> None:
+        assert (replay.is_empty, replay.is_explicit) == (nothing, is_explicit)
 
 
 def change(channel: str = "a/", event: str = "subscribe") -> EmitterMessage:
@@ -1112,9 +1112,9 @@ class Conversation(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.constants = _session._PACKET_IDS, _session._RESERVED_PACKET_IDS
+        self.constants = _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS
         # So few that they come round again and again.
-        _session._PACKET_IDS, _session._RESERVED_PACKET_IDS = 60, 30  # type: ignore[misc]  # put back below
+        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = 60, 30  # type: ignore[misc]  # put back below
         self.begin()
 
     def begin(self) -> None:
@@ -1134,7 +1134,7 @@ class Conversation(RuleBasedStateMachine):
         self.all: list[Pending[Any]] = []
 
     def teardown(self) -> None:
-        _session._PACKET_IDS, _session._RESERVED_PACKET_IDS = self.constants  # type: ignore[misc]  # as they were
+        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = self.constants  # type: ignore[misc]  # as they were
 
     # The wire
 
@@ -1213,7 +1213,7 @@ class Conversation(RuleBasedStateMachine):
     @rule(key=keys)
     def publish(self, key: str) -> None:
         topic = f"{key}/a/".encode()
-        pending = self.session.publish_confirmed(topic, b"x", key, "a/")
+        pending = self.session.publish_qos_1(topic, b"x", key, "a/")
         self.send(Publish(topic, b"x", self.session._last_id, False))
         self.expect(pending, UnauthorizedError if key == BAD else None)
 

@@ -31,7 +31,7 @@ from emitter_anyio._streams import (
     weight_of,
 )
 from emitter_anyio._values.errors import ConnectionLostError, DecodeError, SlowConsumerError
-from emitter_anyio._values.messages import ITEM_BYTES, EmitterMessage, Gap
+from emitter_anyio._values.messages import ITEM_OVERHEAD_BYTES, EmitterMessage, Gap
 from emitter_anyio._values.requests import Member, PresenceEvent
 
 Ends = tuple[Sender[Any], EventStream[Any]]
@@ -1132,8 +1132,8 @@ def test_a_message_weighs_the_same_among_other_items(make: MakeStream) -> None:
     message = EmitterMessage("a/", b"xyz")
     send, stream = make()
     send.push_many([message, Gap("a/"), message])
-    assert figures(stream) == (3, 3 * ITEM_BYTES + 2 * 5, 0, 0)
-    assert weight_of(message) == ITEM_BYTES + 5
+    assert figures(stream) == (3, 3 * ITEM_OVERHEAD_BYTES + 2 * 5, 0, 0)
+    assert weight_of(message) == ITEM_OVERHEAD_BYTES + 5
 
 
 def test_what_is_held_is_replaced_by_identity(make: MakeStream) -> None:

@@ -10,7 +10,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._net.timer import Due, Timer
+from emitter_anyio._net.timer import Timer, TimerEntry
 from tests.support.clock import stand_still
 from tests.support.leaks import living_tasks
 from tests.support.links import one_link
@@ -53,10 +53,10 @@ def fail_with(error: Exception) -> None:
     raise error
 
 
-class Noted(Due):
+class Noted(TimerEntry):
     """Something that notes when it falls due."""
 
-    judges: ClassVar = False
+    needs_reader: ClassVar = False
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -65,7 +65,7 @@ class Noted(Due):
     def done(self) -> bool:
         return False
 
-    def fall_due(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         self.times.append(anyio.current_time())
 
 
@@ -85,7 +85,7 @@ async def test_what_is_added_while_it_sleeps_falls_due_at_its_time(anyio_backend
 class Judging(Noted):
     """Something that falls due only after the reader."""
 
-    judges: ClassVar = True
+    needs_reader: ClassVar = True
 
 
 @pytest.mark.parametrize(("reads", "fewest"), [([0], 10), ([0, 1, None, 2, 2, None, 3], 16)])
@@ -129,7 +129,7 @@ async def test_a_reader_that_is_never_quiet_has_a_second(anyio_backend: object) 
 
 
 class Failing(Noted):
-    def fall_due(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         raise ZeroDivisionError
 
 

@@ -28,7 +28,7 @@ from emitter_anyio._net.transport import (
     _SocketStream,
     open_transport,
 )
-from emitter_anyio._net.writer import _HIGH_WATER
+from emitter_anyio._net.writer import MAX_QUEUED_BYTES
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
 from tests.support.leaks import open_sockets
@@ -733,7 +733,7 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
                     await emitter.publish("k", "a/", "x")
                 if way == "cancelled":
                     tasks.start_soon(flood, emitter)
-                    while emitter.statistics().queued_bytes < _HIGH_WATER:
+                    while emitter.statistics().queued_bytes < MAX_QUEUED_BYTES:
                         await checkpoint()
                     scope.cancel()
         # The peer's side of the link is open still.
@@ -753,7 +753,7 @@ async def test_what_waits_for_a_peer_that_reads_nothing_is_no_lost_link(
 
     async with serving(link, script) as options:
         async with connect(**options, disconnect_timeout=0.05) as emitter:
-            while emitter.statistics().queued_bytes < _HIGH_WATER:
+            while emitter.statistics().queued_bytes < MAX_QUEUED_BYTES:
                 await emitter.publish("k", "a/", bytes(65000))
         closed.set()
     assert emitter.state == "closed"

@@ -30,7 +30,7 @@ from emitter_anyio._net.transport import (
     WebSocketTransport,
     host_header,
 )
-from emitter_anyio._net.websocket import MAX_HEAD, Upgrade, WebSocket, _Limits
+from emitter_anyio._net.websocket import MAX_HEAD_BYTES, Upgrade, WebSocket, _FrameChecks
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
 from tests.support.links import one_link
@@ -155,7 +155,7 @@ class TestTheHandshake:
             (packets.CONNACK, "HTTP"),
             (b"SSH-2.0-x\r\n", "HTTP"),
             (b"HTTP/2", "HTTP"),
-            (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000, f"{MAX_HEAD} bytes"),
+            (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000, f"{MAX_HEAD_BYTES} bytes"),
         ],
     )
     def test_with_one_that_speaks_something_else(self, said: bytes, words: str) -> None:
@@ -237,7 +237,7 @@ class TestFrames:
         assert b"".join(carried) == b"".join(messages)
         assert websocket.open
         pings = [event for event in sent if isinstance(event, Ping)]
-        answers = events(websocket.answer)
+        answers = events(websocket.pong)
         assert answers == [ping.response() for ping in pings[-1:]]
 
     @given(st.lists(st.binary(max_size=70000), max_size=5), st.lists(st.integers(0, 5000)))
@@ -309,14 +309,14 @@ class TestFrames:
         assert websocket.close() == b""
 
     def test_nobody_is_offered_our_way_to_look_at_them(self) -> None:
-        assert not _Limits(MAX).offer()
+        assert not _FrameChecks(MAX).offer()
 
     def test_a_ping_that_waits_for_its_answer_is_forgotten_for_a_later_one(self) -> None:
         websocket = WebSocket(MAX)
         websocket.receive(frames(*(Ping(b"%d" % number) for number in range(1000))))
         while websocket.turn_over:
             websocket.receive(b"")
-        assert events(websocket.answer) == [Pong(b"999")]
+        assert events(websocket.pong) == [Pong(b"999")]
 
 
 class TestTheEnd:
@@ -338,7 +338,7 @@ class TestTheEnd:
         assert answer[0] == Pong(b"x")
         assert isinstance(answer[1], CloseConnection)
         assert answer[1].code == close.code
-        assert websocket.answer == websocket.close() == b""
+        assert websocket.pong == websocket.close() == b""
 
     def test_by_us_lets_the_peer_finish(self) -> None:
         websocket = WebSocket(MAX)
@@ -346,7 +346,7 @@ class TestTheEnd:
         assert not websocket.open
         assert websocket.wrap(b"x") == websocket.close() == b""
         assert websocket.receive(frames(Ping(b"x"), BytesMessage(b"last"))) == b"last"
-        assert websocket.answer == b""
+        assert websocket.pong == b""
         assert websocket.end is None
         websocket.receive(frames(CloseConnection(1000)))
         assert isinstance(websocket.end, EOFError)
@@ -388,7 +388,7 @@ class TestHostileBytes:
         websocket = WebSocket(MAX)
         carried = b"".join(map(websocket.receive, cut(data, cuts)))
         assert len(carried) <= len(data)
-        assert len(websocket.answer) <= 131
+        assert len(websocket.pong) <= 131
         if websocket.end is not None:
             assert isinstance(websocket.end, RemoteProtocolError | EOFError)
             assert str(websocket.end).isprintable()
@@ -433,7 +433,7 @@ async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: obj
         # One of these is taken in part, and none behind it.
         while taken := transport.try_send(bytes(size)):
             sent += taken
-        assert transport._due
+        assert transport._unsent
         peer, carried, closed = server(), b"", False
         peer.receive_data(theirs.recv(1 << 20))
         # There is room now, but not for another frame in the middle of that one.
@@ -470,7 +470,7 @@ async def test_a_full_socket_takes_no_frame(anyio_backend: object) -> None:
                 ours.send(bytes(65536))
         transport = WebSocketTransport(SocketTransport(ours), WebSocket(MAX), b"")
         assert transport.try_send(b"x") == 0
-        assert not transport._due
+        assert not transport._unsent
         await transport.aclose()
 
 
@@ -629,7 +629,7 @@ async def test_a_ping_is_answered_while_a_send_is_under_way(
             connection = emitter._slot.connection
             assert connection is not None
             assert isinstance(connection._transport, WebSocketTransport)
-            assert len(connection._transport._due) < len(payload) + 100
+            assert len(connection._transport._unsent) < len(payload) + 100
             await emitter.flush()
 
 

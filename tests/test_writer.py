@@ -16,13 +16,20 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter
 from emitter_anyio._net.transport import SocketTransport, StreamTransport, Transport
-from emitter_anyio._net.writer import _GATHERED, _HIGH_WATER, _LARGE, _MANY, _PAUSES, Writer
+from emitter_anyio._net.writer import (
+    BUSY_PACKETS,
+    LARGE_PACKET_BYTES,
+    MAX_COLLECT_YIELDS,
+    MAX_QUEUED_BYTES,
+    MAX_SEND_BYTES,
+    Writer,
+)
 from tests.support.links import one_link
 from tests.support.memory import MemoryStream, memory_link
 from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
 from tests.support.steps import styles
 
-FULL = bytes(_HIGH_WATER)
+FULL = bytes(MAX_QUEUED_BYTES)
 
 
 class SocketLink:
@@ -94,7 +101,7 @@ async def test_the_first_packet_of_a_turn_leaves_at_once(anyio_backend: object) 
 
 
 async def test_a_large_packet_waits_for_no_others(anyio_backend: object) -> None:
-    large = b"x" * _LARGE
+    large = b"x" * LARGE_PACKET_BYTES
     async with socket_link() as link:
         link.writer.write(b"first")
         assert link.waits() == b"first"
@@ -102,7 +109,7 @@ async def test_a_large_packet_waits_for_no_others(anyio_backend: object) -> None
         begun = link.waits()
         assert begun
         link.writer.write(b"last")
-        assert begun + await link.read(_LARGE + 4 - len(begun)) == large + b"last"
+        assert begun + await link.read(LARGE_PACKET_BYTES + 4 - len(begun)) == large + b"last"
 
 
 async def test_packets_of_every_size_leave_in_order(anyio_backend: object) -> None:
@@ -112,7 +119,7 @@ async def test_packets_of_every_size_leave_in_order(anyio_backend: object) -> No
 
         async def write() -> None:
             for packet in sent:
-                await link.writer.room()
+                await link.writer.wait_for_space()
                 link.writer.write(packet)
                 if chance.random() < 0.3:
                     await checkpoint()
@@ -162,12 +169,18 @@ async def turns_until_it_leaves(link: SocketLink, packets: int, size: int) -> in
 
 async def test_where_many_come_in_each_turn_they_gather_for_a_while(anyio_backend: object) -> None:
     async with socket_link() as link:
-        assert _PAUSES < await turns_until_it_leaves(link, 2 * _MANY, 1) <= 2 * _PAUSES + 1
+        assert (
+            MAX_COLLECT_YIELDS
+            < await turns_until_it_leaves(link, 2 * BUSY_PACKETS, 1)
+            <= 2 * MAX_COLLECT_YIELDS + 1
+        )
         await anyio.wait_all_tasks_blocked()
         assert link.writer.size == 0
 
 
-@pytest.mark.parametrize(("packets", "size"), [(5, 1), (2 * _MANY, _GATHERED // _MANY)])
+@pytest.mark.parametrize(
+    ("packets", "size"), [(5, 1), (2 * BUSY_PACKETS, MAX_SEND_BYTES // BUSY_PACKETS)]
+)
 async def test_where_few_come_or_enough_have_come_nothing_is_put_off(
     packets: int, size: int, anyio_backend: object
 ) -> None:
@@ -203,16 +216,16 @@ async def test_the_time_of_the_last_bytes_is_known(anyio_backend: object) -> Non
 
 
 async def wait_for_room(link: SocketLink, number: int, packet: bytes, admitted: list[int]) -> None:
-    await link.writer.room()
+    await link.writer.wait_for_space()
     admitted.append(number)
     link.writer.write(packet)
 
 
 async def test_there_is_room_until_enough_waits(anyio_backend: object) -> None:
     async with socket_link() as link:
-        await link.writer.room()
+        await link.writer.wait_for_space()
         link.writer.write(FULL * 2)
-        assert not link.writer.has_room
+        assert not link.writer.has_space
         admitted: list[int] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(wait_for_room, link, 1, b"x", admitted)
@@ -220,7 +233,7 @@ async def test_there_is_room_until_enough_waits(anyio_backend: object) -> None:
             assert not admitted
             assert await link.read(2 * len(FULL) + 1) == FULL * 2 + b"x"
         assert admitted == [1]
-        assert link.writer.has_room
+        assert link.writer.has_space
 
 
 async def test_who_comes_first_is_served_first(anyio_backend: object) -> None:
@@ -249,8 +262,8 @@ async def test_nobody_overtakes_one_who_waits(anyio_backend: object, attempt: in
 
         async def come_when_there_is_room() -> None:
             # Wakes up in the turn in which the first one is let in.
-            await link.writer.left()
-            assert link.writer.size < _HIGH_WATER
+            await link.writer.wait_sent()
+            assert link.writer.size < MAX_QUEUED_BYTES
             await wait_for_room(link, 2, b"2", admitted)
 
         async with anyio.create_task_group() as tasks:
@@ -311,7 +324,7 @@ async def test_who_gives_up_when_its_turn_has_come_lets_the_next_one_in(
             waiting = [Waiting(link, number, admitted) for number in range(3)]
 
             async def cancel_the_first(one: Waiting, link: SocketLink = link) -> None:
-                await link.writer.left()
+                await link.writer.wait_sent()
                 one.cancel()
 
             async with anyio.create_task_group() as tasks:
@@ -333,7 +346,7 @@ async def test_left_returns_when_these_bytes_have_left(anyio_backend: object) ->
     left = []
 
     async def wait(link: SocketLink, mark: int) -> None:
-        await link.writer.left()
+        await link.writer.wait_sent()
         assert link.writer.sent >= mark
         left.append(mark)
 
@@ -354,7 +367,7 @@ async def test_left_returns_when_these_bytes_have_left(anyio_backend: object) ->
                 assert mark in left
                 assert marks[-1] not in left or mark == marks[-1]
         assert left == marks
-        await link.writer.left()
+        await link.writer.wait_sent()
 
 
 async def test_giving_up_on_a_mark_leaves_the_others_alone(anyio_backend: object) -> None:
@@ -363,12 +376,12 @@ async def test_giving_up_on_a_mark_leaves_the_others_alone(anyio_backend: object
         left = []
 
         async def wait() -> None:
-            await writer.left()
+            await writer.wait_sent()
             left.append(True)
 
         async with anyio.create_task_group() as tasks:
             with anyio.move_on_after(0):
-                await writer.left()
+                await writer.wait_sent()
             tasks.start_soon(wait)
             await anyio.wait_all_tasks_blocked()
             assert not left
@@ -386,14 +399,14 @@ async def test_a_link_that_is_gone_lets_everybody_go(anyio_backend: object) -> N
         link.writer.write(FULL * 3)
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
-                tasks.start_soon(link.writer.room)
-                tasks.start_soon(link.writer.left)
+                tasks.start_soon(link.writer.wait_for_space)
+                tasks.start_soon(link.writer.wait_sent)
             await anyio.wait_all_tasks_blocked()
             link.writer.stop()
         # And those who come now as well.
-        assert not link.writer.has_room
-        await link.writer.room()
-        await link.writer.left()
+        assert not link.writer.has_space
+        await link.writer.wait_for_space()
+        await link.writer.wait_sent()
 
 
 async def test_only_the_task_meets_the_error_of_a_broken_link(anyio_backend: object) -> None:
@@ -411,7 +424,7 @@ async def test_only_the_task_meets_the_error_of_a_broken_link(anyio_backend: obj
         await anyio.wait_all_tasks_blocked()
         link.writer.write(b"x")
         link.writer.write(b"y")
-        link.writer.hurry()
+        link.writer.send_nowait()
         assert link.writer.size == 2
         assert not met
     assert met
@@ -422,7 +435,7 @@ async def test_hurrying_sends_what_the_link_takes(anyio_backend: object) -> None
     async with socket_link() as link:
         link.writer.write(b"a")
         link.writer.write(b"b")
-        link.writer.hurry()
+        link.writer.send_nowait()
         assert link.waits() == b"ab"
         assert link.writer.size == 0
 
@@ -435,7 +448,7 @@ async def test_hurrying_leaves_alone_what_is_under_way(anyio_backend: object) ->
         received = link.waits()
         # The link would take more, but the task already has it in hand.
         sent = link.writer.sent
-        link.writer.hurry()
+        link.writer.send_nowait()
         assert link.writer.sent == sent
         received += await link.read(len(data) - len(received))
         assert received == data
@@ -443,11 +456,11 @@ async def test_hurrying_leaves_alone_what_is_under_way(anyio_backend: object) ->
 
 async def test_nothing_has_room_behind_the_last_packet(anyio_backend: object) -> None:
     async with socket_link() as link:
-        assert link.writer.has_room
+        assert link.writer.has_space
         link.writer.write_last(b"x")
-        assert not link.writer.has_room
+        assert not link.writer.has_space
         # There is nothing to wait for: who comes now finds that the client is leaving.
-        await link.writer.room()
+        await link.writer.wait_for_space()
 
 
 # Which packets the link has had nothing of
@@ -458,21 +471,21 @@ class Taking(Transport):
     A link that takes so many bytes at a time, and nothing when it has had them all.
 
     :param sizes: how many
-    :param tears: whether it hands over a part where it fails
+    :param may_send_part: whether it hands over a part where it fails
     """
 
-    def __init__(self, *sizes: int, tears: bool = False) -> None:
+    def __init__(self, *sizes: int, may_send_part: bool = False) -> None:
         self.sizes = list(sizes)
-        self.tears = tears
+        self.may_send_part = may_send_part
 
     async def receive(self, size: int = 65536) -> bytes:
         raise NotImplementedError
 
     def try_send(self, data: bytes | memoryview) -> int:
-        return 0 if self.tears or not self.sizes else min(self.sizes.pop(0), len(data))
+        return 0 if self.may_send_part or not self.sizes else min(self.sizes.pop(0), len(data))
 
     async def send(self, data: bytes | memoryview) -> int:
-        if self.tears and self.sizes:
+        if self.may_send_part and self.sizes:
             await checkpoint()
             self.sizes.pop(0)
             return len(data)
@@ -499,7 +512,7 @@ async def untouched(transport: Transport, *packets: bytes) -> list[bytes]:
             writer.write(packet)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
-    return list(map(bytes, writer.untouched))
+    return list(map(bytes, writer.unsent_packets))
 
 
 @pytest.mark.parametrize(
@@ -524,16 +537,16 @@ async def test_a_packet_is_touched_by_its_first_byte(
 
 async def test_all_of_what_a_stream_has_in_hand_is_touched(anyio_backend: object) -> None:
     # What was gathered for one send may have gone in part.
-    assert await untouched(Taking(tears=True), b"aaa", b"bb") == []
-    large = bytes(_GATHERED)
-    assert await untouched(Taking(tears=True), b"a", large, b"bb", b"c") == [b"bb", b"c"]
-    assert await untouched(Taking(1, tears=True), large, b"bb", b"c") == []
+    assert await untouched(Taking(may_send_part=True), b"aaa", b"bb") == []
+    large = bytes(MAX_SEND_BYTES)
+    assert await untouched(Taking(may_send_part=True), b"a", large, b"bb", b"c") == [b"bb", b"c"]
+    assert await untouched(Taking(1, may_send_part=True), large, b"bb", b"c") == []
 
 
 async def test_before_the_writer_runs_nothing_is_touched(anyio_backend: object) -> None:
-    writer = Writer(Taking(tears=True))
+    writer = Writer(Taking(may_send_part=True))
     writer.write(b"aaa")
-    assert writer.untouched == [b"aaa"]
+    assert writer.unsent_packets == [b"aaa"]
 
 
 # A client's publishes

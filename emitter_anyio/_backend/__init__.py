@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from .asyncio import NativeCancelledError
 from .current import current_backend
-from .interface import CHUNK, Backend, LastHeard, Reader, Wakeup
+from .interface import READ_CHUNK_BYTES, Backend, LastHeard, Reader, Wakeup
 from .owner import Owner
 
 __all__ = [
-    "CHUNK",
+    "READ_CHUNK_BYTES",
     "Backend",
     "LastHeard",
     "NativeCancelledError",

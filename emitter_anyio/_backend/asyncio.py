@@ -10,7 +10,7 @@ from typing import Final
 
 from anyio import ClosedResourceError
 
-from .interface import CHUNK, Backend, LastHeard, Reader, WaitingReader, Wakeup
+from .interface import READ_CHUNK_BYTES, Backend, LastHeard, Reader, WaitingReader, Wakeup
 
 NativeCancelledError: Final = asyncio.CancelledError
 """What awaiting a task or a future raises that something else has cancelled."""
@@ -80,7 +80,7 @@ class WatchingReader(Reader):
         # Not the socket: if a selector does not know it, the error contains its repr(), which asks
         # the system for both addresses.
         self._fileno = sock.fileno()
-        self._size = CHUNK
+        self._size = READ_CHUNK_BYTES
         self._closed = False
         self._received: bytes | Exception | None = None
         self._waiter: asyncio.Future[None] | None = None

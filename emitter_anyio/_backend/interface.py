@@ -10,7 +10,7 @@ from typing import Final
 import anyio
 from anyio import ClosedResourceError
 
-CHUNK: Final = 65536
+READ_CHUNK_BYTES: Final = 65536
 """The bytes that are read at a time, unless a larger packet is awaited."""
 
 

@@ -18,7 +18,7 @@ from emitter_anyio._values.channels import (
     check_target,
     unix_seconds,
 )
-from emitter_anyio._values.checks import check_whole
+from emitter_anyio._values.checks import check_optional_int
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
@@ -147,7 +147,7 @@ def count(text: str) -> int:
     """Take a whole number that the broker takes, too."""
     try:
         whole = int(text) if text.isascii() and text.isdigit() else -1
-        check_whole("the number", whole)
+        check_optional_int("the number", whole)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**31 - 1}") from None
     return whole

@@ -27,10 +27,10 @@ from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._streams import EventStream, Receiver
 from emitter_anyio._values import requests as asking
 from emitter_anyio._values.channels import (
-    A_KEY,
+    PLACEHOLDER_KEY,
     Key,
     check_channel,
-    check_source,
+    check_key_source,
     format_topic,
     levels,
 )
@@ -43,7 +43,7 @@ from emitter_anyio._values.errors import (
     SlowConsumerError,
 )
 from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, encode_payload
-from emitter_anyio._values.text import readable
+from emitter_anyio._values.text import make_printable
 
 from .resumption import Subscription
 from .subscriptions import Subscriptions
@@ -172,12 +172,12 @@ class Calls:
         self, key: Key, channel: str, message: Payload, timeout: Timeout
     ) -> EmitterMessage:
         """Send a request, and return the first reply."""
-        key = check_source(key)
+        key = check_key_source(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
         # The topic that is sent is longer; but a request that is too large in any case must not
         # subscribe to replies.
-        topic = format_topic(key if isinstance(key, str) else A_KEY, channel)
+        topic = format_topic(key if isinstance(key, str) else PLACEHOLDER_KEY, channel)
         self._requester.check_size(topic.encode(), payload, 1)
         seconds = self._requester.seconds(check_timeout(timeout))
         await self._requester.connected()
@@ -198,7 +198,7 @@ class Calls:
         requester.check_size(self._topic(key, f"{where}{_CANCEL}/"), b"", 0)
         connection = await requester.space()
         reply = replies.waiting[number] = _Reply()
-        sent = connection.session.publish_confirmed(topic, payload, key, where)
+        sent = connection.session.publish_qos_1(topic, payload, key, where)
         deadline = None
         try:
             with anyio.CancelScope() as scope:
@@ -220,7 +220,7 @@ class Calls:
             )
         binary = reply.message.binary
         if reply.kind == _ERROR:
-            words = readable(binary.decode(errors="replace"))
+            words = make_printable(binary.decode(errors="replace"))
             raise ReplyError(f"request {channel!r}: {words}")
         return EmitterMessage(where, binary)
 
@@ -264,7 +264,7 @@ class Calls:
         task_status: TaskStatus[Any],
     ) -> None:
         """Serve requests until cancelled."""
-        key = check_source(key)
+        key = check_key_source(key)
         channel = check_channel(channel)
         check_function("handler", handler)
         concurrency = check_int("concurrency", concurrency, 1)
@@ -343,7 +343,7 @@ class Calls:
                 payload = await self._guard.call(self._reply_of, service.handler, key, message)
             except UserCodeError as exc:
                 error = exc.error
-                logger.warning("serving %r raised", readable(message.channel), exc_info=error)
+                logger.warning("serving %r raised", make_printable(message.channel), exc_info=error)
                 words = f"the handler that served it raised {type(error).__name__}: {error}"
                 kind, payload = _ERROR, words.encode(errors="replace")[:_MAX_ERROR_BYTES]
             with suppress(EmitterError):  # without a connection, the requester is told that

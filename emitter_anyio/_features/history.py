@@ -15,10 +15,10 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import (
-    A_KEY,
+    PLACEHOLDER_KEY,
     Key,
     check_channel,
-    check_source,
+    check_key_source,
     levels,
     unix_seconds,
 )
@@ -132,14 +132,14 @@ class History:
         timeout: Timeout,
     ) -> HistoryIterator:
         """Return an iterator over stored messages, after checking every argument."""
-        key = check_source(key)
+        key = check_key_source(key)
         channel = check_channel(channel, wildcards=True)
         check_stored(channel)
         count = _DEFAULT_LAST if last is None else check_int("last", last, 0)
         newest = check_choice("order", order, ("oldest", "newest")) == "newest"
         timeout = check_timeout(timeout)
         first, final = unix_seconds("since", since), unix_seconds("until", until)
-        text = key if isinstance(key, str) else A_KEY
+        text = key if isinstance(key, str) else PLACEHOLDER_KEY
         asked = requests.history(text, channel, last=count, since=first, until=final)
         self._requester.check_size(asked.topic.encode(), asked.body, 1)
         reader = self.reader(self._requester, key, channel, count, first, final, timeout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from emitter_anyio._runtime.requester import Requester, Timeout, check_timeout
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, check_source, check_target
+from emitter_anyio._values.channels import Key, check_key_source, check_target
 from emitter_anyio._values.checks import check_flag, check_int, check_text
 from emitter_anyio._values.requests import ChannelKey
 
@@ -25,7 +25,7 @@ class Keys:
         self, key: Key, channel: str, permissions: str, ttl: int, timeout: Timeout
     ) -> ChannelKey:
         """Have the broker make a key."""
-        key = check_source(key)
+        key = check_key_source(key)
         channel = check_target(channel)
         ttl = check_int("ttl", ttl, 0)
         timeout = check_timeout(timeout)
@@ -44,7 +44,7 @@ class Keys:
 
     async def keyban(self, secret: Key, target: Key, banned: bool, timeout: Timeout) -> bool:
         """Have the broker ban a key, or lift the ban."""
-        secret, target = check_source(secret), check_source(target)
+        secret, target = check_key_source(secret), check_key_source(target)
         banned, timeout = check_flag("banned", banned), check_timeout(timeout)
         banning = await self._requester.key_of(target)
 

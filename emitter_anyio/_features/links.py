@@ -12,7 +12,7 @@ from emitter_anyio._runtime.events import Events
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._runtime.supervisor import Restoration, Restoring
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, check_channel, check_source
+from emitter_anyio._values.channels import Key, check_channel, check_key_source
 from emitter_anyio._values.checks import check_flag, check_text
 from emitter_anyio._values.errors import MessageTooLargeError
 from emitter_anyio._values.messages import Payload, encode_payload
@@ -79,7 +79,7 @@ class Links:
         timeout: Timeout,
     ) -> Link:
         """Make a link."""
-        key = check_source(key)
+        key = check_key_source(key)
         channel = check_channel(channel)
         name = _check_name(name)
         subscribe, timeout = check_flag("subscribe", subscribe), check_timeout(timeout)

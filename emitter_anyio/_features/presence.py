@@ -21,7 +21,7 @@ from emitter_anyio._runtime.supervisor import Restoration, Restoring
 from emitter_anyio._runtime.totals import Totals
 from emitter_anyio._streams import Entering, Overflow, Receiver, Sender, check_buffer
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import A_KEY, Key, check_channel, check_source
+from emitter_anyio._values.channels import PLACEHOLDER_KEY, Key, check_channel, check_key_source
 from emitter_anyio._values.checks import check_flag, check_seconds
 from emitter_anyio._values.errors import (
     ConnectionLostError,
@@ -186,8 +186,8 @@ class Presence:
         return self._leave(channel, None)
 
     def _check(self, key: Key, channel: str) -> tuple[Key, str]:
-        key, channel = check_source(key), check_channel(channel, wildcards=True)
-        text = key if isinstance(key, str) else A_KEY
+        key, channel = check_key_source(key), check_channel(channel, wildcards=True)
+        text = key if isinstance(key, str) else PLACEHOLDER_KEY
         longest = requests.presence(text, channel, status=False, changes=False)
         self._requester.check_size(longest.topic.encode(), longest.body, 1)
         return key, channel

@@ -12,8 +12,14 @@ from emitter_anyio._net.options import Options
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._runtime.trace import Trace
-from emitter_anyio._values.channels import Key, check_channel, check_key, check_source, format_topic
-from emitter_anyio._values.checks import check_flag, check_whole, is_whole
+from emitter_anyio._values.channels import (
+    Key,
+    check_channel,
+    check_key,
+    check_key_source,
+    format_topic,
+)
+from emitter_anyio._values.checks import check_flag, check_optional_int, is_int
 from emitter_anyio._values.messages import Payload, encode_payload
 
 TopicOptions: TypeAlias = tuple[tuple[str, int | None], ...]
@@ -73,8 +79,8 @@ class Publisher:
             and timeout is DEFAULT
         ):
             retain, echo = check_flag("retain", retain), check_flag("echo", echo)
-            ttl, qos = check_whole("ttl", ttl), check_qos(qos)
-            key, channel = check_source(key), check_channel(channel)
+            ttl, qos = check_optional_int("ttl", ttl), check_qos(qos)
+            key, channel = check_key_source(key), check_channel(channel)
             timeout = check_timeout(timeout)
             if not isinstance(key, str):
                 payload = encode_payload(message)
@@ -98,7 +104,7 @@ class Publisher:
                 return None
             if qos == 1 and not session.full:
                 slot.owner.check()
-                sent = session.publish_confirmed(topic, payload, key, channel, retain)
+                sent = session.publish_qos_1(topic, payload, key, channel, retain)
                 return self._requester.answer(connection, sent, timeout)
         return self.publish(topic, payload, key, channel, check_qos(qos), retain, timeout)
 
@@ -131,7 +137,7 @@ class Publisher:
             if qos == 0:
                 session.publish(topic, payload, retain)
             else:
-                sent = session.publish_confirmed(topic, payload, key, channel, retain)
+                sent = session.publish_qos_1(topic, payload, key, channel, retain)
                 await requester.answer(connection, sent, timeout)
 
     async def _put_with_key(
@@ -168,7 +174,7 @@ def check_qos(qos: int) -> Literal[0, 1]:
     :raises TypeError: if it is not an int
     :raises ValueError: if it is neither 0 nor 1
     """
-    if not is_whole(qos):
+    if not is_int(qos):
         raise TypeError(f"qos must be an int, not {type(qos).__name__}")
     if qos not in (0, 1):
         raise ValueError(f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1")
@@ -177,4 +183,7 @@ def check_qos(qos: int) -> Literal[0, 1]:
 
 def topic_options(ttl: int | None, echo: bool) -> TopicOptions:
     """Return the options of a topic to publish to."""
-    return ("ttl", check_whole("ttl", ttl) or None), ("me", None if check_flag("echo", echo) else 0)
+    return ("ttl", check_optional_int("ttl", ttl) or None), (
+        "me",
+        None if check_flag("echo", echo) else 0,
+    )

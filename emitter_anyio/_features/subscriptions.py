@@ -30,18 +30,18 @@ from emitter_anyio._runtime.totals import Totals
 from emitter_anyio._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import (
-    A_KEY,
+    PLACEHOLDER_KEY,
     Key,
     check_channel,
     check_group,
-    check_source,
+    check_key_source,
     format_topic,
     levels,
     share,
     unix_seconds,
     unshare,
 )
-from emitter_anyio._values.checks import check_flag, check_int, check_whole
+from emitter_anyio._values.checks import check_flag, check_int, check_optional_int
 from emitter_anyio._values.errors import (
     RequestError,
     SubscriptionConflictError,
@@ -160,7 +160,9 @@ class Subscriptions:
     ) -> Subscribing[Any]:
         """Return what subscribes when it is awaited or entered, after checking every argument."""
         replay = Replay(
-            check_whole("last", last), unix_seconds("since", since), unix_seconds("until", until)
+            check_optional_int("last", last),
+            unix_seconds("since", since),
+            unix_seconds("until", until),
         )
         source, filter = self._check_filter(key, channel, group, replay)
         check_buffer(buffer, overflow)
@@ -170,7 +172,7 @@ class Subscriptions:
         if check_flag("resume", resume):
             check_stored(unshare(filter)[1])
         if unshare(filter)[0] is not None:
-            if replay.insists:
+            if replay.is_explicit:
                 raise ValueError("Emitter replays nothing to a group: leave out last, since, until")
             if resume:
                 raise ValueError(
@@ -230,7 +232,7 @@ class Subscriptions:
             other.call_when_done(settled.set)
             await settled.wait()
             connection = await requester.space()
-        if replay.insists and levels(channel)[0] == "+" and self._wants.overlaps(filter):
+        if replay.is_explicit and levels(channel)[0] == "+" and self._wants.overlaps(filter):
             raise SubscriptionConflictError(
                 f"{channel!r}: beside an overlapping subscription a replay comes from a history "
                 "request, which needs a literal first level; use last=0, or a second Emitter"
@@ -272,10 +274,10 @@ class Subscriptions:
     def _check_filter(
         self, key: Key, channel: str, group: str | None, replay: Replay
     ) -> tuple[Key, str]:
-        source = check_source(key)
+        source = check_key_source(key)
         checked = check_channel(channel, wildcards=True)
         filter = share(None if group is None else check_group(group), checked)
-        text = source if isinstance(source, str) else A_KEY
+        text = source if isinstance(source, str) else PLACEHOLDER_KEY
         topic = format_topic(text, filter, replay.options)
         self._requester.check_size(topic.encode(), b"", 1)
         return source, filter
@@ -390,7 +392,7 @@ class Subscriptions:
             key = await requester.key_of(grant.source, grant.key)
             if key == grant.key or not grant.users:
                 raise
-            connection.session.ask_again(grant, key)
+            connection.session.subscribe_again(grant, key)
             await requester.answer(connection, grant.asked, DEFAULT)
         for subscription in self._users(grant):
             self._resumption.resume(restoring, subscription, grant)

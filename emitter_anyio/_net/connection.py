@@ -12,14 +12,14 @@ from typing import Final, TypeAlias
 import anyio
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._backend import CHUNK, current_backend
+from emitter_anyio._backend import READ_CHUNK_BYTES, current_backend
 from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._protocol.codec import Codec
 from emitter_anyio._protocol.fast_path import is_qos_0_publish
 from emitter_anyio._protocol.packets import Disconnect, Event, Packet
 from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
-from emitter_anyio._values.batches import Messages
+from emitter_anyio._values.batches import MessageBatch
 from emitter_anyio._values.errors import RemoteProtocolError
 
 from .keepalive import Keepalive
@@ -37,7 +37,7 @@ _MAX_PACKET_READ_BYTES: Final = 1048576
 """The most bytes that are read together if a packet of that size has begun."""
 
 _PUBACK_BYTES: Final = 4
-_PACKET_IDS: Final = 65535
+_MAX_PACKET_IDS: Final = 65535
 """The most QoS 1 messages that can be unacknowledged, because each has its own packet id."""
 
 
@@ -112,7 +112,7 @@ class Connection:
         self._codec = codec
         self._last_heard = transport.last_heard
         """When bytes last arrived, or the reader last waited for a consumer."""
-        self._held_up = False
+        self._reading_paused = False
         """Whether the reader waits for a consumer, so that the broker's silence means nothing."""
         self._first = first
         self._unsent_pubacks: deque[int] = deque()
@@ -139,7 +139,7 @@ class Connection:
     @property
     def unsent(self) -> list[bytes]:
         """The QoS 0 publishes of which no byte was sent."""
-        return [bytes(one) for one in self.writer.untouched if is_qos_0_publish(one)]
+        return [bytes(one) for one in self.writer.unsent_packets if is_qos_0_publish(one)]
 
     def send(self, packet: Packet) -> None:
         """Queue a packet, unless DISCONNECT is queued."""
@@ -173,7 +173,7 @@ class Connection:
             self._break(exc)
         finally:
             self._take(ConnectionStep.END)
-            self.writer.rest()
+            self.writer.forbid_task()
             try:
                 await self._end_writing()
             finally:
@@ -195,28 +195,28 @@ class Connection:
         """Close a connection that was never run."""
         await self._transport.aclose()
 
-    async def disconnect(self, *, unsettled: bool) -> None:
+    async def disconnect(self, *, await_close: bool) -> None:
         """
         Send what is queued, and DISCONNECT.
 
-        :param unsettled: whether the broker might not have read everything that matters. If the
+        :param await_close: whether the broker might not have read everything that matters. If the
             client closed first, a message on its way to it would meet a closed socket, and the
             reset that answers it would discard what the broker has not read yet. So wait until the
             broker has closed the connection
         """
         self.send(Disconnect())
-        await self.writer.left()
+        await self.writer.wait_sent()
         await self._transport.send_eof()
-        if unsettled:
+        if await_close:
             self._take(ConnectionStep.DISCARD)
             if self._waiting is not None:
                 self._waiting.cancel()
-            await self.writer.stopped()
+            await self.writer.wait_stopped()
 
     def disconnect_nowait(self) -> bool:
         """Send what is queued, and DISCONNECT, without waiting; return whether all was sent."""
         self.send(Disconnect())
-        self.writer.hurry()
+        self.writer.send_nowait()
         return not self.writer.size
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class Connection:
         if self._waiting is not None:
             self._waiting.cancel()
 
-    async def hold_up(self, wait: Callable[[], Awaitable[None]]) -> bool:
+    async def pause_reading(self, wait: Callable[[], Awaitable[None]]) -> bool:
         """
         Have the reader, which calls this, wait for a consumer.
 
@@ -234,7 +234,7 @@ class Connection:
         :raises ClosedResourceError: if the connection has ended
         """
         if self._delivers:
-            self._held_up = True
+            self._reading_paused = True
             with anyio.CancelScope() as self._waiting:
                 await wait()
         self.check()
@@ -269,14 +269,14 @@ class Connection:
         self.writer.begin(partial(tasks.start_soon, self._write))
         Keepalive(
             *(self.timer, self.writer, self.session, self._last_heard),
-            held_up=lambda: self._held_up,
+            reading_paused=lambda: self._reading_paused,
             seconds=self._options.keepalive,
         )
         tasks.start(self.timer.run, self._break, self._reads_so_far, name="emitter_anyio timer")
 
     def _reads_so_far(self) -> int | None:
         """Return the number of reads, or ``None`` while one is being delivered."""
-        return self._reads if self._awaits_bytes or self._held_up else None
+        return self._reads if self._awaits_bytes or self._reading_paused else None
 
     async def _write(self) -> None:
         if self._ended:
@@ -307,7 +307,7 @@ class Connection:
         # After DISCONNECT was sent, it does not matter how the connection ends. The broker may
         # close it before the transport reports that DISCONNECT was sent. If the broker is silent,
         # it was not.
-        left = self.writer.kept if isinstance(exc, EOFError) else self.writer.size
+        left = self.writer.unoffered_bytes if isinstance(exc, EOFError) else self.writer.size
         if left or not self.leaving:
             self._broken = exc
         else:
@@ -316,7 +316,7 @@ class Connection:
 
     async def _read(self, deliver: Deliver) -> None:
         await self._take_in(deliver, self._first)
-        receive, codec, size = self._transport.receive, self._codec, CHUNK
+        receive, codec, size = self._transport.receive, self._codec, READ_CHUNK_BYTES
         # The state is compared in place: each read would pay for a property.
         while self.state is not _ENDED:
             if codec.turn_over and self.state is not _DISCARDING:
@@ -336,7 +336,7 @@ class Connection:
                     raise EOFError("the broker closed the link")
                 # In a flood, each consumer then wakes for several messages instead of for each.
                 if len(data) < size:
-                    size = CHUNK
+                    size = READ_CHUNK_BYTES
                 elif size < _MAX_READ_BYTES:
                     size *= 2
             if self._delivers:
@@ -344,14 +344,14 @@ class Connection:
 
     async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
         # Several acknowledgements wake several callers: what they publish is sent together.
-        several = len(events) > 1 or (bool(events) and type(events[0]) is Messages)
-        self.writer.gather(several=several)
+        several = len(events) > 1 or (bool(events) and type(events[0]) is MessageBatch)
+        self.writer.begin_turn(several=several)
         # Nothing is sent after DISCONNECT.
         if (written := self._codec.take_written()) and not self.leaving:
             self._acknowledge(written)
         await deliver(events)
-        if self._held_up:
-            self._held_up = False
+        if self._reading_paused:
+            self._reading_paused = False
             self._last_heard.note()
 
     def _acknowledge(self, pubacks: bytes) -> None:
@@ -361,8 +361,8 @@ class Connection:
         unsent.extend([self.writer.queued] * (len(pubacks) // _PUBACK_BYTES))
         while unsent and unsent[0] <= self.writer.sent:
             unsent.popleft()
-        if len(unsent) > _PACKET_IDS:
+        if len(unsent) > _MAX_PACKET_IDS:
             raise RemoteProtocolError(
-                f"the broker sent more than {_PACKET_IDS} messages of QoS 1 and read no "
+                f"the broker sent more than {_MAX_PACKET_IDS} messages of QoS 1 and read no "
                 "acknowledgement of them"
             )

@@ -16,7 +16,7 @@ from emitter_anyio._values.messages import encode_payload
 
 from .connection import Connection
 from .options import Options, Server
-from .transport import BROKEN, open_transport
+from .transport import TRANSPORT_ERRORS, open_transport
 
 FAST_PATH = True
 """Whether connections use the codec's fast path. The test session plain-engine turns it off."""
@@ -58,7 +58,7 @@ async def open_connection(
             with anyio.move_on_after(options.connect_timeout):
                 return await _open(server, options, wants, connect)
             causes[str(server)] = TimeoutError()
-        except (*BROKEN, EOFError, RemoteProtocolError, ConnectError) as exc:
+        except (*TRANSPORT_ERRORS, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options, after)
 

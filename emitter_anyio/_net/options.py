@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 from anyio.abc import ByteStreamConnectable
 
 from emitter_anyio._values.backoff import Backoff
-from emitter_anyio._values.channels import A_KEY, format_topic
+from emitter_anyio._values.channels import PLACEHOLDER_KEY, format_topic
 from emitter_anyio._values.checks import (
     check_choice,
     check_flag,
@@ -35,10 +35,10 @@ DEFAULT_HOST: Final = "api.emitter.io"
 PORTS: Final = {"mqtt": 8080, "mqtts": 443, "ws": 8080, "wss": 443}
 """Emitter's own ports, where MQTT's would be 1883 and 8883."""
 
-_PATH: Final = "/%:@!$&'()*+,;=~"
+_SAFE_IN_PATH: Final = "/%:@!$&'()*+,;=~"
 """What stands for itself in a path, beside letters and digits (RFC 3986)."""
 
-_NOT_IN_A_HOST: Final = re.compile(r"[\x00-,/:-@\[-^`{-\x7f\s]")
+_INVALID_IN_HOST: Final = re.compile(r"[\x00-,/:-@\[-^`{-\x7f\s]")
 """What no host name has; what is not ASCII may be a part of an international one."""
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
@@ -46,7 +46,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _MISPLACED_AT: Final = re.compile(r"://.*[/?#\[\]].*@", re.DOTALL)
 """An ``@`` where a user and a password have ended already."""
 
-_MAX_FIELD: Final = 65535
+_MAX_FIELD_BYTES: Final = 65535
 """MQTT counts the bytes of each text and of a will's payload in 16 bits."""
 
 MAX_KEEPALIVE: Final = 60
@@ -99,7 +99,7 @@ TraceHook: TypeAlias = Callable[[str, Mapping[str, object]], object]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
-    """Everything that can be said about a client; see :func:`~emitter_anyio.connect`."""
+    """Everything that can be given about a client; see :func:`~emitter_anyio.connect`."""
 
     servers: tuple[Server, ...]
     keepalive: float = 30
@@ -130,7 +130,7 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
     """
     Check everything and put it together.
 
-    :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
+    :raises TypeError: if an option is unknown, of the wrong kind, or given twice with two values
     :raises ValueError: if a value is out of its range
     :raises ImportError: if WebSocket is wanted, and wsproto is not there
     """
@@ -139,7 +139,7 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
     origin = "the mapping"
     if isinstance(options, str):
         server, credentials = _parse_url("URL", options)
-        first = credentials | _place_of(server)
+        first = credentials | _address_options(server)
         origin = "the URL"
     elif isinstance(options, Mapping):
         first = dict(options)
@@ -147,45 +147,48 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
         raise TypeError(
             f"connect() takes a URL or a mapping of options, not {type(options).__name__}"
         )
-    said: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in (*first.items(), *keywords.items()):
-        check = _CHECKS.get(name) or _PLACE.get(name)
+        check = _OTHER_CHECKS.get(name) or _ADDRESS_CHECKS.get(name)
         if check is None:
-            raise TypeError(
-                f"unknown option {name!r}; there are {', '.join(sorted((*_PLACE, *_CHECKS)))}"
-            )
+            known = ", ".join(sorted((*_ADDRESS_CHECKS, *_OTHER_CHECKS)))
+            raise TypeError(f"unknown option {name!r}; there are {known}")
         checked = check(name, value)
-        if name in said and said[name] != checked:
+        if name in given and given[name] != checked:
             raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
-        said[name] = checked
-    place: dict[str, Any] = {name: said.pop(name) for name in _PLACE if name in said}
-    if said.get("connectable") is not None and not place:
-        made = Options(servers=(Server("connectable", "", 0),), **said)
+        given[name] = checked
+    address: dict[str, Any] = {name: given.pop(name) for name in _ADDRESS_CHECKS if name in given}
+    if given.get("connectable") is not None and not address:
+        made = Options(servers=(Server("connectable", "", 0),), **given)
     else:
-        secure = said.get("connectable") is None
-        made = Options(servers=_servers(place, server, secure=secure), **said)
+        secure = given.get("connectable") is None
+        made = Options(servers=_servers(address, server, secure=secure), **given)
     _check_together(made)
     return made
 
 
-def _servers(place: dict[str, Any], of_url: Server | None, *, secure: bool) -> tuple[Server, ...]:
+def _servers(
+    address: dict[str, Any], url_server: Server | None, *, secure: bool
+) -> tuple[Server, ...]:
     """
     Return the servers that the options name.
 
     :param secure: whether TLS is used unless the options say so
     """
-    servers: tuple[Server, ...] | None = place.pop("servers", None)
+    servers: tuple[Server, ...] | None = address.pop("servers", None)
     if servers is not None:
-        if place:
-            raise TypeError(f"servers stands instead of {', '.join(place)}: give only one of them")
+        if address:
+            raise TypeError(
+                f"servers stands instead of {', '.join(address)}: give only one of them"
+            )
         return servers
-    scheme = "mqtts" if place.get("secure", secure) else "mqtt"
-    host = place.get("host", DEFAULT_HOST)
+    scheme = "mqtts" if address.get("secure", secure) else "mqtt"
+    host = address.get("host", DEFAULT_HOST)
     if host.startswith("/"):
         return (Server("unix", host, 0),)
-    server = Server(scheme, host, place.get("port", PORTS[scheme]))
+    server = Server(scheme, host, address.get("port", PORTS[scheme]))
     # No keyword disagrees with a URL, which may say more: WebSocket, and a path.
-    return (of_url or server,)
+    return (url_server or server,)
 
 
 def _check_host_or_path(name: str, value: object) -> str:
@@ -212,7 +215,7 @@ def _check_host(name: str, host: str) -> str:
     elif host.startswith("["):
         why = "it has brackets, which only a URL needs; use host='::1' and port= for the port"
     elif ":" not in host:
-        if not (bad := _NOT_IN_A_HOST.search(host)):
+        if not (bad := _INVALID_IN_HOST.search(host)):
             return _check_utf8(name, host)
         why = f"it contains {bad[0]!r}, which no host name has; use the name or address alone"
     elif (address := host.partition("%"))[0].count(":") == 1:
@@ -223,7 +226,7 @@ def _check_host(name: str, host: str) -> str:
         except ValueError:
             why = "it contains ':', but is not an IPv6 address"
         else:
-            if not _NOT_IN_A_HOST.search(address[2]):
+            if not _INVALID_IN_HOST.search(address[2]):
                 return _check_utf8(name, host)
             why = "its zone must be the name or number of a network interface"
     raise ValueError(f"invalid {name}: {why}")
@@ -251,7 +254,7 @@ def _parse_url(name: str, value: object) -> tuple[Server, dict[str, Any]]:
     # The URL itself is in no message, since it may carry a password.
     url = check_text(f"a {name}", value)
     try:
-        return _take_apart(url)
+        return _split_url(url)
     except ValueError as exc:
         hint = ""
         if _MISPLACED_AT.search(url):
@@ -262,7 +265,7 @@ def _parse_url(name: str, value: object) -> tuple[Server, dict[str, Any]]:
         raise ValueError(f"{exc}{hint}") from None
 
 
-def _take_apart(url: str) -> tuple[Server, dict[str, Any]]:
+def _split_url(url: str) -> tuple[Server, dict[str, Any]]:
     # urlsplit() would leave them out.
     if _CONTROL.search(url):
         raise ValueError("invalid URL: it contains a control character, such as a line break")
@@ -300,7 +303,7 @@ def _take_apart(url: str) -> tuple[Server, dict[str, Any]]:
     if parts.password is not None:
         credentials["password"] = _unquote("password", parts.password)
     port = _check_port("port", PORTS[parts.scheme] if port is None else port)
-    path = quote(parts.path or "/", safe=_PATH) if websocket else ""
+    path = quote(parts.path or "/", safe=_SAFE_IN_PATH) if websocket else ""
     return Server(parts.scheme, host, port, path), credentials
 
 
@@ -314,7 +317,7 @@ def _unquote(what: str, text: str) -> str:
         ) from None
 
 
-def _place_of(server: Server) -> dict[str, Any]:
+def _address_options(server: Server) -> dict[str, Any]:
     if server.scheme == "unix":
         return {"host": server.host}
     return {"host": server.host, "port": server.port, "secure": server.secure}
@@ -348,12 +351,12 @@ def check_connect_size(options: Options, will_key: str | None = None) -> None:
     ]
     if (will := options.will) is not None:
         payload = encode_payload(will.message)
-        if len(payload) > _MAX_FIELD:
+        if len(payload) > _MAX_FIELD_BYTES:
             raise MessageTooLargeError(
                 f"cannot use the will: its message has {len(payload)} bytes; MQTT allows "
-                f"{_MAX_FIELD}"
+                f"{_MAX_FIELD_BYTES}"
             )
-        key = will_key or (will.key if isinstance(will.key, str) else A_KEY)
+        key = will_key or (will.key if isinstance(will.key, str) else PLACEHOLDER_KEY)
         fields += [format_topic(key, will.channel).encode(), payload]
     # Protocol, version, flags and keepalive have 10 bytes; each field has its length in front.
     size = 10 + 2 * len(fields) + sum(map(len, fields))
@@ -376,8 +379,8 @@ def _check_utf8(name: str, text: str) -> str:
         size = len(text.encode())
     except UnicodeEncodeError as exc:
         raise ValueError(f"{name} has no UTF-8: {exc.reason}") from None
-    if size > _MAX_FIELD:
-        raise ValueError(f"{name} has at most {_MAX_FIELD} bytes")
+    if size > _MAX_FIELD_BYTES:
+        raise ValueError(f"{name} has at most {_MAX_FIELD_BYTES} bytes")
     return text
 
 
@@ -405,7 +408,7 @@ def _check_is(kind: type, what: str) -> _Check:
     return check
 
 
-_PLACE: Final[Mapping[str, _Check]] = {
+_ADDRESS_CHECKS: Final[Mapping[str, _Check]] = {
     "host": _check_host_or_path,
     "port": _check_port,
     "secure": check_flag,
@@ -419,7 +422,7 @@ def _check_trace(name: str, value: object) -> TraceHook | None:
     return check_function(name, cast("TraceHook", value))
 
 
-_CHECKS: Final[Mapping[str, _Check]] = {
+_OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "keepalive": partial(check_seconds, least=1, most=MAX_KEEPALIVE),
     "username": _check_username,
     "password": _check_password,

@@ -28,10 +28,10 @@ Reads: TypeAlias = Callable[[], int | None]
 """Returns how many times the reader has read, or ``None`` while it is handling what it has read."""
 
 
-class Due(Protocol):
+class TimerEntry(Protocol):
     """Something that falls due, unless it is done before."""
 
-    judges: ClassVar[bool]
+    needs_reader: ClassVar[bool]
     """Whether it ends something because of what has not arrived, so that the reader goes first."""
 
     @property
@@ -40,7 +40,7 @@ class Due(Protocol):
         """Whether it need not fall due any more."""
 
     @abstractmethod
-    def fall_due(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         """
         Do what is due; it may be added to the timer again.
 
@@ -52,7 +52,7 @@ class Timer:
     """
     Lets things fall due.
 
-    Before it lets one fall due that judges, the reader takes in what has arrived: if the process
+    Before one that needs the reader expires, the reader takes in what has arrived: if the process
     stood still (a debugger, a suspended machine, a blocking call), what was awaited might have
     arrived in time and wait in the socket.
 
@@ -64,7 +64,7 @@ class Timer:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self._heap: list[tuple[float, int, Due]] = []
+        self._heap: list[tuple[float, int, TimerEntry]] = []
         self._added = 0
         self._max_entries = _SPARE_ENTRIES
         self._wakes_at = -math.inf
@@ -73,7 +73,7 @@ class Timer:
         """The scope in which the task sleeps."""
         self._ended = False
 
-    def add(self, when: float, due: Due) -> None:
+    def add(self, when: float, due: TimerEntry) -> None:
         """
         Let something fall due.
 
@@ -106,11 +106,11 @@ class Timer:
                 self._wakes_at = -math.inf
                 now, caught_up = self.clock(), False
                 while self._first() <= now:
-                    if self._heap[0][2].judges and not caught_up:
+                    if self._heap[0][2].needs_reader and not caught_up:
                         await self._let_catch_up(reads, now + _MAX_CATCH_UP_SECONDS)
                         caught_up = True
                     else:
-                        heappop(self._heap)[2].fall_due(now)
+                        heappop(self._heap)[2].expire(now)
         except Exception as exc:
             failed(exc)
 
@@ -146,7 +146,7 @@ class ReplyDeadline:
     :param writer: sends the packet
     """
 
-    judges: ClassVar = True
+    needs_reader: ClassVar = True
 
     __slots__ = ("_expired", "_seconds", "_timer", "_writer", "done")
 
@@ -158,13 +158,13 @@ class ReplyDeadline:
         self._seconds = seconds
         self._timer = timer
         self._writer = writer
-        writer.call_when_left(self._begin)
+        writer.call_when_sent(self._begin)
 
     def cancel(self) -> None:
         """End the deadline: the call awaits no reply any more."""
         self.done = True
 
-    def fall_due(self, now: float) -> None:
+    def expire(self, now: float) -> None:
         if self._expired():
             self._timer.add(now + self._seconds, self)
 

@@ -24,7 +24,7 @@ from anyio.abc import ByteStream
 from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
-from emitter_anyio._backend import CHUNK, LastHeard, current_backend
+from emitter_anyio._backend import READ_CHUNK_BYTES, LastHeard, current_backend
 
 from .options import Options, Server
 from .tls import client_context, explain
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
     from .websocket import WebSocket
 
 # Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
-_UNDER_WAY: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
+_IN_PROGRESS: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 
-_PATIENCE: Final = 1.0
+_CLOSE_SECONDS: Final = 1.0
 """Seconds for the last words of a link: a server's when it refuses, ours when the peer ends it."""
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
 """The delay before the next address of a server is tried beside the last one, as in AnyIO."""
 
-BROKEN: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
+TRANSPORT_ERRORS: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
 """What a transport raises when the link is broken."""
 
 
 class Transport(ABC):
     """A way to a broker."""
 
-    tears: bool
+    may_send_part: bool
     """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
 
     last_heard: LastHeard
 
     @abstractmethod
-    async def receive(self, size: int = CHUNK) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         """
         Wait for bytes from the peer.
 
@@ -90,21 +90,21 @@ class Transport(ABC):
     async def aclose(self) -> None:
         """Close at once; safe under cancellation, and to be called twice."""
 
-    def on_due(self, wake: Callable[[], None]) -> None:  # noqa: B027 - most have no such thing
+    def set_waker(self, wake: Callable[[], None]) -> None:  # noqa: B027 - most have no such thing
         """
-        Have the writer woken for :meth:`send_due`.
+        Have the writer woken for :meth:`send_control`.
 
         :param wake: is called when the transport itself has something to send
         """
 
-    async def send_due(self) -> None:  # noqa: B027 - most have no such thing
+    async def send_control(self) -> None:  # noqa: B027 - most have no such thing
         """Send what the transport itself has to send, such as the answer to a ping."""
 
 
 class SocketTransport(Transport):
     """A non-blocking socket of our own: TCP, or a Unix socket."""
 
-    tears = False
+    may_send_part = False
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -113,7 +113,7 @@ class SocketTransport(Transport):
         self._has_waited = False
         """Whether anybody has had to wait until it takes something."""
 
-    async def receive(self, size: int = CHUNK) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         return await self._reader.receive(size)
 
     def try_send(self, data: bytes | memoryview) -> int:
@@ -151,7 +151,7 @@ class StreamTransport(Transport):
     :param below: the transport below TLS, which receives the bytes
     """
 
-    tears = True
+    may_send_part = True
 
     def __init__(self, stream: ByteStream, below: Transport | None = None) -> None:
         self._stream = stream
@@ -159,13 +159,13 @@ class StreamTransport(Transport):
         self.last_heard = LastHeard(current_backend().clock) if below is None else below.last_heard
         self._listening = anyio.CancelScope()
 
-    async def receive(self, size: int = CHUNK) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         try:
             data = await self._stream.receive(size)
         except EndOfStream:
             return b""
         except BrokenResourceError as exc:
-            raise _worded(exc) from exc
+            raise _to_os_error(exc) from exc
         except ssl.SSLError as exc:
             explain(exc)
             raise
@@ -180,12 +180,12 @@ class StreamTransport(Transport):
         try:
             await self._stream.send(bytes(data))
         except BrokenResourceError as exc:
-            raise _worded(exc) from exc
+            raise _to_os_error(exc) from exc
         return len(data)
 
     async def send_eof(self) -> None:
         # TLS cannot, and says so with a NotImplementedError, or with a TypeError when it is broken.
-        with suppress(NotImplementedError, TypeError, *BROKEN):
+        with suppress(NotImplementedError, TypeError, *TRANSPORT_ERRORS):
             await self._stream.send_eof()
 
     def listening(self) -> AbstractContextManager[object]:
@@ -214,23 +214,23 @@ class WebSocketTransport(Transport):
     :param received: what came behind the handshake
     """
 
-    tears = True
+    may_send_part = True
 
     def __init__(self, below: Transport, websocket: WebSocket, received: bytes) -> None:
         self.last_heard = LastHeard(below.last_heard.clock)
         self._below = below
         self._websocket = websocket
         self._carried = websocket.receive(received)
-        self._due = bytearray()
+        self._unsent = bytearray()
         self._sending = anyio.Lock(fast_acquire=True)
         self._wake: Callable[[], None] | None = None
-        self._goodbye: anyio.CancelScope | None = None
+        self._closing: anyio.CancelScope | None = None
         """In which the one who receives answers the peer's goodbye."""
 
-    async def receive(self, size: int = CHUNK) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         while not self._carried:
             if self._websocket.end is not None:
-                with anyio.move_on_after(_PATIENCE) as self._goodbye:
+                with anyio.move_on_after(_CLOSE_SECONDS) as self._closing:
                     await self.send_eof()
                 raise self._websocket.end
             if self._websocket.turn_over:
@@ -239,7 +239,7 @@ class WebSocketTransport(Transport):
             elif not (data := await self._below.receive(size)):
                 return b""
             self._carried = self._websocket.receive(data)
-            if self._websocket.answer and self._wake is not None:
+            if self._websocket.pong and self._wake is not None:
                 self._wake()
         # Only what carries MQTT: the pings of a proxy show nothing about the broker behind it.
         self.last_heard.follow(self._below.last_heard)
@@ -248,49 +248,49 @@ class WebSocketTransport(Transport):
 
     def try_send(self, data: bytes | memoryview) -> int:
         # A stream takes nothing at once: making a frame for it would be in vain.
-        if self._due or not self._websocket.open or not isinstance(self._below, SocketTransport):
+        if self._unsent or not self._websocket.open or not isinstance(self._below, SocketTransport):
             return 0
         frame = self._websocket.wrap(bytes(data))
         if sent := self._below.try_send(frame):
-            self._due += frame[sent:]
+            self._unsent += frame[sent:]
             return len(data)
         return 0
 
     async def send(self, data: bytes | memoryview) -> int:
         if self._websocket.end is not None:
             raise self._websocket.end
-        self._due += self._websocket.wrap(bytes(data))
-        await self.send_due()
+        self._unsent += self._websocket.wrap(bytes(data))
+        await self.send_control()
         return len(data)
 
-    def on_due(self, wake: Callable[[], None]) -> None:
+    def set_waker(self, wake: Callable[[], None]) -> None:
         self._wake = wake
-        if self._websocket.answer:
+        if self._websocket.pong:
             wake()
 
-    async def send_due(self) -> None:
+    async def send_control(self) -> None:
         async with self._sending:
-            while self._due or self._websocket.answer:
-                self._due += self._websocket.take_answer()
-                del self._due[: await self._below.send(bytes(self._due))]
+            while self._unsent or self._websocket.pong:
+                self._unsent += self._websocket.take_pong()
+                del self._unsent[: await self._below.send(bytes(self._unsent))]
 
     async def send_eof(self) -> None:
-        with suppress(*BROKEN):
-            self._due += self._websocket.close()
-            await self.send_due()
+        with suppress(*TRANSPORT_ERRORS):
+            self._unsent += self._websocket.close()
+            await self.send_control()
 
     def listening(self) -> AbstractContextManager[object]:
         return self._below.listening()
 
     def interrupt(self) -> None:
-        if self._goodbye is not None:
-            self._goodbye.cancel()
+        if self._closing is not None:
+            self._closing.cancel()
         self._below.interrupt()
 
     async def aclose(self) -> None:
-        with suppress(*BROKEN):
+        with suppress(*TRANSPORT_ERRORS):
             # Behind half a frame there is no place for it.
-            if not self._due:
+            if not self._unsent:
                 self._below.try_send(self._websocket.close())
         await self._below.aclose()
 
@@ -302,7 +302,7 @@ class _SocketStream(ByteStream):
         self._transport = transport
         self._sending = anyio.Lock(fast_acquire=True)
 
-    async def receive(self, max_bytes: int = CHUNK) -> bytes:
+    async def receive(self, max_bytes: int = READ_CHUNK_BYTES) -> bytes:
         if data := await self._transport.receive(max_bytes):
             return data
         raise EndOfStream
@@ -369,7 +369,7 @@ async def _upgrade(below: Transport, server: Server, max_message_size: int) -> T
     with anyio.CancelScope() as patience:
         while (received := upgrade.receive(await below.receive())) is None:
             if upgrade.refused:
-                patience.deadline = min(patience.deadline, anyio.current_time() + _PATIENCE)
+                patience.deadline = min(patience.deadline, anyio.current_time() + _CLOSE_SECONDS)
         return WebSocketTransport(below, WebSocket(max_message_size), received)
     raise upgrade.refusal()
 
@@ -406,7 +406,7 @@ async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> 
             "if it does not use TLS, connect to mqtt:// or ws://, or with secure=False"
         ) from None
     except BrokenResourceError as exc:
-        raise _worded(exc) from exc
+        raise _to_os_error(exc) from exc
     except ssl.SSLError as exc:
         explain(exc)
         raise
@@ -492,10 +492,10 @@ async def _connect(family: int, address: object) -> socket.socket:
     try:
         sock.setblocking(False)
         code = sock.connect_ex(address)  # type: ignore[arg-type]  # what getaddrinfo() returned
-        if code in _UNDER_WAY and not _is_connected(sock):
+        if code in _IN_PROGRESS and not _is_connected(sock):
             await anyio.wait_writable(sock)
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code and code not in _UNDER_WAY:
+        if code and code not in _IN_PROGRESS:
             raise OSError(code, os.strerror(code))
     except BaseException:
         anyio.notify_closing(sock)
@@ -512,6 +512,6 @@ def _is_connected(sock: socket.socket) -> bool:
     return True
 
 
-def _worded(exc: BrokenResourceError) -> OSError:
+def _to_os_error(exc: BrokenResourceError) -> OSError:
     """AnyIO's error says nothing; its cause may."""
     return OSError(str(exc.__cause__ or "the stream is broken"))

@@ -29,15 +29,15 @@ from wsproto.handshake import H11Handshake
 from wsproto.utilities import RemoteProtocolError as BrokenRuleError
 
 from emitter_anyio._values.errors import ConnectError, RemoteProtocolError
-from emitter_anyio._values.text import readable
+from emitter_anyio._values.text import make_printable
 
-MAX_HEAD: Final = 16384
+MAX_HEAD_BYTES: Final = 16384
 """The longest head of an HTTP answer that is read, in bytes."""
 
-_PACKET_HEAD: Final = 5
+_MAX_PACKET_HEADER_BYTES: Final = 5
 """So many bytes at most precede what ``max_message_size`` limits in an MQTT packet."""
 
-_MAX_WORDS: Final = 200
+_MAX_BODY_BYTES: Final = 200
 """So many characters of what a server says in a refusal are told."""
 
 _FRAMES_PER_TURN: Final = 256
@@ -69,7 +69,7 @@ class Upgrade:
             raise OSError(f"{host!r} is no host name: {exc}") from exc
         self._head = bytearray()
         self._refusal: RejectConnection | None = None
-        self._words = bytearray()
+        self._body = bytearray()
 
     @property
     def refused(self) -> bool:
@@ -91,11 +91,11 @@ class Upgrade:
             start = max(0, len(self._head) - 2)
             self._head += data
             self._check_beginning()
-            end = _END.search(self._head, start, MAX_HEAD)
+            end = _END.search(self._head, start, MAX_HEAD_BYTES)
             if end is None:
-                if len(self._head) >= MAX_HEAD:
+                if len(self._head) >= MAX_HEAD_BYTES:
                     raise RemoteProtocolError(
-                        f"the head of the peer's HTTP answer has more than {MAX_HEAD} bytes"
+                        f"the head of the peer's HTTP answer has more than {MAX_HEAD_BYTES} bytes"
                     )
                 return None
             data = bytes(self._head[end.end() :])
@@ -103,7 +103,7 @@ class Upgrade:
                 return data
             if not data:
                 return None
-        self._take_words(data)
+        self._take_body(data)
         return None
 
     def _check_beginning(self) -> None:
@@ -120,17 +120,17 @@ class Upgrade:
             self._handshake.receive_data(head)
         except (BrokenRuleError, ValueError) as exc:
             raise RemoteProtocolError(
-                f"the peer's answer to the WebSocket handshake is none: {readable(str(exc))}"
+                f"the peer's answer to the WebSocket handshake is none: {make_printable(str(exc))}"
             ) from exc
         return self._take(self._handshake.events())
 
-    def _take_words(self, data: bytes) -> None:
+    def _take_body(self, data: bytes) -> None:
         try:
             self._handshake.receive_data(data)
         except BrokenRuleError:
             data = b""
         self._take(self._handshake.events())
-        if not data or len(self._words) >= _MAX_WORDS:
+        if not data or len(self._body) >= _MAX_BODY_BYTES:
             raise self.refusal()
 
     def _take(self, events: Iterable[Event]) -> bool:
@@ -142,7 +142,7 @@ class Upgrade:
                 finished = not event.has_body
             else:
                 assert isinstance(event, RejectData)
-                self._words += event.data
+                self._body += event.data
                 finished = event.body_finished
             if finished:
                 raise self.refusal()
@@ -153,7 +153,7 @@ class Upgrade:
         assert self._refusal is not None
         status = self._refusal.status_code
         phrase = f" ({HTTPStatus(status).phrase})" if status in set(HTTPStatus) else ""
-        said = readable(self._words.decode(errors="replace"))
+        said = make_printable(self._body.decode(errors="replace"))
         said = f", and said: {said!r}" if said else ""
         return ConnectError(
             f"the server refused WebSocket by HTTP {status}{phrase}{said} ({self._hint(status)})"
@@ -165,7 +165,7 @@ class Upgrade:
             headers = {name.lower(): value for name, value in self._refusal.headers}
             place = headers.get(b"location", b"another place").decode(errors="replace")
             # What follows may be a secret.
-            place = readable(place.partition("?")[0])
+            place = make_printable(place.partition("?")[0])
             return f"it redirects to {place}, where this client does not follow: give that URL"
         if status in (401, 403, 407, 429):
             return "this is not Emitter, but something in front of it, with rules of its own"
@@ -190,11 +190,11 @@ class WebSocket:
     """
 
     def __init__(self, max_message_size: int) -> None:
-        self.answer = b""
+        self.pong = b""
         self.end: Exception | None = None
         self.turn_over = False
-        self._farewell = CloseConnection(CloseReason.NORMAL_CLOSURE)
-        self._limits = _Limits(max_message_size)
+        self._close_frame = CloseConnection(CloseReason.NORMAL_CLOSURE)
+        self._limits = _FrameChecks(max_message_size)
         self._connection = Connection(ConnectionType.CLIENT, [self._limits])
 
     @property
@@ -216,7 +216,7 @@ class WebSocket:
                     carried.append(event.data)
                 case Ping() if self.open:
                     # One that has not been answered yet needs no answer any more (RFC 6455, 5.5.3).
-                    self.answer = bytes(self._connection.send(event.response()))
+                    self.pong = bytes(self._connection.send(event.response()))
                 case CloseConnection():
                     self._finish(event)
         self.turn_over = frames == _FRAMES_PER_TURN
@@ -226,28 +226,28 @@ class WebSocket:
         """Put some of the stream into a frame; behind a close there is none."""
         return bytes(self._connection.send(BytesMessage(data))) if self.open else b""
 
-    def take_answer(self) -> bytes:
+    def take_pong(self) -> bytes:
         """Return what answers the last ping, and forget it."""
-        answer, self.answer = self.answer, b""
+        answer, self.pong = self.pong, b""
         return answer
 
     def close(self) -> bytes:
         """Give what ends it or, if the peer has ended it, answers that; nothing if done before."""
-        answer, self.answer = self.answer, b""
+        answer, self.pong = self.pong, b""
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING):
-            answer += self._connection.send(self._farewell)
+            answer += self._connection.send(self._close_frame)
         return answer
 
     def _finish(self, event: CloseConnection) -> None:
-        reason = readable(event.reason or "")
+        reason = make_printable(event.reason or "")
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
             # The peer has sent no such thing: wsproto asks for it.
-            self._farewell = CloseConnection(event.code)
+            self._close_frame = CloseConnection(event.code)
             self.end = RemoteProtocolError(
                 self._limits.broken or f"the peer broke the rules of WebSocket: {reason}"
             )
             return
-        self._farewell = event.response()
+        self._close_frame = event.response()
         code = f"code {event.code:d}"
         if isinstance(event.code, CloseReason):
             name = event.code.name
@@ -257,7 +257,7 @@ class WebSocket:
         )
 
 
-class _Limits(Extension):
+class _FrameChecks(Extension):
     """
     Not an extension that anybody is offered: it looks at each frame before it is read.
 
@@ -280,7 +280,7 @@ class _Limits(Extension):
         if opcode is Opcode.TEXT:
             self.broken = "the peer sent a text frame; MQTT comes in binary ones"
             return CloseReason.UNSUPPORTED_DATA
-        if payload_length > self._max_message_size + _PACKET_HEAD:
+        if payload_length > self._max_message_size + _MAX_PACKET_HEADER_BYTES:
             self.broken = (
                 f"the peer announced a frame of {payload_length} bytes; max_message_size is "
                 f"{self._max_message_size}"

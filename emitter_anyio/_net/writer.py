@@ -12,17 +12,17 @@ from anyio.lowlevel import checkpoint
 
 from .transport import Transport
 
-_HIGH_WATER: Final = 262144
+MAX_QUEUED_BYTES: Final = 262144
 """So many bytes may wait for the link before those who have more wait themselves."""
 
-_GATHERED: Final = 131072
+MAX_SEND_BYTES: Final = 131072
 """So many bytes are handed over at a time."""
 
-_LARGE: Final = 65536
+LARGE_PACKET_BYTES: Final = 65536
 """A packet of so many bytes is worth a call of the system of its own."""
 
-_MANY: Final = 32
-_PAUSES: Final = 8
+BUSY_PACKETS: Final = 32
+MAX_COLLECT_YIELDS: Final = 8
 """While at least so many packets come between, those that wait wait for so many pauses more."""
 
 
@@ -46,7 +46,7 @@ class Writer:
         self._packets: deque[bytes | memoryview] = deque()
         self.size = 0
         """The bytes in the queue."""
-        self.limit = _HIGH_WATER
+        self.limit = MAX_QUEUED_BYTES
         """
         At this many bytes in the queue, a caller waits: 0 while another one waits, and after the
         last packet. Plain attributes, because each publish compares them.
@@ -58,11 +58,11 @@ class Writer:
         self._waiting: deque[anyio.Event] = deque()
         self._marks: deque[tuple[int, Callable[[], object]]] = deque()
         self._awaiting_stop: list[anyio.Event] = []
-        self._under_way = 0
-        self._torn = False
+        self._in_send_bytes = 0
+        self._partly_sent = False
         self.broken = False
         """Whether nothing will leave any more."""
-        self._gathers = False
+        self._batching = False
         """Whether one packet has been sent at once since anything came, so that others gather."""
         self.ended = False
         """Whether the last packet has been queued."""
@@ -76,30 +76,30 @@ class Writer:
         return self.sent + self.size
 
     @property
-    def untouched(self) -> list[bytes | memoryview]:
+    def unsent_packets(self) -> list[bytes | memoryview]:
         """The packets of which no byte has been handed over."""
         whole: list[bytes | memoryview] = []
-        gone = self._under_way
+        gone = self._in_send_bytes
         for packet in self._packets:
             if gone > 0:
                 gone -= len(packet)
             else:
                 whole.append(packet)
-        return whole[1:] if self._torn and not self._under_way else whole
+        return whole[1:] if self._partly_sent and not self._in_send_bytes else whole
 
     @property
-    def kept(self) -> int:
+    def unoffered_bytes(self) -> int:
         """How many bytes the link has not been offered yet."""
-        return self.size - self._under_way
+        return self.size - self._in_send_bytes
 
     @property
-    def has_room(self) -> bool:
+    def has_space(self) -> bool:
         """Whether the queue has space for a packet, and no caller waits for space."""
         return self.size < self.limit
 
-    async def room(self) -> None:
+    async def wait_for_space(self) -> None:
         """Wait until there is room for one more packet; first come, first served."""
-        if self.has_room:
+        if self.has_space:
             return
         turn = anyio.Event()
         self._waiting.append(turn)
@@ -111,7 +111,7 @@ class Writer:
             # One that gives up lets the next one in; else its write() does.
             self._waiting.remove(turn)
             if not (self._waiting or self.ended):
-                self.limit = _HIGH_WATER
+                self.limit = MAX_QUEUED_BYTES
             self._admit()
 
     def begin(self, start: Callable[[], object]) -> None:
@@ -122,23 +122,23 @@ class Writer:
         """
         self._start = start
         self.idle = True
-        self._transport.on_due(self._rouse)
+        self._transport.set_waker(self._wake_task)
         if self._packets:
-            self._send_now(self._gather())
+            self._send_now(self._next_bytes())
         if self._packets:
-            self._rouse()
+            self._wake_task()
 
     def write(self, data: bytes) -> None:
         """Queue a packet."""
         self.size += len(data)
         self._packets.append(data)
         if self.idle:
-            if not self._gathers or len(data) >= _LARGE:
-                self._gathers = True
+            if not self._batching or len(data) >= LARGE_PACKET_BYTES:
+                self._batching = True
                 self._send_now(data)
                 if not self._packets:
                     return
-            self._rouse()
+            self._wake_task()
 
     def write_last(self, data: bytes) -> None:
         """Queue the last packet, after which the queue has no space."""
@@ -146,15 +146,15 @@ class Writer:
         self.limit = 0
         self.write(data)
 
-    def gather(self, *, several: bool) -> None:
+    def begin_turn(self, *, several: bool) -> None:
         """
         Begin a turn.
 
         :param several: whether several packets are likely, which are then sent together
         """
-        self._gathers = several
+        self._batching = several
 
-    def call_when_left(self, waker: Callable[[], object]) -> None:
+    def call_when_sent(self, waker: Callable[[], object]) -> None:
         """
         Have a function called when everything that is queued now has been sent, or nothing will be
         any more; which may be now.
@@ -164,13 +164,13 @@ class Writer:
         else:
             waker()
 
-    async def left(self) -> None:
+    async def wait_sent(self) -> None:
         """Wait until everything that is queued now has been sent, or nothing will be any more."""
         event = anyio.Event()
-        self.call_when_left(event.set)
+        self.call_when_sent(event.set)
         await event.wait()
 
-    async def stopped(self) -> None:
+    async def wait_stopped(self) -> None:
         """Wait until the connection is gone."""
         if not self.broken:
             event = anyio.Event()
@@ -181,31 +181,31 @@ class Writer:
         """Send what is queued, until cancelled or until the link breaks."""
         while True:
             if not self._packets:
-                await self._transport.send_due()
+                await self._transport.send_control()
             if not self._packets:
-                self.idle, self._gathers = True, False
+                self.idle, self._batching = True, False
                 self._wake = anyio.Event()
                 await self._wake.wait()
                 continue
-            if (count := len(self._packets)) >= _MANY:
-                await self._more()
-            data = self._gather()
+            if (count := len(self._packets)) >= BUSY_PACKETS:
+                await self._collect()
+            data = self._next_bytes()
             if not (sent := self._transport.try_send(data)):
                 sent = await self._send(data)
-            self._took(sent)
+            self._note_sent(sent)
             if count > 1 and not self._packets:
                 # Where many leave, more are coming: together they cost less than one by one.
                 await checkpoint()
 
-    def hurry(self) -> None:
+    def send_nowait(self) -> None:
         """Hand over what the link takes at once, since there will be no later."""
         with suppress(OSError):
-            while self._packets and not self._under_way:
-                if not (sent := self._transport.try_send(self._gather())):
+            while self._packets and not self._in_send_bytes:
+                if not (sent := self._transport.try_send(self._next_bytes())):
                     return
-                self._took(sent)
+                self._note_sent(sent)
 
-    def rest(self) -> None:
+    def forbid_task(self) -> None:
         """Start no task any more."""
         self._start = None
 
@@ -220,7 +220,7 @@ class Writer:
         for _, waker in marks:
             waker()
 
-    def _rouse(self) -> None:
+    def _wake_task(self) -> None:
         if self.idle:
             self.idle = False
             if self._wake is not None:
@@ -235,54 +235,54 @@ class Writer:
             # The writer task, roused for what is left, meets the same error and knows what to do.
             return
         if sent:
-            self._took(sent)
+            self._note_sent(sent)
 
     async def _send(self, data: bytes | memoryview) -> int:
-        self._under_way = len(data)
+        self._in_send_bytes = len(data)
         try:
             sent = await self._transport.send(data)
         except BaseException:
-            if not self._transport.tears:
-                self._under_way = 0
+            if not self._transport.may_send_part:
+                self._in_send_bytes = 0
             raise
-        self._under_way = 0
+        self._in_send_bytes = 0
         return sent
 
-    async def _more(self) -> None:
+    async def _collect(self) -> None:
         """Let more come where many come: a call of the system costs as much as many packets."""
         before = 0
-        for _ in range(_PAUSES):
+        for _ in range(MAX_COLLECT_YIELDS):
             count = len(self._packets)
-            if count - before < _MANY or self.size >= _GATHERED:
+            if count - before < BUSY_PACKETS or self.size >= MAX_SEND_BYTES:
                 break
             before = count
             # Trio runs the tasks of a turn in either order: in two of them, each has run.
             await checkpoint()
             await checkpoint()
 
-    def _gather(self) -> bytes | memoryview:
+    def _next_bytes(self) -> bytes | memoryview:
         if len(self._packets) == 1:
             return self._packets[0]
-        if self.size <= _GATHERED:
+        if self.size <= MAX_SEND_BYTES:
             return b"".join(self._packets)
         packets, chosen, size = iter(self._packets), list[bytes | memoryview](), 0
-        while size < _GATHERED:
+        while size < MAX_SEND_BYTES:
             chosen.append(next(packets))
             size += len(chosen[-1])
         return b"".join(chosen)
 
-    def _took(self, sent: int) -> None:
+    def _note_sent(self, sent: int) -> None:
         self.size -= sent
         self.sent += sent
         self.last_sent = self._clock()
         if not self.size:
             self._packets.clear()
-            self._torn = False
+            self._partly_sent = False
             sent = 0
         while sent:
             packet = self._packets.popleft()
-            self._torn = len(packet) > sent
-            if self._torn:
+            self._partly_sent = len(packet) > sent
+            if self._partly_sent:
                 self._packets.appendleft(memoryview(packet)[sent:])
                 break
             sent -= len(packet)
@@ -291,5 +291,5 @@ class Writer:
         self._admit()
 
     def _admit(self) -> None:
-        if self._waiting and (self.size < _HIGH_WATER or self.broken):
+        if self._waiting and (self.size < MAX_QUEUED_BYTES or self.broken):
             self._waiting[0].set()

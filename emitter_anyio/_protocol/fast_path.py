@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from emitter_anyio._protocol.packets import Event, PubAck, Undecodable, append_event
-from emitter_anyio._values.batches import Messages
+from emitter_anyio._values.batches import MessageBatch
 from emitter_anyio._values.errors import RemoteProtocolError
-from emitter_anyio._values.messages import ITEM_BYTES, EmitterMessage
+from emitter_anyio._values.messages import ITEM_OVERHEAD_BYTES, EmitterMessage
 
 _PUBLISH: Final = 3
 _PUBACK: Final = 4
@@ -33,7 +33,7 @@ _TWO_BYTES: Final = struct.Struct("!H")
 _Head: TypeAlias = tuple[str, int, int]
 """The channel of a PUBLISH, its size in bytes, and the size of its head in bytes."""
 
-_Seen: TypeAlias = tuple[str, int, int, Callable[[EmitterMessage], None]]
+_KnownHead: TypeAlias = tuple[str, int, int, Callable[[EmitterMessage], None]]
 """The same, and the function that adds a message to those of its channel."""
 
 _MAX_HEADS: Final = 1024
@@ -106,7 +106,7 @@ class FastPath:
         in_order: list[EmitterMessage] = []
         by_channel: dict[str, list[EmitterMessage]] = {}
         each: dict[str, int | None] = {}
-        seen: dict[bytes, _Seen] = {}
+        seen: dict[bytes, _KnownHead] = {}
         append, new = in_order.append, object.__new__
         try:
             for _ in range(most):
@@ -124,8 +124,8 @@ class FastPath:
                     messages = by_channel.get(channel)
                     if messages is None:
                         by_channel[channel] = messages = []
-                        each[channel] = size - length + len(channel) + ITEM_BYTES
-                    elif each[channel] != size - length + len(channel) + ITEM_BYTES:
+                        each[channel] = size - length + len(channel) + ITEM_OVERHEAD_BYTES
+                    elif each[channel] != size - length + len(channel) + ITEM_OVERHEAD_BYTES:
                         each[channel] = None
                     known = channel, size, length, messages.append
                     seen[data[at : at + length]] = known
@@ -142,11 +142,11 @@ class FastPath:
                 at = stop
         except (struct.error, UnicodeDecodeError):
             pass
-        if events and type(events[-1]) in (Messages, EmitterMessage):
+        if events and type(events[-1]) in (MessageBatch, EmitterMessage):
             for message in in_order:
                 append_event(events, message)
         elif in_order:
-            events.append(Messages(in_order, by_channel, each))
+            events.append(MessageBatch(in_order, by_channel, each))
         return at, len(in_order)
 
     def _find_head(self, data: bytes, at: int) -> _Head | None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from emitter_anyio._values.errors import RemoteProtocolError
 
-_NOT_FROM_A_BROKER: Final = {
+_CLIENT_PACKETS: Final = {
     1: "a CONNECT",
     5: "a PUBREC",
     6: "a PUBREL",
@@ -69,9 +69,9 @@ class Framing:
         """
         head = data[at]
         kind = head >> 4
-        if kind in _NOT_FROM_A_BROKER:
+        if kind in _CLIENT_PACKETS:
             raise RemoteProtocolError(
-                f"the peer sent {_NOT_FROM_A_BROKER[kind]}, which a broker may not send"
+                f"the peer sent {_CLIENT_PACKETS[kind]}, which a broker may not send"
             )
         if kind == _PUBLISH and head & 6 > 2:
             raise RemoteProtocolError("the peer delivered at a QoS over 1, which nobody asked for")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, TypeAlias
 
-from emitter_anyio._values.batches import Messages, in_one_go
+from emitter_anyio._values.batches import MessageBatch, make_batch
 from emitter_anyio._values.errors import RemoteProtocolError
 from emitter_anyio._values.messages import EmitterMessage
 
 
-def _keyless(topic: str) -> str:
+def _redact_key(topic: str) -> str:
     return repr(f"…/{topic.partition('/')[2]}")
 
 
@@ -41,7 +41,7 @@ class Publish(NamedTuple):
     def __repr__(self) -> str:
         # A request's payload carries keys, too.
         return (
-            f"Publish(topic={_keyless(self.topic.decode(errors='replace'))}, "
+            f"Publish(topic={_redact_key(self.topic.decode(errors='replace'))}, "
             f"{len(self.payload)} bytes, packet_id={self.packet_id}, retain={self.retain})"
         )
 
@@ -53,7 +53,7 @@ class Subscribe(NamedTuple):
     topic: str
 
     def __repr__(self) -> str:
-        return f"Subscribe(packet_id={self.packet_id}, topic={_keyless(self.topic)})"
+        return f"Subscribe(packet_id={self.packet_id}, topic={_redact_key(self.topic)})"
 
 
 class Unsubscribe(NamedTuple):
@@ -63,7 +63,7 @@ class Unsubscribe(NamedTuple):
     topic: str
 
     def __repr__(self) -> str:
-        return f"Unsubscribe(packet_id={self.packet_id}, topic={_keyless(self.topic)})"
+        return f"Unsubscribe(packet_id={self.packet_id}, topic={_redact_key(self.topic)})"
 
 
 class PingReq(NamedTuple):
@@ -124,7 +124,7 @@ Answer: TypeAlias = (
 )
 """What is taken in one by one; the session has those messages in which the broker itself speaks."""
 
-Event: TypeAlias = Messages | Answer
+Event: TypeAlias = MessageBatch | Answer
 """What the codec gives: messages in a row together."""
 
 
@@ -134,8 +134,8 @@ def append_event(events: list[Event], event: Event) -> None:
     last = events[-1] if events else None
     if type(event) is EmitterMessage:
         if type(last) is EmitterMessage:
-            last = events[-1] = in_one_go([last])
-        if type(last) is Messages:
+            last = events[-1] = make_batch([last])
+        if type(last) is MessageBatch:
             last.append(event)
             return
     events.append(event)

@@ -19,13 +19,13 @@ class Replay(NamedTuple):
     until: int | None = None
 
     @property
-    def nothing(self) -> bool:
+    def is_empty(self) -> bool:
         return self.last == 0
 
     @property
-    def insists(self) -> bool:
+    def is_explicit(self) -> bool:
         """Whether somebody has asked for stored messages in so many words."""
-        return self != Replay() and not self.nothing
+        return self != Replay() and not self.is_empty
 
     @property
     def options(self) -> tuple[tuple[str, int | None], ...]:
@@ -41,15 +41,24 @@ class Pending(Generic[T]):
 
     :param operation: the client's method, for errors
     :param request: the control request that it carries, if any
-    :param settles: the number of QoS 0 publishes that were queued before it on its connection
+    :param publishes_before: the number of QoS 0 publishes queued before it on its connection
     :param awaited: whether a caller wants the outcome; otherwise a refusal is reported as an event
     :param quiet: whether a refusal is not even reported
     :param grant: the subscription that it asks for, if any
     """
 
     __slots__ = (
-        *("operation", "key", "channel", "request", "settles", "awaited", "quiet", "grant"),
-        *("done", "refusal", "nonsense", "_waiters", "_value", "_error", "_wakers"),
+        *(
+            "operation",
+            "key",
+            "channel",
+            "request",
+            "publishes_before",
+            "awaited",
+            "quiet",
+            "grant",
+        ),
+        *("done", "refusal", "invalid_reply", "_waiters", "_value", "_error", "_wakers"),
     )
 
     def __init__(
@@ -59,7 +68,7 @@ class Pending(Generic[T]):
         channel: str | None = None,
         *,
         request: Request[Any] | None = None,
-        settles: int = 0,
+        publishes_before: int = 0,
         awaited: bool = True,
         quiet: bool = False,
         grant: Grant | None = None,
@@ -68,13 +77,13 @@ class Pending(Generic[T]):
         self.key = key
         self.channel = channel
         self.request = request
-        self.settles = settles
+        self.publishes_before = publishes_before
         self.awaited = awaited
         self.quiet = quiet
         self.grant = grant
         self.done = False
         self.refusal: tuple[int | None, str] | None = None
-        self.nonsense: str | None = None
+        self.invalid_reply: str | None = None
         self._waiters = 0
         self._value: T | None = None
         self._error: Callable[[], Exception] | None = None
@@ -101,9 +110,9 @@ class Pending(Generic[T]):
         """Keep a refusal until the acknowledgement; the first one counts."""
         self.refusal = self.refusal or refusal
 
-    def note_nonsense(self, reason: str) -> None:
+    def note_invalid_reply(self, reason: str) -> None:
         """Keep why a reply was unusable."""
-        self.nonsense = reason
+        self.invalid_reply = reason
 
     def succeed(self, value: T) -> None:
         """Set the outcome to a value, unless there is an outcome."""

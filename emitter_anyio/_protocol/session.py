@@ -13,16 +13,16 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import Key, format_topic
-from emitter_anyio._values.checks import is_whole
+from emitter_anyio._values.checks import is_int
 from emitter_anyio._values.errors import (
     EmitterError,
     RemoteProtocolError,
     RequestError,
+    make_request_error,
 )
-from emitter_anyio._values.errors import refusal as refusal_of
-from emitter_anyio._values.hints import refused
+from emitter_anyio._values.hints import make_refusal
 from emitter_anyio._values.messages import EmitterMessage
-from emitter_anyio._values.requests import NonsenseError, Request
+from emitter_anyio._values.requests import InvalidReplyError, Request
 from emitter_anyio._values.router import overlap, reaches
 
 from .packets import (
@@ -50,7 +50,7 @@ EncodePublish: TypeAlias = Callable[[bytes, bytes, bool, int | None], bytes]
 SYSTEM: Final = "emitter/"
 """The broker replies below this channel; anyone with a wide enough key may publish there too."""
 
-_PACKET_IDS: Final = 65535
+_MAX_PACKET_IDS: Final = 65535
 _RESERVED_PACKET_IDS: Final = 4096
 """Packet ids kept for packets that must leave without waiting, such as UNSUBSCRIBE."""
 
@@ -83,7 +83,7 @@ class Session:
         self._pings: deque[Pending[RequestError | None]] = deque()
         self._last_id = 0
         self._when_free: list[Callable[[], None]] = []
-        self._settled = 0
+        self._publishes_read = 0
         self._refusal: RequestError | None = None
         self._replays: dict[Grant, int] = {}
         """The bytes that the broker might still replay to each subscription."""
@@ -104,15 +104,15 @@ class Session:
         return len(self._pending) + len(self._pings)
 
     @property
-    def unsettled(self) -> bool:
+    def uncertain(self) -> bool:
         """Whether the broker might not have read everything that was published."""
         published = (one.operation.startswith("publish") for one in self._pending.values())
-        return self.published > self._settled or any(published)
+        return self.published > self._publishes_read or any(published)
 
     @property
     def full(self) -> bool:
         """Whether only the reserved packet ids are left."""
-        return len(self._pending) >= _PACKET_IDS - _RESERVED_PACKET_IDS
+        return len(self._pending) >= _MAX_PACKET_IDS - _RESERVED_PACKET_IDS
 
     @property
     def replays(self) -> bool:
@@ -129,13 +129,13 @@ class Session:
         self.published += 1
         self._write(packet)
 
-    def publish_carried(self, packets: Sequence[bytes]) -> None:
+    def publish_encoded(self, packets: Sequence[bytes]) -> None:
         """Queue encoded QoS 0 publishes of which an earlier connection has sent no byte."""
         self.published += len(packets)
         for packet in packets:
             self._write(packet)
 
-    def publish_confirmed(
+    def publish_qos_1(
         self,
         topic: bytes,
         payload: bytes,
@@ -149,7 +149,7 @@ class Session:
         :param key: the key, for errors; ``None`` for a publish through an Emitter link
         """
         operation = "publish_with_link" if key is None else "publish"
-        pending: Pending[None] = Pending(operation, key, channel, settles=self.published)
+        pending: Pending[None] = Pending(operation, key, channel, publishes_before=self.published)
         packet_id = self._register(pending)
         try:
             packet = self._encode_publish(topic, payload, retain, packet_id)
@@ -168,12 +168,12 @@ class Session:
             request.key,
             request.channel,
             request=request,
-            settles=self.published,
+            publishes_before=self.published,
             awaited=awaited,
             quiet=quiet,
         )
         topic = request.topic.encode()
-        self._send_asking(pending, lambda packet_id: Publish(topic, request.body, packet_id))
+        self._send_pending(pending, lambda packet_id: Publish(topic, request.body, packet_id))
         return pending
 
     def ping(self, *, awaited: bool = True) -> Pending[RequestError | None]:
@@ -183,7 +183,7 @@ class Session:
         Its value is the first refusal of a QoS 0 publish since the last awaited one.
         """
         pending: Pending[RequestError | None] = Pending(
-            "flush", settles=self.published, awaited=awaited
+            "flush", publishes_before=self.published, awaited=awaited
         )
         self._pings.append(pending)
         self._send(PINGREQ)
@@ -206,10 +206,10 @@ class Session:
         grant = wants.find(source, filter)
         if grant is None:
             grant = Grant(source, key, filter)
-            self._ask_for(grant, key, Replay(last=0) if shared else replay)
+            self._send_subscribe(grant, key, Replay(last=0) if shared else replay)
             wants.add(grant)
         grant.use()
-        return grant, shared and not replay.nothing
+        return grant, shared and not replay.is_empty
 
     def restore(self) -> list[Grant]:
         """
@@ -219,12 +219,12 @@ class Session:
         """
         grants = self._wants.grants
         for grant in grants:
-            self._ask_for(grant, grant.key, Replay(last=0))
+            self._send_subscribe(grant, grant.key, Replay(last=0))
         return grants
 
-    def ask_again(self, grant: Grant, key: str) -> None:
+    def subscribe_again(self, grant: Grant, key: str) -> None:
         """Ask for a refused subscription with another key."""
-        self._ask_for(grant, key, Replay(last=0))
+        self._send_subscribe(grant, key, Replay(last=0))
         self._wants.add(grant)
 
     def unsubscribe_unused(self, grants: Sequence[Grant]) -> Pending[None] | None:
@@ -248,10 +248,15 @@ class Session:
     ) -> Pending[None]:
         """Send an UNSUBSCRIBE."""
         pending: Pending[None] = Pending(
-            "unsubscribe", key, filter, settles=self.published, awaited=awaited, quiet=quiet
+            "unsubscribe",
+            key,
+            filter,
+            publishes_before=self.published,
+            awaited=awaited,
+            quiet=quiet,
         )
         topic = format_topic(key, filter)
-        self._send_asking(pending, lambda packet_id: Unsubscribe(packet_id, topic))
+        self._send_pending(pending, lambda packet_id: Unsubscribe(packet_id, topic))
         return pending
 
     def leave_feed(self, channel: str) -> None:
@@ -294,16 +299,16 @@ class Session:
         :raises RemoteProtocolError: if the broker may not send it now
         """
         if isinstance(event, PubAck):
-            return self._acknowledged(event.packet_id, PubAck)
+            return self._receive_acknowledgement(event.packet_id, PubAck)
         match event:
             case EmitterMessage():
-                return self._receive_system(event)
+                return self._receive_control(event)
             case UnsubAck(packet_id):
-                return self._acknowledged(packet_id, UnsubAck)
+                return self._receive_acknowledgement(packet_id, UnsubAck)
             case SubAck(packet_id, codes):
-                return self._acknowledged(packet_id, SubAck, codes)
+                return self._receive_acknowledgement(packet_id, SubAck, codes)
             case PingResp():
-                return self._pong()
+                return self._receive_pingresp()
             case Undecodable(size):
                 return self._report(f"a message of {size} bytes whose topic is no UTF-8")
             case ConnAck():
@@ -323,27 +328,27 @@ class Session:
         self._pings.clear()
         self._replays.clear()
         self._wake_waiters()
-        unsettled = self.published - self._settled
-        self.published = self._settled = 0
+        uncertain = self.published - self._publishes_read
+        self.published = self._publishes_read = 0
         for one in pending:
             one.fail(error)
         # The connection has this session, and these belong to the connection.
         self._send = self._write = _send_nothing
-        return unsettled
+        return uncertain
 
     # Details
 
-    def _ask_for(self, grant: Grant, key: str, replay: Replay) -> None:
+    def _send_subscribe(self, grant: Grant, key: str, replay: Replay) -> None:
         topic = format_topic(key, grant.filter, replay.options)
         pending: Pending[None] = Pending(
-            "subscribe", key, grant.filter, settles=self.published, grant=grant
+            "subscribe", key, grant.filter, publishes_before=self.published, grant=grant
         )
-        self._send_asking(pending, lambda packet_id: Subscribe(packet_id, topic))
+        self._send_pending(pending, lambda packet_id: Subscribe(packet_id, topic))
         grant.ask(key, pending)
-        if not replay.nothing:
+        if not replay.is_empty:
             self._replays[grant] = _REPLAY_BYTES
 
-    def _send_asking(self, pending: Pending[Any], make: Callable[[int], Packet]) -> None:
+    def _send_pending(self, pending: Pending[Any], make: Callable[[int], Packet]) -> None:
         packet_id = self._register(pending)
         try:
             self._send(make(packet_id))
@@ -352,11 +357,11 @@ class Session:
             raise
 
     def _register(self, pending: Pending[Any]) -> int:
-        if len(self._pending) >= _PACKET_IDS:
+        if len(self._pending) >= _MAX_PACKET_IDS:
             raise RuntimeError("every packet id is taken by what the broker has not acknowledged")
         packet_id = self._last_id
         while True:
-            packet_id = packet_id % _PACKET_IDS + 1
+            packet_id = packet_id % _MAX_PACKET_IDS + 1
             if packet_id not in self._pending:
                 break
         self._last_id = packet_id
@@ -373,7 +378,7 @@ class Session:
         for waker in wakers:
             waker()
 
-    def _acknowledged(
+    def _receive_acknowledgement(
         self, packet_id: int, kind: type[Answer], codes: tuple[int, ...] = ()
     ) -> Iterable[Emission]:
         pending = self._pending.get(packet_id)
@@ -381,8 +386,8 @@ class Session:
             return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
         self._forget(packet_id)
         self.answered += 1
-        if pending.settles > self._settled:
-            self._settled = pending.settles
+        if pending.publishes_before > self._publishes_read:
+            self._publishes_read = pending.publishes_before
         if pending.done:
             return ()
         refusal = pending.refusal
@@ -401,52 +406,56 @@ class Session:
         if pending.request is None:
             pending.succeed(None)
         else:
-            pending.fail(lambda: _unanswered(pending))
+            pending.fail(lambda: _missing_reply_error(pending))
         return ()
 
-    def _pong(self) -> Iterable[Emission]:
+    def _receive_pingresp(self) -> Iterable[Emission]:
         if not self._pings:
             return self._report("a PINGRESP without a PINGREQ")
         ping = self._pings.popleft()
-        self._settled = max(self._settled, ping.settles)
+        self._publishes_read = max(self._publishes_read, ping.publishes_before)
         refusal = None
         if ping.awaited:
             refusal, self._refusal = self._refusal, None
         ping.succeed(refusal)
         return ()
 
-    def _receive_system(self, message: EmitterMessage) -> Iterable[Emission]:
+    def _receive_control(self, message: EmitterMessage) -> Iterable[Emission]:
         operation = message.channel[len(SYSTEM) :].partition("?")[0].rstrip("/")
         try:
             answer = requests.parse_object(message.binary)
             req = answer.get("req")
             if req is None:
-                emissions = self._unasked(operation, answer)
+                emissions = self._receive_unsolicited(operation, answer)
             else:
-                emissions = self._answered(operation, req, answer)
-        except NonsenseError as exc:
-            return self._stray(message, str(exc))
-        return self._stray(message, "nobody asked for it") if emissions is None else emissions
+                emissions = self._receive_reply(operation, req, answer)
+        except InvalidReplyError as exc:
+            return self._receive_unexpected(message, str(exc))
+        return (
+            self._receive_unexpected(message, "nobody asked for it")
+            if emissions is None
+            else emissions
+        )
 
-    def _answered(self, operation: str, req: object, answer: Any) -> Iterable[Emission] | None:
-        pending = self._pending.get(req) if is_whole(req) else None
+    def _receive_reply(self, operation: str, req: object, answer: Any) -> Iterable[Emission] | None:
+        pending = self._pending.get(req) if is_int(req) else None
         if pending is None:
             return None
         request = pending.request
         if request is None:
             if operation != "error":
                 return None
-            pending.note_refusal(requests.refusal_in(answer))
+            pending.note_refusal(requests.parse_refusal(answer))
             return ()
         if operation != request.operation:
             return None
         if pending.done:
             return ()
         try:
-            refusal = requests.refusal_in(answer)
+            refusal = requests.parse_refusal(answer)
             value = None if refusal else request.parse(answer)
-        except NonsenseError as exc:
-            pending.note_nonsense(str(exc))
+        except InvalidReplyError as exc:
+            pending.note_invalid_reply(str(exc))
             raise
         if refusal:
             return self._refuse(pending, *refusal)
@@ -457,19 +466,19 @@ class Session:
             return ()
         return (Emission(request.operation, value),)
 
-    def _unasked(self, operation: str, answer: Any) -> Iterable[Emission] | None:
+    def _receive_unsolicited(self, operation: str, answer: Any) -> Iterable[Emission] | None:
         if operation == "presence":
-            event = requests.presence_event(answer)
+            event = requests.parse_presence_event(answer)
             if self._wants.feed_reaches(event.channel):
                 return (Emission("presence", event),)
             if any(reaches(feed, event.channel, self._wants.matcher) for feed in self._left_feeds):
                 # It was on its way when the feed was left.
                 return ()
-        elif operation == "error" and self.published > self._settled:
-            refusal = requests.refusal_in(answer)
+        elif operation == "error" and self.published > self._publishes_read:
+            refusal = requests.parse_refusal(answer)
             if refusal is not None:
                 status, words = refusal
-                error = refusal_of(
+                error = make_request_error(
                     status,
                     words,
                     operation="publish",
@@ -479,7 +488,7 @@ class Session:
                 return (Emission("error", error),)
         return None
 
-    def _stray(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
+    def _receive_unexpected(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
         # A wide subscription ("+/") receives what its users publish below "emitter/" too.
         if self._wants.subscription_reaches(message.channel):
             return (Emission("message", message),)
@@ -494,7 +503,7 @@ class Session:
 
     def _refuse(self, pending: Pending[Any], status: int | None, words: str) -> Iterable[Emission]:
         def error() -> RequestError:
-            return refused(status, words, pending.operation, pending.key, pending.channel)
+            return make_refusal(status, words, pending.operation, pending.key, pending.channel)
 
         pending.fail(error)
         return () if pending.awaited or pending.quiet else (Emission("error", error()),)
@@ -507,10 +516,10 @@ def _send_nothing(packet: object) -> None:
 _ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
 
 
-def _unanswered(pending: Pending[Any]) -> EmitterError:
-    if pending.nonsense is not None:
+def _missing_reply_error(pending: Pending[Any]) -> EmitterError:
+    if pending.invalid_reply is not None:
         return RemoteProtocolError(
-            f"{pending.operation}: what the broker answered is nonsense: {pending.nonsense}"
+            f"{pending.operation}: what the broker answered is nonsense: {pending.invalid_reply}"
         )
     return RequestError(
         None,

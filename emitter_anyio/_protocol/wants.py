@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emitter_anyio._values.channels import Key, fingerprint, unshare
+from emitter_anyio._values.channels import Key, channel_hash, unshare
 from emitter_anyio._values.errors import SubscriptionConflictError
 from emitter_anyio._values.router import Matcher, overlap, reaches
 
@@ -161,9 +161,9 @@ class Wants:
     def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
         if self._allow_collisions:
             return
-        mark = fingerprint(channel)
+        mark = channel_hash(channel)
         for other in others:
-            if other != channel and fingerprint(other) == mark:
+            if other != channel and channel_hash(other) == mark:
                 raise SubscriptionConflictError(
                     f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
                     "on one link and would never deliver to it: use a second Emitter for it (or "

@@ -14,7 +14,7 @@ from emitter_anyio._protocol.packets import Event
 from emitter_anyio._protocol.pending import Emission
 from emitter_anyio._protocol.session import SYSTEM
 from emitter_anyio._streams import Receiver, Sender
-from emitter_anyio._values.batches import Messages, in_one_go
+from emitter_anyio._values.batches import MessageBatch, make_batch
 from emitter_anyio._values.errors import RequestError, UnauthorizedError
 from emitter_anyio._values.messages import EmitterMessage
 from emitter_anyio._values.router import Routes
@@ -86,7 +86,7 @@ class Dispatcher:
         """
         session = connection.session
         for event in events:
-            if type(event) is Messages:
+            if type(event) is MessageBatch:
                 if session.replays or any(map(_is_system, event.by_channel)):
                     await self._deliver_one_by_one(connection, event.in_order)
                 else:
@@ -107,7 +107,7 @@ class Dispatcher:
             if session.replays or _is_system(message.channel):
                 # This message can change how those after it are delivered.
                 if together:
-                    await self._deliver_together(connection, in_one_go(together))
+                    await self._deliver_together(connection, make_batch(together))
                     together = []
                 await self.deliver(connection, [message])
                 alone += 1
@@ -117,9 +117,9 @@ class Dispatcher:
             else:
                 together.append(message)
         if together:
-            await self._deliver_together(connection, in_one_go(together))
+            await self._deliver_together(connection, make_batch(together))
 
-    async def _deliver_together(self, connection: Connection, messages: Messages) -> None:
+    async def _deliver_together(self, connection: Connection, messages: MessageBatch) -> None:
         self._totals.receive(len(messages.in_order))
         find = self._routes.messages.receivers
         receivers = {channel: find[channel] for channel in messages.by_channel}
@@ -190,7 +190,7 @@ class Dispatcher:
             if not stream.blocks:
                 await stream.make_room()
                 connection.check()
-            elif not await connection.hold_up(stream.make_room):
+            elif not await connection.pause_reading(stream.make_room):
                 return
             dropped = stream.dropped
             stream.push_or_drop(item)

@@ -105,14 +105,14 @@ class Requester:
         if (
             connection is not None
             and slot.usable(connection, bound)
-            and connection.writer.has_room
+            and connection.writer.has_space
             and not connection.session.full
         ):
             return connection
         while True:
             connection = await slot.connected(bound)
-            if not connection.writer.has_room:
-                await connection.writer.room()
+            if not connection.writer.has_space:
+                await connection.writer.wait_for_space()
             while connection.session.full and slot.usable(connection, bound):
                 freed = anyio.Event()
                 connection.session.call_when_free(freed.set)

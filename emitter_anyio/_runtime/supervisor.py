@@ -237,7 +237,7 @@ class Supervisor:
                 tasks.start_soon(self._background.run, self._await_restored, connection, one)
         if connection is self._slot.connection and not connection.broken:
             carried, self._carried = self._carried, []
-            connection.session.publish_carried(carried)
+            connection.session.publish_encoded(carried)
             logger.info(
                 "connected again to %s, with %d things restored", connection.server, len(asked)
             )
@@ -306,7 +306,7 @@ class Supervisor:
         """Close a connection in an orderly way, before the deadline."""
         session = connection.session
         quiet = self._slot.restored and not (
-            self._events.busy or session.pending or session.unsettled
+            self._events.busy or session.pending or session.uncertain
         )
         if not (quiet and connection.disconnect_nowait()):
             with anyio.CancelScope(deadline=self._slot.deadline):
@@ -323,7 +323,7 @@ class Supervisor:
             done = anyio.Event()
             pending.call_when_done(done.set)
             await done.wait()
-        await connection.disconnect(unsettled=session.unsettled)
+        await connection.disconnect(await_close=session.uncertain)
 
     # The next connection
 

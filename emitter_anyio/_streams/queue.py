@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final, Generic, TypeAlias, TypeVar
 
-from emitter_anyio._values.messages import ITEM_BYTES, EmitterMessage, Readable
+from emitter_anyio._values.messages import ITEM_OVERHEAD_BYTES, EmitterMessage, Readable
 from emitter_anyio._values.requests import PresenceEvent
 
 T = TypeVar("T")
@@ -93,19 +93,19 @@ def weight_of(item: object) -> int:
     each client, and 128 bytes for what Python keeps around them.
     """
     if isinstance(item, Readable):
-        return ITEM_BYTES + len(item.binary) + len(item.channel)
+        return ITEM_OVERHEAD_BYTES + len(item.binary) + len(item.channel)
     if isinstance(item, PresenceEvent):
-        return ITEM_BYTES + sum(
-            ITEM_BYTES + len(member.id) + len(member.username or "") for member in item.who
+        return ITEM_OVERHEAD_BYTES + sum(
+            ITEM_OVERHEAD_BYTES + len(member.id) + len(member.username or "") for member in item.who
         )
-    return ITEM_BYTES
+    return ITEM_OVERHEAD_BYTES
 
 
 def sums_of_weights(items: Sequence[object]) -> Sequence[int]:
     """Return how many bytes the first none, one, two and so on of several items weigh."""
     # Nearly all are messages, for which a call would double the cost.
     weights = (
-        ITEM_BYTES + len(item.binary) + len(item.channel)
+        ITEM_OVERHEAD_BYTES + len(item.binary) + len(item.channel)
         if type(item) is EmitterMessage
         else weight_of(item)
         for item in items

@@ -14,7 +14,7 @@ from anyio import EndOfStream
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend import Owner, Wakeup, current_backend
-from emitter_anyio._values.checks import is_whole
+from emitter_anyio._values.checks import is_int
 from emitter_anyio._values.errors import SlowConsumerError
 
 from .queue import MAX_BYTES, Queue, sums_of_weights, weight_of
@@ -81,7 +81,7 @@ def check_buffer(buffer: int, overflow: Overflow) -> None:
     :raises TypeError: if ``buffer`` is not an int
     :raises ValueError: if it is less than 1, or the policy is unknown
     """
-    if not is_whole(buffer):
+    if not is_int(buffer):
         raise TypeError(f"buffer is a whole number of messages, not {type(buffer).__name__}")
     if buffer < 1:
         raise ValueError(f"buffer is at least 1 message, not {buffer}")

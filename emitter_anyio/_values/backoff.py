@@ -6,7 +6,7 @@ import random
 import sys
 from dataclasses import dataclass
 
-from .checks import is_number, is_whole
+from .checks import is_int, is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Backoff:
         if self.maximum < self.initial:
             raise ValueError(f"maximum is at least initial, {self.initial}, not {self.maximum}")
         if self.tries is not None:
-            if not is_whole(self.tries):
+            if not is_int(self.tries):
                 raise TypeError(f"tries is a whole number or None, not {type(self.tries).__name__}")
             if self.tries < 1:
                 raise ValueError(f"tries is at least 1, not {self.tries}: reconnect=None is none")

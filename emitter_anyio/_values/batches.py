@@ -1,4 +1,4 @@
-"""Messages that came in one go, and which of them are for whom."""
+"""MessageBatch that came in one go, and which of them are for whom."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from .messages import EmitterMessage
 
 T = TypeVar("T", bound=Hashable)
 
-Batch: TypeAlias = tuple[list[EmitterMessage], int | None]
+ReceiverBatch: TypeAlias = tuple[list[EmitterMessage], int | None]
 """
-Messages in the order in which they came, and how many bytes each of them weighs in a buffer;
+MessageBatch in the order in which they came, and how many bytes each of them weighs in a buffer;
 ``None`` where it is not known that all weigh as many. Nobody changes the list, which may be
 others', too.
 """
 
 
 @final
-class Messages:
+class MessageBatch:
     """
     What came in one go, sorted by channel while it is known anyway which channel each has: to ask
     each message would cost as much as to put it into a buffer.
@@ -46,13 +46,13 @@ class Messages:
         self.by_channel.setdefault(message.channel, []).append(message)
         self.each[message.channel] = None
 
-    def by_receiver(self, receivers: Mapping[str, Iterable[T]]) -> dict[T, Batch]:
+    def by_receiver(self, receivers: Mapping[str, Iterable[T]]) -> dict[T, ReceiverBatch]:
         """
         Give what is for each receiver.
 
         :param receivers: those whom each channel reaches
         """
-        found: dict[T, Batch] = {}
+        found: dict[T, ReceiverBatch] = {}
         several: dict[T, list[str]] = {}
         for channel, messages in self.by_channel.items():
             batch = messages, self.each[channel]
@@ -68,8 +68,8 @@ class Messages:
             found |= self._merge(several)
         return found
 
-    def _merge(self, several: Mapping[T, list[str]]) -> dict[T, Batch]:
-        merged: dict[T, Batch] = {}
+    def _merge(self, several: Mapping[T, list[str]]) -> dict[T, ReceiverBatch]:
+        merged: dict[T, ReceiverBatch] = {}
         ways: dict[str, list[list[EmitterMessage]]] = {}
         for receiver, channels in several.items():
             if len(channels) == len(self.by_channel):
@@ -86,9 +86,9 @@ class Messages:
         return merged
 
 
-def in_one_go(messages: Iterable[EmitterMessage]) -> Messages:
+def make_batch(messages: Iterable[EmitterMessage]) -> MessageBatch:
     """Sort messages by channel that are not sorted yet."""
-    found = Messages([], {}, {})
+    found = MessageBatch([], {}, {})
     for message in messages:
         found.append(message)
     return found

@@ -20,7 +20,7 @@ from .errors import InvalidChannelError
 Key: TypeAlias = str | Callable[[], Awaitable[str]]
 """A key, or an ``async`` function that returns one and is asked again when it was refused."""
 
-A_KEY: Final = "k" * 32
+PLACEHOLDER_KEY: Final = "k" * 32
 """As long as the key that a function will return."""
 
 MAX_KEY_LEVELS: Final = 23
@@ -30,10 +30,10 @@ _FIRST_SECOND: Final = 1514764800
 _LAST_SECOND: Final = 3029529600
 """The broker takes a ``from`` or ``until`` outside 2018 … 2066 as though it had not been given."""
 
-_MAX_TOPIC: Final = 65535
+_MAX_TOPIC_BYTES: Final = 65535
 
 _LEVEL = re.compile(r"[$\-.0-9:A-Z\[\\\]^_`a-z]+\Z", re.ASCII)
-_NOT_IN_A_KEY = re.compile(r"[^!-~]|[/?#+]")
+_INVALID_IN_KEY = re.compile(r"[^!-~]|[/?#+]")
 
 
 def levels(channel: str) -> list[str]:
@@ -58,9 +58,10 @@ def _check_channel(channel: str, wildcards: bool) -> str:
     if not channel.strip("/"):
         raise InvalidChannelError("the channel is empty; give one such as 'chat/'")
     whole = channel if channel.endswith("/") else channel + "/"
-    if len(whole) > _MAX_TOPIC:
+    if len(whole) > _MAX_TOPIC_BYTES:
         raise InvalidChannelError(
-            f"the channel has {len(whole)} characters; the topics of MQTT have at most {_MAX_TOPIC}"
+            f"the channel has {len(whole)} characters; the topics of MQTT have at most "
+            f"{_MAX_TOPIC_BYTES}"
         )
     parts = levels(whole)
     for number, level in enumerate(parts, 1):
@@ -130,7 +131,7 @@ def check_target(channel: str) -> str:
     return target
 
 
-def check_source(key: Key) -> Key:
+def check_key_source(key: Key) -> Key:
     """
     Check what stands for a key: the key, or a function that will be asked for it.
 
@@ -156,7 +157,7 @@ def check_key(key: str) -> str:
     key = check_text("key", key, " or an async function that returns a str")
     if not key:
         raise ValueError("the key is empty; keygen() makes one")
-    if bad := _NOT_IN_A_KEY.search(key):
+    if bad := _INVALID_IN_KEY.search(key):
         raise ValueError(
             f"the key has the character {bad[0]!r} at position {bad.start()}; keys are made of "
             "letters, digits, '-' and '_'"
@@ -198,10 +199,10 @@ def format_topic(key: str, channel: str, options: Iterable[tuple[str, int | None
     :raises InvalidChannelError: if it is longer than MQTT allows
     """
     topic = f"{key}/{format_options(channel, options)}"
-    if len(topic) > _MAX_TOPIC:
+    if len(topic) > _MAX_TOPIC_BYTES:
         raise InvalidChannelError(
             f"the topic of a channel of {len(channel)} bytes would have {len(topic)}; MQTT takes "
-            f"{_MAX_TOPIC}"
+            f"{_MAX_TOPIC_BYTES}"
         )
     return topic
 
@@ -239,7 +240,7 @@ def _mix(k: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def fingerprint(channel: str) -> int:
+def channel_hash(channel: str) -> int:
     """
     Give what the broker tells the subscriptions of one link apart by: the level hashes, XORed.
 

@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAX_INT32: Final = 2**31 - 1
 
 
-def is_whole(value: object) -> TypeGuard[int]:
+def is_int(value: object) -> TypeGuard[int]:
     """Tell whether something is an ``int``, and no ``bool`` in its place."""
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -71,14 +71,14 @@ def check_int(name: str, value: object, least: int, most: int = MAX_INT32, unit:
     :raises TypeError: if it is not an ``int``
     :raises ValueError: if it is out of the range
     """
-    if not is_whole(value):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if not least <= value <= most:
         raise ValueError(f"{name} must be from {least} to {most}{unit}, not {value}")
     return int(value)
 
 
-def check_whole(name: str, value: object) -> int | None:
+def check_optional_int(name: str, value: object) -> int | None:
     """
     Check an option that is a whole number, or ``None``.
 

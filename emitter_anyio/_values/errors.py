@@ -54,12 +54,12 @@ class EmitterError(Exception):
         # Not by calling the class, as Exception does: some take arguments that are not in `args`.
         state = dict(vars(self))
         if self.__cause__ is not None:
-            state["__cause__"] = portable(self.__cause__)
+            state["__cause__"] = make_picklable(self.__cause__)
         new = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed does not list it
         return new, (type(self), *self.args), state
 
 
-def portable(error: BaseException) -> BaseException:
+def make_picklable(error: BaseException) -> BaseException:
     """Return an error if it can be pickled, else an :exc:`Exception` with its type and text."""
     if isinstance(error, EmitterError):
         return error
@@ -83,7 +83,7 @@ class ConnectError(EmitterError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         new, arguments, state = super().__reduce__()
-        causes = {server: portable(cause) for server, cause in self.causes.items()}
+        causes = {server: make_picklable(cause) for server, cause in self.causes.items()}
         return new, arguments, {**state, "causes": causes}
 
 
@@ -274,7 +274,7 @@ _BY_STATUS: dict[int, type[RequestError]] = {
 }
 
 
-def refusal(
+def make_request_error(
     status: int | None,
     message: str,
     *,

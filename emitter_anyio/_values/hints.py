@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from .errors import RequestError, refusal
+from .errors import RequestError, make_request_error
 
 _KEY = re.compile(r"[-_0-9A-Za-z]{32}")
 
@@ -18,7 +18,7 @@ _PERMISSION: Final = {
 }
 
 
-def refused(
+def make_refusal(
     status: int | None, message: str, operation: str, key: str | None, channel: str | None
 ) -> RequestError:
     """Make the error for a refusal, with the likely reasons for this very call."""
@@ -28,7 +28,7 @@ def refused(
     elif key is not None and (status == 401 or (status, operation) == (404, "keygen")):
         # A secret of another licence is noise, or, now and then, of an unknown contract: a 404.
         hint = _hint_for_a_key(message, operation, key, channel)
-    return refusal(status, message, operation=operation, channel=channel, hint=hint)
+    return make_request_error(status, message, operation=operation, channel=channel, hint=hint)
 
 
 def _hint_for_a_link(status: int | None) -> str | None:

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias
 
-from .text import readable
+from .text import make_printable
 
 Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
 """What can be published: bytes-like and ``str`` (UTF-8) go as they are, all else as JSON."""
 
-ITEM_BYTES: Final = 128
+ITEM_OVERHEAD_BYTES: Final = 128
 """What waits in a buffer weighs so many bytes beside its payload and channel: what Python keeps
 around them."""
 
-_SHOWN = 64
+_SHOWN_BYTES = 64
 
 _JSON_TYPES: Final = (dict, list, tuple, int, float, type(None))
 """Not buffers: to try would cost a third of what encoding them does."""
@@ -44,7 +44,7 @@ class Readable:
             return self.binary.decode()
         except UnicodeDecodeError as exc:
             raise ValueError(
-                f"{self._named()} is not UTF-8: {exc.reason} at byte {exc.start}"
+                f"{self._describe()} is not UTF-8: {exc.reason} at byte {exc.start}"
             ) from exc
 
     def as_object(self) -> Any:
@@ -56,21 +56,21 @@ class Readable:
         try:
             return json.loads(self.binary)
         except (ValueError, RecursionError) as exc:
-            raise ValueError(f"{self._named()} is not JSON: {exc}") from exc
+            raise ValueError(f"{self._describe()} is not JSON: {exc}") from exc
 
     asBinary = as_binary  # noqa: N815 - the original SDK's name
     asString = as_string  # noqa: N815 - the original SDK's name
     asObject = as_object  # noqa: N815 - the original SDK's name
 
-    def _named(self) -> str:
-        return f"the message of {len(self.binary)} bytes from {readable(self.channel)!r}"
+    def _describe(self) -> str:
+        return f"the message of {len(self.binary)} bytes from {make_printable(self.channel)!r}"
 
 
-def _shown(message: Readable) -> str:
+def _show_payload(message: Readable) -> str:
     if message.channel.startswith("emitter/keygen/"):
         # The broker's reply, which a wide subscription may receive as a message.
         return f"<{len(message.binary)} bytes>"
-    return repr(message.binary[:_SHOWN]) + ("…" if len(message.binary) > _SHOWN else "")
+    return repr(message.binary[:_SHOWN_BYTES]) + ("…" if len(message.binary) > _SHOWN_BYTES else "")
 
 
 class EmitterMessage(Readable):
@@ -95,7 +95,7 @@ class EmitterMessage(Readable):
 
     def __repr__(self) -> str:
         replayed = ", replayed" if self.replayed else ""
-        return f"<EmitterMessage channel={self.channel!r} binary={_shown(self)}{replayed}>"
+        return f"<EmitterMessage channel={self.channel!r} binary={_show_payload(self)}{replayed}>"
 
     @property
     def replayed(self) -> bool:
@@ -162,7 +162,7 @@ class StoredMessage(Readable):
     def __repr__(self) -> str:
         return (
             f"<StoredMessage time={self.time:%Y-%m-%dT%H:%M:%SZ} channel={self.channel!r} "
-            f"binary={_shown(self)}>"
+            f"binary={_show_payload(self)}>"
         )
 
 

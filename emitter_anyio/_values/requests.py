@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, Literal, NoReturn, TypeVar
 
 from .channels import format_options, format_topic
 from .messages import StoredMessage
-from .text import readable
+from .text import make_printable
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ _ID_EPOCH: Final = 1514764800
 """Message ids count their seconds from 2018-01-01."""
 
 
-class NonsenseError(ValueError):
+class InvalidReplyError(ValueError):
     """What came is not what the broker would send."""
 
 
@@ -136,7 +136,7 @@ class Request(Generic[T]):
 
     :ivar operation: its name, which is its topic ``emitter/<operation>/`` and its event
     :ivar body: the JSON to send, or nothing
-    :ivar parse: makes the value of a good answer; raises :exc:`NonsenseError`
+    :ivar parse: makes the value of a good answer; raises :exc:`InvalidReplyError`
     :ivar key: the key in question, for hints
     :ivar channel: the channel in question, for errors
     :ivar emits: whether a good answer is an event, too
@@ -158,10 +158,10 @@ def keygen(key: str, channel: str, permissions: str, ttl: int) -> Request[Channe
     """Ask for a key: ``key`` is the master secret, or an extend key for a private channel."""
 
     def parse(answer: Mapping[str, Any]) -> ChannelKey:
-        return ChannelKey(_text(answer, "key"), _text(answer, "channel"))
+        return ChannelKey(_get_text(answer, "key"), _get_text(answer, "channel"))
 
     body = {"key": key, "channel": channel, "type": permissions, "ttl": ttl}
-    return Request("keygen", _json(body), parse, key, channel)
+    return Request("keygen", _encode(body), parse, key, channel)
 
 
 def keyban(secret: str, target: str, banned: bool) -> Request[bool]:
@@ -169,11 +169,11 @@ def keyban(secret: str, target: str, banned: bool) -> Request[bool]:
 
     def parse(answer: Mapping[str, Any]) -> bool:
         if not isinstance(now := answer.get("banned"), bool):
-            raise NonsenseError("banned is no bool")
+            raise InvalidReplyError("banned is no bool")
         return now
 
     body = {"secret": secret, "target": target, "banned": banned}
-    return Request("keyban", _json(body), parse, secret)
+    return Request("keyban", _encode(body), parse, secret)
 
 
 def link(
@@ -182,7 +182,7 @@ def link(
     """Ask for a link; the broker checks the key only when the link is used."""
 
     def parse(answer: Mapping[str, Any]) -> Link:
-        return Link(_text(answer, "name"), _text(answer, "channel"))
+        return Link(_get_text(answer, "name"), _get_text(answer, "channel"))
 
     body = {
         "name": name,
@@ -190,7 +190,7 @@ def link(
         "channel": format_options(channel, options),
         "subscribe": False,
     }
-    return Request("link", _json(body), parse, key, channel)
+    return Request("link", _encode(body), parse, key, channel)
 
 
 def me() -> Request[Me]:
@@ -199,8 +199,8 @@ def me() -> Request[Me]:
     def parse(answer: Mapping[str, Any]) -> Me:
         links = answer.get("links", {})
         if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
-            raise NonsenseError("links is not an object of channels")
-        return Me(_text(answer, "id"), _ReadOnlyDict(links))
+            raise InvalidReplyError("links is not an object of channels")
+        return Me(_get_text(answer, "id"), _ReadOnlyDict(links))
 
     return Request("me", b"", parse)
 
@@ -220,28 +220,31 @@ def presence(
             return None
         who = answer.get("who")
         if not isinstance(who, list):
-            raise NonsenseError("who is not an array")
+            raise InvalidReplyError("who is not an array")
         return PresenceStatus(
-            _time(answer, "time"), "status", _text(answer, "channel"), tuple(map(_member, who))
+            _get_time(answer, "time"),
+            "status",
+            _get_text(answer, "channel"),
+            tuple(map(_parse_member, who)),
         )
 
     body: dict[str, object] = {"key": key, "channel": channel, "status": status}
     if changes is not None:
         body["changes"] = changes
-    return Request("presence", _json(body), parse, key, channel)
+    return Request("presence", _encode(body), parse, key, channel)
 
 
-def presence_event(answer: Mapping[str, Any]) -> PresenceEvent:
+def parse_presence_event(answer: Mapping[str, Any]) -> PresenceEvent:
     """
     Read a change of presence, which comes without having been asked for each time.
 
-    :raises NonsenseError: if it is none
+    :raises InvalidReplyError: if it is none
     """
     event = answer.get("event")
     if event not in ("subscribe", "unsubscribe"):
-        raise NonsenseError("event is neither subscribe nor unsubscribe")
-    who = (_member(answer.get("who")),)
-    return PresenceEvent(_time(answer, "time"), event, _text(answer, "channel"), who)
+        raise InvalidReplyError("event is neither subscribe nor unsubscribe")
+    who = (_parse_member(answer.get("who")),)
+    return PresenceEvent(_get_time(answer, "time"), event, _get_text(answer, "channel"), who)
 
 
 def history(
@@ -264,89 +267,89 @@ def history(
     def parse(answer: Mapping[str, Any]) -> list[StoredMessage]:
         found = answer.get("messages")
         if not isinstance(found, list):
-            raise NonsenseError("messages is not an array")
-        return sorted(map(_stored, found), key=lambda message: message.id[4:16], reverse=True)
+            raise InvalidReplyError("messages is not an array")
+        return sorted(map(_parse_stored, found), key=lambda message: message.id[4:16], reverse=True)
 
     # The key stands inside the channel here; the broker passes over a field of its own for it.
     topic = format_topic(key, channel, (("last", last), ("from", since), ("until", until)))
     body = {"channel": topic}
     if before is not None:
         body["startFromID"] = base64.b64encode(before).decode()
-    return Request("history", _json(body), parse, key, channel, False)
+    return Request("history", _encode(body), parse, key, channel, False)
 
 
 def parse_object(binary: bytes) -> Mapping[str, Any]:
     """
     Read a JSON object.
 
-    :raises NonsenseError: if it is something else
+    :raises InvalidReplyError: if it is something else
     """
     try:
         value = json.loads(binary)
     except (ValueError, RecursionError) as exc:
-        raise NonsenseError("no JSON") from exc
+        raise InvalidReplyError("no JSON") from exc
     if not isinstance(value, dict):
-        raise NonsenseError("no JSON object")
+        raise InvalidReplyError("no JSON object")
     return value
 
 
-def refusal_in(answer: Mapping[str, Any]) -> tuple[int, str] | None:
+def parse_refusal(answer: Mapping[str, Any]) -> tuple[int, str] | None:
     """
     Tell the status and message of an answer that says no, or ``None`` of one that says yes.
 
     A history answer has no status when all is well.
 
-    :raises NonsenseError: if status or message are not of their kind
+    :raises InvalidReplyError: if status or message are not of their kind
     """
     status = answer.get("status", 200)
     if not isinstance(status, int) or isinstance(status, bool):
-        raise NonsenseError("status is no whole number")
-    return None if status == 200 else (status, readable(_text(answer, "message")))
+        raise InvalidReplyError("status is no whole number")
+    return None if status == 200 else (status, make_printable(_get_text(answer, "message")))
 
 
-def _json(body: Mapping[str, object]) -> bytes:
+def _encode(body: Mapping[str, object]) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-def _text(answer: Mapping[str, Any], name: str) -> str:
+def _get_text(answer: Mapping[str, Any], name: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
-        raise NonsenseError(f"{name} is no string")
+        raise InvalidReplyError(f"{name} is no string")
     return value
 
 
-def _time(answer: Mapping[str, Any], name: str) -> datetime:
+def _get_time(answer: Mapping[str, Any], name: str) -> datetime:
     value = answer.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise NonsenseError(f"{name} is no whole number")
+        raise InvalidReplyError(f"{name} is no whole number")
     try:
         return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError) as exc:
-        raise NonsenseError(f"{name} is no time") from exc
+        raise InvalidReplyError(f"{name} is no time") from exc
 
 
-def _member(who: object) -> Member:
+def _parse_member(who: object) -> Member:
     if not isinstance(who, dict):
-        raise NonsenseError("a member is no object")
+        raise InvalidReplyError("a member is no object")
     username = who.get("username")
     if username is not None and not isinstance(username, str):
-        raise NonsenseError("username is no string")
-    return Member(_text(who, "id"), username)
+        raise InvalidReplyError("username is no string")
+    return Member(_get_text(who, "id"), username)
 
 
-def _stored(found: object) -> StoredMessage:
+def _parse_stored(found: object) -> StoredMessage:
     if not isinstance(found, dict):
-        raise NonsenseError("a stored message is no object")
-    id = _text(found, "id")
+        raise InvalidReplyError("a stored message is no object")
+    id = _get_text(found, "id")
     try:
         number = base64.b64decode(id, validate=True)
         # The broker, written in Go, leaves out an empty payload.
         binary = base64.b64decode(found.get("payload") or "", validate=True)
     except (TypeError, ValueError) as exc:
-        raise NonsenseError("a stored message is no base64") from exc
+        raise InvalidReplyError("a stored message is no base64") from exc
     if len(number) < 16:
-        raise NonsenseError("the id of a stored message is too short")
+        raise InvalidReplyError("the id of a stored message is too short")
     seconds = 0xFFFFFFFF - int.from_bytes(number[4:8], "big") + _ID_EPOCH
     return StoredMessage(
-        number, datetime.fromtimestamp(seconds, UTC), _text(found, "channel"), binary
+        number, datetime.fromtimestamp(seconds, UTC), _get_text(found, "channel"), binary
     )

@@ -14,7 +14,7 @@ Matcher: TypeAlias = Literal["emitter", "mqtt"]
 
 T = TypeVar("T")
 
-_CACHE_LIMIT: Final = 4096
+_MAX_CACHED_CHANNELS: Final = 4096
 
 
 def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
@@ -84,11 +84,11 @@ class _Tree(Generic[T]):
 
         :param rank: its place among the others
         """
-        self._place(pattern, make=True)[receiver] = rank
+        self._receivers_at(pattern, make=True)[receiver] = rank
 
     def remove(self, receiver: T, pattern: str | None) -> None:
         """Remove a receiver."""
-        del self._place(pattern)[receiver]
+        del self._receivers_at(pattern)[receiver]
         if pattern is not None:
             self._prune(levels(pattern))
 
@@ -97,7 +97,7 @@ class _Tree(Generic[T]):
         reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
         return tuple(sorted(reached, key=reached.__getitem__))
 
-    def _place(self, pattern: str | None, *, make: bool = False) -> dict[T, int]:
+    def _receivers_at(self, pattern: str | None, *, make: bool = False) -> dict[T, int]:
         if pattern is None:
             return self._everything
         node = self._root
@@ -129,7 +129,7 @@ class _Tree(Generic[T]):
         return reached
 
 
-class _Found(dict[str, tuple[T, ...]]):
+class _Cache(dict[str, tuple[T, ...]]):
     """
     The receivers of channels that were looked up before.
 
@@ -142,7 +142,7 @@ class _Found(dict[str, tuple[T, ...]]):
         self._tree = tree
 
     def __missing__(self, channel: str) -> tuple[T, ...]:
-        if len(self) >= _CACHE_LIMIT:
+        if len(self) >= _MAX_CACHED_CHANNELS:
             self.clear()
         found = self[channel] = self._tree.find(channel)
         return found
@@ -160,7 +160,7 @@ class Router(Generic[T]):
     def __init__(self, matcher: Matcher = "emitter") -> None:
         self._patterns: dict[T, str | None] = {}
         self._tree: _Tree[T] = _Tree(matcher)
-        self._found = _Found(self._tree)
+        self._found = _Cache(self._tree)
         self._added = 0
         self.receivers: Mapping[str, tuple[T, ...]] = self._found
 

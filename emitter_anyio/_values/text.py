@@ -7,7 +7,7 @@ from typing import Final
 _MAX_CHARACTERS: Final = 200
 
 
-def readable(text: str) -> str:
+def make_printable(text: str) -> str:
     """Return text as one line of at most 200 characters that a terminal does not interpret."""
     line = " ".join(text[: 64 * _MAX_CHARACTERS].split())
     line = line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…"

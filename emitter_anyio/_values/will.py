@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .channels import Key, check_channel, check_source
+from .channels import Key, check_channel, check_key_source
 from .checks import check_flag
 from .messages import Payload, plain_payload
 
@@ -32,7 +32,7 @@ class Will:
 
     def __post_init__(self) -> None:
         for name, value in (
-            ("key", check_source(self.key)),
+            ("key", check_key_source(self.key)),
             ("channel", check_channel(self.channel)),
             # A buffer is copied, because what is in it may change before the broker gets it.
             ("message", plain_payload(self.message)),

@@ -130,7 +130,7 @@ def answers(data: bytes) -> None:
         requests.presence(KEY, "a/", status=False, changes=False),
     )
     pending: list[Pending[Any]] = [session.request(request) for request in asked]
-    pending.append(session.publish_confirmed(b"k/a/", b"x", KEY, "a/"))
+    pending.append(session.publish_qos_1(b"k/a/", b"x", KEY, "a/"))
     pending.append(session.subscribe(KEY, KEY, "a/", Replay())[0].asked)
     session.publish(b"k/a/", b"x")
     wants.watch("a/")
@@ -194,7 +194,7 @@ def unwrap(pieces: Iterable[bytes]) -> tuple[bytes, str]:
             more += made.receive(b"")
         assert not (ended and more), "something comes out behind the end"
         carried += more
-        assert len(made.answer) <= MAX_CONTROL_FRAME, "more than one ping is kept"
+        assert len(made.pong) <= MAX_CONTROL_FRAME, "more than one ping is kept"
         if made.end is None:
             assert len(made._connection._proto._frame_decoder.buffer) <= MAX_CONTROL_FRAME
     assert made.end is None or isinstance(made.end, EOFError | RemoteProtocolError)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from emitter_anyio._protocol.packets import Answer, Event
 from emitter_anyio._streams import weight_of
-from emitter_anyio._values.batches import Messages
+from emitter_anyio._values.batches import MessageBatch
 
 
 def one_by_one(events: Iterable[Event]) -> list[Answer]:
     """Take the messages out of what they came in, which has to hold each of them once more."""
     found: list[Answer] = []
     for event in events:
-        if not isinstance(event, Messages):
+        if not isinstance(event, MessageBatch):
             found.append(event)
             continue
         assert event.in_order
