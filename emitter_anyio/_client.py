@@ -1,4 +1,4 @@
-"""The client that users hold: signatures, documentation and delegation."""
+"""The public facade: :func:`connect` and :class:`Emitter`, with signatures and documentation."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from emitter_anyio._values.router import Routes
 
 from ._streams import Entering, EventStream, Overflow, Receiver
 
-_LifeEvent: TypeAlias = Literal["connect", "disconnect"]
-_OnLife = TypeVar("_OnLife", bound=Callable[[], object])
+_ConnectionEvent: TypeAlias = Literal["connect", "disconnect"]
+_OnConnection = TypeVar("_OnConnection", bound=Callable[[], object])
 _OnMessage = TypeVar("_OnMessage", bound=Callable[[EmitterMessage], object])
 _OnPresence = TypeVar("_OnPresence", bound=Callable[[PresenceEvent], object])
 _OnKeygen = TypeVar("_OnKeygen", bound=Callable[[ChannelKey], object])
@@ -64,12 +64,13 @@ class _Options(TypedDict, total=False):
 @dataclass(frozen=True, slots=True)
 class ConnectionInfo:
     """
-    What is known of the present link.
+    The current connection of a client.
 
-    :ivar server: where it goes, as a URL without user and password
-    :ivar since: when the broker acknowledged it
-    :ivar id: the connection's id, once ``me()`` has asked for it on this link
-    :ivar last_error: why the link before it ended, if one has broken
+    :ivar server: the server as a URL, without user name and password
+    :ivar since: the time at which the broker accepted the connection (UTC, by the local clock)
+    :ivar id: the broker's id of the connection; ``None`` until a call of :meth:`Emitter.me` or
+        :meth:`Emitter.request` has requested it on this connection
+    :ivar last_error: the cause of the last lost connection or failed attempt to reconnect, if any
     """
 
     server: str
@@ -84,55 +85,113 @@ class ConnectionInfo:
 
 def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Emitter:
     """
-    Make a client; nothing happens until it is entered.
+    Create a client. It connects when it is entered.
 
-    :param options: a mapping of options, as in the original SDK, or a URL: ``mqtt://`` (port 8080
-        unless said), ``mqtts://`` (port 443), ``unix://`` or, with wsproto, ``ws://`` (8080) and
-        ``wss://`` (443), which may have a path
-    :param keywords: options; ``host`` (``"api.emitter.io"``), ``port`` (443, or 8080 if not
-        secure), ``secure`` (``True``), ``servers`` (URLs to try in turn, instead), ``keepalive``
-        (30 s, from 1 to 60), ``username``, ``password``, ``client_id``, ``will`` (a
-        :class:`Will`), ``ssl_context`` (verified by the system's authorities),
-        ``connect_timeout`` (10 s for each server), ``request_timeout`` (10 s for each awaited
-        answer; ``None`` never), ``disconnect_timeout`` (5 s), ``matcher`` (``"emitter"`` or
-        ``"mqtt"``, as the broker is configured), ``max_message_size`` (65536 bytes),
-        ``allow_collisions`` (``False``; for brokers that keep channels of equal hashes apart),
-        ``connectable`` (an ``anyio.abc.ByteStreamConnectable`` instead of TCP; TLS and WebSocket
-        are added as the URL's scheme or ``secure=True`` requires),
-        ``reconnect`` (``Backoff()``: a link that is lost comes back; ``None``: one link only),
-        ``while_down`` (``"wait"`` until it is back, or ``"raise"``: what a call does meanwhile),
-        ``trace`` (a function that gets the name of each event of the client, and a mapping of what
-        is known of it)
-    :return: a client to be entered
-    :raises TypeError: if an option is unknown, of the wrong kind, or said twice with two values
-    :raises ValueError: if a value is out of its range
-    :raises ImportError: if WebSocket is wanted, and wsproto is not there
+    :param options: a URL, or a mapping of the options below as in the original SDK. The schemes are
+        ``mqtt://`` (default port 8080), ``mqtts://`` (443), ``ws://`` (8080), ``wss://`` (443) and
+        ``unix://``. A user name and password in the URL become ``username`` and ``password``. A
+        WebSocket URL can have a path
+    :param keywords: options:
+
+        - ``host``: a name, an IP address, or the absolute path of a Unix socket; default
+          ``"api.emitter.io"``
+        - ``port``: 1 to 65,535; default 443 with TLS and 8080 without
+        - ``secure``: whether to use TLS; default ``True``
+        - ``servers``: a sequence of URLs with the same scheme instead of ``host``, ``port`` and
+          ``secure``; the client tries them in turn
+        - ``keepalive``: 1 to 60 seconds; default 30. The broker closes a connection on which it
+          receives nothing for 120 seconds
+        - ``username``: shown to others in presence
+        - ``password``: requires ``username``. Emitter ignores it; a proxy might not
+        - ``client_id``: default ``""``
+        - ``will``: a :class:`Will`, which the broker publishes when the connection ends
+        - ``ssl_context``: a client's :class:`ssl.SSLContext`; by default the system's certificate
+          authorities verify the broker
+        - ``connect_timeout``: seconds, at least 0, or ``None`` for no limit; default 10. It covers
+          name look-up, TCP, TLS, WebSocket and CONNACK together, separately for each server
+        - ``request_timeout``: seconds, at least 0, or ``None`` for no limit; default 10. The time
+          for each awaited reply, from when the request's bytes are written
+        - ``disconnect_timeout``: seconds, at least 0; default 5. The time for the whole orderly
+          close
+        - ``reconnect``: a :class:`Backoff`; default ``Backoff()``. ``None``: one connection only.
+          It applies after the first connection has been opened
+        - ``while_down``: what a call does between two connections: ``"wait"`` (the default) for the
+          next one, or ``"raise"`` :class:`ConnectionLostError`
+        - ``matcher``: how the broker is configured to match channels: ``"emitter"`` (the default)
+          or ``"mqtt"``
+        - ``max_message_size``: the largest packet in either direction, 1024 to 268,435,455 bytes;
+          default 65,536, the broker's own limit
+        - ``allow_collisions``: ``True`` for a broker that keeps channels with equal hashes apart;
+          default ``False``
+        - ``connectable``: an :class:`anyio.abc.ByteStreamConnectable` to connect with instead of
+          TCP. The client adds TLS and WebSocket as the URL's scheme or ``secure=True`` requires,
+          and nothing otherwise
+        - ``trace``: a function that is called with the name of each trace event and a mapping of
+          its values
+    :return: the client, to be entered
+    :raises TypeError: if an option is unknown, has the wrong type, or has conflicting values
+    :raises ValueError: if a value is malformed or out of range
+    :raises MessageTooLargeError: if ``client_id``, ``username``, ``password`` and ``will`` together
+        exceed ``max_message_size``
+    :raises ImportError: if WebSocket is requested and ``wsproto`` is not installed
+
+    Source: the broker's ``broker/conn.go`` (120 seconds); recorded conversations
+    ``publish-too-large`` (65,536 bytes) and ``connect-credentials-ignored``.
     """
     return Emitter(make_options(options, keywords))
 
 
 class Emitter:
     """
-    A client of an Emitter broker; :func:`connect` makes one.
+    A client of an Emitter broker, made by :func:`connect`.
 
-    It lives inside ``async with``, or in a task group by ``await task_group.start(emitter.run)``,
-    on asyncio and on Trio. The body starts connected. Entering it again after it ended is fine.
+    The client is an asynchronous context manager, on asyncio and on Trio. The ``async with`` block
+    starts connected. Leaving the block disconnects and stops all of the client's background tasks.
+    ``await task_group.start(emitter.run)`` runs the client in your own task group or nursery
+    instead. A client that has ended can be entered again.
 
-    A link that is lost comes back, with subscriptions, groups, presence and links confirmed before
-    ``connect`` is emitted again. Calls that waited for an answer raise
-    :class:`ConnectionLostError`, as their outcome is unknown; calls made meanwhile wait. Publishes
-    of ``qos=0`` of which no byte was handed over go out first on the next link, in order; those
-    handed over are never sent again, and ``statistics().uncertain`` counts them. When the link is
-    gone for good (``reconnect=None``, or its tries used up), the body is cancelled and the block
-    raises :class:`ConnectionLostError`.
+    When a connection is lost, the client opens a new connection. It restores subscriptions, groups,
+    presence feeds and links before it emits ``connect`` again:
 
-    Every verb may be cancelled at any time: there is never half a packet on the wire, and the
-    client stays usable. Every awaited verb is a checkpoint, but ``publish(qos=0)``, which notices
-    cancellation at least at every 16th call and yields at least at every 64th.
+    - A call that awaits a reply raises :class:`ConnectionLostError`. Whether it took effect is
+      unknown.
+    - A call that is made between two connections waits for the next one, or raises
+      :class:`ConnectionLostError` with ``while_down="raise"``.
+    - QoS 0 publishes that have not been written go out first on the next connection, in order.
+      Those written partly or completely are not sent again; ``statistics().uncertain`` counts those
+      that the broker might not have read.
+    - When reconnecting has been given up (``reconnect=None``, or all ``tries`` have failed), the
+      block is cancelled and raises :class:`ConnectionLostError`.
+
+    Every method can be cancelled at any time: no packet is sent partially, and the client stays
+    usable. Every awaited method is a checkpoint, except ``publish(qos=0)``, which checks for
+    cancellation at least every 16 calls and yields at least every 64 calls.
+
+    A client belongs to the thread and event loop (or Trio run) in which it is entered. Only
+    :meth:`statistics` works elsewhere, and :meth:`on` and :meth:`off` before the client is entered.
+
+    Every parameter for a key also takes an ``async`` function without parameters that returns the
+    key. The client keeps the returned key until the broker refuses it, and then calls the function
+    again. A call that the broker refused, or a subscription that it did not restore, is retried
+    once with the new key. The method raises what the function raises; if the function awaited
+    something that was cancelled, it raises an :class:`EmitterError`.
+
+    :raises ConnectError: when entered, if no server could be reached, or if the key function of the
+        will failed
+    :raises ConnectRefusedError: when entered, if the last server that was tried refused CONNECT
+    :raises ClosedError: when entered, if :meth:`disconnect` was called while the client was
+        connecting
+    :raises ConnectionLostError: when left, if reconnecting was given up
+    :raises RuntimeError: if the client is already entered, or is left in a different task than the
+        one that entered it and that task still runs
+    :raises WrongLoopError: if the client is entered or left in another thread or event loop
+
+    If entering is cancelled, the connection is closed. If the block is cancelled, the client sends
+    DISCONNECT if the connection accepts it immediately, and waits for nothing.
     """
 
     def __init__(self, options: Options) -> None:
-        # Each object gets only objects that were made before it.
+        # Each object is given only objects that were made before it, so that no cycle can form.
         self._options = options
         self._slot = slot = Slot(options)
         background = Background()
@@ -172,7 +231,7 @@ class Emitter:
         servers = ", ".join(map(str, self._options.servers))
         return f"<Emitter {servers}, {self.state}>"
 
-    # Asking the broker
+    # Requests
 
     async def publish(
         self,
@@ -189,31 +248,44 @@ class Emitter:
         """
         Publish a message.
 
-        :param key: a key with the permission to write (``w``); or, as wherever a key is taken, an
-            ``async`` function that returns one. Its answer is kept, and when the broker refuses
-            it, here or after a lost link, the function is asked for another one
+        :param key: a key with the permission to write (``w``), or an ``async`` function that
+            returns one (see :class:`Emitter`)
         :param channel: the channel, without wildcards
-        :param message: bytes-like or ``str`` (as UTF-8); anything else is sent as JSON
-        :param ttl: store it for so many seconds; ``None`` or 0 does not. Without the permission to
-            store (``s``) the broker delivers it and does not store it
-        :param qos: 0 returns when the message is queued, and waits only for room; 1 returns when
-            the broker has accepted it, and raises what it refused
-        :param retain: store it for as long as the broker keeps messages, 30 days by default
-            (needs ``s``)
-        :param echo: whether it is delivered to this connection, too
-        :param timeout: seconds for the broker to answer with ``qos=1``, instead of
-            ``request_timeout``; ``None`` never
-        :raises InvalidChannelError: if the broker would not take the channel
-        :raises MessageTooLargeError: if the packet has more than ``max_message_size`` bytes, for
-            which the broker would close the link
-        :raises UnauthorizedError: with ``qos=1``, if the key does not open the channel
-        :raises RequestTimeoutError: with ``qos=1``, if the broker did not answer in time
-        :raises ConnectionLostError: if the link is lost; with ``qos=1`` the outcome is unknown
+        :param message: bytes-like, or ``str`` (sent as UTF-8); any other object is sent as JSON
+        :param ttl: seconds for which the broker stores the message, up to 2,147,483,647; ``None``
+            or 0: it does not store it. Without the permission to store (``s``) in the key, the
+            broker delivers the message and does not store it
+        :param qos: 0: return when the message is queued, waiting only for space in the queue; 1:
+            return when the broker has accepted the message, or raise its refusal
+        :param retain: store the message for the broker's retention time, by default 30 days; needs
+            ``s``. A ``ttl`` takes precedence
+        :param echo: whether the message is also delivered to this connection
+        :param timeout: with ``qos=1``, seconds to wait for the broker's reply, instead of
+            ``request_timeout``; ``None`` waits without limit
+        :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
+        :raises ValueError: if an argument is out of range, or the key or the message is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``, for which the
+            broker would close the connection
+        :raises UnauthorizedError: with ``qos=1``, if the key does not permit writing to the channel
+        :raises RequestError: with ``qos=1``, if the broker refused for another reason
+        :raises RequestTimeoutError: with ``qos=1``, if the broker did not reply in time; the
+            message might have been published
+        :raises ConnectionLostError: with ``qos=1``, if the connection was lost before the reply;
+            the message might have been published. With any ``qos``, if reconnecting was given up;
+            with ``while_down="raise"`` also while disconnected
         :raises ClosedError: outside the block
-        :raises WrongLoopError: in another thread or event loop than the client's, as every verb
+        :raises WrongLoopError: in another thread or event loop
 
-        Cancelled while it waits for room, nothing was queued; cancelled later, with ``qos=1``, the
-        message may have been sent. A refused publish of ``qos=0`` goes to ``on("error")``.
+        A refused QoS 0 publish emits ``error``, or is logged if nothing handles that event;
+        :meth:`flush` raises it too.
+
+        If cancelled while it waits for queue space, the message was not queued. If cancelled later,
+        with ``qos=1``, the message might be published; a late reply is dropped.
+
+        Source: the broker refuses a publish before it acknowledges it, and acknowledges it in any
+        case (``broker/conn.go``; recorded conversations ``publish-unknown-key-qos1``,
+        ``store-needs-permission`` and ``store-retain``).
         """
         waiting = self._publisher.put(key, channel, message, ttl, qos, retain, echo, timeout)
         if waiting is not None:
@@ -229,32 +301,57 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> None:
         """
-        Publish through a link, with the options that it was made with.
+        Publish a message through an Emitter link, with the key and the options given to
+        :meth:`link`.
 
-        :param name: the name that :meth:`link` gave it
-        :param message: as in :meth:`publish`
-        :param qos: as in :meth:`publish`
-        :param retain: as in :meth:`publish`
-        :param timeout: seconds for the broker to answer with ``qos=1``, instead of
-            ``request_timeout``; ``None`` never
-        :raises BadRequestError: with ``qos=1``, if this connection has no link of that name
-        :raises UnauthorizedError: with ``qos=1``, if the link's key does not open its channel
-        :raises MessageTooLargeError: if the broker could not send it on: over 65528 bytes of
-            channel and payload it closes the link or drops the message (its ``conn.go``)
+        :param name: the name that was given to :meth:`link`
+        :param message: as for :meth:`publish`
+        :param qos: as for :meth:`publish`
+        :param retain: as for :meth:`publish`
+        :param timeout: with ``qos=1``, seconds to wait for the broker's reply, instead of
+            ``request_timeout``; ``None`` waits without limit
+        :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
+        :raises ValueError: if an argument is out of range, or the name or the message is malformed
+        :raises MessageTooLargeError: if channel and payload together exceed 65,528 bytes, which the
+            broker would not deliver, or the packet exceeds ``max_message_size``
+        :raises BadRequestError: with ``qos=1``, if ``name`` is unknown on this connection
+        :raises UnauthorizedError: with ``qos=1``, if the key given to :meth:`link` does not permit
+            writing to the channel
+        :raises RequestError: with ``qos=1``, if the broker refused for another reason
+        :raises RequestTimeoutError: with ``qos=1``, if the broker did not reply in time; the
+            message might have been published
+        :raises ConnectionLostError: as for :meth:`publish`
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it does what cancelling :meth:`publish` does.
+
+        Source: above 65,528 bytes the broker closes the publisher's connection or drops the message
+        (``broker/conn.go``).
         """
         await self._links.publish(name, message, qos, retain, timeout)
 
     async def flush(self, *, timeout: Timeout = DEFAULT) -> float:
         """
-        Wait until the broker has taken all that was sent before.
+        Wait until the broker has processed everything that this client sent before.
 
-        It is a PINGREQ, which the broker answers in its place behind the rest.
+        The client sends a PINGREQ, to which the broker replies in order.
 
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
         :return: the round trip in seconds
-        :raises RequestError: the first refusal of a publish of ``qos=0`` since the last flush
-        :raises RequestTimeoutError: if the broker did not answer in time
-        :raises ConnectionLostError: if the link is lost
+        :raises TypeError: if ``timeout`` has the wrong type
+        :raises ValueError: if ``timeout`` is negative
+        :raises RequestError: the first refusal of a QoS 0 publish since the last flush
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled, it leaves the refusal for the next flush.
+
+        Source: recorded conversation ``ping-is-a-barrier``.
         """
         return await self._requester.flush(timeout)
 
@@ -309,55 +406,82 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> Any:
         """
-        Subscribe to a channel, and to all below it.
+        Subscribe to a channel and to all channels below it.
 
-        **Awaited**, messages go to the handlers of ``on("message")``; doing it again is nothing
-        new. **Entered** with ``async with``, it gives an :class:`EventStream` of its own, and ends
-        when it is left, without waiting.
+        **Awaited**, the call sends messages to the handlers of ``on("message")``, until
+        :meth:`unsubscribe`; awaiting it again has no effect. **Entered** with ``async with``, the
+        call gives an :class:`EventStream`; leaving the block unsubscribes without waiting.
 
-        When the link was lost, the next one has the subscription again before ``connect`` is
-        emitted. What was published meanwhile is missing, unless ``resume`` reads back what of it
-        was stored. If the broker refuses the subscription then, its stream raises that; for
-        handlers it goes to ``on("error")``.
+        After a reconnection, the subscription is restored before ``connect`` is emitted. Messages
+        that were published between the two connections are missing, unless they were stored and
+        ``resume`` reads them back. If the broker refuses to restore a subscription, its stream
+        raises the refusal, or ``error`` is emitted if it was awaited.
 
-        :param key: a key with the permission to read (``r``); for a group, one that was made for
-            ``$share/<group>/<channel>/`` itself; or a function as in :meth:`publish`
-        :param channel: the channel; a level may be ``+``, which stands for any one. With the
-            broker's default matcher nothing is ever delivered to ``#``, though it may be replayed
-        :param last: replay so many stored messages first, if the key may load (``l``); 0 replays
-            none; with ``None`` the broker replays the newest one. Beside an overlapping
-            subscription the replay comes from a history request, to this subscriber alone: one
-            that is stored meanwhile may come twice, and none is missed
-        :param since: replay only what was stored since then: an aware ``datetime`` or unix
-            seconds; without ``last``, still the newest one only
-        :param until: replay only what was stored until then
-        :param group: share the messages with the others of this group: each goes to one of them.
-            Nothing is replayed to a group
-        :param buffer: how many messages may wait in the stream, beside what is replayed or
-            resumed; 8 MiB of them at most, where one weighs its payload, its channel and 128 bytes
-        :param overflow: what happens to more: ``"raise"`` (a :class:`SlowConsumerError` at the
-            place of the gap), ``"drop_oldest"``, ``"drop_newest"`` or ``"block"``, which stops
-            reading the link: whoever then awaits an answer while the own buffer is full waits for
-            ever, and the broker closes a link that it cannot write to for 120 s. While the stream
-            waits for what ``resume`` reads back, ``"block"`` does what ``"raise"`` does
-        :param resume: after a lost link, deliver what was stored meanwhile, in order and before
-            the live messages, as far as the broker has it. Around the gap a message may come
-            twice; what was read back has ``replayed`` set and an ``id``. The key needs ``l``
-        :param resume_limit: read back so many messages at most, the newest, and 8 MiB; if there
-            are more, that is logged, and a :class:`Gap` says so. Those of an earlier gap that have
-            not been received yet count, too
-        :param mark_gaps: put a :class:`Gap` into the stream wherever the link was away
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: to be awaited or entered, once
-        :raises InvalidChannelError: if the broker would not take the channel, or could not resume
+        :param key: a key with the permission to read (``r``), or an ``async`` function that returns
+            one (see :class:`Emitter`). A group needs a key that was made for
+            ``$share/<group>/<channel>/``
+        :param channel: the channel. A level can be ``+``, which matches any one level, and the last
+            level can be ``#``. With its default matcher the broker delivers nothing to ``#``, and
+            only replays
+        :param last: the maximum number of stored messages to replay first, the newest ones, up to
+            2,147,483,647 and 64 KiB, if the key has the permission to load (``l``). 0 replays none;
+            ``None`` replays the newest one. If the subscription overlaps another subscription of
+            this client, the client reads the messages by a history request, for this subscription
+            alone; a message that is stored while it does so might arrive twice
+        :param since: replay only messages stored at or after this time: an aware ``datetime`` or
+            unix seconds, between 2018 and 2066. Without ``last``, only the newest one is replayed
+        :param until: replay only messages stored at or before this time
+        :param group: the name of a share group: each message goes to one of its members. Nothing is
+            replayed to a group
+        :param buffer: the maximum number of messages that wait in the stream, at least 1. The limit
+            is also 8 MiB, where a message counts as its payload, its channel and 128 bytes.
+            Replayed and resumed messages do not count. Ignored when awaited: each handler has its
+            own buffer
+        :param overflow: what happens when the buffer is full:
+
+            - ``"raise"``: drop new messages, and raise a :class:`SlowConsumerError` in their place
+            - ``"drop_oldest"``, ``"drop_newest"``: drop messages, and count them in
+              ``statistics()``
+            - ``"block"``: stop reading the connection, which delays every other stream and every
+              reply. A task that awaits a reply while its own stream is full waits until its
+              timeout, and the broker closes a connection that it cannot write to for 120 seconds.
+              While the stream waits for ``resume``, it does what ``"raise"`` does
+        :param resume: after a lost connection, read the missed messages back from the broker's
+            storage and deliver them in order, before live messages. Messages from around the loss
+            might arrive twice. A message that was read back has ``replayed`` set and an ``id``.
+            Needs a key with ``l`` and a channel whose first level is not a wildcard; not for a
+            group
+        :param resume_limit: the maximum number of messages to read back, the newest ones, up to
+            2,147,483,647; messages of earlier losses that are not yet received count. The limit is
+            also 8 MiB. If more were stored, that is logged, and ``Gap.complete`` is ``False``
+        :param mark_gaps: put a :class:`Gap` into the stream for each lost connection; not when
+            awaited
+        :param timeout: seconds to wait for each of the broker's replies, instead of
+            ``request_timeout``; ``None`` waits without limit
+        :return: an object to be awaited or entered, once
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, the key is malformed, or options exclude
+            each other
+        :raises InvalidChannelError: if the broker would not accept the channel, or could not resume
             it
-        :raises UnauthorizedError: when awaited or entered, if the key does not open the channel,
-            or may not load what ``resume`` needs
-        :raises SubscriptionConflictError: when awaited or entered, if the broker could not keep
-            it apart from another subscription of this link
-        :raises ConnectionLostError: when awaited or entered, if the link was lost meanwhile
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: when awaited or entered, if the key does not permit reading the
+            channel, or lacks ``l`` for ``resume``
+        :raises RequestError: when awaited or entered, if the broker refused for another reason
+        :raises SubscriptionConflictError: when awaited or entered, if the broker could not keep the
+            subscription apart from another subscription of this connection
+        :raises RequestTimeoutError: when awaited or entered, if the broker did not reply in time
+        :raises ConnectionLostError: when awaited or entered, if the connection was lost before the
+            reply, or reconnecting was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: when awaited or entered, outside the block
+        :raises RuntimeError: if the object is awaited or entered a second time
+        :raises WrongLoopError: when awaited or entered, in another thread or event loop
 
-        Cancelled while being entered, the subscription is given back.
+        If cancelled while it is awaited or entered, the subscription is undone.
+
+        Source: the broker's ``pubsub/subscribe.go`` and ``message/sub.go``; recorded conversations
+        ``match-prefix``, ``store-replay-default-one``, ``share-needs-own-key`` and
+        ``wildcard-subscribe-forms``.
         """
         return self._subscriptions.subscribe(
             key,
@@ -378,15 +502,28 @@ class Emitter:
         self, key: Key, channel: str, *, group: str | None = None, timeout: Timeout = DEFAULT
     ) -> None:
         """
-        End what an awaited :meth:`subscribe` began.
+        End a subscription that an awaited :meth:`subscribe` made.
 
-        The broker is told when nobody else uses the channel here.
+        The client sends UNSUBSCRIBE only if no other subscription of this client needs the channel.
 
-        :param key: the key, or the function, that it was subscribed with
-        :param channel: the channel
-        :param group: the group that it was subscribed in, if any
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :raises RequestError: if the broker refused
+        :param key: the key, or the function, that was given to :meth:`subscribe`
+        :param channel: the channel that was given to :meth:`subscribe`
+        :param group: the group that was given to :meth:`subscribe`, if any
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, or the key is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises RequestError: if the broker refused, for example because the key has expired
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled while it waits for queue space, the subscription stays. If cancelled later, the
+        subscription has ended.
         """
         await self._subscriptions.unsubscribe(key, channel, group, timeout)
 
@@ -400,18 +537,38 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> ChannelKey:
         """
-        Have the broker make a key.
+        Make a key.
 
-        :param key: the broker's master secret; with a key that may extend (``e``) a private
-            channel is made, below the given one
-        :param channel: what the key opens: ``a/b/`` just that, ``a/#/`` all below ``a/``; at most
-            23 levels. A target that ends in ``+/``, but for ``+/`` alone, opens nothing
-        :param permissions: letters: ``r`` read, ``w`` write, ``s`` store, ``l`` load,
-            ``p`` presence, ``e`` extend, ``x`` execute
-        :param ttl: for how many seconds it opens; 0 is for ever
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :param key: the broker's secret key. With a key that has the permission to extend (``e``),
+            the broker makes a private channel below the given one, and a key for it
+        :param channel: the target of the key: ``a/b/`` is exactly that channel, ``a/#/`` is ``a/``
+            and all channels below it. It can have at most 23 levels. A target that ends in ``+/``
+            permits nothing, except ``+/`` alone
+        :param permissions: any of the letters ``r`` (read), ``w`` (write), ``s`` (store), ``l``
+            (load), ``p`` (presence), ``e`` (extend) and ``x`` (execute)
+        :param ttl: seconds until the key expires, up to 2,147,483,647; 0: it does not expire
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
         :return: the key and its channel
-        :raises UnauthorizedError: if ``key`` may not make keys
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, ``permissions`` has an unknown letter,
+            or the key is malformed
+        :raises InvalidChannelError: if the broker would not make a key for the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: if ``key`` does not permit making keys
+        :raises RequestError: if the broker refused for another reason
+        :raises RemoteProtocolError: if the reply was malformed
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled after the request was sent, the broker might still make the key, and the reply
+        is dropped.
+
+        Source: the broker's ``security/key.go``; recorded conversations ``keygen``,
+        ``keygen-too-deep`` and ``extend-private-channel``.
         """
         return await self._keys.keygen(key, channel, permissions, ttl, timeout)
 
@@ -419,17 +576,33 @@ class Emitter:
         self, secret: Key, target: Key, banned: bool = True, *, timeout: Timeout = DEFAULT
     ) -> bool:
         """
-        Ban a key, or take that back.
+        Ban a key, or lift a ban.
 
-        A banned key is refused at once; what was subscribed with it goes on. The broker may take
-        a minute to believe that it is banned no more.
+        A ban takes effect immediately, but existing subscriptions with the key continue. A lifted
+        ban might take a minute to take effect.
 
-        :param secret: the broker's master secret
-        :param target: the key
-        :param banned: whether it is to be banned
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: whether it is banned now
-        :raises UnauthorizedError: if ``secret`` may not ban
+        :param secret: the broker's secret key
+        :param target: the key to ban
+        :param banned: ``True`` to ban the key, ``False`` to lift the ban
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
+        :return: whether the key is banned now
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if ``timeout`` is negative, or a key is malformed
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: if ``secret`` is not the secret key of the broker's licence
+        :raises RequestError: if the broker refused for another reason
+        :raises RemoteProtocolError: if the reply was malformed
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled after the request was sent, the broker might still carry it out.
+
+        Source: recorded conversation ``keyban``; the broker caches bans for 60 seconds
+        (``crdt/durable.go``).
         """
         return await self._keys.keyban(secret, target, banned, timeout)
 
@@ -445,31 +618,67 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> Link:
         """
-        Make a short name for a channel, to publish to with :meth:`publish_with_link`.
+        Create an Emitter link: a short name for a channel, for :meth:`publish_with_link`.
 
-        It cannot be taken back, and lasts as long as the client: a new connection gets it, too.
-        The broker looks at the key only when the name is used.
+        The short name lasts as long as the client, is restored after a reconnection, and cannot be
+        deleted. The broker checks the key only when the short name is used.
 
-        :param key: a key with the permission to write (``w``), or a function as in
-            :meth:`publish`
-        :param channel: the channel
-        :param name: one or two letters or digits
-        :param subscribe: whether to subscribe to the channel too, as an awaited
-            :meth:`subscribe` with ``last=0`` does; it needs ``r``
-        :param ttl: store what is published through it for so many seconds (needs ``s``)
-        :param echo: whether what is published through it is delivered to this connection, too
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
+        :param key: a key with the permission to write (``w``), or an ``async`` function that
+            returns one (see :class:`Emitter`)
+        :param channel: the channel, without wildcards
+        :param name: one or two ASCII letters or digits
+        :param subscribe: whether to subscribe to the channel as well, as an awaited
+            :meth:`subscribe` with ``last=0`` does; needs ``r``
+        :param ttl: seconds for which the broker stores what is published with the short name, up to
+            2,147,483,647; ``None`` or 0: it does not store it. Needs ``s``
+        :param echo: whether what is published with the short name is also delivered to this
+            connection
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
         :return: the name, and the channel with its options
-        :raises UnauthorizedError: with ``subscribe``, if the key may not read; the link is there
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, or the key or the name is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: with ``subscribe``, if the key does not permit reading the
+            channel; the short name exists nevertheless
+        :raises SubscriptionConflictError: with ``subscribe``, as for :meth:`subscribe`; the short
+            name exists nevertheless
+        :raises RequestError: if the broker refused for another reason
+        :raises RemoteProtocolError: if the reply was malformed
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled after the request was sent, this connection might have the short name, but the
+        client does not restore it.
+
+        Source: recorded conversations ``link``, ``link-options`` and ``link-bad-key``.
         """
         return await self._links.make(key, channel, name, subscribe, ttl, echo, timeout)
 
     async def me(self, *, timeout: Timeout = DEFAULT) -> Me:
         """
-        Ask the broker who this connection is.
+        Request this connection's id and its Emitter links.
 
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: the connection's id, and its links
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
+        :return: the connection's id, which is new for each connection, and its Emitter links
+        :raises TypeError: if ``timeout`` has the wrong type
+        :raises ValueError: if ``timeout`` is negative
+        :raises RequestError: if the broker refused
+        :raises RemoteProtocolError: if the reply was malformed
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled after the request was sent, a late reply is dropped.
+
+        Source: recorded conversation ``me``.
         """
         return await self._requester.request(requests.me(), check_timeout(timeout))
 
@@ -482,16 +691,42 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> PresenceStatus:
         """
-        Ask whom a message to a channel would reach.
+        Request which clients would receive a message sent to a channel.
 
-        :param key: a key with the permission for presence (``p``)
-        :param channel: the channel; who is subscribed below it is not there
-        :param changes: ``True`` has the broker tell ``on("presence")`` of changes, at the channel
-            and below it, from now on; ``False`` ends that; ``None`` leaves it as it is
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: who is there now
-        :raises UnauthorizedError: if the key may not
-        :raises RequestError: without a status, if the answer was too large for the broker to send
+        These are the subscribers of the channel and of its parents, but not of channels below it.
+        In a cluster the broker lists only the clients of the node to which this client is
+        connected.
+
+        :param key: a key with the permission for presence (``p``), or an ``async`` function that
+            returns one (see :class:`Emitter`)
+        :param channel: the channel; a level can be ``+``
+        :param changes: ``True`` starts sending changes, at the channel and below it, to
+            ``on("presence")``, also after a reconnection; ``False`` stops that; ``None`` changes
+            nothing
+        :param timeout: seconds to wait for the broker's reply, instead of ``request_timeout``;
+            ``None`` waits without limit
+        :return: the current members
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if ``timeout`` is negative, or the key is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: if the key does not permit presence on the channel
+        :raises RequestError: if the broker refused for another reason. With ``status=None``: the
+            reply, with about 1800 members, exceeded the 64 KiB that the broker can send
+        :raises SubscriptionConflictError: with ``changes=True``, if the broker could not keep the
+            feed apart from another feed of this connection
+        :raises RemoteProtocolError: if the reply was malformed
+        :raises RequestTimeoutError: if the broker did not reply in time
+        :raises ConnectionLostError: if the connection was lost before the reply, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled, it undoes a ``changes=True`` that had not been in effect before; a late reply
+        is dropped.
+
+        Source: recorded conversations ``presence-status``, ``presence-changes`` and
+        ``presence-changes-off``.
         """
         return await self._presence.presence(key, channel, changes, timeout)
 
@@ -506,16 +741,43 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> Entering[PresenceFeed]:
         """
-        Watch who comes and goes; entered with ``async with``.
+        Return a stream of presence changes, to be entered with ``async with``.
 
-        :param key: a key with the permission for presence (``p``)
-        :param channel: the channel; what happens below it is told too
-        :param buffer: how many events may wait in the stream
-        :param overflow: what happens to more, as in :meth:`subscribe`
-        :param refresh: every so many seconds a fresh status is asked for; ``None`` never
-        :param timeout: seconds for the broker to answer, instead of ``request_timeout``
-        :return: to be entered, for a :class:`PresenceFeed`
-        :raises UnauthorizedError: when entered, if the key may not
+        The first item is the current status. Leaving the block ends the feed without waiting. If
+        the broker later refuses a status or refuses to restore the feed, the stream raises the
+        refusal.
+
+        :param key: a key with the permission for presence (``p``), or an ``async`` function that
+            returns one (see :class:`Emitter`)
+        :param channel: the channel, whose changes include those below it; a level can be ``+``
+        :param buffer: the maximum number of events that wait in the stream, at least 1. The limit
+            is also 8 MiB
+        :param overflow: what happens when the buffer is full, as for :meth:`subscribe`
+        :param refresh: seconds, above 0, after which the client requests a fresh status, because an
+            event can be lost; ``None``: only when members are in doubt
+        :param timeout: seconds to wait for the first status, instead of ``request_timeout``;
+            ``None`` waits without limit
+        :return: an object to be entered once, for a :class:`PresenceFeed`
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, or the key is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: when entered, if the key does not permit presence on the channel
+        :raises RequestError: when entered, if the broker refused for another reason, or could not
+            send the status, as for :meth:`presence`
+        :raises SubscriptionConflictError: when entered, if the broker could not keep the feed apart
+            from another feed of this connection
+        :raises RemoteProtocolError: when entered, if the reply was malformed
+        :raises RequestTimeoutError: when entered, if the broker did not reply in time
+        :raises ConnectionLostError: when entered, if the connection was lost before the reply, or
+            reconnecting was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: when entered, outside the block of the client
+        :raises RuntimeError: if the object is entered a second time
+        :raises WrongLoopError: when entered, in another thread or event loop
+
+        If cancelled while it is entered, the feed is ended.
+
+        Source: recorded conversation ``presence-changes``.
         """
         return self._presence.watch(key, channel, buffer, overflow, refresh, timeout)
 
@@ -531,27 +793,46 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> AsyncIterator[StoredMessage]:
         """
-        Read back stored messages of a channel, and of all channels below it.
+        Read stored messages of a channel and of all channels below it.
 
-        They come in the order of time: by the second, and within a second in the order of the ids
-        of each node of the broker. They are requested in pages, each as large as the broker can
-        send.
+        The messages are ordered by second, and within a second by the order in which each node of
+        the broker stored them. The client reads as many as the broker can send in each reply.
 
-        :param key: a key with the permission to load (``l``)
-        :param channel: the channel; any level except the first may be ``+``
-        :param last: the number of messages at most, the newest ones; 100 unless given
-        :param since: the time, as an aware ``datetime`` or unix seconds, before which none is read
-        :param until: the time after which none is read
-        :param order: ``"oldest"`` gives the oldest message first, and gathers all before that;
-            ``"newest"`` gives the newest first, and holds one page at a time
-        :param timeout: seconds for the broker to answer each page, instead of
-            ``request_timeout``
-        :return: an asynchronous iterator of :class:`StoredMessage`. It needs no closing. After an
-            error, or when it was cancelled, iterating further continues at the same place
-        :raises InvalidChannelError: if the broker would not take the channel
-        :raises UnauthorizedError: when iterated, if the key may not load
-        :raises HistoryIncompleteError: when iterated, at the place where stored messages cannot be
-            read
+        :param key: a key with the permission to load (``l``), or an ``async`` function that returns
+            one (see :class:`Emitter`)
+        :param channel: the channel; any level except the first can be ``+``
+        :param last: the maximum number of messages, the newest ones, up to 2,147,483,647; ``None``:
+            100
+        :param since: read only messages stored at or after this time: an aware ``datetime`` or unix
+            seconds, between 2018 and 2066
+        :param until: read only messages stored at or before this time
+        :param order: ``"oldest"`` yields the oldest message first, and reads all of them into
+            memory before that; ``"newest"`` yields the newest first, with one page in memory at a
+            time
+        :param timeout: seconds to wait for each of the broker's replies, instead of
+            ``request_timeout``; ``None`` waits without limit
+        :return: an asynchronous iterator of :class:`StoredMessage`, which needs no closing. After
+            an error or a cancellation, iteration can continue at the same place. Only one task at a
+            time can iterate
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, or the key is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel, or its first level
+            is a wildcard
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: when iterated, if the key does not permit loading from the
+            channel
+        :raises RequestError: when iterated, if the broker refused for another reason
+        :raises HistoryIncompleteError: when iterated, in the place of stored messages that cannot
+            be read
+        :raises RemoteProtocolError: when iterated, if a reply was malformed
+        :raises RequestTimeoutError: when iterated, if the broker did not reply in time
+        :raises ConnectionLostError: when iterated, if the connection was lost before a reply, or
+            reconnecting was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: when iterated, outside the block
+        :raises WrongLoopError: when iterated, in another thread or event loop
+
+        Source: the broker's ``message/id.go`` and ``provider/storage/ssd.go``; recorded
+        conversation ``history``.
         """
         return self._history.read(key, channel, last, since, until, order, timeout)
 
@@ -559,19 +840,36 @@ class Emitter:
         self, key: Key, channel: str, message: Payload, *, timeout: Timeout = DEFAULT
     ) -> EmitterMessage:
         """
-        Ask those who :meth:`serve` a channel, and wait for the first reply.
+        Send a request to the clients that :meth:`serve` a channel, and return the first reply.
 
-        :param key: a key with the permissions to read and write (``rw``) below the channel, such
-            as one for ``channel/#/``
+        The request is published below the channel with QoS 1.
+
+        :param key: a key with the permissions to read and write (``rw``) below the channel, such as
+            a key for ``channel/#/``, or an ``async`` function that returns one (see
+            :class:`Emitter`)
         :param channel: the channel that is served
-        :param message: what to ask, as in :meth:`publish`
-        :param timeout: seconds for the reply, instead of ``request_timeout``; ``None`` never
+        :param message: the request, encoded as for :meth:`publish`
+        :param timeout: seconds to wait for the reply, instead of ``request_timeout``; ``None``
+            waits without limit
         :return: the reply
-        :raises ReplyError: if the handler that served it raised
-        :raises RequestTimeoutError: if no reply came in time
-        :raises UnauthorizedError: if the key may not
+        :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
+        :raises ValueError: if an argument is out of range, or the key or the message is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises ReplyError: if the handler that served the request raised
+        :raises UnauthorizedError: if the key does not permit reading and writing below the channel
+        :raises RequestError: if the broker refused for another reason
+        :raises SubscriptionConflictError: if the broker could not keep the subscription to the
+            replies apart from another subscription of this connection
+        :raises RequestTimeoutError: if no reply arrived in time; the request might have taken
+            effect
+        :raises ConnectionLostError: if the connection was lost before the reply; the request might
+            have taken effect. Also if reconnecting was given up, and with ``while_down="raise"``
+            while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
 
-        Cancelling it, or a timeout, cancels the handler that serves it.
+        Cancelling it, or a timeout, cancels the handler that serves the request.
         """
         return await self._calls.request(key, channel, message, timeout)
 
@@ -586,23 +884,47 @@ class Emitter:
         task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
         """
-        Serve the requests on a channel, each in a task of its own, until cancelled.
+        Serve the requests on a channel until cancelled, each in its own task.
 
-        :param key: a key with the permissions to read and write (``rw``) below the channel
+        It returns when the client is left.
+
+        :param key: a key with the permissions to read and write (``rw``) below the channel, such as
+            a key for ``channel/#/``, or an ``async`` function that returns one (see
+            :class:`Emitter`)
         :param channel: the channel to serve
-        :param handler: is called with each request, and returns the reply, or an awaitable of it.
-            What it raises is logged, and raised where it was asked as :class:`ReplyError`
-        :param concurrency: how many requests are handled at the same time; others wait
-        :param buffer: how many requests may wait. More are dropped, which is logged, and whoever
-            made them gets a :class:`RequestTimeoutError`
-        :param task_status: is told when requests are served: ``await task_group.start(...)``
-        :raises UnauthorizedError: if the key may not
-        :raises ConnectionLostError: if the link is gone for good
+        :param handler: a function or coroutine function that takes the request and returns the
+            reply, encoded as for :meth:`publish`. An exception of the handler is logged, and raised
+            in the requesting client as a :class:`ReplyError`
+        :param concurrency: the maximum number of requests that are handled at the same time, 1 to
+            2,147,483,647; further requests wait
+        :param buffer: the maximum number of waiting requests, at least 1. Further requests are
+            dropped, which is logged, and raise :class:`RequestTimeoutError` in the requesting
+            client
+        :param task_status: what ``await task_group.start(...)`` passes, which then returns when
+            requests are being served
+        :raises TypeError: if an argument has the wrong type, or the handler is a generator function
+        :raises ValueError: if an argument is out of range, or the key is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: if the key does not permit reading the channel, also when the
+            subscription is restored
+        :raises RequestError: if the broker refused for another reason
+        :raises SubscriptionConflictError: if the broker could not keep the subscription apart from
+            another subscription of this connection
+        :raises RequestTimeoutError: if the broker did not reply in time to SUBSCRIBE
+        :raises ConnectionLostError: if the connection was lost during SUBSCRIBE, or reconnecting
+            was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it unsubscribes and cancels the handlers; their requests get no reply.
         """
         await self._calls.serve(key, channel, handler, concurrency, buffer, task_status)
 
     @overload
-    def on(self, event: _LifeEvent, handler: _OnLife, **options: Unpack[_Options]) -> _OnLife: ...
+    def on(
+        self, event: _ConnectionEvent, handler: _OnConnection, **options: Unpack[_Options]
+    ) -> _OnConnection: ...
     @overload
     def on(
         self, event: Literal["message"], handler: _OnMessage, **options: Unpack[_Options]
@@ -631,8 +953,8 @@ class Emitter:
     ) -> _OnError: ...
     @overload
     def on(
-        self, event: _LifeEvent, **options: Unpack[_Options]
-    ) -> Callable[[_OnLife], _OnLife]: ...
+        self, event: _ConnectionEvent, **options: Unpack[_Options]
+    ) -> Callable[[_OnConnection], _OnConnection]: ...
     @overload
     def on(
         self, event: Literal["message"], **options: Unpack[_Options]
@@ -669,39 +991,50 @@ class Emitter:
         overflow: Overflow = "raise",
     ) -> Any:
         """
-        Register a handler, before or after entering; or, without one, decorate it.
+        Register a handler, before or after the client is entered. Without ``handler``, return a
+        decorator.
 
-        A handler is called with the event's value, and without any for ``connect`` and
-        ``disconnect``; what it returns is awaited if it can be. Its calls come in order, in a task
-        of the client's; it may await any verb. What it raises goes to ``on("error")`` as
-        :class:`HandlerError`; where nobody handles that, it ends the client and leaves bare.
+        The client calls each handler in a task of the client, one value at a time, in the order of
+        the events. It calls the handler with the event's value, or with nothing for ``connect`` and
+        ``disconnect``, and awaits the result if that is awaitable. A handler can await any method.
+        An exception in a handler is emitted as ``error``, as a :class:`HandlerError` with its
+        cause. If nothing handles ``error``, or if its handler raises, the exception ends the client
+        and leaves the block.
 
-        :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``,
-            ``"keygen"``, ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
+        :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``, ``"keygen"``,
+            ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
         :param handler: a function or coroutine function
-        :param channel: for ``message`` and ``presence``: only what this channel reaches; it
-            subscribes to nothing
-        :param buffer: how many values may wait for the handler
-        :param overflow: what happens to more; a :class:`SlowConsumerError` goes to ``on("error")``
+        :param channel: for ``message`` and ``presence``, a channel (which can have wildcards) to
+            which the values are restricted. It does not subscribe to the channel
+        :param buffer: the maximum number of values that wait for the handler, at least 1. The limit
+            is also 8 MiB
+        :param overflow: what happens when the buffer is full, as for :meth:`subscribe`; a
+            :class:`SlowConsumerError` is emitted as ``error``, or logged if nothing handles that
+            event
         :return: the handler
         :raises TypeError: if an argument has the wrong type, or the handler is a generator function
-        :raises ValueError: if there is no such event
-        :raises WrongLoopError: once the client is entered, in another thread or event loop
+        :raises ValueError: if the event is unknown or has no channel, or an argument is out of
+            range
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises WrongLoopError: in another thread or event loop, while the client is entered
         """
         return self._events.on(event, handler, channel, buffer, overflow)
 
     def off(self, event: str, handler: Callable[..., object]) -> None:
         """
-        Take a handler away; what waits for it is dropped.
+        Unregister a handler, and drop the values that wait for it.
 
-        :raises ValueError: if it is not registered for this event
-        :raises WrongLoopError: once the client is entered, in another thread or event loop
+        :param event: the event for which the handler was registered
+        :param handler: the handler
+        :raises TypeError: if ``event`` is not a ``str``
+        :raises ValueError: if the event is unknown, or the handler is not registered for it
+        :raises WrongLoopError: in another thread or event loop, while the client is entered
         """
         self._events.off(event, handler)
 
     @overload
     def stream(
-        self, event: _LifeEvent, **options: Unpack[_Options]
+        self, event: _ConnectionEvent, **options: Unpack[_Options]
     ) -> Entering[EventStream[None]]: ...
     @overload
     def stream(
@@ -740,15 +1073,24 @@ class Emitter:
         overflow: Overflow = "raise",
     ) -> Any:
         """
-        Give what a handler would be given as a stream, entered with ``async with``.
+        Return a stream of the values that a handler of an event would get, for ``async with``.
 
-        :param event: as in :meth:`on`
-        :param channel: for ``message`` and ``presence``: only what this channel reaches; it
-            subscribes to nothing
-        :param buffer: how many values may wait in the stream
-        :param overflow: what happens to more
-        :return: to be entered, for an :class:`EventStream`
-        :raises ValueError: if there is no such event
+        It can be entered before the client is. The values of ``connect`` and ``disconnect`` are
+        ``None``.
+
+        :param event: as for :meth:`on`
+        :param channel: for ``message`` and ``presence``, a channel (which can have wildcards) to
+            which the values are restricted. It does not subscribe to the channel
+        :param buffer: the maximum number of values that wait in the stream, at least 1. The limit
+            is also 8 MiB
+        :param overflow: what happens when the buffer is full, as for :meth:`subscribe`
+        :return: an object to be entered once, for an :class:`EventStream`
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if the event is unknown or has no channel, or an argument is out of
+            range
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises RuntimeError: if the object is entered a second time
+        :raises WrongLoopError: when entered, in another thread or event loop than the client's
         """
         return self._events.stream(event, channel, buffer, overflow)
 
@@ -764,16 +1106,27 @@ class Emitter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # It swallows nothing, and its type says so to type checkers.
+        # Returns None, not bool, so that type checkers know that it suppresses no exception.
         await self._lifecycle.leave(exc)
 
     async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
         """
-        Live in a task of the caller's: ``await task_group.start(emitter.run)``.
+        Run the client in the caller's task, until it is disconnected.
 
-        :param task_status: is told the client once it is connected
-        :raises ConnectError: if no link could be opened
-        :raises ConnectionLostError: if the link is gone for good
+        ``await task_group.start(emitter.run)`` returns the connected client.
+
+        :param task_status: what ``await task_group.start(...)`` passes
+        :raises TypeError: if ``task_status`` has no method ``started()``
+        :raises ConnectError: if no server could be reached
+        :raises ConnectRefusedError: if the last server that was tried refused CONNECT
+        :raises ClosedError: if :meth:`disconnect` was called while the client was connecting
+        :raises ConnectionLostError: if reconnecting was given up
+        :raises RuntimeError: if the client is already entered
+        :raises WrongLoopError: if the client is entered in another thread or event loop
+        :raises Exception: the exception of a handler, if nothing handled ``error``
+
+        Cancelling it disconnects: the client sends DISCONNECT if the connection accepts it
+        immediately, and waits for nothing.
         """
         check_task_status(task_status)
         async with self:
@@ -782,41 +1135,57 @@ class Emitter:
 
     async def disconnect(self) -> None:
         """
-        Leave now; returns when the link is closed.
+        Disconnect, and return when the connection is closed.
 
-        It may be called from any task of the client's event loop, any number of times. Handlers
-        finish what waits for them, what is queued is sent, then comes DISCONNECT, all within
-        ``disconnect_timeout``. Streams end behind what is buffered; the body of the ``async with``
-        goes on, and finds every verb raising :class:`ClosedError`. Cancelling it does not stop the
-        leaving.
+        Handlers finish the values that they have, queued packets are written and pending calls get
+        their replies, then the client sends DISCONNECT, all within ``disconnect_timeout``. Streams
+        yield what is buffered and then end. The ``async with`` block continues, and every method
+        that needs the broker raises :class:`ClosedError`.
+
+        It can be called by any task of the client's event loop, any number of times. If the client
+        is connecting for the first time, entering raises :class:`ClosedError`.
+
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it does not stop the client from disconnecting.
         """
         await self._lifecycle.disconnect()
 
     async def wait_connected(self) -> None:
         """
-        Wait until there is a link; for a client that has not been entered yet, too.
+        Wait until the client is connected. It can be called before the client is entered.
 
         :raises ClosedError: if the client was left, or could not connect
-        :raises ConnectionLostError: if the link is gone for good
+        :raises ConnectionLostError: if reconnecting was given up
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it has no other effect.
         """
         await self._lifecycle.wait_connected()
 
     async def wait_closed(self) -> None:
-        """Wait until the link is closed; returns at once when there is none."""
+        """
+        Wait until the connection is closed; return immediately if the client is not entered.
+
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it has no other effect.
+        """
         await self._lifecycle.wait_closed()
 
-    # What it is doing
+    # State and statistics
 
     @property
     def state(self) -> State:
         """
-        ``"connecting"`` (between two links, too), ``"connected"``, ``"closing"`` or ``"closed"``.
+        The state of the client: ``"connecting"``, also between two connections and while one is
+        restored; ``"connected"``, ``"closing"`` or ``"closed"``.
         """
         return self._slot.public_state
 
     @property
     def connection(self) -> ConnectionInfo | None:
-        """What is known of the present link; ``None`` when there is none."""
+        """The current connection; ``None`` while the client is not connected."""
         connection = self._slot.connection
         if connection is None or not self._slot.restored:
             return None
@@ -828,5 +1197,9 @@ class Emitter:
         )
 
     def statistics(self) -> Statistics:
-        """Return the figures of this client."""
+        """
+        Return the client's statistics. Any thread can call it.
+
+        :return: the figures since the client was created, over all connections
+        """
         return self._totals.statistics()
