@@ -301,8 +301,9 @@ class Emitter:
         timeout: Timeout = DEFAULT,
     ) -> None:
         """
-        Publish a message through an Emitter link, with the key and the options given to
-        :meth:`link`.
+        Publish a message to the channel of an Emitter link.
+
+        The broker uses the key and the options that were given to :meth:`link`.
 
         :param name: the name that was given to :meth:`link`
         :param message: as for :meth:`publish`
@@ -579,7 +580,8 @@ class Emitter:
         Ban a key, or lift a ban.
 
         A ban takes effect immediately, but existing subscriptions with the key continue. A lifted
-        ban might take a minute to take effect.
+        ban might take a minute to take effect. A broker that is configured without a cluster closes
+        the connection instead.
 
         :param secret: the broker's secret key
         :param target: the key to ban
@@ -602,7 +604,7 @@ class Emitter:
         If cancelled after the request was sent, the broker might still carry it out.
 
         Source: recorded conversation ``keyban``; the broker caches bans for 60 seconds
-        (``crdt/durable.go``).
+        (``crdt/durable.go``), and needs a cluster to ban (``keyban.go``).
         """
         return await self._keys.keyban(secret, target, banned, timeout)
 
@@ -991,10 +993,9 @@ class Emitter:
         overflow: Overflow = "raise",
     ) -> Any:
         """
-        Register a handler, before or after the client is entered. Without ``handler``, return a
-        decorator.
+        Register a handler for an event, before or after the client is entered.
 
-        The client calls each handler in a task of the client, one value at a time, in the order of
+        Without ``handler``, the method returns a decorator. The client calls each handler in a task of the client, one value at a time, in the order of
         the events. It calls the handler with the event's value, or with nothing for ``connect`` and
         ``disconnect``, and awaits the result if that is awaitable. A handler can await any method.
         An exception in a handler is emitted as ``error``, as a :class:`HandlerError` with its
@@ -1142,8 +1143,8 @@ class Emitter:
         yield what is buffered and then end. The ``async with`` block continues, and every method
         that needs the broker raises :class:`ClosedError`.
 
-        It can be called by any task of the client's event loop, any number of times. If the client
-        is connecting for the first time, entering raises :class:`ClosedError`.
+        It can be called by any task of the client's event loop, including a handler, any number of
+        times. If the client is connecting for the first time, entering raises :class:`ClosedError`.
 
         :raises WrongLoopError: in another thread or event loop
 
@@ -1178,8 +1179,9 @@ class Emitter:
     @property
     def state(self) -> State:
         """
-        The state of the client: ``"connecting"``, also between two connections and while one is
-        restored; ``"connected"``, ``"closing"`` or ``"closed"``.
+        The state of the client: ``"connecting"``, ``"connected"``, ``"closing"`` or ``"closed"``.
+
+        ``"connecting"`` includes the time between two connections and restoring a new one.
         """
         return self._slot.public_state
 

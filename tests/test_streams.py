@@ -81,7 +81,7 @@ def read(stream: EventStream[Any]) -> list[object]:
 async def give_up_turns(send: Sender[Any]) -> None:
     """Have it wait for its consumer, so that from now on it gives it no turns before it waits."""
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(send.make_room)
+        tasks.start_soon(send.wait_for_space)
         await anyio.wait_all_tasks_blocked()
         tasks.cancel_scope.cancel()
 
@@ -382,7 +382,7 @@ class TestOverflow:
             stream.receive_nowait()
         assert caught.value.dropped == 1
         assert "subscribe('a/')" in str(caught.value)
-        assert "buffer of 2" in str(caught.value)
+        assert "buffer=2" in str(caught.value)
         fill(send, 5, 6, 7)
         assert read(stream) == [4, 5, "2 missing"]
 
@@ -618,7 +618,7 @@ class TestMakingRoom:
         send, _stream = make(overflow="block")
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await send.make_room()  # it would be cancelled if it waited
+            await send.wait_for_space()  # it would be cancelled if it waited
             assert not send.blocks
         assert not scope.cancelled_caught
 
@@ -640,7 +640,7 @@ class TestMakingRoom:
             tasks.start_soon(consume)
             for number in range(500):
                 if not send.push(number):
-                    await send.make_room()
+                    await send.wait_for_space()
                     send.push_or_drop(number)
             send.end()
         assert got == list(range(500))
@@ -652,17 +652,17 @@ class TestMakingRoom:
     ) -> None:
         send, stream = filled(make(overflow=overflow), 1, 2, 3)
         assert not send.blocks
-        await send.make_room()
+        await send.wait_for_space()
         with anyio.CancelScope() as scope:
             scope.cancel()
             # Once it has not come in its turns, it gets no more of them.
-            await send.make_room()
+            await send.wait_for_space()
         assert not scope.cancelled_caught
         stream.receive_nowait()
         fill(send, 4)
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await send.make_room()
+            await send.wait_for_space()
         assert scope.cancelled_caught, "it has come back, and gets its turns again"
 
     @pytest.mark.parametrize(
@@ -676,7 +676,7 @@ class TestMakingRoom:
         done = []
 
         async def wait(name: str) -> None:
-            await send.make_room()
+            await send.wait_for_space()
             done.append(name)
 
         async with anyio.create_task_group() as tasks:
@@ -700,7 +700,7 @@ class TestMakingRoom:
         fill(send, 64, 65)
         await give_up_turns(send)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send.make_room)
+            tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
             assert stream.statistics().tasks_waiting_send == 1
             tasks.start_soon(take, stream)
@@ -712,7 +712,7 @@ class TestMakingRoom:
         done = []
 
         async def put(item: int) -> None:
-            await send.make_room()
+            await send.wait_for_space()
             assert send.push(item)
             done.append(item)
 
@@ -731,7 +731,7 @@ class TestMakingRoom:
     async def test_the_end_lets_go_those_who_wait(self, make: MakeStream, end: str) -> None:
         send, stream = filled(make(overflow="block"), 1, 2, 3)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send.make_room)
+            tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
             (send.end if end == "end" else stream.close)()
         assert not send.blocks
@@ -740,13 +740,13 @@ class TestMakingRoom:
     async def test_it_may_be_cancelled(self, make: MakeStream) -> None:
         send, stream = filled(make(overflow="block"), 1, 2, 3)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send.make_room)
+            tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
         assert read(stream) == [1, 2, 3]
         fill(send, 4, 5, 6)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send.make_room)
+            tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
             stream.receive_nowait()
 
@@ -1062,7 +1062,7 @@ class TestEntering:
             assert value == "value"
             assert made == ["in"]
         assert made == ["in", "out"]
-        with pytest.raises(RuntimeError, match="entered"):
+        with pytest.raises(RuntimeError, match="cannot enter this object twice"):
             async with entering:
                 made.append("never")
         assert made == ["in", "out"]

@@ -188,9 +188,9 @@ class Dispatcher:
             # Other receivers are never full.
             assert isinstance(stream, Sender)
             if not stream.blocks:
-                await stream.make_room()
+                await stream.wait_for_space()
                 connection.check()
-            elif not await connection.pause_reading(stream.make_room):
+            elif not await connection.pause_reading(stream.wait_for_space):
                 return
             dropped = stream.dropped
             stream.push_or_drop(item)

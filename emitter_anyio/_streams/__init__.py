@@ -1,4 +1,4 @@
-"""The stream: a send end that the client holds, and receive ends that users hold."""
+"""Streams: the client holds the send end, users hold the receive ends."""
 
 from __future__ import annotations
 

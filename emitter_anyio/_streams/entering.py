@@ -1,4 +1,4 @@
-"""What is entered for a stream."""
+"""An asynchronous context manager that checks its event loop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 class Entering(Generic[T]):
     """
-    To be entered with ``async with``, once.
+    An asynchronous context manager, to be entered once with ``async with``.
 
-    :param owner: whose event loop it is to be entered and left in
-    :param make: makes what is entered
+    :param owner: the thread and event loop in which it must be entered and left
+    :param make: makes the context manager that is entered
     """
 
     def __init__(self, owner: Owner, make: Callable[[], AbstractAsyncContextManager[T]]) -> None:
@@ -27,7 +27,7 @@ class Entering(Generic[T]):
 
     async def __aenter__(self) -> T:
         if self._entered is not None:
-            raise RuntimeError("this was entered before: call again for another one")
+            raise RuntimeError("cannot enter this object twice: call the method again")
         self._owner.check()
         self._entered = self._make()
         return await self._entered.__aenter__()
@@ -38,7 +38,7 @@ class Entering(Generic[T]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # It swallows nothing, and says so by its type, for the sake of type checkers.
+        # Returns None, not bool, so that type checkers know that it suppresses no exception.
         assert self._entered is not None
         self._owner.check()
         await self._entered.__aexit__(exc_type, exc, traceback)

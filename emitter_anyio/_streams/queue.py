@@ -1,4 +1,4 @@
-"""Items in their order, and how many bytes they weigh."""
+"""A queue that knows how many bytes its items occupy."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ T = TypeVar("T")
 
 _Put: TypeAlias = tuple[int, int, Sequence[int]]
 """
-What was put in together: how many items and how many bytes were put in before, and how many bytes
-the first none, one, two and so on of these items weigh.
+Items that were put in together: the number of items and of bytes put in before them, and the
+cumulative weights of these items, starting with 0.
 """
 
 MAX_BYTES: Final = 8 * 1024 * 1024
-"""A buffer whose items weigh this many bytes is full, however few they are."""
+"""A buffer with this many bytes is full, whatever the number of its items."""
 
 
 class Queue(Generic[T]):
     """
-    A queue that knows the weight of its items.
+    A queue that knows the total weight of its items.
 
-    It costs nothing for each item that is received: each put is recorded with the weights of its
-    items, and how many of them are gone follows from how many are left.
+    Each put is recorded with the cumulative weights of its items, and the number of items left
+    shows which of them have been received. So receiving an item costs nothing.
 
-    :ivar items: whoever receives takes items out of this deque
+    :ivar items: the items, which receive ends remove directly
     """
 
     def __init__(self) -> None:
         self.items: deque[T] = deque()
         self._count = 0
-        """How many items were ever put at the end."""
+        """The number of items that were ever put at the end."""
         self._bytes = 0
-        """How many bytes these weigh."""
+        """The weight of these items, in bytes."""
         self._puts: deque[_Put] = deque()
 
     def append(self, item: T, weight: int) -> None:
         """Put an item at the end."""
         self._puts.append((self._count, self._bytes, (0, weight)))
         self._bytes += weight
-        # Before the item is in, here and below: total() might be called in another thread.
+        # The count grows before the deque, here and in extend(): total() may run in another thread.
         self._count += 1
         self.items.append(item)
 
@@ -52,7 +52,7 @@ class Queue(Generic[T]):
         """
         Put items at the end.
 
-        :param sums: how many bytes the first none, one, two and so on of them weigh
+        :param sums: the cumulative weights of the items, in bytes, starting with 0
         """
         if items:
             self._puts.append((self._count, self._bytes, sums))
@@ -61,36 +61,36 @@ class Queue(Generic[T]):
             self.items += items
 
     def extend_left(self, items: Sequence[T], sums: Sequence[int]) -> None:
-        """Put items at the beginning."""
+        """Put items at the beginning; ``sums`` is as for :meth:`extend`."""
         start = self._bytes - self.weigh() - sums[-1]
         self._puts.appendleft((self._count - len(self.items) - len(items), start, sums))
         self.items.extendleft(reversed(items))
 
     def weigh(self) -> int:
-        """Return how many bytes its items weigh, and forget puts of which nothing is left."""
-        gone = self._count - len(self.items)
+        """Return the weight of the items, in bytes, and discard the records of received items."""
+        received = self._count - len(self.items)
         while self._puts:
             index, start, sums = self._puts[0]
-            if gone - index < len(sums) - 1:
-                return self._bytes - start - sums[gone - index]
+            if received - index < len(sums) - 1:
+                return self._bytes - start - sums[received - index]
             self._puts.popleft()
         return 0
 
     def total(self) -> int:
-        """Return the same and change nothing, so that any thread may call this."""
-        gone = self._count - len(self.items)
+        """Return the weight of the items, in bytes, and change nothing. Any thread may call it."""
+        received = self._count - len(self.items)
         for index, start, sums in tuple(self._puts):
-            if gone - index < len(sums) - 1:
-                return self._bytes - start - sums[gone - index]
+            if received - index < len(sums) - 1:
+                return self._bytes - start - sums[received - index]
         return 0
 
 
 def weight_of(item: object) -> int:
     """
-    Return how many bytes an item weighs.
+    Return the weight of an item, in bytes.
 
-    These are the payload and the channel of a message, or what a presence event contains about
-    each client, and 128 bytes for what Python keeps around them.
+    A message weighs its payload and its channel, a presence event the ids and user names of its
+    members and 128 bytes for each member. Each item weighs another 128 bytes for Python's objects.
     """
     if isinstance(item, Readable):
         return ITEM_OVERHEAD_BYTES + len(item.binary) + len(item.channel)
@@ -101,9 +101,9 @@ def weight_of(item: object) -> int:
     return ITEM_OVERHEAD_BYTES
 
 
-def sums_of_weights(items: Sequence[object]) -> Sequence[int]:
-    """Return how many bytes the first none, one, two and so on of several items weigh."""
-    # Nearly all are messages, for which a call would double the cost.
+def cumulative_weights(items: Sequence[object]) -> Sequence[int]:
+    """Return the cumulative weights of items, in bytes, starting with 0."""
+    # Nearly all items are messages, for which a function call would double the cost.
     weights = (
         ITEM_OVERHEAD_BYTES + len(item.binary) + len(item.channel)
         if type(item) is EmitterMessage

@@ -1,4 +1,4 @@
-"""The receive end of a stream: what users hold."""
+"""The receive end of a stream, which users hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .send import Missing, Sender, StreamStatistics
 T_co = TypeVar("T_co", covariant=True)
 
 ITEMS_PER_TURN: Final = 64
-"""How many items a receive end gives before it lets other tasks run."""
+"""The number of items that a receive end returns before it lets other tasks run."""
 
 
 class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
@@ -28,19 +28,21 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
     A stream of messages or events, with the interface of AnyIO's memory object receive streams.
 
     Several tasks may receive from one stream or from its clones; each item goes to one of them.
-    Cancelling :meth:`receive` loses no item. After the subscription was left or the client has
-    disconnected, a stream gives what is buffered and then ends.
+    After the client has disconnected, a stream yields what is buffered and then ends. After
+    reconnecting was given up, it yields what is buffered and then raises
+    :class:`ConnectionLostError`. Leaving the block of a stream closes it and discards what is
+    buffered, unless a clone is open.
     """
 
-    # decode is called with each item that is received. If it raises, receiving raises a DecodeError
-    # in the place of the item, and can go on.
+    # decode, if given, is called with each received item. If it raises, receiving raises a
+    # DecodeError in the place of the item, and can continue.
     def __init__(self, send: Sender[Any], decode: Callable[[Any], T_co] | None = None) -> None:
         self._send = send
         self._decode = decode
         self._owner = send.owner
         self._items: deque[Any] = send.items
         self._quota = ITEMS_PER_TURN
-        """How many items can be received before other tasks run; 0 when this end is closed."""
+        """The number of items to return before other tasks run; 0 after this end was closed."""
         self._closed = False
         send.open_receive_end()
 
@@ -52,12 +54,15 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
 
     async def receive(self) -> T_co:
         """
-        Wait for the next item and return it. It lets other tasks run at least every 64 items.
+        Wait for the next item, and return it. Other tasks run at least every 64 items.
 
-        :raises SlowConsumerError: in the place of items that were dropped, with the policy
-            ``"raise"``; receiving can go on
+        :return: the item
+        :raises SlowConsumerError: in the place of items that were dropped with
+            ``overflow="raise"``; receiving can continue
         :raises ~anyio.EndOfStream: if the stream has ended
-        :raises ConnectionLostError: if it has ended because the connection was lost for good
+        :raises ConnectionLostError: if the stream has ended because reconnecting was given up
+        :raises RequestError: if the stream has ended because the broker refused to restore its
+            subscription
         :raises ~anyio.ClosedResourceError: if this end was closed
         :raises WrongLoopError: in another thread or event loop than the client's
 
@@ -74,12 +79,14 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         """
         Return the next item without waiting.
 
-        :raises ~anyio.WouldBlock: if there is none yet
-        :raises SlowConsumerError: as :meth:`receive` does
-        :raises ~anyio.EndOfStream: as :meth:`receive` does
-        :raises ConnectionLostError: as :meth:`receive` does
-        :raises ~anyio.ClosedResourceError: as :meth:`receive` does
-        :raises WrongLoopError: as :meth:`receive` does
+        :return: the item
+        :raises ~anyio.WouldBlock: if no item is buffered
+        :raises SlowConsumerError: as for :meth:`receive`
+        :raises ~anyio.EndOfStream: as for :meth:`receive`
+        :raises ConnectionLostError: as for :meth:`receive`
+        :raises RequestError: as for :meth:`receive`
+        :raises ~anyio.ClosedResourceError: as for :meth:`receive`
+        :raises WrongLoopError: as for :meth:`receive`
         """
         self._owner.check()
         if self._closed:
@@ -94,8 +101,8 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         return self
 
     async def __anext__(self) -> T_co:
-        # This repeats receive() and _take(), because two more calls would cost 10 % of receiving a
-        # message. __aiter__() has checked the thread.
+        # Repeats receive() and _take(), because two more calls would make receiving a message 10 %
+        # slower. __aiter__() has checked the thread.
         try:
             while not (self._quota and self._items):
                 await self._wait()
@@ -104,15 +111,16 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         self._quota -= 1
         item = self._items.popleft()
         if self._send.tasks_waiting:
-            self._send.note_departure()
+            self._send.wake_senders()
         if item.__class__ is Missing:
             raise self._send.note_missing_received(item)
         return item if self._decode is None else self._decoded(item)
 
     def clone(self) -> EventStream[T_co]:
         """
-        Return another receive end of the same stream, which is closed separately.
+        Return another receive end of the same stream, to be closed separately.
 
+        :return: the receive end, which shares the buffer
         :raises ~anyio.ClosedResourceError: if this end was closed
         :raises WrongLoopError: in another thread or event loop than the client's
         """
@@ -123,11 +131,11 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
 
     def close(self) -> None:
         """
-        Close this receive end; it never waits.
+        Close this receive end without waiting.
 
-        Receiving from it raises :exc:`~anyio.ClosedResourceError`, also in a task that waits.
-        Its clones still get what is buffered. After the last one was closed, the client
-        unsubscribes, and drops what is buffered.
+        Receiving from it then raises :exc:`~anyio.ClosedResourceError`, also in a task that is
+        already waiting. Clones still receive what is buffered. When the last receive end is closed,
+        the client unsubscribes and discards what is buffered. Closing again has no effect.
 
         :raises WrongLoopError: in another thread or event loop than the client's
         """
@@ -138,7 +146,11 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
             self._send.close_receive_end()
 
     async def aclose(self) -> None:
-        """Do what :meth:`close` does."""
+        """
+        Do what :meth:`close` does. It is not a checkpoint.
+
+        :raises WrongLoopError: in another thread or event loop than the client's
+        """
         self.close()
 
     def __enter__(self) -> Self:
@@ -157,15 +169,19 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
             warn(f"unclosed stream {self!r}", ResourceWarning, stacklevel=1, source=self)
 
     def statistics(self) -> StreamStatistics:
-        """Return the figures of the stream, the same at each of its ends, in any thread."""
+        """
+        Return the statistics of the stream. Any thread can call it.
+
+        :return: the figures, which all receive ends of the stream share
+        """
         return self._send.statistics()
 
     def _closed_error(self) -> ClosedResourceError:
-        return ClosedResourceError(f"{self._send.what}: this end of the stream was closed")
+        return ClosedResourceError(f"{self._send.what}: this end of the stream is closed")
 
     async def _wait(self) -> None:
-        """Let other tasks run, or wait for an item, which another task might take."""
-        receiver = None
+        """Let other tasks run, or wait until there is an item, which another task might take."""
+        waiter = None
         try:
             self._owner.check()
             if not self._quota and not self._closed:
@@ -175,16 +191,16 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
             self._quota = ITEMS_PER_TURN
             if not self._items:
                 self._send.check_end()
-                receiver = self._send.expect_item()
-                await receiver.wait()
+                waiter = self._send.expect_item()
+                await waiter.wait()
         except BaseException:
-            self._send.wake_another(receiver)
+            self._send.wake_another(waiter)
             raise
 
     def _take(self) -> T_co:
         item = self._items.popleft()
         if self._send.tasks_waiting:
-            self._send.note_departure()
+            self._send.wake_senders()
         if item.__class__ is Missing:
             raise self._send.note_missing_received(item)
         return item if self._decode is None else self._decoded(item)

@@ -1,4 +1,4 @@
-"""What receives messages and events: the send end of a stream, or an object that keeps none."""
+"""The interface of objects that receive messages and events."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 class Receiver(Protocol[T_contra]):
     """
-    What the client gives messages or events to.
+    An object to which the client delivers messages or events.
 
-    An object that keeps none of them inherits these methods, because it is never full.
+    A receiver that buffers nothing inherits these methods, because it is never full.
     """
 
     def __hash__(self) -> int:
@@ -21,32 +21,32 @@ class Receiver(Protocol[T_contra]):
 
     @property
     def dropped(self) -> int:
-        """How many items were dropped because the buffer was full."""
+        """The number of items that were dropped because the buffer was full."""
         return 0
 
     @abstractmethod
     def push(self, item: T_contra, *, extra: bool = False) -> bool:
         """
-        Take in one item.
+        Accept one item.
 
-        :param extra: whether it needs no space, as a message that the broker replays
+        :param extra: whether the item needs no space, like a message that the broker replays
         :return: whether there was space
         """
 
     def push_many(self, items: Sequence[T_contra], each: int | None = None) -> int:
         """
-        Take in items, from the first to as many as there is space for.
+        Accept items in order, as many as there is space for.
 
-        :param items: must not be changed afterwards
-        :param each: how many bytes each of them weighs; ``None`` if they differ
-        :return: for how many there was space
+        :param items: the items, which must not be changed afterwards
+        :param each: the weight of each item, in bytes; ``None`` if the weights differ
+        :return: the number of accepted items
         """
         for item in items:
             self.push(item)
         return len(items)
 
     def push_or_drop(self, item: T_contra) -> None:
-        """Take in one item, or do what the overflow policy demands."""
+        """Accept one item, or apply the overflow policy."""
         self.push(item)
 
     def note_gap(self) -> None:
@@ -55,8 +55,9 @@ class Receiver(Protocol[T_contra]):
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """
-        Take in nothing more.
+        Accept nothing more.
 
-        :param error: makes what receiving raises after the last item; ``None`` is a normal end
+        :param error: makes the exception that receiving raises after the last item; ``None`` ends
+            the stream normally
         """
         return

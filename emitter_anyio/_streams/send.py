@@ -1,4 +1,4 @@
-"""The send end of a stream: its buffer, and what happens when it is full."""
+"""The send end of a stream, with the buffer and the overflow policies."""
 
 from __future__ import annotations
 
@@ -17,34 +17,39 @@ from emitter_anyio._backend import Owner, Wakeup, current_backend
 from emitter_anyio._values.checks import is_int
 from emitter_anyio._values.errors import SlowConsumerError
 
-from .queue import MAX_BYTES, Queue, sums_of_weights, weight_of
+from .queue import MAX_BYTES, Queue, cumulative_weights, weight_of
 
 T = TypeVar("T")
 
 Overflow: TypeAlias = Literal["raise", "drop_oldest", "drop_newest", "block"]
-"""What happens when a buffer is full."""
+"""The policy for a full buffer."""
 
 PATIENCE_TURNS: Final = 8
-"""How many turns of the event loop a full buffer gets to shrink. The consumer might go through a
-few checkpoints of its own, and Trio runs the tasks that are ready in any order."""
+"""
+The number of turns of the event loop that a full buffer gets to shrink before items are dropped.
+
+One turn is not enough: a busy consumer might pass several checkpoints before it receives again, and
+Trio runs the tasks that are ready in any order.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
     """
-    Figures of one stream; those of AnyIO's memory object streams come first.
+    Statistics of a stream. The first six have the names of AnyIO's memory object streams.
 
-    :ivar current_buffer_used: how many items wait to be received
-    :ivar max_buffer_size: how many items can wait, beside those that were replayed or resumed
-    :ivar open_send_streams: 1 while more items might come, else 0
-    :ivar open_receive_streams: how many receive ends are open: the stream and its clones
-    :ivar tasks_waiting_send: how many tasks wait for space in the buffer
-    :ivar tasks_waiting_receive: how many tasks wait for an item
-    :ivar buffered_bytes: how many bytes the items weigh that wait: the payload and the channel of
-        each message, and 128 bytes for each item
-    :ivar received: how many items have been received
-    :ivar dropped: how many items were dropped because the buffer was full
-    :ivar gaps: how many times the connection was lost, so that messages might be missing
+    :ivar current_buffer_used: the number of items in the buffer
+    :ivar max_buffer_size: the maximum number of items in the buffer, not counting replayed and
+        resumed messages
+    :ivar open_send_streams: 1 until the stream has ended, then 0
+    :ivar open_receive_streams: the number of open receive ends: the stream and its clones
+    :ivar tasks_waiting_send: the number of tasks that wait for space in the buffer
+    :ivar tasks_waiting_receive: the number of tasks that wait for an item
+    :ivar buffered_bytes: the weight of the items in the buffer: the payload and the channel of each
+        message, and 128 bytes for each item
+    :ivar received: the number of items that were received
+    :ivar dropped: the number of items that were dropped because the buffer was full
+    :ivar gaps: the number of lost connections, after each of which messages might be missing
     """
 
     current_buffer_used: int
@@ -61,53 +66,53 @@ class StreamStatistics:
 
 class Missing:
     """
-    A place in a buffer at which items are missing.
+    A marker in a buffer, in the place of dropped items.
 
-    :ivar dropped: how many
+    :ivar dropped: the number of dropped items
     """
 
     def __init__(self) -> None:
         self.dropped: int = 1
 
     def add_one(self) -> None:
-        """Count one more."""
+        """Count one more dropped item."""
         self.dropped += 1
 
 
 def check_buffer(buffer: int, overflow: Overflow) -> None:
     """
-    Check the size and the policy of a buffer.
+    Check the arguments ``buffer`` and ``overflow``.
 
     :raises TypeError: if ``buffer`` is not an int
-    :raises ValueError: if it is less than 1, or the policy is unknown
+    :raises ValueError: if ``buffer`` is less than 1, or the policy is unknown
     """
     if not is_int(buffer):
-        raise TypeError(f"buffer is a whole number of messages, not {type(buffer).__name__}")
+        raise TypeError(f"buffer must be an int, not {type(buffer).__name__}")
     if buffer < 1:
-        raise ValueError(f"buffer is at least 1 message, not {buffer}")
+        raise ValueError(f"buffer must be at least 1, not {buffer}")
     if overflow not in get_args(Overflow):
         policies = ", ".join(map(repr, get_args(Overflow)))
-        raise ValueError(f"overflow is one of {policies}, not {overflow!r}")
+        raise ValueError(f"overflow must be one of {policies}, not {overflow!r}")
 
 
 class Sender(Generic[T]):
     """
-    The send end of a stream, which owns the buffer. There is one for all receive ends.
+    The send end of a stream, which owns the buffer that all receive ends share.
 
     An item stays in the buffer until the task that receives it runs, so that cancelling that task
     in the same turn loses nothing.
 
     :param what: the name of the stream in errors
-    :param buffer: how many items can wait, of at most 8 MiB
-    :param overflow: what happens to more
-    :param left: is called once with the send end, when the last receive end was closed or the
-        user's block was left
+    :param buffer: the maximum number of items in the buffer, in addition to the limit of 8 MiB
+    :param overflow: the policy for a full buffer
+    :param on_leave: called once with the send end, when the last receive end is closed or the
+        user's block is left
 
-    :ivar items: what can be received, with a :class:`Missing` where items were dropped. Receive
-        ends take items out
+    :ivar items: the items that can be received, with a :class:`Missing` where items were dropped;
+        receive ends remove them
     :ivar owner: the thread and event loop in which items are received
-    :ivar ended: whether nothing more comes in
-    :ivar tasks_waiting: how many tasks wait for space
+    :ivar ended: whether the stream accepts nothing more
+    :ivar tasks_waiting: the number of tasks that wait for space
     """
 
     def __init__(
@@ -115,46 +120,46 @@ class Sender(Generic[T]):
         what: str,
         buffer: int,
         overflow: Overflow,
-        left: Callable[[Sender[T]], object] | None = None,
+        on_leave: Callable[[Sender[T]], object] | None = None,
     ) -> None:
         self.what = what
         self.owner: Owner = Owner()
         self.owner.claim()
         self._buffer = buffer
         self._overflow: Overflow = overflow
-        self._left = left
+        self._on_leave = on_leave
         self._queue: Queue[T | Missing] = Queue()
         self.items: deque[T | Missing] = self._queue.items
         self._held: deque[tuple[T | Missing, int]] = deque()
-        """What is held back, each with its weight."""
+        """The items that are held back, with their weights in bytes."""
         self._held_bytes = 0
         self._holds = 0
-        self._places = 0
-        """How many :class:`Missing` are buffered or held back."""
+        self._missing_count = 0
+        """The number of :class:`Missing` markers that are buffered or held back."""
         self._accepted = 0
-        """How many items have come in and have not been dropped since."""
+        """The number of accepted items, without those that were dropped later."""
         self._extra_until = 0
-        """How many items will have been received when none of those that need no space is left."""
+        """The number of received items at which all items that need no space have been received."""
         self._extra_bytes = 0
         self._dropped = 0
         self._gaps = 0
         self._stalled_at: int | None = None
-        """How many items had been received when the consumer last used none of its turns."""
+        """The number of received items when the consumer last received none in its turns."""
         self.ended: bool = False
         self._error: Callable[[], Exception] | None = None
         self._receive_ends = 0
         self._make_wakeup: Callable[[], Wakeup] | None = None
-        self._receivers: deque[Wakeup] = deque()
-        self._departure: anyio.Event | None = None
+        self._waiters: deque[Wakeup] = deque()
+        self._space_event: anyio.Event | None = None
         self.tasks_waiting: int = 0
 
-    # Putting in
+    # Accepting items
 
     def push(self, item: T, *, extra: bool = False) -> bool:
         """
-        Put in one item.
+        Accept one item.
 
-        :param extra: whether it needs no space, as a message that the broker replays
+        :param extra: whether the item needs no space, like a message that the broker replays
         :return: whether there was space; ``True`` after the end
         """
         if self.ended:
@@ -174,11 +179,11 @@ class Sender(Generic[T]):
 
     def push_many(self, items: Sequence[T], each: int | None = None) -> int:
         """
-        Put in items, from the first to as many as there is space for.
+        Accept items in order, as many as there is space for.
 
-        :param items: must not be changed afterwards
-        :param each: how many bytes each of them weighs; ``None`` if they differ
-        :return: for how many there was space; all after the end
+        :param items: the items, which must not be changed afterwards
+        :param each: the weight of each item, in bytes; ``None`` if the weights differ
+        :return: the number of accepted items; all of them after the end
         """
         if self.ended:
             return len(items)
@@ -189,10 +194,10 @@ class Sender(Generic[T]):
         if len(items) > space:
             items = items[:space]
         sums: Sequence[int]
-        sums = sums_of_weights(items) if each is None else range(0, each * len(items) + 1, each)
+        sums = cumulative_weights(items) if each is None else range(0, each * len(items) + 1, each)
         space = MAX_BYTES + extra_bytes - self._queue.weigh()
         if sums[-1] >= space:
-            # An item fits if those before it leave a byte.
+            # An item fits if the items before it leave at least one byte.
             fits = min(bisect_left(sums, space), len(items))
             items, sums = items[:fits], sums[: fits + 1]
         self._accepted += len(items)
@@ -202,8 +207,9 @@ class Sender(Generic[T]):
 
     def push_or_drop(self, item: T) -> None:
         """
-        Put in an item. If the buffer is full, do what the policy demands; ``"block"`` does what
-        ``"raise"`` does, because this method does not wait.
+        Accept one item, or apply the overflow policy.
+
+        ``"block"`` does what ``"raise"`` does, because this method does not wait.
         """
         while not self.push(item):
             self._dropped += 1
@@ -215,14 +221,14 @@ class Sender(Generic[T]):
             return
 
     async def put(self, item: T) -> None:
-        """Put in an item when there is space, or do what the policy demands."""
+        """Accept one item when there is space, or apply the overflow policy."""
         if not self.push(item):
-            await self.make_room()
+            await self.wait_for_space()
             self.push_or_drop(item)
 
-    async def make_room(self) -> None:
+    async def wait_for_space(self) -> None:
         """
-        Give a consumer that is merely busy its turns; with ``"block"`` wait until there is space.
+        Give a busy consumer several turns to make space; with ``"block"``, wait until it does.
         """
         while self._is_full() and self._stalled_at != (received := self.received):
             for _ in range(PATIENCE_TURNS):
@@ -230,23 +236,23 @@ class Sender(Generic[T]):
                 if self.received != received:
                     break
             else:
-                # It waits for something else. It gets its turns again after it has received.
+                # The consumer awaits something else. It gets turns again after it has received.
                 self._stalled_at = received
         while self.blocks:
-            departure = self._departure = self._departure or anyio.Event()
+            space_event = self._space_event = self._space_event or anyio.Event()
             self.tasks_waiting += 1
             try:
-                await departure.wait()
+                await space_event.wait()
             finally:
                 self.tasks_waiting -= 1
 
     @property
     def blocks(self) -> bool:
-        """Whether the connection must wait for this stream now."""
+        """Whether the reader must now wait for this stream."""
         return self._overflow == "block" and not self._holds and self._is_full()
 
     def put_in_front(self, items: Sequence[T]) -> None:
-        """Put items before what is buffered, where they need no space."""
+        """Put items before the buffered ones. They need no space."""
         if items and not self.ended:
             self._queue.extend_left(items, self._add_extras(items))
             self._wake(len(items))
@@ -255,27 +261,27 @@ class Sender(Generic[T]):
 
     def hold(self) -> None:
         """
-        Hold back what comes from now on, until :meth:`release` was called as many times.
+        Hold back new items until :meth:`release` has been called the same number of times.
 
-        What is held back takes its space in the buffer. No consumer can receive it, so nothing
-        waits for space: ``"block"`` does what ``"raise"`` does.
+        Items that are held back need space in the buffer. Waiting for space would never end,
+        because no consumer can receive them, so ``"block"`` does what ``"raise"`` does.
         """
         self._holds += 1
 
     def release(self) -> None:
-        """Undo one :meth:`hold`."""
+        """Undo one call of :meth:`hold`."""
         self._holds = max(0, self._holds - 1)
         if not self._holds:
             self._release_all()
 
     def put_ahead(self, items: Sequence[T]) -> None:
-        """Put items after what is buffered and before what is held, where they need no space."""
+        """Put items after the buffered ones and before those held back. They need no space."""
         if items and not self.ended:
             self._queue.extend(items, self._add_extras(items))
             self._wake(len(items))
 
     def replace_held(self, old: T, new: T) -> None:
-        """Put another item of the same weight in each place where one object is held."""
+        """Replace an item that is held back, in each of its places, by one of the same weight."""
         for index, (item, weight) in enumerate(self._held):
             if item is old:
                 self._held[index] = new, weight
@@ -284,109 +290,110 @@ class Sender(Generic[T]):
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
         """
-        Take in nothing more. What is buffered can still be received.
+        Accept nothing more. The buffered items can still be received.
 
-        :param error: makes what receiving raises after that; ``None`` is a normal end
+        :param error: makes the exception that receiving raises after them; ``None`` ends the stream
+            normally
         """
         if not self.ended:
             self._release_all()
             self.ended = True
             self._error = error
-            self._wake(len(self._receivers))
-            self.note_departure()
+            self._wake(len(self._waiters))
+            self.wake_senders()
 
     def leave(self) -> None:
-        """Take in nothing more, because the user has left the stream."""
+        """Accept nothing more, because the user has left the stream."""
         self.end()
-        left, self._left = self._left, None
-        if left is not None:
-            left(self)
+        on_leave, self._on_leave = self._on_leave, None
+        if on_leave is not None:
+            on_leave(self)
 
     def drain(self) -> list[T]:
-        """Take out what no receive end can receive any more: nothing while one is open."""
+        """Remove and return the items that can no longer be received: none while an end is open."""
         if self._receive_ends:
             return []
         items = [item for item in self.items if not isinstance(item, Missing)]
         self.items.clear()
         self._accepted -= len(items)
-        self._places = 0
+        self._missing_count = 0
         return items
 
-    # What receive ends call
+    # Methods for receive ends
 
     def open_receive_end(self) -> None:
-        """Note that one was opened."""
+        """Count a new receive end."""
         self._receive_ends += 1
 
     def close_receive_end(self) -> None:
-        """Note that one was closed, and have all tasks that wait for an item look again."""
+        """Count a closed receive end, and wake all tasks that wait for an item."""
         self._receive_ends -= 1
-        self._wake(len(self._receivers))
+        self._wake(len(self._waiters))
         if not self._receive_ends:
             self.leave()
             self.drain()
 
     def check_end(self) -> None:
         """
-        Do nothing while items might come.
+        Raise the end of the stream, if it has ended.
 
         :raises ~anyio.EndOfStream: after a normal end
-        :raises Exception: what :meth:`end` was given
+        :raises Exception: the exception that was passed to :meth:`end`
         """
         if self.ended:
             raise EndOfStream if self._error is None else self._error()
 
     def expect_item(self) -> Wakeup:
-        """Return what the calling task must wait for because there is no item."""
+        """Return a wakeup that the calling task must await, because no item is buffered."""
         if self._make_wakeup is None:
             self._make_wakeup = current_backend().make_wakeup
-        receiver = self._make_wakeup()
-        self._receivers.append(receiver)
-        return receiver
+        waiter = self._make_wakeup()
+        self._waiters.append(waiter)
+        return waiter
 
-    def wake_another(self, receiver: Wakeup | None) -> None:
-        """Wake another task, because the calling task does not take the item that it waited for."""
-        if receiver is not None and receiver in self._receivers:
-            self._receivers.remove(receiver)
+    def wake_another(self, waiter: Wakeup | None) -> None:
+        """Wake another task, because the calling task will not take the item that it awaited."""
+        if waiter is not None and waiter in self._waiters:
+            self._waiters.remove(waiter)
         elif self.items:
             self._wake(1)
 
-    def note_departure(self) -> None:
-        """Have the tasks that wait for space look again."""
-        if self._departure is not None:
-            self._departure.set()
-            self._departure = None
+    def wake_senders(self) -> None:
+        """Wake the tasks that wait for space, so that they check again."""
+        if self._space_event is not None:
+            self._space_event.set()
+            self._space_event = None
 
     def note_missing_received(self, missing: Missing) -> SlowConsumerError:
-        """Return the error for the place at which items are missing, which was taken out."""
-        self._places -= 1
+        """Return the error to raise in the place of a marker that was received."""
+        self._missing_count -= 1
         return SlowConsumerError(
-            f"{self.what}: the buffer of {self._buffer} was full and {missing.dropped} were "
-            "dropped here; receive again for what follows, or give a larger buffer= or "
-            "another overflow=",
+            f"{self.what}: dropped {missing.dropped} here, because the buffer was full "
+            f"(buffer={self._buffer}, 8 MiB); receive again to continue, or use a larger buffer= "
+            "or another overflow=",
             dropped=missing.dropped,
         )
 
-    # Figures
+    # Statistics
 
     @property
     def dropped(self) -> int:
-        """How many items were dropped because the buffer was full."""
+        """The number of items that were dropped because the buffer was full."""
         return self._dropped
 
     @property
     def gaps(self) -> int:
-        """How many times the connection was lost."""
+        """The number of lost connections."""
         return self._gaps
 
     @property
     def received(self) -> int:
-        """How many items have been received."""
+        """The number of items that were received."""
         return self._accepted - self._waiting()
 
     @property
     def extra(self) -> tuple[int, int]:
-        """How many items wait that need no space, and how many bytes they weigh at most."""
+        """The number of buffered items that need no space, and their maximum weight in bytes."""
         count = max(0, self._extra_until - self.received)
         return count, self._extra_bytes if count else 0
 
@@ -395,14 +402,14 @@ class Sender(Generic[T]):
         self._gaps += 1
 
     def statistics(self) -> StreamStatistics:
-        """Return the figures; any thread may call this."""
+        """Return the statistics; any thread may call this."""
         return StreamStatistics(
             current_buffer_used=self._waiting(),
             max_buffer_size=self._buffer,
             open_send_streams=int(not self.ended),
             open_receive_streams=self._receive_ends,
             tasks_waiting_send=self.tasks_waiting,
-            tasks_waiting_receive=len(self._receivers),
+            tasks_waiting_receive=len(self._waiters),
             buffered_bytes=self._queue.total() + self._held_bytes,
             received=self.received,
             dropped=self._dropped,
@@ -410,7 +417,7 @@ class Sender(Generic[T]):
         )
 
     def _waiting(self) -> int:
-        return len(self.items) + len(self._held) - self._places
+        return len(self.items) + len(self._held) - self._missing_count
 
     def _is_full(self) -> bool:
         if self.ended:
@@ -428,7 +435,7 @@ class Sender(Generic[T]):
         self._extra_bytes = bytes + weight
 
     def _add_extras(self, items: Sequence[T]) -> Sequence[int]:
-        sums = sums_of_weights(items)
+        sums = cumulative_weights(items)
         self._add_extra(len(items), sums[-1])
         self._accepted += len(items)
         return sums
@@ -459,7 +466,7 @@ class Sender(Generic[T]):
         if isinstance(last, Missing):
             last.add_one()
             return
-        self._places += 1
+        self._missing_count += 1
         if self._holds:
             self._hold(Missing(), 0)
         else:
@@ -468,6 +475,6 @@ class Sender(Generic[T]):
 
     def _wake(self, count: int) -> None:
         """Wake as many tasks as there are new items."""
-        while count > 0 and self._receivers:
-            self._receivers.popleft().set()
+        while count > 0 and self._waiters:
+            self._waiters.popleft().set()
             count -= 1
