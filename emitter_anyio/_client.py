@@ -995,12 +995,12 @@ class Emitter:
         """
         Register a handler for an event, before or after the client is entered.
 
-        Without ``handler``, the method returns a decorator. The client calls each handler in a task of the client, one value at a time, in the order of
-        the events. It calls the handler with the event's value, or with nothing for ``connect`` and
-        ``disconnect``, and awaits the result if that is awaitable. A handler can await any method.
-        An exception in a handler is emitted as ``error``, as a :class:`HandlerError` with its
-        cause. If nothing handles ``error``, or if its handler raises, the exception ends the client
-        and leaves the block.
+        Without ``handler``, the method returns a decorator. The client calls each handler in a task
+        of the client, one value at a time, in the order of the events. It passes the event's value,
+        or nothing for ``connect`` and ``disconnect``, and awaits the result if that is awaitable. A
+        handler can await any method. An exception in a handler is emitted as ``error``, as a
+        :class:`HandlerError` with its cause. If nothing handles ``error``, or if its handler
+        raises, the exception ends the client and leaves the block.
 
         :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``, ``"keygen"``,
             ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
