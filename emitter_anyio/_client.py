@@ -220,7 +220,7 @@ class Emitter:
         supervisor = Supervisor(
             *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
             restorers=(presence.restore, subscriptions.restore, links.restore),
-            losers=(subscriptions.lose, presence.lose),
+            losers=(subscriptions.note_loss, presence.note_loss),
         )
         self._lifecycle = Lifecycle(
             *(slot, background, supervisor, events, routes),
@@ -756,7 +756,7 @@ class Emitter:
             is also 8 MiB
         :param overflow: what happens when the buffer is full, as for :meth:`subscribe`
         :param refresh: seconds, above 0, after which the client requests a fresh status, because an
-            event can be lost; ``None``: only when members are in doubt
+            event can be lost; ``None``: only after events that leave the members uncertain
         :param timeout: seconds to wait for the first status, instead of ``request_timeout``;
             ``None`` waits without limit
         :return: an object to be entered once, for a :class:`PresenceFeed`

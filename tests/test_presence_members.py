@@ -36,18 +36,18 @@ def status(*ids: str, channel: str = "a/") -> PresenceStatus:
 
 def asked(members: Members, *ids: str, channel: str = "a/") -> bool:
     """Ask for a status and take it in, with nothing in between."""
-    members.asking()
-    return members.correct(channel, status(*ids, channel=channel))
+    members.begin_status()
+    return members.apply_status(channel, status(*ids, channel=channel))
 
 
-def in_doubt(members: Members) -> bool:
-    return members._doubt.is_set()
+def is_stale(members: Members) -> bool:
+    return members._stale.is_set()
 
 
 class TestMembers:
     def test_at_first_nobody_is_known(self, members: Members) -> None:
         assert dict(members.view) == {}
-        assert not in_doubt(members)
+        assert not is_stale(members)
 
     def test_the_first_status_says_who_is_there(self, members: Members) -> None:
         assert asked(members, "X", "Y")
@@ -62,16 +62,16 @@ class TestMembers:
 
     def test_another_name_is_news(self, members: Members) -> None:
         asked(members, "X")
-        members.asking()
+        members.begin_status()
         named = PresenceStatus(NOW, "status", "a/", (Member("X", "ann"),))
-        assert members.correct("a/", named)
+        assert members.apply_status("a/", named)
         assert members.view["X"].username == "ann"
 
     def test_who_comes_and_goes(self, members: Members) -> None:
         asked(members)
         members.push(came("X", username="ann"))
         assert dict(members.view) == {"X": Member("X", "ann")}
-        assert not in_doubt(members)
+        assert not is_stale(members)
         members.push(went("X", username="ann"))
         assert dict(members.view) == {}
 
@@ -100,7 +100,7 @@ class TestBelow:
         asked(members)
         members.push(came("X", "a/b/"))
         assert list(members.view) == ["X"]
-        assert members.next_below() == ["a/b/"]
+        assert members.next_channels() == ["a/b/"]
         members.push(went("X", "a/b/"))
         assert dict(members.view) == {}
 
@@ -137,21 +137,21 @@ class TestBelow:
         assert dict(members.view) == {}, "X is not held by the channel below"
 
     def test_all_channels_are_looked_at_each_in_its_turn(self, members: Members) -> None:
-        assert members.next_below() == []
+        assert members.next_channels() == []
         channels = [f"a/{number}/" for number in range(100)]
         for channel in channels:
             members.push(came("X", channel))
-        assert members.next_below() == channels[:64]
+        assert members.next_channels() == channels[:64]
         members.push(came("Y", "a/new/"))
-        assert members.next_below() == [*channels[64:], *channels[:28]]
-        assert members.next_below() == [*channels[28:64], "a/new/", *channels[64:91]]
+        assert members.next_channels() == [*channels[64:], *channels[:28]]
+        assert members.next_channels() == [*channels[28:64], "a/new/", *channels[64:91]]
 
     def test_one_that_everybody_has_left_is_remembered(self, members: Members) -> None:
         """Somebody may come back, and no event tell of it."""
         members.push(came("X", "a/b/"))
         members.push(went("X", "a/b/"))
         assert not asked(members, channel="a/b/")
-        assert members.next_below() == ["a/b/"]
+        assert members.next_channels() == ["a/b/"]
         assert asked(members, "Y", channel="a/b/")
         assert list(members.view) == ["Y"]
 
@@ -162,13 +162,13 @@ class TestBelow:
         for number in range(2000):
             members.push(came("Y", f"a/{number}/"))
             members.push(went("Y", f"a/{number}/"))
-        below = {channel for _ in range(40) for channel in members.next_below()}
+        below = {channel for _ in range(40) for channel in members.next_channels()}
         assert below == {"a/stays/"} | {f"a/{number}/" for number in range(2000 - 1023, 2000)}
 
     def test_all_in_which_somebody_is_are_remembered(self, members: Members) -> None:
         for number in range(1100):
             members.push(came("X", f"a/{number}/"))
-        assert len({channel for _ in range(20) for channel in members.next_below()}) == 1100
+        assert len({channel for _ in range(20) for channel in members.next_channels()}) == 1100
 
 
 class TestDoubts:
@@ -176,28 +176,28 @@ class TestDoubts:
         asked(members, "X")
         members.push(went("X"))
         assert dict(members.view) == {}
-        assert in_doubt(members)
+        assert is_stale(members)
         assert asked(members, "X"), "and so it is"
         assert list(members.view) == ["X"]
-        assert not in_doubt(members)
+        assert not is_stale(members)
 
     def test_who_was_there_before_us_and_leaves_a_place_below(self, members: Members) -> None:
         asked(members, "X")
         members.push(came("X", "a/b/"))
         members.push(went("X", "a/b/"))
         assert list(members.view) == ["X"]
-        assert in_doubt(members)
+        assert is_stale(members)
 
     def test_who_leaves_and_was_never_there(self, members: Members) -> None:
         members.push(went("X"))
         members.push(went("Y", "a/b/"))
         assert dict(members.view) == {}
-        assert in_doubt(members)
+        assert is_stale(members)
 
     def test_who_comes_is_beyond_doubt(self, members: Members) -> None:
         members.push(came("X"))
         members.push(came("X", "a/b/"))
-        assert not in_doubt(members)
+        assert not is_stale(members)
 
     def test_a_member_that_another_node_reports_as_gone_is_restored_by_a_status(
         self, members: Members
@@ -205,7 +205,7 @@ class TestDoubts:
         """A dead node's members are reported with ids that others may have."""
         members.push(came("X"))
         members.push(went("X"))
-        assert in_doubt(members)
+        assert is_stale(members)
         assert asked(members, "X")
         assert list(members.view) == ["X"]
 
@@ -215,7 +215,7 @@ class TestDoubts:
         members.push(went("X", username="bob"))
         members.push(went("Y", "a/b/"))
         assert sorted(members.view) == ["X", "Y"]
-        assert in_doubt(members)
+        assert is_stale(members)
 
 
 class TestOtherNodes:
@@ -264,33 +264,33 @@ class TestChangesWhileAskingForAStatus:
     """The answer is from before or after the change: nobody knows, so the change counts."""
 
     def test_who_came(self, members: Members) -> None:
-        members.asking()
+        members.begin_status()
         members.push(came("X"))
-        assert not members.correct("a/", status())
+        assert not members.apply_status("a/", status())
         assert list(members.view) == ["X"]
-        assert in_doubt(members), "another status is to tell"
+        assert is_stale(members), "another status is to tell"
 
     def test_who_went(self, members: Members) -> None:
         members.push(came("X"))
-        members.asking()
+        members.begin_status()
         members.push(went("X"))
-        assert not members.correct("a/", status("X"))
+        assert not members.apply_status("a/", status("X"))
         assert dict(members.view) == {}
-        assert in_doubt(members)
+        assert is_stale(members)
 
     def test_the_others_are_corrected(self, members: Members) -> None:
         asked(members, "X", "Y")
-        members.asking()
+        members.begin_status()
         members.push(came("Z"))
-        assert members.correct("a/", status("X"))
+        assert members.apply_status("a/", status("X"))
         assert sorted(members.view) == ["X", "Z"]
 
     def test_asking_again_without_changes_settles_it(self, members: Members) -> None:
-        members.asking()
+        members.begin_status()
         members.push(came("X"))
-        members.correct("a/", status())
+        members.apply_status("a/", status())
         assert not asked(members, "X")
-        assert not in_doubt(members)
+        assert not is_stale(members)
 
     @given(
         st.lists(
@@ -312,7 +312,7 @@ class TestChangesWhileAskingForAStatus:
         asked(members, *"XYZ")
         assert asked(members, *there) == (there != set("XYZ"))
         assert set(members.view) == there
-        assert not in_doubt(members)
+        assert not is_stale(members)
 
     @given(st.lists(st.tuples(st.sampled_from("XYZ"), st.sampled_from(["a/", "a/b/", "a/c/"]))))
     def test_who_comes_under_our_eyes_is_followed_exactly(
@@ -372,10 +372,10 @@ class TestTheFeed:
 @pytest.mark.virtual_time
 class TestWaitingForDoubts:
     async def waited(self, members: Members, seconds: float) -> tuple[bool, float]:
-        """Whether there is a doubt, and how long that took."""
+        """Whether the members are stale, and how long that took."""
         start = anyio.current_time()
-        doubted = await members.doubted(seconds)
-        return doubted, round(anyio.current_time() - start, 6)
+        stale = await members.wait_stale(seconds)
+        return stale, round(anyio.current_time() - start, 6)
 
     async def later(self, seconds: float, act: Callable[[], object]) -> None:
         await anyio.sleep(seconds)
@@ -385,21 +385,21 @@ class TestWaitingForDoubts:
         assert await self.waited(members, 60) == (False, 60)
 
     async def test_doubts_are_gathered_for_a_little_while(self, members: Members) -> None:
-        members.doubt()
-        members.doubt()
+        members.mark_stale()
+        members.mark_stale()
         assert await self.waited(members, 60) == (True, 0.1)
 
     async def test_a_doubt_that_comes_later(self, members: Members) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.later, 5, members.doubt)
+            tasks.start_soon(self.later, 5, members.mark_stale)
             assert await self.waited(members, math.inf) == (True, 5.1)
 
     async def test_a_doubt_puts_nothing_off(self, members: Members) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.later, 59.95, members.doubt)
+            tasks.start_soon(self.later, 59.95, members.mark_stale)
             assert await self.waited(members, 60) == (True, 60)
 
     async def test_asking_settles_the_doubts(self, members: Members) -> None:
-        members.doubt()
-        members.asking()
+        members.mark_stale()
+        members.begin_status()
         assert await self.waited(members, 60) == (False, 60)

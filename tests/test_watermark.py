@@ -16,7 +16,7 @@ def stored(second: int, count: int = 0, node: bytes = b"node") -> StoredMessage:
 def test_at_first_everything_may_be_missing() -> None:
     watermark = Watermark()
     assert watermark.since is None
-    assert watermark.behind(stored(1))
+    assert watermark.might_be_undelivered(stored(1))
     assert not watermark.is_at(stored(1))
 
 
@@ -27,7 +27,7 @@ def test_what_is_later_is_behind_it() -> None:
     assert watermark.is_at(stored(5, 3))
     assert not watermark.is_at(stored(5, 4))
     assert [
-        watermark.behind(stored(*when)) for when in [(4, 9), (5, 2), (5, 3), (5, 4), (6, 0)]
+        watermark.might_be_undelivered(stored(*when)) for when in [(4, 9), (5, 2), (5, 3), (5, 4), (6, 0)]
     ] == [
         False,
         False,
@@ -40,8 +40,8 @@ def test_what_is_later_is_behind_it() -> None:
 def test_within_a_second_nodes_of_a_cluster_have_no_order() -> None:
     watermark = Watermark()
     watermark.begin(stored(5, 3))
-    assert watermark.behind(stored(5, 1, b"else"))
-    assert not watermark.behind(stored(4, 9, b"else"))
+    assert watermark.might_be_undelivered(stored(5, 1, b"else"))
+    assert not watermark.might_be_undelivered(stored(4, 9, b"else"))
 
 
 async def test_what_is_newest_is_believed_the_next_time(anyio_backend: object) -> None:

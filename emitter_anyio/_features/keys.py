@@ -13,7 +13,7 @@ _PERMISSIONS = frozenset("rwslpex")
 
 class Keys:
     """
-    Makes and bans keys.
+    The methods that make and ban keys.
 
     :param requester: sends requests
     """
@@ -24,7 +24,7 @@ class Keys:
     async def keygen(
         self, key: Key, channel: str, permissions: str, ttl: int, timeout: Timeout
     ) -> ChannelKey:
-        """Have the broker make a key."""
+        """Make a key."""
         key = check_key_source(key)
         channel = check_target(channel)
         ttl = check_int("ttl", ttl, 0)
@@ -32,8 +32,8 @@ class Keys:
         permissions = check_text("permissions", permissions, " such as 'rw'")
         if unknown := set(permissions) - _PERMISSIONS:
             raise ValueError(
-                f"permissions has {', '.join(sorted(map(repr, unknown)))}, which Emitter does not "
-                "know; there are r, w, s, l, p, e and x"
+                f"invalid permissions: unknown {', '.join(sorted(map(repr, unknown)))}; use the "
+                "letters r, w, s, l, p, e and x"
             )
 
         async def ask(text: str) -> ChannelKey:
@@ -43,7 +43,7 @@ class Keys:
         return await self._requester.with_key(key, ask)
 
     async def keyban(self, secret: Key, target: Key, banned: bool, timeout: Timeout) -> bool:
-        """Have the broker ban a key, or lift the ban."""
+        """Ban a key, or lift the ban."""
         secret, target = check_key_source(secret), check_key_source(target)
         banned, timeout = check_flag("banned", banned), check_timeout(timeout)
         banning = await self._requester.key_of(target)

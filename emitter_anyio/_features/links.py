@@ -24,15 +24,15 @@ from .subscriptions import Subscriptions
 _NAME = re.compile(r"[a-zA-Z0-9]{1,2}", re.ASCII)
 
 _MAX_DELIVERED_BYTES: Final = 65528
-"""The broker delivers at most this many bytes of channel and payload."""
+"""The maximum size of channel and payload that the broker delivers (``broker/conn.go``)."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class _Made:
+class _LinkArguments:
     """
-    How a link was made, to make it again. Its ``repr`` does not show the key.
+    The arguments of a link, to restore it. The ``repr`` does not show the key.
 
-    :ivar text: the key as the broker got it
+    :ivar text: the key as the broker received it
     """
 
     key: Key
@@ -43,12 +43,12 @@ class _Made:
 
 class Links:
     """
-    Makes Emitter links and publishes through them.
+    The Emitter links of a client, which each new connection restores.
 
     :param requester: sends requests
-    :param publisher: publishes
-    :param subscriptions: subscribes to a link's channel, if wanted
-    :param events: gets errors of links that could not be restored
+    :param publisher: publishes through Emitter links
+    :param subscriptions: subscribes to the channel, if requested
+    :param events: emits the errors of Emitter links that could not be restored
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Links:
         self._publisher = publisher
         self._subscriptions = subscriptions
         self._events = events
-        self._links: dict[str, _Made] = {}
+        self._links: dict[str, _LinkArguments] = {}
 
     def finish(self) -> None:
         """Forget all links, because the client has ended."""
@@ -78,14 +78,14 @@ class Links:
         echo: bool,
         timeout: Timeout,
     ) -> Link:
-        """Make a link."""
+        """Create an Emitter link."""
         key = check_key_source(key)
         channel = check_channel(channel)
         name = _check_name(name)
         subscribe, timeout = check_flag("subscribe", subscribe), check_timeout(timeout)
-        made = _Made(key, channel, topic_options(ttl, echo))
-        ask = partial(self._ask, self._requester, name, made, timeout)
-        link = await self._requester.with_key(key, ask)
+        made = _LinkArguments(key, channel, topic_options(ttl, echo))
+        request = partial(self._request, self._requester, name, made, timeout)
+        link = await self._requester.with_key(key, request)
         if subscribe:
             await self._subscriptions.subscribe(key, channel, 0, timeout=timeout)
         return link
@@ -93,7 +93,7 @@ class Links:
     async def publish(
         self, name: str, message: Payload, qos: Literal[0, 1], retain: bool, timeout: Timeout
     ) -> None:
-        """Publish through a link."""
+        """Publish through an Emitter link."""
         name = _check_name(name)
         payload = encode_payload(message)
         qos, retain, timeout = check_qos(qos), check_flag("retain", retain), check_timeout(timeout)
@@ -101,42 +101,43 @@ class Links:
         channel = None if made is None else made.channel
         if channel is not None and len(channel) + len(payload) > _MAX_DELIVERED_BYTES:
             raise MessageTooLargeError(
-                f"channel and payload have {len(channel) + len(payload)} bytes; through a link "
-                f"the broker cannot send on more than {_MAX_DELIVERED_BYTES}"
+                f"cannot publish {channel!r} by its short name: channel and payload have "
+                f"{len(channel) + len(payload):,} bytes, and the broker delivers at most "
+                f"{_MAX_DELIVERED_BYTES:,}"
             )
 
         async def through(key: str) -> None:
             if made is not None and key != self._links.get(name, made).text:
-                # The broker checks the key only now, and has refused the one that it has.
-                await self._ask(self._requester, name, made, timeout, key)
+                # The broker checks the key of a link only now, and has refused the old one.
+                await self._request(self._requester, name, made, timeout, key)
             await self._publisher.publish(
                 name.encode(), payload, None, channel, qos, retain, timeout
             )
 
         await self._requester.with_key("" if made is None else made.key, through)
 
-    async def _ask(
-        self, requester: Requester, name: str, made: _Made, timeout: Timeout, key: str
+    async def _request(
+        self, requester: Requester, name: str, made: _LinkArguments, timeout: Timeout, key: str
     ) -> Link:
-        asked = requests.link(key, made.channel, name, made.options)
-        link = await requester.request(asked, timeout)
+        request = requests.link(key, made.channel, name, made.options)
+        link = await requester.request(request, timeout)
         self._links[name] = replace(made, text=key)
         return link
 
     # On a new connection
 
     def restore(self, restoring: Restoring) -> Iterable[Restoration]:
-        """Make every link again."""
+        """Restore every Emitter link on a new connection."""
         for name, made in self._links.items():
             yield Restoration(
-                f"the link {name!r}",
-                partial(self._restore_one, restoring.requester, name, made),
+                f"the Emitter link {name!r}",
+                partial(self._await_restored, restoring.requester, name, made),
                 partial(self._refused, name),
             )
 
-    async def _restore_one(self, requester: Requester, name: str, made: _Made) -> None:
-        ask = partial(self._ask, requester, name, made, DEFAULT)
-        await requester.with_key(made.key, ask)
+    async def _await_restored(self, requester: Requester, name: str, made: _LinkArguments) -> None:
+        request = partial(self._request, requester, name, made, DEFAULT)
+        await requester.with_key(made.key, request)
 
     def _refused(self, name: str, error: Exception) -> None:
         del self._links[name]
@@ -144,7 +145,7 @@ class Links:
 
 
 def _check_name(name: str) -> str:
-    name = check_text("the name of a link", name)
+    name = check_text("name", name)
     if not _NAME.fullmatch(name):
-        raise ValueError(f"the name of a link is one or two letters or digits, not {name!r}")
+        raise ValueError(f"invalid link name {name!r}: expected one or two letters or digits")
     return name

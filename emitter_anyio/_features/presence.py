@@ -1,4 +1,4 @@
-"""Presence: who is there, and who comes and goes."""
+"""Presence: statuses, changes for handlers, and feeds."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from .feed import PresenceFeed, Watch
 
 class Presence:
     """
-    Asks for presence, and keeps presence feeds.
+    The presence requests and feeds of a client.
 
-    :param slot: the present connection
+    :param slot: the current connection
     :param requester: sends requests
-    :param wants: which feeds the broker is asked for
+    :param wants: the feeds that the client requests on every connection
     :param keys: the keys that functions have returned
-    :param routes: gives presence changes to feeds
-    :param events: gets errors
-    :param totals: counts what closed feeds have dropped
+    :param routes: the receivers of presence changes
+    :param events: emits errors
+    :param totals: counts the items that closed feeds have dropped
     :param background: runs tasks
     """
 
@@ -74,33 +74,33 @@ class Presence:
         self._watches: dict[Watch, Key] = {}
 
     def finish(self) -> None:
-        """Forget what the handlers want, because the client has ended."""
+        """Forget the channels with changes for handlers, because the client has ended."""
         self._for_handlers.clear()
 
     async def presence(
         self, key: Key, channel: str, changes: bool | None, timeout: Timeout
     ) -> PresenceStatus:
-        """Return who is there, and turn the changes for handlers on or off."""
+        """Request a status, and turn the changes for handlers on or off."""
         key, channel = self._check(key, channel)
         changes = None if changes is None else check_flag("changes", changes)
         timeout = check_timeout(timeout)
         self._owner.check()
-        fresh = changes is True and channel not in self._for_handlers
-        if fresh:
+        is_new = changes is True and channel not in self._for_handlers
+        if is_new:
             self._wants.watch(channel)
             self._for_handlers[channel] = key
         try:
-            told = changes
+            sent_changes = changes
             if changes is False:
-                told = False if self._leave_for_handlers(channel) else None
-            ask = partial(_ask, self._requester, channel, told, timeout)
-            status = await self._requester.with_key(key, ask)
+                sent_changes = False if self._stop_changes(channel) else None
+            request = partial(_request_status, self._requester, channel, sent_changes, timeout)
+            status = await self._requester.with_key(key, request)
         except BaseException:
-            if fresh:
-                self._leave_for_handlers(channel)
+            if is_new:
+                self._stop_changes(channel)
             raise
         if changes and channel in self._for_handlers:
-            # The key that has just been accepted is the one to restore with.
+            # Restore with this key, because the broker has just accepted it.
             self._for_handlers[channel] = key
         return status
 
@@ -113,12 +113,12 @@ class Presence:
         refresh: float | None,
         timeout: Timeout,
     ) -> Entering[PresenceFeed]:
-        """Return a presence feed to be entered, after checking every argument."""
+        """Check every argument, and return a presence feed to be entered."""
         key, channel = self._check(key, channel)
         check_buffer(buffer, overflow)
         timeout = check_timeout(timeout)
         if refresh is not None and not check_seconds("refresh", refresh):
-            raise ValueError("refresh must be above 0 seconds, or None for no fresh status")
+            raise ValueError("refresh must be more than 0 seconds, or None to disable it, not 0")
         return Entering(
             self._owner,
             partial(self._watching, key, channel, buffer, overflow, refresh, timeout),
@@ -137,7 +137,7 @@ class Presence:
         await self._requester.connected()
         refreshing = anyio.CancelScope()
 
-        def left(send: Sender[PresenceEvent]) -> None:
+        def leave(send: Sender[PresenceEvent]) -> None:
             refreshing.cancel()
             self._watches.pop(watch, None)
             for receiver in watch.receivers:
@@ -146,14 +146,15 @@ class Presence:
             self._leave(channel, self._keys.known(key))
 
         self._wants.watch(channel)
-        send: Sender[PresenceEvent] = Sender(f"watch_presence({channel!r})", buffer, overflow, left)
+        what = f"watch_presence({channel!r})"
+        send: Sender[PresenceEvent] = Sender(what, buffer, overflow, leave)
         watch = Watch(channel, send)
         for receiver in watch.receivers:
             self._routes.add(FEED, receiver, channel)
-        ask = partial(_ask_status, self._requester, watch, key, channel, timeout, changes=True)
+        update = partial(_update_members, self._requester, watch, key, channel, timeout)
         try:
             with PresenceFeed(send, channel, watch.members.view) as feed:
-                status, _ = await ask()
+                status, _ = await update(changes=True)
                 send.put_in_front([status])
                 self._watches[watch] = key
                 self._background.start_soon(self._refresh, watch, key, channel, refresh, refreshing)
@@ -165,7 +166,8 @@ class Presence:
         """
         Count one user less of a feed.
 
-        :param key: the key with which to end the feed after its last user has left, if any
+        :param key: the key for the request that ends the feed after its last user has left;
+            ``None``: no request
         :return: whether this was the last user
         """
         last, session = self._wants.unwatch(channel), self._slot.session
@@ -173,13 +175,13 @@ class Presence:
             session.leave_feed(channel)
             if key is not None:
                 ending = requests.presence(key, channel, status=False, changes=False)
-                # If the feed was refused, so is this, which is no news.
+                # Quiet, because the broker refuses this request too if it has refused the feed.
                 pending = session.request(ending, awaited=False, quiet=True)
                 pending.call_when_done(partial(session.feed_ended, channel))
         return last
 
-    def _leave_for_handlers(self, channel: str) -> bool:
-        """Undo ``changes=True``; return whether nothing else needs the feed."""
+    def _stop_changes(self, channel: str) -> bool:
+        """Undo ``changes=True``; return whether the feed has no other user."""
         if channel not in self._for_handlers:
             return not self._wants.is_watched(channel)
         del self._for_handlers[channel]
@@ -200,61 +202,61 @@ class Presence:
         refresh: float | None,
         scope: anyio.CancelScope,
     ) -> None:
-        """Ask for fresh statuses from time to time, and when members are in doubt."""
+        """Request fresh statuses every ``refresh`` seconds, and when the members are stale."""
         period = math.inf if refresh is None else refresh
         gaps = 0
         due = anyio.current_time() + period
         with scope:
             while not watch.send.ended:
-                doubted = await watch.members.doubted(due - anyio.current_time())
-                # A doubt is about members that the channel's own status lists. From time to time,
-                # and after a lost connection, the channels below are asked for as well.
+                stale = await watch.members.wait_stale(due - anyio.current_time())
+                # Stale members are members that the channel's own status lists. Every `refresh`
+                # seconds and after a lost connection, request statuses of channels below as well.
                 channels = [channel]
                 gaps, known_gaps = watch.send.gaps, gaps
-                if not doubted or gaps > known_gaps or anyio.current_time() >= due:
-                    channels += watch.members.next_below()
+                if not stale or gaps > known_gaps or anyio.current_time() >= due:
+                    channels += watch.members.next_channels()
                     due = anyio.current_time() + period
-                for asked in channels:
+                for each in channels:
                     try:
-                        status, new = await _ask_status(
-                            self._requester, watch, key, asked, DEFAULT, changes=None
+                        status, new = await _update_members(
+                            self._requester, watch, key, each, DEFAULT, changes=None
                         )
                     except RequestError as exc:
-                        if asked == channel:
-                            _end(watch, exc)
+                        if each == channel:
+                            _end_feed(watch, exc)
                             return
-                        # The key does not open the channel below: changes alone must do.
+                        # The key does not cover the channel below, so only its changes are known.
                     except RequestTimeoutError as exc:
                         self._events.report(exc)
                     except ConnectionLostError:
-                        # The next connection begins with a status.
+                        # Restoring the feed on the next connection requests a status.
                         break
                     except EmitterError:
-                        # There is no connection any more, and the feed has ended.
+                        # The client has ended, and the feed with it.
                         return
                     else:
                         if new:
                             await watch.send.put(status)
 
-    # When the connection was lost, and on a new one
+    # Lost and new connections
 
-    def lose(self) -> None:
-        """Note a gap in every feed."""
+    def note_loss(self) -> None:
+        """Note in every feed that the connection was lost."""
         for watch in self._watches:
             watch.note_gap()
 
     def restore(self, restoring: Restoring) -> Iterable[Restoration]:
-        """Ask for every feed."""
+        """Request every feed on a new connection."""
         requester = restoring.requester
         for watch, key in self._watches.items():
             yield Restoration(
                 f"the presence feed of {watch.channel!r}",
                 partial(self._restore_feed, requester, watch, key),
-                partial(_end, watch),
+                partial(_end_feed, watch),
             )
         for channel, key in self._for_handlers.items():
             yield Restoration(
-                f"the changes of presence of {channel!r}",
+                f"the presence changes of {channel!r}",
                 partial(self._restore_changes, requester, channel, key),
                 partial(self._changes_refused, channel),
             )
@@ -262,31 +264,33 @@ class Presence:
     async def _restore_feed(self, requester: Requester, watch: Watch, key: Key) -> None:
         if watch not in self._watches:
             return
-        status, new = await _ask_status(requester, watch, key, watch.channel, DEFAULT, changes=True)
-        watch.members.doubt()
+        update = partial(_update_members, requester, watch, key, watch.channel, DEFAULT)
+        status, new = await update(changes=True)
+        watch.members.mark_stale()
         if new:
             # Restoring does not wait for the feed's consumer.
             watch.send.push_or_drop(status)
 
     async def _restore_changes(self, requester: Requester, channel: str, key: Key) -> None:
         if channel in self._for_handlers:
-            await requester.with_key(key, partial(_ask, requester, channel, True, DEFAULT))
+            request = partial(_request_status, requester, channel, True, DEFAULT)
+            await requester.with_key(key, request)
 
     def _changes_refused(self, channel: str, error: Exception) -> None:
-        self._leave_for_handlers(channel)
+        self._stop_changes(channel)
         self._events.emit("error", error)
 
 
-async def _ask(
+async def _request_status(
     requester: Requester, channel: str, changes: bool | None, timeout: Timeout, key: str
 ) -> PresenceStatus:
-    asked = requests.presence(key, channel, status=True, changes=changes)
-    status = await requester.request(asked, timeout)
+    request = requests.presence(key, channel, status=True, changes=changes)
+    status = await requester.request(request, timeout)
     assert status is not None
     return status
 
 
-async def _ask_status(
+async def _update_members(
     requester: Requester,
     watch: Watch,
     key: Key,
@@ -295,11 +299,12 @@ async def _ask_status(
     *,
     changes: bool | None,
 ) -> tuple[PresenceStatus, bool]:
-    """Ask for a status, correct the feed's members by it, and return whether that changed them."""
-    watch.members.asking()
-    status = await requester.with_key(key, partial(_ask, requester, channel, changes, timeout))
-    return status, watch.members.correct(channel, status)
+    """Request a status, and correct the feed's members; return it and whether they changed."""
+    watch.members.begin_status()
+    request = partial(_request_status, requester, channel, changes, timeout)
+    status = await requester.with_key(key, request)
+    return status, watch.members.apply_status(channel, status)
 
 
-def _end(watch: Watch, error: Exception) -> None:
+def _end_feed(watch: Watch, error: Exception) -> None:
     watch.send.end(lambda: error)

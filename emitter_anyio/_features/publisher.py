@@ -32,24 +32,24 @@ _PUBLISHES_PER_TURN: Final = 64
 """``publish(qos=0)`` yields at least every 64 calls."""
 
 _HEADER_BYTES: Final = 4
-"""The most bytes of a PUBLISH beside topic and payload that count for ``max_message_size``."""
+"""The maximum number of bytes of a PUBLISH, without topic and payload, in its size limit."""
 
 
 class Publisher:
     """
-    Publishes, and keeps the topics of recent publishes.
+    Publishes messages, and caches the topics of recent publishes.
 
-    :param slot: the present connection
+    :param slot: the current connection
     :param requester: waits for queue space and for replies
     :param options: the client's options
-    :param trace: gets each publish
+    :param trace: reports each publish
     """
 
     def __init__(self, slot: Slot, requester: Requester, options: Options, trace: Trace) -> None:
         self._slot = slot
         self._trace = trace
         self._requester = requester
-        self._largest = options.max_message_size - _HEADER_BYTES
+        self._max_topic_and_payload_bytes = options.max_message_size - _HEADER_BYTES
         self._topics: dict[tuple[object, ...], bytes] = {}
 
     def put(
@@ -64,11 +64,11 @@ class Publisher:
         timeout: Timeout,
     ) -> Awaitable[None] | None:
         """
-        Queue a publish if that needs no waiting.
+        Queue a publish immediately, if possible.
 
-        :return: what is to be awaited, if anything
+        :return: an awaitable that completes the publish, or ``None`` if nothing is left to wait for
         """
-        # Only plain values may look up a topic: a subclass of str might compare in its own way.
+        # Only plain types may look up a topic, because a subclass might compare differently.
         if not (
             type(key) is str
             and type(channel) is str
@@ -85,7 +85,7 @@ class Publisher:
             if not isinstance(key, str):
                 payload = encode_payload(message)
                 return self._put_with_key(key, channel, payload, ttl, qos, retain, echo, timeout)
-        # Not by index: a KeyError would show the key in the tracebacks of the errors below.
+        # Not with []: a KeyError as context would show the key in the tracebacks of later errors.
         topic = self._topics.get((key, channel, ttl, echo))
         if topic is None:
             topic = self._make_topic(key, channel, ttl, echo)
@@ -96,7 +96,7 @@ class Publisher:
             slot.direct_thread == get_ident()
             and connection is not None
             and (writer := connection.writer).size < writer.limit
-            and len(topic) + len(payload) <= self._largest
+            and len(topic) + len(payload) <= self._max_topic_and_payload_bytes
         ):
             session = connection.session
             if qos == 0 and session.published % _CHECKED_PUBLISHES:
@@ -177,12 +177,12 @@ def check_qos(qos: int) -> Literal[0, 1]:
     if not is_int(qos):
         raise TypeError(f"qos must be an int, not {type(qos).__name__}")
     if qos not in (0, 1):
-        raise ValueError(f"qos is 0 or 1, not {qos!r}: Emitter answers QoS 2 as though it were 1")
+        raise ValueError(f"qos must be 0 or 1, not {qos!r}: Emitter handles QoS 2 like QoS 1")
     return 1 if qos else 0
 
 
 def topic_options(ttl: int | None, echo: bool) -> TopicOptions:
-    """Return the options of a topic to publish to."""
+    """Return the options of a PUBLISH topic."""
     return ("ttl", check_optional_int("ttl", ttl) or None), (
         "me",
         None if check_flag("echo", echo) else 0,

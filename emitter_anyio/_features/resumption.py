@@ -1,4 +1,4 @@
-"""Reading back what was stored while there was no connection."""
+"""Reading the messages that were stored while the client was disconnected."""
 
 from __future__ import annotations
 
@@ -23,30 +23,32 @@ from emitter_anyio._values.messages import EmitterMessage, Gap, ReplayedMessage,
 
 from .history import History
 from .stored import Unread
-from .watermark import RENEWED, Watermark
+from .watermark import RENEWAL_SECONDS, Watermark
 
 _MAX_READ: Final = 2**20
-"""The most stored messages that are read, in case that a broker repeats itself."""
+"""The maximum number of stored messages to read, in case a broker repeats its pages forever."""
 
 _MAX_SKIPPED: Final = 16
-"""The most messages, too large to be read back, that are skipped to find a smaller one."""
+"""The maximum number of unreadably large messages to skip in search of a readable one."""
 
-_NOT_RESUMED: Final = "the link was lost again before what was stored could be read back"
-"""The reason of a gap after which no resumption has completed yet."""
+_NOT_RESUMED: Final = "the connection was lost again before the stored messages were read"
+"""The reason of a gap until a resumption after it has completed."""
 
-_EXPIRED: Final = "the last message known to have come is not stored any more, nor might others be"
+_EXPIRED: Final = (
+    "the last message that was certainly delivered has expired, and later ones might have too"
+)
 
 
 class Subscription:
     """
-    One subscriber: what it asked for, and where its messages go.
+    One subscriber: its options, and the receiver of its messages.
 
     :param source: the key as the user gave it
     :param filter: the channel, preceded by its group if it is shared
-    :param receiver: where its messages go; ``None`` stands for the handlers
-    :param mark_gaps: whether gaps are marked in the stream
-    :param watermark: how far its messages have certainly been delivered, if it is to be resumed
-    :param resume_limit: the most messages that a resumption delivers
+    :param receiver: receives the messages; ``None`` stands for the handlers
+    :param mark_gaps: whether to put a :class:`Gap` into the stream after a lost connection
+    :param watermark: the last stored message that was certainly delivered, with ``resume=True``
+    :param resume_limit: the maximum number of messages that a resumption delivers
 
     :ivar send: the receiver, if it is the send end of a stream
     """
@@ -70,47 +72,47 @@ class Subscription:
         self.watermark = watermark
         self.resume_limit = resume_limit
         self.grant: Grant | None = None
-        """What the broker was asked for."""
+        """The subscription at the broker, which several subscribers can share."""
         self.held: Sequence[Sender[Any]] = ()
-        """The streams in which live messages wait for the stored ones of a gap."""
+        """The streams that hold back live messages until the stored ones are delivered."""
         self.not_resumed = Gap(self.channel, reason=_NOT_RESUMED)
-        """Marks a gap until a resumption has completed."""
+        """The item that marks a gap until a resumption has completed."""
         self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
 
     @property
     def receivers(self) -> list[Receiver[EmitterMessage | Gap]]:
-        """What receives the messages of its channel."""
+        """The receivers of the channel's messages."""
         return [each for each in (self.watermark, self.receiver) if each is not None]
 
-    def ask(self, grant: Grant) -> None:
-        """Note what the broker was asked for."""
+    def set_grant(self, grant: Grant) -> None:
+        """Note the subscription at the broker."""
         self.grant = grant
 
-    def give_back(self) -> Grant | None:
-        """Forget what the broker was asked for; return it."""
+    def clear_grant(self) -> Grant | None:
+        """Forget the subscription at the broker, and return it."""
         grant, self.grant = self.grant, None
         return grant
 
     def scope(self) -> anyio.CancelScope:
-        """Make a cancel scope that ends with the subscription."""
+        """Make a cancel scope that is cancelled when the subscription ends."""
         scope = anyio.CancelScope()
         self._scopes.add(scope)
         return scope
 
     def hold(self, streams: Sequence[Sender[Any]]) -> None:
-        """Have live messages wait in streams for the stored ones."""
+        """Hold back live messages in streams."""
         self.held = streams
         for stream in streams:
             stream.hold()
 
     def release(self) -> None:
-        """Let the live messages through."""
+        """Deliver the live messages that were held back."""
         held, self.held = self.held, ()
         for stream in held:
             stream.release()
 
     def end(self) -> None:
-        """End the tasks of the subscription."""
+        """Cancel the tasks of the subscription."""
         self.release()
         for scope in self._scopes:
             scope.cancel()
@@ -120,10 +122,10 @@ class Resumption:
     """
     Delivers the stored messages of a gap before the live messages that follow it.
 
-    :param slot: the present connection
+    :param slot: the current connection
     :param requester: sends requests
     :param history: reads stored messages
-    :param events: has the handlers' streams
+    :param events: the streams of handlers
     :param background: runs tasks
     """
 
@@ -142,35 +144,35 @@ class Resumption:
         self._background = background
 
     async def prepare(self, subscription: Subscription, key: str) -> None:
-        """Note the newest stored message, before the broker is asked to deliver others."""
+        """Note the newest stored message, before SUBSCRIBE is sent."""
         if subscription.watermark is not None:
             subscription.watermark.begin(await self._newest_stored(key, subscription.channel))
 
     def start(self, subscription: Subscription, grant: Grant) -> None:
-        """Keep the watermark of a subscription."""
+        """Start the task that keeps the watermark of a subscription."""
         if (watermark := subscription.watermark) is not None:
             arguments = subscription, watermark, grant, subscription.scope()
             self._background.start_soon(self._keep_watermark, *arguments)
 
-    def lose(self, subscription: Subscription) -> None:
-        """Mark a gap: the connection was lost."""
+    def note_loss(self, subscription: Subscription) -> None:
+        """Mark a gap, because the connection was lost."""
         if subscription.watermark is not None and not subscription.held:
-            # The gap is marked when it is resumed.
+            # _deliver() marks the gap, with its result.
             return
         if subscription.mark_gaps and subscription.send is not None:
             gap = subscription.not_resumed if subscription.held else Gap(subscription.channel)
             subscription.send.push(gap, extra=True)
 
     def hold(self, subscription: Subscription) -> None:
-        """Have live messages of a new connection wait for the stored ones."""
+        """Hold back the live messages of a new connection until the stored ones are delivered."""
         if subscription.watermark is not None and not subscription.held:
             own = subscription.send
             subscription.hold(self._events.message_listeners() if own is None else (own,))
 
     def resume(self, restoring: Restoring, subscription: Subscription, grant: Grant) -> None:
-        """Deliver what was stored in the gap, in a task that ends with the connection."""
+        """Deliver the stored messages of the gap, in a task that ends with the connection."""
         if (watermark := subscription.watermark) is not None:
-            # If the connection is lost again, the next one does all of it.
+            # If the connection is lost again, the next connection starts from the beginning.
             arguments = subscription, watermark, grant, subscription.scope()
             restoring.start_soon(self._resume, restoring.requester, *arguments)
 
@@ -181,7 +183,7 @@ class Resumption:
         except RequestError as exc:
             if exc.status is not None:
                 raise
-            # It is too large for the broker to send. The one before it serves as well.
+            # The message is too large for the broker to send. An older one serves as well.
             reader = self._history.reader(self._requester, key, channel, _MAX_SKIPPED, None)
             while isinstance(newest := await reader.next(), Unread):
                 pass
@@ -198,12 +200,12 @@ class Resumption:
         with scope:
             while True:
                 await watermark.stale.wait()
-                await anyio.sleep(RENEWED)
+                await anyio.sleep(RENEWAL_SECONDS)
                 connection = self._slot.connection
                 try:
                     newest = await self._newest_stored(grant.key, subscription.channel)
                 except EmitterError:
-                    # The old watermark serves until there is a connection again.
+                    # The old watermark is still correct.
                     continue
                 if connection is self._slot.connection and not subscription.held:
                     watermark.renew(newest)
@@ -220,7 +222,7 @@ class Resumption:
             try:
                 found, reason = await self._read_gap(requester, grant, watermark, subscription)
             except ConnectionLostError:
-                # The next connection does all of it.
+                # The next connection starts from the beginning.
                 return
             watermark.resumed(found)
             self._deliver(subscription, found, reason)
@@ -232,13 +234,16 @@ class Resumption:
         watermark: Watermark,
         subscription: Subscription,
     ) -> tuple[list[StoredMessage], str | None]:
-        """Return the messages that might not have been delivered, oldest first, and why some might
-        be missing."""
+        """
+        Read the stored messages that might not have been delivered.
+
+        :return: the messages, oldest first, and the reason if some might be missing
+        """
         found: list[StoredMessage] = []
-        # What an earlier gap has left unread counts as well.
-        beside = [stream.extra for stream in subscription.held] or [(0, 0)]
-        most = subscription.resume_limit - max(count for count, _ in beside)
-        size = max(size for _, size in beside)
+        # Resumed messages of earlier gaps that are still buffered count as well.
+        buffered = [stream.extra for stream in subscription.held] or [(0, 0)]
+        most = subscription.resume_limit - max(count for count, _ in buffered)
+        size = max(size for _, size in buffered)
         reason = None
         known = watermark.since is None
         reader = self._history.reader(
@@ -249,15 +254,15 @@ class Resumption:
                 if isinstance(stored, Unread):
                     reason = reason or stored.reason
                     continue
-                if not watermark.behind(stored):
+                if not watermark.might_be_undelivered(stored):
                     known = known or watermark.is_at(stored)
                     continue
                 size += weight_of(stored)
                 if len(found) >= most:
-                    limit = f"there are more than resume_limit={subscription.resume_limit}"
-                    return found[::-1], limit
+                    limit = subscription.resume_limit
+                    return found[::-1], f"more than resume_limit={limit} messages were stored"
                 if size > MAX_BYTES:
-                    return found[::-1], "there are more than 8 MiB of them"
+                    return found[::-1], "more than 8 MiB of messages were stored"
                 found.append(stored)
         except ConnectionLostError:
             raise
@@ -270,14 +275,14 @@ class Resumption:
     ) -> None:
         channel, own = subscription.channel, subscription.send
         if reason is None:
-            logger.info("%r: resumed, with %d stored messages", channel, len(found))
+            logger.info("resumed %r (stored messages: %d)", channel, len(found))
         else:
-            logger.warning("%r: resumed with a gap, since %s", channel, reason)
+            logger.warning("resumed %r incompletely: %s", channel, reason)
         if subscription.mark_gaps and own is not None:
             gap = Gap(channel, len(found), reason is None, reason)
             own.put_ahead([gap])
-            # One resumption reads back everything since the last one that completed, so its result
-            # holds for the gaps that wait in the stream as well.
+            # A resumption reads everything since the last completed one, so its result also applies
+            # to the gaps that are held back.
             own.replace_held(subscription.not_resumed, replace(gap, resumed=0))
         for message in map(replayed, found):
             streams = self._events.message_listeners(message) if own is None else (own,)
@@ -287,5 +292,5 @@ class Resumption:
 
 
 def replayed(stored: StoredMessage) -> ReplayedMessage:
-    """Make the message that a subscriber receives of a stored one."""
+    """Convert a stored message to the message that a subscriber receives."""
     return ReplayedMessage(stored.channel, stored.binary, stored.id)

@@ -1,4 +1,4 @@
-"""Subscriptions: several subscribers on one connection, each with its own options."""
+"""Subscribing and unsubscribing: several subscribers share one connection."""
 
 from __future__ import annotations
 
@@ -61,26 +61,26 @@ _Make = Callable[["Sender[EmitterMessage | Gap] | None"], Subscription]
 
 class Subscribing(Entering[EventStream[T]], Generic[T]):
     """
-    What :meth:`Emitter.subscribe` returns: awaited or entered, once.
+    The result of :meth:`Emitter.subscribe`, to be awaited or entered, once.
 
-    :param owner: the event loop in which it is to be used
-    :param for_handlers: subscribes when it is awaited
-    :param entered: subscribes when it is entered
+    :param owner: the thread and event loop in which it must be used
+    :param subscribe_handlers: subscribes when the object is awaited
+    :param make: makes the context manager that subscribes when the object is entered
     """
 
     def __init__(
         self,
         owner: Owner,
-        for_handlers: Callable[[], Coroutine[Any, Any, None]],
-        entered: Callable[[], AbstractAsyncContextManager[EventStream[T]]],
+        subscribe_handlers: Callable[[], Coroutine[Any, Any, None]],
+        make: Callable[[], AbstractAsyncContextManager[EventStream[T]]],
     ) -> None:
-        super().__init__(owner, entered)
-        self._for_handlers = for_handlers
+        super().__init__(owner, make)
+        self._subscribe_handlers = subscribe_handlers
         self._used = False
 
     def __await__(self) -> Generator[Any, Any, None]:
         self._use()
-        return self._for_handlers().__await__()
+        return self._subscribe_handlers().__await__()
 
     async def __aenter__(self) -> EventStream[T]:
         self._use()
@@ -89,8 +89,8 @@ class Subscribing(Entering[EventStream[T]], Generic[T]):
     def __del__(self) -> None:
         if not self._used:
             warnings.warn(
-                "subscribe() did nothing: write 'await emitter.subscribe(…)' for messages to "
-                "on('message'), or 'async with emitter.subscribe(…) as messages:' for a stream",
+                "subscribe() was not awaited or entered: use 'await emitter.subscribe(…)' for "
+                "handlers, or 'async with emitter.subscribe(…) as messages:' for a stream",
                 RuntimeWarning,
                 stacklevel=2,
                 source=self,
@@ -98,21 +98,23 @@ class Subscribing(Entering[EventStream[T]], Generic[T]):
 
     def _use(self) -> None:
         if self._used:
-            raise RuntimeError("a subscribe() is awaited or entered once: call it again")
+            raise RuntimeError(
+                "cannot await or enter the same subscribe() twice: call subscribe() again"
+            )
         self._used = True
 
 
 class Subscriptions:
     """
-    Subscribes and unsubscribes, and restores subscriptions on new connections.
+    The subscriptions of a client, which each new connection restores.
 
-    :param slot: the present connection
+    :param slot: the current connection
     :param requester: sends requests
-    :param wants: what the broker is asked for on every connection
-    :param routes: gives messages to streams
-    :param events: has the handlers' streams, and gets errors
-    :param totals: counts what closed streams have dropped
-    :param resumption: reads back what was stored in a gap
+    :param wants: what the client requests on every connection
+    :param routes: the receivers of each channel's messages
+    :param events: the streams of handlers; emits errors
+    :param totals: counts the items that closed streams have dropped
+    :param resumption: reads stored messages after a lost connection
     """
 
     def __init__(
@@ -134,10 +136,10 @@ class Subscriptions:
         self._resumption = resumption
         self._subscriptions: dict[Subscription, None] = {}
         self._awaited: dict[tuple[Key, str], Subscription] = {}
-        """The subscriptions of the handlers, by key and filter."""
+        """The awaited subscriptions, by key and filter."""
 
     def finish(self) -> None:
-        """End the subscriptions of the handlers, because the client has ended."""
+        """End the awaited subscriptions, because the client has ended."""
         for subscription in self._awaited.values():
             self.forget(subscription)
         self._awaited.clear()
@@ -158,7 +160,7 @@ class Subscriptions:
         mark_gaps: bool = False,
         timeout: Timeout = DEFAULT,
     ) -> Subscribing[Any]:
-        """Return what subscribes when it is awaited or entered, after checking every argument."""
+        """Check every argument, and return an object to be awaited or entered."""
         replay = Replay(
             check_optional_int("last", last),
             unix_seconds("since", since),
@@ -173,10 +175,14 @@ class Subscriptions:
             check_stored(unshare(filter)[1])
         if unshare(filter)[0] is not None:
             if replay.is_explicit:
-                raise ValueError("Emitter replays nothing to a group: leave out last, since, until")
+                raise ValueError(
+                    "cannot use last, since or until with group: Emitter does not replay messages "
+                    "to a group"
+                )
             if resume:
                 raise ValueError(
-                    "resume is not for a group: what was stored meanwhile, others of it have got"
+                    "cannot use resume with group: other members might have received the stored "
+                    "messages"
                 )
             replay = Replay(last=0)
 
@@ -191,14 +197,14 @@ class Subscriptions:
 
         return Subscribing(
             self._slot.owner,
-            partial(self._subscribe_for_handlers, make, source, filter, replay, timeout),
-            partial(self._subscribed, make, filter, replay, buffer, overflow, timeout),
+            partial(self._subscribe_handlers, make, source, filter, replay, timeout),
+            partial(self._stream, make, filter, replay, buffer, overflow, timeout),
         )
 
     async def unsubscribe(
         self, key: Key, channel: str, group: str | None, timeout: Timeout
     ) -> None:
-        """End a subscription of the handlers."""
+        """End an awaited subscription."""
         requester = self._requester
         source, filter = self._check_filter(key, channel, group, Replay())
         timeout = check_timeout(timeout)
@@ -207,7 +213,7 @@ class Subscriptions:
         connection = await requester.space()
         subscription = self._awaited.pop((source, filter), None)
         if subscription is not None:
-            pending = self.give_back(subscription)
+            pending = self.end(subscription)
         elif self._wants.is_subscribed(filter):
             pending = None
         else:
@@ -220,25 +226,26 @@ class Subscriptions:
     async def add(
         self, subscription: Subscription, replay: Replay, timeout: Timeout, key: str
     ) -> None:
-        """Subscribe one subscriber."""
+        """Subscribe one subscriber, and wait until the broker has accepted it."""
         requester = self._requester
         channel, filter = subscription.channel, subscription.filter
         requester.check_size(format_topic(key, filter, replay.options).encode(), b"", 1)
         await self._resumption.prepare(subscription, key)
         connection = await requester.space()
         while (other := connection.session.replaying(channel)) is not None:
-            # What is being replayed to another subscriber would reach this one as well.
-            settled = anyio.Event()
-            other.call_when_done(settled.set)
-            await settled.wait()
+            # Messages that are being replayed to another subscriber would reach this one as well.
+            acknowledged = anyio.Event()
+            other.call_when_done(acknowledged.set)
+            await acknowledged.wait()
             connection = await requester.space()
         if replay.is_explicit and levels(channel)[0] == "+" and self._wants.overlaps(filter):
             raise SubscriptionConflictError(
-                f"{channel!r}: beside an overlapping subscription a replay comes from a history "
-                "request, which needs a literal first level; use last=0, or a second Emitter"
+                f"cannot replay {channel!r}: it overlaps another subscription, so the replay needs "
+                "a history request and therefore a literal first level; use last=0 or a second "
+                "Emitter"
             )
         grant, by_history = connection.session.subscribe(subscription.source, key, filter, replay)
-        subscription.ask(grant)
+        subscription.set_grant(grant)
         self._subscriptions[subscription] = None
         for receiver in subscription.receivers:
             self._routes.add("message", receiver, channel)
@@ -247,25 +254,25 @@ class Subscriptions:
             if by_history:
                 await self._replay(key, subscription, replay, timeout)
         except BaseException:
-            self.give_back(subscription)
+            self.end(subscription)
             raise
         self._resumption.start(subscription, grant)
 
-    def give_back(self, subscription: Subscription) -> Pending[None] | None:
+    def end(self, subscription: Subscription) -> Pending[None] | None:
         """
         End one subscriber.
 
-        :return: the UNSUBSCRIBE, if it was the last one of its filter
+        :return: the UNSUBSCRIBE, if this was the last subscriber of its filter
         """
         self.forget(subscription)
-        grant = subscription.give_back()
+        grant = subscription.clear_grant()
         unused = [] if grant is None else self._wants.leave(grant)
         session = self._slot.session
-        # The broker has forgotten what an earlier connection asked for.
+        # The broker has forgotten the subscriptions of earlier connections.
         return None if session is None else session.unsubscribe_unused(unused)
 
     def forget(self, subscription: Subscription) -> None:
-        """End one subscriber without telling the broker."""
+        """End one subscriber without sending UNSUBSCRIBE."""
         self._subscriptions.pop(subscription, None)
         subscription.end()
         for receiver in subscription.receivers:
@@ -285,7 +292,7 @@ class Subscriptions:
     async def _replay(
         self, key: str, subscription: Subscription, replay: Replay, timeout: Timeout
     ) -> None:
-        """Replay to one subscriber what the broker would replay to all of this connection."""
+        """Replay to one subscriber alone; the broker would replay to all of this connection."""
         channel = subscription.channel
         last = 1 if replay.last is None else replay.last
         while last and levels(channel)[0] != "+":
@@ -295,12 +302,12 @@ class Subscriptions:
             try:
                 stored = await self._requester.request(asked, timeout)
             except UnauthorizedError:
-                # As with a SUBSCRIBE: without the permission to load nothing is replayed.
+                # Without the permission to load, the broker replays nothing after SUBSCRIBE either.
                 return
             except RequestError as exc:
                 if exc.status is not None:
                     raise
-                # Too large for the broker to send; its own replays end at 64 KiB as well.
+                # The reply was too large. The broker limits its own replays to 64 KiB as well.
                 last //= 2
                 continue
             found = list(map(replayed, stored))
@@ -312,7 +319,7 @@ class Subscriptions:
                         await handler.put(message)
             return
 
-    async def _subscribe_for_handlers(
+    async def _subscribe_handlers(
         self, make: _Make, source: Key, filter: str, replay: Replay, timeout: Timeout
     ) -> None:
         if (source, filter) in self._awaited:
@@ -323,7 +330,8 @@ class Subscriptions:
         if subscription.mark_gaps:
             subscription.end()
             raise ValueError(
-                "mark_gaps is for a stream: handlers are told by on('disconnect') and on('connect')"
+                "cannot use mark_gaps with an awaited subscribe(): handlers get no Gap; use "
+                "on('disconnect') and on('connect')"
             )
         try:
             add = partial(self.add, subscription, replay, timeout)
@@ -332,13 +340,13 @@ class Subscriptions:
             subscription.end()
             raise
         if (source, filter) in self._awaited:
-            # Another task was quicker.
-            self.give_back(subscription)
+            # Another task has subscribed to the same filter in the meantime.
+            self.end(subscription)
         else:
             self._awaited[source, filter] = subscription
 
     @asynccontextmanager
-    async def _subscribed(
+    async def _stream(
         self,
         make: _Make,
         filter: str,
@@ -347,12 +355,12 @@ class Subscriptions:
         overflow: Overflow,
         timeout: Timeout,
     ) -> AsyncGenerator[EventStream[EmitterMessage | Gap]]:
-        def left(send: Sender[EmitterMessage | Gap]) -> None:
-            self.give_back(subscription)
+        def leave(send: Sender[EmitterMessage | Gap]) -> None:
+            self.end(subscription)
             self._totals.leave_stream(send)
 
         send: Sender[EmitterMessage | Gap] = Sender(
-            f"subscribe({filter!r})", buffer, overflow, left
+            f"subscribe({filter!r})", buffer, overflow, leave
         )
         subscription = make(send)
         add = partial(self.add, subscription, replay, timeout)
@@ -363,28 +371,28 @@ class Subscriptions:
         finally:
             send.leave()
 
-    # When the connection was lost, and on a new one
+    # Lost and new connections
 
-    def lose(self) -> None:
-        """Note a gap in every stream of messages."""
+    def note_loss(self) -> None:
+        """Note in every stream of messages that the connection was lost."""
         for receiver in self._routes.messages:
             receiver.note_gap()
         for subscription in self._subscriptions:
-            self._resumption.lose(subscription)
+            self._resumption.note_loss(subscription)
 
     def restore(self, restoring: Restoring) -> Iterable[Restoration]:
-        """Ask for every subscription."""
+        """Request every subscription on a new connection."""
         for subscription in self._subscriptions:
             self._resumption.hold(subscription)
         session = restoring.connection.session
         for grant in session.restore():
             yield Restoration(
                 f"the subscription to {grant.filter!r}",
-                partial(self._restore_one, restoring, grant),
+                partial(self._await_restored, restoring, grant),
                 partial(self._refused, session, grant),
             )
 
-    async def _restore_one(self, restoring: Restoring, grant: Grant) -> None:
+    async def _await_restored(self, restoring: Restoring, grant: Grant) -> None:
         connection, requester = restoring.connection, restoring.requester
         try:
             await requester.answer(connection, grant.asked, DEFAULT)

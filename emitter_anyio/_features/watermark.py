@@ -1,4 +1,4 @@
-"""How far a subscription has come, by the ids of the broker's storage."""
+"""The last stored message that a subscription has certainly received."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import anyio
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.messages import EmitterMessage, Gap, StoredMessage
 
-RENEWED: Final = 10.0
-"""So many seconds after a message has come, what is stored is looked at."""
+RENEWAL_SECONDS: Final = 10.0
+"""The time after an arriving message until the newest stored id is requested."""
 
 
 class Watermark(Receiver["EmitterMessage | Gap"]):
     """
-    What has surely been delivered, so that a gap is resumed behind it.
+    The last stored message that was certainly delivered, after which a resumption starts.
 
-    What is delivered has no id, so the broker is asked now and then for the newest id that it has
-    stored. It stores before it delivers, so that message may still be on its way here: the id is
-    believed only when the next one is known. No clock is read: an id has the broker's own time.
+    Delivered messages have no ids, so the client requests the newest stored id from time to time.
+    The broker stores a message before it delivers it, so the newest stored message might not have
+    arrived yet. Its id becomes the watermark only when the next id is known. Ids contain the
+    broker's time, so the local clock does not matter.
 
-    It keeps no message that it receives: a message only shows that there is something to ask for.
+    :ivar stale: set when a message has arrived since the last renewal
     """
 
     def __init__(self) -> None:
@@ -31,12 +32,12 @@ class Watermark(Receiver["EmitterMessage | Gap"]):
         self._newest: StoredMessage | None = None
 
     def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
-        """Note that a message has come."""
+        """Note that a message has arrived."""
         self.stale.set()
         return True
 
     def push_many(self, items: Sequence[EmitterMessage | Gap], each: int | None = None) -> int:
-        """Note that messages have come."""
+        """Note that messages have arrived."""
         self.stale.set()
         return len(items)
 
@@ -46,39 +47,39 @@ class Watermark(Receiver["EmitterMessage | Gap"]):
 
     @property
     def since(self) -> int | None:
-        """The second in which a gap may begin, in unix time; ``None`` is the very beginning."""
+        """The unix second in which a gap may begin; ``None`` if nothing was stored before it."""
         known = self._known
         return None if known is None else int(known.time.timestamp())
 
-    def behind(self, message: StoredMessage) -> bool:
-        """Tell whether a stored message may not have been delivered."""
+    def might_be_undelivered(self, message: StoredMessage) -> bool:
+        """Return whether a stored message might not have been delivered."""
         known = self._known
         if known is None or message.time > known.time:
             return True
-        # In the ids all counts down. Those of one node alone have an order within a second.
+        # Ids count down. Within a second, only the ids of the same node have an order.
         mine, other = known.id[12:16], message.id[12:16]
         return message.time == known.time and (mine != other or message.id[4:12] < known.id[4:12])
 
     def is_at(self, message: StoredMessage) -> bool:
-        """Tell whether a stored message is the one up to which all has been delivered."""
+        """Return whether a stored message is the watermark."""
         return self._known is not None and message.id == self._known.id
 
     def begin(self, newest: StoredMessage | None) -> None:
-        """Begin behind the newest message that is stored before the subscription is made."""
+        """Start after a message, the newest that was stored before the subscription was made."""
         self._known = self._newest = newest
 
     def renew(self, newest: StoredMessage | None) -> None:
-        """Take in what is the newest now, if there is one that can be read."""
+        """Move the watermark, given the newest stored message, if one can be read."""
         self.stale = anyio.Event()
         if newest is None:
-            # It has expired, or is too large: the older one will do.
+            # The newest message has expired or is too large. The old watermark is still correct.
             return
         if self._newest != newest:
-            # It is believed the next time, for which nothing more has to come.
+            # The new id becomes the watermark at the next renewal, even if no message arrives.
             self.stale.set()
         self._known, self._newest = self._newest, newest
 
     def resumed(self, found: Sequence[StoredMessage]) -> None:
-        """Take in what has been delivered out of the storage, the newest of it last."""
+        """Move the watermark to the last of the stored messages that were delivered."""
         if found:
             self.begin(found[-1])

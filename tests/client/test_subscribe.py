@@ -410,9 +410,9 @@ async def test_conflicts_can_be_allowed(server: Server, key: str, unique: str) -
 async def test_it_is_used_once(emitter: Emitter, key: str, unique: str) -> None:
     subscribing = emitter.subscribe(key, unique)
     await subscribing
-    with pytest.raises(RuntimeError, match="once"):
+    with pytest.raises(RuntimeError, match="twice"):
         await subscribing
-    with pytest.raises(RuntimeError, match="once"):
+    with pytest.raises(RuntimeError, match="twice"):
         await enter(subscribing)
 
 

@@ -73,7 +73,7 @@ class _Incomplete(logging.Handler):
         self._run = run
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("%r: resumed with a gap") and isinstance(record.args, tuple):
+        if str(record.msg).startswith("resumed %r incompletely") and isinstance(record.args, tuple):
             self._run.note("W", record.args[0])
 
 
