@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._features.stored import Answer, Census, Known, Look, Unread
+from emitter_anyio._features.stored import BrokerFacts, NodeProbe, PageRequest, Reply, Unreadable
 from tests.support.nodes import LIMIT, NOW, START, Node, Nodes, read, second_of, size_of
 
 OVERSIZED = b"x" * 65536
@@ -31,11 +31,11 @@ def b(count: int = 7000) -> Node:
 class Found:
     """All that a reading gives, and whether that is sound."""
 
-    def __init__(self, nodes: Nodes, items: Iterable[StoredMessage | Unread]) -> None:
+    def __init__(self, nodes: Nodes, items: Iterable[StoredMessage | Unreadable]) -> None:
         everything = list(items)
         self.nodes = nodes
-        self.messages = [each for each in everything if not isinstance(each, Unread)]
-        self.unread = [each for each in everything if isinstance(each, Unread)]
+        self.messages = [each for each in everything if not isinstance(each, Unreadable)]
+        self.unread = [each for each in everything if isinstance(each, Unreadable)]
         seconds = [second_of(message) for message in self.messages]
         assert seconds == sorted(seconds, reverse=True)
         for node in nodes.nodes:
@@ -60,14 +60,14 @@ def found(*nodes: Node, chance: random.Random | None = None, last: int = 10**6) 
 
 
 def everything(*nodes: Node, chance: random.Random | None = None) -> int:
-    """Read all, once through each node, with none missing; the most looks that this took."""
-    looks = []
+    """Read all, once through each node, with none missing; return the most requests that took."""
+    page_requests = []
     for first in range(len(nodes)):
         result = found(*nodes[first:], *nodes[:first], chance=chance)
         assert len(result.messages) == len(result.nodes.kept)
         assert result.unread == []
-        looks.append(len(result.nodes.looks))
-    return max(looks)
+        page_requests.append(len(result.nodes.page_requests))
+    return max(page_requests)
 
 
 # What it costs
@@ -78,14 +78,14 @@ def test_reading_a_small_channel_ends_with_a_search() -> None:
     for number in range(7):
         node.store(START + number, b"small")
     assert everything(node) <= 36
-    assert len(found(node, last=1).nodes.looks) == 2
+    assert len(found(node, last=1).nodes.page_requests) == 2
 
 
 def test_a_hundred_of_many_take_two_looks() -> None:
     node = a()
     for number in range(1000):
         node.store(START + number // 50, b"small")
-    assert len(found(node, last=100).nodes.looks) == 2
+    assert len(found(node, last=100).nodes.page_requests) == 2
     assert everything(node) <= 40
 
 
@@ -205,7 +205,7 @@ def test_seconds_are_reported_late_where_nodes_are_first_seen_later() -> None:
 
 
 def test_what_is_known_of_a_cluster_is_kept() -> None:
-    broker = Known()
+    broker = BrokerFacts()
     nodes = a(), b()
     for number in range(20):
         nodes[number % 2].store(START, b"small")
@@ -238,7 +238,7 @@ def test_one_message_that_no_answer_can_hold_is_reported_at_its_place(others: in
     items = list(read(cluster.answer))
     result = Found(cluster, items)
     newest = NOW if not others else START + 9
-    assert [type(each) for each in items[others : others + 2]] == [Unread, Unread]
+    assert [type(each) for each in items[others : others + 2]] == [Unreadable, Unreadable]
     assert result.unread[0][:2] == (START + 7, newest)
     assert result.unread[1][:2] == (START + 5, START + 6)
     assert len(result.messages) == 3 + others
@@ -308,7 +308,7 @@ def test_several_in_a_row_are_passed_once_one_is_known() -> None:
 
 
 def test_several_in_a_row_are_passed_once_a_large_one_was_read_in_another_channel() -> None:
-    broker = Known()
+    broker = BrokerFacts()
     other, node = a(), a()
     other.store(START, b"x" * 45000)
     list(read(Nodes(other).answer, broker=broker))
@@ -361,8 +361,8 @@ def test_what_is_stored_meanwhile_moves_nothing() -> None:
         node.store(START, b"before")
     cluster = Nodes(node)
 
-    def answer(look: Look | Census) -> Answer:
-        said = cluster.answer(look)
+    def answer(request: PageRequest | NodeProbe) -> Reply:
+        said = cluster.answer(request)
         for _ in range(5):
             node.store(START, b"meanwhile")
         return said
@@ -395,17 +395,19 @@ def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() 
     cluster.missing.add(b"BBBB")
     items = list(read(cluster.answer))
     assert len(items) == 201
-    assert items[-1] == Unread(1514764800, NOW, items[-1].reason)  # type: ignore[union-attr]
-    assert all(look.cursor is None for look in cluster.looks), "one look at a time is slow enough"
+    assert items[-1] == Unreadable(1514764800, NOW, items[-1].reason)  # type: ignore[union-attr]
+    assert all(request.cursor is None for request in cluster.page_requests), (
+        "one request at a time is slow enough"
+    )
     assert len(list(read(cluster.answer, last=10))) == 11
 
     cluster.missing.clear()
     count = 0
 
-    def answer(look: Look | Census) -> Answer:
+    def answer(request: PageRequest | NodeProbe) -> Reply:
         nonlocal count
         count += 1
-        said = cluster.answer(look)
+        said = cluster.answer(request)
         return said._replace(slow=count == 1)
 
     result = Found(cluster, read(answer))
@@ -421,10 +423,18 @@ def test_a_cursor_that_expires_between_two_pages() -> None:
         cluster = Nodes(node)
 
         def answer(
-            look: Look | Census, cluster: Nodes = cluster, node: Node = node, gone: int = gone
-        ) -> Answer:
-            said = cluster.answer(look)
-            if isinstance(look, Look) and look.cursor and said.messages and look.since is not None:
+            request: PageRequest | NodeProbe,
+            cluster: Nodes = cluster,
+            node: Node = node,
+            gone: int = gone,
+        ) -> Reply:
+            said = cluster.answer(request)
+            if (
+                isinstance(request, PageRequest)
+                and request.cursor
+                and said.messages
+                and request.since is not None
+            ):
                 # What has just been read, and would be the next cursor, goes.
                 for message in sorted(said.messages, key=lambda m: m.id)[-gone:]:
                     node.kept.remove(message)
@@ -433,14 +443,14 @@ def test_a_cursor_that_expires_between_two_pages() -> None:
         items = list(read(answer))
         given = {each.id for each in items if isinstance(each, StoredMessage)}
         missing = [message for message in stored if message.id not in given]
-        assert not missing or any(isinstance(each, Unread) for each in items)
+        assert not missing or any(isinstance(each, Unreadable) for each in items)
 
 
 # A broker that does as it likes
 
 
-def page(messages: list[StoredMessage]) -> Callable[[Look | Census], Answer]:
-    return lambda look: Answer(messages)
+def page(messages: list[StoredMessage]) -> Callable[[PageRequest | NodeProbe], Reply]:
+    return lambda request: Reply(messages)
 
 
 def test_a_broker_that_repeats_itself_comes_to_an_end() -> None:
@@ -457,30 +467,30 @@ def test_a_broker_that_gives_more_than_was_asked_for() -> None:
 
 
 def test_a_broker_that_answers_nothing_comes_to_an_end() -> None:
-    items = list(read(lambda look: Answer(None), last=5))
-    assert [type(each) for each in items] == [Unread] * 5
+    items = list(read(lambda request: Reply(None), last=5))
+    assert [type(each) for each in items] == [Unreadable] * 5
 
 
 def test_a_broker_that_has_nothing_where_something_was_too_large() -> None:
     count = 0
 
-    def answer(look: Look | Census) -> Answer:
+    def answer(request: PageRequest | NodeProbe) -> Reply:
         nonlocal count
         count += 1
-        return Answer(None if count <= 5 else [])
+        return Reply(None if count <= 5 else [])
 
     (unread,) = read(answer, last=1)
-    assert isinstance(unread, Unread)
+    assert isinstance(unread, Unreadable)
     assert unread.until == NOW
 
 
 def test_a_broker_that_invents_messages_comes_to_an_end() -> None:
     chance = random.Random(1)
 
-    def answer(look: Look | Census) -> Answer:
+    def answer(request: PageRequest | NodeProbe) -> Reply:
         node = Node(chance.randbytes(4), chance.randrange(2**20))
-        second = NOW if isinstance(look, Census) or look.until is None else look.until
-        return Answer([node.store(second, b"x") for _ in range(chance.randrange(3))])
+        second = NOW if isinstance(request, NodeProbe) or request.until is None else request.until
+        return Reply([node.store(second, b"x") for _ in range(chance.randrange(3))])
 
     assert len(list(read(answer, last=1000))) <= 4000
 

@@ -26,15 +26,9 @@ def test_what_is_later_is_behind_it() -> None:
     assert watermark.since == 5
     assert watermark.is_at(stored(5, 3))
     assert not watermark.is_at(stored(5, 4))
-    assert [
-        watermark.might_be_undelivered(stored(*when)) for when in [(4, 9), (5, 2), (5, 3), (5, 4), (6, 0)]
-    ] == [
-        False,
-        False,
-        False,
-        True,
-        True,
-    ]
+    places = [(4, 9), (5, 2), (5, 3), (5, 4), (6, 0)]
+    undelivered = [watermark.might_be_undelivered(stored(*place)) for place in places]
+    assert undelivered == [False, False, False, True, True]
 
 
 def test_within_a_second_nodes_of_a_cluster_have_no_order() -> None:

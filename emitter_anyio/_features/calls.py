@@ -1,8 +1,8 @@
 """Request and reply between clients.
 
-A request goes to ``channel/<connection id of the requester>/<number>/``, as in Emitter's Dart SDK.
-Below that follow ``reply/``, ``error/`` and, from the requester, ``cancel/``. The payloads are the
-users' own.
+A request is published to ``channel/<connection id of the requesting client>/<number>/``, as in
+Emitter's Dart SDK. The serving client publishes the reply below that, to ``reply/`` or ``error/``,
+and the requesting client can publish to ``cancel/``. The library adds nothing to the payloads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emitter_anyio._runtime.key_ring import KeyRing
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._streams import EventStream, Receiver
-from emitter_anyio._values import requests as asking
+from emitter_anyio._values import requests as broker_requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
@@ -63,18 +63,18 @@ class _Reply:
     """A reply that a caller awaits."""
 
     def __init__(self) -> None:
-        self.came = anyio.Event()
+        self.arrived = anyio.Event()
         self.kind = ""
         self.message: EmitterMessage | None = None
 
     def arrive(self, kind: str, message: EmitterMessage) -> None:
-        """Take the reply."""
+        """Store the reply, and wake the caller."""
         self.kind, self.message = kind, message
-        self.came.set()
+        self.arrived.set()
 
 
 class _Replies(Receiver["EmitterMessage | Gap"]):
-    """Receives the replies on one channel, and gives each to its caller."""
+    """Receives the replies on one channel, and passes each to its caller."""
 
     def __init__(self, channel: str) -> None:
         self.channel = channel
@@ -82,7 +82,7 @@ class _Replies(Receiver["EmitterMessage | Gap"]):
         self.ended = False
 
     def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
-        """Give a reply to its caller; drop a late or unknown one."""
+        """Pass a reply to its caller, or drop a late or unknown reply."""
         assert isinstance(item, EmitterMessage)
         path = levels(item.channel[len(self.channel) :] or "/")
         reply = self.waiting.get(path[0])
@@ -91,25 +91,25 @@ class _Replies(Receiver["EmitterMessage | Gap"]):
         return True
 
     def end(self, error: Callable[[], Exception] | None = None) -> None:
-        """Wake all callers: there will be no replies."""
+        """Wake all callers, because no replies will arrive."""
         self.ended = True
         self.note_gap()
 
     def note_gap(self) -> None:
-        """Wake all callers: the connection was lost, perhaps with their replies."""
+        """Wake all callers, because their replies might have been lost with the connection."""
         for reply in self.waiting.values():
-            reply.came.set()
+            reply.arrived.set()
 
 
 @dataclass(eq=False)
 class _Service:
     """
-    The state of one ``serve()``.
+    The state of a ``serve()`` call.
 
-    :ivar concurrency: the most requests that are handled at the same time
-    :ivar running: the requests that are being handled
-    :ivar waiting: the requests that wait, oldest first, each with the key for its reply
-    :ivar drops: whether the last request was dropped, which is logged once
+    :ivar concurrency: the maximum number of requests that are handled at the same time
+    :ivar running: the requests that are being handled, by channel
+    :ivar waiting: the requests that wait, oldest first, with the keys for their replies
+    :ivar dropping: whether the last request was dropped, because only the first one is logged
     """
 
     handler: Serve
@@ -117,20 +117,20 @@ class _Service:
     tasks: TaskGroup
     running: dict[str, anyio.CancelScope] = field(default_factory=dict)
     waiting: dict[str, tuple[str, EmitterMessage]] = field(default_factory=dict)
-    drops: bool = False
+    dropping: bool = False
 
     def note_drop(self, *, dropped: bool) -> bool:
-        """Note whether a request was dropped; return whether it is the first one in a row."""
-        first = dropped and not self.drops
-        self.drops = dropped
+        """Note whether a request was dropped, and return whether it is the first in a row."""
+        first = dropped and not self.dropping
+        self.dropping = dropped
         return first
 
 
 class Calls:
     """
-    Makes requests to other clients, and serves theirs.
+    Sends requests to other clients, and serves requests of other clients.
 
-    :param slot: the present connection
+    :param slot: the current connection
     :param requester: sends requests to the broker
     :param subscriptions: subscribes to requests and replies
     :param keys: the keys that functions have returned
@@ -154,9 +154,9 @@ class Calls:
         self._guard = guard
         self._background = background
         self._replies: dict[tuple[Key, str], tuple[_Replies, Subscription]] = {}
-        self._subscribing: anyio.Lock | None = None
-        self._requests = 0
-        self._served = 0
+        self._subscribe_lock: anyio.Lock | None = None
+        self._request_count = 0
+        self._serve_count = 0
 
     def finish(self) -> None:
         """End the subscriptions to replies, because the client has ended."""
@@ -164,7 +164,7 @@ class Calls:
             self._subscriptions.forget(subscription)
             replies.end()
         self._replies.clear()
-        self._subscribing = None
+        self._subscribe_lock = None
 
     # Requests
 
@@ -175,23 +175,23 @@ class Calls:
         key = check_key_source(key)
         channel = check_channel(channel)
         payload = encode_payload(message)
-        # The topic that is sent is longer; but a request that is too large in any case must not
-        # subscribe to replies.
+        # The real topic is longer and is checked later. This check rejects a request that is too
+        # large in any case, before the client subscribes to replies.
         topic = format_topic(key if isinstance(key, str) else PLACEHOLDER_KEY, channel)
         self._requester.check_size(topic.encode(), payload, 1)
         seconds = self._requester.seconds(check_timeout(timeout))
         await self._requester.connected()
-        ask = partial(self._ask, key, channel, payload, seconds)
-        return await self._requester.with_key(key, ask)
+        send_request = partial(self._send_request, key, channel, payload, seconds)
+        return await self._requester.with_key(key, send_request)
 
-    async def _ask(
+    async def _send_request(
         self, source: Key, channel: str, payload: bytes, seconds: float | None, key: str
     ) -> EmitterMessage:
         requester = self._requester
         replies = await self._replies_on(source, channel)
-        # One counter for all: two keys of one channel have their replies in the same place.
-        self._requests += 1
-        number = str(self._requests)
+        # One counter for all requests, because the replies for two keys can share a channel.
+        self._request_count += 1
+        number = str(self._request_count)
         where = f"{replies.channel}{number}/"
         topic = self._topic(key, where)
         requester.check_size(topic, payload, 1)
@@ -204,7 +204,7 @@ class Calls:
             with anyio.CancelScope() as scope:
                 deadline = requester.deadline(scope.cancel, connection, seconds)
                 await requester.answer(connection, sent, None)
-                await reply.came.wait()
+                await reply.arrived.wait()
         finally:
             if deadline is not None:
                 deadline.cancel()
@@ -215,8 +215,8 @@ class Calls:
             if not self._slot.usable(connection):
                 raise self._lost(channel)
             raise RequestTimeoutError(
-                f"request {channel!r}: nobody replied within {seconds:g} s; whether it took "
-                "effect is unknown"
+                f"request {channel!r}: no reply within {seconds:g} s; the request might have taken "
+                "effect"
             )
         binary = reply.message.binary
         if reply.kind == _ERROR:
@@ -228,23 +228,23 @@ class Calls:
         slot = self._slot
         if slot.may_connect or slot.usable(slot.connection):
             return ConnectionLostError(
-                f"request {channel!r}: the link was lost before a reply came; whether it took "
-                "effect is unknown"
+                f"request {channel!r}: the connection was lost before a reply arrived; the request "
+                "might have taken effect"
             )
         return slot.gone()
 
     async def _replies_on(self, source: Key, channel: str) -> _Replies:
-        if self._subscribing is None:
-            self._subscribing = anyio.Lock()
-        async with self._subscribing:
+        if self._subscribe_lock is None:
+            self._subscribe_lock = anyio.Lock()
+        async with self._subscribe_lock:
             known = self._replies.get((source, channel))
-            # One that has ended could not be restored on a new connection: subscribe once more.
+            # A subscription has ended if the broker refused to restore it. Subscribe again.
             if known is not None and not known[0].ended:
                 return known[0]
             connection = await self._requester.connected()
             connection_id = connection.session.connection_id
             if connection_id is None:
-                connection_id = (await self._requester.request(asking.me(), DEFAULT)).id
+                connection_id = (await self._requester.request(broker_requests.me(), DEFAULT)).id
             replies = _Replies(f"{channel}{connection_id}/")
             subscription = Subscription(source, replies.channel, replies)
             add = partial(self._subscriptions.add, subscription, Replay(last=0), DEFAULT)
@@ -274,15 +274,15 @@ class Calls:
             self._subscriptions.subscribe(key, channel, 0, buffer=buffer) as requests,
             anyio.create_task_group() as tasks,
         ):
-            self._served += 1
+            self._serve_count += 1
             try:
                 task_status.started()
                 service = _Service(handler, concurrency, tasks)
                 await self._serve_all(key, channel, requests, buffer, service)
-            except Exception as exc:  # leaves bare, and not in the group
+            except Exception as exc:  # raised below, so that no ExceptionGroup wraps it
                 failure = exc
             finally:
-                self._served -= 1
+                self._serve_count -= 1
                 tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
@@ -302,35 +302,35 @@ class Calls:
             except EndOfStream:
                 return
             except SlowConsumerError as exc:  # pragma: no cover - this loop waits for nothing else
-                logger.warning("serving %r: %s", channel, exc)
+                logger.warning("dropped requests to %r: %s", channel, exc)
                 continue
-            asked = message.channel
-            path = levels(asked[len(channel) :] or "/")
-            if len(path) == 2 and asked not in running and asked not in waiting:
+            request_channel = message.channel
+            path = levels(request_channel[len(channel) :] or "/")
+            if len(path) == 2 and request_channel not in running and request_channel not in waiting:
                 full = len(waiting) == buffer
                 if service.note_drop(dropped=full):
                     logger.warning(
-                        "serving %r: dropping requests, because %d are being handled and %d "
-                        "wait; give a larger concurrency= or buffer=",
+                        "dropped requests to %r, because serve() is busy (concurrency=%d, "
+                        "buffer=%d); use larger values",
                         channel,
-                        len(running),
+                        service.concurrency,
                         buffer,
                     )
                 if not full:
-                    waiting[asked] = await self._keys.get(key), message
+                    waiting[request_channel] = await self._keys.get(key), message
                     self._serve_waiting(service)
             elif len(path) == 3 and path[2] == _CANCEL:
-                # Also while all are busy, because this may end one of them.
-                asked = asked.removesuffix(f"{_CANCEL}/")
-                waiting.pop(asked, None)
-                if asked in running:
-                    running[asked].cancel()
+                # Even if serve() is busy, because a cancellation makes it less busy.
+                request_channel = request_channel.removesuffix(f"{_CANCEL}/")
+                waiting.pop(request_channel, None)
+                if request_channel in running:
+                    running[request_channel].cancel()
 
     def _serve_waiting(self, service: _Service) -> None:
         while service.waiting and len(service.running) < service.concurrency:
-            asked = next(iter(service.waiting))
-            key, message = service.waiting.pop(asked)
-            scope = service.running[asked] = anyio.CancelScope()
+            request_channel = next(iter(service.waiting))
+            key, message = service.waiting.pop(request_channel)
+            scope = service.running[request_channel] = anyio.CancelScope()
             arguments = service, key, message, scope
             service.tasks.start_soon(self._background.run, self._serve_one, *arguments)
 
@@ -343,10 +343,14 @@ class Calls:
                 payload = await self._guard.call(self._reply_of, service.handler, key, message)
             except UserCodeError as exc:
                 error = exc.error
-                logger.warning("serving %r raised", make_printable(message.channel), exc_info=error)
-                words = f"the handler that served it raised {type(error).__name__}: {error}"
+                logger.warning(
+                    "the serve() handler of %r raised",
+                    make_printable(message.channel),
+                    exc_info=error,
+                )
+                words = f"the handler raised {type(error).__name__}: {error}"
                 kind, payload = _ERROR, words.encode(errors="replace")[:_MAX_ERROR_BYTES]
-            with suppress(EmitterError):  # without a connection, the requester is told that
+            with suppress(EmitterError):  # the requesting client learns of a lost connection itself
                 await self._requester.space()
                 self._send(key, f"{message.channel}{kind}/", payload)
         del service.running[message.channel]
@@ -361,12 +365,12 @@ class Calls:
         return payload
 
     def _send(self, key: str, channel: str, payload: bytes) -> None:
-        # Without waiting, because the caller may be cancelled.
+        # Does not wait, because the caller might be cancelled.
         connection = self._slot.connection
         if connection is not None and self._slot.usable(connection):
             connection.session.publish(self._topic(key, channel), payload)
 
     def _topic(self, key: str, channel: str) -> bytes:
-        # Only a client that both makes and serves requests has to receive its own.
-        options = () if self._served and self._replies else _NO_ECHO
+        # Only a client that both sends and serves requests needs to receive its own messages.
+        options = () if self._serve_count and self._replies else _NO_ECHO
         return format_topic(key, channel, options).encode()

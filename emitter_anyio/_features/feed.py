@@ -60,7 +60,7 @@ class PresenceFeed(EventStream[PresenceEvent]):
 
 class Watch:
     """
-    The state of one ``watch_presence()``.
+    The state of a ``watch_presence()`` call.
 
     :ivar channel: the watched channel
     :ivar members: the current members

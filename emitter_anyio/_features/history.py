@@ -1,4 +1,4 @@
-"""Reading back what the broker has stored, page by page."""
+"""Reading stored messages, page by page."""
 
 from __future__ import annotations
 
@@ -26,62 +26,64 @@ from emitter_anyio._values.checks import check_choice, check_int
 from emitter_anyio._values.errors import HistoryIncompleteError, InvalidChannelError, RequestError
 from emitter_anyio._values.messages import StoredMessage
 
-from .stored import Answer, Census, Known, Look, Reading, Unread
+from .stored import BrokerFacts, NodeProbe, PageRequest, Reading, Reply, Unreadable
 
-_PAGE_SECONDS: Final = 1.9
-"""A node waits 2 s for others that do not answer; a page that took this long may lack theirs."""
-_CENSUS_SECONDS: Final = 0.9
-"""A node that has others waits 1 s for what they do not say of presence."""
+_SLOW_PAGE_SECONDS: Final = 1.9
+"""A node waits 2 s for other nodes, so a page that took this long might lack their messages."""
+_SLOW_PRESENCE_SECONDS: Final = 0.9
+"""A node in a cluster waits 1 s for the presence of other nodes, which do not reply."""
 _DEFAULT_LAST: Final = 100
-"""The most messages that ``history()`` gives unless ``last`` is given."""
+"""The maximum number of messages that ``history()`` reads with ``last=None``."""
 
 
 class Reader:
     """
-    Carries out a reading.
+    Carries out a :class:`Reading`.
 
-    A look that fails, or is cancelled, is made again when the next message is wanted.
+    A request that fails or is cancelled is repeated when the next message is requested.
 
-    :param reading: what to ask for
-    :param ask: asks the broker
+    :param reading: the sequence of requests and results
+    :param send: sends a request to the broker, and returns the reply
     """
 
-    def __init__(self, reading: Reading, ask: Callable[[Look | Census], Awaitable[Answer]]) -> None:
+    def __init__(
+        self, reading: Reading, send: Callable[[PageRequest | NodeProbe], Awaitable[Reply]]
+    ) -> None:
         self._steps = reading.steps()
-        self._ask = ask
+        self._send = send
         self._step = next(self._steps, None)
 
-    async def next(self) -> StoredMessage | Unread | None:
-        """Give the next message, the newest first, or what cannot be read; ``None`` at the end."""
-        if not isinstance(self._step, Look | Census):
+    async def next(self) -> StoredMessage | Unreadable | None:
+        """Return the next message, newest first, or an unreadable window; ``None`` at the end."""
+        if not isinstance(self._step, PageRequest | NodeProbe):
             await checkpoint()
-        while isinstance(self._step, Look | Census):
-            self._go_on(await self._ask(self._step))
+        while isinstance(self._step, PageRequest | NodeProbe):
+            self._advance(await self._send(self._step))
         step = self._step
         if step is not None:
-            self._go_on(None)
+            self._advance(None)
         return step
 
-    def _go_on(self, answer: Answer | None) -> None:
+    def _advance(self, reply: Reply | None) -> None:
         try:
-            self._step = next(self._steps) if answer is None else self._steps.send(answer)
+            self._step = next(self._steps) if reply is None else self._steps.send(reply)
         except StopIteration:
             self._step = None
 
 
 class HistoryIterator(AsyncIterator[StoredMessage]):
     """
-    Stored messages, read as they are iterated over.
+    An asynchronous iterator of stored messages, which are read during iteration.
 
-    :param reader: gives them, the newest first
+    :param reader: returns the messages, newest first
     :param channel: the channel, for errors
-    :param oldest_first: whether to gather all of them, and give the oldest first
+    :param oldest_first: whether to read all messages first, and yield the oldest first
     """
 
     def __init__(self, reader: Reader, channel: str, oldest_first: bool) -> None:
         self._reader = reader
         self._channel = channel
-        self._gathered: list[StoredMessage | Unread] | None = [] if oldest_first else None
+        self._collected: list[StoredMessage | Unreadable] | None = [] if oldest_first else None
         self._complete = False
         self._guard = anyio.ResourceGuard("iterating over")
 
@@ -90,15 +92,15 @@ class HistoryIterator(AsyncIterator[StoredMessage]):
             found = await self._next()
         if found is None:
             raise StopAsyncIteration
-        if isinstance(found, Unread):
+        if isinstance(found, Unreadable):
             since, until = (datetime.fromtimestamp(second, UTC) for second in found[:2])
             raise HistoryIncompleteError(
                 found.reason, channel=self._channel, since=since, until=until
             )
         return found
 
-    async def _next(self) -> StoredMessage | Unread | None:
-        if self._gathered is None:
+    async def _next(self) -> StoredMessage | Unreadable | None:
+        if self._collected is None:
             return await self._reader.next()
         if self._complete:
             await checkpoint()
@@ -106,20 +108,20 @@ class HistoryIterator(AsyncIterator[StoredMessage]):
             found = await self._reader.next()
             self._complete = found is None
             if found is not None:
-                self._gathered.append(found)
-        return self._gathered.pop() if self._gathered else None
+                self._collected.append(found)
+        return self._collected.pop() if self._collected else None
 
 
 class History:
     """
-    Reads stored messages.
+    The method that reads stored messages.
 
     :param requester: sends requests
     """
 
     def __init__(self, requester: Requester) -> None:
         self._requester = requester
-        self._known = Known()
+        self._broker_facts = BrokerFacts()
 
     def read(
         self,
@@ -131,7 +133,7 @@ class History:
         order: str,
         timeout: Timeout,
     ) -> HistoryIterator:
-        """Return an iterator over stored messages, after checking every argument."""
+        """Check every argument, and return an iterator of stored messages."""
         key = check_key_source(key)
         channel = check_channel(channel, wildcards=True)
         check_stored(channel)
@@ -140,8 +142,8 @@ class History:
         timeout = check_timeout(timeout)
         first, final = unix_seconds("since", since), unix_seconds("until", until)
         text = key if isinstance(key, str) else PLACEHOLDER_KEY
-        asked = requests.history(text, channel, last=count, since=first, until=final)
-        self._requester.check_size(asked.topic.encode(), asked.body, 1)
+        request = requests.history(text, channel, last=count, since=first, until=final)
+        self._requester.check_size(request.topic.encode(), request.body, 1)
         reader = self.reader(self._requester, key, channel, count, first, final, timeout)
         return HistoryIterator(reader, channel, not newest)
 
@@ -159,64 +161,66 @@ class History:
         Make a reader of stored messages.
 
         :param requester: sends the requests
-        :param last: the most messages
-        :param since: the first second, in unix time
-        :param until: the last second, in unix time
+        :param last: the maximum number of messages
+        :param since: the oldest second, in unix time; ``None`` for no bound
+        :param until: the newest second, in unix time; ``None`` for no bound
         """
         level = levels(channel)[0]
-        reading = Reading(last, since, until, int(time.time()), self._known, level)
-        return Reader(reading, partial(_look, requester, key, channel, timeout))
+        reading = Reading(last, since, until, int(time.time()), self._broker_facts, level)
+        return Reader(reading, partial(_send_request, requester, key, channel, timeout))
 
 
-async def _look(
-    requester: Requester, key: Key, channel: str, timeout: Timeout, look: Look | Census
-) -> Answer:
-    if isinstance(look, Look):
-        return await requester.with_key(key, partial(_page, requester, channel, timeout, look))
-    return await requester.with_key(key, partial(_take_census, requester, channel, timeout))
+async def _send_request(
+    requester: Requester, key: Key, channel: str, timeout: Timeout, request: PageRequest | NodeProbe
+) -> Reply:
+    if isinstance(request, PageRequest):
+        return await requester.with_key(
+            key, partial(_request_page, requester, channel, timeout, request)
+        )
+    return await requester.with_key(key, partial(_probe_nodes, requester, channel, timeout))
 
 
-async def _page(
-    requester: Requester, channel: str, timeout: Timeout, look: Look, key: str
-) -> Answer:
+async def _request_page(
+    requester: Requester, channel: str, timeout: Timeout, look: PageRequest, key: str
+) -> Reply:
     last, since, until, before = look
-    asked = requests.history(key, channel, last=last, since=since, until=until, before=before)
-    connection, pending = await requester.send(asked)
+    request = requests.history(key, channel, last=last, since=since, until=until, before=before)
+    connection, pending = await requester.send(request)
     start = anyio.current_time()
     try:
         messages = await requester.answer(connection, pending, timeout)
     except RequestError as exc:
         if exc.status is not None:
             raise
-        # Only the acknowledgement came: the answer was too large for the broker to send.
+        # Only the acknowledgement arrived, because the reply was too large for the broker to send.
         messages = None
-    return Answer(messages, anyio.current_time() - start >= _PAGE_SECONDS)
+    return Reply(messages, anyio.current_time() - start >= _SLOW_PAGE_SECONDS)
 
 
-async def _take_census(requester: Requester, channel: str, timeout: Timeout, key: str) -> Answer:
-    asked = requests.presence(key, channel, status=True, changes=None)
-    # One answer may be slow without other nodes: a busy broker writes once a second.
+async def _probe_nodes(requester: Requester, channel: str, timeout: Timeout, key: str) -> Reply:
+    request = requests.presence(key, channel, status=True, changes=None)
+    # A single slow reply proves nothing: a busy broker writes to a connection once a second.
     for _ in range(2):
-        connection, pending = await requester.send(replace(asked, emits=False))
+        connection, pending = await requester.send(replace(request, emits=False))
         start = anyio.current_time()
         try:
             await requester.answer(connection, pending, timeout)
         except RequestError:
-            # As a rule, the key has no permission for presence.
-            return Answer(None)
-        if anyio.current_time() - start < _CENSUS_SECONDS:
-            return Answer(None)
-    return Answer(None, True)
+            # Usually the key lacks the permission for presence.
+            return Reply(None)
+        if anyio.current_time() - start < _SLOW_PRESENCE_SECONDS:
+            return Reply(None)
+    return Reply(None, True)
 
 
 def check_stored(channel: str) -> None:
     """
-    Check that what is stored of a channel can be read back.
+    Check that stored messages of a channel can be read.
 
-    :raises InvalidChannelError: if the broker would find nothing
+    :raises InvalidChannelError: if the broker would find no messages
     """
     if levels(channel)[0] in ("+", "#"):
         raise InvalidChannelError(
-            f"channel {channel!r}: history needs a literal first level, by which the broker finds "
-            "what it has stored"
+            f"invalid channel {channel!r}: history and resume need a literal first level, because "
+            "the broker looks up stored messages by it"
         )

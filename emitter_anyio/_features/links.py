@@ -30,7 +30,7 @@ _MAX_DELIVERED_BYTES: Final = 65528
 @dataclass(frozen=True, slots=True, repr=False)
 class _LinkArguments:
     """
-    The arguments of a link, to restore it. The ``repr`` does not show the key.
+    The arguments of :meth:`Emitter.link`, to restore it. The ``repr`` does not show the key.
 
     :ivar text: the key as the broker received it
     """
@@ -48,7 +48,7 @@ class Links:
     :param requester: sends requests
     :param publisher: publishes through Emitter links
     :param subscriptions: subscribes to the channel, if requested
-    :param events: emits the errors of Emitter links that could not be restored
+    :param events: emits an error if a link name could not be restored
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Links:
 
         async def through(key: str) -> None:
             if made is not None and key != self._links.get(name, made).text:
-                # The broker checks the key of a link only now, and has refused the old one.
+                # The broker checks the key only at this publish, and has refused the old one.
                 await self._request(self._requester, name, made, timeout, key)
             await self._publisher.publish(
                 name.encode(), payload, None, channel, qos, retain, timeout

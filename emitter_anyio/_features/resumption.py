@@ -22,7 +22,7 @@ from emitter_anyio._values.errors import ConnectionLostError, EmitterError, Requ
 from emitter_anyio._values.messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 
 from .history import History
-from .stored import Unread
+from .stored import Unreadable
 from .watermark import RENEWAL_SECONDS, Watermark
 
 _MAX_READ: Final = 2**20
@@ -185,7 +185,7 @@ class Resumption:
                 raise
             # The message is too large for the broker to send. An older one serves as well.
             reader = self._history.reader(self._requester, key, channel, _MAX_SKIPPED, None)
-            while isinstance(newest := await reader.next(), Unread):
+            while isinstance(newest := await reader.next(), Unreadable):
                 pass
             return newest
         return found[-1] if found else None
@@ -251,7 +251,7 @@ class Resumption:
         )
         try:
             while (stored := await reader.next()) is not None:
-                if isinstance(stored, Unread):
+                if isinstance(stored, Unreadable):
                     reason = reason or stored.reason
                     continue
                 if not watermark.might_be_undelivered(stored):

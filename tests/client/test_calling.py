@@ -712,7 +712,7 @@ async def test_requests_are_dropped_when_as_many_wait_as_may(
             busy.free.set()
     assert busy.asked.values == ["first", "second"]
     (record,) = logged(caplog, logging.WARNING)
-    assert "dropping requests" in record.getMessage()
+    assert "dropped requests" in record.getMessage()
 
 
 @pytest.mark.parametrize(

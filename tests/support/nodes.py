@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._features.stored import Answer, Census, Known, Look, Reading, Unread
+from emitter_anyio._features.stored import (
+    BrokerFacts,
+    NodeProbe,
+    PageRequest,
+    Reading,
+    Reply,
+    Unreadable,
+)
 from emitter_anyio._values.channels import level_hash
 
 START = 1700000000
@@ -53,18 +60,18 @@ class Node:
         self.kept.insert(bisect_left(self.kept, message.id, key=lambda m: m.id), message)
         return message
 
-    def answer(self, look: Look) -> list[StoredMessage]:
+    def answer(self, request: PageRequest) -> list[StoredMessage]:
         """Look up as ``storage/ssd.go`` does: seek, and step over what is found there."""
         begin = 0
-        if look.cursor is not None:
-            begin = bisect_left(self.kept, look.cursor, key=lambda m: m.id) + 1
+        if request.cursor is not None:
+            begin = bisect_left(self.kept, request.cursor, key=lambda m: m.id) + 1
         found: list[StoredMessage] = []
         size = 0
         for message in self.kept[begin:]:
             second = second_of(message)
-            if len(found) == look.last or (look.since is not None and second < look.since):
+            if len(found) == request.last or (request.since is not None and second < request.since):
                 break
-            if look.until is not None and second > look.until:
+            if request.until is not None and second > request.until:
                 continue
             size += size_of(message)
             if size > LIMIT:
@@ -85,24 +92,24 @@ class Nodes:
         self.chance = chance
         self.may_count = True
         self.missing: set[bytes] = set()
-        self.looks: list[Look] = []
+        self.page_requests: list[PageRequest] = []
 
     @property
     def kept(self) -> list[StoredMessage]:
         return [message for node in self.nodes for message in node.kept]
 
-    def answer(self, look: Look | Census) -> Answer:
-        if isinstance(look, Census):
-            return Answer(None, self.may_count and len(self.nodes) > 1)
-        self.looks.append(look)
+    def answer(self, request: PageRequest | NodeProbe) -> Reply:
+        if isinstance(request, NodeProbe):
+            return Reply(None, self.may_count and len(self.nodes) > 1)
+        self.page_requests.append(request)
         there = [node for node in self.nodes if node.name not in self.missing]
-        found = [message for node in there for message in node.answer(look)]
+        found = [message for node in there for message in node.answer(request)]
         if self.chance is not None and len(found) > 12:
             self.chance.shuffle(found)
         found.sort(key=second_of)
-        found = found[max(0, len(found) - look.last) :]
+        found = found[max(0, len(found) - request.last) :]
         slow = len(there) < len(self.nodes)
-        return Answer(found if json_size(found) <= LIMIT else None, slow)
+        return Reply(found if json_size(found) <= LIMIT else None, slow)
 
 
 def json_size(messages: list[StoredMessage]) -> int:
@@ -119,19 +126,19 @@ def json_size(messages: list[StoredMessage]) -> int:
 
 
 def read(
-    answer: Callable[[Look | Census], Answer],
+    answer: Callable[[PageRequest | NodeProbe], Reply],
     last: int = 10**6,
     since: int | None = None,
     until: int | None = None,
     now: int = NOW,
-    broker: Known | None = None,
-) -> Iterator[StoredMessage | Unread]:
+    broker: BrokerFacts | None = None,
+) -> Iterator[StoredMessage | Unreadable]:
     """Read all that there is, the newest first."""
-    steps = Reading(last, since, until, now, broker or Known(), "a").steps()
+    steps = Reading(last, since, until, now, broker or BrokerFacts(), "a").steps()
     try:
         step = next(steps)
         while True:
-            if isinstance(step, Look | Census):
+            if isinstance(step, PageRequest | NodeProbe):
                 step = steps.send(answer(step))
             else:
                 yield step
