@@ -51,7 +51,7 @@ kitchen: 10 readings, 21\.45 degrees on average
 """,
     "request_reply.py": r"""1 / 4 = 0\.25
 1 / 0: request 'calculator/divide/': .+ZeroDivisionError: division by zero
-request 'calculator/multiply/': nobody replied within 0\.2 s; .+
+request 'calculator/multiply/': no reply within 0\.2 s; .+
 """,
 }
 OTHERS = ["terminal_chat.py", "test_thermostat.py", "trio_service.py", "app.py", "people.py"]

@@ -344,7 +344,7 @@ class Calls:
             except UserCodeError as exc:
                 error = exc.error
                 logger.warning(
-                    "the serve() handler of %r raised",
+                    "serve() handler for %r raised an exception",
                     make_printable(message.channel),
                     exc_info=error,
                 )

@@ -37,8 +37,8 @@ class Keys:
             )
 
         async def ask(text: str) -> ChannelKey:
-            asked = requests.keygen(text, channel, permissions, ttl)
-            return await self._requester.request(asked, timeout)
+            request = requests.keygen(text, channel, permissions, ttl)
+            return await self._requester.request(request, timeout)
 
         return await self._requester.with_key(key, ask)
 
@@ -49,7 +49,7 @@ class Keys:
         banning = await self._requester.key_of(target)
 
         async def ask(text: str) -> bool:
-            asked = requests.keyban(text, banning, banned)
-            return await self._requester.request(asked, timeout)
+            request = requests.keyban(text, banning, banned)
+            return await self._requester.request(request, timeout)
 
         return await self._requester.with_key(secret, ask)

@@ -25,10 +25,10 @@ from .history import History
 from .stored import Unreadable
 from .watermark import RENEWAL_SECONDS, Watermark
 
-_MAX_READ: Final = 2**20
+_MAX_READ_MESSAGES: Final = 2**20
 """The maximum number of stored messages to read, in case a broker repeats its pages forever."""
 
-_MAX_SKIPPED: Final = 16
+_MAX_SKIPPED_MESSAGES: Final = 16
 """The maximum number of unreadably large messages to skip in search of a readable one."""
 
 _NOT_RESUMED: Final = "the connection was lost again before the stored messages were read"
@@ -178,13 +178,15 @@ class Resumption:
 
     async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
         try:
-            asked = requests.history(key, channel, last=1)
-            found = await self._requester.request(asked, DEFAULT)
+            request = requests.history(key, channel, last=1)
+            found = await self._requester.request(request, DEFAULT)
         except RequestError as exc:
             if exc.status is not None:
                 raise
             # The message is too large for the broker to send. An older one serves as well.
-            reader = self._history.reader(self._requester, key, channel, _MAX_SKIPPED, None)
+            reader = self._history.reader(
+                self._requester, key, channel, _MAX_SKIPPED_MESSAGES, None
+            )
             while isinstance(newest := await reader.next(), Unreadable):
                 pass
             return newest
@@ -242,12 +244,12 @@ class Resumption:
         found: list[StoredMessage] = []
         # Resumed messages of earlier gaps that are still buffered count as well.
         buffered = [stream.extra for stream in subscription.held] or [(0, 0)]
-        most = subscription.resume_limit - max(count for count, _ in buffered)
+        max_found = subscription.resume_limit - max(count for count, _ in buffered)
         size = max(size for _, size in buffered)
         reason = None
         known = watermark.since is None
         reader = self._history.reader(
-            requester, grant.key, grant.channel, _MAX_READ, watermark.since
+            requester, grant.key, grant.channel, _MAX_READ_MESSAGES, watermark.since
         )
         try:
             while (stored := await reader.next()) is not None:
@@ -258,7 +260,7 @@ class Resumption:
                     known = known or watermark.is_at(stored)
                     continue
                 size += weight_of(stored)
-                if len(found) >= most:
+                if len(found) >= max_found:
                     limit = subscription.resume_limit
                     return found[::-1], f"more than resume_limit={limit} messages were stored"
                 if size > MAX_BYTES:
@@ -284,13 +286,13 @@ class Resumption:
             # A resumption reads everything since the last completed one, so its result also applies
             # to the gaps that are held back.
             own.replace_held(subscription.not_resumed, replace(gap, resumed=0))
-        for message in map(replayed, found):
+        for message in map(make_replayed, found):
             streams = self._events.message_listeners(message) if own is None else (own,)
             for stream in streams:
                 stream.put_ahead([message])
         subscription.release()
 
 
-def replayed(stored: StoredMessage) -> ReplayedMessage:
+def make_replayed(stored: StoredMessage) -> ReplayedMessage:
     """Convert a stored message to the message that a subscriber receives."""
     return ReplayedMessage(stored.channel, stored.binary, stored.id)

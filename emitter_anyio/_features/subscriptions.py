@@ -51,7 +51,7 @@ from emitter_anyio._values.messages import EmitterMessage, Gap
 from emitter_anyio._values.router import Routes
 
 from .history import check_stored
-from .resumption import Resumption, Subscription, replayed
+from .resumption import Resumption, Subscription, make_replayed
 from .watermark import Watermark
 
 T = TypeVar("T")
@@ -296,11 +296,11 @@ class Subscriptions:
         channel = subscription.channel
         last = 1 if replay.last is None else replay.last
         while last and levels(channel)[0] != "+":
-            asked = requests.history(
+            request = requests.history(
                 key, channel, last=last, since=replay.since, until=replay.until
             )
             try:
-                stored = await self._requester.request(asked, timeout)
+                stored = await self._requester.request(request, timeout)
             except UnauthorizedError:
                 # Without the permission to load, the broker replays nothing after SUBSCRIBE either.
                 return
@@ -310,7 +310,7 @@ class Subscriptions:
                 # The reply was too large. The broker limits its own replays to 64 KiB as well.
                 last //= 2
                 continue
-            found = list(map(replayed, stored))
+            found = list(map(make_replayed, stored))
             if subscription.send is not None:
                 subscription.send.put_in_front(found)
             else:
