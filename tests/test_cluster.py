@@ -96,7 +96,7 @@ async def test_what_the_nodes_cannot_send_together_is_reported(
 async def test_a_cluster_is_told_by_its_presence_where_the_key_may_ask(
     nodes: Pair, permissions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._features.history._CENSUS_SECONDS", 0.001)
+    monkeypatch.setattr("emitter_anyio._features.history._SLOW_PRESENCE_SECONDS", 0.001)
     for number in range(400):
         await nodes[1].publish("a/", f"{number}".ljust(400, "."), ttl=60)
     statuses: list[object] = []
@@ -112,7 +112,7 @@ async def test_a_cluster_is_told_by_its_presence_where_the_key_may_ask(
 async def test_a_node_that_does_not_answer_makes_history_incomplete(
     nodes: Pair, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._features.history._PAGE_SECONDS", 0.001)
+    monkeypatch.setattr("emitter_anyio._features.history._SLOW_PAGE_SECONDS", 0.001)
     await store(nodes, 10, second=2)
     async with connect(nodes[0].url) as emitter:
         nodes[1].pause()
@@ -140,7 +140,7 @@ async def test_resuming_has_what_both_nodes_store(nodes: Pair, key: str) -> None
 async def test_resuming_without_a_node_is_incomplete(
     nodes: Pair, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._features.history._PAGE_SECONDS", 0.001)
+    monkeypatch.setattr("emitter_anyio._features.history._SLOW_PAGE_SECONDS", 0.001)
     async with many_links(nodes[0].url) as emitter:
         async with emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages:
             async with while_away(emitter, nodes[0]):
@@ -149,7 +149,7 @@ async def test_resuming_without_a_node_is_incomplete(
             gap = await messages.receive()
             assert isinstance(gap, Gap)
             assert (gap.resumed, gap.complete) == (5, False)
-            assert "might not have answered" in str(gap.reason)
+            assert "might not have replied" in str(gap.reason)
             nodes[1].resume()
 
 
