@@ -1,4 +1,4 @@
-"""A structured-concurrency client for Emitter, the same on Trio and on asyncio."""
+"""A structured-concurrency client for Emitter, on Trio and asyncio."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from ._streams import EventStream as EventStream
 from ._streams import StreamStatistics as StreamStatistics
 from ._version import __version__ as __version__
 
-# Users see these in reprs, tracebacks and documentation: show where they import them from.
+# Set __module__ to the public package, because reprs, tracebacks and the reference show it.
 for _name, _value in list(globals().items()):
     if getattr(_value, "__module__", "").startswith(f"{__name__}."):
         _value.__module__ = __name__

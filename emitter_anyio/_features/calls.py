@@ -74,7 +74,7 @@ class _Reply:
 
 
 class _Replies(Receiver["EmitterMessage | Gap"]):
-    """Receives the replies on one channel, and passes each to its caller."""
+    """A receiver of the replies on one channel, which passes each to its caller."""
 
     def __init__(self, channel: str) -> None:
         self.channel = channel
@@ -128,7 +128,7 @@ class _Service:
 
 class Calls:
     """
-    Sends requests to other clients, and serves requests of other clients.
+    The requests to other clients, and the services for requests of other clients.
 
     :param slot: the current connection
     :param requester: sends requests to the broker

@@ -38,7 +38,7 @@ _DEFAULT_LAST: Final = 100
 
 class Reader:
     """
-    Carries out a :class:`Reading`.
+    The execution of a :class:`Reading`.
 
     A request that fails or is cancelled is repeated when the next message is requested.
 
@@ -114,7 +114,7 @@ class HistoryIterator(AsyncIterator[StoredMessage]):
 
 class History:
     """
-    The method that reads stored messages.
+    The reader of stored messages, with the facts that they reveal about the broker.
 
     :param requester: sends requests
     """

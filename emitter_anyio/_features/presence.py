@@ -209,8 +209,8 @@ class Presence:
         with scope:
             while not watch.send.ended:
                 stale = await watch.members.wait_stale(due - anyio.current_time())
-                # Stale members are members that the channel's own status lists. Every `refresh`
-                # seconds and after a lost connection, request statuses of channels below as well.
+                # The channel's own status is enough for stale members. Every `refresh` seconds and
+                # after a lost connection, request statuses of channels below it as well.
                 channels = [channel]
                 gaps, known_gaps = watch.send.gaps, gaps
                 if not stale or gaps > known_gaps or anyio.current_time() >= due:

@@ -37,7 +37,7 @@ _HEADER_BYTES: Final = 4
 
 class Publisher:
     """
-    Publishes messages, and caches the topics of recent publishes.
+    The publisher of messages, with a cache of recent topics.
 
     :param slot: the current connection
     :param requester: waits for queue space and for replies

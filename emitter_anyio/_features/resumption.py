@@ -120,7 +120,7 @@ class Subscription:
 
 class Resumption:
     """
-    Delivers the stored messages of a gap before the live messages that follow it.
+    The delivery of stored messages of a gap, before the live messages that follow it.
 
     :param slot: the current connection
     :param requester: sends requests
