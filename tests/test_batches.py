@@ -47,7 +47,7 @@ def test_sorting_loses_nothing(messages: list[EmitterMessage]) -> None:
 
 def test_the_size_is_known_where_it_is_said() -> None:
     messages = make_batch(EmitterMessage(channel, b"one") for channel in ("a/", "b/", "a/", "c/"))
-    messages.each.update({"a/": 3, "b/": None})
+    messages.weights.update({"a/": 3, "b/": None})
     batches = messages.by_receiver({"a/": ["a"], "b/": ["b"], "c/": ["c"]})
     assert {who: each for who, (_, each) in batches.items()} == {"a": 3, "b": None, "c": None}
 

@@ -168,7 +168,7 @@ class TestDecoding:
         ):
             (event,) = connected().decode(data)
             assert isinstance(event, MessageBatch)
-            assert event.each == {"a/": each}
+            assert event.weights == {"a/": each}
             assert one_by_one([event]) == event.in_order
 
     def test_the_payload_is_not_part_of_a_larger_buffer(self) -> None:

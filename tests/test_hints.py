@@ -34,7 +34,7 @@ def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestEr
 def test_to_some_brokers_the_secret_of_another_is_not_found() -> None:
     hint = make_refusal(404, "no", "keygen", KEY, "a/").hint
     assert hint is not None
-    assert "the broker's master secret" in hint
+    assert "the broker's secret key" in hint
 
 
 def test_without_a_key_there_is_nothing_to_say() -> None:
@@ -63,9 +63,9 @@ def test_the_permission_that_may_be_missing(operation: str, permission: str) -> 
 @pytest.mark.parametrize(
     ("key", "operation", "words", "hint"),
     [
-        ("chat", "publish", "no", "32"),
+        ("chat", "publish", "no", "expected 32 characters, got 4"),
         (KEY[:-1] + "!", "keygen", "no", "32 characters"),
-        (KEY + "k", "publish", "no", "33 characters"),
+        (KEY + "k", "publish", "no", "got 33"),
         (KEY, "publish", "the key with extend permission …", "extend"),
         (SECRET, "keygen", "no", "permission 'e'"),
         (SECRET, "keyban", "no", "secret"),

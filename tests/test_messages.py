@@ -165,7 +165,7 @@ class TestEncodePayload:
 
     @pytest.mark.parametrize("value", [{1, 2}, object(), 1j, [WHEN], {"a": b"x"}])
     def test_what_json_does_not_know(self, value: Payload) -> None:
-        with pytest.raises(TypeError, match=f"JSON.*{type(value).__name__}"):
+        with pytest.raises(TypeError, match=f"{type(value).__name__} as JSON"):
             encode_payload(value)
 
     def test_what_has_no_json(self) -> None:

@@ -163,10 +163,10 @@ class TestRouter:
             router.add(number, f"a/b/{number % 3}/+/")
         for number in range(1, 9):
             router.discard(number)
-        assert list(router._tree._root.below) == ["a"]
-        assert not router._tree._root.below["a"].below
+        assert list(router._tree._root.children) == ["a"]
+        assert not router._tree._root.children["a"].children
         router.discard(0)
-        assert not router._tree._root.below
+        assert not router._tree._root.children
 
     @matchers
     def test_a_channel_may_have_any_number_of_levels(self, matcher: Matcher) -> None:

@@ -105,7 +105,7 @@ class FastPath:
                 return stop, 1
         in_order: list[EmitterMessage] = []
         by_channel: dict[str, list[EmitterMessage]] = {}
-        each: dict[str, int | None] = {}
+        weights: dict[str, int | None] = {}
         seen: dict[bytes, _KnownHead] = {}
         append, new = in_order.append, object.__new__
         try:
@@ -124,9 +124,9 @@ class FastPath:
                     messages = by_channel.get(channel)
                     if messages is None:
                         by_channel[channel] = messages = []
-                        each[channel] = size - length + len(channel) + ITEM_OVERHEAD_BYTES
-                    elif each[channel] != size - length + len(channel) + ITEM_OVERHEAD_BYTES:
-                        each[channel] = None
+                        weights[channel] = size - length + len(channel) + ITEM_OVERHEAD_BYTES
+                    elif weights[channel] != size - length + len(channel) + ITEM_OVERHEAD_BYTES:
+                        weights[channel] = None
                     known = channel, size, length, messages.append
                     seen[data[at : at + length]] = known
                 channel, size, length, append_too = known
@@ -146,7 +146,7 @@ class FastPath:
             for message in in_order:
                 append_event(events, message)
         elif in_order:
-            events.append(MessageBatch(in_order, by_channel, each))
+            events.append(MessageBatch(in_order, by_channel, weights))
         return at, len(in_order)
 
     def _find_head(self, data: bytes, at: int) -> _Head | None:

@@ -1,3 +1,3 @@
-"""Values and rules: errors, channels, messages, requests, routing. No I/O, no clock."""
+"""Values and rules: errors, channels, messages, requests and routing. No I/O and no clock."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MessageBatch that came in one go, and which of them are for whom."""
+"""Batches of messages that were received together, and their distribution to receivers."""
 
 from __future__ import annotations
 
@@ -11,51 +11,52 @@ T = TypeVar("T", bound=Hashable)
 
 ReceiverBatch: TypeAlias = tuple[list[EmitterMessage], int | None]
 """
-MessageBatch in the order in which they came, and how many bytes each of them weighs in a buffer;
-``None`` where it is not known that all weigh as many. Nobody changes the list, which may be
-others', too.
+Messages in the order of their arrival, and the weight of each in a buffer, in bytes; ``None`` if
+the weights might differ. The list might be shared, so do not change it.
 """
 
 
 @final
 class MessageBatch:
     """
-    What came in one go, sorted by channel while it is known anyway which channel each has: to ask
-    each message would cost as much as to put it into a buffer.
+    Messages that were received together, in order and by channel.
 
-    :param in_order: all of them
-    :param by_channel: the same
-    :param each: how many bytes each message of a channel weighs, or ``None``
+    The decoder groups them by channel, because it looks up each channel anyway. Grouping them
+    later would cost as much per message as putting it into a buffer.
+
+    :param in_order: all messages
+    :param by_channel: the same messages by channel
+    :param weights: the weight of each message of a channel, in bytes; ``None`` if they might differ
     """
 
-    __slots__ = ("by_channel", "each", "in_order")
+    __slots__ = ("by_channel", "in_order", "weights")
 
     def __init__(
         self,
         in_order: list[EmitterMessage],
         by_channel: dict[str, list[EmitterMessage]],
-        each: dict[str, int | None],
+        weights: dict[str, int | None],
     ) -> None:
         self.in_order = in_order
         self.by_channel = by_channel
-        self.each = each
+        self.weights = weights
 
     def append(self, message: EmitterMessage) -> None:
-        """Add a message, which may weigh more or less than others of its channel."""
+        """Add a message of any weight."""
         self.in_order.append(message)
         self.by_channel.setdefault(message.channel, []).append(message)
-        self.each[message.channel] = None
+        self.weights[message.channel] = None
 
     def by_receiver(self, receivers: Mapping[str, Iterable[T]]) -> dict[T, ReceiverBatch]:
         """
-        Give what is for each receiver.
+        Return the messages for each receiver.
 
-        :param receivers: those whom each channel reaches
+        :param receivers: the receivers of each channel
         """
         found: dict[T, ReceiverBatch] = {}
         several: dict[T, list[str]] = {}
         for channel, messages in self.by_channel.items():
-            batch = messages, self.each[channel]
+            batch = messages, self.weights[channel]
             for receiver in receivers[channel]:
                 if receiver in found:
                     several[receiver] = []
@@ -69,8 +70,9 @@ class MessageBatch:
         return found
 
     def _merge(self, several: Mapping[T, list[str]]) -> dict[T, ReceiverBatch]:
+        """Return the messages for receivers of more than one channel, in order."""
         merged: dict[T, ReceiverBatch] = {}
-        ways: dict[str, list[list[EmitterMessage]]] = {}
+        targets: dict[str, list[list[EmitterMessage]]] = {}
         for receiver, channels in several.items():
             if len(channels) == len(self.by_channel):
                 merged[receiver] = self.in_order, None
@@ -78,17 +80,17 @@ class MessageBatch:
             messages: list[EmitterMessage] = []
             merged[receiver] = messages, None
             for channel in channels:
-                ways.setdefault(channel, []).append(messages)
-        if ways:
+                targets.setdefault(channel, []).append(messages)
+        if targets:
             for message in self.in_order:
-                for messages in ways.get(message.channel, ()):
+                for messages in targets.get(message.channel, ()):
                     messages.append(message)
         return merged
 
 
 def make_batch(messages: Iterable[EmitterMessage]) -> MessageBatch:
-    """Sort messages by channel that are not sorted yet."""
-    found = MessageBatch([], {}, {})
+    """Group messages into a batch."""
+    batch = MessageBatch([], {}, {})
     for message in messages:
-        found.append(message)
-    return found
+        batch.append(message)
+    return batch

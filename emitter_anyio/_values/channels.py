@@ -1,9 +1,8 @@
-"""Channels, keys and options: what the broker takes, checked before it leaves, and how they make a
-topic.
+"""Channels, keys and options: checks before sending, and their encoding as a topic.
 
-A topic that goes to the broker is ``key/channel/?option=value&option=value``; one that comes from
-it is the channel alone. The rules are the broker's own (its ``security/channel.go``), as seen on a
-running one.
+A topic sent to the broker has the form ``key/channel/?option=value&option=value``. A topic received
+from it is the channel alone. The rules are those of Emitter's ``security/channel.go``, verified
+against a running broker.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from .checks import check_function, check_text, is_number
 from .errors import InvalidChannelError
 
 Key: TypeAlias = str | Callable[[], Awaitable[str]]
-"""A key, or an ``async`` function that returns one and is asked again when it was refused."""
+"""A key, or an ``async`` function that returns one; it is called again if the key is refused."""
 
 PLACEHOLDER_KEY: Final = "k" * 32
-"""As long as the key that a function will return."""
+"""A placeholder with the length of a real key, for checking sizes before a function returns one."""
 
 MAX_KEY_LEVELS: Final = 23
-"""The target of a key has at most so many levels: the broker keeps a bit for each."""
+"""The maximum number of levels in a key's target, because the broker stores one bit per level."""
 
 _FIRST_SECOND: Final = 1514764800
 _LAST_SECOND: Final = 3029529600
-"""The broker takes a ``from`` or ``until`` outside 2018 … 2066 as though it had not been given."""
+"""The first and last valid Unix time; the broker ignores ``from`` and ``until`` outside them."""
 
 _MAX_TOPIC_BYTES: Final = 65535
 
@@ -43,48 +42,49 @@ def levels(channel: str) -> list[str]:
 
 def check_channel(channel: str, *, wildcards: bool = False) -> str:
     """
-    Check a channel and give it its trailing slash.
+    Check a channel and add a trailing slash if it is missing.
 
-    :param channel: levels of ``$ - . 0-9 : A-Z [ \\ ] ^ _ ` a-z``, with slashes between them
-    :param wildcards: whether a level may be ``+``, and the last one ``#``
+    :param channel: levels of ``$ - . 0-9 : A-Z [ \\ ] ^ _ ` a-z``, separated by slashes
+    :param wildcards: whether levels may be ``+``, and the last one ``#``
     :return: the channel with a trailing slash
-    :raises InvalidChannelError: if the broker would not take it
+    :raises InvalidChannelError: if the broker would not accept it
     """
-    return _check_channel(check_text("channel", channel, " such as 'chat/'"), wildcards)
+    text = check_text("channel", channel, " such as 'chat/'")
+    return _check_channel("channel", text, wildcards)
 
 
 @lru_cache(maxsize=1024)
-def _check_channel(channel: str, wildcards: bool) -> str:
+def _check_channel(name: str, channel: str, wildcards: bool) -> str:
     if not channel.strip("/"):
-        raise InvalidChannelError("the channel is empty; give one such as 'chat/'")
+        raise InvalidChannelError(f"invalid {name}: it is empty")
     whole = channel if channel.endswith("/") else channel + "/"
     if len(whole) > _MAX_TOPIC_BYTES:
         raise InvalidChannelError(
-            f"the channel has {len(whole)} characters; the topics of MQTT have at most "
-            f"{_MAX_TOPIC_BYTES}"
+            f"invalid {name}: it has {len(whole)} characters, but MQTT allows at most "
+            f"{_MAX_TOPIC_BYTES} bytes"
         )
     parts = levels(whole)
     for number, level in enumerate(parts, 1):
         if not level:
             raise InvalidChannelError(
-                f"channel {channel!r} has an empty level: write one slash between two levels, "
-                "and none at the start"
+                f"invalid {name} {channel!r}: it has an empty level; "
+                "use one slash between two levels, and none at the start"
             )
         if level in ("+", "#"):
             if not wildcards:
                 raise InvalidChannelError(
-                    f"channel {channel!r} has the wildcard {level!r}, which stands only in a "
-                    "subscription or in the target of a key; name one channel"
+                    f"invalid {name} {channel!r}: the wildcard {level!r} is not allowed here; "
+                    "name one channel"
                 )
             if level == "#" and number < len(parts):
                 raise InvalidChannelError(
-                    f"channel {channel!r} has a '#' before its end; it may only be the last level"
+                    f"invalid {name} {channel!r}: the wildcard '#' must be the last level"
                 )
         elif not _LEVEL.match(level):
             bad = next(c for c in level if not _LEVEL.match(c))
             raise InvalidChannelError(
-                f"channel {channel!r} has the character {bad!r}, which Emitter does not take; "
-                "a level is made of letters, digits and $ - . : [ \\ ] ^ _ `"
+                f"invalid {name} {channel!r}: Emitter does not accept the character {bad!r}; "
+                "use letters, digits and $ - . : [ \\ ] ^ _ `"
             )
     return whole
 
@@ -93,21 +93,21 @@ def check_group(group: str) -> str:
     """
     Check the name of a share group.
 
-    :raises InvalidChannelError: if it is not one level of a channel, without wildcards
+    :raises InvalidChannelError: if it is not a single level without wildcards
     """
-    name = check_channel(check_text("group", group))[:-1]
+    name = _check_channel("group", check_text("group", group), wildcards=False)[:-1]
     if "/" in name:
-        raise InvalidChannelError(f"group {name!r} has a slash: a group's name is one level")
+        raise InvalidChannelError(f"invalid group {name!r}: it must not contain a slash")
     return name
 
 
 def share(group: str | None, channel: str) -> str:
-    """Put the group, if any, before a checked channel."""
+    """Return the filter for a checked channel, with its group if there is one."""
     return channel if group is None else f"$share/{group}/{channel}"
 
 
 def unshare(filter: str) -> tuple[str | None, str]:
-    """Take a filter apart into its group, if any, and its channel."""
+    """Split a filter into its group, or ``None``, and its channel."""
     if filter.startswith("$share/") and filter.count("/") > 2:
         group, _, channel = filter[len("$share/") :].partition("/")
         return group, channel
@@ -116,107 +116,112 @@ def unshare(filter: str) -> tuple[str | None, str]:
 
 def check_target(channel: str) -> str:
     """
-    Check the target of a key: a channel, which may have wildcards and at most 23 levels.
+    Check the target of a key: a channel of at most 23 levels, which may have wildcards.
 
     :return: the target with a trailing slash
-    :raises InvalidChannelError: if the broker would not make a key for it
+    :raises InvalidChannelError: if the broker would not create a key for it
     """
     target = check_channel(channel, wildcards=True)
     depth = len(levels(target.removesuffix("#/")))
     if depth > MAX_KEY_LEVELS:
         raise InvalidChannelError(
-            f"channel {target!r} has {depth} levels; a key covers at most {MAX_KEY_LEVELS}: "
-            "make it for a parent, such as 'a/b/#/'"
+            f"invalid key target {target!r}: it has {depth} levels, but a key covers at most "
+            f"{MAX_KEY_LEVELS}; use a parent channel, such as 'a/b/#/'"
         )
     return target
 
 
 def check_key_source(key: Key) -> Key:
     """
-    Check what stands for a key: the key, or a function that will be asked for it.
+    Check a key, or a function that returns one.
 
     :return: the key as a plain ``str``, or the function
-    :raises TypeError: if it is neither
-    :raises ValueError: as :func:`check_key`
+    :raises TypeError: if it is neither, or a function that cannot be hashed
+    :raises ValueError: if the key contains an invalid character
     """
     if isinstance(key, str) or not callable(key):
         return check_key(key)
-    # The keys that functions have returned are kept in a dict.
+    # The function must be hashable, because it is used as a dict key.
     hash(check_function("key", key))
     return key
 
 
 def check_key(key: str) -> str:
     """
-    Check that a key can stand in a topic; whether it opens anything, the broker says.
+    Check that a key can be part of a topic. Only the broker can check its permissions.
 
     :return: the key as a plain ``str``
-    :raises ValueError: if a character of it would change the meaning of the topic; the key is not
-        shown
+    :raises TypeError: if it is not a ``str``
+    :raises ValueError: if it is empty, or contains a character that would change the meaning of the
+        topic; the message does not contain the key
     """
     key = check_text("key", key, " or an async function that returns a str")
     if not key:
-        raise ValueError("the key is empty; keygen() makes one")
+        raise ValueError("invalid key: it is empty; create one with keygen()")
     if bad := _INVALID_IN_KEY.search(key):
         raise ValueError(
-            f"the key has the character {bad[0]!r} at position {bad.start()}; keys are made of "
-            "letters, digits, '-' and '_'"
+            f"invalid key: it contains {bad[0]!r} at position {bad.start()}; "
+            "keys consist of letters, digits, '-' and '_'"
         )
     return key
 
 
 def unix_seconds(name: str, value: datetime | float | None) -> int | None:
     """
-    Turn a point in time into the unix seconds that the broker takes.
+    Convert a point in time into whole Unix seconds.
 
-    :param value: an aware ``datetime``, or unix seconds
-    :raises ValueError: if it is a naive ``datetime``, or so far away that the broker would pass
-        over it
+    :param value: an aware ``datetime``, or Unix seconds
+    :raises TypeError: if it is neither
+    :raises ValueError: if it is a naive ``datetime``, or outside the range that the broker accepts
     """
     if value is None:
         return None
     if isinstance(value, datetime):
         if value.utcoffset() is None:
-            raise ValueError(f"{name} is a naive datetime: give it a tzinfo, such as timezone.utc")
+            raise ValueError(
+                f"{name} must be an aware datetime, not a naive one; "
+                "set its tzinfo, for example to timezone.utc"
+            )
         seconds = value.timestamp()
     elif is_number(value):
         seconds = value
     else:
-        raise TypeError(f"{name} is a datetime or unix seconds, not {type(value).__name__}")
+        raise TypeError(f"{name} must be a datetime or Unix seconds, not {type(value).__name__}")
     if not _FIRST_SECOND <= seconds <= _LAST_SECOND:
         raise ValueError(
-            f"{name} is {seconds}; the broker knows the unix seconds {_FIRST_SECOND} (2018) "
-            f"to {_LAST_SECOND} (2066) and would pass over this one"
+            f"{name} must be from {_FIRST_SECOND} (2018) to {_LAST_SECOND} (2066) in Unix seconds, "
+            f"not {seconds}: the broker ignores times outside this range"
         )
     return int(seconds)
 
 
 def format_topic(key: str, channel: str, options: Iterable[tuple[str, int | None]] = ()) -> str:
     """
-    Put a topic together from checked parts.
+    Build a topic from checked parts.
 
-    :param options: names and values in the order of the topic; a ``None`` leaves its option out
-    :raises InvalidChannelError: if it is longer than MQTT allows
+    :param options: names and values in the order of the topic; options that are ``None`` are left
+        out
+    :raises InvalidChannelError: if the topic is longer than MQTT allows
     """
     topic = f"{key}/{format_options(channel, options)}"
     if len(topic) > _MAX_TOPIC_BYTES:
         raise InvalidChannelError(
-            f"the topic of a channel of {len(channel)} bytes would have {len(topic)}; MQTT takes "
-            f"{_MAX_TOPIC_BYTES}"
+            f"the channel of {len(channel)} bytes is too long: its topic would have {len(topic)} "
+            f"bytes, but MQTT allows at most {_MAX_TOPIC_BYTES}"
         )
     return topic
 
 
 def format_options(channel: str, options: Iterable[tuple[str, int | None]]) -> str:
-    """Put the options that are given behind a checked channel."""
+    """Append the options that are not ``None`` to a checked channel."""
     given = "&".join(f"{name}={value}" for name, value in options if value is not None)
     return f"{channel}?{given}" if given else channel
 
 
 def level_hash(level: str) -> int:
     """
-    Hash one level, or a path, as the broker does: MurmurHash3 (x86, 32 bits) with seed 37, its
-    bytes reversed.
+    Hash one level, or a path, as the broker does: MurmurHash3 (x86, 32 bits) with seed 37 and
+    reversed bytes.
     """
     data = level.encode()
     h = 37
@@ -242,10 +247,10 @@ def _mix(k: int) -> int:
 @lru_cache(maxsize=4096)
 def channel_hash(channel: str) -> int:
     """
-    Give what the broker tells the subscriptions of one link apart by: the level hashes, XORed.
+    Return the hash by which the broker identifies a subscription: its level hashes, XORed.
 
-    Two channels with the same one get in each other's way there (its ``message/sub.go``): the
-    second is acknowledged and never delivered.
+    If two subscriptions of one connection have equal hashes, the broker acknowledges the second
+    and never delivers to it (Emitter's ``message/sub.go``).
     """
     mixed = 0
     for level in levels(channel):

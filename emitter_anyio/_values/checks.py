@@ -1,7 +1,7 @@
-"""What the arguments of a call must be: their types and ranges, and text as a plain ``str``.
+"""Checks of argument types and ranges.
 
-A subclass of ``str`` or ``int``, such as a member of an ``Enum``, may format, compare and hash in
-its own way, so each check returns the plain value, and only that is sent and kept.
+Each check returns a plain ``str`` or ``int``, because a subclass (a member of an ``Enum``, for
+example) might format, compare or hash differently. Only the plain value is sent or stored.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ MAX_INT32: Final = 2**31 - 1
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Tell whether something is an ``int``, and no ``bool`` in its place."""
+    """Return whether a value is an ``int`` but not a ``bool``."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Tell whether something is an ``int`` or ``float``, and no ``bool`` in its place."""
+    """Return whether a value is an ``int`` or ``float`` but not a ``bool``."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_text(name: str, value: object, hint: str = "") -> str:
     """
-    Check that an argument is text.
+    Check that an argument is a ``str``.
 
-    :param hint: what else the error says of a good value
+    :param hint: text to add to the expected type in the error message
     :return: the text as a plain ``str``
     :raises TypeError: if it is not a ``str``
     """
@@ -41,10 +41,10 @@ def check_text(name: str, value: object, hint: str = "") -> str:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
     """
-    Check that an argument is one of some words.
+    Check that an argument is one of several strings.
 
     :raises TypeError: if it is not a ``str``
-    :raises ValueError: if it is another one
+    :raises ValueError: if it is not one of the choices
     """
     text = check_text(name, value)
     if text not in choices:
@@ -54,9 +54,9 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> str:
 
 def check_flag(name: str, value: object) -> bool:
     """
-    Check that an argument is ``True`` or ``False``.
+    Check that an argument is a ``bool``.
 
-    :raises TypeError: if it is something else
+    :raises TypeError: if it is not
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, not {type(value).__name__}")
@@ -65,11 +65,11 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_int(name: str, value: object, least: int, most: int = MAX_INT32, unit: str = "") -> int:
     """
-    Check that an argument is a whole number in a range.
+    Check that an argument is an ``int`` in a range.
 
-    :param unit: what the error calls the unit of the range
+    :param unit: text to add to the range in the error message
     :raises TypeError: if it is not an ``int``
-    :raises ValueError: if it is out of the range
+    :raises ValueError: if it is out of range
     """
     if not is_int(value):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
@@ -80,10 +80,10 @@ def check_int(name: str, value: object, least: int, most: int = MAX_INT32, unit:
 
 def check_optional_int(name: str, value: object) -> int | None:
     """
-    Check an option that is a whole number, or ``None``.
+    Check that an argument is ``None`` or an ``int`` that the broker accepts.
 
-    :raises TypeError: if it is not an ``int``
-    :raises ValueError: if it is negative or over 2³¹ - 1, which the broker does not take
+    :raises TypeError: if it is neither
+    :raises ValueError: if it is negative or over 2³¹ - 1
     """
     return None if value is None else check_int(name, value, 0)
 
@@ -93,7 +93,7 @@ def check_seconds(name: str, value: object, least: float = 0, most: float = math
     Check that an argument is a number of seconds in a range.
 
     :raises TypeError: if it is not an ``int`` or ``float``
-    :raises ValueError: if it is out of the range, or not a number
+    :raises ValueError: if it is NaN or out of range
     """
     if not is_number(value):
         raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
@@ -103,12 +103,12 @@ def check_seconds(name: str, value: object, least: float = 0, most: float = math
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} is too large; use None for no limit") from None
+        raise ValueError(f"{name} is too large; use math.inf for no limit") from None
 
 
 def check_function(name: str, value: F) -> F:
     """
-    Check that an argument can be called, and that a call of it does something.
+    Check that an argument can be called and is not a generator function.
 
     :raises TypeError: if it cannot be called, or is a generator function
     """
@@ -118,19 +118,19 @@ def check_function(name: str, value: F) -> F:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
                 f"{name} must be a function or coroutine function, not a generator function: "
-                "calling that runs none of its code; remove the yield"
+                "calling it would not run its code; remove the yield"
             )
     return value
 
 
 def check_task_status(value: object) -> None:
     """
-    Check that an argument is what a task group's or nursery's ``start()`` passes.
+    Check that an argument is the task status that ``start()`` of a task group or nursery passes.
 
-    :raises TypeError: if it has no method ``started``
+    :raises TypeError: if it has no ``started()`` method
     """
     if not callable(getattr(value, "started", None)):
         raise TypeError(
-            f"task_status must have a method started(), not be a {type(value).__name__}; use "
-            "await task_group.start(...)"
+            f"task_status must have a started() method, which {type(value).__name__} does not; "
+            "use await task_group.start(...)"
         )

@@ -1,24 +1,26 @@
-"""The error tree. What this library raises on purpose is an :class:`EmitterError`, but for
-:class:`TypeError`, :class:`ValueError` and :class:`RuntimeError` where a call itself is wrong.
+"""The exceptions of the library.
+
+The library raises :class:`EmitterError`, except for invalid calls, which raise :class:`TypeError`,
+:class:`ValueError` or :class:`RuntimeError`.
 
 .. code-block:: text
 
     EmitterError
-    ├── ConnectError                  a link could not be opened (every cause, by server)
-    │   └── ConnectRefusedError       the broker's CONNACK said no
-    ├── ConnectionLostError           an established link dropped; the outcome is unknown
+    ├── ConnectError                  no connection could be opened (every cause, by server)
+    │   └── ConnectRefusedError       refused by CONNACK
+    ├── ConnectionLostError           an established connection dropped; the outcome is unknown
     ├── ClosedError                   used outside the block
     ├── WrongLoopError                used from another thread or event loop
-    ├── RequestTimeoutError           the broker did not answer in time
-    ├── RemoteProtocolError           the peer sent nonsense
-    ├── SlowConsumerError             a buffer was full, messages were dropped
-    ├── SubscriptionConflictError     the broker cannot keep two subscriptions of one link apart
+    ├── RequestTimeoutError           the broker did not reply in time
+    ├── RemoteProtocolError           the peer violated the protocol
+    ├── SlowConsumerError             a buffer was full and messages were dropped
+    ├── SubscriptionConflictError     two subscriptions cannot share one connection
     ├── HandlerError                  an ``on()`` handler raised
     ├── ReplyError                    the handler that served a request() raised
     ├── DecodeError                   a message could not be decoded
-    ├── InvalidChannelError           a channel that the broker would not take
-    ├── MessageTooLargeError          more bytes than the broker takes
-    └── RequestError                  the broker refused
+    ├── InvalidChannelError           the broker would not accept the channel
+    ├── MessageTooLargeError          larger than the broker accepts
+    └── RequestError                  refused by the broker
         ├── BadRequestError           400
         ├── UnauthorizedError         401
         ├── PaymentRequiredError      402
@@ -44,14 +46,14 @@ from .messages import EmitterMessage
 
 class EmitterError(Exception):
     """
-    Base class of all the errors of this library.
+    The base class of all errors of this library.
 
-    Every error can be pickled and copied, with its attributes, notes and ``__cause__``. A cause
-    that cannot be pickled is replaced by an :exc:`Exception` with its type and text.
+    Every error can be pickled and copied with its attributes, notes and ``__cause__``. A cause that
+    cannot be pickled is replaced by an :exc:`Exception` with its type and text.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Not by calling the class, as Exception does: some take arguments that are not in `args`.
+        # Exception.__reduce__() calls the class with `args`, which lacks some classes' arguments.
         state = dict(vars(self))
         if self.__cause__ is not None:
             state["__cause__"] = make_picklable(self.__cause__)
@@ -60,7 +62,7 @@ class EmitterError(Exception):
 
 
 def make_picklable(error: BaseException) -> BaseException:
-    """Return an error if it can be pickled, else an :exc:`Exception` with its type and text."""
+    """Return the error if it can be pickled, else an :exc:`Exception` with its type and text."""
     if isinstance(error, EmitterError):
         return error
     try:
@@ -72,9 +74,9 @@ def make_picklable(error: BaseException) -> BaseException:
 
 class ConnectError(EmitterError):
     """
-    No link to a broker could be opened.
+    A failure to open a connection to any server.
 
-    :ivar causes: what went wrong, by server (a URL without user and password)
+    :ivar causes: the errors by server (a URL without user name and password)
     """
 
     def __init__(self, message: str, causes: Mapping[str, Exception] | None = None) -> None:
@@ -89,7 +91,7 @@ class ConnectError(EmitterError):
 
 class ConnectRefusedError(ConnectError):
     """
-    The broker answered CONNECT with a refusal.
+    A connection refused by the broker in its CONNACK packet.
 
     :ivar code: the return code of the CONNACK packet, 1 to 5 in MQTT 3.1.1
     """
@@ -103,10 +105,10 @@ class ConnectRefusedError(ConnectError):
 
 class ConnectionLostError(EmitterError, anyio.BrokenResourceError):
     """
-    An established link dropped: whether what was under way took effect is unknown.
+    The loss of an established connection. Whether pending calls took effect is unknown.
 
-    :ivar unread: the messages that were received and that no consumer had read when the link was
-        gone for good
+    :ivar unread: the messages that had been received but not read when the client gave up
+        reconnecting
     """
 
     def __init__(self, message: str, unread: list[EmitterMessage] | None = None) -> None:
@@ -115,31 +117,33 @@ class ConnectionLostError(EmitterError, anyio.BrokenResourceError):
 
 
 class ClosedError(EmitterError, anyio.ClosedResourceError):
-    """The client was used before it was entered or after it was left."""
+    """A use of the client before it was entered or after it was left."""
 
 
 class WrongLoopError(EmitterError, RuntimeError):
     """
-    The client or a stream was used from another thread or event loop than its own.
+    A use of a client or stream outside the thread and event loop in which the client was entered.
 
-    Nothing was done: the client and its tasks go on. Other threads call it by
-    ``anyio.from_thread.run()``, or through a blocking portal of its event loop.
+    The call had no effect, and the client keeps running. To call it from other threads, use
+    ``anyio.from_thread.run()`` or a blocking portal of its event loop.
     """
 
 
 class RequestTimeoutError(EmitterError, TimeoutError):
-    """The broker did not answer in time; whether the request took effect is unknown."""
+    """A timeout of a reply by the broker. Whether the request took effect is unknown."""
 
 
 class RemoteProtocolError(EmitterError):
-    """The peer sent something that MQTT 3.1.1, or Emitter on top of it, does not allow."""
+    """A violation of MQTT 3.1.1, WebSocket or Emitter's protocol by the peer."""
 
 
 class SlowConsumerError(EmitterError):
     """
-    A buffer was full and messages were dropped, at this place between the messages.
+    Messages that were dropped because a buffer was full.
 
-    :ivar dropped: how many messages are missing here
+    A stream raises it at the position of the dropped messages.
+
+    :ivar dropped: the number of messages dropped at this position
     """
 
     def __init__(self, message: str, *, dropped: int) -> None:
@@ -148,14 +152,14 @@ class SlowConsumerError(EmitterError):
 
 
 class SubscriptionConflictError(EmitterError):
-    """The broker cannot keep this subscription apart from another one of the same link."""
+    """A subscription that the broker cannot distinguish from another on the same connection."""
 
 
 class HandlerError(EmitterError):
     """
-    A handler registered with ``on()`` raised; ``__cause__`` is what it raised.
+    An exception in a handler registered with ``on()``; ``__cause__`` is that exception.
 
-    :ivar event: the event that it handled
+    :ivar event: the event that the handler received
     """
 
     def __init__(self, message: str, *, event: str) -> None:
@@ -164,14 +168,14 @@ class HandlerError(EmitterError):
 
 
 class ReplyError(EmitterError):
-    """The handler that served a ``request()`` raised, at the other client."""
+    """An exception in the handler of another client that served a ``request()``."""
 
 
 class DecodeError(EmitterError, ValueError):
     """
-    The function that decodes the messages of a stream raised; ``__cause__`` is what it raised.
+    An exception in a function that decodes messages; ``__cause__`` is that exception.
 
-    :ivar message: the message that it was given
+    :ivar message: the message that could not be decoded
     """
 
     def __init__(self, text: str, *, message: EmitterMessage) -> None:
@@ -180,23 +184,22 @@ class DecodeError(EmitterError, ValueError):
 
 
 class InvalidChannelError(EmitterError, ValueError):
-    """The channel is one that the broker would not take."""
+    """A channel that the broker would not accept."""
 
 
 class MessageTooLargeError(EmitterError, ValueError):
-    """The packet has more bytes than the broker takes: it would close the link."""
+    """A packet larger than the broker accepts; sending it would make it close the connection."""
 
 
 class RequestError(EmitterError):
     """
-    The broker refused what was asked.
+    A refusal by the broker.
 
-    :ivar status: Emitter's status, as in HTTP; ``None`` where the broker acknowledged the request
-        and sent no answer
-    :ivar message: the broker's own words, on one line and cut after 200 characters
-    :ivar operation: what was asked: ``"publish"``, ``"subscribe"``, ``"keygen"`` …
-    :ivar channel: the channel it was asked for, without its key, or ``None``
-    :ivar hint: the likely reasons for this very call
+    :ivar status: Emitter's status, as in HTTP; ``None`` if the broker sent no status
+    :ivar message: the broker's message, on one line and truncated after 200 characters
+    :ivar operation: the operation: ``"publish"``, ``"subscribe"``, ``"keygen"`` …
+    :ivar channel: the channel, without its key, or ``None``
+    :ivar hint: the likely reasons for this refusal, or ``None``
     """
 
     def __init__(
@@ -220,44 +223,44 @@ class RequestError(EmitterError):
 
 
 class BadRequestError(RequestError):
-    """400: the broker could not make sense of the request."""
+    """400: an invalid request."""
 
 
 class UnauthorizedError(RequestError):
-    """401: the key does not open this channel for this operation."""
+    """401: a key that does not permit this operation on this channel."""
 
 
 class PaymentRequiredError(RequestError):
-    """402: the contract does not cover the request."""
+    """402: a request that the contract does not cover."""
 
 
 class ForbiddenError(RequestError):
-    """403: the broker does not do this for anybody, such as publishing to a wildcard."""
+    """403: an operation that no key permits, such as publishing to a wildcard."""
 
 
 class NotFoundError(RequestError):
-    """404: there is no such request, or no such contract."""
+    """404: an unknown request or contract."""
 
 
 class ServerError(RequestError):
-    """5xx: the broker failed."""
+    """5xx: a failure of the broker."""
 
 
 class HistoryIncompleteError(RequestError):
     """
-    Stored messages that could not be read, at their place between the others.
+    A period whose stored messages could not all be read.
 
-    Iteration can go on after it.
+    ``history()`` raises it at the position of these messages. Iteration can continue after it.
 
-    :ivar since: the first second of the period that they are from
-    :ivar until: its last second
+    :ivar since: the first second of the period
+    :ivar until: the last second of the period
     """
 
     def __init__(self, reason: str, *, channel: str, since: datetime, until: datetime) -> None:
         super().__init__(
             None,
             f"stored messages from {since:%Y-%m-%dT%H:%M:%SZ} to {until:%Y-%m-%dT%H:%M:%SZ} could "
-            f"not be read: {reason}; iterate further to read the others",
+            f"not be read: {reason}; continue iterating to read the others",
             operation="history",
             channel=channel,
         )
@@ -282,7 +285,7 @@ def make_request_error(
     channel: str | None = None,
     hint: str | None = None,
 ) -> RequestError:
-    """Make the error of the tree that belongs to a status."""
+    """Make the error for a status."""
     kind = RequestError
     if status is not None:
         kind = ServerError if 500 <= status < 600 else _BY_STATUS.get(status, RequestError)

@@ -10,20 +10,22 @@ from typing import Any, Final, TypeAlias
 from .text import make_printable
 
 Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
-"""What can be published: bytes-like and ``str`` (UTF-8) go as they are, all else as JSON."""
+"""What can be published: bytes-like objects, ``str`` (as UTF-8), or other objects (as JSON)."""
 
 ITEM_OVERHEAD_BYTES: Final = 128
-"""What waits in a buffer weighs so many bytes beside its payload and channel: what Python keeps
-around them."""
+"""
+The weight of a buffered item in bytes, in addition to its payload and channel: the memory that its
+Python objects take.
+"""
 
 _SHOWN_BYTES = 64
 
 _JSON_TYPES: Final = (dict, list, tuple, int, float, type(None))
-"""Not buffers: to try would cost a third of what encoding them does."""
+"""Types that are not buffers. Trying ``memoryview()`` would add a third to their encoding time."""
 
 
 class Readable:
-    """What can be done with the payload of a message."""
+    """The methods of a message that read its payload."""
 
     __slots__ = ()
 
@@ -31,7 +33,7 @@ class Readable:
     binary: bytes
 
     def as_binary(self) -> bytes:
-        """Return the payload as it is."""
+        """Return the payload as bytes."""
         return self.binary
 
     def as_string(self) -> str:
@@ -44,19 +46,19 @@ class Readable:
             return self.binary.decode()
         except UnicodeDecodeError as exc:
             raise ValueError(
-                f"{self._describe()} is not UTF-8: {exc.reason} at byte {exc.start}"
+                f"cannot decode {self._describe()} as UTF-8: {exc.reason} at byte {exc.start}"
             ) from exc
 
     def as_object(self) -> Any:
         """
-        Return what the payload is in JSON.
+        Return the payload decoded from JSON.
 
         :raises ValueError: if it is not JSON
         """
         try:
             return json.loads(self.binary)
         except (ValueError, RecursionError) as exc:
-            raise ValueError(f"{self._describe()} is not JSON: {exc}") from exc
+            raise ValueError(f"cannot decode {self._describe()} as JSON: {exc}") from exc
 
     asBinary = as_binary  # noqa: N815 - the original SDK's name
     asString = as_string  # noqa: N815 - the original SDK's name
@@ -68,7 +70,7 @@ class Readable:
 
 def _show_payload(message: Readable) -> str:
     if message.channel.startswith("emitter/keygen/"):
-        # The broker's reply, which a wide subscription may receive as a message.
+        # The reply to keygen() contains a key, and a subscription to "+/" might receive it.
         return f"<{len(message.binary)} bytes>"
     return repr(message.binary[:_SHOWN_BYTES]) + ("…" if len(message.binary) > _SHOWN_BYTES else "")
 
@@ -77,13 +79,13 @@ class EmitterMessage(Readable):
     """
     A message from a channel.
 
-    All streams and handlers that a message reaches share one object: treat it as read-only.
+    All streams and handlers that receive a message share one object, so treat it as read-only.
 
-    :ivar channel: the channel it was published to, with its trailing slash and without a key
+    :ivar channel: the channel that it was published to, with a trailing slash and without a key
     :ivar binary: the payload
     """
 
-    # Made for every message: what is rare is in a class of its own.
+    # An instance is created for every message, so rarely used attributes are in a subclass.
     __slots__ = ("binary", "channel")
 
     channel: str
@@ -99,12 +101,12 @@ class EmitterMessage(Readable):
 
     @property
     def replayed(self) -> bool:
-        """Whether it was read back from the broker's storage, so that it may come twice."""
+        """Whether it was read back from the broker's storage, so that it might arrive twice."""
         return False
 
     @property
     def id(self) -> bytes | None:
-        """What the broker's storage knows it by, where ``replayed``; else ``None``."""
+        """The broker's id of a replayed message; ``None`` for other messages."""
         return None
 
 
@@ -129,12 +131,12 @@ class ReplayedMessage(EmitterMessage):
 @dataclass(frozen=True, slots=True)
 class Gap:
     """
-    A place in a stream at which messages may be missing, since the link was away.
+    A position in a stream at which messages might be missing because the connection was lost.
 
     :ivar channel: the channel of the subscription
-    :ivar resumed: how many stored messages follow that the gap would have lost
-    :ivar complete: whether these are all that were stored meanwhile
-    :ivar reason: why not, where they are not
+    :ivar resumed: the number of stored messages from this period that follow
+    :ivar complete: whether these are all messages that were stored during the period
+    :ivar reason: why they might be incomplete, or ``None``
     """
 
     channel: str
@@ -148,9 +150,9 @@ class StoredMessage(Readable):
     """
     A message from the broker's storage.
 
-    :ivar id: what the broker knows it by; the order of the ids is the reverse of that in time
-    :ivar time: when the broker took it, to the second, read from the id
-    :ivar channel: the channel it was published to, with its trailing slash and without a key
+    :ivar id: the broker's id of the message; newer messages have smaller ids
+    :ivar time: the time at which the broker stored it, to the second, read from the id
+    :ivar channel: the channel that it was published to, with a trailing slash and without a key
     :ivar binary: the payload
     """
 
@@ -168,10 +170,10 @@ class StoredMessage(Readable):
 
 def encode_payload(message: Payload) -> bytes:
     """
-    Turn what is to be published into bytes.
+    Encode a message to publish.
 
-    :raises TypeError: if it is neither bytes-like nor ``str`` and JSON does not know it
-    :raises ValueError: if it is text that has no UTF-8, or an object that has no JSON
+    :raises TypeError: if it is neither bytes-like, nor ``str``, nor JSON-serializable
+    :raises ValueError: if it cannot be encoded as UTF-8 or JSON
     """
     plain = plain_payload(message)
     if isinstance(plain, bytes):
@@ -182,27 +184,33 @@ def encode_payload(message: Payload) -> bytes:
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except TypeError as exc:
         raise TypeError(
-            "cannot encode the message: it must be bytes-like, str or what JSON can hold, not "
-            f"{type(message).__name__}: {exc}"
+            f"cannot encode a message of type {type(message).__name__} as JSON: {exc}; "
+            "a message must be bytes-like, str or JSON-serializable"
         ) from exc
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"the message has no JSON: {exc}") from exc
+        raise ValueError(f"cannot encode the message as JSON: {exc}") from exc
     return _encode_text(text)
 
 
 def plain_payload(message: Payload) -> Payload:
-    """Return any buffer as ``bytes``, text as a plain ``str``, and other objects as they are."""
+    """
+    Return a buffer as ``bytes``, text as a plain ``str``, and other objects unchanged.
+
+    :raises TypeError: if it is a buffer of Python objects
+    """
     if isinstance(message, str):
         return str.__str__(message)
     if type(message) is bytes or isinstance(message, _JSON_TYPES):
         return message
     try:
-        view = memoryview(message)  # type: ignore[arg-type]  # whether it is one, this tells
+        view = memoryview(message)  # type: ignore[arg-type]  # raises TypeError if not a buffer
     except TypeError:
         return message
     with view:
         if "O" in view.format:
-            raise TypeError("cannot encode the message: a buffer of Python objects has no bytes")
+            raise TypeError(
+                "cannot encode the message: its buffer contains Python objects instead of bytes"
+            )
         return view.tobytes()
 
 
@@ -211,5 +219,5 @@ def _encode_text(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as exc:
         raise ValueError(
-            f"the message has no UTF-8: {exc.reason} at character {exc.start}"
+            f"cannot encode the message as UTF-8: {exc.reason} at character {exc.start}"
         ) from exc

@@ -1,8 +1,8 @@
-"""Control requests and their typed answers.
+"""Control requests and their typed replies.
 
-A request is a ``PUBLISH`` to ``emitter/<operation>/``; the broker answers on the same topic, before
-it acknowledges, with the packet id as ``req``. What comes is JSON that anybody with a wide enough
-key could have forged, so every field is checked before it becomes a value.
+A request is a PUBLISH to ``emitter/<operation>/``. The broker replies on the same topic, with the
+packet id as ``req``, before it acknowledges the request. A reply is JSON that any client with a
+sufficiently wide key could have forged, so every field is checked.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from .text import make_printable
 T = TypeVar("T")
 
 _ID_EPOCH: Final = 1514764800
-"""Message ids count their seconds from 2018-01-01."""
+"""The Unix time at which the seconds in message ids begin, 2018-01-01."""
 
 
 class InvalidReplyError(ValueError):
-    """What came is not what the broker would send."""
+    """A reply that the broker would not send."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ChannelKey:
     """
-    A key and the channel that it opens.
+    A key and its target channel.
 
-    :ivar key: the key; it is not shown in the ``repr``
-    :ivar channel: the target as the broker sees it; for a private channel it ends with the
-        connection's id
+    :ivar key: the key, which the ``repr`` hides
+    :ivar channel: the target as the broker reports it; that of a private channel ends with the id
+        of the connection
     """
 
     key: str
@@ -48,10 +48,10 @@ class ChannelKey:
 @dataclass(frozen=True, slots=True)
 class Link:
     """
-    A short name for a channel on this connection.
+    A short name of a channel on one connection.
 
     :ivar name: one or two letters or digits
-    :ivar channel: the channel with the options that the link was made with
+    :ivar channel: the channel, with the options of the link
     """
 
     name: str
@@ -59,14 +59,14 @@ class Link:
 
 
 class _ReadOnlyDict(dict[str, str]):
-    """A dict that cannot be changed; a mapping proxy could not be pickled or copied."""
+    """A read-only ``dict``, because a mapping proxy cannot be pickled or copied."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
 
 
 def _refuse_to_change(*args: object, **keywords: object) -> NoReturn:
-    raise TypeError("links cannot be changed; copy them with dict(me.links)")
+    raise TypeError("links is read-only; copy it with dict(me.links)")
 
 
 for _name in (
@@ -79,11 +79,10 @@ for _name in (
 @dataclass(frozen=True, slots=True)
 class Me:
     """
-    What the broker knows of this connection.
+    The broker's information about the current connection.
 
-    :ivar id: the connection's id, new for each link
-    :ivar links: channels by the names of their links; read-only, because handlers and callers
-        share it
+    :ivar id: the id of the connection, which changes with each reconnection
+    :ivar links: the channels by link name; read-only, because handlers and callers share it
     """
 
     id: str
@@ -95,11 +94,11 @@ class Member:
     """
     A connection that is subscribed to a channel.
 
-    :ivar id: the connection's id
-    :ivar username: the user name that it connected with, if any
-    :ivar confirmed: whether the broker has named it since the client's connection was opened. In
-        :attr:`PresenceFeed.members`, those of an earlier connection stay without it until the
-        broker says something of them
+    :ivar id: the id of the connection
+    :ivar username: the user name of the connection, or ``None``
+    :ivar confirmed: whether the broker has reported this member on the client's current connection.
+        After a reconnection, :attr:`PresenceFeed.members` keeps earlier members as unconfirmed
+        until the broker reports them again or as gone
     """
 
     id: str
@@ -110,12 +109,12 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class PresenceEvent:
     """
-    Something that happened to the members of a channel.
+    A change of a channel's members.
 
     :ivar time: the broker's time, to the second
     :ivar event: ``"subscribe"`` or ``"unsubscribe"``; ``"status"`` in a :class:`PresenceStatus`
-    :ivar channel: the channel, which may be one below the watched one
-    :ivar who: who it is about: one member, or all who are there in a :class:`PresenceStatus`
+    :ivar channel: the channel, which might be below the watched channel
+    :ivar who: the member that changed; all current members in a :class:`PresenceStatus`
     """
 
     time: datetime
@@ -126,20 +125,20 @@ class PresenceEvent:
 
 @dataclass(frozen=True, slots=True)
 class PresenceStatus(PresenceEvent):
-    """Whom a message to a channel would have reached at one time."""
+    """The members that a message to a channel would have reached at a certain time."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Request(Generic[T]):
     """
-    A question to the broker.
+    A control request to the broker.
 
-    :ivar operation: its name, which is its topic ``emitter/<operation>/`` and its event
-    :ivar body: the JSON to send, or nothing
-    :ivar parse: makes the value of a good answer; raises :exc:`InvalidReplyError`
-    :ivar key: the key in question, for hints
-    :ivar channel: the channel in question, for errors
-    :ivar emits: whether a good answer is an event, too
+    :ivar operation: its name, which determines its topic ``emitter/<operation>/`` and its event
+    :ivar body: the JSON to send, or an empty payload
+    :ivar parse: makes the value from a successful reply, or raises :exc:`InvalidReplyError`
+    :ivar key: the key, for hints
+    :ivar channel: the channel, for errors
+    :ivar emits: whether a successful reply is also emitted as an event
     """
 
     operation: str
@@ -155,7 +154,7 @@ class Request(Generic[T]):
 
 
 def keygen(key: str, channel: str, permissions: str, ttl: int) -> Request[ChannelKey]:
-    """Ask for a key: ``key`` is the master secret, or an extend key for a private channel."""
+    """Create a key from the secret key, or a private channel from an extend key."""
 
     def parse(answer: Mapping[str, Any]) -> ChannelKey:
         return ChannelKey(_get_text(answer, "key"), _get_text(answer, "channel"))
@@ -165,11 +164,11 @@ def keygen(key: str, channel: str, permissions: str, ttl: int) -> Request[Channe
 
 
 def keyban(secret: str, target: str, banned: bool) -> Request[bool]:
-    """Ask to ban a key, or to take that back."""
+    """Ban a key, or lift a ban."""
 
     def parse(answer: Mapping[str, Any]) -> bool:
         if not isinstance(now := answer.get("banned"), bool):
-            raise InvalidReplyError("banned is no bool")
+            raise InvalidReplyError("'banned' is not a boolean")
         return now
 
     body = {"secret": secret, "target": target, "banned": banned}
@@ -179,7 +178,7 @@ def keyban(secret: str, target: str, banned: bool) -> Request[bool]:
 def link(
     key: str, channel: str, name: str, options: Iterable[tuple[str, int | None]]
 ) -> Request[Link]:
-    """Ask for a link; the broker checks the key only when the link is used."""
+    """Create a link. The broker checks the key only when the link is used."""
 
     def parse(answer: Mapping[str, Any]) -> Link:
         return Link(_get_text(answer, "name"), _get_text(answer, "channel"))
@@ -194,12 +193,12 @@ def link(
 
 
 def me() -> Request[Me]:
-    """Ask who we are."""
+    """Request the id and the links of the connection."""
 
     def parse(answer: Mapping[str, Any]) -> Me:
         links = answer.get("links", {})
         if not isinstance(links, dict) or not all(isinstance(v, str) for v in links.values()):
-            raise InvalidReplyError("links is not an object of channels")
+            raise InvalidReplyError("'links' is not an object of strings")
         return Me(_get_text(answer, "id"), _ReadOnlyDict(links))
 
     return Request("me", b"", parse)
@@ -209,10 +208,11 @@ def presence(
     key: str, channel: str, *, status: bool, changes: bool | None
 ) -> Request[PresenceStatus | None]:
     """
-    Ask who is there (``status``), and turn the feed of changes on or off.
+    Request the members of a channel, and turn the feed of their changes on or off.
 
-    A ``changes`` of ``None`` is left out: the broker takes an explicit ``false`` as the end of the
-    feed.
+    :param status: whether to request the members
+    :param changes: whether to turn the feed on or off; ``None`` leaves it as it is. The broker
+        would treat ``false`` as the end of the feed, so ``None`` is not sent
     """
 
     def parse(answer: Mapping[str, Any]) -> PresenceStatus | None:
@@ -220,7 +220,7 @@ def presence(
             return None
         who = answer.get("who")
         if not isinstance(who, list):
-            raise InvalidReplyError("who is not an array")
+            raise InvalidReplyError("'who' is not an array")
         return PresenceStatus(
             _get_time(answer, "time"),
             "status",
@@ -236,13 +236,13 @@ def presence(
 
 def parse_presence_event(answer: Mapping[str, Any]) -> PresenceEvent:
     """
-    Read a change of presence, which comes without having been asked for each time.
+    Parse a presence change, which the broker sends without a ``req``.
 
-    :raises InvalidReplyError: if it is none
+    :raises InvalidReplyError: if a field is invalid
     """
     event = answer.get("event")
     if event not in ("subscribe", "unsubscribe"):
-        raise InvalidReplyError("event is neither subscribe nor unsubscribe")
+        raise InvalidReplyError("'event' is neither 'subscribe' nor 'unsubscribe'")
     who = (_parse_member(answer.get("who")),)
     return PresenceEvent(_get_time(answer, "time"), event, _get_text(answer, "channel"), who)
 
@@ -257,20 +257,24 @@ def history(
     before: bytes | None = None,
 ) -> Request[list[StoredMessage]]:
     """
-    Ask for the newest of the stored messages, the oldest of them first in the answer.
+    Request the newest stored messages; the value lists the oldest of them first.
 
-    The broker sorts by the second only and puts the newest first within one; the ids know better.
+    The broker's replies are sorted only by second, and reversed within a second, so the messages
+    are sorted again by id.
 
-    :param before: the id of a message: only those older than it
+    :param last: the maximum number of messages
+    :param since: the first second, in Unix time
+    :param until: the last second, in Unix time
+    :param before: the id of a message; only older messages are requested
     """
 
     def parse(answer: Mapping[str, Any]) -> list[StoredMessage]:
         found = answer.get("messages")
         if not isinstance(found, list):
-            raise InvalidReplyError("messages is not an array")
+            raise InvalidReplyError("'messages' is not an array")
         return sorted(map(_parse_stored, found), key=lambda message: message.id[4:16], reverse=True)
 
-    # The key stands inside the channel here; the broker passes over a field of its own for it.
+    # The key must be part of the channel, because the broker ignores a "key" field here.
     topic = format_topic(key, channel, (("last", last), ("from", since), ("until", until)))
     body = {"channel": topic}
     if before is not None:
@@ -280,30 +284,30 @@ def history(
 
 def parse_object(binary: bytes) -> Mapping[str, Any]:
     """
-    Read a JSON object.
+    Parse a JSON object.
 
-    :raises InvalidReplyError: if it is something else
+    :raises InvalidReplyError: if it is anything else
     """
     try:
         value = json.loads(binary)
     except (ValueError, RecursionError) as exc:
-        raise InvalidReplyError("no JSON") from exc
+        raise InvalidReplyError("not JSON") from exc
     if not isinstance(value, dict):
-        raise InvalidReplyError("no JSON object")
+        raise InvalidReplyError("not a JSON object")
     return value
 
 
 def parse_refusal(answer: Mapping[str, Any]) -> tuple[int, str] | None:
     """
-    Tell the status and message of an answer that says no, or ``None`` of one that says yes.
+    Return the status and message of a refusal, or ``None`` for a successful reply.
 
-    A history answer has no status when all is well.
+    A successful history reply has no status.
 
-    :raises InvalidReplyError: if status or message are not of their kind
+    :raises InvalidReplyError: if the status or the message has the wrong type
     """
     status = answer.get("status", 200)
     if not isinstance(status, int) or isinstance(status, bool):
-        raise InvalidReplyError("status is no whole number")
+        raise InvalidReplyError("'status' is not an integer")
     return None if status == 200 else (status, make_printable(_get_text(answer, "message")))
 
 
@@ -314,39 +318,39 @@ def _encode(body: Mapping[str, object]) -> bytes:
 def _get_text(answer: Mapping[str, Any], name: str) -> str:
     value = answer.get(name)
     if not isinstance(value, str):
-        raise InvalidReplyError(f"{name} is no string")
+        raise InvalidReplyError(f"{name!r} is not a string")
     return value
 
 
 def _get_time(answer: Mapping[str, Any], name: str) -> datetime:
     value = answer.get(name)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidReplyError(f"{name} is no whole number")
+        raise InvalidReplyError(f"{name!r} is not an integer")
     try:
         return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError) as exc:
-        raise InvalidReplyError(f"{name} is no time") from exc
+        raise InvalidReplyError(f"{name!r} is out of range") from exc
 
 
 def _parse_member(who: object) -> Member:
     if not isinstance(who, dict):
-        raise InvalidReplyError("a member is no object")
+        raise InvalidReplyError("a member is not an object")
     username = who.get("username")
     if username is not None and not isinstance(username, str):
-        raise InvalidReplyError("username is no string")
+        raise InvalidReplyError("'username' is not a string")
     return Member(_get_text(who, "id"), username)
 
 
 def _parse_stored(found: object) -> StoredMessage:
     if not isinstance(found, dict):
-        raise InvalidReplyError("a stored message is no object")
+        raise InvalidReplyError("a stored message is not an object")
     id = _get_text(found, "id")
     try:
         number = base64.b64decode(id, validate=True)
-        # The broker, written in Go, leaves out an empty payload.
+        # The broker omits an empty payload.
         binary = base64.b64decode(found.get("payload") or "", validate=True)
     except (TypeError, ValueError) as exc:
-        raise InvalidReplyError("a stored message is no base64") from exc
+        raise InvalidReplyError("a stored message is not valid base64") from exc
     if len(number) < 16:
         raise InvalidReplyError("the id of a stored message is too short")
     seconds = 0xFFFFFFFF - int.from_bytes(number[4:8], "big") + _ID_EPOCH

@@ -1,4 +1,4 @@
-"""Which subscriptions a channel reaches, as the broker decides it."""
+"""Matching channels to subscriptions by the broker's rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final, Generic, Literal, TypeAlias, TypeVar
 from .channels import levels
 
 Matcher: TypeAlias = Literal["emitter", "mqtt"]
-"""How the broker matches: ``"emitter"``, its default, by prefix; ``"mqtt"`` as MQTT does."""
+"""How the broker matches: ``"emitter"`` (its default) by prefix, ``"mqtt"`` by MQTT's rules."""
 
 T = TypeVar("T")
 
@@ -19,11 +19,11 @@ _MAX_CACHED_CHANNELS: Final = 4096
 
 def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
     """
-    Tell whether a message to a channel reaches a subscription.
+    Return whether a message to a channel reaches a subscription.
 
-    Under ``"emitter"`` a subscription reaches its channel and all below it, ``+`` stands for one
-    level, and ``#`` never matches anything. Under ``"mqtt"`` the levels match one by one and ``#``
-    stands for the rest.
+    With ``"emitter"``, a subscription matches its channel and all channels below it, ``+`` matches
+    one level, and ``#`` matches nothing. With ``"mqtt"``, levels match one by one, and ``#``
+    matches all remaining levels.
 
     :param pattern: the channel of the subscription
     :param channel: a channel without wildcards
@@ -41,7 +41,7 @@ def reaches(pattern: str, channel: str, matcher: Matcher = "emitter") -> bool:
 
 
 def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
-    """Tell whether some channel reaches both of two subscriptions."""
+    """Return whether a message could reach both of two subscriptions."""
     a, b = _path(one), _path(other)
     if matcher == "mqtt":
         shortest = min(len(x) - 1 if x[-1] == "#" else len(x) for x in (a, b))
@@ -57,8 +57,8 @@ def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
 
 @dataclass(slots=True)
 class _Node(Generic[T]):
-    below: dict[str, _Node[T]] = field(default_factory=dict)
-    here: dict[T, int] = field(default_factory=dict)
+    children: dict[str, _Node[T]] = field(default_factory=dict)
+    receivers: dict[T, int] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +68,7 @@ def _path(channel: str) -> tuple[str, ...]:
 
 class _Tree(Generic[T]):
     """
-    Receivers by the levels of the channel that they ask for.
+    A tree of receivers by the levels of their patterns.
 
     :param matcher: how the broker matches
     """
@@ -82,7 +82,8 @@ class _Tree(Generic[T]):
         """
         Add a receiver.
 
-        :param rank: its place among the others
+        :param pattern: the channel of its subscription; ``None`` matches every channel
+        :param rank: its position in the results of :meth:`find`
         """
         self._receivers_at(pattern, make=True)[receiver] = rank
 
@@ -93,7 +94,7 @@ class _Tree(Generic[T]):
             self._prune(levels(pattern))
 
     def find(self, channel: str) -> tuple[T, ...]:
-        """Return the receivers that a channel reaches, in the order of their ranks."""
+        """Return the receivers that match a channel, in the order of their ranks."""
         reached = self._collect(levels(channel if channel.endswith("/") else channel + "/"))
         return tuple(sorted(reached, key=reached.__getitem__))
 
@@ -102,17 +103,17 @@ class _Tree(Generic[T]):
             return self._everything
         node = self._root
         for level in levels(pattern):
-            node = node.below.setdefault(level, _Node()) if make else node.below[level]
-        return node.here
+            node = node.children.setdefault(level, _Node()) if make else node.children[level]
+        return node.receivers
 
     def _prune(self, path: list[str]) -> None:
         node, passed = self._root, []
         for level in path:
             passed.append((node, level))
-            node = node.below[level]
-        while passed and not node.here and not node.below:
+            node = node.children[level]
+        while passed and not node.receivers and not node.children:
             node, level = passed.pop()
-            del node.below[level]
+            del node.children[level]
 
     def _collect(self, path: list[str]) -> dict[T, int]:
         reached = dict(self._everything)
@@ -121,21 +122,23 @@ class _Tree(Generic[T]):
             at_end = depth == len(path)
             for node in nodes:
                 if at_end or self._matcher == "emitter":
-                    reached.update(node.here)
-                if self._matcher == "mqtt" and (rest := node.below.get("#")):
-                    reached.update(rest.here)
+                    reached.update(node.receivers)
+                if self._matcher == "mqtt" and (rest := node.children.get("#")):
+                    reached.update(rest.receivers)
             names = () if at_end else dict.fromkeys((path[depth], "+"))
-            nodes = [node.below[name] for node in nodes for name in names if name in node.below]
+            nodes = [
+                node.children[name] for node in nodes for name in names if name in node.children
+            ]
         return reached
 
 
 class _Cache(dict[str, tuple[T, ...]]):
     """
-    The receivers of channels that were looked up before.
+    A cache of the receivers of each channel.
 
-    A dictionary, because looking a channel up in it needs no call.
+    It is a ``dict``, because looking up a cached channel then takes no Python call.
 
-    :param tree: finds the receivers of other channels
+    :param tree: finds the receivers of channels that are not cached
     """
 
     def __init__(self, tree: _Tree[T]) -> None:
@@ -150,11 +153,10 @@ class _Cache(dict[str, tuple[T, ...]]):
 
 class Router(Generic[T]):
     """
-    Receivers by the channel that they ask for.
+    The receivers of each channel.
 
     :param matcher: how the broker matches
-
-    :ivar receivers: the receivers that a channel reaches, in the order in which they were added
+    :ivar receivers: the receivers by channel, in the order in which they were added
     """
 
     def __init__(self, matcher: Matcher = "emitter") -> None:
@@ -165,18 +167,18 @@ class Router(Generic[T]):
         self.receivers: Mapping[str, tuple[T, ...]] = self._found
 
     def __iter__(self) -> Iterator[T]:
-        # A copy: statistics() in another thread iterates while receivers come and go.
+        # A copy, because statistics() might iterate in another thread while receivers change.
         return iter(tuple(self._patterns))
 
     def add(self, receiver: T, pattern: str | None) -> None:
-        """Add a receiver of a channel; ``None`` stands for every channel."""
+        """Add a receiver with the channel of its subscription; ``None`` matches every channel."""
         self._patterns[receiver] = pattern
         self._added += 1
         self._tree.add(receiver, pattern, self._added)
         self._found.clear()
 
     def discard(self, receiver: T) -> None:
-        """Remove a receiver, if it is there."""
+        """Remove a receiver if it is present."""
         if receiver in self._patterns:
             self._tree.remove(receiver, self._patterns.pop(receiver))
             self._found.clear()
@@ -184,7 +186,7 @@ class Router(Generic[T]):
 
 class Routes(Generic[T]):
     """
-    The receivers of each event, by the channel that they ask for.
+    The receivers of each event, by channel.
 
     :param matcher: how the broker matches
     """
@@ -195,7 +197,7 @@ class Routes(Generic[T]):
         self._others: dict[str, Router[T]] = {}
 
     def add(self, event: str, receiver: T, channel: str | None) -> None:
-        """Add a receiver of an event; ``None`` stands for every channel."""
+        """Add a receiver of an event on a channel; ``None`` matches every channel."""
         self._router(event).add(receiver, channel)
 
     def discard(self, event: str, receiver: T) -> None:
@@ -206,12 +208,12 @@ class Routes(Generic[T]):
         """
         Return the receivers of an event.
 
-        :param channel: the event's channel; receivers of events without one ask for every channel
+        :param channel: the channel of the event; any channel if the event has none
         """
         return self._router(event).receivers[channel]
 
     def __iter__(self) -> Iterator[T]:
-        # Copies: statistics() in another thread iterates while receivers come and go.
+        # Copies, because statistics() might iterate in another thread while receivers change.
         for router in (self.messages, *tuple(self._others.values())):
             yield from router
 

@@ -1,4 +1,4 @@
-"""Text from a peer, made fit to be shown."""
+"""Making text from a peer safe to display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MAX_CHARACTERS: Final = 200
 
 
 def make_printable(text: str) -> str:
-    """Return text as one line of at most 200 characters that a terminal does not interpret."""
+    """Return text as one line of at most 200 characters, without terminal control characters."""
     line = " ".join(text[: 64 * _MAX_CHARACTERS].split())
     line = line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…"
     return "".join(character if character.isprintable() else "?" for character in line)

@@ -1,4 +1,4 @@
-"""The message that the broker publishes when a connection ends."""
+"""The last will of a connection."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .messages import Payload, plain_payload
 @dataclass(frozen=True, slots=True, repr=False)
 class Will:
     """
-    The message that the broker publishes when this link ends.
+    The message that the broker publishes when the connection ends.
 
-    Emitter publishes it after a clean goodbye too (its ``pubsub/lastwill.go``).
+    Emitter also publishes it after an orderly DISCONNECT (its ``pubsub/lastwill.go``).
 
     :ivar key: a key with the permission to write, or a function as in :meth:`Emitter.publish`
     :ivar channel: the channel to publish to
-    :ivar message: the payload, as in ``publish()``
-    :ivar retain: whether to store it, for which the key needs the permission to store
-    :raises InvalidChannelError: if the broker would not take the channel
+    :ivar message: the message, as in :meth:`Emitter.publish`
+    :ivar retain: whether the broker stores it, which requires the permission to store
+    :raises InvalidChannelError: if the broker would not accept the channel
     :raises TypeError: if a value has the wrong type
-    :raises ValueError: if the key has a character that no key has
+    :raises ValueError: if the key is empty or contains an invalid character
     """
 
     key: Key
@@ -34,7 +34,7 @@ class Will:
         for name, value in (
             ("key", check_key_source(self.key)),
             ("channel", check_channel(self.channel)),
-            # A buffer is copied, because what is in it may change before the broker gets it.
+            # A buffer is copied, because its contents might change before it is sent.
             ("message", plain_payload(self.message)),
             ("retain", check_flag("retain", self.retain)),
         ):

@@ -307,9 +307,9 @@ WRONG = {
     "time": (["sub", "a/", "--since", "soon"], "expected a time"),
     "early time": (["sub", "a/", "--since", "5"], "from 2018 to 2066"),
     "user name": (["me", "--username", "\udcff"], "--username"),
-    "extend key": (["keygen", "a/", "--key", "a b"], "--key: the key has"),
+    "extend key": (["keygen", "a/", "--key", "a b"], "--key: invalid key: it contains"),
     "link name": (["link", "abc", "a/"], "one or two letters or digits"),
-    "group": (["sub", "a/", "--group", "a/b"], "has a slash"),
+    "group": (["sub", "a/", "--group", "a/b"], "invalid group 'a/b'"),
     "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
 }
 

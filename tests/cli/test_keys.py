@@ -42,7 +42,7 @@ class TestKeygen:
     def test_no_such_target(self, cli: Cli) -> None:
         done = cli("keygen", "a b/")
         assert done.code == 2
-        assert "take" in done.error
+        assert "does not accept" in done.error
 
 
 class TestBan:

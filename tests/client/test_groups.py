@@ -201,7 +201,7 @@ async def test_a_group_beside_another_channel_is_fine(
 async def test_a_group_needs_a_key_of_its_own_as_the_hint_says(
     emitter: Emitter, key: str, unique: str
 ) -> None:
-    needed = f"a group needs a key made for '\\$share/g/{unique}' itself"
+    needed = f"a group requires a key for '\\$share/g/{unique}' itself"
     with pytest.raises(UnauthorizedError, match=needed) as caught:
         await enter(emitter.subscribe(key, unique, group="g"))
     assert (caught.value.operation, caught.value.channel) == ("subscribe", f"$share/g/{unique}")

@@ -20,7 +20,7 @@ def one_by_one(events: Iterable[Event]) -> list[Answer]:
         for channel, messages in event.by_channel.items():
             assert messages == [one for one in event.in_order if one.channel == channel]
             weights = set(map(weight_of, messages))
-            assert event.each[channel] in {None, *(weights if len(weights) == 1 else ())}
+            assert event.weights[channel] in {None, *(weights if len(weights) == 1 else ())}
         assert sum(map(len, event.by_channel.values())) == len(event.in_order)
         found += event.in_order
     return found
