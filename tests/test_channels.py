@@ -167,7 +167,7 @@ class TestCheckKey:
         if all("!" <= c <= "~" and c not in "/?#+" for c in key):
             assert check_key(key) == key
             return
-        with pytest.raises(ValueError, match=r"invalid key: it (contains|is empty)") as caught:
+        with pytest.raises(ValueError, match="invalid key: it contains") as caught:
             check_key(key)
         if len(key) > 20:
             assert key not in str(caught.value)

@@ -134,8 +134,8 @@ class TestUrls:
     @pytest.mark.parametrize(
         ("url", "why"),
         [
-            ("h:8080", "scheme is 'h'"),
-            ("h", "scheme.*mqtt, mqtts, ws, wss and unix"),
+            ("h:8080", "scheme 'h'"),
+            ("h", "scheme.*mqtt, mqtts, ws, wss or unix"),
             ("http://h", "scheme.*'http'"),
             ("mqtt://", "host"),
             ("mqtt://:8080", "host"),
@@ -196,14 +196,14 @@ class TestUrls:
     )
     def test_that_disagree_with_a_keyword(self, keywords: dict[str, Any]) -> None:
         (name,) = keywords
-        with pytest.raises(TypeError, match=f"URL.*'{name}'"):
+        with pytest.raises(TypeError, match=f"'{name}' in the URL"):
             made("mqtt://ann:word@h:8080", **keywords)
 
     @pytest.mark.parametrize("scheme", ["ws", "wss"])
     def test_of_websocket_that_disagree_with_a_keyword(self, scheme: str) -> None:
         secure = scheme == "wss"
         for name, value in (("host", "other"), ("port", 1), ("secure", not secure)):
-            with pytest.raises(TypeError, match=f"URL.*'{name}'"):
+            with pytest.raises(TypeError, match=f"'{name}' in the URL"):
                 made(f"{scheme}://h:2/mqtt", **{name: value})
         agreed = server_of(f"{scheme}://h:2/mqtt", host="h", port=2, secure=secure)
         assert agreed == Server(scheme, "h", 2, "/mqtt")
@@ -214,7 +214,7 @@ class TestUrls:
             made("ws://h", **keywords)
 
     def test_a_mapping_that_disagrees(self) -> None:
-        with pytest.raises(TypeError, match=r"mapping.*'host'"):
+        with pytest.raises(TypeError, match="'host' in the mapping"):
             made({"host": "a"}, host="b")
 
 
@@ -358,7 +358,7 @@ class TestEachOption:
 
     @pytest.mark.parametrize("name", ["keepAlive", "hostname", "", 5])
     def test_that_nobody_knows(self, name: Any) -> None:
-        known = r"^unknown option .*; there are .*keepalive, .*will$"
+        known = r"^unknown option .*; known options are .*keepalive, .*will$"
         with pytest.raises(TypeError, match=known) as caught:
             made({name: 1})
         assert repr(name) in str(caught.value)
@@ -409,7 +409,7 @@ class TestEachOption:
             assert made("wss://h", ssl_context=context).ssl_context is context
             record = caplog.records[-1]
             assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
-            assert "not checked" in record.getMessage()
+            assert "not verified" in record.getMessage()
             assert option in record.getMessage()
         assert len(caplog.records) == 2
 

@@ -275,13 +275,15 @@ class TestFrames:
         head = b"\x82\x7e" + size.to_bytes(2) if size < 65536 else b"\x82\x7f" + size.to_bytes(8)
         assert websocket.receive(frames(BytesMessage(b"before")) + head) == b"before"
         assert isinstance(websocket.end, RemoteProtocolError)
-        assert f"a frame of {size} bytes; max_message_size is 1024" in str(websocket.end)
+        assert f"a frame of {size} bytes, which exceeds max_message_size (1024)" in str(
+            websocket.end
+        )
         assert events(websocket.close()) == [CloseConnection(1009, "")]
 
     @pytest.mark.parametrize(
         ("wrong", "code", "words"),
         [
-            (frames(TextMessage("hello")), 1003, "a text frame; MQTT comes in binary ones"),
+            (frames(TextMessage("hello")), 1003, "a text frame, but MQTT requires binary frames"),
             (b"\x81\x02\xff\xff", 1003, "a text frame"),
             (b"\x82\x81\0\0\0\0x", 1002, "masked"),
             (b"\xc2\x00", 1002, "Reserved bit"),
@@ -333,7 +335,7 @@ class TestTheEnd:
         websocket = WebSocket(MAX)
         assert websocket.receive(frames(Ping(b"x"), BytesMessage(b"last"), close)) == b"last"
         assert isinstance(websocket.end, EOFError)
-        assert str(websocket.end) == f"the broker closed the WebSocket: {words}"
+        assert str(websocket.end) == f"the broker closed the WebSocket connection: {words}"
         answer = events(websocket.close())
         assert answer[0] == Pong(b"x")
         assert isinstance(answer[1], CloseConnection)
@@ -656,7 +658,7 @@ async def test_pings_tell_nothing_about_the_broker(anyio_backend: object) -> Non
         (CloseConnection(1001, "restart"), r"1001 \(going away\), 'restart'", 1001),
         (CloseConnection(1008, "go"), r"1008 \(policy violation\), 'go'", 1008),
         (TextMessage("hello"), "a text frame", 1003),
-        (BytesMessage(bytes(65536 + 6)), "max_message_size is 65536", 1009),
+        (BytesMessage(bytes(65536 + 6)), "exceeds max_message_size", 1009),
     ],
 )
 async def test_the_peers_end_is_told(
@@ -958,7 +960,7 @@ async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
 
 async def test_a_peer_that_speaks_tls(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
-        with pytest.raises(ConnectError, match=r"try wss://|closed the link|reset"):
+        with pytest.raises(ConnectError, match=r"try wss://|closed the connection|reset"):
             async with one_link(f"ws://127.0.0.1:{broker.port}"):
                 pass
 

@@ -1,4 +1,4 @@
-"""Opening a connection: each server in turn, and why none could be reached."""
+"""Opening a connection to one of several servers."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from .options import Options, Server
 from .transport import TRANSPORT_ERRORS, open_transport
 
 FAST_PATH = True
-"""Whether connections use the codec's fast path. The test session plain-engine turns it off."""
+"""Whether connections use the codec's fast path. The nox session plain-engine turns it off."""
 
 _REFUSALS: Final = {
-    1: "it does not speak MQTT 3.1.1",
-    2: "it does not take the client_id",
+    1: "it does not support MQTT 3.1.1",
+    2: "it does not accept the client_id",
     3: "the server is unavailable",
     4: "bad user name or password",
     5: "not authorized",
 }
 _UNAVAILABLE: Final = 3
-"""The only refusal that passes by itself."""
+"""The only refusal that is temporary."""
 
 _CLIENT_CERTIFICATE: Final = (
-    "; it might require a client certificate, which ssl_context.load_cert_chain() loads"
+    "; it might require a client certificate, load one with ssl_context.load_cert_chain()"
 )
-"""TLS 1.3 ends the client's handshake before the server looks for the client's certificate."""
+"""A hint, because in TLS 1.3 the client's handshake ends before the server checks a certificate."""
 
 
 async def open_connection(
     options: Options, wants: Wants, *, will_key: str | None = None, after: Server | None = None
 ) -> Connection:
     """
-    Try each server once, in turn, each under ``connect_timeout``.
+    Try each server once, in turn, for at most ``connect_timeout`` seconds each.
 
-    Cancelling it at any point leaves nothing behind.
+    Cancelling it closes any socket that it has opened.
 
     :param wants: what the client wants from every connection
     :param will_key: the key of the will, if there is one
-    :param after: begin behind this server, which has just failed
-    :raises ConnectError: if none can be reached, with every cause
+    :param after: the server whose connection was lost; the next one is tried first
+    :raises ConnectError: if every server failed, with every cause
     """
     connect = _make_connect(options, will_key)
     causes: dict[str, Exception] = {}
@@ -82,19 +82,19 @@ async def _open(server: Server, options: Options, wants: Wants, connect: Connect
             case ConnAck(0):
                 return Connection(server, transport, codec, events, options, wants)
             case ConnAck(code):
-                raise ConnectRefusedError(
-                    f"{server} refused: {_REFUSALS.get(code, f'code {code}')}", code=code
-                )
+                reason = _REFUSALS.get(code, f"return code {code}")
+                raise ConnectRefusedError(f"the broker refused the connection: {reason}", code=code)
             case RemoteProtocolError() as exc:
                 raise exc
-        raise AssertionError("the codec begins with CONNACK")  # pragma: no cover - its promise
+        # The codec raises if the first packet is not CONNACK.
+        raise AssertionError("no CONNACK")  # pragma: no cover
     except BaseException:
         await transport.aclose()
         raise
 
 
 def is_permanent(cause: Exception) -> bool:
-    """Tell whether a server that could not be reached will fail in the same way again."""
+    """Return whether connecting to the same server would fail in the same way again."""
     if isinstance(cause, ConnectRefusedError):
         return cause.code != _UNAVAILABLE
     return isinstance(cause, ssl.SSLError)
@@ -106,7 +106,7 @@ def _make_connect(options: Options, will_key: str | None) -> Connect:
         given = options.will
         topic = format_topic(will_key, given.channel)
         will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
-    # MQTT counts in whole seconds; Emitter passes over what it is told here.
+    # MQTT has whole seconds. Emitter ignores the value.
     return Connect(
         options.client_id,
         options.username,
@@ -119,22 +119,19 @@ def _make_connect(options: Options, will_key: str | None) -> Connect:
 def _connect_error(
     causes: dict[str, Exception], options: Options, worked: Server | None
 ) -> ConnectError:
-    words = []
+    reasons = []
     for server, cause in causes.items():
-        if isinstance(cause, ConnectRefusedError):
-            words.append(str(cause))
-        elif isinstance(cause, TimeoutError) and not str(cause):
-            words.append(f"{server}: no answer within {options.connect_timeout:g} s")
+        if isinstance(cause, TimeoutError) and not str(cause):
+            reasons.append(f"{server}: no response within {options.connect_timeout:g} s")
         else:
-            words.append(f"{server}: {str(cause) or type(cause).__name__}")
-    text = "could not connect to " + "; ".join(words)
+            reasons.append(f"{server}: {str(cause) or type(cause).__name__}")
+    text = "could not connect to " + "; ".join(reasons)
     if options.servers[0].scheme != "unix" and any(
         isinstance(cause, ConnectionRefusedError) and server != str(worked)
         for server, cause in causes.items()
     ):
         text += (
-            " (Emitter listens on 8080, and on 443 with TLS, unless it is told otherwise, not on "
-            "MQTT's 1883 and 8883)"
+            " (Emitter's default ports are 8080, and 443 with TLS, instead of MQTT's 1883 and 8883)"
         )
     last = list(causes.values())[-1]
     if isinstance(last, ConnectRefusedError):

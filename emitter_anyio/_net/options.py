@@ -1,4 +1,4 @@
-"""What ``connect()`` takes: a mapping or a URL, and keywords, made into one checked value."""
+"""The options of ``connect()``, checked and combined from a mapping or URL and keywords."""
 
 from __future__ import annotations
 
@@ -33,24 +33,27 @@ from emitter_anyio._values.will import Will
 
 DEFAULT_HOST: Final = "api.emitter.io"
 PORTS: Final = {"mqtt": 8080, "mqtts": 443, "ws": 8080, "wss": 443}
-"""Emitter's own ports, where MQTT's would be 1883 and 8883."""
+"""Emitter's default ports, which differ from MQTT's 1883 and 8883."""
 
 _SAFE_IN_PATH: Final = "/%:@!$&'()*+,;=~"
-"""What stands for itself in a path, beside letters and digits (RFC 3986)."""
+"""The characters besides letters and digits that a path may contain unquoted (RFC 3986)."""
 
 _INVALID_IN_HOST: Final = re.compile(r"[\x00-,/:-@\[-^`{-\x7f\s]")
-"""What no host name has; what is not ASCII may be a part of an international one."""
+"""Characters that host names cannot contain. International names may contain non-ASCII ones."""
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 _MISPLACED_AT: Final = re.compile(r"://.*[/?#\[\]].*@", re.DOTALL)
-"""An ``@`` where a user and a password have ended already."""
+"""An ``@`` after the end of the user name and password, which suggests an unquoted character."""
 
 _MAX_FIELD_BYTES: Final = 65535
-"""MQTT counts the bytes of each text and of a will's payload in 16 bits."""
+"""The maximum size of a string or will payload in MQTT, which has 16-bit lengths."""
 
 MAX_KEEPALIVE: Final = 60
-"""The broker drops a link that is silent for 120 s, whatever CONNECT says (its ``conn.go``)."""
+"""
+The maximum keepalive period in seconds. Emitter drops a connection on which it receives nothing for
+120 s, regardless of the period in CONNECT (its ``conn.go``).
+"""
 
 
 _BACKOFF: Final = Backoff()
@@ -59,13 +62,13 @@ _BACKOFF: Final = Backoff()
 @dataclass(frozen=True, slots=True)
 class Server:
     """
-    Where a broker listens.
+    The address of a broker.
 
-    :ivar scheme: ``"mqtt"``, ``"mqtts"``, ``"ws"``, ``"wss"`` or ``"unix"``; ``"connectable"``
-        where a connectable knows the way
-    :ivar host: a name, an address, or the path of a Unix socket
-    :ivar port: the port, 0 where there is none
-    :ivar path: for WebSocket, what is asked for, quoted; else empty
+    :ivar scheme: ``"mqtt"``, ``"mqtts"``, ``"ws"``, ``"wss"`` or ``"unix"``; ``"connectable"`` if a
+        connectable opens the connection
+    :ivar host: a host name, an IP address, or the path of a Unix socket
+    :ivar port: the port, or 0 if there is none
+    :ivar path: the quoted path for WebSocket, else an empty string
     """
 
     scheme: str
@@ -75,12 +78,12 @@ class Server:
 
     @property
     def secure(self) -> bool:
-        """Whether it is reached by TLS."""
+        """Whether the connection uses TLS."""
         return self.scheme in ("mqtts", "wss")
 
     @property
     def websocket(self) -> bool:
-        """Whether it is reached by WebSocket."""
+        """Whether the connection uses WebSocket."""
         return self.scheme in ("ws", "wss")
 
     def __str__(self) -> str:
@@ -94,12 +97,12 @@ class Server:
 
 
 TraceHook: TypeAlias = Callable[[str, Mapping[str, object]], object]
-"""Gets the name of an event and what is known of it."""
+"""A function that receives the name of an event and its details."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
-    """Everything that can be given about a client; see :func:`~emitter_anyio.connect`."""
+    """The options of a client; see :func:`~emitter_anyio.connect`."""
 
     servers: tuple[Server, ...]
     keepalive: float = 30
@@ -123,16 +126,19 @@ class Options:
 logger = logging.getLogger("emitter_anyio")
 
 _Check: TypeAlias = Callable[[str, object], Any]
-"""Takes the name and the value of an option; returns the plain value, or raises."""
+"""Checks the value of an option: takes its name and value, and returns the plain value."""
 
 
 def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str, Any]) -> Options:
     """
-    Check everything and put it together.
+    Check and combine the arguments of ``connect()``.
 
-    :raises TypeError: if an option is unknown, of the wrong kind, or given twice with two values
-    :raises ValueError: if a value is out of its range
-    :raises ImportError: if WebSocket is wanted, and wsproto is not there
+    :param options: a mapping of options, or a URL
+    :param keywords: further options
+    :raises TypeError: if an option is unknown, has the wrong type, or has conflicting values
+    :raises ValueError: if a value is invalid or out of range
+    :raises MessageTooLargeError: if the CONNECT packet would be too large
+    :raises ImportError: if WebSocket is used and wsproto is not installed
     """
     server: Server | None = None
     first: dict[Any, object] = {}
@@ -145,17 +151,19 @@ def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str,
         first = dict(options)
     elif options is not None:
         raise TypeError(
-            f"connect() takes a URL or a mapping of options, not {type(options).__name__}"
+            f"connect() requires a URL or a mapping of options, not {type(options).__name__}"
         )
     given: dict[str, Any] = {}
     for name, value in (*first.items(), *keywords.items()):
         check = _OTHER_CHECKS.get(name) or _ADDRESS_CHECKS.get(name)
         if check is None:
             known = ", ".join(sorted((*_ADDRESS_CHECKS, *_OTHER_CHECKS)))
-            raise TypeError(f"unknown option {name!r}; there are {known}")
+            raise TypeError(f"unknown option {name!r}; known options are {known}")
         checked = check(name, value)
         if name in given and given[name] != checked:
-            raise TypeError(f"{origin} and the keyword disagree about {name!r}: say it once")
+            raise TypeError(
+                f"conflicting values for {name!r} in {origin} and the keywords; give only one"
+            )
         given[name] = checked
     address: dict[str, Any] = {name: given.pop(name) for name in _ADDRESS_CHECKS if name in given}
     if given.get("connectable") is not None and not address:
@@ -171,23 +179,23 @@ def _servers(
     address: dict[str, Any], url_server: Server | None, *, secure: bool
 ) -> tuple[Server, ...]:
     """
-    Return the servers that the options name.
+    Return the servers to connect to.
 
-    :param secure: whether TLS is used unless the options say so
+    :param address: the options of the address, without ``connectable``
+    :param url_server: the server in the URL, if there is one
+    :param secure: the default of the option ``secure``
     """
     servers: tuple[Server, ...] | None = address.pop("servers", None)
     if servers is not None:
         if address:
-            raise TypeError(
-                f"servers stands instead of {', '.join(address)}: give only one of them"
-            )
+            raise TypeError(f"cannot combine servers with {', '.join(address)}; use only servers")
         return servers
     scheme = "mqtts" if address.get("secure", secure) else "mqtt"
     host = address.get("host", DEFAULT_HOST)
     if host.startswith("/"):
         return (Server("unix", host, 0),)
     server = Server(scheme, host, address.get("port", PORTS[scheme]))
-    # No keyword disagrees with a URL, which may say more: WebSocket, and a path.
+    # The options agree with the URL, but only the URL can state WebSocket and a path.
     return (url_server or server,)
 
 
@@ -200,31 +208,31 @@ def _check_host_or_path(name: str, value: object) -> str:
     except UnicodeEncodeError:
         invalid = True
     if invalid:
-        raise ValueError(f"invalid {name}: the path of a Unix socket has a character no path has")
+        raise ValueError(f"invalid {name}: a path cannot contain NUL or unencodable characters")
     return host
 
 
 def _check_host(name: str, host: str) -> str:
-    # The host itself is in no message, because it may be a URL with a password.
+    # No message contains the host, because it might be a URL with a password.
     if not host:
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} must not be empty")
     if "://" in host:
-        why = "it is a URL; pass that as the first argument of connect(), or use the host alone"
+        why = "it is a URL; pass it as the first argument of connect(), or use only its host"
     elif "@" in host:
-        why = "it contains '@'; use username= and password= for the credentials"
+        why = "it contains '@'; use username= and password= for credentials"
     elif host.startswith("["):
-        why = "it has brackets, which only a URL needs; use host='::1' and port= for the port"
+        why = "it contains brackets; use an IPv6 address such as '::1', and port= for the port"
     elif ":" not in host:
         if not (bad := _INVALID_IN_HOST.search(host)):
             return _check_utf8(name, host)
-        why = f"it contains {bad[0]!r}, which no host name has; use the name or address alone"
+        why = f"it contains {bad[0]!r}; use only the name or address"
     elif (address := host.partition("%"))[0].count(":") == 1:
-        why = "it contains a port; use port= for that"
+        why = "it contains a port; use port= for the port"
     else:
         try:
             IPv6Address(host)
         except ValueError:
-            why = "it contains ':', but is not an IPv6 address"
+            why = "it contains ':' but is not an IPv6 address"
         else:
             if not _INVALID_IN_HOST.search(address[2]):
                 return _check_utf8(name, host)
@@ -236,22 +244,25 @@ def _check_servers(name: str, urls: object) -> tuple[Server, ...] | None:
     if urls is None:
         return None
     if isinstance(urls, str) or not isinstance(urls, Sequence):
-        raise TypeError("servers is a sequence of URLs")
+        raise TypeError(f"servers must be a sequence of URLs, not {type(urls).__name__}")
     servers = []
     for url in urls:
         server, credentials = _parse_url("URL in servers", url)
         if credentials:
-            raise TypeError("a URL in servers has no user and password: give them as options")
+            raise TypeError(
+                "a URL in servers must not contain a user name or password; "
+                "use username= and password="
+            )
         servers.append(server)
     if not servers:
-        raise ValueError("servers is empty")
+        raise ValueError("servers must not be empty")
     if len({server.scheme for server in servers}) > 1:
-        raise ValueError("the URLs in servers are of one scheme")
+        raise ValueError("all URLs in servers must have the same scheme")
     return tuple(servers)
 
 
 def _parse_url(name: str, value: object) -> tuple[Server, dict[str, Any]]:
-    # The URL itself is in no message, since it may carry a password.
+    # No message contains the URL, because it might contain a password.
     url = check_text(f"a {name}", value)
     try:
         return _split_url(url)
@@ -259,44 +270,46 @@ def _parse_url(name: str, value: object) -> tuple[Server, dict[str, Any]]:
         hint = ""
         if _MISPLACED_AT.search(url):
             hint = (
-                "; if the user or the password contains one of / ? # [ ], quote it: "
-                "urllib.parse.quote(password, safe='')"
+                "; if the user name or password contains one of / ? # [ ], quote it with "
+                "urllib.parse.quote(text, safe='')"
             )
         raise ValueError(f"{exc}{hint}") from None
 
 
 def _split_url(url: str) -> tuple[Server, dict[str, Any]]:
-    # urlsplit() would leave them out.
+    # urlsplit() would silently remove some of them.
     if _CONTROL.search(url):
         raise ValueError("invalid URL: it contains a control character, such as a line break")
     _check_utf8("URL", url)
     try:
         parts = urlsplit(url)
     except ValueError:
-        # Its own words may show the password.
+        # The message of urlsplit() might contain the password.
         raise ValueError("invalid URL: the host part is malformed") from None
     if parts.scheme == "unix":
         if parts.netloc or not parts.path.startswith("/") or parts.query or parts.fragment:
-            raise ValueError("a Unix socket's URL is unix:///path/to/socket")
+            raise ValueError("invalid URL: that of a Unix socket is unix:///path/to/socket")
         return Server("unix", _check_host_or_path("path", _unquote("path", parts.path)), 0), {}
     if parts.scheme not in PORTS:
         raise ValueError(
-            f"the URL's scheme is {parts.scheme!r}; there are mqtt, mqtts, ws, wss and unix, such "
-            "as mqtt://127.0.0.1:8080"
+            f"invalid URL: unknown scheme {parts.scheme!r}; use mqtt, mqtts, ws, wss or unix, "
+            "as in mqtt://127.0.0.1:8080"
         )
     websocket = parts.scheme in ("ws", "wss")
     if (parts.path not in ("", "/") and not websocket) or parts.query or parts.fragment:
-        where = "its path" if websocket else "host and port"
-        raise ValueError(f"the URL ends after {where}; channels and keys go to the calls")
+        end = "its path" if websocket else "host and port"
+        raise ValueError(
+            f"invalid URL: it must end after {end}; pass channels and keys to the methods"
+        )
     host = parts.hostname
     if not host:
-        raise ValueError("the URL has no host")
-    # In a URL the zone of an address stands behind a quoted percent sign (RFC 6874).
+        raise ValueError("invalid URL: it has no host")
+    # In a URL, a quoted percent sign precedes the zone of an address (RFC 6874).
     host = _check_host("host in the URL", host.replace("%25", "%", 1) if ":" in host else host)
     try:
         port = parts.port
     except ValueError:
-        raise ValueError("the URL's port is no number from 1 to 65535") from None
+        raise ValueError("invalid URL: the port must be from 1 to 65535") from None
     credentials = {}
     if parts.username is not None:
         credentials["username"] = _unquote("user name", parts.username)
@@ -312,7 +325,7 @@ def _unquote(what: str, text: str) -> str:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
         raise ValueError(
-            f"invalid URL: the percent escapes of its {what} are not UTF-8; quote it: "
+            f"invalid URL: the percent-encoding of the {what} is not UTF-8; quote it with "
             "urllib.parse.quote(text, safe='')"
         ) from None
 
@@ -325,10 +338,10 @@ def _address_options(server: Server) -> dict[str, Any]:
 
 def _check_together(options: Options) -> None:
     if options.password is not None and options.username is None:
-        raise TypeError("a password needs a username: MQTT 3.1.1 sends none without the other")
+        raise TypeError("password requires username: MQTT 3.1.1 does not allow a password alone")
     if options.ssl_context is not None:
         if not options.servers[0].secure:
-            raise TypeError("ssl_context is for TLS: it needs secure=True, mqtts:// or wss://")
+            raise TypeError("ssl_context requires TLS; use secure=True, mqtts:// or wss://")
         _check_trust(options.ssl_context)
     check_connect_size(options)
     if options.servers[0].websocket:
@@ -337,10 +350,10 @@ def _check_together(options: Options) -> None:
 
 def check_connect_size(options: Options, will_key: str | None = None) -> None:
     """
-    Check that the broker can take the CONNECT packet.
+    Check the size of the CONNECT packet.
 
-    :param will_key: what the function has returned that gives the key of the will, once it has
-    :raises MessageTooLargeError: if the packet, or the message of the will, has too many bytes
+    :param will_key: the key of the will, if a function has returned it
+    :raises MessageTooLargeError: if the packet, or the message of the will, is too large
     :raises ValueError: if the message of the will cannot be encoded
     :raises TypeError: if the message of the will cannot be encoded
     """
@@ -353,17 +366,17 @@ def check_connect_size(options: Options, will_key: str | None = None) -> None:
         payload = encode_payload(will.message)
         if len(payload) > _MAX_FIELD_BYTES:
             raise MessageTooLargeError(
-                f"cannot use the will: its message has {len(payload)} bytes; MQTT allows "
-                f"{_MAX_FIELD_BYTES}"
+                f"cannot use the will: its message has {len(payload)} bytes, but MQTT allows at "
+                f"most {_MAX_FIELD_BYTES}"
             )
         key = will_key or (will.key if isinstance(will.key, str) else PLACEHOLDER_KEY)
         fields += [format_topic(key, will.channel).encode(), payload]
-    # Protocol, version, flags and keepalive have 10 bytes; each field has its length in front.
+    # Protocol, version, flags and keepalive take 10 bytes. Each field has a length of 2 bytes.
     size = 10 + 2 * len(fields) + sum(map(len, fields))
     if size > options.max_message_size:
         raise MessageTooLargeError(
-            f"cannot connect: client_id, username, password and will make a CONNECT of {size} "
-            f"bytes; the broker takes {options.max_message_size} (max_message_size)"
+            f"cannot connect: client_id, username, password and will require a CONNECT packet of "
+            f"{size} bytes, which exceeds max_message_size ({options.max_message_size})"
         )
 
 
@@ -378,16 +391,16 @@ def _check_utf8(name: str, text: str) -> str:
     try:
         size = len(text.encode())
     except UnicodeEncodeError as exc:
-        raise ValueError(f"{name} has no UTF-8: {exc.reason}") from None
+        raise ValueError(f"{name} cannot be encoded as UTF-8: {exc.reason}") from None
     if size > _MAX_FIELD_BYTES:
-        raise ValueError(f"{name} has at most {_MAX_FIELD_BYTES} bytes")
+        raise ValueError(f"{name} must be at most {_MAX_FIELD_BYTES} bytes, not {size}")
     return text
 
 
 def _check_string(name: str, value: object) -> str:
     text = _check_utf8(name, check_text(name, value))
     if "\0" in text:
-        raise ValueError(f"{name} contains a NUL character, which MQTT does not allow")
+        raise ValueError(f"{name} must not contain a NUL character: MQTT does not allow it")
     return text
 
 
@@ -402,7 +415,7 @@ def _check_password(name: str, value: object) -> str | None:
 def _check_is(kind: type, what: str) -> _Check:
     def check(name: str, value: object) -> object:
         if not isinstance(value, kind) and value is not None:
-            raise TypeError(f"{name} is {what}, not {type(value).__name__}")
+            raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
         return value
 
     return check
@@ -427,17 +440,17 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "username": _check_username,
     "password": _check_password,
     "client_id": _check_string,
-    "will": _check_is(Will, "a Will(key, channel, message)"),
-    "ssl_context": _check_is(ssl.SSLContext, "an ssl.SSLContext"),
+    "will": _check_is(Will, "a Will or None"),
+    "ssl_context": _check_is(ssl.SSLContext, "an ssl.SSLContext or None"),
     "connect_timeout": _check_timeout,
     "request_timeout": _check_timeout,
     "disconnect_timeout": check_seconds,
     "matcher": partial(check_choice, choices=("emitter", "mqtt")),
     "max_message_size": partial(check_int, least=1024, most=0xFFFFFFF, unit=" bytes"),
     "allow_collisions": check_flag,
-    "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable"),
+    "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable or None"),
     "trace": _check_trace,
-    "reconnect": _check_is(Backoff, "a Backoff(), or None for one link only"),
+    "reconnect": _check_is(Backoff, "a Backoff, or None for one connection only"),
     "while_down": partial(check_choice, choices=("wait", "raise")),
 }
 
@@ -445,24 +458,27 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
 def _check_trust(context: ssl.SSLContext) -> None:
     if context.protocol is ssl.PROTOCOL_TLS_SERVER:
         raise ValueError(
-            "ssl_context is one for servers: a client's is made by ssl.create_default_context()"
+            "ssl_context must be a client context, not a server context; "
+            "create one with ssl.create_default_context()"
         )
     if context.verify_mode is ssl.CERT_NONE:
         logger.warning(
-            "the broker's identity is not checked: ssl_context takes any certificate (CERT_NONE)"
+            "the broker's identity is not verified: ssl_context accepts any certificate "
+            "(verify_mode=CERT_NONE)"
         )
     elif not context.check_hostname:
         logger.warning(
-            "the broker's identity is not checked: ssl_context takes a certificate for any host "
+            "the broker's identity is not verified: ssl_context accepts certificates for any host "
             "name (check_hostname=False)"
         )
 
 
 def _check_websocket() -> None:
-    # It is loaded here, where the event loop need not be running yet.
+    # Import it here rather than when connecting, because importing blocks the event loop.
     try:
         import_module("wsproto")
     except ImportError as exc:
         raise ImportError(
-            "ws:// and wss:// need wsproto: pip install 'emitter_anyio[websocket]'", name="wsproto"
+            "ws:// and wss:// require wsproto; pip install 'emitter_anyio[websocket]'",
+            name="wsproto",
         ) from exc

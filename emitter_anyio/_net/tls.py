@@ -1,4 +1,4 @@
-"""TLS: whom a client trusts, and what the errors mean."""
+"""TLS contexts, and explanations of TLS errors."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Final
 
 from anyio import to_thread
 
-_CLOCK: Final = {9: "is not valid yet", 10: "has expired"}
-_OTHER_NAME: Final = (62, 64)
-"""OpenSSL's codes for a certificate of another host name, and of another address."""
+_TIME_ERRORS: Final = {9: "is not valid yet", 10: "has expired"}
+_NAME_ERRORS: Final = (62, 64)
+"""OpenSSL's error codes for a certificate of another host name, and of another IP address."""
 
 _MEANINGS: Final = {
     "CERTIFICATE_REQUIRED": (
-        "the server wants a certificate of the client's: ssl_context.load_cert_chain() takes one"
+        "the server requires a client certificate; load one with ssl_context.load_cert_chain()"
     ),
     "WRONG_VERSION_NUMBER": (
-        "the peer does not speak TLS there: mqtt:// and ws://, or secure=False, do without"
+        "the server does not use TLS on this port; use mqtt://, ws:// or secure=False"
     ),
 }
-"""What it means that OpenSSL's words have this in them."""
+"""Explanations by a part of OpenSSL's message."""
 
 
 async def client_context(given: ssl.SSLContext | None) -> ssl.SSLContext:
-    """Give the context for a link: one that trusts the system's authorities, if none is given."""
+    """Return the given context, or one that trusts the system's certificate authorities."""
     if given is not None:
         return given
-    # Reading the authorities takes long enough to hold up the loop.
+    # Reading the certificates takes long enough to block the event loop noticeably.
     return await to_thread.run_sync(ssl.create_default_context)
 
 
 def explain(error: ssl.SSLError) -> None:
-    """Add to OpenSSL's words what they mean, and what can be done."""
+    """Add an explanation and advice to the message of an error."""
     if meaning := _meaning(error):
         error.strerror = f"{error} ({meaning})"
 
 
 def _meaning(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        if error.verify_code in _OTHER_NAME:
-            return "connect to a name that is in the certificate"
-        if error.verify_code in _CLOCK:
-            return f"the certificate {_CLOCK[error.verify_code]}, or this clock is wrong"
+        if error.verify_code in _NAME_ERRORS:
+            return "the certificate is for another host; connect to a name that it contains"
+        if error.verify_code in _TIME_ERRORS:
+            return f"the certificate {_TIME_ERRORS[error.verify_code]}, or the local clock is wrong"
         return (
-            "if the server's authority is one of your own, give "
+            "to trust a private certificate authority, use "
             "ssl_context=ssl.create_default_context(cafile=...)"
         )
     return next((words for part, words in _MEANINGS.items() if part in str(error)), "")

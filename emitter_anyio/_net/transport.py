@@ -1,9 +1,9 @@
-"""Bytes to and from a broker, behind one small interface.
+"""Byte transports: TCP, Unix sockets, TLS, WebSocket and connectables.
 
-A transport is used by one reader and one writer. Sending never waits in the caller of a verb:
-:meth:`Transport.try_send` hands over what the link takes at once, and the writer task does the
-rest by :meth:`Transport.send`. A cancelled send that waits inside a stream may have handed over a
-part of a packet, so nobody but the writer, which is cancelled only when the link ends, waits there.
+A transport has one reader and one writer. :meth:`Transport.try_send` sends without waiting, and
+the writer task sends the rest with :meth:`Transport.send`. A cancelled ``send()`` might have sent
+part of a packet. Therefore only the writer task, which is cancelled when the connection ends,
+awaits it, and never the caller of a method.
 """
 
 from __future__ import annotations
@@ -30,79 +30,85 @@ from .options import Options, Server
 from .tls import client_context, explain
 
 if TYPE_CHECKING:
-    # It needs wsproto, which only those have who speak WebSocket.
+    # It requires wsproto, which is an optional dependency.
     from .websocket import WebSocket
 
-# Not EAGAIN: a Unix socket whose queue is full says so, and nothing is under way then.
+# EAGAIN is not included: connecting to a Unix socket with a full backlog fails with it.
 _IN_PROGRESS: Final = {errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", errno.EINPROGRESS)}
 
 _CLOSE_SECONDS: Final = 1.0
-"""Seconds for the last words of a link: a server's when it refuses, ours when the peer ends it."""
+"""
+The maximum time for closing, in seconds: for receiving the body of a refused handshake, and for
+answering the peer's close frame.
+"""
 
 _NEXT_ADDRESS_SECONDS: Final = 0.25
-"""The delay before the next address of a server is tried beside the last one, as in AnyIO."""
+"""The delay before also trying the next address of a server, in seconds, as in AnyIO."""
 
 TRANSPORT_ERRORS: Final = (OSError, BrokenResourceError, ClosedResourceError, EndOfStream)
-"""What a transport raises when the link is broken."""
+"""The exceptions that a transport raises when the connection is broken."""
 
 
 class Transport(ABC):
-    """A way to a broker."""
+    """A bidirectional stream of bytes to a broker."""
 
     may_send_part: bool
-    """Whether a :meth:`send` that fails or is cancelled may have handed over a part."""
+    """Whether a :meth:`send` that fails or is cancelled might have sent part of the data."""
 
     last_heard: LastHeard
+    """The time at which bytes last arrived from the broker."""
 
     @abstractmethod
     async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         """
         Wait for bytes from the peer.
 
-        :param size: how many to take at most
-        :return: some bytes; none when the peer has closed its side
+        :param size: the maximum number of bytes to return
+        :return: at least one byte, or an empty result if the peer has closed its side
         """
 
     @abstractmethod
     def try_send(self, data: bytes | memoryview) -> int:
-        """Hand over what the link takes without waiting, and return how many bytes that is."""
+        """Send what is possible without waiting, and return the number of bytes sent."""
 
     @abstractmethod
     async def send(self, data: bytes | memoryview) -> int:
-        """Wait until the link takes some bytes, and return how many bytes it took."""
+        """Wait until some bytes are sent, and return their number."""
 
     @abstractmethod
     async def send_eof(self) -> None:
-        """Tell the peer, where the link can, that nothing more comes; it may still send."""
+        """Close the sending side, if the transport supports that. The peer may still send."""
 
     def listening(self) -> AbstractContextManager[object]:
-        """To be entered by the one who calls :meth:`receive`, around all of its calls."""
+        """Return a context manager that the reader enters around its calls of :meth:`receive`."""
         return nullcontext()
 
     @abstractmethod
     def interrupt(self) -> None:
         """
-        Let the one who receives go, and for good: in :meth:`receive` it gets a
-        :exc:`~anyio.ClosedResourceError`, or is made to leave :meth:`listening`, wherever it is.
+        End reading permanently.
+
+        Either :meth:`receive` raises :exc:`~anyio.ClosedResourceError`, or the body of
+        :meth:`listening` is cancelled.
         """
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Close at once; safe under cancellation, and to be called twice."""
+        """Close immediately. It also works when cancelled, and a second call has no effect."""
 
-    def set_waker(self, wake: Callable[[], None]) -> None:  # noqa: B027 - most have no such thing
+    def set_waker(self, wake: Callable[[], None]) -> None:  # noqa: B027 - only WebSocket needs it
         """
-        Have the writer woken for :meth:`send_control`.
+        Set the function that makes the writer task call :meth:`send_control`.
 
-        :param wake: is called when the transport itself has something to send
+        :param wake: called when the transport has control frames to send
         """
 
-    async def send_control(self) -> None:  # noqa: B027 - most have no such thing
-        """Send what the transport itself has to send, such as the answer to a ping."""
+    async def send_control(self) -> None:  # noqa: B027 - only WebSocket needs it
+        """Send pending control frames, such as the answer to a ping."""
 
 
 class SocketTransport(Transport):
-    """A non-blocking socket of our own: TCP, or a Unix socket."""
+    """A non-blocking TCP or Unix socket."""
 
     may_send_part = False
 
@@ -111,7 +117,7 @@ class SocketTransport(Transport):
         self._reader = current_backend().open_reader(sock)
         self.last_heard = self._reader.last_heard
         self._has_waited = False
-        """Whether anybody has had to wait until it takes something."""
+        """Whether :meth:`send` has ever waited, so that closing must notify AnyIO."""
 
     async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         return await self._reader.receive(size)
@@ -137,7 +143,7 @@ class SocketTransport(Transport):
 
     async def aclose(self) -> None:
         if self._sock.fileno() >= 0:
-            # Those who wait for the socket must know before its number is given to another one.
+            # Wake waiting tasks before the file descriptor can be reused.
             self._reader.close()
             if self._has_waited:
                 anyio.notify_closing(self._sock)
@@ -146,9 +152,9 @@ class SocketTransport(Transport):
 
 class StreamTransport(Transport):
     """
-    An AnyIO byte stream: TLS, or whatever a ``connectable`` gives.
+    An AnyIO byte stream: TLS, or the stream of a ``connectable``.
 
-    :param below: the transport below TLS, which receives the bytes
+    :param below: the transport below TLS, which records when bytes arrive
     """
 
     may_send_part = True
@@ -184,7 +190,7 @@ class StreamTransport(Transport):
         return len(data)
 
     async def send_eof(self) -> None:
-        # TLS cannot, and says so with a NotImplementedError, or with a TypeError when it is broken.
+        # AnyIO's TLS stream raises NotImplementedError, or TypeError if it is broken.
         with suppress(NotImplementedError, TypeError, *TRANSPORT_ERRORS):
             await self._stream.send_eof()
 
@@ -192,26 +198,26 @@ class StreamTransport(Transport):
         return self._listening
 
     def interrupt(self) -> None:
-        # TLS may have to send in order to receive, so it is not enough to close what is below.
+        # Closing the transport below is not enough: a TLS read might be waiting in a send.
         self._listening.cancel()
 
     async def aclose(self) -> None:
-        # How it closes is of no interest any more, and one that fails is as good as closed.
+        # If closing fails, the stream is unusable anyway.
         with suppress(Exception):
             await anyio.aclose_forcefully(self._stream)
 
 
 class WebSocketTransport(Transport):
     """
-    The frames of a WebSocket, over another transport.
+    A WebSocket connection over another transport.
 
-    Whole frames go into one buffer and leave it in their order, so that none is torn by another.
-    The reader never waits in a send: it leaves the answers to pings to the writer, since a peer
-    that waits for us to read may not read itself.
+    Whole frames are added to one buffer and sent in order, so that frames never interleave. The
+    reader never waits in a send: the writer task sends the answers to pings, because a peer might
+    not read before the client reads.
 
-    :param below: what carries the frames
-    :param websocket: the protocol
-    :param received: what came behind the handshake
+    :param below: the transport that carries the frames
+    :param websocket: encodes and decodes the frames
+    :param received: the bytes that followed the handshake
     """
 
     may_send_part = True
@@ -225,7 +231,7 @@ class WebSocketTransport(Transport):
         self._sending = anyio.Lock(fast_acquire=True)
         self._wake: Callable[[], None] | None = None
         self._closing: anyio.CancelScope | None = None
-        """In which the one who receives answers the peer's goodbye."""
+        """The scope in which the reader answers the peer's close frame."""
 
     async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
         while not self._carried:
@@ -241,13 +247,13 @@ class WebSocketTransport(Transport):
             self._carried = self._websocket.receive(data)
             if self._websocket.pong and self._wake is not None:
                 self._wake()
-        # Only what carries MQTT: the pings of a proxy show nothing about the broker behind it.
+        # Ignore frames that carry no MQTT: a proxy's pings do not show that the broker is alive.
         self.last_heard.follow(self._below.last_heard)
         carried, self._carried = self._carried, b""
         return carried
 
     def try_send(self, data: bytes | memoryview) -> int:
-        # A stream takes nothing at once: making a frame for it would be in vain.
+        # Only a socket can send without waiting, so do not encode a frame for other transports.
         if self._unsent or not self._websocket.open or not isinstance(self._below, SocketTransport):
             return 0
         frame = self._websocket.wrap(bytes(data))
@@ -289,14 +295,14 @@ class WebSocketTransport(Transport):
 
     async def aclose(self) -> None:
         with suppress(*TRANSPORT_ERRORS):
-            # Behind half a frame there is no place for it.
+            # A close frame cannot follow half a frame.
             if not self._unsent:
                 self._below.try_send(self._websocket.close())
         await self._below.aclose()
 
 
 class _SocketStream(ByteStream):
-    """A socket of our own as the byte stream that AnyIO's TLS wants below it."""
+    """A socket transport with the interface that AnyIO's TLS stream requires."""
 
     def __init__(self, transport: SocketTransport) -> None:
         self._transport = transport
@@ -308,13 +314,13 @@ class _SocketStream(ByteStream):
         raise EndOfStream
 
     async def send(self, item: bytes) -> None:
-        # The reader sends too, when the peer renews its keys.
+        # The reader sends as well when the peer updates the TLS keys.
         async with self._sending:
             while item:
                 item = item[await self._transport.send(item) :]
 
     async def send_eof(self) -> None:
-        raise NotImplementedError("TLS has an end of its own")
+        raise NotImplementedError("TLS cannot close one direction")
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -322,12 +328,13 @@ class _SocketStream(ByteStream):
 
 async def open_transport(server: Server, options: Options) -> Transport:
     """
-    Open a way to a server; cancelling leaves no socket behind.
+    Open a transport to a server. Cancelling it closes any socket that it has opened.
 
-    :raises OSError: if it cannot be reached
-    :raises ssl.SSLError: if TLS does not come about
-    :raises ConnectError: if it refuses WebSocket
-    :raises RemoteProtocolError: if it answers with something else
+    :raises OSError: if the server cannot be reached
+    :raises EOFError: if the server closes the connection during a handshake
+    :raises ssl.SSLError: if the TLS handshake fails
+    :raises ConnectError: if the server refuses the WebSocket handshake
+    :raises RemoteProtocolError: if the response to the WebSocket handshake is invalid
     """
     transport = await _open_below(server, options)
     if not server.websocket:
@@ -392,8 +399,7 @@ async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
 
 async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> TLSStream:
     try:
-        # Brokers close without the closing message of TLS, and MQTT has its own end, so waiting for
-        # that message would serve no purpose.
+        # Brokers do not send TLS's close_notify, and MQTT has its own DISCONNECT.
         return await TLSStream.wrap(
             stream,
             hostname=server.host,
@@ -402,8 +408,8 @@ async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> 
         )
     except EndOfStream:
         raise EOFError(
-            "the peer closed the connection in the TLS handshake; "
-            "if it does not use TLS, connect to mqtt:// or ws://, or with secure=False"
+            "the peer closed the connection during the TLS handshake; "
+            "if it does not use TLS, use mqtt://, ws:// or secure=False"
         ) from None
     except BrokenResourceError as exc:
         raise _to_os_error(exc) from exc
@@ -424,7 +430,7 @@ async def _connect_tcp(server: Server) -> socket.socket:
 
 
 def _alternate(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-    """Move the first address of another family to the second place (RFC 8305, section 4)."""
+    """Move the first address of another family to the second position (RFC 8305, section 4)."""
     other = next((entry for entry in found if entry[0] != found[0][0]), None)
     if other is None:
         return found
@@ -433,9 +439,9 @@ def _alternate(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
 
 async def _race(found: Sequence[tuple[Any, ...]]) -> socket.socket:
     """
-    Connect to the address that answers first.
+    Connect to the first address that accepts the connection.
 
-    An address is tried 0.25 s after the one before it, or as soon as that one has failed.
+    Each address is tried 0.25 seconds after the previous one, or as soon as that one has failed.
     """
     connected: list[socket.socket] = []
     failures: list[OSError] = []
@@ -459,7 +465,7 @@ async def _race(found: Sequence[tuple[Any, ...]]) -> socket.socket:
                     await failed.wait()
         winner = connected[0] if connected else None
     finally:
-        # Two addresses can answer in the same turn.
+        # Two connections can be established in the same iteration of the event loop.
         for sock in connected:
             if sock is not winner:
                 sock.close()
@@ -468,13 +474,13 @@ async def _race(found: Sequence[tuple[Any, ...]]) -> socket.socket:
     reasons = "; ".join(dict.fromkeys(map(str, failures)))
     refused = any(isinstance(exc, ConnectionRefusedError) for exc in failures)
     raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
-        "no address could be reached", failures
+        "could not connect to any address", failures
     )
 
 
 async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
     try:
-        # A number needs no thread to be looked up in.
+        # Numeric addresses need no thread.
         return socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM, 0, socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         pass
@@ -483,7 +489,7 @@ async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:
     except UnicodeError as exc:
         raise OSError(f"invalid host name {host!r}: {exc}") from exc
     if not found:
-        raise OSError(f"the name look-up of {host!r} returned no address")
+        raise OSError(f"could not resolve {host!r}: the look-up returned no address")
     return found
 
 
@@ -513,5 +519,5 @@ def _is_connected(sock: socket.socket) -> bool:
 
 
 def _to_os_error(exc: BrokenResourceError) -> OSError:
-    """AnyIO's error says nothing; its cause may."""
-    return OSError(str(exc.__cause__ or "the stream is broken"))
+    """Return an error with the message of the cause, because AnyIO's own error has no message."""
+    return OSError(str(exc.__cause__ or "the connection broke"))

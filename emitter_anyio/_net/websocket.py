@@ -1,6 +1,6 @@
-"""MQTT in the frames of WebSocket, at the client's end, by wsproto. No I/O.
+"""The client side of MQTT over WebSocket, with wsproto. No I/O.
 
-A frame is no packet: what the frames carry is one stream, wherever they are cut.
+The payloads of the frames form one byte stream. Frames and MQTT packets need not align.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from emitter_anyio._values.errors import ConnectError, RemoteProtocolError
 from emitter_anyio._values.text import make_printable
 
 MAX_HEAD_BYTES: Final = 16384
-"""The longest head of an HTTP answer that is read, in bytes."""
+"""The maximum size of the HTTP response's status line and headers, in bytes."""
 
 _MAX_PACKET_HEADER_BYTES: Final = 5
-"""So many bytes at most precede what ``max_message_size`` limits in an MQTT packet."""
+"""The maximum size of an MQTT packet's fixed header, which ``max_message_size`` excludes."""
 
 _MAX_BODY_BYTES: Final = 200
-"""So many characters of what a server says in a refusal are told."""
+"""The number of bytes after which the body of a refusal is no longer read."""
 
 _FRAMES_PER_TURN: Final = 256
-"""At most this many frames are read before other tasks get a turn."""
+"""The maximum number of frames decoded before other tasks get a turn."""
 
 _HTTP: Final = b"HTTP/1."
 _TLS: Final = b"\x15\x03"
@@ -50,23 +50,23 @@ _END: Final = re.compile(rb"\n\r?\n")
 
 class Upgrade:
     """
-    The handshake.
+    The WebSocket handshake.
 
-    :param host: the server's name or address, with its port unless it is the scheme's own
-    :param path: what is asked for
-    :raises OSError: if there is no such host
-    :ivar request: what is to be sent
-    :ivar refused: whether the server has refused, and only its words are awaited
+    :param host: the host name or address, and the port unless it is the scheme's default
+    :param path: the path to request
+    :raises OSError: if the host name is invalid
+    :ivar request: the bytes to send
+    :ivar refused: whether the server has refused, and only the body of its response is awaited
     """
 
     def __init__(self, host: str, path: str) -> None:
-        # Emitter takes the first of its own list that is offered, where "mqttv3.1" comes first.
+        # Offer only "mqtt": Emitter would prefer "mqttv3.1" if it were offered.
         asked = Request(host=host, target=path, subprotocols=["mqtt"])
         self._handshake = H11Handshake(ConnectionType.CLIENT)
         try:
             self.request = bytes(self._handshake.send(asked))
         except (LocalProtocolError, UnicodeError) as exc:
-            raise OSError(f"{host!r} is no host name: {exc}") from exc
+            raise OSError(f"invalid host name {host!r}: {exc}") from exc
         self._head = bytearray()
         self._refusal: RejectConnection | None = None
         self._body = bytearray()
@@ -77,17 +77,17 @@ class Upgrade:
 
     def receive(self, data: bytes) -> bytes | None:
         """
-        Take what the link brought.
+        Decode received bytes.
 
-        :param data: nothing, if the link has ended
-        :return: what came behind the handshake; ``None`` as long as it goes on
+        :param data: the bytes; empty if the connection has ended
+        :return: the bytes that followed the handshake; ``None`` while the handshake is incomplete
         :raises ConnectError: if the server has refused
-        :raises RemoteProtocolError: if this was no answer to a handshake
-        :raises EOFError: if the link ended too early
+        :raises RemoteProtocolError: if the response is invalid
+        :raises EOFError: if the connection ended before the handshake was complete
         """
         if self._refusal is None:
             if not data:
-                raise EOFError("the peer closed the link in the WebSocket handshake")
+                raise EOFError("the peer closed the connection during the WebSocket handshake")
             start = max(0, len(self._head) - 2)
             self._head += data
             self._check_beginning()
@@ -95,7 +95,7 @@ class Upgrade:
             if end is None:
                 if len(self._head) >= MAX_HEAD_BYTES:
                     raise RemoteProtocolError(
-                        f"the head of the peer's HTTP answer has more than {MAX_HEAD_BYTES} bytes"
+                        f"the peer's HTTP response headers exceed {MAX_HEAD_BYTES} bytes"
                     )
                 return None
             data = bytes(self._head[end.end() :])
@@ -110,9 +110,9 @@ class Upgrade:
         if self._head[: len(_HTTP)] == _HTTP[: len(self._head)]:
             return
         if self._head[: len(_TLS)] == _TLS[: len(self._head)]:
-            raise RemoteProtocolError("the peer speaks TLS where HTTP was expected: try wss://")
+            raise RemoteProtocolError("the peer uses TLS on this port; try wss://")
         raise RemoteProtocolError(
-            "the peer does not speak HTTP, and so no WebSocket: try mqtt:// or mqtts://"
+            "the peer does not speak HTTP on this port; try mqtt:// or mqtts://"
         )
 
     def _accepted(self, head: bytes) -> bool:
@@ -120,7 +120,7 @@ class Upgrade:
             self._handshake.receive_data(head)
         except (BrokenRuleError, ValueError) as exc:
             raise RemoteProtocolError(
-                f"the peer's answer to the WebSocket handshake is none: {make_printable(str(exc))}"
+                f"invalid response to the WebSocket handshake: {make_printable(str(exc))}"
             ) from exc
         return self._take(self._handshake.events())
 
@@ -149,44 +149,44 @@ class Upgrade:
         return False
 
     def refusal(self) -> ConnectError:
-        """Tell what the server has said so far."""
+        """Make the error for the response that has arrived so far."""
         assert self._refusal is not None
         status = self._refusal.status_code
         phrase = f" ({HTTPStatus(status).phrase})" if status in set(HTTPStatus) else ""
-        said = make_printable(self._body.decode(errors="replace"))
-        said = f", and said: {said!r}" if said else ""
+        body = make_printable(self._body.decode(errors="replace"))
+        body = f": {body!r}" if body else ""
         return ConnectError(
-            f"the server refused WebSocket by HTTP {status}{phrase}{said} ({self._hint(status)})"
+            f"the server refused WebSocket with HTTP {status}{phrase}{body} ({self._hint(status)})"
         )
 
     def _hint(self, status: int) -> str:
         assert self._refusal is not None
         if 300 <= status < 400:
             headers = {name.lower(): value for name, value in self._refusal.headers}
-            place = headers.get(b"location", b"another place").decode(errors="replace")
-            # What follows may be a secret.
-            place = make_printable(place.partition("?")[0])
-            return f"it redirects to {place}, where this client does not follow: give that URL"
+            target = headers.get(b"location", b"another URL").decode(errors="replace")
+            # The query might contain a secret.
+            target = make_printable(target.partition("?")[0])
+            return f"it redirects to {target}; the client does not follow redirects, use that URL"
         if status in (401, 403, 407, 429):
-            return "this is not Emitter, but something in front of it, with rules of its own"
+            return "Emitter does not send this status; check the rules of the proxy in front of it"
         if status in (502, 503, 504):
-            return "something in front of the broker cannot reach it"
+            return "a proxy in front of the broker cannot reach it"
         return (
-            "Emitter takes any path but /health, /keygen, /presence, /debug and /metrics; what is "
-            "in front of it may take one only"
+            "Emitter accepts any path except /health, /keygen, /presence, /debug and /metrics; "
+            "a proxy in front of it might accept only one path"
         )
 
 
 class WebSocket:
     """
-    The frames, behind the handshake.
+    The encoder and decoder of frames after the handshake.
 
-    :param max_message_size: how large a packet may be
-    :ivar answer: what the last ping is to be answered with; who sends it, empties it
-    :ivar end: why nothing more comes: an :class:`EOFError` if the peer has closed, a
-        :class:`~emitter_anyio.RemoteProtocolError` if it broke the rules
-    :ivar turn_over: whether other tasks get a turn before :meth:`receive` is called again, with
-        nothing, for the frames that are left
+    :param max_message_size: the maximum size of an MQTT packet, in bytes
+    :ivar pong: the answer to the last ping, or empty bytes
+    :ivar end: why no more frames can be received: an :class:`EOFError` if the peer has closed the
+        connection, a :class:`~emitter_anyio.RemoteProtocolError` if it violated the protocol
+    :ivar turn_over: whether frames remain that a call of :meth:`receive` without bytes decodes,
+        after other tasks got a turn
     """
 
     def __init__(self, max_message_size: int) -> None:
@@ -194,16 +194,16 @@ class WebSocket:
         self.end: Exception | None = None
         self.turn_over = False
         self._close_frame = CloseConnection(CloseReason.NORMAL_CLOSURE)
-        self._limits = _FrameChecks(max_message_size)
-        self._connection = Connection(ConnectionType.CLIENT, [self._limits])
+        self._checks = _FrameChecks(max_message_size)
+        self._connection = Connection(ConnectionType.CLIENT, [self._checks])
 
     @property
     def open(self) -> bool:
-        """Whether neither side has ended it."""
+        """Whether neither side has closed the connection."""
         return self._connection.state is ConnectionState.OPEN and self.end is None
 
     def receive(self, data: bytes) -> bytes:
-        """Take what the link brought, and give what the frames of one turn carried."""
+        """Decode received bytes, and return the payloads of the frames of one turn."""
         if self.end is not None:
             return b""
         carried = []
@@ -215,36 +215,36 @@ class WebSocket:
                 case BytesMessage():
                     carried.append(event.data)
                 case Ping() if self.open:
-                    # One that has not been answered yet needs no answer any more (RFC 6455, 5.5.3).
+                    # Only the last of several pings must be answered (RFC 6455, section 5.5.3).
                     self.pong = bytes(self._connection.send(event.response()))
                 case CloseConnection():
-                    self._finish(event)
+                    self._handle_close(event)
         self.turn_over = frames == _FRAMES_PER_TURN
         return b"".join(carried)
 
     def wrap(self, data: bytes) -> bytes:
-        """Put some of the stream into a frame; behind a close there is none."""
+        """Encode bytes as a frame; return nothing after a close frame."""
         return bytes(self._connection.send(BytesMessage(data))) if self.open else b""
 
     def take_pong(self) -> bytes:
-        """Return what answers the last ping, and forget it."""
+        """Return and remove the answer to the last ping."""
         answer, self.pong = self.pong, b""
         return answer
 
     def close(self) -> bytes:
-        """Give what ends it or, if the peer has ended it, answers that; nothing if done before."""
+        """Return a close frame, or the answer to the peer's; nothing if it was returned before."""
         answer, self.pong = self.pong, b""
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING):
             answer += self._connection.send(self._close_frame)
         return answer
 
-    def _finish(self, event: CloseConnection) -> None:
+    def _handle_close(self, event: CloseConnection) -> None:
         reason = make_printable(event.reason or "")
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.LOCAL_CLOSING):
-            # The peer has sent no such thing: wsproto asks for it.
+            # The event is not from the peer: wsproto reports a protocol violation by it.
             self._close_frame = CloseConnection(event.code)
             self.end = RemoteProtocolError(
-                self._limits.broken or f"the peer broke the rules of WebSocket: {reason}"
+                self._checks.violation or f"the peer violated the WebSocket protocol: {reason}"
             )
             return
         self._close_frame = event.response()
@@ -253,19 +253,21 @@ class WebSocket:
             name = event.code.name
             code += f" ({name.lower().replace('_', ' ')})"
         self.end = EOFError(
-            f"the broker closed the WebSocket: {code}" + (reason and f", {reason!r}")
+            f"the broker closed the WebSocket connection: {code}" + (reason and f", {reason!r}")
         )
 
 
 class _FrameChecks(Extension):
     """
-    Not an extension that anybody is offered: it looks at each frame before it is read.
+    A check of each frame's header, before its payload has arrived.
 
-    :ivar broken: what was wrong with the last one
+    It is a wsproto extension only to see the headers, and is never offered to the peer.
+
+    :ivar violation: why the last frame was rejected, or an empty string
     """
 
     def __init__(self, max_message_size: int) -> None:
-        self.broken = ""
+        self.violation = ""
         self._max_message_size = max_message_size
 
     def enabled(self) -> bool:
@@ -278,12 +280,12 @@ class _FrameChecks(Extension):
         self, proto: FrameDecoder | FrameProtocol, opcode: Opcode, rsv: RsvBits, payload_length: int
     ) -> CloseReason | RsvBits:
         if opcode is Opcode.TEXT:
-            self.broken = "the peer sent a text frame; MQTT comes in binary ones"
+            self.violation = "the peer sent a text frame, but MQTT requires binary frames"
             return CloseReason.UNSUPPORTED_DATA
         if payload_length > self._max_message_size + _MAX_PACKET_HEADER_BYTES:
-            self.broken = (
-                f"the peer announced a frame of {payload_length} bytes; max_message_size is "
-                f"{self._max_message_size}"
+            self.violation = (
+                f"the peer sent a frame of {payload_length} bytes, which exceeds max_message_size "
+                f"({self._max_message_size})"
             )
             return CloseReason.MESSAGE_TOO_BIG
         return RsvBits(False, False, False)

@@ -309,7 +309,7 @@ WRONG = {
     "user name": (["me", "--username", "\udcff"], "--username"),
     "extend key": (["keygen", "a/", "--key", "a b"], "--key: invalid key: it contains"),
     "link name": (["link", "abc", "a/"], "one or two letters or digits"),
-    "group": (["sub", "a/", "--group", "a/b"], "invalid group 'a/b'"),
+    "group": (["sub", "a/", "--group", "a/b"], "must not contain a slash"),
     "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
 }
 
