@@ -75,7 +75,7 @@ async def test_a_silent_peer_is_lost_after_one_and_a_half_periods(
 ) -> None:
     watched = Watched(falls_silent=0)
     async with memory_peer(watched.play) as connectable:
-        with pytest.raises(ConnectionLostError, match="silent") as caught:
+        with pytest.raises(ConnectionLostError, match="ping timeout") as caught:
             async with one_link(connectable=connectable, keepalive=keepalive):
                 await anyio.sleep_forever()
         assert watched.now == exactly(1.5 * keepalive)
@@ -104,7 +104,7 @@ async def test_the_period_begins_with_the_last_byte(
     async with memory_peer(watched.play) as connectable:
         emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None)
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with emitter:
                 await anyio.sleep_forever()
         assert watched.now == exactly(times[-1] + 45)
@@ -115,7 +115,7 @@ async def test_pending_calls_and_the_body_learn_of_it(anyio_backend: object) -> 
     lost: list[float] = []
 
     async def lose(call: Callable[[], Awaitable[object]]) -> None:
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             await call()
         lost.append(watched.now)
 
@@ -127,7 +127,7 @@ async def test_pending_calls_and_the_body_learn_of_it(anyio_backend: object) -> 
             async with emitter.subscribe("key", "b/"):
                 pass
 
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with emitter, anyio.create_task_group() as tasks:
                 await anyio.sleep(5)
                 for call in (
@@ -149,7 +149,7 @@ async def test_pending_calls_and_the_body_learn_of_it(anyio_backend: object) -> 
 async def test_a_busy_publisher_notices_all_the_same(anyio_backend: object) -> None:
     watched = Watched(falls_silent=100)
     async with memory_peer(watched.play) as connectable:
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(connectable=connectable, keepalive=30) as emitter:
                 while True:
                     await emitter.publish("k", "a/", "x")
@@ -165,7 +165,7 @@ async def test_a_peer_that_takes_nothing_is_lost_too(anyio_backend: object) -> N
 
     async with memory_peer(script, capacity=1000) as connectable:
         start = anyio.current_time()
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(connectable=connectable, keepalive=30) as emitter:
                 while True:
                     await emitter.publish("k", "a/", bytes(10_000))
@@ -180,7 +180,7 @@ async def test_a_peer_that_falls_silent_during_the_goodbye_is_lost(anyio_backend
 
     async with memory_peer(script, capacity=100) as connectable:
         start = anyio.current_time()
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(
                 connectable=connectable, keepalive=2, disconnect_timeout=60
             ) as emitter:
@@ -305,7 +305,7 @@ async def test_a_peer_that_falls_silent_behind_a_pause_is_lost(anyio_backend: ob
     async with memory_peer(watched.play) as connectable:
         emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", pause, buffer=1, overflow="block")
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with emitter:
                 await anyio.sleep_forever()
         # One is being handled and one waits: the third is taken in after an hour. Then the handler
@@ -327,7 +327,7 @@ async def test_what_came_with_connack_is_no_pause_for_ever(anyio_backend: object
     async with memory_peer(script) as connectable:
         emitter = one_link(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None, buffer=1, overflow="block")
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with emitter:
                 await anyio.sleep_forever()
     assert lost == [exactly(45)]

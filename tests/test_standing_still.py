@@ -104,7 +104,7 @@ async def test_a_loop_that_stands_still_again_and_again(
 async def test_a_silent_peer_is_asked_once_more(anyio_backend: object) -> None:
     far = Far(takes=3600)
     async with memory_peer(far.play) as connectable:
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(connectable=connectable, keepalive=30):
                 await anyio.sleep(31)
                 stand_still(100)
@@ -120,7 +120,7 @@ async def test_a_silent_peer_is_lost_in_a_loop_that_is_always_late(
 ) -> None:
     far = Far(takes=3600)
     async with memory_peer(far.play) as connectable:
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(connectable=connectable, keepalive=30):
                 while True:
                     stand_still(seconds)
@@ -168,7 +168,7 @@ async def test_a_peer_that_takes_nothing_is_lost_after_a_pause(anyio_backend: ob
 
     async with memory_peer(script, capacity=1000) as connectable:
         start = anyio.current_time()
-        with pytest.raises(ConnectionLostError, match="silent"):
+        with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with one_link(connectable=connectable, keepalive=30) as emitter:
                 await emitter.publish("k", "a/", bytes(10_000))
                 await anyio.sleep(31)

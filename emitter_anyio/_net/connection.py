@@ -1,4 +1,4 @@
-"""One connection: its reader, its writer and its keepalive, and an orderly close."""
+"""A connection: reading, writing, keepalive and orderly closing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from .writer import Writer
 Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 
 _MAX_READ_BYTES: Final = 262144
-"""The most bytes that are read together while reads are full."""
+"""The maximum read size while reads are filled, in bytes."""
 
 _MAX_PACKET_READ_BYTES: Final = 1048576
-"""The most bytes that are read together if a packet of that size has begun."""
+"""The maximum read size if the rest of a packet is at least as large, in bytes."""
 
 _PUBACK_BYTES: Final = 4
 _MAX_PACKET_IDS: Final = 65535
-"""The most QoS 1 messages that can be unacknowledged, because each has its own packet id."""
+"""The maximum number of unacknowledged QoS 1 messages, because each has its own packet id."""
 
 
 class ConnectionState(Enum):
@@ -56,12 +56,12 @@ _ENDED: Final = ConnectionState.ENDED
 
 
 class ConnectionStep(Enum):
-    """What changes the state of a connection."""
+    """An event that changes the state of a connection."""
 
-    RUN = "its tasks run"
-    DISCONNECT = "DISCONNECT is queued, after which nothing is sent"
-    DISCARD = "what arrives is no longer delivered"
-    END = "it ends, or is about to"
+    RUN = "its tasks are started"
+    DISCONNECT = "DISCONNECT is queued, and nothing is sent after it"
+    DISCARD = "received packets are no longer delivered"
+    END = "it has ended, or is about to"
 
 
 CONNECTION_TRANSITIONS: Final[Mapping[tuple[ConnectionState, ConnectionStep], ConnectionState]] = {
@@ -84,8 +84,8 @@ class Connection:
     :param server: the server
     :param transport: sends and receives bytes
     :param codec: encodes and decodes packets
-    :param first: what was decoded together with the CONNACK
-    :param options: the client's options
+    :param first: the events that were decoded together with CONNACK
+    :param options: the options of the client
     :param wants: what the client wants from every connection
     """
 
@@ -107,63 +107,63 @@ class Connection:
         self.session = Session(wants, self.send, self.writer.write, codec.encode_publish)
         self.state = ConnectionState.OPENING
         self.read_by_broker = False
-        """Whether the broker has closed the connection after DISCONNECT: it has read everything."""
+        """Whether the broker closed the connection after DISCONNECT, and so has read everything."""
         self._transport = transport
         self._codec = codec
         self._last_heard = transport.last_heard
         """When bytes last arrived, or the reader last waited for a consumer."""
         self._reading_paused = False
-        """Whether the reader waits for a consumer, so that the broker's silence means nothing."""
+        """Whether the reader waits for a consumer, so that missing bytes mean nothing."""
         self._first = first
         self._unsent_pubacks: deque[int] = deque()
-        """For each PUBACK that is not sent, the number of bytes to send until it is."""
+        """For each unsent PUBACK, the value of ``writer.sent`` at which it is sent."""
         self._reads = 0
         self._awaits_bytes = False
         self._options = options
         self._waiting: anyio.CancelScope | None = None
         """The scope in which the reader waits for a consumer."""
         self._writing: tuple[anyio.CancelScope, anyio.Event] | None = None
-        """The scope of the writer task, and the event that it has ended, if there is one."""
+        """The scope of the writer task and the event of its end, while there is one."""
         self._broken: Exception | None = None
 
     @property
     def leaving(self) -> bool:
-        """Whether DISCONNECT is queued, after which nothing is sent."""
+        """Whether DISCONNECT is queued, and nothing is sent after it."""
         return self.writer.ended
 
     @property
     def broken(self) -> bool:
-        """Whether the connection has ended, or is about to, and the client has not closed it."""
+        """Whether the connection has ended, or is about to, for another reason than a close."""
         return self._broken is not None
 
     @property
     def unsent(self) -> list[bytes]:
-        """The QoS 0 publishes of which no byte was sent."""
+        """The QoS 0 publishes that have not been sent, not even in part."""
         return [bytes(one) for one in self.writer.unsent_packets if is_qos_0_publish(one)]
 
     def send(self, packet: Packet) -> None:
-        """Queue a packet, unless DISCONNECT is queued."""
+        """Queue a packet; do nothing after DISCONNECT."""
         if self.writer.ended:
             return
         data = self._codec.encode(packet)
         if type(packet) is Disconnect:
             self.writer.write_last(data)
-            self._take(ConnectionStep.DISCONNECT)
+            self._transition(ConnectionStep.DISCONNECT)
         else:
             self.writer.write(data)
 
     async def run(self, deliver: Deliver, tasks: Tasks) -> Exception | None:
         """
-        Run the connection until it breaks or :meth:`close` ends it.
+        Run the connection until it breaks or :meth:`close` is called.
 
-        :param deliver: gets the decoded packets, and may wait
-        :param tasks: runs the writer task, if there is something for it to do
-        :return: why the connection broke; ``None`` if the client has closed it
+        :param deliver: handles the decoded events, and might wait for consumers
+        :param tasks: runs the writer task, if it is needed, and the timer
+        :return: the error that broke the connection; ``None`` if the client closed it
         """
         try:
             if not self._ended:
                 self._begin(tasks)
-                # Not in a function, through which each read would go.
+                # Inline, because each read would pass through another coroutine.
                 try:
                     with self._transport.listening():
                         await self._read(deliver)
@@ -172,65 +172,64 @@ class Connection:
         except Exception as exc:
             self._break(exc)
         finally:
-            self._take(ConnectionStep.END)
+            self._transition(ConnectionStep.END)
             self.writer.forbid_task()
             try:
                 await self._end_writing()
             finally:
                 if self._broken is None:
-                    # When cancelled, this is all there is time for.
+                    # If cancelled, there is no time to wait for the queue.
                     self.disconnect_nowait()
                 try:
                     await self._transport.aclose()
                 finally:
-                    # At the very end, because the callers that it wakes must find no connection.
+                    # Last, because the callers that it wakes must see a closed connection.
                     self.writer.stop()
         return self._broken
 
     def fail(self, exc: Exception) -> None:
-        """End :meth:`run` as if the connection had broken, because it is of no use."""
+        """End :meth:`run` with an error, because the connection is unusable."""
         self._break(exc)
 
     async def abandon(self) -> None:
-        """Close a connection that was never run."""
+        """Close a connection on which :meth:`run` was never called."""
         await self._transport.aclose()
 
     async def disconnect(self, *, await_close: bool) -> None:
         """
-        Send what is queued, and DISCONNECT.
+        Send the queued packets and DISCONNECT.
 
-        :param await_close: whether the broker might not have read everything that matters. If the
-            client closed first, a message on its way to it would meet a closed socket, and the
-            reset that answers it would discard what the broker has not read yet. So wait until the
-            broker has closed the connection
+        :param await_close: whether to wait until the broker has closed the connection, because it
+            might not have read everything. If the client closed first, a message sent to it by the
+            broker would cause a TCP reset, which discards what the broker has not read
         """
         self.send(Disconnect())
         await self.writer.wait_sent()
         await self._transport.send_eof()
         if await_close:
-            self._take(ConnectionStep.DISCARD)
+            self._transition(ConnectionStep.DISCARD)
             if self._waiting is not None:
                 self._waiting.cancel()
             await self.writer.wait_stopped()
 
     def disconnect_nowait(self) -> bool:
-        """Send what is queued, and DISCONNECT, without waiting; return whether all was sent."""
+        """Send the queue and DISCONNECT without waiting, and return whether all was sent."""
         self.send(Disconnect())
         self.writer.send_nowait()
         return not self.writer.size
 
     def close(self) -> None:
         """End :meth:`run`, which closes the connection."""
-        self._take(ConnectionStep.END)
+        self._transition(ConnectionStep.END)
         self._transport.interrupt()
         if self._waiting is not None:
             self._waiting.cancel()
 
     async def pause_reading(self, wait: Callable[[], Awaitable[None]]) -> bool:
         """
-        Have the reader, which calls this, wait for a consumer.
+        Wait for a consumer; called by the reader.
 
-        :return: whether what was received is still to be delivered
+        :return: whether to deliver the received messages
         :raises ClosedResourceError: if the connection has ended
         """
         if self._delivers:
@@ -242,9 +241,9 @@ class Connection:
 
     def check(self) -> None:
         """
-        Check that the reader is to deliver more.
+        Check that the connection has not ended.
 
-        :raises ClosedResourceError: if the connection is about to end
+        :raises ClosedResourceError: if it has ended, or is about to
         """
         if self._ended:
             raise anyio.ClosedResourceError
@@ -261,11 +260,11 @@ class Connection:
     def _delivers(self) -> bool:
         return self.state not in (_DISCARDING, _ENDED)
 
-    def _take(self, step: ConnectionStep) -> None:
+    def _transition(self, step: ConnectionStep) -> None:
         self.state = CONNECTION_TRANSITIONS.get((self.state, step), self.state)
 
     def _begin(self, tasks: Tasks) -> None:
-        self._take(ConnectionStep.RUN)
+        self._transition(ConnectionStep.RUN)
         self.writer.begin(partial(tasks.start_soon, self._write))
         Keepalive(
             *(self.timer, self.writer, self.session, self._last_heard),
@@ -275,7 +274,7 @@ class Connection:
         tasks.start(self.timer.run, self._break, self._reads_so_far, name="emitter_anyio timer")
 
     def _reads_so_far(self) -> int | None:
-        """Return the number of reads, or ``None`` while one is being delivered."""
+        """Return the number of reads, or ``None`` while received bytes are being handled."""
         return self._reads if self._awaits_bytes or self._reading_paused else None
 
     async def _write(self) -> None:
@@ -292,7 +291,7 @@ class Connection:
                 ended.set()
 
     async def _end_writing(self) -> None:
-        # While the writer task sends, nothing else may send, nor close what it sends by.
+        # While the writer task sends, nothing else may send or close the transport.
         if self._writing is not None:
             scope, ended = self._writing
             scope.cancel()
@@ -302,11 +301,10 @@ class Connection:
 
     def _break(self, exc: Exception) -> None:
         if self._ended:
-            # An error of a connection that is about to end does not explain why.
+            # The first reason counts. Closing causes further errors.
             return
-        # After DISCONNECT was sent, it does not matter how the connection ends. The broker may
-        # close it before the transport reports that DISCONNECT was sent. If the broker is silent,
-        # it was not.
+        # Any end is orderly after DISCONNECT was sent. The broker might close the connection while
+        # the send is still in progress, so after an EOF, bytes in that send count as sent.
         left = self.writer.unoffered_bytes if isinstance(exc, EOFError) else self.writer.size
         if left or not self.leaving:
             self._broken = exc
@@ -315,12 +313,12 @@ class Connection:
         self.close()
 
     async def _read(self, deliver: Deliver) -> None:
-        await self._take_in(deliver, self._first)
+        await self._deliver(deliver, self._first)
         receive, codec, size = self._transport.receive, self._codec, READ_CHUNK_BYTES
-        # The state is compared in place: each read would pay for a property.
+        # Compare the state directly, because a property would slow down each read.
         while self.state is not _ENDED:
             if codec.turn_over and self.state is not _DISCARDING:
-                # While decoded packets wait, the broker's silence means nothing.
+                # Packets wait to be decoded, so missing bytes do not mean that the peer is silent.
                 await checkpoint()
                 data = b""
                 self._last_heard.note()
@@ -333,20 +331,20 @@ class Connection:
                 self._awaits_bytes = False
                 self._reads += 1
                 if not data:
-                    raise EOFError("the broker closed the link")
-                # In a flood, each consumer then wakes for several messages instead of for each.
+                    raise EOFError("the broker closed the connection")
+                # Under load, larger reads wake each consumer once for several messages.
                 if len(data) < size:
                     size = READ_CHUNK_BYTES
                 elif size < _MAX_READ_BYTES:
                     size *= 2
             if self._delivers:
-                await self._take_in(deliver, codec.decode(data))
+                await self._deliver(deliver, codec.decode(data))
 
-    async def _take_in(self, deliver: Deliver, events: Sequence[Event]) -> None:
-        # Several acknowledgements wake several callers: what they publish is sent together.
+    async def _deliver(self, deliver: Deliver, events: Sequence[Event]) -> None:
+        # Several acknowledgements wake several callers, whose next publishes are sent together.
         several = len(events) > 1 or (bool(events) and type(events[0]) is MessageBatch)
         self.writer.begin_turn(several=several)
-        # Nothing is sent after DISCONNECT.
+        # PUBACKs may not follow DISCONNECT.
         if (written := self._codec.take_written()) and not self.leaving:
             self._acknowledge(written)
         await deliver(events)
@@ -355,7 +353,7 @@ class Connection:
             self._last_heard.note()
 
     def _acknowledge(self, pubacks: bytes) -> None:
-        # Without waiting for space: a peer might read only after the client has read.
+        # Do not wait for queue space: the peer might not read before the client reads.
         self.writer.write(pubacks)
         unsent = self._unsent_pubacks
         unsent.extend([self.writer.queued] * (len(pubacks) // _PUBACK_BYTES))
@@ -363,6 +361,6 @@ class Connection:
             unsent.popleft()
         if len(unsent) > _MAX_PACKET_IDS:
             raise RemoteProtocolError(
-                f"the broker sent more than {_MAX_PACKET_IDS} messages of QoS 1 and read no "
-                "acknowledgement of them"
+                f"the broker sent more than {_MAX_PACKET_IDS} QoS 1 messages without reading "
+                "their acknowledgements"
             )

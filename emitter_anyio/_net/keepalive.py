@@ -13,19 +13,21 @@ from .timer import Timer, TimerEntry
 from .writer import Writer
 
 _LATE_SECONDS: Final = 0.05
-"""A timeout that falls due later than this shows that the process stood still."""
+"""The delay in seconds from which an expiring timeout shows that the process stood still."""
 
 
 class Keepalive(TimerEntry):
     """
-    Sends a PINGREQ after ``seconds`` seconds without a byte in one of the two directions.
+    The keepalive of a connection.
+
+    It sends PINGREQ after ``seconds`` seconds without a byte in either direction.
 
     :param timer: the timer of the connection
-    :param writer: sends the PINGREQ
-    :param session: makes the PINGREQ
-    :param last_heard: when bytes last arrived
+    :param writer: the writer of the connection
+    :param session: sends PINGREQ
+    :param last_heard: the time at which bytes last arrived
     :param reading_paused: returns whether the reader waits for a consumer
-    :param seconds: the keepalive period
+    :param seconds: the keepalive period, in seconds
     """
 
     needs_reader: ClassVar = False
@@ -46,7 +48,7 @@ class Keepalive(TimerEntry):
         self._reading_paused = reading_paused
         self._seconds = seconds
         self._excused_since = -math.inf
-        """When bytes had last arrived, as a ping timeout last fell due late."""
+        """When bytes had last arrived before a ping timeout that expired late and was ignored."""
         self.expire(-math.inf)
 
     @property
@@ -55,7 +57,7 @@ class Keepalive(TimerEntry):
 
     def expire(self, now: float) -> None:
         when = min(self._last_heard.time, self._writer.last_sent) + self._seconds
-        # The last PINGREQ left a little after it was due.
+        # Allow for a PINGREQ that was sent slightly late.
         if when <= now + _LATE_SECONDS:
             timeout = PingTimeout(
                 self._timer, self._writer, self._last_heard, self._seconds, now, self._on_timeout
@@ -66,23 +68,24 @@ class Keepalive(TimerEntry):
             when = now + self._seconds
         self._timer.add(when, self)
 
-    def _on_timeout(self, late: bool, heard: float, words: str) -> None:
+    def _on_timeout(self, late: bool, heard: float, message: str) -> None:
         if late and self._excused_since < heard:
-            # The network might have stood still as well: the next PINGREQ decides.
+            # If the machine was suspended, its network was too. Wait for the next PINGREQ.
             self._excused_since = heard
         elif not self._reading_paused():
-            raise TimeoutError(words)
+            raise TimeoutError(message)
 
 
 class PingTimeout(TimerEntry):
     """
-    Ends a connection on which nothing is received after a PINGREQ.
+    The timeout that follows a PINGREQ.
 
-    It falls due half a keepalive period after the PINGREQ has left, or one and a half periods after
-    bytes last arrived, whichever is later. A PINGREQ that cannot leave has one and a half periods
-    from when it was queued. If it falls due late because the process stood still, it ends nothing.
+    It expires half a keepalive period after PINGREQ was sent, or one and a half periods after bytes
+    last arrived, whichever is later. If PINGREQ cannot be sent, it expires one and a half periods
+    after PINGREQ was queued.
 
-    :param missed: gets whether the timeout falls due late, when bytes last arrived, and the error
+    :param missed: called when nothing was received in time, with whether the timeout expired late
+        because the process stood still, the time at which bytes last arrived, and an error message
     """
 
     needs_reader: ClassVar = True
@@ -106,7 +109,7 @@ class PingTimeout(TimerEntry):
         self._when = now + seconds * 1.5
 
     def begin(self) -> None:
-        """Start the timeout: the PINGREQ has left."""
+        """Start the timeout after PINGREQ was sent."""
         self._ping_sent = True
         latest = max(self._writer.last_sent, self._heard + self._seconds)
         self._when = latest + self._seconds * 0.5
@@ -122,6 +125,6 @@ class PingTimeout(TimerEntry):
         self._on_timeout(
             now > self._when + _LATE_SECONDS,
             self._heard,
-            f"the broker was silent for {round(now - self._heard, 2):g} s and did not "
-            f"{'answer' if self._ping_sent else 'take'} a PINGREQ",
+            f"ping timeout: nothing was received for {round(now - self._heard, 2):g} s, and "
+            + ("the broker did not answer PINGREQ" if self._ping_sent else "PINGREQ was not sent"),
         )

@@ -1,4 +1,4 @@
-"""One timer for everything that a connection waits for, and the deadlines of replies."""
+"""The timer of a connection, and the deadlines of replies."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from emitter_anyio._backend.tasks import is_cancelled
 from .writer import Writer
 
 _QUIET_TURNS: Final = 10
-"""The reader has taken in what had arrived if it gets nothing in this many turns of the loop."""
+"""The number of event-loop turns without a read after which the reader has caught up."""
 
 _MAX_CATCH_UP_SECONDS: Final = 1.0
-"""The most seconds that the reader is given for that, because more might arrive all the time."""
+"""The maximum time in seconds for the reader to catch up, because more might keep arriving."""
 
 _SPARE_ENTRIES: Final = 64
-"""The entries that are done and may be kept, beside as many as there are others."""
+"""The number of completed entries to keep, in addition to as many as there are pending ones."""
 
 Reads: TypeAlias = Callable[[], int | None]
-"""Returns how many times the reader has read, or ``None`` while it is handling what it has read."""
+"""Returns the number of reads so far, or ``None`` while the reader handles received bytes."""
 
 
 class TimerEntry(Protocol):
-    """Something that falls due, unless it is done before."""
+    """A timeout that expires unless it is done before."""
 
     needs_reader: ClassVar[bool]
-    """Whether it ends something because of what has not arrived, so that the reader goes first."""
+    """Whether it reports that something has not arrived, so that the reader must catch up first."""
 
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Whether it need not fall due any more."""
+        """Whether it no longer needs to expire."""
 
     @abstractmethod
     def expire(self, now: float) -> None:
         """
-        Do what is due; it may be added to the timer again.
+        Handle the timeout, which may add the entry to the timer again.
 
-        :param now: its time, or later
+        :param now: the current time, which is the entry's time or later
         """
 
 
 class Timer:
     """
-    Lets things fall due.
+    A task that runs timeouts.
 
-    Before one that needs the reader expires, the reader takes in what has arrived: if the process
-    stood still (a debugger, a suspended machine, a blocking call), what was awaited might have
-    arrived in time and wait in the socket.
+    Before a timeout that needs the reader expires, the reader handles everything that has arrived.
+    If the process stood still (a debugger, a suspended machine, a blocking call), the awaited bytes
+    might have arrived in time and still be in the socket.
 
-    Nearly everything is done long before its time. So the task is not woken for each: it wakes at a
-    time for which something was added, and then sleeps until that of the first that is not done.
+    Most entries are done long before their time, so completing one does not wake the task. It wakes
+    at the time of an entry, and then sleeps until that of the first pending one.
 
     :param clock: returns the time of the event loop
     """
@@ -68,16 +68,16 @@ class Timer:
         self._added = 0
         self._max_entries = _SPARE_ENTRIES
         self._wakes_at = -math.inf
-        """When the task wakes; before everything else while it does not sleep."""
+        """When the task wakes; minus infinity while it does not sleep."""
         self._scope = CancelScope()
         """The scope in which the task sleeps."""
         self._ended = False
 
     def add(self, when: float, due: TimerEntry) -> None:
         """
-        Let something fall due.
+        Add an entry.
 
-        :param when: a time of the event loop's clock
+        :param when: the time at which it expires, on the event loop's clock
         """
         heap = self._heap
         if len(heap) > self._max_entries:
@@ -91,13 +91,14 @@ class Timer:
 
     async def run(self, failed: Callable[[Exception], None], reads: Reads) -> None:
         """
-        Let things fall due until :meth:`end`.
+        Run the timer until :meth:`end`.
 
-        :param failed: gets what one of them raises, after which none falls due
+        :param failed: called with the exception that an entry raises, which ends the timer
+        :param reads: returns the number of reads
         """
         try:
-            # In a task group that was never left, Trio's scope catches cancellations that are not
-            # its own.
+            # If the task group is never left, Trio cancels the task at the end of the run, and the
+            # scope below would absorb that cancellation.
             while not (self._ended or is_cancelled()):
                 when = self._first()
                 with CancelScope(deadline=when) as self._scope:
@@ -115,7 +116,7 @@ class Timer:
             failed(exc)
 
     def end(self) -> None:
-        """Let nothing fall due any more."""
+        """Stop the timer; nothing expires any more."""
         self._ended = True
         self._heap.clear()
         self._scope.cancel()
@@ -137,13 +138,14 @@ class Timer:
 
 class ReplyDeadline:
     """
-    The deadline of one call that awaits a reply, counted from when the packet queued last is sent.
+    The deadline of a call that awaits a reply.
 
-    :param expired: is called at the deadline, unless it is cancelled before; it returns a true
-        value to set another deadline, ``seconds`` later
-    :param seconds: the time for the reply
+    The time starts when the last packet in the queue has been sent.
+
+    :param expired: called at the deadline; a true result extends the deadline by ``seconds``
+    :param seconds: the time for the reply, in seconds
     :param timer: the timer of the connection
-    :param writer: sends the packet
+    :param writer: the writer of the connection
     """
 
     needs_reader: ClassVar = True
@@ -161,7 +163,7 @@ class ReplyDeadline:
         writer.call_when_sent(self._begin)
 
     def cancel(self) -> None:
-        """End the deadline: the call awaits no reply any more."""
+        """Cancel the deadline, because the call no longer awaits a reply."""
         self.done = True
 
     def expire(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""What leaves, in the order of the calls."""
+"""The queue of outgoing packets, and the task that sends them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from anyio.lowlevel import checkpoint
 from .transport import Transport
 
 MAX_QUEUED_BYTES: Final = 262144
-"""So many bytes may wait for the link before those who have more wait themselves."""
+"""The queue size in bytes from which callers wait for space."""
 
 MAX_SEND_BYTES: Final = 131072
-"""So many bytes are handed over at a time."""
+"""The approximate maximum number of bytes per system call."""
 
 LARGE_PACKET_BYTES: Final = 65536
-"""A packet of so many bytes is worth a call of the system of its own."""
+"""The size in bytes from which a packet is sent immediately instead of being batched."""
 
 BUSY_PACKETS: Final = 32
+"""The number of new packets per turn from which the writer task waits for more to send together."""
+
 MAX_COLLECT_YIELDS: Final = 8
-"""While at least so many packets come between, those that wait wait for so many pauses more."""
+"""The maximum number of turns that the writer task waits for more packets."""
 
 
 class Writer:
     """
-    The packets on their way to the link.
+    A queue that sends packets in the order of the calls.
 
-    Bytes leave in one place: the first packet of a turn, and each large one, is sent at once, if
-    nothing is under way, and what gathers behind it is sent by the writer task in its own turn. No
-    caller ever waits in a send.
+    If no send is in progress, the first packet of each turn and each large packet are sent
+    immediately. The writer task sends the others together. No caller ever waits in a send.
 
-    :param transport: the link
-    :param clock: tells the time of the loop
+    :param transport: sends the bytes
+    :param clock: returns the time of the event loop
     """
 
     def __init__(
@@ -48,36 +49,36 @@ class Writer:
         """The bytes in the queue."""
         self.limit = MAX_QUEUED_BYTES
         """
-        At this many bytes in the queue, a caller waits: 0 while another one waits, and after the
-        last packet. Plain attributes, because each publish compares them.
+        The queue size in bytes from which callers wait; 0 while a caller waits, and after the last
+        packet. It and ``size`` are plain attributes, because every publish compares them.
         """
         self.idle = False
-        """Whether nothing is being sent, and the writer task waits for packets if it has begun."""
+        """Whether no send is in progress, and the writer task, if started, waits for packets."""
         self._start: Callable[[], object] | None = None
         self._wake: anyio.Event | None = None
         self._waiting: deque[anyio.Event] = deque()
-        self._marks: deque[tuple[int, Callable[[], object]]] = deque()
+        self._sent_callbacks: deque[tuple[int, Callable[[], object]]] = deque()
         self._awaiting_stop: list[anyio.Event] = []
         self._in_send_bytes = 0
         self._partly_sent = False
         self.broken = False
-        """Whether nothing will leave any more."""
+        """Whether the connection has ended, so that nothing more is sent."""
         self._batching = False
-        """Whether one packet has been sent at once since anything came, so that others gather."""
+        """Whether a packet was sent immediately in this turn, so that further ones are batched."""
         self.ended = False
         """Whether the last packet has been queued."""
         self.sent = 0
-        """How many bytes have been handed over to this link."""
+        """The number of bytes sent on this connection."""
         self.last_sent = clock()
 
     @property
     def queued(self) -> int:
-        """How many bytes have been queued on this link."""
+        """The number of bytes ever queued on this connection."""
         return self.sent + self.size
 
     @property
     def unsent_packets(self) -> list[bytes | memoryview]:
-        """The packets of which no byte has been handed over."""
+        """The packets that have not been sent, not even in part."""
         whole: list[bytes | memoryview] = []
         gone = self._in_send_bytes
         for packet in self._packets:
@@ -89,7 +90,7 @@ class Writer:
 
     @property
     def unoffered_bytes(self) -> int:
-        """How many bytes the link has not been offered yet."""
+        """The number of queued bytes that are not part of a send in progress."""
         return self.size - self._in_send_bytes
 
     @property
@@ -98,7 +99,7 @@ class Writer:
         return self.size < self.limit
 
     async def wait_for_space(self) -> None:
-        """Wait until there is room for one more packet; first come, first served."""
+        """Wait until the queue has space for a packet, in the order of the calls."""
         if self.has_space:
             return
         turn = anyio.Event()
@@ -108,7 +109,7 @@ class Writer:
         try:
             await turn.wait()
         finally:
-            # One that gives up lets the next one in; else its write() does.
+            # A cancelled caller admits the next one. Otherwise, its write() does.
             self._waiting.remove(turn)
             if not (self._waiting or self.ended):
                 self.limit = MAX_QUEUED_BYTES
@@ -116,9 +117,9 @@ class Writer:
 
     def begin(self, start: Callable[[], object]) -> None:
         """
-        Send from now on.
+        Start sending.
 
-        :param start: has :meth:`run` run in a task, once there is something for it to do
+        :param start: starts a task that calls :meth:`run`; called when that is first needed
         """
         self._start = start
         self.idle = True
@@ -150,35 +151,41 @@ class Writer:
         """
         Begin a turn.
 
-        :param several: whether several packets are likely, which are then sent together
+        :param several: whether several packets are likely; they are then all sent by the writer
+            task, together
         """
         self._batching = several
 
     def call_when_sent(self, waker: Callable[[], object]) -> None:
         """
-        Have a function called when everything that is queued now has been sent, or nothing will be
-        any more; which may be now.
+        Call a function when all bytes queued so far have been sent, or the connection has ended.
+
+        This might be immediately.
         """
         if self.size and not self.broken:
-            self._marks.append((self.sent + self.size, waker))
+            self._sent_callbacks.append((self.sent + self.size, waker))
         else:
             waker()
 
     async def wait_sent(self) -> None:
-        """Wait until everything that is queued now has been sent, or nothing will be any more."""
+        """Wait until all bytes queued so far have been sent, or the connection has ended."""
         event = anyio.Event()
         self.call_when_sent(event.set)
         await event.wait()
 
     async def wait_stopped(self) -> None:
-        """Wait until the connection is gone."""
+        """Wait until the connection has ended."""
         if not self.broken:
             event = anyio.Event()
             self._awaiting_stop.append(event)
             await event.wait()
 
     async def run(self) -> None:
-        """Send what is queued, until cancelled or until the link breaks."""
+        """
+        Send queued packets until cancelled.
+
+        :raises OSError: if the connection breaks
+        """
         while True:
             if not self._packets:
                 await self._transport.send_control()
@@ -194,11 +201,11 @@ class Writer:
                 sent = await self._send(data)
             self._note_sent(sent)
             if count > 1 and not self._packets:
-                # Where many leave, more are coming: together they cost less than one by one.
+                # Under load, more packets are about to be queued. Sending them together is cheaper.
                 await checkpoint()
 
     def send_nowait(self) -> None:
-        """Hand over what the link takes at once, since there will be no later."""
+        """Send what is possible without waiting, because the connection is about to be closed."""
         with suppress(OSError):
             while self._packets and not self._in_send_bytes:
                 if not (sent := self._transport.try_send(self._next_bytes())):
@@ -206,18 +213,18 @@ class Writer:
                 self._note_sent(sent)
 
     def forbid_task(self) -> None:
-        """Start no task any more."""
+        """Never start the writer task from now on."""
         self._start = None
 
     def stop(self) -> None:
-        """Let go those who wait: nothing will leave any more."""
+        """Wake all waiting tasks, because the connection has ended."""
         self.broken = True
         for turn in self._waiting:
             turn.set()
         for event in self._awaiting_stop:
             event.set()
-        marks, self._marks = self._marks, deque()
-        for _, waker in marks:
+        callbacks, self._sent_callbacks = self._sent_callbacks, deque()
+        for _, waker in callbacks:
             waker()
 
     def _wake_task(self) -> None:
@@ -232,7 +239,7 @@ class Writer:
         try:
             sent = self._transport.try_send(data)
         except OSError:
-            # The writer task, roused for what is left, meets the same error and knows what to do.
+            # The writer task will get the same error, and handles it.
             return
         if sent:
             self._note_sent(sent)
@@ -249,14 +256,14 @@ class Writer:
         return sent
 
     async def _collect(self) -> None:
-        """Let more come where many come: a call of the system costs as much as many packets."""
+        """Let busy callers queue more, because a system call costs as much as many packets."""
         before = 0
         for _ in range(MAX_COLLECT_YIELDS):
             count = len(self._packets)
             if count - before < BUSY_PACKETS or self.size >= MAX_SEND_BYTES:
                 break
             before = count
-            # Trio runs the tasks of a turn in either order: in two of them, each has run.
+            # Trio runs the tasks of a batch in random order. After two checkpoints, each has run.
             await checkpoint()
             await checkpoint()
 
@@ -286,8 +293,8 @@ class Writer:
                 self._packets.appendleft(memoryview(packet)[sent:])
                 break
             sent -= len(packet)
-        while self._marks and self._marks[0][0] <= self.sent:
-            self._marks.popleft()[1]()
+        while self._sent_callbacks and self._sent_callbacks[0][0] <= self.sent:
+            self._sent_callbacks.popleft()[1]()
         self._admit()
 
     def _admit(self) -> None:
