@@ -697,7 +697,7 @@ class TestGroups:
 class TestCollisions:
     def test_of_two_subscriptions(self, link: Link) -> None:
         link.subscribe(channel="p/q/")
-        with pytest.raises(SubscriptionConflictError, match=r"'q/p/' .*'p/q/'.*second Emitter"):
+        with pytest.raises(SubscriptionConflictError, match=r"'q/p/'.*'p/q/'.*second Emitter"):
             link.subscribe(channel="q/p/")
         assert len(link.sent) == 1
         assert not link.wants.is_subscribed("q/p/")
@@ -981,7 +981,7 @@ class TestHostileAnswers:
 
     def test_the_report_is_short_and_says_what_came(self, link: Link) -> None:
         (emission,) = link.hear(EmitterMessage("emitter/" + "x" * 60_000 + "/", b"{}"))
-        assert "nobody asked for it" in str(emission.value)
+        assert "no request is waiting for it" in str(emission.value)
         assert len(str(emission.value)) < 200
         link = Link()
         (emission,) = link.hear(Undecodable(12))

@@ -1,1 +1,1 @@
-"""MQTT 3.1.1 as bytes: Paho as the engine, and the fast path in front of it. No I/O."""
+"""MQTT 3.1.1 without I/O: the codec (Paho and a fast path in front of it) and the session."""

@@ -1,4 +1,4 @@
-"""Both directions of one connection: bytes to events, and packets to bytes."""
+"""The codec of a connection: decodes bytes to events, and encodes packets to bytes."""
 
 from __future__ import annotations
 
@@ -29,29 +29,28 @@ _CONNACK: Final = 2
 _PINGRESP: Final = 13
 _PINGREQ: Final = b"\xc0\0"
 
-_NO_CONNACK: Final = "the peer did not answer CONNECT with a CONNACK"
+_NO_CONNACK: Final = "the peer did not answer CONNECT with CONNACK"
 
 MESSAGES_PER_TURN: Final = 4096
-"""At most this many messages of QoS 0 are decoded before other tasks get a turn."""
+"""The maximum number of QoS 0 messages decoded before other tasks get a turn."""
 
 _PACKET_WEIGHT: Final = 16
-"""Another packet counts as this many messages, because the session handles each by itself."""
+"""The weight of any other packet in messages, because the session handles each separately."""
 
 _PAHO_PACKET_WEIGHT: Final = 64
-"""A packet that Paho decodes counts as this many more messages."""
+"""The additional weight of a packet that Paho decodes, in messages."""
 
 
 class Codec:
     """
-    Both directions of one connection.
+    The decoder and encoder of a connection.
 
-    Paho hides the return codes 1 and 2 of CONNACK and merges those above 5, and has no public call
-    for a PINGREQ and no callback for a PINGRESP. So the codec reads the return code and does the
-    pings itself, with the fast path and without it.
+    The codec reads the return code of CONNACK and handles pings itself, because Paho hides the
+    return codes 1 and 2, merges those above 5, and has no public interface for pings.
 
-    :param connect: what CONNECT states
-    :param max_message_size: the largest remaining length to accept from the peer, in bytes
-    :param fast_path: whether the fast path is used; otherwise Paho carries its packets, too
+    :param connect: the contents of CONNECT
+    :param max_message_size: the maximum remaining length of a packet from the peer, in bytes
+    :param fast_path: whether to use the fast path; without it, Paho also handles its packets
     """
 
     def __init__(
@@ -66,17 +65,17 @@ class Codec:
         self._connected = False
         self._broken = False
         self._left = MESSAGES_PER_TURN
-        """How many more messages may be decoded in this turn."""
+        """The number of messages that may still be decoded in this turn."""
         self.turn_over = False
         """Whether other tasks get a turn before the next call of :meth:`decode`."""
 
     @property
     def missing(self) -> int:
-        """How many more bytes are needed, at least, to complete a packet that has begun."""
+        """The minimum number of bytes that are missing from an incomplete packet."""
         return self._framing.missing
 
     def connect(self) -> bytes:
-        """Encode the CONNECT that begins the connection."""
+        """Encode CONNECT."""
         return self._engine.connect()
 
     def encode(self, packet: Packet) -> bytes:
@@ -95,12 +94,12 @@ class Codec:
 
     def decode(self, data: bytes) -> list[Event]:
         """
-        Decode bytes from the peer, cut anywhere, into as many events as one turn may have.
+        Decode bytes from the peer to the events of one turn. Packets may be split anywhere.
 
-        While :attr:`turn_over` is true, call it with no bytes to decode those that are left.
+        While :attr:`turn_over` is true, call it without bytes to decode the remaining ones.
 
-        Malformed bytes end in a :class:`~emitter_anyio.RemoteProtocolError` as the last event,
-        after those that came before. Everything after it is ignored.
+        If the bytes are malformed, the last event is a :class:`~emitter_anyio.RemoteProtocolError`,
+        and everything after it is ignored.
         """
         if self._broken:
             return []
@@ -116,7 +115,7 @@ class Codec:
         return events
 
     def take_written(self) -> bytes:
-        """Return the PUBACKs of the messages of QoS 1 decoded since the last call."""
+        """Return the PUBACKs for the QoS 1 messages decoded since the last call."""
         written, self._written = self._written, b""
         return written
 
@@ -146,7 +145,7 @@ class Codec:
             return (PingResp(),)
         if head >> 4 == _CONNACK:
             if size != 2:
-                raise RemoteProtocolError(f"a CONNACK of {size} bytes, where it has 2")
+                raise RemoteProtocolError(f"the peer sent a CONNACK of {size} bytes instead of 2")
             self._connected = True
             code = data[stop - 1]
             if code == 0:

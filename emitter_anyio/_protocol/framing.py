@@ -1,4 +1,4 @@
-"""Where packets begin and end, and which of them a broker may not send."""
+"""Packet boundaries, and the rejection of packets that a broker must not send."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _MAX_LENGTH_BITS: Final = 28
 
 class Framing:
     """
-    The boundaries of packets in the bytes from the peer.
+    A parser of packet boundaries in the bytes from the peer.
 
-    Paho reads a packet of any size and answers packets that only a client may send, so both are
-    checked here, in the header, before the packet has arrived.
+    It checks the size and type of a packet as soon as the header has arrived, because Paho accepts
+    packets of any size, and answers packets that only a client may send.
 
-    :param max_message_size: the largest remaining length to accept, in bytes
+    :param max_message_size: the maximum remaining length of a packet, in bytes
     """
 
     def __init__(self, max_message_size: int) -> None:
         self._max_message_size = max_message_size
         self._kept: list[bytes] = []
-        """The pieces of a packet that is not complete."""
+        """The pieces of an incomplete packet."""
         self.missing = 0
-        """How many more bytes are needed, at least, to complete the packet that is kept."""
+        """The minimum number of bytes that are missing from the incomplete packet."""
 
     def join(self, data: bytes) -> bytes:
-        """Return the kept bytes and these, or nothing while the kept packet is not complete."""
+        """Return the kept bytes and ``data``, or nothing while the kept packet is incomplete."""
         if not self._kept:
             return data
         self._kept.append(data)
@@ -61,20 +61,21 @@ class Framing:
 
     def measure(self, data: bytes, at: int) -> tuple[int, int] | None:
         """
-        Read the header of the packet that begins at ``at``.
+        Parse the header of the packet that begins at ``at``.
 
-        :return: where its body begins and ends, or ``None`` if the packet is not complete and was
-            kept
-        :raises RemoteProtocolError: if a broker may not send the packet, or the packet is too large
+        :return: the start and end of its body; ``None`` if the packet is incomplete, and was kept
+        :raises RemoteProtocolError: if a broker must not send the packet, or it is too large
         """
         head = data[at]
         kind = head >> 4
         if kind in _CLIENT_PACKETS:
             raise RemoteProtocolError(
-                f"the peer sent {_CLIENT_PACKETS[kind]}, which a broker may not send"
+                f"the peer sent {_CLIENT_PACKETS[kind]}, which a broker must not send"
             )
         if kind == _PUBLISH and head & 6 > 2:
-            raise RemoteProtocolError("the peer delivered at a QoS over 1, which nobody asked for")
+            raise RemoteProtocolError(
+                "the peer sent a message with a QoS over 1, but subscriptions use QoS 0"
+            )
         size, shift, start = 0, 0, at + 1
         while True:
             if start == len(data):
@@ -87,11 +88,13 @@ class Framing:
                 break
             shift += 7
             if shift == _MAX_LENGTH_BITS:
-                raise RemoteProtocolError("a packet's length takes more than four bytes")
+                raise RemoteProtocolError(
+                    "the peer sent a packet whose length field exceeds four bytes"
+                )
         if size > self._max_message_size:
             raise RemoteProtocolError(
-                f"the peer announced a packet of {size} bytes; max_message_size is "
-                f"{self._max_message_size}"
+                f"the peer sent a packet of {size} bytes, which exceeds max_message_size "
+                f"({self._max_message_size})"
             )
         stop = start + size
         if stop > len(data):

@@ -1,7 +1,7 @@
-"""The vocabulary between session and codec: packets that leave, and events that arrive.
+"""The types between session and codec: outgoing packets and incoming events.
 
-A ``PUBLISH`` that arrives is an :class:`~emitter_anyio.EmitterMessage` and nothing around it. Those
-that come in a row are one event, since they are nearly all of the traffic.
+An incoming PUBLISH is an :class:`~emitter_anyio.EmitterMessage`. Consecutive messages form one
+event, because they make up most traffic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _redact_key(topic: str) -> str:
 
 
 class Connect(NamedTuple):
-    """What the ``CONNECT`` of a connection states; its repr hides the password."""
+    """A CONNECT packet. Its ``repr`` hides the password."""
 
     client_id: str = ""
     username: str | None = None
@@ -31,7 +31,7 @@ class Connect(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """A ``PUBLISH``; a packet id makes it one of QoS 1."""
+    """A PUBLISH packet: QoS 1 if it has a packet id, else QoS 0."""
 
     topic: bytes
     payload: bytes
@@ -39,7 +39,7 @@ class Publish(NamedTuple):
     retain: bool = False
 
     def __repr__(self) -> str:
-        # A request's payload carries keys, too.
+        # The payload of a request contains keys.
         return (
             f"Publish(topic={_redact_key(self.topic.decode(errors='replace'))}, "
             f"{len(self.payload)} bytes, packet_id={self.packet_id}, retain={self.retain})"
@@ -47,7 +47,7 @@ class Publish(NamedTuple):
 
 
 class Subscribe(NamedTuple):
-    """A ``SUBSCRIBE`` to one filter, at QoS 0, the only one at which Emitter delivers."""
+    """A SUBSCRIBE packet with one filter, at QoS 0, the only QoS at which Emitter delivers."""
 
     packet_id: int
     topic: str
@@ -57,7 +57,7 @@ class Subscribe(NamedTuple):
 
 
 class Unsubscribe(NamedTuple):
-    """An ``UNSUBSCRIBE`` from one filter."""
+    """An UNSUBSCRIBE packet with one filter."""
 
     packet_id: int
     topic: str
@@ -67,44 +67,44 @@ class Unsubscribe(NamedTuple):
 
 
 class PingReq(NamedTuple):
-    """A ``PINGREQ``."""
+    """A PINGREQ packet."""
 
 
 class Disconnect(NamedTuple):
-    """A ``DISCONNECT``."""
+    """A DISCONNECT packet."""
 
 
 class ConnAck(NamedTuple):
-    """The broker's answer to CONNECT; a code of 0 is yes."""
+    """A CONNACK packet; the code 0 means accepted."""
 
     code: int
 
 
 class PubAck(NamedTuple):
-    """The broker has taken a ``PUBLISH``, or refused it before."""
+    """A PUBACK packet, which also follows a refusal."""
 
     packet_id: int
 
 
 class SubAck(NamedTuple):
-    """The broker has taken (0 … 2) or refused (128) each filter of a ``SUBSCRIBE``."""
+    """A SUBACK packet; a code of 0 to 2 means accepted, 128 refused."""
 
     packet_id: int
     codes: tuple[int, ...]
 
 
 class UnsubAck(NamedTuple):
-    """The broker has taken an ``UNSUBSCRIBE``, or refused it before."""
+    """An UNSUBACK packet, which also follows a refusal."""
 
     packet_id: int
 
 
 class PingResp(NamedTuple):
-    """The broker has worked off all that came before the ``PINGREQ``."""
+    """A PINGRESP packet: the broker has handled everything before the PINGREQ."""
 
 
 class Undecodable(NamedTuple):
-    """A ``PUBLISH`` whose topic is no UTF-8."""
+    """A PUBLISH packet whose topic is not UTF-8."""
 
     size: int
 
@@ -122,15 +122,15 @@ Answer: TypeAlias = (
     | Undecodable
     | RemoteProtocolError
 )
-"""What is taken in one by one; the session has those messages in which the broker itself speaks."""
+"""An event other than a batch. The session handles all of them except ordinary messages."""
 
 Event: TypeAlias = MessageBatch | Answer
-"""What the codec gives: messages in a row together."""
+"""An event from the codec; consecutive messages are one batch."""
 
 
 def append_event(events: list[Event], event: Event) -> None:
-    """Append an event; messages in a row become one event."""
-    # A message for which there is no space then keeps none after it from another consumer.
+    """Append an event; consecutive messages become one batch."""
+    # In a batch, a message for a full buffer does not delay later messages to other consumers.
     last = events[-1] if events else None
     if type(event) is EmitterMessage:
         if type(last) is EmitterMessage:

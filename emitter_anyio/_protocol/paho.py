@@ -1,8 +1,8 @@
-"""Paho as the protocol engine: the only file that imports it.
+"""The protocol engine, and the only module that imports Paho.
 
-Paho reads and writes a socket in memory, by ``loop_read()`` and ``loop_write()``, which never wait
-here. Each connection has a fresh Paho client, because Paho sends again on its next connection what
-the last one left unacknowledged, and Emitter would execute such a request twice.
+Paho reads and writes an in-memory socket with ``loop_read()`` and ``loop_write()``, which therefore
+never block. Each connection has a new Paho client, because Paho resends unacknowledged packets on
+its next connection, and Emitter would execute a resent request twice.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from emitter_anyio._values.messages import EmitterMessage
 
 
 class _MemorySocket:
-    """The socket that Paho reads and writes."""
+    """The in-memory socket that Paho reads and writes."""
 
     def __init__(self) -> None:
         self._inbound = bytearray()
         self._outbound = bytearray()
 
     def put(self, data: bytes) -> None:
-        """Have Paho read these bytes."""
+        """Add bytes for Paho to read."""
         self._inbound += data
 
     def take_written(self) -> bytes:
-        """Return and remove what Paho has written."""
+        """Return and remove the bytes that Paho has written."""
         data = bytes(self._outbound)
         self._outbound.clear()
         return data
 
     def take_unread(self) -> bytes:
-        """Return and remove what Paho has not read."""
+        """Return and remove the bytes that Paho has not read."""
         data = bytes(self._inbound)
         self._inbound.clear()
         return data
@@ -62,9 +62,9 @@ class _PahoClient(paho.Client):
     """
     Paho's client with three private hooks: its socket, its packet ids and its filter check.
 
-    :param connect: what CONNECT states
-    :param socket: its socket
-    :param reported: gets what Paho reports of the packets that it reads
+    :param connect: the contents of CONNECT
+    :param socket: the in-memory socket
+    :param reported: the list to which its callbacks append events
     """
 
     def __init__(self, connect: Connect, socket: _MemorySocket, reported: list[Event]) -> None:
@@ -73,7 +73,7 @@ class _PahoClient(paho.Client):
             connect.client_id,
             userdata=reported,
             protocol=MQTTProtocolVersion.MQTTv311,
-            # Paho would answer some refusals with a blocking reconnect() inside loop_read().
+            # Otherwise, loop_read() would call the blocking reconnect() after some refusals.
             reconnect_on_failure=False,
         )
         self._packet_id = 0
@@ -84,21 +84,21 @@ class _PahoClient(paho.Client):
             self.username_pw_set(connect.username, connect.password)
         if (will := connect.will) is not None:
             self.will_set(will.topic.decode(), will.payload, retain=will.retain)
-        # The callbacks only append to a list, because Paho handles a packet again if one raises.
+        # The callbacks must not raise, because Paho would handle the packet again.
         self.on_subscribe = _report_suback
         self.on_unsubscribe = _report_unsuback
         self.on_message = _report_message
         self.on_publish = _report_puback
 
     def use_packet_id(self, packet_id: int) -> None:
-        """Give the next packet this id, because the session allots the ids."""
+        """Set the id of the next packet, because the session allocates the ids."""
         self._packet_id = packet_id
 
     def _create_socket(self) -> Any:
         return self._memory
 
     def _mid_generate(self) -> int:
-        # Paho's own counter would run into ids that are pending.
+        # Paho's own counter might return ids that are still pending.
         return self._packet_id
 
     @staticmethod
@@ -109,32 +109,32 @@ class _PahoClient(paho.Client):
 
 class PahoEngine:
     """
-    One connection's Paho client: calls and whole packets go in, bytes and events come out.
+    The Paho client of a connection: encodes packets, and decodes complete packets to events.
 
-    :param connect: what CONNECT states
+    :param connect: the contents of CONNECT
     """
 
     def __init__(self, connect: Connect) -> None:
         self._keepalive = connect.keepalive
         self._socket = _MemorySocket()
         self._reported: list[Event] = []
-        # Nothing leads from Paho back to the engine, so that neither waits for the garbage
-        # collector.
+        # The client has no reference to the engine, because a reference cycle would delay freeing
+        # both until a garbage collection.
         self._client = _PahoClient(connect, self._socket, self._reported)
 
     def connect(self) -> bytes:
-        """Encode the CONNECT that begins the connection."""
+        """Encode CONNECT."""
         self._client.connect("emitter", keepalive=self._keepalive)
         return self.take_written()
 
     def subscribe(self, packet_id: int, topic: str) -> bytes:
-        """Encode a SUBSCRIBE at QoS 0."""
+        """Encode SUBSCRIBE at QoS 0."""
         self._client.use_packet_id(packet_id)
         self._client.subscribe(topic)
         return self.take_written()
 
     def unsubscribe(self, packet_id: int, topic: str) -> bytes:
-        """Encode an UNSUBSCRIBE."""
+        """Encode UNSUBSCRIBE."""
         self._client.use_packet_id(packet_id)
         self._client.unsubscribe(topic)
         return self.take_written()
@@ -142,34 +142,34 @@ class PahoEngine:
     def publish(
         self, topic: bytes, payload: bytes, retain: bool = False, packet_id: int | None = None
     ) -> bytes:
-        """Encode a PUBLISH of QoS 0 or, with a packet id, of QoS 1."""
+        """Encode a QoS 0 PUBLISH or, with a packet id, a QoS 1 PUBLISH."""
         self._client.use_packet_id(packet_id or 0)
         qos = 0 if packet_id is None else 1
         self._client.publish(topic.decode(), payload, qos, retain)
         return self.take_written()
 
     def disconnect(self) -> bytes:
-        """Encode a DISCONNECT, after which Paho writes nothing and reports nothing."""
+        """Encode DISCONNECT, after which Paho writes and reports nothing."""
         self._client.disconnect()
         return self.take_written()
 
     def receive(self, packet: bytes) -> list[Event]:
         """
-        Pass one whole packet to Paho; :meth:`take_written` returns what it answers.
+        Pass a complete packet to Paho. :meth:`take_written` returns its answer.
 
-        :return: what Paho reports of it; nothing after DISCONNECT
-        :raises RemoteProtocolError: if Paho finds the packet malformed
+        :return: the events that Paho reports; none after DISCONNECT
+        :raises RemoteProtocolError: if the packet is malformed
         """
         self._socket.put(packet)
         try:
-            # One call reads one packet, or more if Paho awaits acknowledgements; there is only one.
+            # One call reads at least one packet, and there is only one.
             code = self._client.loop_read()
         except Exception as exc:
-            # Paho up to 2.1 raises struct.error and others for some malformed packets.
+            # Paho up to 2.1 raises struct.error and other errors for some malformed packets.
             raise _malformed(packet) from exc
         unread = self._socket.take_unread()
         if code == MQTTErrorCode.MQTT_ERR_NO_CONN:
-            # Paho has closed its socket after DISCONNECT.
+            # After DISCONNECT, Paho has closed its socket.
             return []
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or unread:
             raise _malformed(packet)
@@ -178,7 +178,7 @@ class PahoEngine:
         return reported
 
     def take_written(self) -> bytes:
-        """Return what Paho has written, such as the PUBACK of a message that it has received."""
+        """Return the bytes that Paho has written, such as the PUBACK for a received message."""
         self._client.loop_write()
         return self._socket.take_written()
 
@@ -202,7 +202,7 @@ def _report_unsuback(
 def _report_puback(
     client: object, reported: list[Event], mid: int, code: object, _: object
 ) -> None:
-    # Paho reports each PUBLISH of QoS 0 as soon as it is written; these have packet id 0.
+    # Paho also reports written QoS 0 publishes, with packet id 0.
     if mid:
         reported.append(PubAck(mid))
 

@@ -1,4 +1,4 @@
-"""What a session keeps of what it asked: pending packets and subscriptions."""
+"""The state of a session: pending packets and subscriptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Replay(NamedTuple):
-    """Which stored messages a subscriber asks for; all ``None`` leaves it to the broker."""
+    """The stored messages to replay to a subscriber; by default, the broker decides."""
 
     last: int | None = None
     since: int | None = None
@@ -20,15 +20,17 @@ class Replay(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
+        """Whether the subscriber excluded stored messages."""
         return self.last == 0
 
     @property
     def is_explicit(self) -> bool:
-        """Whether somebody has asked for stored messages in so many words."""
+        """Whether the subscriber explicitly requested stored messages."""
         return self != Replay() and not self.is_empty
 
     @property
     def options(self) -> tuple[tuple[str, int | None], ...]:
+        """The options of the topic."""
         return (("last", self.last), ("from", self.since), ("until", self.until))
 
 
@@ -36,15 +38,15 @@ class Pending(Generic[T]):
     """
     A packet that the broker has not acknowledged yet, and its outcome.
 
-    It outlives the caller that awaits it: its packet id stays reserved until the broker has
-    acknowledged it, so that a late reply is not mistaken for another one.
+    It outlives the caller that awaits it. Its packet id stays reserved until the broker has
+    acknowledged it, so that a late reply cannot be mistaken for the reply to another packet.
 
     :param operation: the client's method, for errors
-    :param request: the control request that it carries, if any
+    :param request: the control request in the packet, if any
     :param publishes_before: the number of QoS 0 publishes queued before it on its connection
-    :param awaited: whether a caller wants the outcome; otherwise a refusal is reported as an event
-    :param quiet: whether a refusal is not even reported
-    :param grant: the subscription that it asks for, if any
+    :param awaited: whether a caller awaits the outcome; otherwise, a refusal is emitted as an event
+    :param quiet: whether a refusal is not emitted either
+    :param grant: the subscription that the packet requests, if any
     """
 
     __slots__ = (
@@ -90,39 +92,39 @@ class Pending(Generic[T]):
         self._wakers: list[Callable[[], None]] = []
 
     def begin_wait(self) -> None:
-        """Count a caller that awaits the outcome."""
+        """Add a caller that awaits the outcome."""
         self._waiters += 1
         self.awaited = True
 
     def end_wait(self) -> None:
-        """Count a caller less."""
+        """Remove a caller that awaited the outcome."""
         self._waiters -= 1
         self.awaited = self._waiters > 0
 
     def call_when_done(self, waker: Callable[[], None]) -> None:
-        """Have a function called when there is an outcome, which may be now."""
+        """Call a function when the outcome is known, possibly immediately."""
         if self.done:
             waker()
         else:
             self._wakers.append(waker)
 
     def note_refusal(self, refusal: tuple[int | None, str] | None) -> None:
-        """Keep a refusal until the acknowledgement; the first one counts."""
+        """Keep the first refusal until the acknowledgement arrives."""
         self.refusal = self.refusal or refusal
 
     def note_invalid_reply(self, reason: str) -> None:
-        """Keep why a reply was unusable."""
+        """Keep the reason why a reply was invalid."""
         self.invalid_reply = reason
 
     def succeed(self, value: T) -> None:
-        """Set the outcome to a value, unless there is an outcome."""
+        """Set the outcome to a value, unless it is already set."""
         if not self.done:
             self._value = value
             self._finish()
 
     def fail(self, error: Callable[[], Exception]) -> None:
         """
-        Set the outcome to an error, unless there is an outcome.
+        Set the outcome to an error, unless it is already set.
 
         :param error: makes a new exception for each caller
         """
@@ -138,7 +140,7 @@ class Pending(Generic[T]):
 
     def _finish(self) -> None:
         self.done = True
-        # The subscription has this object.
+        # The grant refers to this object. Break the reference cycle.
         self.grant = None
         for waker in self._wakers:
             waker()
@@ -146,11 +148,11 @@ class Pending(Generic[T]):
 
 class Grant:
     """
-    A subscription of one key to one filter, and how many use it.
+    A subscription with a certain key and filter, and the number of its users.
 
-    :param source: the key as the user gave it
-    :param key: the key as the broker gets it
-    :param filter: the channel, preceded by its group if it is shared
+    :param source: the key or key function that the user passed
+    :param key: the key that is sent to the broker
+    :param filter: the channel, preceded by its group if there is one
     """
 
     def __init__(self, source: Key, key: str, filter: str) -> None:
@@ -159,28 +161,28 @@ class Grant:
         self.filter = filter
         self.channel = unshare(filter)[1]
         self.asked: Pending[None]
-        """The SUBSCRIBE that asked for it, on this connection or on the last one."""
+        """The last SUBSCRIBE for it, on this connection or the previous one."""
         self.accepted = False
-        """Whether the broker has accepted it, on this connection or an earlier one."""
+        """Whether the broker has accepted it on any connection."""
         self.refused = False
-        """Whether the broker refused it when it was last asked."""
+        """Whether the broker refused the last SUBSCRIBE for it."""
         self.users = 0
 
     def ask(self, key: str, asked: Pending[None]) -> None:
-        """Note that the broker is being asked for it."""
+        """Record a SUBSCRIBE for it."""
         self.key, self.asked, self.refused = key, asked, False
 
     def answer(self, *, accepted: bool) -> None:
-        """Note what the broker answered."""
+        """Record the reply to the SUBSCRIBE."""
         self.refused = not accepted
         self.accepted = self.accepted or accepted
 
     def use(self) -> None:
-        """Count one user more."""
+        """Add a user."""
         self.users += 1
 
     def leave(self) -> None:
-        """Count one user less."""
+        """Remove a user."""
         self.users -= 1
 
 

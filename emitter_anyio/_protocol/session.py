@@ -1,8 +1,8 @@
-"""The conversation with the broker on one connection. Decoded packets in, packets out.
+"""The MQTT session of one connection. No I/O.
 
-The session knows neither sockets nor tasks: it allots the packet ids and matches replies with
-requests. The broker refuses *before* it acknowledges, and names the packet (``req``), so an
-acknowledgement without a refusal before it means success.
+The session allocates packet ids and matches replies to requests. The broker sends a refusal, with
+the packet id as ``req``, *before* it acknowledges the packet. Therefore, an acknowledgement without
+a refusal before it means success.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ EncodePublish: TypeAlias = Callable[[bytes, bytes, bool, int | None], bytes]
 """Encodes a PUBLISH from its topic, payload, retain flag and packet id (``None`` for QoS 0)."""
 
 SYSTEM: Final = "emitter/"
-"""The broker replies below this channel; anyone with a wide enough key may publish there too."""
+"""The channel of the broker's replies, to which clients with a wide key can also publish."""
 
 _MAX_PACKET_IDS: Final = 65535
 _RESERVED_PACKET_IDS: Final = 4096
-"""Packet ids kept for packets that must leave without waiting, such as UNSUBSCRIBE."""
+"""The number of packet ids reserved for packets that cannot wait, such as UNSUBSCRIBE."""
 
 _REPLAY_BYTES: Final = 65536
-"""The broker replays at most this many bytes to one subscription."""
+"""The maximum number of bytes that the broker replays to a subscription."""
 
 
 class Session:
     """
     The packet ids, pending calls and counters of one connection.
 
-    :param wants: what the client wants from every connection
+    :param wants: the subscriptions and presence feeds that the client needs
     :param send: queues a packet
     :param write: queues an encoded PUBLISH
     :param encode_publish: encodes a PUBLISH
@@ -86,14 +86,14 @@ class Session:
         self._publishes_read = 0
         self._refusal: RequestError | None = None
         self._replays: dict[Grant, int] = {}
-        """The bytes that the broker might still replay to each subscription."""
+        """The number of bytes that the broker might still replay to each subscription."""
         self._left_feeds: set[str] = set()
         self.published = 0
-        """The number of QoS 0 publishes, which are not acknowledged."""
+        """The number of QoS 0 publishes queued on this connection."""
         self.answered = 0
         """The number of acknowledgements received."""
         self.nonsense = 0
-        """The number of unexpected packets and replies received."""
+        """The number of unexpected packets and invalid replies received."""
         self.connection_id: str | None = None
 
     # Requests
@@ -120,7 +120,7 @@ class Session:
         return bool(self._replays)
 
     def call_when_free(self, waker: Callable[[], None]) -> None:
-        """Have a function called when a packet id becomes free, or the connection is lost."""
+        """Call a function when a packet id becomes free or the connection is lost."""
         self._when_free.append(waker)
 
     def publish(self, topic: bytes, payload: bytes, retain: bool = False) -> None:
@@ -130,7 +130,7 @@ class Session:
         self._write(packet)
 
     def publish_encoded(self, packets: Sequence[bytes]) -> None:
-        """Queue encoded QoS 0 publishes of which an earlier connection has sent no byte."""
+        """Queue encoded QoS 0 publishes that an earlier connection did not send."""
         self.published += len(packets)
         for packet in packets:
             self._write(packet)
@@ -146,7 +146,8 @@ class Session:
         """
         Queue a QoS 1 publish.
 
-        :param key: the key, for errors; ``None`` for a publish through an Emitter link
+        :param key: the key, for errors; ``None`` for a publish through a link
+        :param channel: the channel, for errors; ``None`` for a publish through a link
         """
         operation = "publish_with_link" if key is None else "publish"
         pending: Pending[None] = Pending(operation, key, channel, publishes_before=self.published)
@@ -180,7 +181,8 @@ class Session:
         """
         Send a PINGREQ.
 
-        Its value is the first refusal of a QoS 0 publish since the last awaited one.
+        :return: a pending packet; its value is the first refusal of a QoS 0 publish since the last
+            awaited PINGREQ, or ``None``
         """
         pending: Pending[RequestError | None] = Pending(
             "flush", publishes_before=self.published, awaited=awaited
@@ -191,14 +193,15 @@ class Session:
 
     def subscribe(self, source: Key, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
         """
-        Use a subscription; the broker is asked once for each key and filter.
+        Add a user of a subscription; send SUBSCRIBE if it is new.
 
-        :param source: the key as the user gave it
-        :param key: the key as the broker gets it
-        :param filter: the channel, preceded by its group if it is shared
-        :return: the subscription, and whether the replay has to come from a history request,
-            because other subscribers would receive a replay by the broker
-        :raises SubscriptionConflictError: if the broker could not keep it apart from another one
+        :param source: the key or key function that the user passed
+        :param key: the key that is sent to the broker
+        :param filter: the channel, preceded by its group if there is one
+        :param replay: the stored messages to replay
+        :return: the subscription, and whether to read the replay with a history request, because
+            other subscribers would receive a replay by the broker
+        :raises SubscriptionConflictError: if the broker cannot distinguish it from another
         """
         wants = self._wants
         wants.check(filter)
@@ -213,9 +216,9 @@ class Session:
 
     def restore(self) -> list[Grant]:
         """
-        Ask for every subscription, on a new connection.
+        Send SUBSCRIBE for every subscription, on a new connection.
 
-        A refused one is kept: the caller asks again with another key, or removes it.
+        Refused subscriptions are kept. The caller subscribes with another key, or removes them.
         """
         grants = self._wants.grants
         for grant in grants:
@@ -223,18 +226,18 @@ class Session:
         return grants
 
     def subscribe_again(self, grant: Grant, key: str) -> None:
-        """Ask for a refused subscription with another key."""
+        """Send SUBSCRIBE for a refused subscription, with another key."""
         self._send_subscribe(grant, key, Replay(last=0))
         self._wants.add(grant)
 
     def unsubscribe_unused(self, grants: Sequence[Grant]) -> Pending[None] | None:
         """
-        Unsubscribe what :meth:`Wants.leave` or :meth:`Wants.remove` returned.
+        Unsubscribe the subscriptions that :meth:`Wants.leave` or :meth:`Wants.remove` returned.
 
-        :return: the UNSUBSCRIBE, if there is one
+        :return: the last UNSUBSCRIBE, or ``None`` if none was sent
         """
-        # One accepted key is enough. Of those still being asked, each might be the good one; if
-        # its SUBSCRIBE is going to be refused, the UNSUBSCRIBE is as well, which is no news.
+        # UNSUBSCRIBE with one accepted key is enough. If none is accepted yet, use every pending
+        # key, quietly: the broker refuses UNSUBSCRIBE with the same keys as SUBSCRIBE.
         usable = [grant for grant in grants if not grant.refused]
         granted = [grant for grant in usable if grant.asked.done]
         pending: Pending[None] | None = None
@@ -260,11 +263,11 @@ class Session:
         return pending
 
     def leave_feed(self, channel: str) -> None:
-        """Ignore presence changes that are on their way to a feed without users."""
+        """Ignore changes of a feed without users until :meth:`feed_ended`."""
         self._left_feeds.add(channel)
 
     def feed_ended(self, channel: str) -> None:
-        """Note that the broker sends no more changes of such a feed."""
+        """Record that the broker sends no more changes of a feed without users."""
         self._left_feeds.discard(channel)
 
     def awaited(self) -> list[Pending[Any]]:
@@ -275,7 +278,7 @@ class Session:
     # Replays
 
     def replaying(self, channel: str) -> Pending[None] | None:
-        """Return a SUBSCRIBE whose replay would also reach a subscription to a channel."""
+        """Return a pending SUBSCRIBE whose replay might reach a new subscription to a channel."""
         for grant in self._replays:
             if overlap(channel, grant.channel, self._wants.matcher):
                 return grant.asked
@@ -296,7 +299,7 @@ class Session:
         Handle a decoded packet other than an ordinary message.
 
         :return: the events to emit
-        :raises RemoteProtocolError: if the broker may not send it now
+        :raises RemoteProtocolError: if the packet violates the protocol
         """
         if isinstance(event, PubAck):
             return self._receive_acknowledgement(event.packet_id, PubAck)
@@ -310,7 +313,7 @@ class Session:
             case PingResp():
                 return self._receive_pingresp()
             case Undecodable(size):
-                return self._report(f"a message of {size} bytes whose topic is no UTF-8")
+                return self._report(f"a message of {size} bytes whose topic is not UTF-8")
             case ConnAck():
                 raise RemoteProtocolError("the broker sent a second CONNACK")
             case _:
@@ -318,9 +321,9 @@ class Session:
 
     def lost(self, error: Callable[[], Exception]) -> int:
         """
-        Fail everything that is pending, because the connection has ended.
+        Fail all pending calls, because the connection has ended.
 
-        :param error: makes the exception of each call
+        :param error: makes a new exception for each call
         :return: the number of QoS 0 publishes that the broker might not have read
         """
         pending = [*self._pending.values(), *self._pings]
@@ -332,7 +335,7 @@ class Session:
         self.published = self._publishes_read = 0
         for one in pending:
             one.fail(error)
-        # The connection has this session, and these belong to the connection.
+        # These are methods of the connection. Break the reference cycle.
         self._send = self._write = _send_nothing
         return uncertain
 
@@ -358,7 +361,9 @@ class Session:
 
     def _register(self, pending: Pending[Any]) -> int:
         if len(self._pending) >= _MAX_PACKET_IDS:
-            raise RuntimeError("every packet id is taken by what the broker has not acknowledged")
+            raise RuntimeError(
+                f"no packet id is free: the broker has not acknowledged {_MAX_PACKET_IDS} packets"
+            )
         packet_id = self._last_id
         while True:
             packet_id = packet_id % _MAX_PACKET_IDS + 1
@@ -383,7 +388,7 @@ class Session:
     ) -> Iterable[Emission]:
         pending = self._pending.get(packet_id)
         if pending is None or kind is not _ACKNOWLEDGED_BY.get(pending.operation, PubAck):
-            return self._report(f"a {kind.__name__.upper()} for a packet that was not sent")
+            return self._report(f"{kind.__name__.upper()} for a packet that was not sent")
         self._forget(packet_id)
         self.answered += 1
         if pending.publishes_before > self._publishes_read:
@@ -393,8 +398,10 @@ class Session:
         refusal = pending.refusal
         if kind is SubAck:
             denied = not codes or codes[0] >= 0x80
-            refusal = (refusal or (None, "the broker refused without a reason")) if denied else None
-            # Only a SUBSCRIBE is acknowledged by a SUBACK, and it has a grant.
+            refusal = (
+                (refusal or (None, "refused by the broker without a reason")) if denied else None
+            )
+            # A packet that is acknowledged by SUBACK is a SUBSCRIBE, which has a grant.
             grant = pending.grant
             assert grant is not None
             self._replays.pop(grant, None)
@@ -411,7 +418,7 @@ class Session:
 
     def _receive_pingresp(self) -> Iterable[Emission]:
         if not self._pings:
-            return self._report("a PINGRESP without a PINGREQ")
+            return self._report("PINGRESP without a PINGREQ")
         ping = self._pings.popleft()
         self._publishes_read = max(self._publishes_read, ping.publishes_before)
         refusal = None
@@ -432,7 +439,7 @@ class Session:
         except InvalidReplyError as exc:
             return self._receive_unexpected(message, str(exc))
         return (
-            self._receive_unexpected(message, "nobody asked for it")
+            self._receive_unexpected(message, "no request is waiting for it")
             if emissions is None
             else emissions
         )
@@ -472,24 +479,24 @@ class Session:
             if self._wants.feed_reaches(event.channel):
                 return (Emission("presence", event),)
             if any(reaches(feed, event.channel, self._wants.matcher) for feed in self._left_feeds):
-                # It was on its way when the feed was left.
+                # It was sent before the broker received the end of the feed.
                 return ()
         elif operation == "error" and self.published > self._publishes_read:
             refusal = requests.parse_refusal(answer)
             if refusal is not None:
-                status, words = refusal
+                status, message = refusal
                 error = make_request_error(
                     status,
-                    words,
+                    message,
                     operation="publish",
-                    hint="one of the publishes of qos=0; qos=1, or flush() behind it, tells which",
+                    hint="the publish had qos=0; to identify it, use qos=1 or await flush()",
                 )
                 self._refusal = self._refusal or error
                 return (Emission("error", error),)
         return None
 
     def _receive_unexpected(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
-        # A wide subscription ("+/") receives what its users publish below "emitter/" too.
+        # A subscription to "+/" also receives messages that clients publish below "emitter/".
         if self._wants.subscription_reaches(message.channel):
             return (Emission("message", message),)
         return self._report(f"a message on {message.channel[:64]!r}: {why}")
@@ -498,19 +505,24 @@ class Session:
         self.nonsense += 1
         if self.nonsense > 1:
             return ()
-        error = RemoteProtocolError(f"the broker sent {what}; this and the like are dropped")
+        error = RemoteProtocolError(
+            f"the broker sent {what}; it and further unexpected packets are dropped "
+            "(statistics().nonsense counts them)"
+        )
         return (Emission("error", error),)
 
-    def _refuse(self, pending: Pending[Any], status: int | None, words: str) -> Iterable[Emission]:
+    def _refuse(
+        self, pending: Pending[Any], status: int | None, message: str
+    ) -> Iterable[Emission]:
         def error() -> RequestError:
-            return make_refusal(status, words, pending.operation, pending.key, pending.channel)
+            return make_refusal(status, message, pending.operation, pending.key, pending.channel)
 
         pending.fail(error)
         return () if pending.awaited or pending.quiet else (Emission("error", error()),)
 
 
 def _send_nothing(packet: object) -> None:
-    """Send nothing: the connection has ended."""
+    """Do nothing, because the connection has ended."""
 
 
 _ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubscribe": UnsubAck}
@@ -519,11 +531,11 @@ _ACKNOWLEDGED_BY: Final[dict[str, type[Answer]]] = {"subscribe": SubAck, "unsubs
 def _missing_reply_error(pending: Pending[Any]) -> EmitterError:
     if pending.invalid_reply is not None:
         return RemoteProtocolError(
-            f"{pending.operation}: what the broker answered is nonsense: {pending.invalid_reply}"
+            f"{pending.operation}: the broker sent an invalid reply: {pending.invalid_reply}"
         )
     return RequestError(
         None,
-        "acknowledged without an answer: it was too large for the broker to send (64 KiB)",
+        "acknowledged without a reply: it was too large for the broker to send (64 KiB)",
         operation=pending.operation,
         channel=pending.channel,
     )

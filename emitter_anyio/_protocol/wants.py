@@ -1,4 +1,4 @@
-"""What the client wants from every connection: subscriptions and presence feeds."""
+"""The subscriptions and presence feeds that the client needs on every connection."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from .pending import Grant
 
 class Wants:
     """
-    The subscriptions and presence feeds of a client, and how many use each.
+    The subscriptions and presence feeds of a client, and the number of users of each.
 
-    It lives as long as the client and sends nothing: a :class:`Session` asks the broker.
+    The object lives as long as the client and sends nothing. A :class:`Session` sends the requests.
 
     :param matcher: how the broker matches subscriptions
-    :param allow_collisions: whether the broker keeps channels with equal hashes apart
+    :param allow_collisions: whether the broker distinguishes channels with equal hashes
     """
 
     def __init__(self, matcher: Matcher, *, allow_collisions: bool = False) -> None:
         self.matcher: Matcher = matcher
         self._allow_collisions = allow_collisions
         self._grants: dict[str, dict[Key, Grant]] = {}
-        """By filter, then by key as the user gave it."""
+        """The grants by filter, then by the key or key function that the user passed."""
         self._feeds: dict[str, int] = {}
         """The number of users of each presence feed, by channel."""
 
     def clear(self) -> None:
-        """Forget everything, because the client has ended."""
+        """Remove everything, because the client has ended."""
         self._grants.clear()
         self._feeds.clear()
 
@@ -38,18 +38,18 @@ class Wants:
 
     @property
     def grants(self) -> list[Grant]:
-        """Every subscription, in the order in which they were added."""
+        """All subscriptions, in the order in which their filters were added."""
         return [grant for by_source in self._grants.values() for grant in by_source.values()]
 
     def find(self, source: Key, filter: str) -> Grant | None:
-        """Return the subscription of one key to one filter."""
+        """Return the subscription with a certain key and filter, or ``None``."""
         return self._grants.get(filter, {}).get(source)
 
     def check(self, filter: str) -> None:
         """
-        Check that the broker could keep a new filter apart from the others.
+        Check that the broker can distinguish a new filter from the existing ones.
 
-        :raises SubscriptionConflictError: if it could not
+        :raises SubscriptionConflictError: if it cannot
         """
         if filter not in self._grants:
             self._check_collision("subscription", filter, self._grants)
@@ -61,10 +61,10 @@ class Wants:
 
     def remove(self, grant: Grant) -> list[Grant]:
         """
-        Remove a subscription that the broker has refused, whoever uses it.
+        Remove a subscription that the broker has refused.
 
-        :return: as for :meth:`leave`, the other keys' subscriptions to the filter if all their
-            users have left
+        :return: the subscriptions to unsubscribe: those of other keys to the filter, if they have
+            no users
         """
         grants = self._grants.get(grant.filter, {})
         if grants.get(grant.source) is not grant:
@@ -74,16 +74,16 @@ class Wants:
 
     def leave(self, grant: Grant) -> list[Grant]:
         """
-        Count one user less of a subscription.
+        Remove a user of a subscription.
 
-        :return: the subscriptions to unsubscribe, which are every key's to the filter if its last
-            user has left
+        :return: the subscriptions to unsubscribe: those of all keys to the filter, if they have no
+            users
         """
         grant.leave()
         return self._remove_unused(grant.filter)
 
     def keep_accepted(self) -> None:
-        """Keep what the next connection has to ask for: what was accepted and is still used."""
+        """Keep only the subscriptions to restore: those that were accepted and have users."""
         for filter, grants in list(self._grants.items()):
             kept = {source: each for source, each in grants.items() if each.accepted and each.users}
             if kept:
@@ -92,11 +92,11 @@ class Wants:
                 del self._grants[filter]
 
     def is_subscribed(self, filter: str) -> bool:
-        """Return whether there is a subscription to exactly this filter."""
+        """Return whether there is a subscription with exactly this filter."""
         return filter in self._grants
 
     def overlaps(self, filter: str) -> bool:
-        """Return whether some channel reaches both this filter and another subscription."""
+        """Return whether a message could reach both this filter and an existing subscription."""
         _, channel = unshare(filter)
         return any(overlap(channel, unshare(other)[1], self.matcher) for other in self._grants)
 
@@ -104,8 +104,8 @@ class Wants:
         """
         Return whether the broker replays to a filter but never delivers to it.
 
-        The default matcher does so for ``#``. Other subscribers could not tell such a replay from
-        live messages.
+        The default matcher does so for ``#``. Other subscribers could not distinguish such a replay
+        from live messages.
         """
         return self.matcher == "emitter" and filter.endswith("#/")
 
@@ -127,45 +127,46 @@ class Wants:
             other_group, other_channel = unshare(other)
             if (group or other_group) and overlap(channel, other_channel, self.matcher):
                 raise SubscriptionConflictError(
-                    f"Emitter delivers one copy to a link, and cannot keep {filter!r} apart from "
-                    f"{other!r}, which overlaps with it: use a second Emitter for a group"
+                    f"cannot subscribe to {filter!r}: it overlaps with {other!r}, and Emitter "
+                    "delivers only one copy of a message to a connection; use a second Emitter for "
+                    "the group"
                 )
 
     # Presence feeds
 
     def watch(self, channel: str) -> None:
         """
-        Count one user more of a channel's presence feed.
+        Add a user of a channel's presence feed.
 
-        :raises SubscriptionConflictError: if the broker could not keep it apart from another feed
+        :raises SubscriptionConflictError: if the broker cannot distinguish it from another feed
         """
         if channel not in self._feeds:
             self._check_collision("presence feed", channel, self._feeds)
         self._feeds[channel] = self._feeds.get(channel, 0) + 1
 
     def unwatch(self, channel: str) -> bool:
-        """Count one user less of a presence feed; return whether it was the last one."""
+        """Remove a user of a presence feed, and return whether it was the last one."""
         users = self._feeds.pop(channel, 0) - 1
         if users > 0:
             self._feeds[channel] = users
         return users == 0
 
     def is_watched(self, channel: str) -> bool:
-        """Return whether the presence feed of exactly this channel has users."""
+        """Return whether there is a presence feed of exactly this channel."""
         return channel in self._feeds
 
     def feed_reaches(self, channel: str) -> bool:
-        """Return whether a presence change of a channel belongs to a feed."""
+        """Return whether a feed covers the presence changes of a channel."""
         return any(reaches(feed, channel, self.matcher) for feed in self._feeds)
 
     def _check_collision(self, what: str, channel: str, others: Iterable[str]) -> None:
         if self._allow_collisions:
             return
-        mark = channel_hash(channel)
+        hash = channel_hash(channel)
         for other in others:
-            if other != channel and channel_hash(other) == mark:
+            if other != channel and channel_hash(other) == hash:
                 raise SubscriptionConflictError(
-                    f"Emitter cannot keep the {what} of {channel!r} apart from that of {other!r} "
-                    "on one link and would never deliver to it: use a second Emitter for it (or "
-                    "connect(allow_collisions=True) with a broker without that fault)"
+                    f"cannot use the {what} of {channel!r}: on one connection, Emitter cannot "
+                    f"distinguish it from {other!r} and would never deliver to it; use a second "
+                    "Emitter, or allow_collisions=True if the broker does not have this bug"
                 )
