@@ -2,11 +2,11 @@
 # dependencies = ["nox[uv]>=2025.5.1"]
 # ///
 """
-The checks of a change: ``python -m pip install nox && python -m nox``.
+The checks of the project. Run them with ``python -m pip install nox && python -m nox``.
 
-By default, the suite runs on the Python that runs nox. ``.ci/run`` adds the other sessions. The
-block above lets nox fetch uv for itself, which creates an environment in a second. nox skips the
-sessions of an interpreter that is not installed.
+By default, the test suite runs on the Python that runs nox, and ``.ci/run`` adds further sessions.
+nox skips sessions whose interpreter is not installed. The block above makes nox install uv, which
+creates an environment within a second.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ import nox
 PYTHONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
 RUNNING = f"{sys.version_info.major}.{sys.version_info.minor}"
-PLATFORMS = {"linux": "Linux", "win32": "Windows", "darwin": "Darwin"}  # mypy's names, pyright's
-# Tests and benchmarks need POSIX: pseudo-terminals and the resource usage of a process.
+PLATFORMS = {
+    "linux": "Linux",
+    "win32": "Windows",
+    "darwin": "Darwin",
+}  # mypy's name: pyright's name
+# The tests and benchmarks require POSIX, for pseudo-terminals and resource usage.
 CHECKED = {"win32": ("emitter_anyio", "examples")}
 PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
@@ -35,7 +39,7 @@ nox.options.download_python = "never"
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style, format, and who may import whom."""
+    """Check style, format and the layers of imports."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
@@ -44,7 +48,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Types, for the oldest Python on Linux, and how complete the public ones are."""
+    """Check types for the oldest Python on Linux, and that all public names are typed."""
     _install_type_checkers(session)
     _check_types(session, OLDEST, "linux")
     session.run("pyright", "--verifytypes", "emitter_anyio", "--ignoreexternal")
@@ -52,7 +56,7 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def typing_matrix(session: nox.Session) -> None:
-    """Types, for the oldest and the newest Python on each platform."""
+    """Check types for the oldest and the newest Python on each platform."""
     _install_type_checkers(session)
     for version in (OLDEST, NEWEST):
         for platform in PLATFORMS:
@@ -73,26 +77,26 @@ def _check_types(session: nox.Session, version: str, platform: str) -> None:
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """The test suite."""
+    """Run the test suite."""
     session.install("-e", ".[test]")
     _run_tests(session)
 
 
 @nox.session(python=OLDEST, default=False)
 def tests_oldest(session: nox.Session) -> None:
-    """The same with the lowest versions of our dependencies, and asyncio's debug mode."""
+    """Run the test suite with the lowest versions of the dependencies, in asyncio's debug mode."""
     lowest = [
         requirement.split(",")[0].replace(">=", "==")
         for requirement in PROJECT["project"]["dependencies"]
     ]
     session.install("-e", ".[test]", *lowest)
-    # Debug mode reports coroutines that are never awaited and calls from a wrong thread.
+    # Debug mode reports calls from the wrong thread, and where unawaited coroutines were created.
     session.env["PYTHONASYNCIODEBUG"] = "1"
     _run_tests(session)
 
 
 def _run_tests(session: nox.Session) -> None:
-    """Run the suite; only the session of the default run measures coverage, which takes time."""
+    """Run pytest. Only the default session measures coverage, because that takes time."""
     arguments = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal", *session.posargs)
     if session.name != f"tests-{RUNNING}":
         session.run("python", *arguments)
@@ -106,7 +110,7 @@ def _run_tests(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Every line and branch of the library, in the session of the default run."""
+    """Check that the default test session covered every line and branch of the library."""
     if not any(MEASURED.glob(".coverage*")):
         session.error(f"no coverage data: run the session tests-{RUNNING} before this one")
 
@@ -120,7 +124,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """What is released: built, checked, and installed where nothing else is."""
+    """Build and check the distributions, and install them in an empty environment."""
     session.install(*nox.project.dependency_groups(PROJECT, "build"))
     made = Path(session.create_tmp()).absolute()
     shutil.rmtree(made, ignore_errors=True)
@@ -133,7 +137,7 @@ def build(session: nox.Session) -> None:
     python = str(empty / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
     session.run(python, "-m", "pip", "install", "--quiet", str(wheel), external=True)
     session.run(python, "-m", "pip", "list", external=True)
-    # Away from the checkout, which Python would find first.
+    # Leave the checkout, from which Python would import the package.
     with session.chdir(made):
         session.run(python, "-m", "emitter_anyio", "demo", external=True)
         session.run(python, "-m", "tarfile", "-e", str(sdist), external=True)
@@ -144,7 +148,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def release(session: nox.Session) -> None:
-    """What is released, in dist/; and in sbom/ a list of what it runs with (CycloneDX)."""
+    """Build a release in dist/, and its software bill of materials (CycloneDX) in sbom/."""
     session.install(*nox.project.dependency_groups(PROJECT, "build"))
     for made in ("dist", "sbom"):
         shutil.rmtree(made, ignore_errors=True)
@@ -165,7 +169,7 @@ def release(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The pages of docs/, as HTML in docs/_build/html; a warning is an error."""
+    """Build the documentation as HTML in docs/_build/html, with warnings as errors."""
     session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "docs"))
     built = Path("docs", "_build", "html")
     session.run("sphinx-build", "-W", "--keep-going", "-n", "-q", "-E", "docs", str(built))
@@ -175,21 +179,21 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST, default=False)
 def fuzz(session: nox.Session) -> None:
-    """Any bytes, guided by coverage, for a minute each: -- codec -max_total_time=600."""
+    """Fuzz each target for a minute, or as in ``-- codec -max_total_time=600``."""
     session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "fuzz"))
     session.run("python", "-m", "tests.fuzz", *session.posargs)
 
 
 @nox.session(default=False)
 def adversity(session: nox.Session) -> None:
-    """A session of every verb, with the link failing at every single byte, in a few minutes."""
+    """Call every method with a connection that fails at every byte, in a few minutes."""
     session.install("-e", ".[test]")
     session.run("pytest", "--numprocesses=auto", "tests/adversity.py", *session.posargs)
 
 
 @nox.session(name="cluster-dev", default=False)
 def cluster_dev(session: nox.Session) -> None:
-    """The client suite against two nodes of the development broker, its clients on both."""
+    """Run the client suite against a cluster of two development brokers."""
     session.install("-e", ".[test]")
     session.env["EMITTER_NODES"] = "2"
     session.run("pytest", "--numprocesses=auto", "-m", "emitter", *session.posargs)
@@ -197,7 +201,7 @@ def cluster_dev(session: nox.Session) -> None:
 
 @nox.session(name="plain-engine", default=False)
 def plain_engine(session: nox.Session) -> None:
-    """The client suite without the client's fast path, so that Paho carries every packet."""
+    """Run the client suite without the fast path, so that Paho handles every packet."""
     session.install("-e", ".[test]")
     session.env["EMITTER_PLAIN_ENGINE"] = "1"
     files = ("tests/client", "tests/reconnecting", "tests/test_paho_contract.py")
@@ -206,12 +210,12 @@ def plain_engine(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def browser(session: nox.Session) -> None:
-    """The web chat of the examples, in Chromium: two talk, are cut off, and come back."""
+    """Test the web chat of the examples in Chromium, including a lost connection."""
     missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
     if missing:
         session.error(
-            f"there is no {' and no '.join(missing)}: this session drives a browser. On Debian and "
-            "Ubuntu: apt-get install chromium chromium-driver"
+            f"cannot find {' and '.join(missing)}; on Debian and Ubuntu, install them with "
+            "apt-get install chromium chromium-driver"
         )
 
     session.install("-e", ".[test]", *nox.project.dependency_groups(PROJECT, "browser"))
@@ -220,12 +224,12 @@ def browser(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def emitter(session: nox.Session) -> None:
-    """The client suite against a real Emitter: EMITTER_URL and EMITTER_SECRET say which."""
+    """Run the client suite against a real Emitter, at EMITTER_URL with EMITTER_SECRET."""
     missing = [name for name in ("EMITTER_URL", "EMITTER_SECRET") if not os.environ.get(name)]
     if missing:
         session.error(
-            f"set {' and '.join(missing)}: this session talks to a running Emitter, at a URL such "
-            "as mqtt://127.0.0.1:8080, with the secret key of its licence"
+            f"{' and '.join(missing)} must be set: EMITTER_URL to the URL of a running Emitter, "
+            "such as mqtt://127.0.0.1:8080, and EMITTER_SECRET to its secret key"
         )
 
     session.install("-e", ".[test]")
@@ -234,13 +238,13 @@ def emitter(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Many clients, a network that fails and a broker that dies, for minutes: see --help."""
+    """Run many clients with a failing network and broker for minutes; see ``-- --help``."""
     session.install("-e", ".[test]")
     session.run("python", "-m", "tests.soak", *session.posargs)
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Measure us beside other MQTT clients: -- --quick, or see benchmarks/README.md."""
+    """Compare the client with other MQTT clients; see benchmarks/README.md."""
     session.install("-e", ".[websocket]", *nox.project.dependency_groups(PROJECT, "bench"))
     session.run("python", "-m", "benchmarks", *session.posargs)

@@ -1,4 +1,4 @@
 from __future__ import annotations
 
-# The only place that holds the version: the build reads it, and a test holds CHANGELOG.md to it.
+# The build reads the version from this file, and a test compares it with CHANGELOG.md.
 __version__ = "0.1.0"

@@ -286,7 +286,7 @@ class TestMalformed:
             codec = connected(LIMIT)
             (event,) = codec.decode(b"\x30" + length(size))
             assert isinstance(event, RemoteProtocolError)
-            assert f"{size} bytes; max_message_size is {LIMIT}" in str(event)
+            assert f"{size} bytes, which exceeds max_message_size ({LIMIT})" in str(event)
 
     def test_the_limit_itself_is_not_over_it(self) -> None:
         codec = connected(LIMIT)

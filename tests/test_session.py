@@ -985,7 +985,7 @@ class TestHostileAnswers:
         assert len(str(emission.value)) < 200
         link = Link()
         (emission,) = link.hear(Undecodable(12))
-        assert "a message of 12 bytes whose topic is no UTF-8" in str(emission.value)
+        assert "a message of 12 bytes whose topic is not UTF-8" in str(emission.value)
 
     @pytest.mark.parametrize("forged", [*HOSTILE, *NONSENSE], ids=lambda it: repr(it)[:90])
     def test_a_wide_subscription_gets_what_its_users_publish_there(

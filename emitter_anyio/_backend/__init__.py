@@ -1,7 +1,7 @@
 """
-Everything that differs between asyncio and Trio.
+The differences between asyncio and Trio.
 
-Only this package imports them. Each backend is one module with one class, which implements
+Only this package imports them. Each backend is a module with a class that implements
 :class:`Backend`.
 """
 

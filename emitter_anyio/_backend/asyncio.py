@@ -1,4 +1,4 @@
-"""asyncio."""
+"""The asyncio backend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from anyio import ClosedResourceError
 from .interface import READ_CHUNK_BYTES, Backend, LastHeard, Reader, WaitingReader, Wakeup
 
 NativeCancelledError: Final = asyncio.CancelledError
-"""What awaiting a task or a future raises that something else has cancelled."""
+"""The exception that awaiting a cancelled task or future raises."""
 
 
 class AsyncioBackend(Backend):
     """
-    An event loop of asyncio.
+    An asyncio event loop.
 
     :param loop: the running loop
     """
@@ -28,14 +28,14 @@ class AsyncioBackend(Backend):
         self.token = loop
         self.clock = loop.time
         self.make_wakeup = partial(FutureWakeup, loop)
-        # A guest run of Trio is not in a task of the loop around it.
+        # In a guest run of Trio, no task of the host loop is current.
         self.runs_task = partial(asyncio.current_task, loop)
 
     def open_reader(self, sock: socket.socket) -> Reader:
         try:
             return WatchingReader(sock, self._loop)
         except NotImplementedError:
-            # The loop of Windows cannot watch sockets, but AnyIO can wait for them.
+            # Windows' default event loop cannot watch sockets, but AnyIO can wait for them.
             return WaitingReader(sock, self.clock)
 
     def current_task(self) -> object:
@@ -50,7 +50,7 @@ class AsyncioBackend(Backend):
 
 
 class FutureWakeup(Wakeup):
-    """A future, which asyncio's own event makes for each waiter, too."""
+    """A future, which is also what ``asyncio.Event`` creates for each waiter."""
 
     __slots__ = ("_future",)
 
@@ -67,18 +67,19 @@ class FutureWakeup(Wakeup):
 
 class WatchingReader(Reader):
     """
-    Has the loop watch the socket all the time.
+    A reader that keeps its socket registered with the event loop.
 
-    To begin and to end that for each read takes two system calls and twice the time. It reads one
-    chunk ahead at most: what arrives then stays in the socket, and holds up the peer.
+    Registering the socket for each read would take two more system calls and twice the time. The
+    reader reads at most one chunk ahead. Further bytes stay in the socket, which slows down the
+    peer.
     """
 
     def __init__(self, sock: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
         self.last_heard = LastHeard(loop.time)
         self._sock = sock
         self._loop = loop
-        # Not the socket: if a selector does not know it, the error contains its repr(), which asks
-        # the system for both addresses.
+        # Register the file descriptor instead of the socket: a selector's KeyError contains the
+        # repr() of the socket, which takes two system calls.
         self._fileno = sock.fileno()
         self._size = READ_CHUNK_BYTES
         self._closed = False
@@ -105,7 +106,7 @@ class WatchingReader(Reader):
             try:
                 raise received
             finally:
-                # Its traceback contains this frame.
+                # Break the reference cycle: the traceback of the exception contains this frame.
                 del received
         return received
 

@@ -1,4 +1,4 @@
-"""Which backend runs the calling code."""
+"""Detection of the current backend."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def current_backend() -> Backend:
     """
     Return the backend that runs the calling code.
 
-    :raises RuntimeError: outside of an event loop
+    :raises RuntimeError: if no event loop is running
     """
     trio = sys.modules.get("trio")
-    # In guest mode, a loop of asyncio runs around Trio.
+    # Check Trio first, because in guest mode an asyncio loop is also running.
     if trio is not None and trio.lowlevel.in_trio_task():
-        # Importing Trio takes a tenth of a second, which programs on asyncio are spared.
+        # Import it only if it runs, because importing Trio takes 0.1 seconds.
         from .trio import TrioBackend
 
         return TrioBackend()

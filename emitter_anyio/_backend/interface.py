@@ -1,4 +1,4 @@
-"""What the client needs from a backend beyond AnyIO."""
+"""The interface of a backend: what the client needs beyond AnyIO."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import anyio
 from anyio import ClosedResourceError
 
 READ_CHUNK_BYTES: Final = 65536
-"""The bytes that are read at a time, unless a larger packet is awaited."""
+"""The default size of a read, in bytes."""
 
 
 class Wakeup(ABC):
-    """An event that one task awaits; it costs a fraction of an :class:`anyio.Event`."""
+    """An event for a single waiting task, cheaper than :class:`anyio.Event`."""
 
     __slots__ = ()
 
     @abstractmethod
     def set(self) -> None:
-        """Wake the task that waits, if there is one; setting it again has no effect."""
+        """Wake the waiting task, if there is one. Setting it again has no effect."""
 
     @abstractmethod
     def wait(self) -> Awaitable[None]:
-        """Wait until it is set. This is no checkpoint if it is set already."""
+        """Wait until it is set. If it is already set, this is not a checkpoint."""
 
 
 class LastHeard:
     """
     The time at which bytes last arrived from the peer.
 
-    It is set where bytes are received: they show that the peer is alive before a task handles them.
+    It is updated as soon as bytes are received, which might be before a task handles them.
 
     :param clock: returns the time of the event loop
     """
@@ -44,36 +44,38 @@ class LastHeard:
         self.time = clock()
 
     def note(self) -> None:
-        """Note that bytes have arrived, or that they could not: the reader was busy."""
+        """Record that bytes have arrived, or that the reader was unable to receive them."""
         self.time = self.clock()
 
     def follow(self, other: LastHeard) -> None:
-        """Take over the time of the transport below."""
+        """Copy the time of another transport."""
         self.time = other.time
 
 
 class Reader(ABC):
-    """Reads from one socket, for one task at a time."""
+    """A reader of a socket, for one task at a time."""
 
     last_heard: LastHeard
 
     @abstractmethod
     async def receive(self, size: int) -> bytes:
         """
-        Wait for bytes; cancelling it loses none.
+        Wait for bytes.
 
-        :param size: the most bytes to return
-        :return: at least one byte, or none at the end
-        :raises ~anyio.ClosedResourceError: once the reader is closed
+        :param size: the maximum number of bytes to return
+        :return: at least one byte; an empty result at the end of the stream
+        :raises ~anyio.ClosedResourceError: if the reader is closed
+
+        Cancelling it loses no bytes.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Stop reading; a task that waits gets a :exc:`~anyio.ClosedResourceError`."""
+        """Stop reading; a waiting task raises :exc:`~anyio.ClosedResourceError`."""
 
 
 class WaitingReader(Reader):
-    """Waits for the socket before each read, which costs little on Trio."""
+    """A reader that waits for its socket before each read, which is cheap on Trio."""
 
     def __init__(self, sock: socket.socket, clock: Callable[[], float]) -> None:
         self.last_heard = LastHeard(clock)
@@ -99,13 +101,13 @@ class WaitingReader(Reader):
 
 class Backend(ABC):
     """
-    A running event loop of asyncio, or a run of Trio.
+    A running asyncio event loop or Trio run.
 
-    :ivar token: identifies the event loop or run
-    :ivar clock: returns its time
+    :ivar token: an object that identifies the event loop or run
+    :ivar clock: returns the time of the event loop
     :ivar make_wakeup: makes a :class:`Wakeup`
-    :ivar runs_task: returns a true value if one of its tasks runs, in its own thread. Other code of
-        the event loop might run as well
+    :ivar runs_task: returns a true value in a task of the event loop, and a false value in its
+        callbacks. It must be called in the thread of the event loop
     """
 
     token: object
@@ -115,16 +117,16 @@ class Backend(ABC):
 
     @abstractmethod
     def open_reader(self, sock: socket.socket) -> Reader:
-        """Begin to read from a non-blocking socket."""
+        """Return a reader of a non-blocking socket."""
 
     @abstractmethod
     def current_task(self) -> object:
-        """Return the task that runs."""
+        """Return the current task."""
 
     @abstractmethod
     def has_ended(self, task: object) -> bool:
-        """Return whether a task has ended that had entered a task group and not left it."""
+        """Return whether a task has ended without leaving a task group that it had entered."""
 
     @abstractmethod
     def native_cancellations(self) -> int:
-        """Return how often the current task was cancelled other than by a cancel scope."""
+        """Return the number of native cancellations of the current task (``Task.cancel()``)."""

@@ -1,4 +1,4 @@
-"""To which thread and event loop something belongs."""
+"""The ownership of objects by a thread and an event loop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from .interface import Backend
 
 class Owner:
     """
-    The thread and the event loop to which something belongs while it is in use.
+    The thread and event loop that own an object while it is in use.
 
-    Code outside of event loops cannot wait, so only its thread counts.
+    For code outside event loops, such as callbacks, only the thread is checked: such code cannot
+    wait.
 
-    :ivar thread: the thread's identifier. Hot paths compare only this, and call :meth:`check` if it
-        differs
+    :ivar thread: the identifier of the thread. Hot paths compare only this, and call :meth:`check`
+        if it differs
     """
 
     __slots__ = ("_backend", "_uses", "thread")
@@ -31,7 +32,7 @@ class Owner:
         """
         Begin a use in the running event loop.
 
-        :raises WrongLoopError: if it is in use in another one
+        :raises WrongLoopError: if the object is in use in another thread or event loop
         """
         if self._uses:
             self.check()
@@ -44,9 +45,9 @@ class Owner:
 
     def check(self) -> None:
         """
-        Check that the calling code may use it.
+        Check that the calling code may use the object.
 
-        :raises WrongLoopError: if it is in use in another thread or event loop
+        :raises WrongLoopError: if the object is in use in another thread or event loop
         """
         if not self._uses:
             return
@@ -54,14 +55,13 @@ class Owner:
         if get_ident() == self.thread:
             if owner is None or owner.runs_task():
                 return
-            # This costs five times as much as runs_task().
+            # This check is last, because it takes five times as long as runs_task().
             other = _backend_or_none()
             if other is None or other.token is owner.token:
                 return
         raise WrongLoopError(
-            "wrong thread or event loop: a client and its streams belong to the one in which the "
-            "client was entered; call them there, from other threads by anyio.from_thread.run() or "
-            "a blocking portal"
+            "wrong thread or event loop: a client and its streams can be used only where "
+            "the client was entered; from other threads, use anyio.from_thread.run() or a portal"
         )
 
 

@@ -1,4 +1,4 @@
-"""What goes on beside something, and ends with it."""
+"""Background tasks."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from emitter_anyio._backend import current_backend
 
 class Tasks:
     """
-    A task group in which often there is nobody.
+    A task group that records whether it has started any task.
 
-    Its tasks never raise: what one of them raises is reported, so that the block around them leaves
-    with its own exception, and in no group.
+    Its tasks never raise. Their exceptions are reported instead, so that the surrounding block
+    raises its own exception, and not in an exception group.
 
-    :param failed: is told what a task has raised; a ``CancelledError`` is by ``Task.cancel()``
-    :ivar used: whether there has been anybody but those who end by themselves; if not, nobody is
-        left who would have to be cancelled, and that costs, even so
+    :param failed: called with the exception of a task. A ``CancelledError`` means that
+        ``Task.cancel()`` was called on the task
+    :ivar used: whether :meth:`start_soon` was called. If not, no task needs to be cancelled, which
+        saves time when closing
     """
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
         self._group = anyio.create_task_group()
         self._host: object = None
-        """The task that has opened the group, and has to close it."""
+        """The task that opened the group, and must close it."""
         self._scopes: set[anyio.CancelScope] = set()
         self._running = 0
         self._none_runs: anyio.Event | None = None
@@ -35,12 +36,12 @@ class Tasks:
 
     @property
     def hosted_here(self) -> bool:
-        """Whether the calling task may close the group."""
+        """Whether the calling task opened the group, and so can close it."""
         return self._host is current_backend().current_task()
 
     @property
     def host_ended(self) -> bool:
-        """Whether nobody can close the group any more, and nobody has to."""
+        """Whether the task that opened the group has ended, so that the group is never closed."""
         return current_backend().has_ended(self._host)
 
     async def open(self) -> None:
@@ -50,9 +51,9 @@ class Tasks:
 
     async def close(self) -> None:
         """
-        Wait for all of them, in the task that has opened the group.
+        Wait for all tasks, in the task that opened the group.
 
-        :raises KeyboardInterrupt: if one struck where no task could report it
+        :raises KeyboardInterrupt: if it was raised where no task could report it
         """
         try:
             await self._group.__aexit__(None, None, None)
@@ -65,7 +66,7 @@ class Tasks:
         *arguments: object,
         name: object = None,
     ) -> None:
-        """Start a task that ends by itself."""
+        """Start a task that ends without being cancelled."""
         self._running += 1
         self._group.start_soon(self._run_counted, function, *arguments, name=name)
 
@@ -75,7 +76,7 @@ class Tasks:
         *arguments: object,
         name: object = None,
     ) -> None:
-        """Start a task that nobody waits for."""
+        """Start a task that :meth:`stop` cancels."""
         self.used = True
         scope = anyio.CancelScope()
         self._scopes.add(scope)
@@ -85,7 +86,7 @@ class Tasks:
     async def run(
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
     ) -> None:
-        """Run a function as one of the tasks, and report what it raises."""
+        """Run a function in the calling task, and report its exceptions."""
         try:
             await function(*arguments)
         except anyio.get_cancelled_exc_class() as exc:
@@ -96,16 +97,16 @@ class Tasks:
             self._failed(_interrupt_in(exc) or exc)
 
     def cancel(self) -> None:
-        """Cancel all of them, and what the group is around."""
+        """Cancel all tasks, and the body of the group."""
         self._group.cancel_scope.cancel()
 
     def stop(self) -> None:
-        """Cancel those who do not end by themselves."""
+        """Cancel the tasks that :meth:`start_soon` started."""
         for scope in self._scopes:
             scope.cancel()
 
     async def stopped(self) -> None:
-        """Wait for all of them, in any task."""
+        """Wait for all tasks; callable from any task."""
         if self._running:
             self._none_runs = anyio.Event()
             await self._none_runs.wait()
@@ -133,22 +134,22 @@ class Tasks:
 
 def is_cancelled() -> bool:
     """
-    Return whether the present task is cancelled by a scope.
+    Return whether the current task is cancelled by a scope.
 
-    When a program ends without leaving a client, Trio cancels the client's tasks and gives them one
-    turn. If one of them takes more, Trio raises ``TrioInternalError`` instead of showing the
+    When a program ends without leaving a client, Trio cancels the client's tasks and lets them run
+    once more. A task that does not end then causes a ``TrioInternalError``, which hides the
     program's own exception.
     """
     return anyio.current_effective_deadline() == -math.inf
 
 
 def ends_program(error: BaseException) -> bool:
-    """Return whether an error ends the program."""
+    """Return whether an exception is a ``KeyboardInterrupt`` or ``SystemExit``."""
     return isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def _interrupt_in(error: BaseException) -> BaseException | None:
-    """Find what ends a program, in a group."""
+    """Return the ``KeyboardInterrupt`` or ``SystemExit`` in a group, if there is one."""
     if isinstance(error, BaseExceptionGroup):
         return next(filter(None, map(_interrupt_in, error.exceptions)), None)
     return error if ends_program(error) else None

@@ -1,4 +1,4 @@
-"""Trio."""
+"""The Trio backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .interface import Backend, Reader, WaitingReader, Wakeup
 
 
 class TrioBackend(Backend):
-    """The run of Trio that runs the calling task."""
+    """The Trio run of the calling task."""
 
     def __init__(self) -> None:
         self.token = lowlevel.current_trio_token()
@@ -28,7 +28,7 @@ class TrioBackend(Backend):
         return lowlevel.current_task()
 
     def has_ended(self, task: object) -> bool:
-        # Trio ends the run if a task ends that has left a nursery open.
+        # Trio ends the run if a task ends with an open nursery.
         return False
 
     def native_cancellations(self) -> int:
@@ -36,7 +36,7 @@ class TrioBackend(Backend):
 
 
 class TaskWakeup(Wakeup):
-    """The task that waits, without the set of tasks that an event has."""
+    """A reference to the waiting task, which is cheaper than the set of tasks in ``trio.Event``."""
 
     __slots__ = ("_set", "_task")
 
@@ -54,7 +54,7 @@ class TaskWakeup(Wakeup):
         if self._set:
             return _nothing()
         self._task = lowlevel.current_task()
-        # Not in a coroutine of its own, which would be one more call for each waiter.
+        # Return the coroutine instead of awaiting it, which would add a call per wait.
         return lowlevel.wait_task_rescheduled(self._leave)  # noqa: ASYNC105 - the caller awaits it
 
     def _leave(self, _: lowlevel.RaiseCancelT) -> lowlevel.Abort:

@@ -506,8 +506,8 @@ class Session:
         if self.nonsense > 1:
             return ()
         error = RemoteProtocolError(
-            f"the broker sent {what}; it and further unexpected packets are dropped "
-            "(statistics().nonsense counts them)"
+            f"the broker sent {what}; unexpected packets are dropped and counted "
+            "(statistics().nonsense)"
         )
         return (Emission("error", error),)
 
