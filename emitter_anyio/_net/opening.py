@@ -86,8 +86,7 @@ async def _open(server: Server, options: Options, wants: Wants, connect: Connect
                 raise ConnectRefusedError(f"the broker refused the connection: {reason}", code=code)
             case RemoteProtocolError() as exc:
                 raise exc
-        # The codec raises if the first packet is not CONNACK.
-        raise AssertionError("no CONNACK")  # pragma: no cover
+        raise AssertionError("no CONNACK")  # pragma: no cover - the codec rejects other packets
     except BaseException:
         await transport.aclose()
         raise
