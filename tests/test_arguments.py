@@ -250,7 +250,7 @@ def test_options_are_plain() -> None:
     emitter = connect(Text.URL, matcher=Text.MATCHER, username=Text.NAME, client_id=Text.NAME)
     assert "mqtt://h:8080" in repr(emitter)
     assert "Text" not in repr(connect(host=Text.HOST))
-    with pytest.raises(TypeError, match="disagree about 'host'"):
+    with pytest.raises(TypeError, match="conflicting values for 'host'"):
         connect("mqtt://h", host=CaseInsensitive("H"))
 
 
@@ -396,12 +396,12 @@ HOSTS: Final = {
     "h ": "' '",
     " h": "' '",
     "h/chat": "'/'",
-    "h\\x": "no host name has",
+    "h\\x": "which host names cannot",
     "h?x": "'\\?'",
     "h%41": "'%'",
-    "h\0": "no host name has",
-    "h\u3000": "no host name has",
-    "h\udcff": "no UTF-8",
+    "h\0": "which host names cannot",
+    "h\u3000": "which host names cannot",
+    "h\udcff": "encoded as UTF-8",
     "::1::2": "not an IPv6 address",
     "": "empty",
     "fe80::1%a b": "network interface",
@@ -427,13 +427,13 @@ def test_a_good_host_is_taken(host: str) -> None:
 URLS: Final = {
     "mqtt://a b": "' '",
     "mqtt://h\n": "control character",
-    "mqtt://h\\x": "no host name has",
+    "mqtt://h\\x": "which host names cannot",
     "mqtt://h%41": "'%'",
-    "mqtt://ann:%ff@h": "percent escapes of its password",
-    "mqtt://%ff:secret@h": "percent escapes of its user name",
-    "unix:///%ff": "percent escapes of its path",
+    "mqtt://ann:%ff@h": "percent-encoding of the password",
+    "mqtt://%ff:secret@h": "percent-encoding of the user name",
+    "unix:///%ff": "percent-encoding of the path",
     "unix:///a%00": "Unix socket",
-    "ws://h/\udcff": "no UTF-8",
+    "ws://h/\udcff": "encoded as UTF-8",
     "mqtt://ann:se#cret@h": "quote it",
     "mqtt://ann:se/cret@h": "quote it",
     "mqtt://ann:se?cret@h": "quote it",

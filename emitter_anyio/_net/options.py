@@ -208,7 +208,9 @@ def _check_host_or_path(name: str, value: object) -> str:
     except UnicodeEncodeError:
         invalid = True
     if invalid:
-        raise ValueError(f"invalid {name}: a path cannot contain NUL or unencodable characters")
+        raise ValueError(
+            f"invalid {name}: the path of a Unix socket contains NUL or an unencodable character"
+        )
     return host
 
 
@@ -225,7 +227,7 @@ def _check_host(name: str, host: str) -> str:
     elif ":" not in host:
         if not (bad := _INVALID_IN_HOST.search(host)):
             return _check_utf8(name, host)
-        why = f"it contains {bad[0]!r}; use only the name or address"
+        why = f"it contains {bad[0]!r}, which host names cannot; use only the name or address"
     elif (address := host.partition("%"))[0].count(":") == 1:
         why = "it contains a port; use port= for the port"
     else:
