@@ -86,7 +86,7 @@ class Connection:
     :param codec: encodes and decodes packets
     :param first: the events that were decoded together with CONNACK
     :param options: the options of the client
-    :param wants: what the client wants from every connection
+    :param wants: the subscriptions and presence feeds of the client
     """
 
     def __init__(

@@ -43,12 +43,13 @@ async def open_connection(
     """
     Try each server once, in turn, for at most ``connect_timeout`` seconds each.
 
-    Cancelling it closes any socket that it has opened.
-
-    :param wants: what the client wants from every connection
+    :param wants: the subscriptions and presence feeds of the client
     :param will_key: the key of the will, if there is one
     :param after: the server whose connection was lost; the next one is tried first
+    :return: the connection
     :raises ConnectError: if every server failed, with every cause
+
+    Cancelling it closes any socket that it has opened.
     """
     connect = _make_connect(options, will_key)
     causes: dict[str, Exception] = {}
@@ -121,7 +122,7 @@ def _connect_error(
     reasons = []
     for server, cause in causes.items():
         if isinstance(cause, TimeoutError) and not str(cause):
-            reasons.append(f"{server}: no response within {options.connect_timeout:g} s")
+            reasons.append(f"{server}: no answer within {options.connect_timeout:g} s")
         else:
             reasons.append(f"{server}: {str(cause) or type(cause).__name__}")
     text = "could not connect to " + "; ".join(reasons)

@@ -328,13 +328,15 @@ class _SocketStream(ByteStream):
 
 async def open_transport(server: Server, options: Options) -> Transport:
     """
-    Open a transport to a server. Cancelling it closes any socket that it has opened.
+    Open a transport to a server.
 
     :raises OSError: if the server cannot be reached
     :raises EOFError: if the server closes the connection during a handshake
     :raises ssl.SSLError: if the TLS handshake fails
     :raises ConnectError: if the server refuses the WebSocket handshake
     :raises RemoteProtocolError: if the response to the WebSocket handshake is invalid
+
+    Cancelling it closes any socket that it has opened.
     """
     transport = await _open_below(server, options)
     if not server.websocket:

@@ -395,7 +395,7 @@ async def test_a_broker_that_accepts_and_never_speaks_is_given_up(anyio_backend:
             await emitter.flush()
             assert anyio.current_time() - start == pytest.approx(6, abs=0.1)
             assert emitter.connection is not None
-            assert "no response within 7 s" in str(emitter.connection.last_error)
+            assert "no answer within 7 s" in str(emitter.connection.last_error)
 
 
 async def test_all_that_is_needed_to_come_back_may_come_in_single_bytes(
