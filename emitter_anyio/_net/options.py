@@ -67,7 +67,7 @@ class Server:
     :ivar scheme: ``"mqtt"``, ``"mqtts"``, ``"ws"``, ``"wss"`` or ``"unix"``; ``"connectable"`` if a
         connectable opens the connection
     :ivar host: a host name, an IP address, or the path of a Unix socket
-    :ivar port: the port, or 0 if there is none
+    :ivar port: the port; 0 for a Unix socket or connectable
     :ivar path: the quoted path for WebSocket, else an empty string
     """
 

@@ -203,7 +203,7 @@ class WebSocket:
         return self._connection.state is ConnectionState.OPEN and self.end is None
 
     def receive(self, data: bytes) -> bytes:
-        """Decode received bytes, and return the payloads of the frames of one turn."""
+        """Decode received bytes, and return the payloads of the frames in this turn."""
         if self.end is not None:
             return b""
         carried = []

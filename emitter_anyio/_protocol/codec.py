@@ -94,7 +94,7 @@ class Codec:
 
     def decode(self, data: bytes) -> list[Event]:
         """
-        Decode bytes from the peer to the events of one turn. Packets may be split anywhere.
+        Decode bytes from the peer to the events of this turn. Packets may be split anywhere.
 
         While :attr:`turn_over` is true, call it without bytes to decode the remaining ones.
 

@@ -1,4 +1,4 @@
-"""The MQTT session of one connection. No I/O.
+"""The MQTT session of a connection. No I/O.
 
 The session allocates packet ids and matches replies to requests. The broker sends a refusal, with
 the packet id as ``req``, *before* it acknowledges the packet. Therefore, an acknowledgement without
@@ -60,7 +60,7 @@ _REPLAY_BYTES: Final = 65536
 
 class Session:
     """
-    The packet ids, pending calls and counters of one connection.
+    The packet ids, pending calls and counters of a connection.
 
     :param wants: the subscriptions and presence feeds that the client needs
     :param send: queues a packet
@@ -146,8 +146,8 @@ class Session:
         """
         Queue a QoS 1 publish.
 
-        :param key: the key, for errors; ``None`` for a publish through a link
-        :param channel: the channel, for errors; ``None`` for a publish through a link
+        :param key: the key, for errors; ``None`` for ``publish_with_link()``
+        :param channel: the channel, for errors; ``None`` for ``publish_with_link()``
         """
         operation = "publish_with_link" if key is None else "publish"
         pending: Pending[None] = Pending(operation, key, channel, publishes_before=self.published)

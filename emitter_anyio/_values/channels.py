@@ -249,8 +249,8 @@ def channel_hash(channel: str) -> int:
     """
     Return the hash by which the broker identifies a subscription: its level hashes, XORed.
 
-    If two subscriptions of one connection have equal hashes, the broker acknowledges the second
-    and never delivers to it (Emitter's ``message/sub.go``).
+    If two subscriptions on the same connection have equal hashes, the broker acknowledges the
+    second and never delivers to it (Emitter's ``message/sub.go``).
     """
     mixed = 0
     for level in levels(channel):
