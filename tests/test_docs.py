@@ -1,8 +1,8 @@
 """
-The pages of ``docs/``, held to what they say: every block is run, and prints what stands below it.
+The README and the pages of ``docs/``: every block of code runs and prints the output below it.
 
-What a block may be, and what a piece may use, is in ``tests/support/pages.py``. A block that cannot
-run stands in ``docs/not-run.txt`` with its reason.
+``tests/support/pages.py`` lists the kinds of blocks. ``docs/not-run.txt`` lists the blocks that no
+test can run, each with its reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import shlex
 import tomllib
 import zlib
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +31,7 @@ from emitter_anyio._net.options import Options
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.support.asgi import Application, post, serving, websocket
 from tests.support.command import ROOT, run, running
-from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, framed
+from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block
 from tests.support.tried import run_pytest
 
 NOT_RUN = [
@@ -41,9 +42,54 @@ NOT_RUN = [
 RUN = [block for block in BLOCKS if str(block) not in {where for where, _ in NOT_RUN}]
 
 
-def of_kind(*kinds: str, trio_only: bool = False) -> pytest.MarkDecorator:
-    chosen = [block for block in RUN if block.kind in kinds and block.trio_only is trio_only]
-    return pytest.mark.parametrize("block", chosen, ids=str)
+def of_kind(*kinds: str) -> pytest.MarkDecorator:
+    """Give a test the blocks of some kinds, each on the backends on which it runs."""
+    cases = [
+        pytest.param(
+            block,
+            backend,
+            id=f"{block}-{backend}",
+        )
+        for block in RUN
+        if block.kind in kinds and "app = Starlette(" not in block.source
+        for backend in sorted(block.backends)
+    ]
+    return pytest.mark.parametrize(("block", "anyio_backend"), cases)
+
+
+web_application = pytest.mark.parametrize(
+    "block", [block for block in RUN if "app = Starlette(" in block.source], ids=str
+)
+
+
+async def call_last_function(names: dict[str, Any]) -> None:
+    """
+    Call the function that a block defines last, if it defines any.
+
+    Its parameters are among those that this function can provide: a connected client, its broker,
+    that broker's URL and secret key, and a key for ``chat/`` and all channels below it.
+    """
+    functions = [
+        value
+        for value in names.values()
+        if inspect.isfunction(value) and value.__module__ == "the_page" and value.__name__ in names
+    ]
+    if not functions:
+        return
+    function = functions[-1]
+    async with Broker() as broker, connect(broker.url) as emitter:
+        values = {
+            "emitter": emitter,
+            "broker": broker,
+            "url": broker.url,
+            "secret_key": broker.secret_key,
+            "key": broker.keygen("chat/#/", "rwslp"),
+        }
+        call = partial(function, **{name: values[name] for name in signature(function).parameters})
+        if inspect.iscoroutinefunction(function):
+            await call()
+        else:
+            await anyio.to_thread.run_sync(call)
 
 
 def test_at_most_five_are_not_run_each_with_its_reason() -> None:
@@ -58,15 +104,13 @@ def test_who_runs_the_others(page: str, test: str) -> None:
         assert f"docs/{page}" in (ROOT / test).read_text()
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.kind == "piece"}))
-def test_a_page_with_pieces_says_where_they_stand(page: str) -> None:
-    assert "(start.md#how-to-read-the-pieces)" in (DOCS / page).read_text()
-
-
 class TestPython:
-    @of_kind("program", "piece")
-    async def test_on_both_backends(
-        self, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    @of_kind("program", "lines")
+    async def test_on_each_backend(
+        self,
+        block: Block,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         if ".pem" in block.source:
             make_certificates(tmp_path)
@@ -76,47 +120,43 @@ class TestPython:
             "__name__": "the_page",
             "print": lambda *values: printed.append(" ".join(map(str, values))),
         }
-        source = framed(block) if block.kind == "piece" else block.without_run
         # Without this module's own "annotations", as users have it.
-        exec(compile(source, str(block), "exec", dont_inherit=True), names)
-        await names["main"]()
+        exec(compile(block.without_run, str(block), "exec", dont_inherit=True), names)
+        if block.kind == "program":
+            await names["main"]()
+        else:
+            await call_last_function(names)
         assert "".join(f"{line}\n" for line in printed) == block.output
 
-    @pytest.mark.parametrize("anyio_backend", ["trio"])
-    @of_kind("program", "piece", trio_only=True)
-    async def test_on_trio(
-        self, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        await self.test_on_both_backends(block, tmp_path, monkeypatch)
+    @web_application
+    async def test_a_web_application(self, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+        async with Broker() as broker:
+            monkeypatch.setenv("EMITTER_URL", broker.url)
+            monkeypatch.setenv("CHAT_KEY", broker.keygen("chat/", "rw"))
+            names: dict[str, Any] = {}
+            exec(compile(block.source, str(block), "exec", dont_inherit=True), names)
+            await self.visit(names["app"], broker)
 
-    async def test_the_web_application(self) -> None:
-        (block,) = (block for block in RUN if "app = Starlette(" in block.source)
-        visited = replace(block, source=f"{block.source}await visit(app, broker)\n")
+    async def visit(self, app: Application, broker: Broker) -> None:
+        presence = broker.keygen("chat/", "p")
+        async with serving(app), websocket(app, "/listen") as browser:
+            async with connect(broker.url) as other:
+                async with other.watch_presence(presence, "chat/") as there:
+                    while not there.members:
+                        await there.receive()
+            assert await post(app, "/say", b"hello") == 204
+            assert (await browser.hear("websocket.send"))["text"] == "hello"
 
-        async def visit(app: Application, broker: Broker) -> None:
-            presence = broker.keygen("chat/", "p")
-            async with serving(app), websocket(app, "/listen") as browser:
-                async with connect(broker.url) as other:
-                    async with other.watch_presence(presence, "chat/") as there:
-                        while not there.members:
-                            await there.receive()
-                assert await post(app, "/say", b"hello") == 204
-                assert (await browser.hear("websocket.send"))["text"] == "hello"
+            async def lose() -> None:
+                await browser.hear("websocket.send")
+                await broker.drop()
 
-                async def lose() -> None:
-                    await browser.hear("websocket.send")
-                    await broker.drop()
+            async with anyio.create_task_group() as tasks:
+                with broker.lose("puback"):
+                    tasks.start_soon(lose)
+                    assert await post(app, "/say", b"goodbye") == 503
 
-                async with anyio.create_task_group() as tasks:
-                    with broker.lose("puback"):
-                        tasks.start_soon(lose)
-                        assert await post(app, "/say", b"goodbye") == 503
-
-        names: dict[str, Any] = {"visit": visit}
-        exec(compile(framed(visited), str(block), "exec"), names)
-        await names["main"]()
-
-    @of_kind("test")
+    @pytest.mark.parametrize("block", [block for block in RUN if block.kind == "test"], ids=str)
     def test_for_pytest(self, block: Block, tmp_path: Path) -> None:
         names = re.findall(r"^(?:async )?def (test_\w+)", block.source, re.MULTILINE)
         outcomes = run_pytest(tmp_path, block.source)
@@ -138,7 +178,7 @@ FOR_USERS = {"nox", "pytest", "emitter_anyio", "."}
 
 
 class TestShell:
-    @of_kind("shell")
+    @pytest.mark.parametrize("block", [block for block in RUN if block.kind == "shell"], ids=str)
     def test_each_line(self, block: Block) -> None:
         assert not block.output
         for line in block.source.splitlines():
@@ -168,7 +208,8 @@ class TestShell:
 
 
 class TestReference:
-    TEXT = (DOCS / "reference.md").read_text()
+    TEXT = "".join((DOCS / f"{page}.md").read_text() for page in ("reference", "exceptions"))
+    OPTIONS = (DOCS / "connect-options.md").read_text()
 
     def listed(self) -> Iterator[str]:
         """The names that the reference has, as ``Class.member`` or ``name``."""
@@ -206,7 +247,7 @@ class TestReference:
         assert listed == {f"{kind.__name__}.{name}" for name in members}
 
     def test_every_option_is_in_the_table(self) -> None:
-        table = self.TEXT[self.TEXT.index("| option |") :].partition("\n\n")[0]
+        table = self.OPTIONS[self.OPTIONS.index("| option |") :].partition("\n\n")[0]
         named = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
         assert set(named) == set(Options.__dataclass_fields__) | {"host", "port", "secure"}
 
@@ -241,7 +282,7 @@ def test_every_module_is_in_the_map() -> None:
 class TestErrors:
     def test_every_error_is_in_the_tree(self) -> None:
         """With the same parent, by the indentation of the list."""
-        page = (DOCS / "errors.md").read_text()
+        page = (DOCS / "exceptions.md").read_text()
         tree: dict[str, str] = {}
         above: dict[int, str] = {}
         for indent, name in re.findall(r"^( *)- \[`(\w+)`\]", page, re.MULTILINE):

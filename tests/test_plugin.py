@@ -1,4 +1,4 @@
-"""The pytest plugin, and that the page ``docs/testing.md`` teaches all of it."""
+"""The pytest plugin, and that the page ``docs/fixtures.md`` teaches all of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.logs import logged
 from tests.support.pages import BLOCKS, DOCS
 from tests.support.tried import run_pytest
 
-PAGE = (DOCS / "testing.md").read_text()
-(MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("testing.md", "test"))
+PAGE = (DOCS / "fixtures.md").read_text()
+(MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("fixtures.md", "test"))
 
 
 def on_both_backends(*names: str) -> list[str]:

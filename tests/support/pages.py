@@ -1,4 +1,4 @@
-"""The code on the pages of ``docs/``, as blocks that can be run."""
+"""The code in the README and on the pages of ``docs/``, as blocks that can be run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.support.command import ROOT
 
 DOCS = ROOT / "docs"
 
-Kind: TypeAlias = Literal["program", "piece", "test", "shell"]
+Kind: TypeAlias = Literal["program", "lines", "test", "shell"]
 
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_RUN = re.compile(r"^(anyio|trio)\.run\(main\)[^\n]*\n", re.MULTILINE)
+_RUN = re.compile(r"^(asyncio\.run\(main\(\)\)|(anyio|trio)\.run\(main)[^\n]*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Block:
     A block of code.
 
     :ivar page: the name of its page
-    :ivar line: where it begins there
-    :ivar kind: ``program`` (it ends with ``anyio.run(main)``), ``piece`` (of the frame, the first
-        program of ``start.md`` that has a place for it), ``test`` (a file for pytest) or ``shell``
+    :ivar line: the line on which it begins
+    :ivar kind: ``program`` (it calls ``asyncio.run(main())``, ``anyio.run(main)`` or
+        ``trio.run(main)``), ``lines`` (complete with their imports), ``test`` (a file for pytest)
+        or ``shell``
     :ivar source: the code
-    :ivar output: what it prints, by the block of text that follows
+    :ivar output: what it prints, from the block of text that follows
     """
 
     page: str
@@ -40,12 +41,17 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
-    def trio_only(self) -> bool:
-        return re.search(r"^trio\.run", self.source, re.MULTILINE) is not None
+    def backends(self) -> set[str]:
+        """The backends on which the code runs: it may call only functions of one."""
+        if re.search(r"\btrio\.", self.without_run):
+            return {"trio"}
+        if re.search(r"\basyncio\.", self.without_run):
+            return {"asyncio"}
+        return {"asyncio", "trio"}
 
     @property
     def without_run(self) -> str:
-        """The code without its last line, which runs ``main``."""
+        """The code without the line that runs ``main``."""
         return _RUN.sub("", self.source)
 
 
@@ -54,14 +60,14 @@ def kind_of(language: str, source: str) -> Kind:
         return "shell"
     if _RUN.search(source):
         return "program"
-    return "test" if re.search(r"^(async )?def test_", source, re.MULTILINE) else "piece"
+    return "test" if re.search(r"^(async )?def test_", source, re.MULTILINE) else "lines"
 
 
 def blocks_of(page: Path) -> list[Block]:
     """
     Find the blocks of a page.
 
-    :raises ValueError: if there is one that is neither code, nor what code prints, nor for Sphinx
+    :raises ValueError: if a block is neither code, nor what code prints, nor for Sphinx
     """
     text = page.read_text()
     found: list[Block] = []
@@ -75,11 +81,11 @@ def blocks_of(page: Path) -> list[Block]:
             end = match.end()
         elif language == "text":
             if text[end : match.start()].strip() not in ("", "It prints:") or end < 0:
-                raise ValueError(f"{where}: text that is not what the code before it prints")
+                raise ValueError(f"{where}: a block of text that does not follow code")
             last = found.pop()
             found.append(Block(last.page, last.line, last.kind, last.source, source))
         elif not language.startswith("{"):
-            raise ValueError(f"{where}: a block of {language!r}, where there are python and sh")
+            raise ValueError(f"{where}: expected a block of python or sh, got {language!r}")
     return found
 
 
@@ -87,26 +93,12 @@ ELSEWHERE = {
     "command-line.md": "tests/cli/test_document.py",
     "examples.md": "tests/test_examples.py",
 }
-"""Pages of which each block is run by a test of their own."""
+"""Pages with a test module of their own, which runs each block."""
 
 PAGES = sorted(DOCS.glob("*.md"))
-BLOCKS = [block for page in PAGES if page.name not in ELSEWHERE for block in blocks_of(page)]
-
-
-def frame() -> str:
-    """The program of ``start.md`` that has a place for pieces."""
-    (found,) = (
-        block.without_run
-        for block in BLOCKS
-        if block.page == "start.md" and "# the piece" in block.source
-    )
-    return found
-
-
-def framed(block: Block) -> str:
-    """A program of a piece."""
-    before, indent, after = re.split(r"^( +)\.\.\. +# the piece\n", frame(), flags=re.MULTILINE)
-    piece = "".join(
-        f"{indent}{line}" if line.strip() else line for line in block.source.splitlines(True)
-    )
-    return f"{before}{piece}{after}"
+BLOCKS = [
+    block
+    for page in [ROOT / "README.md", *PAGES]
+    if page.name not in ELSEWHERE
+    for block in blocks_of(page)
+]
