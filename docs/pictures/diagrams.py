@@ -76,7 +76,7 @@ class Picture:
 
 
 class Sequence(Picture):
-    """Who says what to whom, from top to bottom."""
+    """Messages between actors, from top to bottom."""
 
     def __init__(self, title: str, *actors: str) -> None:
         super().__init__(760, title)
@@ -84,17 +84,16 @@ class Sequence(Picture):
         self.at = {actor: 90 + gap * number for number, actor in enumerate(actors)}
         self.y = 70
 
-    def say(self, who: str, whom: str, words: str, *, wrong: bool = False) -> None:
-        self.arrow(
-            self.at[who], self.y, self.at[whom], self.y, words, colour=WRONG if wrong else ACCENT
-        )
+    def send(self, sender: str, receiver: str, label: str, *, wrong: bool = False) -> None:
+        start, end = self.at[sender], self.at[receiver]
+        self.arrow(start, self.y, end, self.y, label, colour=WRONG if wrong else ACCENT)
         self.y += 40
 
-    def note(self, who: str, *lines: str, wrong: bool = False) -> None:
+    def note(self, actor: str, *lines: str, wrong: bool = False) -> None:
         width = 8 * max(map(len, lines)) + 20
         height = 20 * len(lines) + 10
         y = self.y - 22
-        x = min(max(self.at[who] - width / 2, 2), self.width - width - 2)
+        x = min(max(self.at[actor] - width / 2, 2), self.width - width - 2)
         self.pieces.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height}" rx="6" '
             f'style="fill: var(--color-background-primary, none); stroke: none"/>'
@@ -154,30 +153,30 @@ def _tall(span: tuple[int, int], width: int) -> tuple[int, int, int]:
 
 def refused_publish() -> str:
     picture = Sequence("A publish that the broker refuses", "your task", "Emitter", "broker")
-    picture.say("your task", "Emitter", "await publish(…, qos=1)")
-    picture.say("Emitter", "broker", "PUBLISH, packet 7")
-    picture.note("broker", "the key does not", "permit to write")
-    picture.say("broker", "Emitter", 'emitter/error/ {"req": 7, "status": 401}', wrong=True)
-    picture.say("broker", "Emitter", "PUBACK 7: it was taken, not accepted")
-    picture.note("Emitter", "an error came before the", "acknowledgement: refused")
-    picture.say("Emitter", "your task", "raise UnauthorizedError", wrong=True)
+    picture.send("your task", "Emitter", "await publish(…, qos=1)")
+    picture.send("Emitter", "broker", "PUBLISH, packet 7")
+    picture.note("broker", "the key lacks the", "permission to write")
+    picture.send("broker", "Emitter", 'emitter/error/ {"req": 7, "status": 401}', wrong=True)
+    picture.send("broker", "Emitter", "PUBACK 7")
+    picture.note("Emitter", "an error before the", "acknowledgement: refused")
+    picture.send("Emitter", "your task", "raise UnauthorizedError", wrong=True)
     return picture.svg()
 
 
 def reconnection() -> str:
-    picture = Sequence("A link that is lost, with resume=True", "your task", "Emitter", "broker")
-    picture.say("broker", "Emitter", "message 1")
-    picture.say("Emitter", "your task", "message 1")
-    picture.note("broker", "the link is lost", "message 2 is stored", wrong=True)
-    picture.note("Emitter", 'state is "connecting";', "a random pause")
-    picture.say("Emitter", "broker", "CONNECT, SUBSCRIBE with last=0")
-    picture.say("broker", "Emitter", "SUBACK: there again")
-    picture.note("Emitter", "all is confirmed:", 'on("connect") is told')
-    picture.say("broker", "Emitter", "message 3, live: it waits")
-    picture.say("Emitter", "broker", "what was stored meanwhile?")
-    picture.say("broker", "Emitter", "message 2")
-    picture.say("Emitter", "your task", "message 2, replayed")
-    picture.say("Emitter", "your task", "message 3")
+    picture = Sequence("A lost connection with resume=True", "your task", "Emitter", "broker")
+    picture.send("broker", "Emitter", "message 1")
+    picture.send("Emitter", "your task", "message 1")
+    picture.note("broker", "connection lost;", "message 2 is stored", wrong=True)
+    picture.note("Emitter", 'state "connecting",', "random wait")
+    picture.send("Emitter", "broker", "CONNECT, SUBSCRIBE with last=0")
+    picture.send("broker", "Emitter", "CONNACK, SUBACK")
+    picture.note("Emitter", "everything restored:", "event connect")
+    picture.send("broker", "Emitter", "message 3 (live): held back")
+    picture.send("Emitter", "broker", "history request")
+    picture.send("broker", "Emitter", "message 2 (stored)")
+    picture.send("Emitter", "your task", "message 2, replayed=True")
+    picture.send("Emitter", "your task", "message 3")
     return picture.svg()
 
 
