@@ -114,26 +114,26 @@ class Sequence(Picture):
 
 
 def data_flow() -> str:
-    picture = Picture(960, "The way of what arrives, and of what leaves")
+    picture = Picture(960, "The flow of incoming and outgoing messages")
     picture.height = 290
     top, bottom = 95, 235
     tall = 34, 246
-    picture.text(125, 22, "what arrives →", style="opacity: 0.7", anchor="start")
-    picture.text(125, 284, "← what leaves", style="opacity: 0.7", anchor="start")
+    picture.text(125, 22, "incoming →", style="opacity: 0.7", anchor="start")
+    picture.text(125, 284, "← outgoing", style="opacity: 0.7", anchor="start")
 
     picture.box(8, *_tall(tall, 84), "broker")
     picture.box(150, *_tall(tall, 96), "transport", "socket, TLS,", "WebSocket")
-    picture.box(268, bottom - 26, 84, 52, "writer", "one place")
-    picture.box(404, *_tall(tall, 92), "codec", "fast path,", "and Paho")
-    picture.box(566, *_tall(tall, 92), "session", "what is asked,", "what pends")
-    for y, name in ((40, "streams"), (82, "pending calls"), (124, "on() handlers")):
+    picture.box(268, bottom - 26, 84, 52, "writer", "queue")
+    picture.box(404, *_tall(tall, 92), "codec", "fast path,", "Paho")
+    picture.box(566, *_tall(tall, 92), "session", "pending calls,", "packet ids")
+    for y, name in ((40, "streams"), (82, "calls"), (124, "on() handlers")):
         picture.box(714, y, 122, 34, name)
-    picture.box(714, bottom - 20, 122, 40, "verbs")
+    picture.box(714, bottom - 20, 122, 40, "methods")
     picture.box(882, *_tall(tall, 70), "you")
 
     picture.arrow(92, top, 150, top, "bytes")
     picture.arrow(246, top, 404, top, "bytes")
-    picture.arrow(496, top, 566, top, "events")
+    picture.arrow(496, top, 566, top, "packets")
     for y in (57, 99, 141):
         picture.arrow(658, top + 4 * (y - 99) / 42, 714, y)
         picture.arrow(836, y, 882, y)
