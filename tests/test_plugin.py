@@ -1,4 +1,4 @@
-"""The pytest plugin, and that the page ``docs/fixtures.md`` teaches all of it."""
+"""The pytest plugin, and the pages of ``docs/`` about testing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from tests.support.logs import logged
 from tests.support.pages import BLOCKS, DOCS
 from tests.support.tried import run_pytest
 
-PAGE = (DOCS / "fixtures.md").read_text()
+TESTING_PAGES = "".join(
+    (DOCS / f"{name}.md").read_text() for name in ("development-broker", "fault-injection")
+)
 (MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("fixtures.md", "test"))
 
 
@@ -109,21 +111,33 @@ async def test_the_next_one(emitter):
 """
 
 
-class TestPage:
-    def test_its_module_notices_mistakes(self, tmp_path: Path) -> None:
-        # in what is tested, and in how the tests set it up
+class TestPages:
+    def test_module_on_the_page_fails_when_its_code_is_wrong(self, tmp_path: Path) -> None:
+        # Mistakes in the code under test, and in what the tests set up.
         source = MODULE.replace('{"degrees": degrees}', '{"degrees": 0}').replace('"r")', '"w")')
         source = source.replace("emitter_broker.lose(", "emitter_broker.hold(")
         source = source.replace(".refuse()", ".hold()").replace("await proxy.cut()", "return")
         names = re.findall(r"^async def (test_\w+)", MODULE, re.MULTILINE)
         assert len(names) == 6
-        names.remove("test_the_broker_does_not_answer")  # late is as bad as never
+        # A reply that is held back is as late as one that is lost.
+        names.remove("test_missing_reply_times_out")
         outcomes = run_pytest(tmp_path, source)
         assert sorted(outcomes["FAILED"]) == on_both_backends(*names)
 
+    def test_unittest_module_on_the_page_passes(self, tmp_path: Path) -> None:
+        (source,) = (
+            block.source
+            for block in BLOCKS
+            if block.page == "fixtures.md" and "import unittest" in block.source
+        )
+        (tmp_path / "test_chat.py").write_text(source)
+        done = run("-m", "unittest", "discover", "-s", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "Ran 1 test" in done.stderr
+
     @pytest.mark.parametrize("thing", [Broker, FaultProxy])
-    def test_it_names_every_knob(self, thing: type) -> None:
-        knobs = [name for name in vars(thing) if not name.startswith("_")]
-        assert len(knobs) > 5
-        for name in knobs:
-            assert re.search(rf"`(await |with )?{name}\b", PAGE), name
+    def test_every_public_method_is_on_a_page(self, thing: type) -> None:
+        names = [name for name in vars(thing) if not name.startswith("_")]
+        assert len(names) > 5
+        for name in names:
+            assert re.search(rf"`(await |with )?{name}\b", TESTING_PAGES), name
