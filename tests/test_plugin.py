@@ -19,7 +19,9 @@ from tests.support.tried import run_pytest
 TESTING_PAGES = "".join(
     (DOCS / f"{name}.md").read_text() for name in ("development-broker", "fault-injection")
 )
-(MODULE,) = (block.source for block in BLOCKS if (block.page, block.kind) == ("fixtures.md", "test"))
+(MODULE,) = (
+    block.source for block in BLOCKS if (block.page, block.kind) == ("fixtures.md", "test")
+)
 
 
 def on_both_backends(*names: str) -> list[str]:
