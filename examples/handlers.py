@@ -1,8 +1,8 @@
 """
-The same work in the manner of the original Emitter SDK: handlers, and a program that waits.
+Handlers, as in the original Emitter SDK: register them, subscribe, and wait.
 
-Run it as it is, with a development broker of its own:  python examples/handlers.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/handlers.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHANNEL = "handlers/countdown/"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -35,7 +35,7 @@ async def main() -> None:
         emitter = connect(url, username="houston")
         key = ""
 
-        # Handlers may be registered before there is a link, and be def or async def.
+        # A handler can be registered before connecting, and can be def or async def.
         emitter.on("connect", lambda: print("connected"))
         emitter.on("disconnect", lambda: print("disconnected"))
         emitter.on("error", lambda error: print(f"error: {error}"))
@@ -47,7 +47,7 @@ async def main() -> None:
             if number > 0:
                 await emitter.publish(key, CHANNEL, number - 1)
             else:
-                # Ends wait_closed() below, and so the program.
+                # This makes wait_closed() below return.
                 await emitter.disconnect()
 
         @emitter.on("presence")
@@ -57,7 +57,7 @@ async def main() -> None:
         async with emitter:
             key = (await emitter.keygen(secret, CHANNEL, "rwp")).key
             await emitter.subscribe(key, CHANNEL)
-            # The status is returned here, and given to on("presence") as well.
+            # The call returns the status, and on("presence") receives it too.
             await emitter.presence(key, CHANNEL)
             await emitter.publish(key, CHANNEL, 3)
             await emitter.wait_closed()

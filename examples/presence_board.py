@@ -1,8 +1,8 @@
 """
-A presence board: who is in the office, kept up to date while people come and go.
+A presence board: it shows who is in the office while people come and go.
 
-Run it as it is, with a development broker of its own:  python examples/presence_board.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/presence_board.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from emitter_anyio import Emitter, Member, PresenceEvent, connect
 from emitter_anyio.testing import Broker
 
 CHANNEL = "office/"
-WORDS = {"subscribe": "has come", "unsubscribe": "has left"}
+VERBS = {"subscribe": "arrived", "unsubscribe": "left"}
 
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -32,13 +32,13 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 
 
 def draw(change: PresenceEvent, members: Iterable[Member]) -> None:
-    # A status comes first, of who is there already, and whenever a change has not been heard of.
+    # The first event is a status. Later ones correct the board if a change was missed.
     if change.event == "status":
-        news = "here is who is in"
+        news = "current status"
     else:
-        news = f"{change.who[0].username} {WORDS[change.event]}"
-    names = sorted(member.username or "somebody" for member in members)
-    print(f"{change.time:%H:%M:%S}  {news:<17}  in the office: {', '.join(names) or 'nobody'}")
+        news = f"{change.who[0].username} {VERBS[change.event]}"
+    names = sorted(member.username or "anonymous" for member in members)
+    print(f"{change.time:%H:%M:%S}  {news:<14}  in the office: {', '.join(names) or '-'}")
 
 
 async def keep_board(emitter: Emitter, key: str, until_left: str) -> None:
@@ -51,7 +51,7 @@ async def keep_board(emitter: Emitter, key: str, until_left: str) -> None:
 
 @asynccontextmanager
 async def in_the_office(url: str, key: str, name: str) -> AsyncIterator[None]:
-    """Be there: as long as somebody subscribes to the channel, presence shows the user name."""
+    """Stay subscribed to the channel, so that presence lists the user name."""
     async with connect(url, username=name) as emitter, emitter.subscribe(key, CHANNEL, last=0):
         yield
 
@@ -68,7 +68,8 @@ async def main() -> None:
             async with AsyncExitStack() as others:
                 for name in ("ben", "carl"):
                     await anyio.sleep(0.2)
-                    # So that it can be seen: a broker may tell in any order who leaves at once.
+                    # Leave one after another, because the broker reports simultaneous changes
+                    # in any order.
                     others.push_async_callback(anyio.sleep, 0.2)
                     await others.enter_async_context(in_the_office(url, key, name))
                 await anyio.sleep(0.2)

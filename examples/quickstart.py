@@ -1,8 +1,8 @@
 """
-Publish, receive, replay: the whole of a small program.
+Publish, replay and receive messages, and handle a refusal.
 
-Run it as it is, with a development broker of its own:  python examples/quickstart.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/quickstart.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHANNEL = "quickstart/kitchen/"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -32,27 +32,27 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 
 async def main() -> None:
     async with broker() as (url, secret), connect(url) as emitter:
-        # r read, w write, s store, l load: whoever has this key may do that, and here only
-        made = await emitter.keygen(secret, CHANNEL, "rwsl")
+        # The key permits reading, writing, storing and loading on this channel only.
+        key = (await emitter.keygen(secret, CHANNEL, "rwsl")).key
 
-        # Nobody listens yet, so these are stored: for a minute.
+        # ttl=60 stores these messages for a minute, because there is no subscriber yet.
         for degrees in (19, 20):
-            await emitter.publish(made.key, CHANNEL, {"degrees": degrees}, ttl=60, qos=1)
+            await emitter.publish(key, CHANNEL, {"degrees": degrees}, ttl=60, qos=1)
 
-        # The subscription lasts as long as the block; last=2 brings the two from before.
-        async with emitter.subscribe(made.key, CHANNEL, last=2) as messages:
-            await emitter.publish(made.key, CHANNEL, {"degrees": 21})
+        # Leaving this block unsubscribes. last=2 first replays the two stored messages.
+        async with emitter.subscribe(key, CHANNEL, last=2) as messages:
+            await emitter.publish(key, CHANNEL, {"degrees": 21})
             async for message in messages:
                 degrees = message.as_object()["degrees"]
                 print(f"{message.channel} {degrees} degrees")
                 if degrees == 21:
                     break
 
-        # A refusal is raised here, by the call that was refused.
+        # The key is for another channel. The refused call raises the error.
         try:
-            await emitter.publish(made.key, "quickstart/garden/", "hello", qos=1)
+            await emitter.publish(key, "quickstart/garden/", "hello", qos=1)
         except EmitterError as error:
-            print(f"as it should be: {error}")
+            print(f"refused as expected: {error}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
-Request and reply: one client serves a channel, another asks there, and errors come back, too.
+Request and reply: one client serves a channel, and another sends requests to it.
 
-Run it as it is, with a development broker of its own:  python examples/request_reply.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/request_reply.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHANNEL = "calculator/divide/"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -32,12 +32,12 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 
 
 async def divide(request: EmitterMessage) -> float:
-    """Serve a request. Each runs in a task of its own, and is cancelled if the asker gives up."""
+    """Serve one request, in a new task. It is cancelled if the requesting call is cancelled."""
     dividend, divisor = request.as_object()
     return float(dividend / divisor)
 
 
-async def ask(emitter: Emitter, key: str, dividend: float, divisor: float) -> None:
+async def request_division(emitter: Emitter, key: str, dividend: float, divisor: float) -> None:
     try:
         reply = await emitter.request(key, CHANNEL, [dividend, divisor])
         print(f"{dividend} / {divisor} = {reply.as_object()}")
@@ -49,20 +49,21 @@ async def main() -> None:
     async with (
         broker() as (url, secret),
         connect(url) as server,
-        connect(url) as asker,
+        connect(url) as client,
         anyio.create_task_group() as tasks,
     ):
-        # Requests and replies travel below the channel.
+        # Requests and replies use channels below this one, so the key ends in #/.
         key = (await server.keygen(secret, "calculator/#/", "rw")).key
 
-        # Returns when requests are served: from then on nobody asks in vain.
+        # start() returns when the server is ready for requests.
         await tasks.start(server.serve, key, CHANNEL, divide)
 
-        await ask(asker, key, 1, 4)
-        await ask(asker, key, 1, 0)
+        await request_division(client, key, 1, 4)
+        await request_division(client, key, 1, 0)
 
         try:
-            await asker.request(key, "calculator/multiply/", [6, 7], timeout=0.2)
+            # No client serves this channel.
+            await client.request(key, "calculator/multiply/", [6, 7], timeout=0.2)
         except RequestTimeoutError as error:
             print(error)
 
@@ -70,6 +71,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    # The traceback of what divide() raises would be logged here, where it is served.
+    # The server logs the traceback of an exception in divide(); hide it here.
     logging.getLogger("emitter_anyio").setLevel(logging.ERROR)
     anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")

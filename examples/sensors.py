@@ -1,8 +1,8 @@
 """
-Sensors, and an aggregator that misses nothing though its link fails in between.
+Sensors, and an aggregator that misses no reading although its connection is lost.
 
-Run it as it is, with a development broker of its own:  python examples/sensors.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/sensors.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READINGS = 10
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str, Broker | None]]:
-    """Give the URL and the secret key of a broker, and the broker itself if it is our own."""
+    """Yield the URL and the secret key of a broker, and the broker if this program started it."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"], None
     else:
@@ -35,7 +35,7 @@ async def broker() -> AsyncIterator[tuple[str, str, Broker | None]]:
 async def measure(emitter: Emitter, key: str, room: str, numbers: range) -> None:
     for number in numbers:
         reading = {"number": number, "degrees": ROOMS[room] + number / 10}
-        # Stored for an hour: that is what the aggregator reads back if it was away.
+        # The broker stores each reading, so that the aggregator can read it back.
         await emitter.publish(key, f"sensors/{room}/", reading, ttl=3600, qos=1)
 
 
@@ -48,7 +48,7 @@ async def aggregate(
         task_status.started()
         async for message in messages:
             reading, room = message.as_object(), message.channel.split("/")[1]
-            # By its number, since around a gap a message may come twice.
+            # Around a gap a message can arrive twice, so count each number once.
             if reading["number"] not in rooms[room]:
                 rooms[room][reading["number"]] = reading["degrees"]
                 read_back += message.replayed
@@ -57,7 +57,7 @@ async def aggregate(
     for room, readings in rooms.items():
         mean = sum(readings.values()) / READINGS
         print(f"{room}: {len(readings)} readings, {mean:.2f} degrees on average")
-    print(f"{read_back} of them were read back")
+    print(f"{read_back} of the readings were read back after the connection was lost")
 
 
 async def main() -> None:
@@ -74,7 +74,7 @@ async def main() -> None:
                 for room in ROOMS:
                     sensors.start_soon(measure, emitter, key, room, numbers)
             if own and numbers.start == 0:
-                # The network fails, for the aggregator only. It comes back by itself.
+                # Only the aggregator loses its connection. It reconnects automatically.
                 await own.drop("aggregator")
 
 

@@ -1,10 +1,10 @@
 """
-A chat in the terminal: who is there, the last that was said, and what you type.
+A chat in the terminal: it shows who is online, the last messages, and new ones.
 
     python examples/terminal_chat.py ann
 
-starts a development broker of its own, and says how ben joins from another terminal. Or take
-yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Ctrl-D leaves.
+starts a development broker and prints the command with which ben joins from another terminal. To
+use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Ctrl-D leaves.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ CHANNEL = "terminal/chat/"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
         async with Broker() as own:
-            print("In another terminal (the secret is good for this broker, while it lasts):")
+            print("In another terminal, run (the secret key is for this development broker only):")
             print(f"EMITTER_URL={own.url} EMITTER_SECRET={own.secret_key} \\")
             print("    python examples/terminal_chat.py ben", flush=True)
             yield own.url, own.secret_key
 
 
 async def show_messages(emitter: Emitter, key: str, seen: set[str]) -> None:
-    # When the link was away, what was said meanwhile is read back, and some of before.
+    # After a lost connection, resume=True can deliver a message a second time, so check its id.
     async with emitter.subscribe(key, CHANNEL, last=10, resume=True) as messages:
         async for message in messages:
-            said = message.as_object()
-            if said["id"] not in seen:
-                seen.add(said["id"])
-                print(f"{said['name']}: {said['text']}", flush=True)
+            line = message.as_object()
+            if line["id"] not in seen:
+                seen.add(line["id"])
+                print(f"{line['name']}: {line['text']}", flush=True)
 
 
 async def show_people(emitter: Emitter, key: str) -> None:
     shown: list[str] = []
     async with emitter.watch_presence(key, CHANNEL) as changes:
         async for _ in changes:
-            names = sorted(member.username or "?" for member in changes.members.values())
+            names = sorted({member.username or "?" for member in changes.members.values()})
             if names != shown:
-                print(f"-- here: {', '.join(shown := names)}", flush=True)
+                print(f"-- online: {', '.join(shown := names)}", flush=True)
 
 
 @asynccontextmanager
 async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
-    """Read lines in a thread that nothing can interrupt, and so nobody waits for: a daemon."""
+    """Read lines in a daemon thread, because reading from a terminal cannot be cancelled."""
     send, receive = anyio.create_memory_object_stream[str]()
 
     def read() -> None:
-        with suppress(RuntimeError):  # the portal is closed: nobody waits for lines any more
+        with suppress(RuntimeError):  # the portal is closed, because the program is ending
             for line in sys.stdin:
                 portal.call(send.send, line)
             portal.call(send.aclose)
@@ -80,19 +80,19 @@ async def main(name: str) -> None:
         async with typed_lines() as lines, anyio.create_task_group() as tasks:
             tasks.start_soon(show_messages, emitter, key, seen)
             tasks.start_soon(show_people, emitter, key)
-            async for line in lines:
-                said = {"id": uuid4().hex, "name": name, "text": line.strip()}
-                seen.add(said["id"])
+            async for text in lines:
+                line = {"id": uuid4().hex, "name": name, "text": text.strip()}
+                seen.add(line["id"])
                 try:
-                    await emitter.publish(key, CHANNEL, said, ttl=3600, qos=1, echo=False)
+                    await emitter.publish(key, CHANNEL, line, ttl=3600, qos=1, echo=False)
                 except ConnectionLostError:
-                    print("-- the link was lost just now: perhaps nobody has read that")
+                    print("-- connection lost: your last message might not have been delivered")
             tasks.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
     if not sys.argv[1:]:
-        sys.exit("who are you?  python examples/terminal_chat.py NAME")
+        sys.exit("usage: python examples/terminal_chat.py NAME")
     try:
         anyio.run(main, sys.argv[1], backend="trio" if "trio" in sys.argv[2:] else "asyncio")
     except* KeyboardInterrupt:

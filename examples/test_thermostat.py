@@ -1,10 +1,10 @@
 """
-Testing your application against a real broker, with the fixtures that this package has for pytest.
+Test an application against a development broker, with this package's fixtures for pytest.
 
     python -m pip install . pytest
     python -m pytest examples/test_thermostat.py
 
-Each test runs on asyncio and on Trio, with a development broker of its own.
+Each test runs on asyncio and on Trio, and gets a new development broker.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 READINGS, HEATER = "home/degrees/", "home/heater/"
 
 
-# The application. In your project, import it.
+# The application. In your project, import it instead.
 
 
 async def run_thermostat(
@@ -34,7 +34,7 @@ async def run_thermostat(
     *,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Turn the heater on and off, and say so once for each change."""
+    """Switch the heater on below the wanted temperature, and off otherwise."""
     heating: bool | None = None
     async with emitter.subscribe(key, READINGS, last=1, resume=True) as readings:
         task_status.started()
@@ -44,7 +44,7 @@ async def run_thermostat(
                 await emitter.publish(key, HEATER, {"on": heating}, qos=1)
 
 
-# Its tests.
+# The tests.
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ async def key(emitter_broker: Broker) -> str:
 
 @pytest.fixture
 async def thermostat(emitter: EmitterFixture, key: str) -> AsyncIterator[Emitter]:
-    """A thermostat that wants 20 degrees, and the client that it uses."""
+    """Run a thermostat set to 20 degrees, and yield its client."""
     async with anyio.create_task_group() as tasks:
         await tasks.start(run_thermostat, emitter.client, key, 20)
         yield emitter.client
         tasks.cancel_scope.cancel()
 
 
-async def test_it_heats_until_it_is_warm(thermostat: Emitter, key: str) -> None:
+async def test_heater_is_switched_off_above_20_degrees(thermostat: Emitter, key: str) -> None:
     async with thermostat.subscribe(key, HEATER, last=0) as orders:
         for degrees in (18, 19, 21, 22):
             await thermostat.publish(key, READINGS, degrees)
@@ -69,21 +69,25 @@ async def test_it_heats_until_it_is_warm(thermostat: Emitter, key: str) -> None:
         assert (await orders.receive()).as_object() == {"on": False}
 
 
-async def test_it_reads_back_what_it_missed(
+async def test_reading_published_during_an_outage_is_read_back(
     thermostat: Emitter, emitter_broker: Broker, key: str
 ) -> None:
     async with thermostat.subscribe(key, HEATER, last=0) as orders:
-        await emitter_broker.drop()  # the network fails, and comes back by itself
+        await emitter_broker.drop()  # the client loses its connection, and reconnects
         await emitter_broker.publish(READINGS, "15", ttl=60)
         assert (await orders.receive()).as_object() == {"on": True}
 
 
-async def test_a_key_that_may_only_write(emitter: EmitterFixture, emitter_broker: Broker) -> None:
+async def test_key_without_read_permission_is_refused(
+    emitter: EmitterFixture, emitter_broker: Broker
+) -> None:
     with pytest.raises(UnauthorizedError):
         await run_thermostat(emitter.client, emitter_broker.keygen("home/#/", "w"), 20)
 
 
-async def test_a_call_whose_link_is_lost(thermostat: Emitter, emitter_broker: Broker) -> None:
+async def test_call_raises_when_the_connection_is_lost(
+    thermostat: Emitter, emitter_broker: Broker
+) -> None:
     with emitter_broker.hold("answer", "puback"):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter_broker.drop)

@@ -1,9 +1,9 @@
 """
-A service in a Trio nursery: the client, what it serves and what it does besides are tasks.
+A service in a Trio nursery: the client, a request handler and a publisher run as tasks.
 
-Run it as it is, with a development broker of its own:  python examples/trio_service.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Ctrl-C or SIGTERM ends
-it, as systemd and Docker do.
+Run it with a development broker:  python examples/trio_service.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Stop it
+with Ctrl-C or SIGTERM, which systemd and Docker send.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from emitter_anyio.testing import Broker
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -37,7 +37,7 @@ def tell_time(request: EmitterMessage) -> str:
 
 async def tick(emitter: Emitter, key: str) -> None:
     while True:
-        # Stored until the next but one: whoever subscribes gets the latest at once.
+        # Stored for two seconds, so that a new subscriber receives the latest tick immediately.
         await emitter.publish(key, "clock/tick/", datetime.now(UTC).timestamp(), ttl=2)
         await trio.sleep(1)
 
@@ -45,8 +45,8 @@ async def tick(emitter: Emitter, key: str) -> None:
 async def main() -> None:
     async with broker() as (url, secret):
         emitter = connect(url, username="clock")
-        # A link that is lost comes back. If the client ends for good, or a task fails, the nursery
-        # cancels the others, and the program ends with the reason.
+        # The client reconnects automatically. If it gives up, or a task fails, the nursery cancels
+        # the other tasks and the program ends with that exception.
         async with trio.open_nursery() as nursery:
             await nursery.start(emitter.run)
             key = (await emitter.keygen(secret, "clock/#/", "rws")).key
@@ -54,13 +54,13 @@ async def main() -> None:
             nursery.start_soon(tick, emitter, key)
 
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                print("the clock is running", flush=True)
+                print("clock service started", flush=True)
                 await anext(aiter(signals))
 
-            # What was published before is sent, then the link is closed, and the tasks end.
+            # Send the queued messages, disconnect, then end the other tasks.
             await emitter.disconnect()
             nursery.cancel_scope.cancel()
-        print("the clock has stopped")
+        print("clock service stopped")
 
 
 if __name__ == "__main__":

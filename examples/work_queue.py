@@ -1,8 +1,8 @@
 """
-A work queue: a share group hands each job to one worker, and what is not done is handed out again.
+A work queue: a share group gives each job to one worker, and unfinished jobs are sent again.
 
-Run it as it is, with a development broker of its own:  python examples/work_queue.py
-Or with yours, named by EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
+Run it with a development broker:  python examples/work_queue.py
+To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ JOBS, DONE, GROUP = "work/jobs/", "work/done/", "workers"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of your broker, or of a new development broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -47,7 +47,7 @@ async def work(
         async for job in jobs:
             number = job.as_object()
             if name == "carl":
-                print(f"carl goes home with job {number}")
+                print(f"carl quits without doing job {number}")
                 return
             done = {"job": number, "result": number**2, "worker": name}
             await emitter.publish(key, DONE, done, qos=1)
@@ -56,7 +56,7 @@ async def work(
 async def main() -> None:
     async with broker() as (url, secret), connect(url) as emitter:
         key = (await emitter.keygen(secret, "work/#/", "rw")).key
-        # A group has a key of its own, made for the group and its channel together.
+        # A share group needs a key for the group and its channel together.
         group_key = (await emitter.keygen(secret, f"$share/{GROUP}/{JOBS}", "r")).key
         open_jobs = set(range(1, 13))
         async with (
@@ -66,18 +66,18 @@ async def main() -> None:
             for name in ("ann", "ben", "carl"):
                 await workers.start(work, name, url, key, group_key)
             while open_jobs:
-                # The broker forgets a job that it has handed out. So we do not, and hand it out
-                # again when nothing comes any more: a job may be done twice, and none is lost.
+                # The broker delivers each job once and does not store it. Send the open jobs again
+                # if no result arrives for a while: a job can be done twice, but is never lost.
                 for number in sorted(open_jobs):
                     await emitter.publish(key, JOBS, number, qos=1)
                 while open_jobs:
-                    with anyio.move_on_after(1.5) as patience:
+                    with anyio.move_on_after(1.5) as timeout:
                         done = (await results.receive()).as_object()
-                    if patience.cancelled_caught:
+                    if timeout.cancelled_caught:
                         break
                     if done["job"] in open_jobs:
                         open_jobs.remove(done["job"])
-                        print(f"job {done['job']}: {done['result']}, says {done['worker']}")
+                        print(f"job {done['job']}: {done['result']} (by {done['worker']})")
             workers.cancel_scope.cancel()
 
 

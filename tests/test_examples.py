@@ -1,4 +1,4 @@
-"""Every example, on both backends, and against a real Emitter where there is one."""
+"""Every example, on both backends, and against a real Emitter if one is configured."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.support.command import ROOT, open_process, run
 
 PROGRAMS = sorted((ROOT / "examples").rglob("*.py"))
 OUTPUT = {
-    # The broker sorts by the second only, so the first two may come either way round.
+    # The broker sorts stored messages by second only, so the first two can be in either order.
     "quickstart.py": r"""quickstart/kitchen/ (19|20) degrees
 quickstart/kitchen/ (19|20) degrees
 quickstart/kitchen/ 21 degrees
-as it should be: publish 'quickstart/garden/': 401 .+
+refused as expected: publish 'quickstart/garden/': 401 .+
 """,
     "handlers.py": r"""connected
 presence: status \['houston'\]
@@ -38,16 +38,16 @@ disconnected
     "sensors.py": r"""attic: 10 readings, 25\.45 degrees on average
 cellar: 10 readings, 12\.45 degrees on average
 kitchen: 10 readings, 21\.45 degrees on average
-\d+ of them were read back
+\d+ of the readings were read back after the connection was lost
 """,
-    # Which worker gets a job is for the broker to say: carl may get none.
-    "work_queue.py": r"(carl goes home with job \d+\n|job \d+: \d+, says (ann|ben)\n){12,13}",
-    "presence_board.py": r"""[\d:]{8}  here is who is in  in the office: ann.*
-[\d:]{8}  ben has come       in the office: ann.*
-[\d:]{8}  carl has come      in the office: ann.*
-[\d:]{8}  carl has left      in the office: .*
-[\d:]{8}  ben has left       in the office: .*
-[\d:]{8}  ann has left       in the office: nobody
+    # The broker chooses a worker for each job, so carl might get none.
+    "work_queue.py": r"(carl quits without doing job \d+\n|job \d+: \d+ \(by (ann|ben)\)\n){12,13}",
+    "presence_board.py": r"""[\d:]{8}  current status  in the office: ann.*
+[\d:]{8}  ben arrived     in the office: ann.*
+[\d:]{8}  carl arrived    in the office: ann.*
+[\d:]{8}  carl left       in the office: .*
+[\d:]{8}  ben left        in the office: .*
+[\d:]{8}  ann left        in the office: -
 """,
     "request_reply.py": r"""1 / 4 = 0\.25
 1 / 0: request 'calculator/divide/': .+ZeroDivisionError: division by zero
@@ -66,12 +66,12 @@ def check(name: str, output: str) -> None:
         }
 
 
-def test_each_is_run_by_a_test() -> None:
+def test_every_example_is_run_by_a_test() -> None:
     assert sorted(path.name for path in PROGRAMS) == sorted([*OUTPUT, *OTHERS])
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_each_is_short(path: Path) -> None:
+def test_every_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 120
 
 
@@ -96,17 +96,17 @@ async def test_on_both_backends(
 
 @pytest.mark.parametrize("backend", ["", "trio"])
 @pytest.mark.parametrize("name", OUTPUT)
-def test_as_its_first_lines_say(name: str, backend: str) -> None:
+def test_command_in_the_docstring_runs(name: str, backend: str) -> None:
     done = run(f"examples/{name}", *backend.split())
-    # What the library logs is to be seen: of the link that sensors.py cuts, and of a job that the
-    # broker of work_queue.py hands to one who is going home, which is handed out again.
+    # Users see what the library logs: the lost connection of sensors.py, or the job in
+    # work_queue.py that the broker delivers to the worker that quits.
     assert len(done.stderr.splitlines()) <= 1, done.stderr
     assert done.returncode == 0
     check(name, done.stdout)
 
 
 class Program:
-    """An example that runs until it is told to end."""
+    """An example that runs until it receives a signal or the end of its input."""
 
     def __init__(self, process: anyio.abc.Process) -> None:
         assert process.stdin
@@ -116,7 +116,7 @@ class Program:
         self._lines = BufferedByteReceiveStream(process.stdout)
 
     async def read_until(self, line: str) -> re.Match[str]:
-        """Give the first line that is so; the others are passed over."""
+        """Skip lines until one matches, and return the match."""
         while True:
             text = (await self._lines.receive_until(b"\n", 10_000)).decode().rstrip()
             if match := re.fullmatch(line, text):
@@ -126,7 +126,7 @@ class Program:
         await self._stdin.send(f"{line}\n".encode())
 
     async def end(self, how: signal.Signals | None) -> None:
-        """End it by a signal, or by the end of its input."""
+        """End the program with a signal, or by closing its input."""
         if how is None:
             await self._stdin.aclose()
         else:
@@ -145,23 +145,23 @@ async def test_terminal_chat(anyio_backend: tuple[str, Any], end: signal.Signals
     chat, backend = "examples/terminal_chat.py", anyio_backend[0]
     async with running(chat, "ann", backend) as ann:
         said = await ann.read_until(r"EMITTER_URL=(\S+) EMITTER_SECRET=(\S+) \\")
-        await ann.read_until("-- here: ann")
-        await ann.type("is anybody there?")
+        await ann.read_until("-- online: ann")
+        await ann.type("is anyone here?")
         async with running(
             chat, "ben", backend, EMITTER_URL=said[1], EMITTER_SECRET=said[2]
         ) as ben:
-            await ben.read_until(re.escape("ann: is anybody there?"))
-            await ann.read_until("-- here: ann, ben")
+            await ben.read_until(re.escape("ann: is anyone here?"))
+            await ann.read_until("-- online: ann, ben")
             await ben.type("yes")
             await ann.read_until("ben: yes")
             await ben.end(end)
-        await ann.read_until("-- here: ann")
+        await ann.read_until("-- online: ann")
         await ann.end(end)
 
 
-def test_terminal_chat_asks_for_a_name() -> None:
+def test_terminal_chat_without_a_name_prints_its_usage() -> None:
     done = run("examples/terminal_chat.py")
-    assert (done.returncode, done.stderr.startswith("who are you?")) == (1, True)
+    assert (done.returncode, done.stderr.startswith("usage:")) == (1, True)
 
 
 async def test_trio_service(broker: Broker) -> None:
@@ -169,7 +169,7 @@ async def test_trio_service(broker: Broker) -> None:
     key = broker.keygen("clock/#/", "rw")
     async with connect(broker.url) as emitter:
         async with running("examples/trio_service.py", **where) as service:
-            await service.read_until("the clock is running")
+            await service.read_until("clock service started")
             time = await emitter.request(key, "clock/ask/", "")
             assert re.fullmatch(r"[\d-]{10}T[\d:]{8}\+00:00", time.as_string())
             async with emitter.subscribe(key, "clock/tick/", last=0) as ticks:
@@ -177,9 +177,9 @@ async def test_trio_service(broker: Broker) -> None:
             await service.end(signal.SIGTERM)
 
 
-async def test_trio_service_with_a_broker_of_its_own(anyio_backend: object) -> None:
+async def test_trio_service_starts_a_development_broker(anyio_backend: object) -> None:
     async with running("examples/trio_service.py") as service:
-        await service.read_until("the clock is running")
+        await service.read_until("clock service started")
         await service.end(signal.SIGINT)
 
 
@@ -193,12 +193,12 @@ def test_thermostat(tmp_path: Path) -> None:
 class TestThePage:
     PAGE = (ROOT / "docs/examples.md").read_text()
 
-    def test_it_lists_each(self) -> None:
+    def test_lists_every_example(self) -> None:
         listed = re.findall(r"^\| `examples/(\S+?)/?` \|", self.PAGE, re.MULTILINE)
         there = (path for path in (ROOT / "examples").iterdir() if path.name != "__pycache__")
         assert sorted(listed) == sorted(path.name for path in there)
 
-    def test_every_command_is_one_that_a_test_runs(self) -> None:
+    def test_every_command_is_run_by_a_test(self) -> None:
         blocks = re.findall(r"^```sh\n(.+?)^```$", self.PAGE, re.MULTILINE | re.DOTALL)
         for line in "".join(blocks).splitlines():
             match re.sub(r"\b[A-Z_]+=\S+ ", "", line).split():
@@ -209,10 +209,10 @@ class TestThePage:
                 case ["python", "-m", "pip", "install", ".", *others]:
                     assert {*others} <= {"starlette", "uvicorn", "websockets", "pytest"}
                 case _:
-                    # tests/browser.py starts it so.
+                    # tests/browser.py runs this command.
                     assert line == "python -m uvicorn examples.web_chat.app:app"
 
-    def test_every_picture_is_there(self) -> None:
+    def test_every_picture_exists(self) -> None:
         pictures = re.findall(r"^!\[.+?\]\((\S+?)\)$", self.PAGE, re.MULTILINE)
         assert len(pictures) == 3
         for picture in pictures:

@@ -1,9 +1,9 @@
 """
-Draws terminals: ``python docs/pictures/terminals.py``, with the extra ``cli``.
+Draw terminals: ``python docs/pictures/terminals.py``, with the extra ``cli``.
 
-``terminals.svg`` is two people in ``examples/terminal_chat.py``, one of them cut off; ``board.svg``
-is the board of ``emitter-anyio presence``. What is in the pictures has been said by the programs:
-they run here, and their output is drawn.
+``terminals.svg`` shows two users of ``examples/terminal_chat.py``; one loses the connection for a
+while. ``board.svg`` shows the board of ``emitter-anyio presence``. This script runs the programs
+and draws their output.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 CHAT = "examples/terminal_chat.py"
 WIDTH, LINE, TOP = 470, 21, 68
 COLOURS = {"$": "#8b949e", ">": "#e6edf3", "-": "#7ee787", "!": "#ffa657", " ": "#79c0ff"}
-# Of what a terminal is told: as always, bold, dim, bold green.
+# By escape sequence: normal, bold, dim, bold green.
 STYLES = {"0": "#c9d1d9", "1": "#e6edf3", "2": "#8b949e", "1;32": "#7ee787"}
 
 Line = list[tuple[str, str]]
@@ -40,10 +40,10 @@ Line = list[tuple[str, str]]
 
 class Terminal:
     """
-    A program, and what is to be seen of it.
+    A running program and its output.
 
-    The first character of a line says what it is: the command, what was typed, who is there, a line
-    of the log, or what somebody else says.
+    The first character of a line selects its colour: ``$`` the command, ``>`` typed text, ``-`` who
+    is online, ``!`` a line of the log, and a space a message of another user.
     """
 
     def __init__(self, process: Process, name: str) -> None:
@@ -54,14 +54,14 @@ class Terminal:
         self._stdin = process.stdin
         self._output = BufferedByteReceiveStream(process.stdout)
 
-    async def shows(self, text: str) -> None:
-        """Take what comes, until it is this."""
+    async def shows(self, pattern: str) -> None:
+        """Read lines until one begins with a match of the pattern."""
         while True:
             line = (await self._output.receive_until(b"\n", 1000)).decode().rstrip()
-            kind = "-" if line.startswith("--") else "!" if line.startswith("the link") else " "
-            # The port is another one each time.
-            self.lines.append(kind + re.sub(" to mqtt://[^ ]+", "", line))
-            if line.startswith(text):
+            kind = "-" if line.startswith("--") else " " if re.match(r"\w+: ", line) else "!"
+            # The port differs in each run.
+            self.lines.append(kind + re.sub(r" to mqtt://[\d.:]*\d", "", line))
+            if re.match(pattern, line):
                 return
 
     @property
@@ -86,8 +86,8 @@ def draw(label: str, *terminals: tuple[str, Sequence[Line]]) -> str:
     """
     Draw terminals beside each other.
 
-    :param label: what is to be seen, for those who do not see it
-    :param terminals: the title of each, and its lines: pieces of a colour
+    :param label: a description for screen readers
+    :param terminals: the title and the lines of each, where a line is a list of coloured pieces
     """
     height = TOP + LINE * max(len(lines) for _, lines in terminals) + 12
     width = (WIDTH + 16) * len(terminals) - 16
@@ -119,32 +119,33 @@ async def chat() -> None:
         FaultProxy(broker.host, broker.port) as network,
         terminal("ann", broker.url, broker.secret_key) as ann,
     ):
-        await ann.shows("-- here: ann")
-        await ann.type("is anybody there?")
+        await ann.shows("-- online: ann")
+        await ann.type("is anyone here?")
         async with terminal("ben", network.url, broker.secret_key) as ben:
-            await ben.shows("ann: is anybody there?")
-            await ann.shows("-- here: ann, ben")
+            await ben.shows("ann: is anyone here?")
+            await ann.shows("-- online: ann, ben")
             await ben.type("yes, on the train")
             await ann.shows("ben: yes, on the train")
-            await anyio.sleep(0.2)  # Ben has not seen yet that it was accepted
-            with broker.refuse():
-                await network.cut(reset=False)
-                await ben.shows("the link")
-                await ann.shows("-- here: ann")
-                await ann.type("careful, a tunnel ahead")
-                await ann.type("still there?")
-                await anyio.sleep(0.5)
+            await anyio.sleep(0.2)  # until Ben's client has received the acknowledgement
+            network.stall()
+            await network.cut(reset=False)
+            await ben.shows(".+ lost")
+            await ann.shows("-- online: ann")
+            await ann.type("careful, a tunnel ahead")
+            await ann.type("still there?")
+            await anyio.sleep(0.5)
+            network.resume()
             await ben.shows("ann: still there?")
-            await ann.shows("-- here: ann, ben")
-            await ben.type("back, and I missed nothing")
-            await ann.shows("ben: back")
-    label = "Two terminals: Ann and Ben chat, Ben loses his link, and gets what was said meanwhile"
+            await ann.shows("-- online: ann, ben")
+            await ben.type("yes, and I missed nothing")
+            await ann.shows("ben: yes, and")
+    label = "Two terminals: Ben's connection is lost, and he receives the messages that he missed"
     picture = draw(label, (ann.name, ann.coloured), (ben.name, ben.coloured))
     (HERE / "terminals.svg").write_text(picture)
 
 
 class Screen:
-    """What a program shows on a terminal of its own, which it may draw anew."""
+    """A pseudo-terminal for a program that redraws its output."""
 
     def __init__(self, columns: int) -> None:
         self._ours, self.theirs = pty.openpty()
@@ -162,8 +163,8 @@ class Screen:
 
     @property
     def coloured(self) -> list[Line]:
-        """What was drawn last."""
-        # Before it draws anew, it takes back line by line.
+        """The lines as they were last drawn."""
+        # The program clears each line before it draws the lines again.
         last = self._said.rpartition(b"\x1b[2K")[2].decode()
         return [self._colour(line.rstrip("\r")) for line in last.split("\n")]
 
