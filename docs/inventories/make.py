@@ -1,11 +1,11 @@
 """
-Make the inventories by which Sphinx links to Python, AnyIO and Trio.
+Write the inventories that Sphinx uses to link to Python, AnyIO and Trio.
 
-``python docs/inventories/make.py`` writes them.
+Run ``python docs/inventories/make.py`` after adding a name below.
 
-Sphinx would fetch them, each with thousands of names, and a build needs no network here. So they
-hold just the names that our pages and docstrings refer to, at the addresses that they have there.
-A build says which name is missing.
+Sphinx would otherwise download inventories with thousands of names, but a build must not need a
+network. These contain only the names to which the pages and docstrings refer. The build warns about
+a missing name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-# By project and page: names, and after a colon their role unless it is "class". "$" in an address
-# stands for the name.
+# By project and page: the names, each with its role after a colon unless it is a class.
 NAMES = {
     "python": {
-        "library/asyncio-task.html": "asyncio.Task.cancel:method asyncio.timeout:function",
+        "library/asyncio-task.html": "asyncio.Task.cancel:method asyncio.TaskGroup "
+        "asyncio.timeout:function asyncio.wait_for:function",
         "library/contextlib.html": "contextlib.AbstractContextManager",
         "library/collections.abc.html": "collections.abc.AsyncGenerator "
         "collections.abc.AsyncIterator collections.abc.Awaitable collections.abc.Callable "
@@ -54,18 +54,19 @@ NAMES = {
 
 
 def lines(project: str) -> list[str]:
-    """Give the lines of an inventory."""
+    """Return the lines of an inventory."""
     found = []
     for page, names in NAMES[project].items():
         for entry in names.split():
             name, _, role = entry.partition(":")
+            # Sphinx replaces "$" with the name.
             anchor = "module-$" if role == "module" else "$"
             found.append(f"{name} py:{role or 'class'} 1 {page}#{anchor} -\n")
     return sorted(found)
 
 
 def inventory(project: str) -> bytes:
-    """Give an inventory as Sphinx reads it."""
+    """Return an inventory in the format that Sphinx reads."""
     head = (
         "# Sphinx inventory version 2\n"
         f"# Project: {project}\n"
