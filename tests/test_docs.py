@@ -7,13 +7,15 @@ test can run, each with its reason.
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import re
 import shlex
+import sys
 import tomllib
 import zlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -42,6 +44,14 @@ NOT_RUN = [
 RUN = [block for block in BLOCKS if str(block) not in {where for where, _ in NOT_RUN}]
 
 
+WEB_APPLICATIONS = {
+    framework: block
+    for framework in ("Starlette", "FastAPI", "Flask")
+    for block in RUN
+    if f"app = {framework}(" in block.source
+}
+
+
 def of_kind(*kinds: str) -> pytest.MarkDecorator:
     """Give a test the blocks of some kinds, each on the backends on which it runs."""
     cases = [
@@ -51,15 +61,10 @@ def of_kind(*kinds: str) -> pytest.MarkDecorator:
             id=f"{block}-{backend}",
         )
         for block in RUN
-        if block.kind in kinds and "app = Starlette(" not in block.source
+        if block.kind in kinds and block not in WEB_APPLICATIONS.values()
         for backend in sorted(block.backends)
     ]
     return pytest.mark.parametrize(("block", "anyio_backend"), cases)
-
-
-web_application = pytest.mark.parametrize(
-    "block", [block for block in RUN if "app = Starlette(" in block.source], ids=str
-)
 
 
 async def call_last_function(names: dict[str, Any]) -> None:
@@ -128,16 +133,26 @@ class TestPython:
             await call_last_function(names)
         assert "".join(f"{line}\n" for line in printed) == block.output
 
-    @web_application
-    async def test_a_web_application(self, block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+
+class TestWebApplications:
+    @pytest.fixture
+    async def broker(
+        self, anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[Broker]:
         async with Broker() as broker:
             monkeypatch.setenv("EMITTER_URL", broker.url)
             monkeypatch.setenv("CHAT_KEY", broker.keygen("chat/", "rw"))
-            names: dict[str, Any] = {}
-            exec(compile(block.source, str(block), "exec", dont_inherit=True), names)
-            await self.visit(names["app"], broker)
+            yield broker
 
-    async def visit(self, app: Application, broker: Broker) -> None:
+    def names(self, framework: str) -> dict[str, Any]:
+        """Run the block of a framework, and return what it defines."""
+        block = WEB_APPLICATIONS[framework]
+        names: dict[str, Any] = {"__name__": "the_page"}
+        exec(compile(block.source, str(block), "exec", dont_inherit=True), names)
+        return names
+
+    async def test_starlette(self, broker: Broker) -> None:
+        app: Application = self.names("Starlette")["app"]
         presence = broker.keygen("chat/", "p")
         async with serving(app), websocket(app, "/listen") as browser:
             async with connect(broker.url) as other:
@@ -154,8 +169,44 @@ class TestPython:
             async with anyio.create_task_group() as tasks:
                 with broker.lose("puback"):
                     tasks.start_soon(lose)
-                    assert await post(app, "/say", b"goodbye") == 503
+                    assert await post(app, "/say", b"hello") == 503
 
+    async def test_fastapi(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        app: Application = self.names("FastAPI")["app"]
+        async with serving(app), connect(broker.url) as other:
+            async with other.subscribe(broker.keygen("chat/", "r"), "chat/") as messages:
+                assert await post(app, "/say", text="hello") == 204
+                assert (await messages.receive()).as_string() == "hello"
+            monkeypatch.setenv("CHAT_KEY", broker.keygen("chat/", "r"))
+            assert await post(app, "/say", text="hello") == 503
+
+    @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+    async def test_flask(
+        self, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (synchronous,) = (block for block in RUN if "class SyncEmitter" in block.source)
+        (tmp_path / "sync_emitter.py").write_text(synchronous.source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "sync_emitter", raising=False)
+
+        def say() -> list[int]:
+            names = self.names("Flask")
+            client = names["app"].test_client()
+            try:
+                accepted = client.post("/say", data=b"hello").status_code
+                monkeypatch.setenv("CHAT_KEY", broker.keygen("chat/", "r"))
+                return [accepted, client.post("/say", data=b"hello").status_code]
+            finally:
+                names["emitter"].close()
+                atexit.unregister(names["emitter"].close)
+
+        async with connect(broker.url) as other:
+            async with other.subscribe(broker.keygen("chat/", "r"), "chat/") as messages:
+                assert await anyio.to_thread.run_sync(say) == [204, 503]
+                assert (await messages.receive()).as_string() == "hello"
+
+
+class TestForPytest:
     @pytest.mark.parametrize("block", [block for block in RUN if block.kind == "test"], ids=str)
     def test_for_pytest(self, block: Block, tmp_path: Path) -> None:
         names = re.findall(r"^(?:async )?def (test_\w+)", block.source, re.MULTILINE)

@@ -103,14 +103,16 @@ async def websocket(
         await exchange.say("websocket.disconnect", code=1001)
 
 
-async def post(app: Application, path: str, body: bytes) -> int:
-    """Send something by HTTP, and give the status of the answer."""
+async def post(app: Application, path: str, body: bytes = b"", **query: str) -> int:
+    """Send a request by HTTP, and return the status of the response."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
         "method": "POST",
         "path": path,
-        "query_string": b"",
+        "query_string": "&".join(
+            f"{name}={quote(value)}" for name, value in query.items()
+        ).encode(),
         "headers": [],
     }
     async with _calling(app, scope) as exchange:
