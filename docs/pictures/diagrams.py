@@ -1,7 +1,7 @@
 """
 Draw the diagrams of the pages: ``python docs/pictures/diagrams.py``.
 
-They stand in the pages themselves, so that they take the colours of the theme, light or dark; seen
+They are part of the pages themselves, so that they take the colours of the theme, light or dark; seen
 alone, they fall back on the colour of the text.
 """
 
