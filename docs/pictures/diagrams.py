@@ -1,8 +1,8 @@
 """
 Draw the diagrams of the pages: ``python docs/pictures/diagrams.py``.
 
-They are part of the pages themselves, so that they take the colours of the theme, light or dark; seen
-alone, they fall back on the colour of the text.
+They are part of the pages themselves, so that they take the colours of the theme, light or dark.
+Seen alone, they fall back on the colour of the text.
 """
 
 from __future__ import annotations
