@@ -1,7 +1,7 @@
 """
-A session of every verb, with the link failing at every single byte.
+Sessions that use every method, over connections that fail at every byte.
 
-Too many for the ordinary suite, which has a sample of them: `nox -s adversity` runs this file.
+`nox -s adversity` runs this file. The ordinary suite runs a sample, in `tests/test_adversity.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tests.support.adversity import measure, run_sessions
 from tests.support.memory import DIRECTIONS, Direction, Fault, Kind
 
 PARTS = 10
-"""So many loops, each with hundreds of sessions at once."""
+"""The number of tests per direction, each with hundreds of concurrent sessions."""
 
 STEP = int(os.environ.get("ADVERSITY_STEP", "1"))
-"""Every byte, or every third one where ``.ci/run`` sets 3: each session is longer than it was."""
+"""The distance between two bytes: 1, or 3 in ``.ci/run``, to save time."""
 
 pytestmark = [
     pytest.mark.virtual_time,
@@ -28,14 +28,16 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _without_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def _quiet_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "emitter_anyio")
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("direction", DIRECTIONS)
-async def test_cut_at_every_byte(direction: Direction, part: int, anyio_backend_name: str) -> None:
-    # What the one backend meets as an orderly end, the other one meets as a reset.
+async def test_session_survives_cut_at_every_byte(
+    direction: Direction, part: int, anyio_backend_name: str
+) -> None:
+    # Where one backend gets an orderly end, the other gets a reset.
     kinds: tuple[Kind, ...] = ("reset", "end") if anyio_backend_name == "trio" else ("end", "reset")
     total = (await measure())[direction]
     offsets = range(part, total + 1, PARTS * STEP)
@@ -44,6 +46,6 @@ async def test_cut_at_every_byte(direction: Direction, part: int, anyio_backend_
 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("direction", DIRECTIONS)
-async def test_stalled_at_every_byte(direction: Direction, part: int) -> None:
+async def test_session_survives_stall_at_every_byte(direction: Direction, part: int) -> None:
     total = (await measure())[direction]
     await run_sessions(Fault(direction, n, "stall") for n in range(part, total + 1, PARTS * STEP))

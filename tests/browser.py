@@ -1,7 +1,7 @@
 """
-The web chat of the examples in Chromium, without a window: ``python -m nox -s browser``.
+Test the web chat example in headless Chromium: ``python -m nox -s browser``.
 
-The server and its broker are processes, so that they can be killed.
+The server and its broker are processes, so that tests can kill them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SIZES = {"phone": (390, 844), "small phone": (320, 568), "desktop": (1280, 800)}
 
 
 class Chat:
-    """The server of the chat, and its broker."""
+    """The chat's server and its broker."""
 
     def __init__(self) -> None:
-        made = run("-m", "emitter_anyio", "license").stdout
-        self._license, self._secret = re.findall(r" (\S+)$", made, re.MULTILINE)
+        output = run("-m", "emitter_anyio", "license").stdout
+        self._license, self._secret = re.findall(r" (\S+)$", output, re.MULTILINE)
         self._ports = {"broker": "0", "server": "0"}
         self._processes: dict[str, ExitStack] = {}
         self.start_broker()
@@ -71,16 +71,16 @@ class Chat:
 
 
 def _port(process: Popen[str], where: str) -> str:
-    said = ""
+    output = ""
     for line in getattr(process, where):
-        said += line
+        output += line
         if match := re.search(r"(?:listening|running) on \w+://[\d.]+:(\d+)", line):
             return match[1]
-    pytest.fail(f"it has ended, and said: {said}")
+    pytest.fail(f"the process ended; its output: {output}")
 
 
 class Browser:
-    """One browser, which is somebody in the chat."""
+    """A browser: one user of the chat."""
 
     def __init__(self, *, size: str = "desktop", dark: bool = False) -> None:
         options = webdriver.ChromeOptions()
@@ -88,14 +88,14 @@ class Browser:
         options.add_argument("--headless=new")
         options.add_argument("--disable-dev-shm-usage")
         if os.geteuid() == 0:
-            options.add_argument("--no-sandbox")  # it does not run as root otherwise
+            options.add_argument("--no-sandbox")  # Chromium does not run as root with its sandbox
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options, Service(shutil.which("chromedriver")))
         self.show(size, dark=dark)
 
     def show(self, size: str, *, dark: bool = False) -> None:
         width, height = SIZES[size]
-        self.tell(
+        self.execute_cdp(
             "Emulation.setDeviceMetricsOverride",
             width=width,
             height=height,
@@ -103,14 +103,14 @@ class Browser:
             mobile=size != "desktop",
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.tell("Emulation.setEmulatedMedia", features=[scheme])
+        self.execute_cdp("Emulation.setEmulatedMedia", features=[scheme])
 
-    def tell(self, command: str, **arguments: Any) -> None:
+    def execute_cdp(self, command: str, **arguments: Any) -> None:
         self.driver.execute_cdp_cmd(command, arguments)
 
-    def offline(self, offline: bool) -> None:
-        self.tell("Network.enable")
-        self.tell(
+    def set_offline(self, offline: bool) -> None:
+        self.execute_cdp("Network.enable")
+        self.execute_cdp(
             "Network.emulateNetworkConditions",
             offline=offline,
             latency=0,
@@ -124,17 +124,17 @@ class Browser:
         self.driver.refresh()
         self.driver.find_element(By.ID, "name").send_keys(name)
         self.driver.find_element(By.CSS_SELECTOR, "#join button").click()
-        self.sees("connected", "Connected")
+        self.wait_for_status("connected", "Connected")
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         self.driver.find_element(By.ID, "text").send_keys(f"{text}\n")
 
     def texts(self, selector: str) -> list[str]:
         script = "return [...document.querySelectorAll(arguments[0])].map((it) => it.textContent)"
         return list(self.driver.execute_script(script, selector))
 
-    def until(self, selector: str, *wanted: str) -> None:
-        """Wait until the page has just these texts there: as long as a test may take."""
+    def wait_for_texts(self, selector: str, *wanted: str) -> None:
+        """Wait until the elements have exactly these texts, in this order."""
         seen: list[str] = []
 
         def look(_: object) -> bool:
@@ -146,20 +146,21 @@ class Browser:
         except TimeoutException:
             assert seen == [*wanted]
 
-    def sees(self, state: str, words: str) -> None:
-        self.until(f'#status[data-state="{state}"]', words)
+    def wait_for_status(self, state: str, words: str) -> None:
+        self.wait_for_texts(f'#status[data-state="{state}"]', words)
 
-    def sees_people(self, *names: str) -> None:
-        self.until("#people li > span:last-child", *names)
+    def wait_for_people(self, *names: str) -> None:
+        self.wait_for_texts("#people li > span:last-child", *names)
 
-    def reads(self, *messages: str) -> None:
-        """Wait until just these have come, in this order; what is being sent is not among them."""
-        self.until(".message:not(.waiting) p", *messages)
+    def wait_for_messages(self, *messages: str) -> None:
+        """Wait until exactly these messages are shown as delivered, in this order."""
+        self.wait_for_texts(".message:not(.waiting) p", *messages)
 
-    def sends(self, *messages: str) -> None:
-        self.until(".message.waiting p", *messages)
+    def wait_for_pending(self, *messages: str) -> None:
+        """Wait until exactly these messages are shown as not yet sent, in this order."""
+        self.wait_for_texts(".message.waiting p", *messages)
 
-    def complaints(self) -> list[str]:
+    def console_messages(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]  # of Selenium
 
 
@@ -173,127 +174,137 @@ def chat() -> Iterator[Chat]:
 @pytest.fixture(scope="module")
 def browsers() -> Iterator[tuple[Browser, Browser]]:
     with ExitStack() as stack:
-        made = []
+        opened = []
         for size in ("desktop", "phone"):
             browser = Browser(size=size)
             stack.callback(browser.driver.quit)
-            made.append(browser)
-        yield made[0], made[1]
+            opened.append(browser)
+        yield opened[0], opened[1]
 
 
 @pytest.fixture
-def two(chat: Chat, browsers: tuple[Browser, Browser]) -> Iterator[tuple[Browser, Browser]]:
-    """Ann at a desk and Ben with a phone, both in the chat."""
+def ann_and_ben(chat: Chat, browsers: tuple[Browser, Browser]) -> Iterator[tuple[Browser, Browser]]:
+    """Ann with a desktop browser and Ben with a phone, both in the chat."""
     for browser, name in zip(browsers, ("Ann", "Ben"), strict=True):
         browser.join(chat.url, name)
     for browser in browsers:
-        browser.sees_people("Ann", "Ben")
+        browser.wait_for_people("Ann", "Ben")
     yield browsers
     for browser in browsers:
-        browser.offline(False)
+        browser.set_offline(False)
         browser.driver.get("about:blank")
-        browser.complaints()
+        browser.console_messages()
 
 
-def test_they_talk(two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    ann.say("Is anybody there?")
-    ben.reads("Is anybody there?")
+def test_messages_reach_both_users(ann_and_ben: tuple[Browser, Browser]) -> None:
+    ann, ben = ann_and_ben
+    ann.send("Are you there?")
+    ben.wait_for_messages("Are you there?")
     assert ben.texts(".message b") == ["Ann"]
-    ben.say("<img src=x onerror=\"document.title = 'bad'\"> & <b>bold</b>")
-    ann.reads("Is anybody there?", "<img src=x onerror=\"document.title = 'bad'\"> & <b>bold</b>")
+    ben.send("<img src=x onerror=\"document.title = 'bad'\"> & <b>bold</b>")
+    ann.wait_for_messages(
+        "Are you there?", "<img src=x onerror=\"document.title = 'bad'\"> & <b>bold</b>"
+    )
     assert ann.driver.title == "Web chat"
-    assert ann.complaints() == ben.complaints() == []
+    assert ann.console_messages() == ben.console_messages() == []
 
 
-def test_one_leaves_and_comes_back(two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    ann.say("Hello")
-    ben.reads("Hello")
-    here = ben.driver.current_url
+def test_user_who_returns_reads_missed_messages(ann_and_ben: tuple[Browser, Browser]) -> None:
+    ann, ben = ann_and_ben
+    ann.send("Hello")
+    ben.wait_for_messages("Hello")
+    url = ben.driver.current_url
     ben.driver.get("about:blank")
-    ann.sees_people("Ann")
-    ann.say("Ben?")
-    ann.reads("Hello", "Ben?")
-    ben.driver.get(here)  # the name is remembered, and what was said is read back
-    ben.sees_people("Ann", "Ben")
-    ben.reads("Hello", "Ben?")
+    ann.wait_for_people("Ann")
+    ann.send("Ben?")
+    ann.wait_for_messages("Hello", "Ben?")
+    ben.driver.get(url)  # the page remembers the name, and the server sends earlier messages
+    ben.wait_for_people("Ann", "Ben")
+    ben.wait_for_messages("Hello", "Ben?")
 
 
-def test_what_was_said_before_is_in_order(chat: Chat, two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    said = ["One", "Two", "Three"]
-    for text in said:
-        ann.say(text)
-    ben.reads(*said)
-    here = ben.driver.current_url
-    for browser in two:
+def test_stored_messages_are_shown_in_order(
+    chat: Chat, ann_and_ben: tuple[Browser, Browser]
+) -> None:
+    ann, ben = ann_and_ben
+    texts = ["One", "Two", "Three"]
+    for text in texts:
+        ann.send(text)
+    ben.wait_for_messages(*texts)
+    url = ben.driver.current_url
+    for browser in ann_and_ben:
         browser.driver.get("about:blank")
     chat.kill("server")
     chat.start_server()
-    # The first subscriber gets what was stored in the same second the other way round.
-    ben.driver.get(here)
-    ben.reads(*said)
+    # A subscriber's replay has messages of the same second in reverse order.
+    ben.driver.get(url)
+    ben.wait_for_messages(*texts)
 
 
-def test_one_is_cut_off_and_comes_back(two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    ben.say("In the lift")
-    ann.reads("In the lift")
-    ben.offline(True)
-    ben.sees("lost", "Offline. Waiting for the network …")
-    ann.sees_people("Ann")
-    ann.say("Still there?")
-    ann.reads("In the lift", "Still there?")
-    ben.say("Nobody hears me")
-    ben.sends("Nobody hears me")
-    ben.reads("In the lift")
+def test_offline_user_reconnects_and_sends_pending_messages(
+    ann_and_ben: tuple[Browser, Browser],
+) -> None:
+    ann, ben = ann_and_ben
+    ben.send("In the lift")
+    ann.wait_for_messages("In the lift")
+    ben.set_offline(True)
+    ben.wait_for_status("lost", "Offline. Waiting for the network …")
+    ann.wait_for_people("Ann")
+    ann.send("Still there?")
+    ann.wait_for_messages("In the lift", "Still there?")
+    ben.send("Sent while offline")
+    ben.wait_for_pending("Sent while offline")
+    ben.wait_for_messages("In the lift")
 
-    ben.offline(False)
-    ben.sees("connected", "Connected again")
-    for browser in two:
-        browser.sees_people("Ann", "Ben")
-        browser.reads("In the lift", "Still there?", "Nobody hears me")
-        browser.sends()
+    ben.set_offline(False)
+    ben.wait_for_status("connected", "Connected again")
+    for browser in ann_and_ben:
+        browser.wait_for_people("Ann", "Ben")
+        browser.wait_for_messages("In the lift", "Still there?", "Sent while offline")
+        browser.wait_for_pending()
 
 
-def test_the_server_dies_and_comes_back(chat: Chat, two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    ann.say("Before")
-    ben.reads("Before")
+def test_server_restart_delivers_pending_messages(
+    chat: Chat, ann_and_ben: tuple[Browser, Browser]
+) -> None:
+    ann, ben = ann_and_ben
+    ann.send("Before")
+    ben.wait_for_messages("Before")
     chat.kill("server")
-    for browser in two:
-        browser.sees("lost", "Connection lost. Trying again …")
-    ann.say("Meanwhile")
-    ann.sends("Meanwhile")
+    for browser in ann_and_ben:
+        browser.wait_for_status("lost", "Connection lost. Trying again …")
+    ann.send("Pending")
+    ann.wait_for_pending("Pending")
     chat.start_server()
-    for browser in two:
-        browser.sees("connected", "Connected again")
-        browser.sees_people("Ann", "Ben")
-        browser.reads("Before", "Meanwhile")
-        browser.sends()
+    for browser in ann_and_ben:
+        browser.wait_for_status("connected", "Connected again")
+        browser.wait_for_people("Ann", "Ben")
+        browser.wait_for_messages("Before", "Pending")
+        browser.wait_for_pending()
 
 
-def test_the_broker_dies_and_comes_back(chat: Chat, two: tuple[Browser, Browser]) -> None:
-    ann, _ = two
+def test_broker_restart_delivers_pending_messages(
+    chat: Chat, ann_and_ben: tuple[Browser, Browser]
+) -> None:
+    ann, _ = ann_and_ben
     chat.kill("broker")
-    for browser in two:
-        browser.sees("lost", "The server has lost its broker. Trying again …")
-    ann.say("Meanwhile")
-    ann.sends("Meanwhile")
+    for browser in ann_and_ben:
+        browser.wait_for_status("lost", "The server has lost its broker. Trying again …")
+    ann.send("Pending")
+    ann.wait_for_pending("Pending")
     chat.start_broker()
-    for browser in two:
-        browser.sees("connected", "Connected")
-        browser.reads("Meanwhile")
-        browser.sends()
+    for browser in ann_and_ben:
+        browser.wait_for_status("connected", "Connected")
+        browser.wait_for_messages("Pending")
+        browser.wait_for_pending()
 
 
-def test_it_fits_every_screen(two: tuple[Browser, Browser]) -> None:
-    ann, ben = two
-    words = ["W" * 500, "https://example.org/" + "a/" * 200, "word " * 80, "last"]
-    for text in words:
-        ann.say(text)
-    ben.reads(*(text.strip() for text in words))
+def test_page_fits_every_screen(ann_and_ben: tuple[Browser, Browser]) -> None:
+    ann, ben = ann_and_ben
+    texts = ["W" * 500, "https://example.org/" + "a/" * 200, "word " * 80, "last"]
+    for text in texts:
+        ann.send(text)
+    ben.wait_for_messages(*(text.strip() for text in texts))
     for size in SIZES:
         for dark in (False, True):
             ben.show(size, dark=dark)
@@ -321,8 +332,10 @@ def test_it_fits_every_screen(two: tuple[Browser, Browser]) -> None:
             }, (size, dark)
 
 
-def test_the_keyboard_and_a_screen_reader(two: tuple[Browser, Browser]) -> None:
-    ann, _ = two
+def test_page_is_accessible_by_keyboard_and_screen_reader(
+    ann_and_ben: tuple[Browser, Browser],
+) -> None:
+    ann, _ = ann_and_ben
     script = """
         return [...document.querySelectorAll("button, input, textarea, [tabindex]")]
             .filter((it) => !(it.innerText || it.ariaLabel || it.labels?.length ||

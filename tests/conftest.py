@@ -13,18 +13,18 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests.support.clock import virtual_time_options
-from tests.support.leaks import Leaks, freeze_what_is_there
-from tests.support.secrets import Witness
+from tests.support.leaks import Leaks, freeze_existing_objects
+from tests.support.secrets import SecretWatcher
 from tests.support.server import Server, real_server, runs_cluster
 
 if TYPE_CHECKING:
     from emitter_anyio.testing import Broker
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what runs behind it so, and the programs that tests interrupt would inherit it.
+    # A shell ignores SIGINT in background jobs, and processes that tests interrupt inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# No test measures the time: an example of Hypothesis has no deadline, and drawing it may take long.
+# On a busy machine, examples may take long.
 hypothesis.settings.register_profile(
     "project",
     deadline=None,
@@ -43,7 +43,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_engine() -> Iterator[None]:
-    """Turn the fast path off, so that Paho carries every packet, if EMITTER_PLAIN_ENGINE is set."""
+    """Turn off the fast path, so that Paho handles every packet, if EMITTER_PLAIN_ENGINE is set."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("EMITTER_PLAIN_ENGINE"):
             patch.setattr("emitter_anyio._net.opening.FAST_PATH", False)
@@ -59,19 +59,19 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish() -> None:
-    freeze_what_is_there()
+    freeze_existing_objects()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
     figures = [figure for report in reports for figure in report.user_properties]
     if figures:
-        terminalreporter.section("figures that tests recorded")
+        terminalreporter.section("recorded figures")
     for what, value in sorted(figures):
         terminalreporter.write_line(f"{what}: {value}")
 
 
-_WITNESS = pytest.StashKey[Witness]()
+_SECRET_WATCHER = pytest.StashKey[SecretWatcher]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -79,12 +79,12 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if call.when == "teardown" and (witness := item.stash.get(_WITNESS, None)) is not None:
-        # Only here is all that a test has printed together.
-        witness.note("what was printed", f"{report.capstdout}{report.capstderr}")
-        if (leaks := witness.leaks()) and report.passed:
+    if call.when == "teardown" and (watcher := item.stash.get(_SECRET_WATCHER, None)) is not None:
+        # The captured output is complete only after teardown.
+        watcher.record("the captured output", f"{report.capstdout}{report.capstderr}")
+        if (leaks := watcher.leaks()) and report.passed:
             report.outcome, report.longrepr = "failed", "\n".join(leaks)
-    # What a test has logged goes to another process, which takes no lone surrogates.
+    # pytest-xdist cannot send lone surrogates, which a test might log, to another process.
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
@@ -93,12 +93,12 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session", autouse=True)
 def _blocking_calls_fail() -> Iterator[None]:
-    # Sees asyncio only.
+    # blockbuster only detects calls that block asyncio.
     with blockbuster_ctx("emitter_anyio") as guard:
-        # The command line has waited until these do not block.
+        # The command line waits until these do not block.
         guard.functions["os.read"].can_block_in("emitter_anyio/_cli/_input.py", "chunks")
         guard.functions["os.write"].can_block_in("emitter_anyio/_cli/_output.py", "write")
-        # Coverage keeps the threads apart for which a background broker runs.
+        # Coverage takes a lock when another thread runs, such as a background broker's.
         lock = guard.functions["threading.Lock.acquire"]
         lock.can_block_in("coverage/collector.py", "lock_data")
         yield
@@ -107,9 +107,10 @@ def _blocking_calls_fail() -> Iterator[None]:
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """
-    Both backends, with virtual time for tests that ask for it.
+    Both backends, with virtual time for tests marked ``virtual_time``.
 
-    asyncio is in debug mode when ``PYTHONASYNCIODEBUG`` is set, but for tests that do without.
+    asyncio is in debug mode if ``PYTHONASYNCIODEBUG`` is set, except in tests marked
+    ``without_debug``.
     """
     options: dict[str, Any] = {}
     if request.node.get_closest_marker("virtual_time"):
@@ -121,19 +122,19 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def _secrets_stay_secret(request: pytest.FixtureRequest) -> Iterator[None]:
+def _no_secrets_shown(request: pytest.FixtureRequest) -> Iterator[None]:
     if "anyio_backend" not in request.fixturenames:
         yield
         return
-    witness = request.node.stash[_WITNESS] = Witness()
-    witness.begin()
+    watcher = request.node.stash[_SECRET_WATCHER] = SecretWatcher()
+    watcher.start()
     yield
-    witness.end()
+    watcher.stop()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_behind(request: pytest.FixtureRequest, _secrets_stay_secret: None) -> None:
-    # Set up before, and so torn down after, every other fixture of an asynchronous test.
+def _check_for_leaks(request: pytest.FixtureRequest, _no_secrets_shown: None) -> None:
+    # Set up first, so that it is torn down after every other fixture of an asynchronous test.
     if "anyio_backend" in request.fixturenames:
         request.getfixturevalue("_no_leaks")
 
@@ -148,10 +149,10 @@ async def _no_leaks(anyio_backend: object) -> AsyncIterator[None]:
 @pytest.fixture
 async def server(anyio_backend: object, request: pytest.FixtureRequest) -> AsyncIterator[Server]:
     """
-    A broker: a development broker of the test's own, on loopback.
+    A broker: a new development broker on loopback.
 
-    For the client suite (marker ``emitter``) it is the real one of ``EMITTER_URL``, when set, or
-    has two nodes, with ``EMITTER_NODES=2``.
+    In the client suite (marker ``emitter``), it is the real Emitter of ``EMITTER_URL`` if that is
+    set, or has two nodes with ``EMITTER_NODES=2``.
     """
     from emitter_anyio.testing import Broker
 
@@ -171,7 +172,7 @@ async def server(anyio_backend: object, request: pytest.FixtureRequest) -> Async
 
 @pytest.fixture
 async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    """A development broker, for tests that look into it."""
+    """A development broker, for tests that inspect or control it."""
     from emitter_anyio.testing import Broker
 
     async with Broker() as broker:
@@ -180,5 +181,5 @@ async def broker(anyio_backend: object) -> AsyncIterator[Broker]:
 
 @pytest.fixture
 def unique() -> str:
-    """A channel that no other test uses, with its slash: tests may share a real broker."""
+    """A channel, with a trailing slash, that no other test uses: tests may share a real broker."""
     return f"t{secrets.token_hex(4)}/"

@@ -1,8 +1,8 @@
 """
-A session of every verb, over a link that fails at some byte.
+Sessions that use every method, over connections that fail at random bytes.
 
-In memory this is a sample of `tests/adversity.py`, which has every byte. Over real sockets there
-are fewer, and all of their time is the clock's.
+In memory, this is a sample of `tests/adversity.py`, which covers every byte. There are fewer
+sessions over real sockets, because they take real time.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ pytestmark = pytest.mark.without_debug
 
 SEED = 1883
 SAMPLE = 8
-"""So many offsets of each direction, for each kind of fault."""
+"""The number of offsets per direction and kind of fault."""
 
 
 @pytest.fixture(autouse=True)
-def _without_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def _quiet_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "emitter_anyio")
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("kind", ["reset", "end", "stall"])
-async def test_a_link_may_fail_at_any_byte(kind: Kind) -> None:
-    chance, totals = random.Random(f"{SEED} {kind}"), await measure()
+async def test_session_survives_fault_at_random_bytes(kind: Kind) -> None:
+    rng, totals = random.Random(f"{SEED} {kind}"), await measure()
     await run_sessions(
-        Fault(direction, chance.randrange(totals[direction]), kind)
+        Fault(direction, rng.randrange(totals[direction]), kind)
         for direction in DIRECTIONS
         for _ in range(SAMPLE)
     )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-async def test_a_real_link_may_fail_at_any_byte(direction: Direction) -> None:
-    chance = random.Random(f"{SEED} {direction}")
-    # The times below are the clock's. They, and how many sessions there are at a time, keep a busy
-    # machine from taking links for dead that are whole. Where it does, the session just goes on.
+async def test_session_over_sockets_survives_fault_at_random_bytes(direction: Direction) -> None:
+    rng = random.Random(f"{SEED} {direction}")
+    # Few sessions at a time, and timeouts of 2 s, so that a busy machine rarely times out a working
+    # connection. If that happens, the client reconnects and the session still passes.
     limiter = anyio.CapacityLimiter(5)
 
     async def run(offset: int, kind: Kind) -> None:
@@ -63,4 +63,4 @@ async def test_a_real_link_may_fail_at_any_byte(direction: Direction) -> None:
     async with anyio.create_task_group() as tasks:
         for number in range(25):
             kind: Kind = "stall" if number % 5 == 0 else "reset" if number % 2 else "end"
-            tasks.start_soon(run, chance.randrange(2000), kind)
+            tasks.start_soon(run, rng.randrange(2000), kind)

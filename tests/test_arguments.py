@@ -1,4 +1,4 @@
-"""Every argument of every call is checked before anything is allocated or sent."""
+"""The client checks every argument of every method before it allocates or sends anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._values import requests as requests
 from emitter_anyio.testing import Broker
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Packet, Peer, memory_peer
 
 pytestmark = pytest.mark.anyio
@@ -30,8 +30,8 @@ KEY: Final = "k" * 32
 NAN: Final = float("nan")
 
 
-class Text(str, Enum):  # noqa: UP042 - StrEnum formats as what it is
-    """Text whose format() is not what it is equal to."""
+class Text(str, Enum):  # noqa: UP042 - StrEnum would format as its value
+    """Strings whose ``format()`` differs from their value."""
 
     KEY = KEY
     CHANNEL = "chat/"
@@ -48,7 +48,7 @@ class Number(int, Enum):
 
 
 class CaseInsensitive(str):
-    """Text that is equal to other text."""
+    """A string that equals different strings."""
 
     __slots__ = ()
 
@@ -60,36 +60,36 @@ class CaseInsensitive(str):
 
 
 def text_enum(text: str) -> Any:
-    """Return a member of an enum that is this text."""
-    make: Any = Enum
-    return make("Texts", {"TEXT": text}, type=str)["TEXT"]
+    """Return an enum member with this string value."""
+    create: Any = Enum
+    return create("Texts", {"TEXT": text}, type=str)["TEXT"]
 
 
 def generator(*_: object) -> Iterator[str]:
-    yield KEY  # pragma: no cover - it never runs
+    yield KEY  # pragma: no cover - never runs
 
 
 async def async_generator(*_: object) -> AsyncIterator[str]:
-    yield KEY  # pragma: no cover - it never runs
+    yield KEY  # pragma: no cover - never runs
 
 
-class CalledAsGenerator:
+class CallableGenerator:
     def __call__(self, *_: object) -> Iterator[str]:
-        yield KEY  # pragma: no cover - it never runs
+        yield KEY  # pragma: no cover - never runs
 
 
 def handler(*_: object) -> None:
     """Do nothing."""
 
 
-KEYS: Final = (None, 5, b"k", "", "k/", "ä", generator, async_generator, CalledAsGenerator())
+KEYS: Final = (None, 5, b"k", "", "k/", "ä", generator, async_generator, CallableGenerator())
 CHANNELS: Final = (5, b"a/", ["a/"], "", "/", "a//b/", "a b/", "ä/", "\udcff/", "x" * 70000)
 FLAGS: Final = (None, 0, 1, 2, "yes", 1.0)
 COUNTS: Final[tuple[object, ...]] = (-1, 2**31, 10**400, 1.5, "5", b"5", True, [])
 TIMES: Final = (datetime(2024, 1, 1), NAN, 5, 10**400, "now", True, timedelta(days=1))
 SECONDS: Final[tuple[object, ...]] = (-1, NAN, 10**400, "1", timedelta(seconds=1), True, [])
-HANDLERS: Final = (5, "print", generator, async_generator, CalledAsGenerator(), partial(generator))
-WRONG: Final[dict[str, tuple[object, ...]]] = {
+HANDLERS: Final = (5, "print", generator, async_generator, CallableGenerator(), partial(generator))
+INVALID: Final[dict[str, tuple[object, ...]]] = {
     "key": KEYS,
     "secret": KEYS,
     "target": KEYS,
@@ -121,7 +121,7 @@ WRONG: Final[dict[str, tuple[object, ...]]] = {
     "event": (None, 5, ["message"], "massage", ""),
     "task_status": (None, 5, "started"),
 }
-GOOD: Final[dict[str, Any]] = {
+VALID: Final[dict[str, Any]] = {
     "key": KEY,
     "secret": KEY,
     "target": KEY,
@@ -147,14 +147,14 @@ CASES: Final = [
     for method in METHODS
     for name, parameter in signature(method).parameters.items()
     if name != "self"
-    for value in WRONG[name]
-    # None is a good value where it is the default.
+    for value in INVALID[name]
+    # None is valid where it is the default.
     if value is not None or parameter.default is not None
 ]
 
 
 async def call(emitter: Emitter, method: str, arguments: dict[str, Any]) -> object:
-    """Call a method, and await or enter what it returns."""
+    """Call a method, and await or enter its result."""
     returned = getattr(emitter, method)(**arguments)
     if inspect.isawaitable(returned):
         return await returned
@@ -164,8 +164,8 @@ async def call(emitter: Emitter, method: str, arguments: dict[str, Any]) -> obje
     return returned
 
 
-async def sent(peer: Peer) -> list[Packet]:
-    """Take what the client sends between CONNECT and DISCONNECT."""
+async def received_packets(peer: Peer) -> list[Packet]:
+    """Return what the client sends between CONNECT and DISCONNECT."""
     *packets, last = await peer.rest()
     assert last.kind == DISCONNECT
     return packets
@@ -174,20 +174,20 @@ async def sent(peer: Peer) -> list[Packet]:
 def arguments_of(method: str) -> dict[str, Any]:
     names = signature(method).parameters.items()
     return {
-        name: GOOD[name]
+        name: VALID[name]
         for name, parameter in names
         if name != "self" and (parameter.default is inspect.Parameter.empty or name == "handler")
     }
 
 
-async def test_a_wrong_argument_is_rejected_before_anything_is_sent() -> None:
-    """Walk over all methods, in one connection, which has to stay as it was."""
+async def test_invalid_argument_is_rejected_before_anything_is_sent() -> None:
+    """Check all methods over one connection, whose state must not change."""
 
     async def script(peer: Peer) -> None:
         await peer.accept()
-        assert await sent(peer) == []
+        assert await received_packets(peer) == []
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         before = emitter.statistics()
         for method, name, value in CASES:
             arguments = {**arguments_of(method), name: value}
@@ -200,20 +200,20 @@ async def test_a_wrong_argument_is_rejected_before_anything_is_sent() -> None:
         assert emitter.statistics() == before
 
 
-async def test_a_wrong_argument_is_rejected_after_the_same_topic_was_published_to() -> None:
+async def test_invalid_argument_is_rejected_despite_cached_topic() -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
-        assert [packet.kind for packet in await sent(peer)] == [PUBLISH]
+        assert [packet.kind for packet in await received_packets(peer)] == [PUBLISH]
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         await emitter.publish(KEY, "chat/", b"x", 1)
-        for wrong in ({"ttl": True}, {"ttl": 1.0}, {"echo": 1}, {"retain": 0}, {"qos": False}):
-            with pytest.raises(TypeError, match=next(iter(wrong))):
-                arguments: dict[str, Any] = {"ttl": 1, **wrong}
+        for invalid in ({"ttl": True}, {"ttl": 1.0}, {"echo": 1}, {"retain": 0}, {"qos": False}):
+            with pytest.raises(TypeError, match=next(iter(invalid))):
+                arguments: dict[str, Any] = {"ttl": 1, **invalid}
                 await emitter.publish(KEY, "chat/", b"x", **arguments)
 
 
-async def test_text_of_an_enum_is_sent_as_plain_text(broker: Broker) -> None:
+async def test_enum_member_is_sent_as_its_value(broker: Broker) -> None:
     key = broker.keygen("chat/#/", "rwslp")
     text = text_enum(key)
     async with connect(broker.url) as emitter:
@@ -225,28 +225,30 @@ async def test_text_of_an_enum_is_sent_as_plain_text(broker: Broker) -> None:
         await emitter.link(text, Text.CHANNEL, Text.NAME)
         await emitter.publish_with_link(Text.NAME, b"x", qos=1)
         assert (await emitter.presence(text, Text.CHANNEL)).channel == "chat/"
-        found = [one.binary async for one in emitter.history(key, Text.CHANNEL, Number.FIVE)]
+        found = [
+            message.binary async for message in emitter.history(key, Text.CHANNEL, Number.FIVE)
+        ]
         assert found == [b"a1", b"a1"]
         assert type((await emitter.me()).links["a1"]) is str
-    # A cache of all clients of the process must not answer with what only looks the same.
+    # A cache shared by all clients must not return an enum member for an equal string.
     async with connect(broker.url) as emitter:
         async with emitter.subscribe(key, "chat/", 0) as messages:
             await emitter.publish(key, "chat/", b"x")
             assert (await messages.receive()).channel == "chat/"
 
 
-async def test_text_that_equals_other_text_is_sent_as_it_is() -> None:
+async def test_str_subclass_that_equals_other_channel_is_sent_unchanged() -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
-        topics = [packet.topic for packet in await sent(peer)]
+        topics = [packet.topic for packet in await received_packets(peer)]
         assert topics == [f"{KEY}/chat/", f"{KEY}/CHAT/", f"{KEY}/ChAt/"]
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         for channel in ("chat/", CaseInsensitive("CHAT/"), CaseInsensitive("ChAt/")):
             await emitter.publish(KEY, channel, b"x")
 
 
-def test_options_are_plain() -> None:
+def test_connect_converts_str_subclasses_to_str() -> None:
     emitter = connect(Text.URL, matcher=Text.MATCHER, username=Text.NAME, client_id=Text.NAME)
     assert "mqtt://h:8080" in repr(emitter)
     assert "Text" not in repr(connect(host=Text.HOST))
@@ -256,7 +258,7 @@ def test_options_are_plain() -> None:
 
 class TestBuffers:
     @pytest.mark.parametrize(
-        "make",
+        "create",
         [
             bytearray,
             memoryview,
@@ -265,16 +267,16 @@ class TestBuffers:
             type("Bytes", (bytes,), {"__len__": lambda self: 7}),
         ],
     )
-    async def test_any_buffer_is_sent_as_it_is(
-        self, broker: Broker, make: Callable[[bytes], object]
+    async def test_bytes_like_object_is_sent_unchanged(
+        self, broker: Broker, create: Callable[[bytes], object]
     ) -> None:
         data = b"aa"
         key = broker.keygen("a/", "rw")
         async with connect(broker.url) as emitter, emitter.subscribe(key, "a/", 0) as messages:
-            await emitter.publish(key, "a/", make(data))
+            await emitter.publish(key, "a/", create(data))
             assert (await messages.receive()).binary == data
 
-    async def test_a_mapped_file_is_sent_as_it_is(self, broker: Broker) -> None:
+    async def test_mmap_is_sent_unchanged(self, broker: Broker) -> None:
         key = broker.keygen("a/", "rw")
         async with connect(broker.url) as emitter, emitter.subscribe(key, "a/", 0) as messages:
             with mmap.mmap(-1, 3) as mapped:
@@ -282,7 +284,7 @@ class TestBuffers:
                 await emitter.publish(key, "a/", mapped)
             assert (await messages.receive()).binary == b"abc"
 
-    async def test_a_buffer_of_objects_is_rejected(self, broker: Broker) -> None:
+    async def test_buffer_of_python_objects_is_rejected(self, broker: Broker) -> None:
         ctypes = pytest.importorskip("ctypes")
         async with connect(broker.url) as emitter:
             with pytest.raises(TypeError, match="Python objects"):
@@ -295,11 +297,11 @@ class TestWills:
         [
             (name, value)
             for name in ("key", "channel", "retain")
-            for value in WRONG[name]
+            for value in INVALID[name]
             if value != "x" * 70000
         ],
     )
-    def test_a_wrong_value_is_rejected(self, name: str, value: object) -> None:
+    def test_invalid_value_is_rejected(self, name: str, value: object) -> None:
         values: dict[str, Any] = {"key": KEY, "channel": "a/", "message": "gone", name: value}
         with pytest.raises((TypeError, ValueError)):
             Will(**values)
@@ -308,29 +310,29 @@ class TestWills:
         ("message", "error"),
         [(object(), TypeError), (NAN, ValueError), (b"x" * 70000, MessageTooLargeError)],
     )
-    def test_a_message_that_cannot_be_sent_is_rejected(
+    def test_message_that_cannot_be_sent_is_rejected(
         self, message: object, error: type[Exception]
     ) -> None:
         with pytest.raises(error):
             connect(will=Will(KEY, "a/", message), max_message_size=10**6)
 
-    def test_values_are_plain(self) -> None:
-        changing = bytearray(b"gone")
-        will = Will(Text.KEY, Text.CHANNEL, changing)
-        changing[:] = b"back"
+    def test_values_are_copied_to_plain_types(self) -> None:
+        buffer = bytearray(b"gone")
+        will = Will(Text.KEY, Text.CHANNEL, buffer)
+        buffer[:] = b"back"
         assert (type(will.key), type(will.channel), will.message) == (str, str, b"gone")
         assert Will(KEY, "a/b", "x").channel == "a/b/"
 
-    async def test_a_key_of_a_function_that_is_too_long_is_named(self, broker: Broker) -> None:
+    async def test_too_long_key_from_key_function_raises(self, broker: Broker) -> None:
         async def key() -> str:
             return "k" * 70000
 
         with pytest.raises(Exception, match="key of the will"):
-            async with one_link(broker.url, will=Will(key, "a/", "gone")):
-                pytest.fail("it was sent")  # pragma: no cover
+            async with connect_once(broker.url, will=Will(key, "a/", "gone")):
+                pytest.fail("the will was sent")  # pragma: no cover
 
 
-def test_a_connect_that_the_broker_would_not_take_is_rejected() -> None:
+def test_too_large_connect_packet_is_rejected() -> None:
     with pytest.raises(MessageTooLargeError, match=r"username.*65549.*65536"):
         connect("mqtt://h", username="x" * 65535)
     with pytest.raises(MessageTooLargeError, match="max_message_size"):
@@ -338,55 +340,55 @@ def test_a_connect_that_the_broker_would_not_take_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("name", ["client_id", "username"])
-def test_nul_is_rejected(name: str) -> None:
+def test_option_with_nul_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.*NUL"):
         connect("mqtt://h", **{name: "a\0b"})
 
 
-async def test_a_function_that_is_not_async_gives_no_key(broker: Broker) -> None:
-    key: Any = lambda: KEY  # noqa: E731 - it stands for one
+async def test_key_function_that_is_not_async_is_rejected(broker: Broker) -> None:
+    key: Any = lambda: KEY  # noqa: E731 - a lambda is what is tested
     async with connect(broker.url) as emitter:
         with pytest.raises(TypeError, match="must be async"):
             await emitter.publish(key, "a/", "x")
 
 
-def test_decorating_a_generator_function_is_rejected() -> None:
+def test_on_as_decorator_rejects_generator_function() -> None:
     with pytest.raises(TypeError, match="generator function"):
         connect("mqtt://h").on("message")(generator)
 
 
-def test_a_backoff_without_end_is_rejected() -> None:
+def test_backoff_with_too_large_maximum_is_rejected() -> None:
     with pytest.raises(ValueError, match="maximum"):
         Backoff(maximum=10**400)
 
 
-async def test_a_watch_too_large_to_send_keeps_the_connection() -> None:
+async def test_too_large_watch_presence_keeps_connection() -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
-        assert await sent(peer) == []
+        assert await received_packets(peer) == []
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         with pytest.raises(MessageTooLargeError):
             async with emitter.watch_presence(KEY, "x/" * 32760):
-                pytest.fail("it was sent")  # pragma: no cover
+                pytest.fail("the request was sent")  # pragma: no cover
 
 
-async def test_a_key_of_a_function_too_long_to_send_keeps_the_connection() -> None:
+async def test_too_long_key_from_key_function_keeps_connection() -> None:
     async def key() -> str:
         return "k" * 65530
 
     async def script(peer: Peer) -> None:
         await peer.accept()
-        assert SUBSCRIBE not in [packet.kind for packet in await sent(peer)]
+        assert SUBSCRIBE not in [packet.kind for packet in await received_packets(peer)]
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         for method in ("subscribe", "unsubscribe", "publish"):
             with pytest.raises(ValueError, match="65"):
                 await call(emitter, method, {**arguments_of(method), "key": key})
         assert emitter.statistics().pending == 0
 
 
-HOSTS: Final = {
+INVALID_HOSTS: Final = {
     "mqtt://h": "it is a URL",
     "mqtt://ann:secret@h": "it is a URL",
     "ann:secret@h": "credentials",
@@ -410,8 +412,8 @@ HOSTS: Final = {
 }
 
 
-@pytest.mark.parametrize(("host", "words"), HOSTS.items(), ids=map(repr, HOSTS))
-def test_a_mistake_in_a_host_is_named(host: str, words: str) -> None:
+@pytest.mark.parametrize(("host", "words"), INVALID_HOSTS.items(), ids=map(repr, INVALID_HOSTS))
+def test_invalid_host_error_names_mistake(host: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"host.*{words}") as caught:
         connect(host=host)
     assert "secret" not in str(caught.value)
@@ -420,11 +422,11 @@ def test_a_mistake_in_a_host_is_named(host: str, words: str) -> None:
 @pytest.mark.parametrize(
     "host", ["h", "h.example.", "a_b", "127.0.0.1", "::1", "fe80::1%eth0", "é"]
 )
-def test_a_good_host_is_taken(host: str) -> None:
+def test_valid_host_is_accepted(host: str) -> None:
     connect(host=host)
 
 
-URLS: Final = {
+INVALID_URLS: Final = {
     "mqtt://a b": "' '",
     "mqtt://h\n": "control character",
     "mqtt://h\\x": "which host names cannot",
@@ -443,8 +445,8 @@ URLS: Final = {
 }
 
 
-@pytest.mark.parametrize(("url", "words"), URLS.items(), ids=map(repr, URLS))
-def test_a_mistake_in_a_url_is_named(url: str, words: str) -> None:
+@pytest.mark.parametrize(("url", "words"), INVALID_URLS.items(), ids=map(repr, INVALID_URLS))
+def test_invalid_url_error_names_mistake_without_password(url: str, words: str) -> None:
     for options in ({}, {"servers": [url]}):
         with pytest.raises(ValueError, match=words) as caught:
             connect(*(() if options else (url,)), **options)
@@ -454,24 +456,24 @@ def test_a_mistake_in_a_url_is_named(url: str, words: str) -> None:
             error = None if error.__suppress_context__ else error.__context__
 
 
-def test_the_zone_of_an_address_in_a_url_is_quoted() -> None:
+def test_ipv6_zone_in_url_is_quoted() -> None:
     url = "mqtt://[fe80::1%25eth0]:8080"
     assert url in repr(connect(url))
     assert url in repr(connect(host="fe80::1%eth0", secure=False))
 
 
 @pytest.mark.parametrize("qos", [0, 1])
-async def test_a_publish_that_cannot_be_encoded_leaves_nothing_pending(
+async def test_publish_that_cannot_be_encoded_is_not_pending(
     qos: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
-        assert await sent(peer) == []
+        assert await received_packets(peer) == []
 
     def encode(*_: object) -> bytes:
         raise MemoryError
 
-    async with memory_peer(script) as way, one_link(connectable=way) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         with monkeypatch.context() as patch:
             patch.setattr(emitter._slot.session, "_encode_publish", encode)
             with pytest.raises(MemoryError):
@@ -479,7 +481,7 @@ async def test_a_publish_that_cannot_be_encoded_leaves_nothing_pending(
         assert emitter.statistics().pending == 0
 
 
-def test_a_request_that_cannot_be_encoded_leaves_nothing_pending() -> None:
+def test_request_that_cannot_be_encoded_is_not_pending() -> None:
     def send(packet: object) -> None:
         raise MemoryError
 
@@ -487,11 +489,11 @@ def test_a_request_that_cannot_be_encoded_leaves_nothing_pending() -> None:
     session = Session(wants, send, send, encode_publish)
     freed: list[None] = []
     session.call_when_free(lambda: freed.append(None))
-    for ask in (
+    for request in (
         lambda: session.request(requests.me()),
         lambda: session.unsubscribe(KEY, "a/"),
         lambda: session.subscribe(KEY, KEY, "a/", Replay()),
     ):
         with pytest.raises(MemoryError):
-            ask()
+            request()
     assert (session.pending, wants.is_subscribed("a/"), freed) == (0, False, [None])

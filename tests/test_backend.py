@@ -1,4 +1,4 @@
-"""What wakes one task, on either backend."""
+"""The event that wakes a single task, on both backends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def wait(wakeup: Wakeup) -> None:
     await wakeup.wait()
 
 
-async def test_it_wakes_the_one_who_waits(wakeup: Wakeup) -> None:
+async def test_set_wakes_waiting_task(wakeup: Wakeup) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, wakeup)
         await anyio.wait_all_tasks_blocked()
@@ -25,12 +25,12 @@ async def test_it_wakes_the_one_who_waits(wakeup: Wakeup) -> None:
         wakeup.set()
 
 
-async def test_who_comes_later_does_not_wait(wakeup: Wakeup) -> None:
+async def test_wait_after_set_returns_immediately(wakeup: Wakeup) -> None:
     wakeup.set()
     await wakeup.wait()
 
 
-async def test_nobody_is_left_to_be_woken(wakeup: Wakeup) -> None:
+async def test_set_after_cancelled_wait_has_no_effect(wakeup: Wakeup) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, wakeup)
         await anyio.wait_all_tasks_blocked()

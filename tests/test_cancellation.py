@@ -1,4 +1,4 @@
-"""Every verb, cancelled at each of its checkpoints: the client stays usable and clean."""
+"""Every method, cancelled at each of its checkpoints: the client stays usable and leaks nothing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
 from emitter_anyio.testing import Broker
 from tests.support.adversity import broker_in_memory
 from tests.support.memory import MemoryConnectable
-from tests.support.steps import all_styles, cancel_in_step, styles
+from tests.support.steps import all_cancel_styles, cancel_at_step, cancel_styles
 from tests.support.tables import tables
 
-Verb = Callable[[], Awaitable[object]]
+Method = Callable[[], Awaitable[object]]
 
 
-def make_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
+def make_methods(emitter: Emitter, broker: Broker) -> dict[str, Method]:
     key = broker.keygen("a/#/", "rwslp")
 
     async def enter_and_leave() -> None:
@@ -64,8 +64,8 @@ NAMES = (
 )
 
 
-async def works_and_is_clean(emitter: Emitter, broker: Broker) -> None:
-    """Prove that the link still does its work and that nothing is left on it."""
+async def check_usable_over_socket(emitter: Emitter, broker: Broker) -> None:
+    """Check that the connection still works and that nothing is left of the cancelled calls."""
     key = broker.keygen("z/", "rw")
     async with emitter.subscribe(key, "z/") as messages:
         await emitter.publish(key, "z/", "still here", qos=1)
@@ -78,7 +78,7 @@ async def works_and_is_clean(emitter: Emitter, broker: Broker) -> None:
 
 
 class CancelAfter:
-    """Cancels the task that awaits, with a scope, when it has been resumed so many times."""
+    """Cancels a scope after a number of turns of the event loop."""
 
     def __init__(self, turns: int) -> None:
         self.turns = turns
@@ -91,31 +91,31 @@ class CancelAfter:
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_verb_may_be_cancelled_by_a_scope_at_any_time(broker: Broker, name: str) -> None:
+async def test_method_cancelled_by_scope_leaves_client_usable(broker: Broker, name: str) -> None:
     async with connect(broker.url) as emitter:
-        verb = make_verbs(emitter, broker)[name]
+        method = make_methods(emitter, broker)[name]
         for turns in range(60):
             cancel = CancelAfter(turns)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(cancel.cancel_later)
                 with cancel.scope:
-                    await verb()
-                    # It was quicker than that.
+                    await method()
+                    # The call was faster.
                     tasks.cancel_scope.cancel()
         if name == "presence changes":
             await emitter.presence(broker.keygen("a/#/", "p"), "a/", changes=False)
         if name == "subscribe":
             await emitter.unsubscribe(broker.keygen("a/#/", "r"), "a/c/")
-        await works_and_is_clean(emitter, broker)
+        await check_usable_over_socket(emitter, broker)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_verb_may_be_cancelled_natively_at_any_time(broker: Broker, name: str) -> None:
+async def test_method_cancelled_natively_leaves_client_usable(broker: Broker, name: str) -> None:
     async with connect(broker.url) as emitter:
-        verb = make_verbs(emitter, broker)[name]
+        method = make_methods(emitter, broker)[name]
         for turns in range(60):
-            task = asyncio.ensure_future(verb())
+            task = asyncio.ensure_future(method())
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
@@ -129,10 +129,10 @@ async def test_a_verb_may_be_cancelled_natively_at_any_time(broker: Broker, name
                 assert len(client.subscriptions) <= 1
             await emitter.disconnect()
             return
-        await works_and_is_clean(emitter, broker)
+        await check_usable_over_socket(emitter, broker)
 
 
-async def test_an_already_cancelled_scope_sends_nothing(broker: Broker) -> None:
+async def test_publish_in_cancelled_scope_sends_nothing(broker: Broker) -> None:
     key = broker.keygen("a/", "rw")
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         sent = 0
@@ -144,10 +144,10 @@ async def test_an_already_cancelled_scope_sends_nothing(broker: Broker) -> None:
         await emitter.publish(key, "a/", "last", qos=1)
         while (await messages.receive()).binary != b"last":
             sent -= 1
-        assert sent == 0, "what was cancelled was not sent"
+        assert sent == 0, "a cancelled publish was sent"
 
 
-async def test_a_publishing_loop_notices_cancellation_within_16_calls(broker: Broker) -> None:
+async def test_publish_loop_notices_cancellation_within_16_calls(broker: Broker) -> None:
     key = broker.keygen("a/", "w")
     calls = 0
     async with connect(broker.url) as emitter:
@@ -159,7 +159,7 @@ async def test_a_publishing_loop_notices_cancellation_within_16_calls(broker: Br
     assert calls < 16
 
 
-async def test_a_publishing_loop_yields_within_64_calls(broker: Broker) -> None:
+async def test_publish_loop_yields_within_64_calls(broker: Broker) -> None:
     key = broker.keygen("a/", "w")
     async with connect(broker.url) as emitter:
         ran = anyio.Event()
@@ -173,11 +173,11 @@ async def test_a_publishing_loop_yields_within_64_calls(broker: Broker) -> None:
             while not ran.is_set():
                 await emitter.publish(key, "a/", "x")
                 calls += 1
-        # On Trio the other task may come behind us once more, since its turns are in any order.
+        # Trio runs the tasks of a turn in any order, so run() might start one turn later.
         assert calls <= 2 * 64 + 1
 
 
-async def test_a_receiving_loop_yields_within_64_messages(broker: Broker) -> None:
+async def test_receive_loop_yields_within_64_messages(broker: Broker) -> None:
     key = broker.keygen("a/", "rw")
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         for _ in range(200):
@@ -197,9 +197,9 @@ async def test_a_receiving_loop_yields_within_64_messages(broker: Broker) -> Non
         assert count <= 2 * 64 + 1
 
 
-async def test_a_cancelled_receive_loses_no_message(broker: Broker) -> None:
+async def test_cancelled_receive_loses_no_message(broker: Broker) -> None:
     key = broker.keygen("a/", "rw")
-    got: list[EmitterMessage] = []
+    received: list[EmitterMessage] = []
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         for number in range(50):
             cancel = CancelAfter(number % 7)
@@ -208,17 +208,17 @@ async def test_a_cancelled_receive_loses_no_message(broker: Broker) -> None:
                 await emitter.publish(key, "a/", str(number))
                 with cancel.scope:
                     while True:
-                        got.append(await messages.receive())
+                        received.append(await messages.receive())
         await emitter.flush()
         while messages.statistics().current_buffer_used:
-            got.append(await messages.receive())
-    assert [int(message.binary) for message in got] == list(range(50))
+            received.append(await messages.receive())
+    assert [int(message.binary) for message in received] == list(range(50))
 
 
-async def test_a_late_answer_is_dropped(broker: Broker) -> None:
+async def test_late_reply_is_dropped(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
-        made: list[ChannelKey] = []
-        emitter.on("keygen", made.append)
+        keys: list[ChannelKey] = []
+        emitter.on("keygen", keys.append)
         with broker.hold("answer", "puback"):
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as tasks:
@@ -229,12 +229,12 @@ async def test_a_late_answer_is_dropped(broker: Broker) -> None:
         assert (await emitter.keygen(broker.secret_key, "b/")).channel == "b/"
         assert emitter.statistics().pending == 0
         assert emitter.statistics().nonsense == 0
-    assert [key.channel for key in made] == ["b/"]
+    assert [key.channel for key in keys] == ["b/"]
 
 
-# At every single wait: over links in memory, on virtual time
+# Cancellation at every suspension point, over in-memory connections on virtual time
 
-STEPWISE = (
+MORE_NAMES = (
     *NAMES,
     "keyban",
     "link",
@@ -248,7 +248,7 @@ STEPWISE = (
 )
 
 
-def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
+def make_more_methods(emitter: Emitter, broker: Broker) -> dict[str, Method]:
     key = broker.keygen("a/#/", "rwslp")
     group_key = broker.keygen("$share/g/a/g/", "r")
     other_key = broker.keygen("b/", "r")
@@ -265,7 +265,7 @@ def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
         async for message in emitter.history(key, "a/b/"):
             assert message.channel == "a/b/"
 
-    async def serve_and_ask() -> None:
+    async def serve_and_request() -> None:
         async with anyio.create_task_group() as tasks:
             await tasks.start(emitter.serve, key, "a/s/", lambda message: message.binary)
             assert (await emitter.request(key, "a/s/", "x")).binary == b"x"
@@ -293,12 +293,12 @@ def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
             pass
 
     return {
-        **make_verbs(emitter, broker),
+        **make_methods(emitter, broker),
         "keyban": partial(emitter.keyban, broker.secret_key, other_key),
         "link": link,
         "publish_with_link": publish_with_link,
         "history": history,
-        "request and serve": serve_and_ask,
+        "request and serve": serve_and_request,
         "group": group,
         "resume": resume,
         "key by function": publish_by_function,
@@ -306,26 +306,27 @@ def make_stepwise_verbs(emitter: Emitter, broker: Broker) -> dict[str, Verb]:
     }
 
 
-async def give_back(emitter: Emitter, broker: Broker) -> None:
-    """End what a verb may have begun before it was cancelled in the next one."""
+async def undo(emitter: Emitter, broker: Broker) -> None:
+    """Undo what a method might have done before it was cancelled."""
     key = broker.keygen("a/#/", "rwslp")
     for channel in ("a/c/", "a/l/"):
         await emitter.unsubscribe(key, channel)
     await emitter.presence(key, "a/", changes=False)
 
 
-async def is_clean(emitter: Emitter, broker: Broker) -> None:
+async def check_no_leftovers(emitter: Emitter, broker: Broker) -> None:
     await emitter.flush()
     (client,) = broker.clients
-    # That of the replies is for as long as the client lives.
-    assert [one for one in client.subscriptions if not one.startswith("a/s/")] == []
+    # The subscription for replies to request() stays as long as the client.
+    assert [channel for channel in client.subscriptions if not channel.startswith("a/s/")] == []
     assert not client.peer.watched
     figures = emitter.statistics()
     assert (figures.pending, figures.nonsense, figures.dropped) == (0, 0, 0)
-    kept = tables(emitter)
-    assert not [one for one in kept.get("Wants._grants", ()) if not one.startswith("a/s/")]
-    subscriptions = kept.get("Subscriptions._subscriptions", ())
-    assert not [one for one in subscriptions if not one.filter.startswith("a/s/")]
+    entries = tables(emitter)
+    grants = entries.get("Wants._grants", ())
+    assert not [grant for grant in grants if not grant.startswith("a/s/")]
+    subscriptions = entries.get("Subscriptions._subscriptions", ())
+    assert not [it for it in subscriptions if not it.filter.startswith("a/s/")]
     for name in (
         "Wants._feeds",
         "Subscriptions._awaited",
@@ -334,53 +335,55 @@ async def is_clean(emitter: Emitter, broker: Broker) -> None:
         "KeyRing._asking",
         "_Replies.waiting",
     ):
-        assert name not in kept, kept
+        assert name not in entries, entries
 
 
 @pytest.mark.virtual_time
 @pytest.mark.without_debug
-@pytest.mark.parametrize("name", STEPWISE)
-async def test_a_verb_may_be_cancelled_in_each_of_its_waits(name: str) -> None:
+@pytest.mark.parametrize("name", MORE_NAMES)
+async def test_method_cancelled_at_each_step_leaves_client_usable(name: str) -> None:
     connectable = MemoryConnectable()
     async with broker_in_memory(connectable) as broker:
         async with connect(connectable=connectable) as emitter:
-            for style in all_styles():
+            for style in all_cancel_styles():
                 for step in itertools.count():
-                    verb = make_stepwise_verbs(emitter, broker)[name]
-                    if not await cancel_in_step(run(verb), step, style):
+                    method = make_more_methods(emitter, broker)[name]
+                    if not await cancel_at_step(run(method), step, style):
                         break
-                    await give_back(emitter, broker)
-                    await is_clean(emitter, broker)
-            await give_back(emitter, broker)
-            await works_and_is_usable(emitter, broker)
+                    await undo(emitter, broker)
+                    await check_no_leftovers(emitter, broker)
+            await undo(emitter, broker)
+            await check_usable_in_memory(emitter, broker)
             assert emitter.statistics().links == 1
 
 
 @pytest.mark.virtual_time
 @pytest.mark.without_debug
-@pytest.mark.parametrize("name", STEPWISE)
-async def test_a_verb_may_be_cancelled_in_each_of_its_waits_for_a_link(name: str) -> None:
+@pytest.mark.parametrize("name", MORE_NAMES)
+async def test_method_cancelled_at_each_step_while_reconnecting_leaves_client_usable(
+    name: str,
+) -> None:
     connectable = MemoryConnectable()
     async with broker_in_memory(connectable) as broker:
         async with connect(connectable=connectable) as emitter:
-            for style in all_styles():
+            for style in all_cancel_styles():
                 for step in itertools.count():
-                    await lose_the_link(emitter, broker)
-                    verb = make_stepwise_verbs(emitter, broker)[name]
-                    if not await cancel_in_step(run(verb), step, style):
+                    await drop_connection(emitter, broker)
+                    method = make_more_methods(emitter, broker)[name]
+                    if not await cancel_at_step(run(method), step, style):
                         break
                     await emitter.wait_connected()
-                    await give_back(emitter, broker)
-                    await is_clean(emitter, broker)
+                    await undo(emitter, broker)
+                    await check_no_leftovers(emitter, broker)
             await emitter.wait_connected()
-            await give_back(emitter, broker)
-            await works_and_is_usable(emitter, broker)
+            await undo(emitter, broker)
+            await check_usable_in_memory(emitter, broker)
 
 
 @pytest.mark.virtual_time
 @pytest.mark.without_debug
-@pytest.mark.parametrize("name", STEPWISE)
-async def test_a_verb_may_be_cancelled_while_the_link_is_restored(name: str) -> None:
+@pytest.mark.parametrize("name", MORE_NAMES)
+async def test_method_cancelled_during_restore_leaves_client_usable(name: str) -> None:
     connectable = MemoryConnectable()
     async with broker_in_memory(connectable) as broker:
         key = broker.keygen("k/", "rw")
@@ -388,34 +391,34 @@ async def test_a_verb_may_be_cancelled_while_the_link_is_restored(name: str) -> 
             connect(connectable=connectable) as emitter,
             emitter.subscribe(key, "k/", 0) as messages,
         ):
-            for style in styles():
+            for style in cancel_styles():
                 with broker.hold("suback"):
-                    await lose_the_link(emitter, broker)
+                    await drop_connection(emitter, broker)
                     await anyio.sleep(1)
                     assert emitter.state == "connecting"
                     (client,) = broker.clients
-                    assert client.subscriptions == ["k/"], "it is asked for, and not confirmed"
-                    verb = make_stepwise_verbs(emitter, broker)[name]
-                    assert await cancel_in_step(run(verb), 0, style)
+                    assert client.subscriptions == ["k/"], "subscribed, but without a SUBACK"
+                    method = make_more_methods(emitter, broker)[name]
+                    assert await cancel_at_step(run(method), 0, style)
                 await emitter.wait_connected()
-                await give_back(emitter, broker)
+                await undo(emitter, broker)
                 await emitter.publish(key, "k/", "restored", qos=1)
                 assert (await messages.receive()).binary == b"restored"
 
 
-async def run(verb: Verb) -> None:
-    await verb()
+async def run(method: Method) -> None:
+    await method()
 
 
-async def lose_the_link(emitter: Emitter, broker: Broker) -> None:
+async def drop_connection(emitter: Emitter, broker: Broker) -> None:
     async with emitter.stream("disconnect") as lost:
         await broker.drop()
         await lost.receive()
 
 
-async def works_and_is_usable(emitter: Emitter, broker: Broker) -> None:
+async def check_usable_in_memory(emitter: Emitter, broker: Broker) -> None:
     key = broker.keygen("z/", "rw")
     async with emitter.subscribe(key, "z/") as messages:
         await emitter.publish(key, "z/", "still here", qos=1)
         assert (await messages.receive()).binary == b"still here"
-    await is_clean(emitter, broker)
+    await check_no_leftovers(emitter, broker)

@@ -33,8 +33,8 @@ words = st.text(ALPHABET, min_size=1, max_size=6)
 parts = st.lists(words, min_size=1, max_size=6)
 
 
-def taken_by_the_broker(channel: str, wildcards: bool) -> bool:
-    """The grammar once more, without a regular expression."""
+def is_valid(channel: str, wildcards: bool) -> bool:
+    """Check the broker's grammar without a regular expression."""
     *path, last = channel.removesuffix("/").split("/")
     plain = [level != "" and set(level) <= set(ALPHABET) for level in (*path, last)]
     if wildcards:
@@ -45,29 +45,27 @@ def taken_by_the_broker(channel: str, wildcards: bool) -> bool:
 
 class TestCheckChannel:
     @given(parts)
-    def test_what_is_put_together_comes_apart_again(self, given: list[str]) -> None:
-        channel = "/".join(given) + "/"
+    def test_valid_channel_is_returned_and_split_into_levels(self, path: list[str]) -> None:
+        channel = "/".join(path) + "/"
         assert check_channel(channel) == channel
-        assert levels(channel) == given
+        assert levels(channel) == path
 
     @given(parts)
-    def test_a_missing_slash_is_added(self, given: list[str]) -> None:
-        assert check_channel("/".join(given)) == "/".join(given) + "/"
+    def test_missing_trailing_slash_is_added(self, path: list[str]) -> None:
+        assert check_channel("/".join(path)) == "/".join(path) + "/"
 
     @given(st.text(ALPHABET + "/+# @\u00e9", max_size=12), st.booleans())
-    def test_takes_what_the_broker_takes_and_nothing_else(
-        self, channel: str, wildcards: bool
-    ) -> None:
+    def test_accepts_exactly_what_the_broker_accepts(self, channel: str, wildcards: bool) -> None:
         try:
             whole = check_channel(channel, wildcards=wildcards)
         except InvalidChannelError:
-            assert not taken_by_the_broker(channel, wildcards)
+            assert not is_valid(channel, wildcards)
         else:
-            assert taken_by_the_broker(channel, wildcards)
+            assert is_valid(channel, wildcards)
             assert whole == channel.removesuffix("/") + "/"
 
     @pytest.mark.parametrize("code", range(128))
-    def test_every_character_of_ascii(self, code: int) -> None:
+    def test_each_ascii_character_is_accepted_or_named(self, code: int) -> None:
         channel = f"a{chr(code)}b/"
         if chr(code) in ALPHABET + "/":
             assert check_channel(channel) == channel
@@ -77,7 +75,7 @@ class TestCheckChannel:
             assert repr(chr(code)) in str(caught.value)
 
     @pytest.mark.parametrize(
-        ("channel", "why"),
+        ("channel", "reason"),
         [
             ("", "empty"),
             ("/", "empty"),
@@ -96,74 +94,74 @@ class TestCheckChannel:
             ("a/#/b/", "'#'"),
         ],
     )
-    def test_says_what_is_wrong(self, channel: str, why: str) -> None:
-        with pytest.raises(InvalidChannelError, match=why) as caught:
+    def test_error_names_mistake_and_channel(self, channel: str, reason: str) -> None:
+        with pytest.raises(InvalidChannelError, match=reason) as caught:
             check_channel(channel, wildcards=True)
         if channel.strip("/"):
             assert repr(channel) in str(caught.value)
 
     @pytest.mark.parametrize("channel", ["+/", "#/", "a/+/b/", "a/+", "a/#"])
-    def test_wildcards_only_where_they_may_stand(self, channel: str) -> None:
+    def test_wildcards_are_accepted_only_if_enabled(self, channel: str) -> None:
         assert check_channel(channel, wildcards=True) == channel.removesuffix("/") + "/"
         with pytest.raises(InvalidChannelError, match="wildcard"):
             check_channel(channel)
 
     @pytest.mark.parametrize("channel", [None, 5, b"a/", ["a"]])
-    def test_is_a_str(self, channel: str) -> None:
+    def test_other_type_raises_type_error(self, channel: str) -> None:
         with pytest.raises(TypeError, match=f"{type(channel).__name__}"):
             check_channel(channel)
 
 
 class TestGroups:
     @given(words, parts)
-    def test_a_group_stands_before_its_channel(self, group: str, path: list[str]) -> None:
+    def test_share_puts_group_before_channel(self, group: str, path: list[str]) -> None:
         channel = "/".join(path) + "/"
         assert check_group(group) == group
         assert share(group, channel) == f"$share/{group}/{channel}"
         assert unshare(share(group, channel)) == (group, channel)
 
     @given(parts)
-    def test_without_a_group(self, path: list[str]) -> None:
+    def test_channel_without_group_is_unchanged(self, path: list[str]) -> None:
         channel = "/".join(path) + "/"
         assert share(None, channel) == channel
         if path[0] != "$share":
             assert unshare(channel) == (None, channel)
 
     @pytest.mark.parametrize("channel", ["$share/", "$share/g/", "a/$share/g/", "$shared/g/a/"])
-    def test_what_looks_like_one(self, channel: str) -> None:
+    def test_similar_channel_is_not_a_group(self, channel: str) -> None:
         assert unshare(channel) == (None, channel)
 
     @pytest.mark.parametrize("group", ["", "a/b", "+", "#", "a b", "/g"])
-    def test_whose_name_is_none(self, group: str) -> None:
+    def test_invalid_group_name_is_rejected(self, group: str) -> None:
         with pytest.raises(InvalidChannelError):
             check_group(group)
 
-    def test_a_slash_behind_the_name_is_left_out(self) -> None:
+    def test_trailing_slash_of_group_is_removed(self) -> None:
         assert check_group("g/") == "g"
 
 
 class TestCheckTarget:
-    def test_wildcards_may_stand_in_it(self) -> None:
+    def test_target_may_have_wildcards(self) -> None:
         assert check_target("a/+/#") == "a/+/#/"
 
-    def test_the_broker_has_a_bit_for_each_of_23_levels(self) -> None:
+    def test_target_has_at_most_23_levels(self) -> None:
         assert MAX_KEY_LEVELS == 23
         assert check_target("a/" * 22 + "#") == "a/" * 22 + "#/"
         with pytest.raises(InvalidChannelError, match=r"24.*23"):
             check_target("a/" * 24)
 
-    def test_it_is_a_channel(self) -> None:
+    def test_invalid_channel_is_rejected(self) -> None:
         with pytest.raises(InvalidChannelError, match="empty level"):
             check_target("a//")
 
 
 class TestCheckKey:
     @given(st.text(string.ascii_letters + string.digits + "-_", min_size=1))
-    def test_takes_what_a_key_is_made_of(self, key: str) -> None:
+    def test_accepts_characters_of_keys(self, key: str) -> None:
         assert check_key(key) == key
 
     @given(st.text(min_size=1))
-    def test_refuses_what_would_change_the_topic_and_shows_no_more_of_it(self, key: str) -> None:
+    def test_rejects_characters_that_would_change_topic_without_showing_key(self, key: str) -> None:
         if all("!" <= c <= "~" and c not in "/?#+" for c in key):
             assert check_key(key) == key
             return
@@ -173,25 +171,25 @@ class TestCheckKey:
             assert key not in str(caught.value)
 
     @pytest.mark.parametrize("bad", ["/", "?", "#", "+", " ", "\n", "\x7f", "\u00e9"])
-    def test_names_the_character_and_where_it_is(self, bad: str) -> None:
+    def test_error_names_character_and_position(self, bad: str) -> None:
         with pytest.raises(ValueError, match="position 6") as caught:
             check_key(f"secret{bad}word")
         assert repr(bad) in str(caught.value)
         assert "secret" not in str(caught.value)
         assert "word" not in str(caught.value)
 
-    def test_is_not_empty(self) -> None:
+    def test_empty_key_is_rejected(self) -> None:
         with pytest.raises(ValueError, match="empty"):
             check_key("")
 
     @pytest.mark.parametrize("key", [None, 5, b"key"])
-    def test_is_a_str(self, key: str) -> None:
+    def test_other_type_raises_type_error(self, key: str) -> None:
         with pytest.raises(TypeError, match=f"{type(key).__name__}"):
             check_key(key)
 
 
 class TestNumbers:
-    def test_a_bool_is_no_number(self) -> None:
+    def test_bool_is_not_a_number(self) -> None:
         assert is_int(3)
         assert is_number(3)
         assert is_number(0.5)
@@ -202,25 +200,25 @@ class TestNumbers:
         assert not is_number("3")
 
     @pytest.mark.parametrize("value", [0, 1, 2**31 - 1])
-    def test_whole_numbers(self, value: int) -> None:
+    def test_int_in_range_is_returned(self, value: int) -> None:
         assert check_optional_int("last", value) == value
 
-    def test_none_stays_none(self) -> None:
+    def test_none_is_returned(self) -> None:
         assert check_optional_int("last", None) is None
         assert unix_seconds("since", None) is None
 
     @pytest.mark.parametrize("value", [-1, 2**31, 10**400], ids=["-1", "2**31", "10**400"])
-    def test_what_the_broker_does_not_take(self, value: int) -> None:
+    def test_int_out_of_range_is_rejected(self, value: int) -> None:
         with pytest.raises(ValueError, match=r"last.*0 to 2147483647.* -?\d+"):
             check_optional_int("last", value)
 
     @pytest.mark.parametrize("value", [1.0, "1", True, b""])
-    def test_of_another_kind(self, value: int) -> None:
+    def test_other_type_raises_type_error(self, value: int) -> None:
         with pytest.raises(TypeError, match=f"last.*{type(value).__name__}"):
             check_optional_int("last", value)
 
 
-class _Nowhere(tzinfo):
+class _ZoneWithoutOffset(tzinfo):
     def utcoffset(self, when: datetime | None) -> None:
         return None
 
@@ -233,12 +231,12 @@ class _Nowhere(tzinfo):
 
 class TestUnixSeconds:
     @given(st.integers(1514764800, 3029529600), st.integers(-14, 14))
-    def test_a_datetime_of_any_zone(self, seconds: int, hours: int) -> None:
+    def test_datetime_of_any_zone_is_converted(self, seconds: int, hours: int) -> None:
         zone = timezone(timedelta(hours=hours))
         assert unix_seconds("since", datetime.fromtimestamp(seconds, zone)) == seconds
         assert unix_seconds("since", seconds) == seconds
 
-    def test_a_part_of_a_second_is_left_out(self) -> None:
+    def test_fraction_of_second_is_dropped(self) -> None:
         assert unix_seconds("since", 1600000000.9) == 1600000000
 
     @pytest.mark.parametrize(
@@ -248,17 +246,17 @@ class TestUnixSeconds:
             *(datetime(2017, 12, 31, tzinfo=UTC), datetime(2067, 1, 1, tzinfo=UTC)),
         ],
     )
-    def test_what_the_broker_would_pass_over(self, value: float | datetime) -> None:
+    def test_time_that_the_broker_would_ignore_is_rejected(self, value: float | datetime) -> None:
         with pytest.raises(ValueError, match=r"until.*2018.*2066"):
             unix_seconds("until", value)
 
-    @pytest.mark.parametrize("zone", [None, _Nowhere()])
-    def test_a_naive_datetime(self, zone: tzinfo | None) -> None:
+    @pytest.mark.parametrize("zone", [None, _ZoneWithoutOffset()])
+    def test_naive_datetime_is_rejected(self, zone: tzinfo | None) -> None:
         with pytest.raises(ValueError, match=r"since.*naive"):
             unix_seconds("since", datetime(2024, 1, 1, tzinfo=zone))
 
     @pytest.mark.parametrize("value", ["2024", True, b"", timedelta(1)])
-    def test_of_another_kind(self, value: float) -> None:
+    def test_other_type_raises_type_error(self, value: float) -> None:
         with pytest.raises(TypeError, match=f"since.*{type(value).__name__}"):
             unix_seconds("since", value)
 
@@ -269,48 +267,48 @@ class TestFormatTopic:
         parts,
         st.lists(st.tuples(words, st.none() | st.integers(0, 2**31 - 1)), max_size=4),
     )
-    def test_comes_apart_again(
+    def test_topic_can_be_split_into_its_parts(
         self, key: str, path: list[str], options: list[tuple[str, int | None]]
     ) -> None:
         channel = "/".join(path) + "/"
         topic = format_topic(key, channel, options)
         place, _, query = topic.partition("?")
         assert place == f"{key}/{channel}"
-        given = [tuple(pair.split("=")) for pair in query.split("&")] if query else []
-        assert given == [(name, str(value)) for name, value in options if value is not None]
+        pairs = [tuple(pair.split("=")) for pair in query.split("&")] if query else []
+        assert pairs == [(name, str(value)) for name, value in options if value is not None]
 
-    def test_without_options_there_is_no_question_mark(self) -> None:
+    def test_topic_without_options_has_no_question_mark(self) -> None:
         assert format_topic("k", "a/") == "k/a/"
         assert format_topic("k", "a/", [("last", None)]) == "k/a/"
 
-    def test_a_channel_with_options_and_no_key(self) -> None:
+    def test_format_options_adds_options_to_channel(self) -> None:
         assert format_options("a/", [("me", 0), ("ttl", None)]) == "a/?me=0"
         assert format_options("a/", [("ttl", None)]) == "a/"
 
-    def test_zero_is_an_option(self) -> None:
+    def test_option_of_zero_is_kept(self) -> None:
         assert format_topic("k", "a/", [("last", 0), ("from", 7)]) == "k/a/?last=0&from=7"
 
 
 def murmur(data: bytes, seed: int) -> int:
-    """MurmurHash3 (x86, 32 bits), by its definition."""
+    """Compute MurmurHash3 (x86, 32 bits), as it is defined."""
 
-    def turned(value: int, by: int) -> int:
+    def rotated(value: int, by: int) -> int:
         return (value << by | value >> 32 - by) % 2**32
 
     value = seed
     for at in range(0, len(data), 4):
         block = data[at : at + 4]
-        mixed = turned(int.from_bytes(block, "little") * 0xCC9E2D51 % 2**32, 15)
+        mixed = rotated(int.from_bytes(block, "little") * 0xCC9E2D51 % 2**32, 15)
         value ^= mixed * 0x1B873593 % 2**32
         if len(block) == 4:
-            value = (turned(value, 13) * 5 + 0xE6546B64) % 2**32
+            value = (rotated(value, 13) * 5 + 0xE6546B64) % 2**32
     value ^= len(data)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         value = (value ^ value >> shift) * factor % 2**32
     return value
 
 
-class TestFingerprint:
+class TestChannelHash:
     @pytest.mark.parametrize(
         ("data", "seed", "published"),
         [
@@ -323,34 +321,36 @@ class TestFingerprint:
             (b"!", 0, 0x72661CF4),
         ],
     )
-    def test_the_hash_to_compare_with_is_murmur3(
+    def test_reference_implementation_is_murmur3(
         self, data: bytes, seed: int, published: int
     ) -> None:
         assert murmur(data, seed) == published
 
     @given(st.text(max_size=20))
-    def test_a_level_is_hashed_as_the_broker_does(self, level: str) -> None:
+    def test_level_hash_is_that_of_the_broker(self, level: str) -> None:
         expected = int.from_bytes(murmur(level.encode(), 37).to_bytes(4, "little"), "big")
         assert level_hash(level) == expected
 
     @given(st.permutations(["a", "b", "c", "dd"]))
-    def test_the_order_of_the_levels_does_not_show(self, path: list[str]) -> None:
+    def test_hash_does_not_depend_on_order_of_levels(self, path: list[str]) -> None:
         assert channel_hash("/".join(path) + "/") == channel_hash("a/b/c/dd/")
 
     @pytest.mark.parametrize(
         ("one", "other"), [("p/q/", "q/p/"), ("d/d/", "g/g/"), ("a/b/b/", "a/c/c/")]
     )
-    def test_channels_that_get_in_each_others_way(self, one: str, other: str) -> None:
+    def test_colliding_channels_have_equal_hash(self, one: str, other: str) -> None:
         assert channel_hash(one) == channel_hash(other)
 
     @given(words, words, words)
-    def test_a_child_and_a_sibling_do_not(self, parent: str, one: str, other: str) -> None:
+    def test_different_siblings_have_different_hashes(
+        self, parent: str, one: str, other: str
+    ) -> None:
         assert channel_hash(f"{parent}/{one}/") == level_hash(parent) ^ level_hash(one)
         same = channel_hash(f"{parent}/{one}/") == channel_hash(f"{parent}/{other}/")
         assert same == (one == other)
 
 
-def test_a_topic_longer_than_mqtt_takes_is_refused() -> None:
+def test_topic_longer_than_65535_bytes_is_rejected() -> None:
     whole = format_topic("k", "a" * 65532 + "/")
     assert len(whole) == 65535
     with pytest.raises(InvalidChannelError, match=r"65536.*65535"):

@@ -31,10 +31,10 @@ import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._net.options import Options
 from emitter_anyio.testing import Broker, FaultProxy
-from tests.support.asgi import Application, post, serving, websocket
+from tests.support.asgi import Application, lifespan, post, websocket
 from tests.support.command import ROOT, run, running
 from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block
-from tests.support.tried import run_pytest
+from tests.support.pytest_process import run_pytest
 
 NOT_RUN = [
     line.split(maxsplit=1)
@@ -154,16 +154,16 @@ class TestWebApplications:
     async def test_starlette(self, broker: Broker) -> None:
         app: Application = self.names("Starlette")["app"]
         presence = broker.keygen("chat/", "p")
-        async with serving(app), websocket(app, "/listen") as browser:
+        async with lifespan(app), websocket(app, "/listen") as browser:
             async with connect(broker.url) as other:
                 async with other.watch_presence(presence, "chat/") as there:
                     while not there.members:
                         await there.receive()
             assert await post(app, "/say", b"hello") == 204
-            assert (await browser.hear("websocket.send"))["text"] == "hello"
+            assert (await browser.receive("websocket.send"))["text"] == "hello"
 
             async def lose() -> None:
-                await browser.hear("websocket.send")
+                await browser.receive("websocket.send")
                 await broker.drop()
 
             async with anyio.create_task_group() as tasks:
@@ -173,7 +173,7 @@ class TestWebApplications:
 
     async def test_fastapi(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         app: Application = self.names("FastAPI")["app"]
-        async with serving(app), connect(broker.url) as other:
+        async with lifespan(app), connect(broker.url) as other:
             async with other.subscribe(broker.keygen("chat/", "r"), "chat/") as messages:
                 assert await post(app, "/say", text="hello") == 204
                 assert (await messages.receive()).as_string() == "hello"

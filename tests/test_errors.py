@@ -61,29 +61,33 @@ TREE: dict[type[Exception], tuple[type[Exception], ...]] = {
 }
 
 
-def below(kind: type[Exception]) -> Iterator[type[Exception]]:
+def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
     yield kind
     for child in kind.__subclasses__():
-        yield from below(child)
+        yield from subclasses(child)
 
 
 @pytest.mark.parametrize(("kind", "bases"), TREE.items(), ids=str)
-def test_the_tree(kind: type[Exception], bases: tuple[type[Exception], ...]) -> None:
+def test_error_has_documented_bases(
+    kind: type[Exception], bases: tuple[type[Exception], ...]
+) -> None:
     assert kind.__bases__ == bases
 
 
-def test_the_tree_has_nothing_more() -> None:
-    ours = {kind for kind in below(EmitterError) if vars(errors).get(kind.__name__) is kind}
-    assert ours == set(TREE)
+def test_tree_lists_every_error() -> None:
+    library_errors = {
+        kind for kind in subclasses(EmitterError) if vars(errors).get(kind.__name__) is kind
+    }
+    assert library_errors == set(TREE)
 
 
 @pytest.mark.parametrize("kind", TREE)
-def test_every_error_says_what_it_is(kind: type[Exception]) -> None:
+def test_error_has_docstring(kind: type[Exception]) -> None:
     assert kind.__doc__
     assert kind.__doc__.strip()
 
 
-class TestRefusal:
+class TestRequestError:
     @pytest.mark.parametrize(
         ("status", "kind"),
         [
@@ -102,7 +106,7 @@ class TestRefusal:
             (None, RequestError),
         ],
     )
-    def test_has_the_error_of_its_status(self, status: int | None, kind: type) -> None:
+    def test_class_depends_on_status(self, status: int | None, kind: type) -> None:
         error = make_request_error(status, "no", operation="keygen", channel="a/", hint="why")
         assert type(error) is kind
         assert (error.status, error.message, error.operation, error.channel, error.hint) == (
@@ -122,7 +126,7 @@ class TestRefusal:
             (None, None, "the key", "publish: no way (the key)"),
         ],
     )
-    def test_says_all_that_is_known(
+    def test_message_contains_all_known_facts(
         self, status: int | None, channel: str | None, hint: str | None, words: str
     ) -> None:
         error = make_request_error(
@@ -131,49 +135,49 @@ class TestRefusal:
         assert str(error) == words
 
 
-class TestWhatTheErrorsCarry:
-    def test_the_causes_by_server(self) -> None:
+class TestErrorAttributes:
+    def test_connect_error_has_causes_by_server(self) -> None:
         causes: dict[str, Exception] = {"mqtt://a:1": OSError("x")}
         error = ConnectError("none", causes)
         causes.clear()
         assert list(error.causes) == ["mqtt://a:1"]
         assert ConnectError("none").causes == {}
 
-    def test_the_code_of_the_connack(self) -> None:
+    def test_connect_refused_error_has_connack_code(self) -> None:
         error = ConnectRefusedError("no", {"mqtt://a:1": OSError("x")}, code=5)
         assert error.code == 5
         assert list(error.causes) == ["mqtt://a:1"]
 
-    def test_the_messages_that_nobody_has_read(self) -> None:
+    def test_connection_lost_error_has_unread_messages(self) -> None:
         unread = [EmitterMessage("a/", b"x")]
         assert ConnectionLostError("gone", unread).unread is unread
         later: list[EmitterMessage] = []
-        assert ConnectionLostError("gone", later).unread is later, "it may be filled later"
+        assert ConnectionLostError("gone", later).unread is later, "the client fills it later"
         one, other = ConnectionLostError("gone"), ConnectionLostError("gone")
         assert one.unread == other.unread == []
         assert one.unread is not other.unread
 
-    def test_how_many_were_dropped(self) -> None:
+    def test_slow_consumer_error_has_dropped_count(self) -> None:
         assert SlowConsumerError("full", dropped=3).dropped == 3
 
-    def test_the_event_of_a_handler(self) -> None:
+    def test_handler_error_has_event(self) -> None:
         assert HandlerError("oh", event="message").event == "message"
 
     @pytest.mark.parametrize(
-        ("error", "anyios"),
+        ("error", "base"),
         [
             (ConnectionLostError("x"), anyio.BrokenResourceError),
             (ClosedError("x"), anyio.ClosedResourceError),
             (RequestTimeoutError("x"), TimeoutError),
         ],
     )
-    def test_code_for_any_stream_catches_them(
-        self, error: Exception, anyios: type[Exception]
+    def test_error_can_be_caught_as_anyio_error(
+        self, error: Exception, base: type[Exception]
     ) -> None:
-        with pytest.raises(anyios, match="x"):
+        with pytest.raises(base, match="x"):
             raise error
 
 
-def test_what_a_peer_says_is_one_line_and_not_too_long() -> None:
+def test_text_of_peer_is_shortened_to_one_printable_line() -> None:
     assert make_printable("bad\n request \x1b[2J") == "bad request ?[2J"
     assert make_printable("x" * 70000) == "x" * 200 + "…"

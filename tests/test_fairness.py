@@ -1,4 +1,4 @@
-"""Nobody starves: a flood and a hot loop leave the others their turns, counted and not timed."""
+"""A flood of packets or a hot loop does not starve other tasks. The tests count turns, not time."""
 
 from __future__ import annotations
 
@@ -15,48 +15,51 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import Emitter, EmitterMessage, EventStream, RequestTimeoutError
 from emitter_anyio.testing import Broker
 from tests.support import packets
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.memory import MemoryStream
 from tests.support.peer import PUBLISH, SUBSCRIBE, Peer, memory_peer, serving
 
-TURN: Final = 64
-"""So many messages or calls may come between two turns of the others, who on Trio may come behind
-us once more, as the tasks of a turn run in any order."""
+MAX_PER_TURN: Final = 64
+"""
+The most messages or calls between two turns of another task.
+
+The tests allow twice as many because Trio runs the tasks of a turn in any order.
+"""
 
 PACKET: Final = packets.publish("a/", b"x")
-LARGER: Final = packets.publish("a/", bytes(200))
-CHUNK: Final = 65536 // len(PACKET)
-"""What the client reads at a time is delivered in one go, as far as there is room for it."""
+LARGE_PACKET: Final = packets.publish("a/", bytes(200))
+PACKETS_PER_READ: Final = 65536 // len(PACKET)
+"""The number of packets in one read of the client, which delivers them together if they fit."""
 
 BUFFER: Final = 1024
 
-# A flood from a link
+# A flood from a peer
 
 
 class Flood:
-    """A peer that sends without end, once the client has subscribed."""
+    """A peer that sends packets endlessly after the client has subscribed."""
 
     def __init__(self, packets: bytes = PACKET * 20_000, subscriptions: int = 1) -> None:
         self._packets = packets
         self._subscriptions = subscriptions
 
-    async def play(self, peer: Peer) -> None:
+    async def run(self, peer: Peer) -> None:
         await peer.accept()
         for _ in range(self._subscriptions):
             await peer.answer(await peer.until(SUBSCRIBE))
         while True:
             await peer.send(self._packets)
-            await checkpoint()  # a stream in memory need not have waited
+            await checkpoint()  # send() of an in-memory stream might return immediately
 
 
 @asynccontextmanager
-async def flooded(link: str, flood: Flood) -> AsyncGenerator[Emitter]:
-    async with serving(link, flood.play) as options, one_link(**options) as emitter:
+async def connect_to_flood(transport: str, flood: Flood) -> AsyncGenerator[Emitter]:
+    async with serving(transport, flood.run) as options, connect_once(**options) as emitter:
         yield emitter
 
 
-class Reading:
-    """A task that reads a stream without end, and counts."""
+class CountingReader:
+    """A task that reads a stream endlessly and counts the messages."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -66,43 +69,43 @@ class Reading:
             self.count += 1
 
 
-def came(messages: EventStream[EmitterMessage]) -> int:
-    """Tell how many messages have come into a stream."""
+def arrived(messages: EventStream[EmitterMessage]) -> int:
+    """Return how many messages have entered a stream."""
     figures = messages.statistics()
     return figures.received + figures.current_buffer_used
 
 
-@pytest.mark.parametrize("link", ["tcp", "memory"])
-async def test_a_flood_leaves_their_turns_to_others(anyio_backend: object, link: str) -> None:
-    reading = Reading()
-    async with flooded(link, Flood()) as emitter:
+@pytest.mark.parametrize("transport", ["tcp", "memory"])
+async def test_flood_does_not_starve_other_tasks(anyio_backend: object, transport: str) -> None:
+    reader = CountingReader()
+    async with connect_to_flood(transport, Flood()) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
-            tasks.start_soon(reading.run, messages)
-            most_read = most_delivered = 0
-            while reading.count < 20_000:
-                read, delivered = reading.count, came(messages)
+            tasks.start_soon(reader.run, messages)
+            max_read = max_delivered = 0
+            while reader.count < 20_000:
+                read, delivered = reader.count, arrived(messages)
                 await checkpoint()
-                most_read = max(most_read, reading.count - read)
-                most_delivered = max(most_delivered, came(messages) - delivered)
+                max_read = max(max_read, reader.count - read)
+                max_delivered = max(max_delivered, arrived(messages) - delivered)
             tasks.cancel_scope.cancel()
-    assert most_read <= 2 * TURN + 1
-    assert most_delivered <= 2 * BUFFER
+    assert max_read <= 2 * MAX_PER_TURN + 1
+    assert max_delivered <= 2 * BUFFER
 
 
-async def test_a_flood_that_nobody_takes_leaves_their_turns_to_others(
+async def test_flood_without_receiver_does_not_starve_other_tasks(
     anyio_backend: object,
 ) -> None:
-    async with flooded("tcp", Flood()) as emitter:
+    async with connect_to_flood("tcp", Flood()) as emitter:
         await emitter.subscribe("k", "a/")
-        most = 0
+        max_per_turn = 0
         while (received := emitter.statistics().received) < 50_000:
             await checkpoint()
-            most = max(most, emitter.statistics().received - received)
-    assert most <= 2 * 4096
+            max_per_turn = max(max_per_turn, emitter.statistics().received - received)
+    assert max_per_turn <= 2 * 4096
 
 
-OTHERS: Final = 256
-"""So many packets of other kinds, or frames of a WebSocket, come in one turn at most."""
+MAX_OTHER_PER_TURN: Final = 256
+"""The most packets of other kinds, or WebSocket frames, that are handled in one turn."""
 
 SMALL: Final = {
     "unsuback": packets.unsuback(7),
@@ -110,8 +113,8 @@ SMALL: Final = {
     "puback": packets.puback(7),
     "pingresp": packets.PINGRESP,
     "message of QoS 1": packets.publish("b/", b"", 7),
-    "message of the broker's": packets.publish("emitter/x/", b"{}"),
-    "topic that is no UTF-8": packets.publish(b"\xff", b""),
+    "system message": packets.publish("emitter/x/", b"{}"),
+    "topic that is not UTF-8": packets.publish(b"\xff", b""),
 }
 
 
@@ -119,7 +122,7 @@ SMALL: Final = {
     "kind",
     [pytest.param(kind, marks=[pytest.mark.fast_path] * (kind == "puback")) for kind in SMALL],
 )
-async def test_many_small_packets_in_one_read_leave_their_turns_to_others(
+async def test_many_small_packets_in_one_read_do_not_starve_other_tasks(
     anyio_backend: object, kind: str
 ) -> None:
     count = 32 * 1024 // len(SMALL[kind])
@@ -130,21 +133,21 @@ async def test_many_small_packets_in_one_read_leave_their_turns_to_others(
         await peer.send(SMALL[kind] * count)
         await peer.answer_all()
 
-    def done() -> int:
+    def handled() -> int:
         figures = emitter.statistics()
         return figures.nonsense + figures.received
 
-    async with serving("tcp", script) as options, one_link(**options) as emitter:
+    async with serving("tcp", script) as options, connect_once(**options) as emitter:
         await emitter.subscribe("k", "a/")
-        most, before = 0, done()
+        max_per_turn, before = 0, handled()
         while before < count:
             await checkpoint()
-            most, before = max(most, done() - before), done()
-    assert most <= 2 * OTHERS + 1
+            max_per_turn, before = max(max_per_turn, handled() - before), handled()
+    assert max_per_turn <= 2 * MAX_OTHER_PER_TURN + 1
 
 
 @pytest.mark.parametrize("frame", [b"\x89\0", b"\x82\0"], ids=["ping", "empty"])
-async def test_many_small_frames_in_one_read_leave_their_turns_to_others(
+async def test_many_small_frames_in_one_read_do_not_starve_other_tasks(
     anyio_backend: object, frame: bytes
 ) -> None:
     count = 16 * 1024
@@ -158,23 +161,23 @@ async def test_many_small_frames_in_one_read_leave_their_turns_to_others(
 
     turns = 0
 
-    async def take_turns() -> None:
+    async def count_turns() -> None:
         nonlocal turns
         while True:
             await checkpoint()
             turns += 1
 
-    async with serving("ws", script) as options, one_link(**options) as emitter:
+    async with serving("ws", script) as options, connect_once(**options) as emitter:
         await emitter.subscribe("k", "a/")
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(take_turns)
-            # Its answer comes behind the frames.
+            tasks.start_soon(count_turns)
+            # The PINGRESP follows the frames.
             await emitter.flush(timeout=None)
             tasks.cancel_scope.cancel()
-    assert turns >= count // (2 * OTHERS)
+    assert turns >= count // (2 * MAX_OTHER_PER_TURN)
 
 
-async def test_what_comes_behind_the_connack_leaves_their_turns_to_others_too(
+async def test_packets_after_connack_do_not_starve_other_tasks(
     anyio_backend: object,
 ) -> None:
     count = 1000
@@ -184,74 +187,74 @@ async def test_what_comes_behind_the_connack_leaves_their_turns_to_others_too(
         await peer.send(packets.CONNACK + packets.unsuback(7) * count)
         await peer.answer_all()
 
-    async with serving("tcp", script) as options, one_link(**options) as emitter:
-        most, before = 0, emitter.statistics().nonsense
+    async with serving("tcp", script) as options, connect_once(**options) as emitter:
+        max_per_turn, before = 0, emitter.statistics().nonsense
         while before < count:
             await checkpoint()
             nonsense = emitter.statistics().nonsense
-            most, before = max(most, nonsense - before), nonsense
-    assert most <= 2 * OTHERS + 1
+            max_per_turn, before = max(max_per_turn, nonsense - before), nonsense
+    assert max_per_turn <= 2 * MAX_OTHER_PER_TURN + 1
 
 
-@pytest.mark.parametrize("packet", [PACKET, LARGER])
-async def test_in_a_flood_more_is_read_at_a_time(
+@pytest.mark.parametrize("packet", [PACKET, LARGE_PACKET])
+async def test_read_size_grows_in_a_flood(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch, packet: bytes
 ) -> None:
     sizes = [0]
     receive = MemoryStream.receive
 
-    async def watched(stream: MemoryStream, max_bytes: int = 65536) -> bytes:
+    async def recording_receive(stream: MemoryStream, max_bytes: int = 65536) -> bytes:
         sizes.append(max_bytes)
         return await receive(stream, max_bytes)
 
     flood = Flood(packet * (1_000_000 // len(packet)))
-    async with memory_peer(flood.play, capacity=1_000_000) as connectable:
-        async with one_link(connectable=connectable) as emitter:
-            monkeypatch.setattr(MemoryStream, "receive", watched)
+    async with memory_peer(flood.run, capacity=1_000_000) as connectable:
+        async with connect_once(connectable=connectable) as emitter:
+            monkeypatch.setattr(MemoryStream, "receive", recording_receive)
             await emitter.subscribe("k", "a/")
             while len(sizes) < 10:
                 await checkpoint()
     assert max(sizes) == 262144
 
 
-async def test_a_deadline_passes_although_a_flood_goes_on(anyio_backend: object) -> None:
-    # Before a deadline is judged, the reader takes in what has arrived, which never ends here.
-    reading = Reading()
-    async with flooded("tcp", Flood()) as emitter:
+async def test_deadline_expires_during_a_flood(anyio_backend: object) -> None:
+    # A deadline is evaluated after the reader has read what has arrived, which here never ends.
+    reader = CountingReader()
+    async with connect_to_flood("tcp", Flood()) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
-            tasks.start_soon(reading.run, messages)
-            while reading.count < 5000:
+            tasks.start_soon(reader.run, messages)
+            while reader.count < 5000:
                 await checkpoint()
             with pytest.raises(RequestTimeoutError):
                 await emitter.publish("k", "a/", "x", qos=1, timeout=0)
-            fallen = reading.count
-            while reading.count == fallen:
+            count_at_timeout = reader.count
+            while reader.count == count_at_timeout:
                 await checkpoint()
             tasks.cancel_scope.cancel()
 
 
-async def test_a_flood_on_one_subscription_does_not_hold_up_another(anyio_backend: object) -> None:
+async def test_flood_on_one_subscription_does_not_delay_another(anyio_backend: object) -> None:
     rare = packets.publish("b/", b"x")
-    flooding, read_before = Reading(), list[int]()
-    async with flooded("tcp", Flood(PACKET * 999 + rare, 2)) as emitter:
+    flood_reader, read_before = CountingReader(), list[int]()
+    async with connect_to_flood("tcp", Flood(PACKET * 999 + rare, 2)) as emitter:
         async with (
-            emitter.subscribe("k", "a/") as many,
-            emitter.subscribe("k", "b/") as few,
+            emitter.subscribe("k", "a/") as flooded,
+            emitter.subscribe("k", "b/") as rare_messages,
             anyio.create_task_group() as tasks,
         ):
-            tasks.start_soon(flooding.run, many)
+            tasks.start_soon(flood_reader.run, flooded)
             for _ in range(20):
-                await few.receive()
-                read_before.append(flooding.count)
+                await rare_messages.receive()
+                read_before.append(flood_reader.count)
             tasks.cancel_scope.cancel()
-        assert many.statistics().dropped == 0
-    # Never later than those who read what came before and behind it in the same chunk.
+        assert flooded.statistics().dropped == 0
+    # The rare message is received no later than the other messages of the same read.
     for number, read in enumerate(read_before, 1):
-        assert read <= 999 * number + CHUNK + BUFFER
+        assert read <= 999 * number + PACKETS_PER_READ + BUFFER
 
 
 @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest", "block"])
-async def test_in_a_flood_several_streams_may_be_read_by_turns(
+async def test_streams_can_be_read_alternately_in_a_flood(
     anyio_backend: object, overflow: Any
 ) -> None:
     pairs = b"".join(
@@ -261,11 +264,11 @@ async def test_in_a_flood_several_streams_may_be_read_by_turns(
     )
 
     async def script(peer: Peer) -> None:
-        await Flood(pairs, 2).play(peer)
+        await Flood(pairs, 2).run(peer)
 
     async with memory_peer(script, capacity=len(pairs)) as connectable:
         async with (
-            one_link(connectable=connectable) as emitter,
+            connect_once(connectable=connectable) as emitter,
             emitter.subscribe("k", "a/", buffer=4, overflow=overflow) as one,
             emitter.subscribe("k", "b/", buffer=4, overflow=overflow) as other,
         ):
@@ -278,7 +281,7 @@ async def test_in_a_flood_several_streams_may_be_read_by_turns(
 @pytest.mark.parametrize(
     ("size", "packet_id"), [(2, None), (20_000, None), (2, 7)], ids=["small", "large", "QoS 1"]
 )
-async def test_what_comes_in_one_go_is_offered_to_all_before_one_is_waited_for(
+async def test_messages_of_one_read_are_offered_to_all_streams_before_waiting(
     anyio_backend: object, size: int, packet_id: int | None
 ) -> None:
     sent = [("a/", b"0"), ("a/", b"1"), ("b/", b"2")]
@@ -290,7 +293,7 @@ async def test_what_comes_in_one_go_is_offered_to_all_before_one_is_waited_for(
         await peer.accept()
         for _ in range(2):
             await peer.answer(await peer.until(SUBSCRIBE))
-        # A part of it and then the rest, so that it is taken in together.
+        # Send a part and then the rest, so that the client decodes all messages together.
         await peer.send(chunk[:5])
         await anyio.wait_all_tasks_blocked()
         await peer.send(chunk[5:])
@@ -298,17 +301,17 @@ async def test_what_comes_in_one_go_is_offered_to_all_before_one_is_waited_for(
 
     async with memory_peer(script, capacity=len(chunk)) as connectable:
         async with (
-            one_link(connectable=connectable) as emitter,
+            connect_once(connectable=connectable) as emitter,
             emitter.subscribe("k", "a/", buffer=1, overflow="block") as one,
             emitter.subscribe("k", "b/", buffer=1, overflow="block") as other,
         ):
             with anyio.fail_after(5):
-                got = [await stream.receive() for stream in (other, one, one)]
-    assert [message.binary[-1:] for message in got] == [b"2", b"0", b"1"]
+                received = [await stream.receive() for stream in (other, one, one)]
+    assert [message.binary[-1:] for message in received] == [b"2", b"0", b"1"]
 
 
 @pytest.mark.virtual_time
-async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
+async def test_single_message_is_offered_to_all_streams_before_waiting(
     anyio_backend: object,
 ) -> None:
     ready = anyio.Event()
@@ -324,76 +327,77 @@ async def test_what_comes_alone_is_offered_to_all_before_one_is_waited_for(
 
     async with memory_peer(script) as connectable:
         async with (
-            one_link(connectable=connectable) as emitter,
-            emitter.subscribe("k", "a/", buffer=1, overflow="block") as few,
-            emitter.stream("message") as many,
+            connect_once(connectable=connectable) as emitter,
+            emitter.subscribe("k", "a/", buffer=1, overflow="block") as small,
+            emitter.stream("message") as large,
         ):
             with anyio.fail_after(5):
                 ready.set()
-                # The first one is full by the second message, which holds up the third.
-                got = [await stream.receive() for stream in (many, many, few, few, many, few)]
-    assert [int(message.binary) for message in got] == [0, 1, 0, 1, 2, 2]
+                # The small stream is full when the second message arrives, so the third waits.
+                streams = (large, large, small, small, large, small)
+                received = [await stream.receive() for stream in streams]
+    assert [int(message.binary) for message in received] == [0, 1, 0, 1, 2, 2]
 
 
 @pytest.mark.virtual_time
-async def test_what_the_broker_says_between_messages_of_one_go_keeps_its_place(
+async def test_presence_change_keeps_its_place_between_messages_of_one_read(
     anyio_backend: object,
 ) -> None:
-    def said(**fields: object) -> bytes:
+    def presence_event(**fields: object) -> bytes:
         return packets.publish("emitter/presence/", json.dumps({"time": 1, **fields}).encode())
 
-    change = said(event="subscribe", channel="a/", who={"id": "x", "username": "y"})
+    change = presence_event(event="subscribe", channel="a/", who={"id": "x", "username": "y"})
     sent = [packets.publish("a/", b"%d" % number) for number in range(4)]
 
     async def script(peer: Peer) -> None:
         await peer.accept()
-        asked = await peer.until(PUBLISH)
-        await peer.send(said(req=asked.packet_id, event="status", channel="a/", who=[]))
-        await peer.answer(asked)
+        request = await peer.until(PUBLISH)
+        await peer.send(presence_event(req=request.packet_id, event="status", channel="a/", who=[]))
+        await peer.answer(request)
         await peer.answer(await peer.until(SUBSCRIBE))
         await peer.send(b"".join((*sent[:3], change, *sent[3:])))
         await peer.answer_all()
 
     async with (
         memory_peer(script) as connectable,
-        one_link(connectable=connectable) as emitter,
+        connect_once(connectable=connectable) as emitter,
         emitter.stream("presence") as changes,
     ):
         await emitter.presence("k", "a/", changes=True)
         assert (await changes.receive()).event == "status"
         async with emitter.subscribe("k", "a/", buffer=2, overflow="block") as messages:
             await anyio.wait_all_tasks_blocked()
-            # The third message waits for room, and what is behind it with it.
+            # The third message waits for buffer space, and so does the presence change after it.
             assert changes.statistics().current_buffer_used == 0
-            got = [await messages.receive()]
+            received = [await messages.receive()]
             with anyio.fail_after(5):
                 assert (await changes.receive()).event == "subscribe"
-                got += [await messages.receive() for _ in range(3)]
-    assert [int(message.binary) for message in got] == [0, 1, 2, 3]
+                received += [await messages.receive() for _ in range(3)]
+    assert [int(message.binary) for message in received] == [0, 1, 2, 3]
 
 
-async def test_a_flood_on_one_link_does_not_hold_up_another(
+async def test_flood_on_one_connection_does_not_delay_another(
     anyio_backend: object, broker: Broker
 ) -> None:
-    reading = Reading()
-    async with flooded("tcp", Flood()) as emitter, one_link(broker.url) as other:
+    reader = CountingReader()
+    async with connect_to_flood("tcp", Flood()) as emitter, connect_once(broker.url) as other:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
-            tasks.start_soon(reading.run, messages)
-            most = 0
+            tasks.start_soon(reader.run, messages)
+            max_per_turn = 0
             for _ in range(50):
-                before = reading.count
+                before = reader.count
                 await other.me()
-                most = max(most, reading.count - before)
+                max_per_turn = max(max_per_turn, reader.count - before)
             tasks.cancel_scope.cancel()
-    assert reading.count
-    # Question and answer take some turns of the loop, in the broker too.
-    assert most <= 40 * TURN
+    assert reader.count
+    # A request and its reply take several turns of the loop, also in the broker.
+    assert max_per_turn <= 40 * MAX_PER_TURN
 
 
 # Hot loops
 
 
-def calls(emitter: Emitter, broker: Broker) -> dict[str, Callable[[], Awaitable[object]]]:
+def make_calls(emitter: Emitter, broker: Broker) -> dict[str, Callable[[], Awaitable[object]]]:
     key = broker.keygen("a/#/", "rwslp")
 
     async def history() -> None:
@@ -428,7 +432,7 @@ def calls(emitter: Emitter, broker: Broker) -> dict[str, Callable[[], Awaitable[
     }
 
 
-VERBS: Final = (
+METHODS: Final = (
     "publish",
     "publish, qos=1",
     "publish_with_link",
@@ -448,13 +452,11 @@ VERBS: Final = (
 )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-async def test_a_hot_loop_leaves_their_turns_to_others_and_ends_when_cancelled(
-    broker: Broker, verb: str
-) -> None:
-    async with one_link(broker.url) as emitter:
+@pytest.mark.parametrize("method", METHODS)
+async def test_hot_loop_of_calls_yields_and_can_be_cancelled(broker: Broker, method: str) -> None:
+    async with connect_once(broker.url) as emitter:
         await emitter.link(broker.keygen("a/#/", "rwslp"), "a/", "li")
-        call = calls(emitter, broker)[verb]
+        call = make_calls(emitter, broker)[method]
         await call()
         count = 0
         async with anyio.create_task_group() as tasks:
@@ -466,39 +468,42 @@ async def test_a_hot_loop_leaves_their_turns_to_others_and_ends_when_cancelled(
             while count < 1000:
                 await call()
                 count += 1
-        assert count <= 2 * TURN + 1
+        assert count <= 2 * MAX_PER_TURN + 1
 
 
-async def test_a_hot_loop_that_receives_ends_when_cancelled(anyio_backend: object) -> None:
-    reading = Reading()
-    async with flooded("tcp", Flood()) as emitter, emitter.subscribe("k", "a/") as messages:
+async def test_hot_loop_of_receive_can_be_cancelled(anyio_backend: object) -> None:
+    reader = CountingReader()
+    async with (
+        connect_to_flood("tcp", Flood()) as emitter,
+        emitter.subscribe("k", "a/") as messages,
+    ):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(reading.run, messages)
-            while reading.count < 5000:
+            tasks.start_soon(reader.run, messages)
+            while reader.count < 5000:
                 await checkpoint()
-            count = reading.count
+            count = reader.count
             tasks.cancel_scope.cancel()
-        assert reading.count - count <= TURN
+        assert reader.count - count <= MAX_PER_TURN
 
 
-async def test_a_handler_under_a_flood_ends_when_the_client_is_cancelled(
+async def test_handler_in_a_flood_ends_when_client_is_cancelled(
     anyio_backend: object,
 ) -> None:
     count = cancelled = 0
 
-    def take(message: EmitterMessage) -> None:
+    def handle(message: EmitterMessage) -> None:
         nonlocal count, cancelled
         count += 1
         if count == 5000:
             scope.cancel()
             cancelled = count
 
-    async with serving("tcp", Flood().play) as options:
+    async with serving("tcp", Flood().run) as options:
         with anyio.CancelScope() as scope:
-            emitter: Any = one_link(**options)
-            emitter.on("message", take)
+            emitter: Any = connect_once(**options)
+            emitter.on("message", handle)
             async with emitter:
                 await emitter.subscribe("k", "a/")
                 await anyio.sleep_forever()
     assert cancelled
-    assert count - cancelled <= TURN
+    assert count - cancelled <= MAX_PER_TURN

@@ -16,28 +16,28 @@ KEY = "k" * 32
 
 
 @pytest.mark.parametrize(
-    ("status_", "kind"),
+    ("status", "kind"),
     [(400, BadRequestError), (404, NotFoundError), (500, ServerError), (None, RequestError)],
 )
-def test_only_a_401_has_likely_reasons(status_: int | None, kind: type[RequestError]) -> None:
-    error = make_refusal(status_, "no", "publish", KEY, "a/")
+def test_refusal_other_than_401_has_no_hint(status: int | None, kind: type[RequestError]) -> None:
+    error = make_refusal(status, "no", "publish", KEY, "a/")
     assert type(error) is kind
     assert error.hint is None
     assert (error.status, error.message, error.operation, error.channel) == (
-        status_,
+        status,
         "no",
         "publish",
         "a/",
     )
 
 
-def test_to_some_brokers_the_secret_of_another_is_not_found() -> None:
+def test_keygen_refused_with_404_hints_at_secret_of_another_broker() -> None:
     hint = make_refusal(404, "no", "keygen", KEY, "a/").hint
     assert hint is not None
     assert "the broker's secret key" in hint
 
 
-def test_without_a_key_there_is_nothing_to_say() -> None:
+def test_refusal_without_key_has_no_hint() -> None:
     assert make_refusal(401, "no", "me", None, None).hint is None
 
 
@@ -52,7 +52,7 @@ def test_without_a_key_there_is_nothing_to_say() -> None:
         ("link", "permission"),
     ],
 )
-def test_the_permission_that_may_be_missing(operation: str, permission: str) -> None:
+def test_hint_names_permission_that_might_be_missing(operation: str, permission: str) -> None:
     error = make_refusal(401, "no", operation, KEY, "a/")
     assert isinstance(error, UnauthorizedError)
     assert error.hint is not None
@@ -71,14 +71,16 @@ def test_the_permission_that_may_be_missing(operation: str, permission: str) -> 
         (SECRET, "keyban", "no", "secret"),
     ],
 )
-def test_other_reasons(key: str, operation: str, words: str, hint: str) -> None:
+def test_hint_names_malformed_key_or_missing_secret(
+    key: str, operation: str, words: str, hint: str
+) -> None:
     error = make_refusal(401, words, operation, key, "a/")
     assert error.hint is not None
     assert hint in error.hint
     assert key not in str(error)
 
 
-def test_a_group_needs_a_key_of_its_own() -> None:
+def test_hint_for_group_names_channel_of_group_key() -> None:
     channel = "$share/g/a/"
     error = make_refusal(401, "no", "subscribe", KEY, channel)
     assert error.hint is not None
@@ -93,7 +95,7 @@ def test_a_group_needs_a_key_of_its_own() -> None:
         (403, None),
     ],
 )
-def test_a_link_is_refused_for_reasons_of_its_own(status: int, hint: str | None) -> None:
+def test_hint_for_publish_with_link_depends_on_status(status: int, hint: str | None) -> None:
     error = make_refusal(status, "no", "publish_with_link", None, None)
     assert (hint or "") in (error.hint or "")
     assert (error.hint is None) == (hint is None)

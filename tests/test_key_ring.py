@@ -1,4 +1,4 @@
-"""The answers of functions that stand for keys, and who calls such a function when."""
+"""The key ring calls key functions, caches their keys and renews refused ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.client.tools import Keys
 REFUSED = "A" * 32
 
 
-async def test_a_ring_forgets_what_is_too_much(
+async def test_key_ring_evicts_oldest_keys(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emitter_anyio._runtime.key_ring._CACHED_KEYS", 2)
@@ -25,7 +25,7 @@ async def test_a_ring_forgets_what_is_too_much(
     assert await ring.get("k") == await ring.renew("k", "k") == "k"
 
 
-async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: object) -> None:
+async def test_concurrent_renewals_of_refused_key_call_function_once(anyio_backend: object) -> None:
     ring, keys = KeyRing(Guard()), Keys(REFUSED)
     assert await ring.get(keys) == REFUSED
     async with anyio.create_task_group() as tasks:
@@ -36,7 +36,9 @@ async def test_those_whose_key_is_refused_at_one_time_ask_once(anyio_backend: ob
     assert keys.asked == 3
 
 
-async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: object) -> None:
+async def test_restoration_calls_key_function_although_a_call_is_pending(
+    anyio_backend: object,
+) -> None:
     ring = KeyRing(Guard())
     restored = anyio.Event()
     asked = 0
@@ -45,7 +47,7 @@ async def test_a_ring_asks_for_the_restoration_beside_the_others(anyio_backend: 
         nonlocal asked
         asked += 1
         if asked == 1:
-            # Its own call waits for the link, and the link for the restoration.
+            # This call needs the connection, which is usable only after the restoration.
             await restored.wait()
         return "k"
 

@@ -9,7 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Emitter
-from tests.support.links import many_links
+from tests.support.connections import connect_reconnecting
 from tests.support.peer import DISCONNECT, PUBLISH, Peer, memory_peer
 
 KEY = "k" * 32
@@ -39,7 +39,7 @@ def exactly(seconds: float) -> object:
 async def test_all_that_is_queued_is_sent_before_the_goodbye(anyio_backend: object) -> None:
     slow = Slow(3)
     async with memory_peer(slow.play, capacity=100) as connectable:
-        async with many_links(connectable=connectable) as emitter:
+        async with connect_reconnecting(connectable=connectable) as emitter:
             for number in range(50):
                 await emitter.publish(KEY, "a/", str(number))
             start = anyio.current_time()
@@ -61,7 +61,10 @@ async def test_answers_are_waited_for_before_the_goodbye(anyio_backend: object) 
         done.append("published")
 
     async with memory_peer(slow.play) as connectable:
-        async with anyio.create_task_group() as tasks, many_links(connectable=connectable) as one:
+        async with (
+            anyio.create_task_group() as tasks,
+            connect_reconnecting(connectable=connectable) as one,
+        ):
             tasks.start_soon(call, one)
             await checkpoint()
             while not one.statistics().pending:
@@ -73,7 +76,7 @@ async def test_answers_are_waited_for_before_the_goodbye(anyio_backend: object) 
 async def test_a_peer_that_does_nothing_is_waited_for_no_longer(anyio_backend: object) -> None:
     slow = Slow(100)
     async with memory_peer(slow.play, capacity=100) as connectable:
-        async with many_links(connectable=connectable, disconnect_timeout=4) as emitter:
+        async with connect_reconnecting(connectable=connectable, disconnect_timeout=4) as emitter:
             for _ in range(50):
                 await emitter.publish(KEY, "a/", "x")
             start = anyio.current_time()
@@ -86,7 +89,7 @@ async def test_under_cancellation_nothing_is_waited_for(anyio_backend: object) -
     slow = Slow(100)
     async with memory_peer(slow.play, capacity=100) as connectable:
         with anyio.CancelScope() as scope:
-            async with many_links(connectable=connectable) as emitter:
+            async with connect_reconnecting(connectable=connectable) as emitter:
                 for _ in range(50):
                     await emitter.publish(KEY, "a/", "x")
                 start = anyio.current_time()
@@ -108,7 +111,7 @@ async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float
         await cut.wait()
 
     async with memory_peer(play, before=refuse) as connectable:
-        emitter = many_links(connectable=connectable, disconnect_timeout=timeout)
+        emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=timeout)
         async with emitter, emitter.stream("disconnect") as gone:
             cut.set()
             await gone.receive()
@@ -132,7 +135,7 @@ async def test_a_handler_that_waits_for_the_end_does_not_delay_it(
         steps.append(emitter.state)
 
     async with memory_peer(serve) as connectable:
-        emitter = many_links(connectable=connectable)
+        emitter = connect_reconnecting(connectable=connectable)
         emitter.on(event, wait)
         if event == "error":
             emitter.on("connect", lambda: 1 / 0)
@@ -156,7 +159,7 @@ async def test_a_handler_that_no_longer_waits_for_the_end_is_waited_for(
         steps.append(emitter.state)
 
     async with memory_peer(serve) as connectable:
-        emitter = many_links(connectable=connectable)
+        emitter = connect_reconnecting(connectable=connectable)
         emitter.on("connect", wait)
         start = anyio.current_time()
         async with emitter:

@@ -20,7 +20,7 @@ from emitter_anyio import (
     EmitterMessage,
 )
 from emitter_anyio.testing import Broker
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.peer import Peer, serving
 
 
@@ -36,7 +36,7 @@ async def test_the_bodys_exception_leaves_as_the_same_object(broker: Broker) -> 
     error = Oops("body")
     error.__cause__, error.__context__ = cause, context
     with pytest.raises(Oops) as caught:
-        async with one_link(broker.url):
+        async with connect_once(broker.url):
             raise error
     assert caught.value is error
     assert error.__cause__ is cause
@@ -47,7 +47,7 @@ async def test_the_bodys_exception_leaves_as_the_same_object(broker: Broker) -> 
 async def test_a_group_that_the_body_raised_stays_that_group(broker: Broker) -> None:
     group = ExceptionGroup("mine", [Oops("one"), ValueError("two")])
     with pytest.raises(ExceptionGroup) as caught:
-        async with one_link(broker.url):
+        async with connect_once(broker.url):
             raise group
     assert caught.value is group
 
@@ -57,7 +57,7 @@ async def test_a_task_group_in_the_body_raises_its_own_group(broker: Broker) -> 
         raise Oops("child")
 
     with pytest.raises(ExceptionGroup) as caught:
-        async with one_link(broker.url), anyio.create_task_group() as tasks:
+        async with connect_once(broker.url), anyio.create_task_group() as tasks:
             tasks.start_soon(fail)
             await anyio.sleep_forever()
     assert [type(exc) for exc in caught.value.exceptions] == [Oops]
@@ -69,7 +69,7 @@ async def test_an_interrupt_in_the_body_leaves_bare(
 ) -> None:
     error = kind("body")
     with pytest.raises(kind) as caught:
-        async with one_link(broker.url):
+        async with connect_once(broker.url):
             raise error
     assert caught.value is error
 
@@ -83,7 +83,7 @@ async def test_an_interrupt_in_a_handler_wins_over_the_bodys_exception(
     def interrupt(message: EmitterMessage) -> None:
         raise error
 
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     emitter.on("message", interrupt)
     with pytest.raises(kind) as caught:
         async with emitter:
@@ -103,7 +103,7 @@ async def test_a_failing_handler_ends_the_client_and_leaves_bare(broker: Broker)
         await checkpoint()
         raise error
 
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     emitter.on("message", fail)
     with pytest.raises(Oops) as caught:
         async with emitter:
@@ -121,7 +121,7 @@ async def test_an_error_handler_that_fails_ends_the_client(broker: Broker) -> No
     def fail(value: object) -> None:
         raise error
 
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     emitter.on("error", fail)
     emitter.on("message", fail)
     with pytest.raises(Oops) as caught:
@@ -135,7 +135,7 @@ async def test_an_error_handler_that_fails_ends_the_client(broker: Broker) -> No
 async def test_a_handlers_failure_is_noted_on_the_bodys_exception(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     error = Oops("body")
 
     def fail(message: EmitterMessage) -> None:
@@ -161,7 +161,7 @@ async def test_a_handlers_failure_is_noted_on_the_bodys_exception(
 async def test_a_program_of_handlers_that_sleeps_ends_when_the_link_is_lost(
     broker: Broker,
 ) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     gone = []
     emitter.on("disconnect", lambda: gone.append(emitter.state))
     with pytest.raises(ConnectionLostError, match="lost") as caught:
@@ -179,7 +179,7 @@ async def test_a_program_of_handlers_that_sleeps_ends_when_the_link_is_lost(
 async def test_what_was_received_and_not_read_is_in_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
     with pytest.raises(ConnectionLostError) as caught:
-        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
             for text in "xyz":
                 await emitter.publish(key, "a/", text)
             await emitter.flush()
@@ -192,7 +192,7 @@ async def test_what_was_received_and_not_read_is_in_unread(broker: Broker) -> No
 async def test_what_an_end_that_was_closed_had_not_read_is_in_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
     with pytest.raises(ConnectionLostError) as caught:
-        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "x")
             await emitter.flush()
             async with messages:
@@ -205,7 +205,7 @@ async def test_what_a_clone_can_still_read_is_not_in_unread(broker: Broker) -> N
     key = broker.keygen("a/")
     clones = []
     with pytest.raises(ConnectionLostError) as caught:
-        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
             clones.append(messages.clone())
             await emitter.publish(key, "a/", "x")
             await emitter.flush()
@@ -230,7 +230,7 @@ async def test_pending_calls_raise_when_the_link_is_lost(broker: Broker) -> None
             outcomes.append(type(exc))
             raise
 
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
         with pytest.raises(ExceptionGroup) as caught:
             async with anyio.create_task_group() as tasks:
@@ -253,7 +253,7 @@ async def test_pending_calls_raise_when_the_link_is_lost(broker: Broker) -> None
 async def test_a_call_that_raises_in_the_body_leaves_with_what_was_unread(broker: Broker) -> None:
     key = broker.keygen("a/")
     with broker.hold("puback"), pytest.raises(ConnectionLostError) as caught:
-        async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/"):
+        async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/"):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(cut_after_delivery, broker, emitter)
                 with anyio.CancelScope(shield=True):
@@ -270,7 +270,7 @@ async def cut_after_delivery(broker: Broker, emitter: Emitter) -> None:
 
 
 async def test_run_raises_into_the_callers_task_group(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     with pytest.raises(ExceptionGroup) as caught:
         async with anyio.create_task_group() as tasks:
             assert await tasks.start(emitter.run) is emitter
@@ -281,7 +281,7 @@ async def test_run_raises_into_the_callers_task_group(broker: Broker) -> None:
 
 async def test_streams_give_what_is_buffered_before_they_raise(broker: Broker) -> None:
     key = broker.keygen("a/")
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     read = []
 
     async def consume() -> None:
@@ -311,7 +311,7 @@ async def test_streams_give_what_is_buffered_before_they_raise(broker: Broker) -
 
 async def test_handlers_finish_what_they_have_when_the_link_is_lost(broker: Broker) -> None:
     handled: list[bytes] = []
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     @emitter.on("message")
     async def handle(message: EmitterMessage) -> None:
@@ -334,7 +334,7 @@ async def test_handlers_finish_what_they_have_when_the_link_is_lost(broker: Brok
 
 async def test_disconnect_in_the_body_leaves_the_body_running(broker: Broker) -> None:
     key = broker.keygen("a/")
-    async with one_link(broker.url) as emitter:
+    async with connect_once(broker.url) as emitter:
         async with emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "x")
             await emitter.flush()
@@ -350,7 +350,7 @@ async def test_disconnect_in_the_body_leaves_the_body_running(broker: Broker) ->
 
 
 async def test_disconnect_from_a_handler(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     steps: list[str] = []
 
     @emitter.on("message")
@@ -370,7 +370,7 @@ async def test_disconnect_from_a_handler(broker: Broker) -> None:
 
 
 async def test_disconnect_from_another_task_ends_run(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
         await emitter.disconnect()
@@ -380,7 +380,7 @@ async def test_disconnect_from_another_task_ends_run(broker: Broker) -> None:
 async def test_disconnect_while_connecting_ends_the_opening(anyio_backend: object) -> None:
     async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        emitter = one_link(host="127.0.0.1", port=port, secure=False)
+        emitter = connect_once(host="127.0.0.1", port=port, secure=False)
 
         async def leave() -> None:
             await anyio.wait_all_tasks_blocked()
@@ -394,7 +394,7 @@ async def test_disconnect_while_connecting_ends_the_opening(anyio_backend: objec
 
 
 async def test_a_cancelled_disconnect_leaves_all_the_same(broker: Broker) -> None:
-    async with one_link(broker.url) as emitter:
+    async with connect_once(broker.url) as emitter:
         with anyio.CancelScope() as scope:
             scope.cancel()
             await emitter.disconnect()
@@ -404,7 +404,7 @@ async def test_a_cancelled_disconnect_leaves_all_the_same(broker: Broker) -> Non
 
 async def test_handlers_finish_what_is_queued_before_the_goodbye(broker: Broker) -> None:
     handled = []
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     key = broker.keygen("a/")
 
     @emitter.on("message")
@@ -424,7 +424,7 @@ async def test_handlers_finish_what_is_queued_before_the_goodbye(broker: Broker)
 
 async def test_cancelling_the_block_closes_the_link_at_once(broker: Broker) -> None:
     with anyio.CancelScope() as scope:
-        async with one_link(broker.url) as emitter:
+        async with connect_once(broker.url) as emitter:
             await emitter.subscribe(broker.keygen("a/"), "a/")
             scope.cancel()
             await anyio.sleep_forever()
@@ -435,14 +435,14 @@ async def test_cancelling_the_block_closes_the_link_at_once(broker: Broker) -> N
 async def test_a_deadline_around_the_block_raises_timeout_error(broker: Broker) -> None:
     with pytest.raises(TimeoutError):
         with anyio.fail_after(0.01):
-            async with one_link(broker.url) as emitter:
+            async with connect_once(broker.url) as emitter:
                 await emitter.me()
                 await anyio.sleep_forever()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_native_cancellation_of_the_block(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     async def live() -> None:
         async with emitter:
@@ -458,7 +458,7 @@ async def test_native_cancellation_of_the_block(broker: Broker) -> None:
 
 
 async def test_entering_again_after_it_ended(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     came = []
     emitter.on("message", lambda message: came.append(message.binary))
     key = broker.keygen("a/")
@@ -471,7 +471,7 @@ async def test_entering_again_after_it_ended(broker: Broker) -> None:
 
 
 async def test_entering_twice_at_once_is_an_error(broker: Broker) -> None:
-    async with one_link(broker.url) as emitter:
+    async with connect_once(broker.url) as emitter:
         with pytest.raises(RuntimeError, match=r"entered.*connect\(\)"):
             async with emitter:
                 pass  # pragma: no cover - it does not come so far
@@ -479,7 +479,7 @@ async def test_entering_twice_at_once_is_an_error(broker: Broker) -> None:
 
 
 async def test_use_before_entering_names_the_way_in(anyio_backend: object) -> None:
-    emitter = one_link("mqtt://127.0.0.1:1")
+    emitter = connect_once("mqtt://127.0.0.1:1")
     with pytest.raises(ClosedError, match="async with"):
         await emitter.publish("key", "a/", "x")
     with pytest.raises(ClosedError, match="async with"):
@@ -494,7 +494,7 @@ async def test_use_before_entering_names_the_way_in(anyio_backend: object) -> No
 @pytest.mark.parametrize("anyio_backend", ["trio"])
 async def test_a_trio_nursery_holds_the_client(broker: Broker) -> None:
     async with trio.open_nursery() as nursery:
-        emitter = await nursery.start(one_link(broker.url).run)
+        emitter = await nursery.start(connect_once(broker.url).run)
         assert (await emitter.me()).id
         await emitter.disconnect()
 
@@ -502,7 +502,7 @@ async def test_a_trio_nursery_holds_the_client(broker: Broker) -> None:
 async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
     broker: Broker,
 ) -> None:
-    emitter = one_link(broker.url, disconnect_timeout=0.05)
+    emitter = connect_once(broker.url, disconnect_timeout=0.05)
     started = anyio.Event()
 
     @emitter.on("message")
@@ -520,7 +520,7 @@ async def test_a_handler_that_never_ends_holds_the_goodbye_for_the_timeout_only(
 
 async def test_handlers_are_told_though_the_body_never_waits(broker: Broker) -> None:
     told: list[str] = []
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     emitter.on("connect", lambda: told.append("connect"))
     emitter.on("disconnect", lambda: told.append("disconnect"))
     # Trio runs the tasks of a turn in either order, and these in many more.
@@ -545,7 +545,7 @@ async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
     logger.addHandler(coming)
     try:
         async with serving(link, Peer.serve) as options:
-            emitter = one_link(disconnect_timeout=0.05, **options)
+            emitter = connect_once(disconnect_timeout=0.05, **options)
             async with emitter:
                 pass
     finally:
@@ -555,7 +555,7 @@ async def test_a_handler_that_comes_while_the_link_ends_does_not_keep_it(
 
 
 async def test_handlers_survive_an_opening_that_failed(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     came: list[str] = []
     emitter.on("connect", lambda: came.append("connect"))
     with broker.refuse(), pytest.raises(ConnectError):
@@ -567,7 +567,7 @@ async def test_handlers_survive_an_opening_that_failed(broker: Broker) -> None:
 
 async def test_of_two_failing_handlers_the_first_one_counts(broker: Broker) -> None:
     first, second = Oops("first"), Oops("second")
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     @emitter.on("message")
     def fail(message: EmitterMessage) -> None:

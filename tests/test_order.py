@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emitter_anyio import Emitter, RequestError
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.packets import puback
 from tests.support.peer import (
     DISCONNECT,
@@ -140,7 +140,7 @@ async def leave(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
                 await peer.answer(packet)
 
     async with memory_peer(script, capacity=capacity) as connectable:
-        async with one_link(connectable=connectable) as emitter:
+        async with connect_once(connectable=connectable) as emitter:
             async with anyio.create_task_group() as tasks:
                 for number, (verb, size, rests) in enumerate(calls):
                     if verb == "publish" and not rests:

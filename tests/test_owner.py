@@ -17,7 +17,7 @@ from anyio import from_thread, to_thread
 
 from emitter_anyio import Emitter, EmitterMessage, EventStream, PresenceFeed, WrongLoopError
 from emitter_anyio.testing import Broker
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 
 WAY_OUT = r"anyio\.from_thread.*portal"
 
@@ -99,7 +99,7 @@ USES: dict[str, Use] = {
 @asynccontextmanager
 async def client_of(broker: Broker) -> AsyncGenerator[Client]:
     """Give a client, and see at the end that it works as though nothing had happened."""
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     emitter.on("disconnect", print)
     client = Client(broker, emitter)
     async with (
@@ -190,7 +190,7 @@ async def test_statistics_may_be_asked_for_anywhere(broker: Broker) -> None:
             if not asked.is_set():
                 from_thread.run_sync(asked.set)
 
-    async with one_link(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+    async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         with switching_threads_often():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(to_thread.run_sync, ask, emitter, messages)
@@ -211,7 +211,7 @@ async def test_statistics_may_be_asked_for_anywhere(broker: Broker) -> None:
 
 async def test_handlers_come_and_go_anywhere_before_it_is_entered(broker: Broker) -> None:
     came: list[str] = []
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     handler = emitter.on("connect", lambda: came.append("connect"))
 
     def change() -> None:
@@ -225,7 +225,7 @@ async def test_handlers_come_and_go_anywhere_before_it_is_entered(broker: Broker
 
 
 async def test_it_is_entered_in_the_event_loop_in_which_it_is_awaited(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     async def enter() -> None:
         async with emitter:
@@ -240,7 +240,7 @@ async def test_it_is_entered_in_the_event_loop_in_which_it_is_awaited(broker: Br
         await to_thread.run_sync(anyio.run, elsewhere)
         async with emitter:
             await connected.receive()
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(emitter.wait_connected)
         await anyio.wait_all_tasks_blocked()
@@ -252,7 +252,7 @@ async def test_it_is_entered_in_the_event_loop_in_which_it_is_awaited(broker: Br
 async def test_one_that_was_awaited_in_vain_is_awaited_and_entered_elsewhere(
     broker: Broker,
 ) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     async def await_in_vain() -> None:
         async with anyio.create_task_group() as tasks:

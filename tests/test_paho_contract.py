@@ -39,7 +39,7 @@ from emitter_anyio._protocol.packets import (
 from emitter_anyio._protocol.paho import PahoEngine
 from emitter_anyio._values.errors import RemoteProtocolError
 from emitter_anyio._values.messages import EmitterMessage
-from tests.support.events import one_by_one
+from tests.support.events import unbatch
 from tests.support.packets import (
     CONNACK,
     PINGRESP,
@@ -48,7 +48,7 @@ from tests.support.packets import (
     puback,
     publish,
     suback,
-    two,
+    uint16,
     unsuback,
 )
 
@@ -126,9 +126,9 @@ class TestPrivateHooks:
     def test_the_packet_ids_are_those_of_the_hook(self) -> None:
         codec = connected(fast_path=False)
         for packet_id in (65535, 1, 300, 300):
-            assert codec.encode(Subscribe(packet_id, "a/"))[2:4] == two(packet_id)
-            assert codec.encode(Unsubscribe(packet_id, "a/"))[2:4] == two(packet_id)
-            assert codec.encode(Publish(b"a", b"", packet_id))[5:7] == two(packet_id)
+            assert codec.encode(Subscribe(packet_id, "a/"))[2:4] == uint16(packet_id)
+            assert codec.encode(Unsubscribe(packet_id, "a/"))[2:4] == uint16(packet_id)
+            assert codec.encode(Publish(b"a", b"", packet_id))[5:7] == uint16(packet_id)
             assert codec.decode(puback(packet_id)) == [PubAck(packet_id)]
 
     def test_a_filter_passes_the_hook_before_it_leaves(
@@ -201,7 +201,7 @@ class TestEveryConnack:
 
 
 class TestWhatPahoLeavesToTheCodec:
-    @pytest.mark.parametrize("silent", [CONNACK, puback(7), packet(0x70, two(7)), PINGRESP])
+    @pytest.mark.parametrize("silent", [CONNACK, puback(7), packet(0x70, uint16(7)), PINGRESP])
     def test_it_reports_nothing_of_some_packets(self, silent: bytes) -> None:
         engine = connected_engine()
         assert engine.receive(silent) == []
@@ -214,7 +214,7 @@ class TestWhatPahoLeavesToTheCodec:
 
     @pytest.mark.parametrize(
         ("received", "answer"),
-        [(packet(0xC0, b""), PINGRESP), (packet(0x62, two(7)), packet(0x70, two(7)))],
+        [(packet(0xC0, b""), PINGRESP), (packet(0x62, uint16(7)), packet(0x70, uint16(7)))],
     )
     def test_it_answers_what_a_broker_may_not_send(self, received: bytes, answer: bytes) -> None:
         engine = connected_engine()
@@ -258,7 +258,7 @@ class TestTraps:
     def test_2_many_messages_in_one_chunk_come_at_once(self, packet_id: int | None) -> None:
         payloads = [str(number).encode() for number in range(50)]
         data = b"".join(publish("a/", payload, packet_id) for payload in payloads)
-        events = one_by_one(connected().decode(data))
+        events = unbatch(connected().decode(data))
         assert [event.binary for event in events if isinstance(event, EmitterMessage)] == payloads
 
     def test_6_a_plain_client_handles_a_packet_again_if_a_callback_raises(self) -> None:
@@ -282,7 +282,7 @@ class TestTraps:
         codec = connected()
         for _ in range(3):
             assert len(codec.decode(publish(topic, b"x", 5))) == 1
-            assert codec.take_written() == packet(0x40, two(5))
+            assert codec.take_written() == packet(0x40, uint16(5))
         assert codec.decode(suback(1, 0) + unsuback(2)) == [SubAck(1, (0,)), UnsubAck(2)]
         assert codec.decode(PINGRESP) == [PingResp()]
 
@@ -303,7 +303,7 @@ class TestTraps:
     def test_7_a_topic_that_is_no_utf8(self, packet_id: int | None) -> None:
         codec = connected()
         bad, good = publish(b"\xff\xfe/", b"four", packet_id), publish("a/", b"x", packet_id)
-        events = one_by_one(codec.decode(bad + good))
+        events = unbatch(codec.decode(bad + good))
         assert events[0] == Undecodable(4)
         assert isinstance(events[1], EmitterMessage)
         assert len(events) == 2
@@ -350,10 +350,10 @@ class TestTraps:
 
     def test_17_an_id_is_not_taken_from_one_that_is_pending(self) -> None:
         codec = connected()
-        assert codec.encode(Subscribe(1, "a/"))[2:4] == two(1)
+        assert codec.encode(Subscribe(1, "a/"))[2:4] == uint16(1)
         for number in (2, 65535, 2):
             # Paho's own counter would go on from the one before.
-            assert codec.encode(Unsubscribe(number, "b/"))[2:4] == two(number)
+            assert codec.encode(Unsubscribe(number, "b/"))[2:4] == uint16(number)
         assert codec.decode(suback(1, 0)) == [SubAck(1, (0,))]
 
     def test_30_no_lock_of_paho_is_held_when_events_come_out(self) -> None:
@@ -382,9 +382,9 @@ class TestTraps:
     @pytest.mark.parametrize("filter_", FILTERS)
     def test_38_filters_that_emitter_wants_go_out(self, filter_: str) -> None:
         codec = connected()
-        text = two(len(filter_)) + filter_.encode()
-        assert codec.encode(Subscribe(1, filter_)) == packet(0x82, two(1) + text + b"\0")
-        assert codec.encode(Unsubscribe(2, filter_)) == packet(0xA2, two(2) + text)
+        text = uint16(len(filter_)) + filter_.encode()
+        assert codec.encode(Subscribe(1, filter_)) == packet(0x82, uint16(1) + text + b"\0")
+        assert codec.encode(Unsubscribe(2, filter_)) == packet(0xA2, uint16(2) + text)
 
     @pytest.mark.parametrize("filter_", ["#/", "k/#/?last=5", "k/a+/"])
     def test_38_a_plain_client_refuses_some(self, filter_: str) -> None:
@@ -401,7 +401,7 @@ class TestTraps:
         client.on_message = client.on_publish = raises
         assert codec.encode(Publish(b"a/", b"x", 1))
         assert codec.decode(puback(1)) == [PubAck(1)]
-        assert one_by_one(codec.decode(publish("a/", b"x")))
+        assert unbatch(codec.decode(publish("a/", b"x")))
         # QoS 1 is for Paho.
         (event,) = codec.decode(publish("a/", b"x", 1))
         assert isinstance(event, RemoteProtocolError)

@@ -14,7 +14,7 @@ from emitter_anyio.testing import Broker, FaultProxy
 from tests.support.command import run
 from tests.support.logs import logged
 from tests.support.pages import BLOCKS, DOCS
-from tests.support.tried import run_pytest
+from tests.support.pytest_process import run_pytest
 
 TESTING_PAGES = "".join(
     (DOCS / f"{name}.md").read_text() for name in ("development-broker", "fault-injection")

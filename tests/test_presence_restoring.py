@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from emitter_anyio._runtime.supervisor import Restoring
 from emitter_anyio.testing import Broker
-from tests.support.links import many_links
+from tests.support.connections import connect_reconnecting
 
 
 async def test_what_was_left_before_it_is_restored_is_not_asked_for(broker: Broker) -> None:
     key = broker.keygen("a/", "p")
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         connection = emitter._slot.connection
         assert connection is not None
         requester = emitter._requester.bind(connection)

@@ -24,7 +24,7 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.support import packets
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.peer import PUBLISH, Peer, memory_peer
 
 ROOM = "room/"
@@ -129,7 +129,7 @@ async def crowd(
     """
     async with AsyncExitStack() as stack:
         members = [
-            await stack.enter_async_context(one_link(broker.url, username=f"m{number}"))
+            await stack.enter_async_context(connect_once(broker.url, username=f"m{number}"))
             for number in range(count)
         ]
         for member in members:

@@ -26,8 +26,8 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.support import packets
-from tests.support.leaks import living_tasks, tasks_of_clients
-from tests.support.links import one_link
+from tests.support.connections import connect_once
+from tests.support.leaks import client_tasks, running_tasks
 from tests.support.logs import logged
 from tests.support.peer import PUBLISH, SUBSCRIBE, UNSUBSCRIBE, Peer, memory_peer
 
@@ -89,7 +89,7 @@ async def test_block_stops_reading_and_loses_nothing(broker: Broker) -> None:
 
 async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker: Broker) -> None:
     key = broker.keygen("a/#/")
-    async with one_link(broker.url) as emitter:
+    async with connect_once(broker.url) as emitter:
         async with (
             emitter.subscribe(key, "a/", buffer=1) as stalled,
             emitter.subscribe(key, "a/b/", buffer=1) as healthy,
@@ -228,7 +228,7 @@ async def test_an_acknowledgement_without_an_answer_ends_the_request(broker: Bro
 
 async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker) -> None:
     key = broker.keygen("a/")
-    async with one_link(broker.url, request_timeout=0.01) as emitter:
+    async with connect_once(broker.url, request_timeout=0.01) as emitter:
         lost = broker.lose("puback", "answer", "suback", "unsuback")
         with lost, broker.hold("pingresp"):
             for verb in (
@@ -315,7 +315,7 @@ async def test_a_peer_that_sends_nonsense_is_a_lost_link(broker: Broker) -> None
             tasks.start_soon(listener.serve, serve)
             port = listener.extra(anyio.abc.SocketAttribute.local_port)
             with pytest.raises(ConnectionLostError, match="the peer sent a") as caught:
-                async with one_link(host="127.0.0.1", port=port, secure=False):
+                async with connect_once(host="127.0.0.1", port=port, secure=False):
                     await anyio.sleep_forever()
             tasks.cancel_scope.cancel()
     assert isinstance(caught.value.__cause__, RemoteProtocolError)
@@ -386,7 +386,7 @@ async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backen
         await peer.answer(left)
         await peer.answer_all()
 
-    async with memory_peer(script) as connectable, one_link(connectable=connectable) as emitter:
+    async with memory_peer(script) as connectable, connect_once(connectable=connectable) as emitter:
         async with emitter.subscribe("k", "a/", last=0):
             with pytest.raises(NotFoundError):
                 async with emitter.subscribe("k", "a/b/", last=5):
@@ -395,12 +395,12 @@ async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backen
 
 
 async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Broker) -> None:
-    before = living_tasks()
+    before = running_tasks()
     async with connect(broker.url) as emitter:
         async with emitter.watch_presence(broker.keygen("a/", "p"), "a/", refresh=0.001) as feed:
             assert (await feed.receive()).event == "status"
             await emitter.disconnect()
-            while tasks_of_clients(before):
+            while client_tasks(before):
                 await checkpoint()
             assert [event async for event in feed] == []
 

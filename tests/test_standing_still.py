@@ -17,9 +17,9 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import ConnectionLostError, Emitter, EmitterMessage, RequestTimeoutError
 from tests.support import packets, tls
 from tests.support.background import Background, background
-from tests.support.clock import stand_still
+from tests.support.clock import simulate_blocking
+from tests.support.connections import connect_once, connect_reconnecting
 from tests.support.leaks import open_sockets
-from tests.support.links import many_links, one_link
 from tests.support.memory import MemoryStream
 from tests.support.peer import PINGREQ, PUBLISH, Packet, Peer, memory_peer
 
@@ -75,9 +75,9 @@ async def test_a_peer_that_answers_is_not_lost(
 ) -> None:
     far = Far(takes)
     async with memory_peer(far.play) as connectable:
-        async with one_link(connectable=connectable, keepalive=30) as emitter:
+        async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await anyio.sleep(after)
-            stand_still(seconds)
+            simulate_blocking(seconds)
             await anyio.sleep(100)
             assert emitter.statistics().links == 1
     assert far.now == exactly(after + seconds + 100)
@@ -91,9 +91,9 @@ async def test_a_loop_that_stands_still_again_and_again(
 ) -> None:
     far = Far()
     async with memory_peer(far.play) as connectable:
-        async with one_link(connectable=connectable, keepalive=1):
+        async with connect_once(connectable=connectable, keepalive=1):
             for _ in range(100):
-                stand_still(seconds)
+                simulate_blocking(seconds)
                 # Meanwhile the peer would have answered.
                 for _ in range(20):
                     await checkpoint()
@@ -105,9 +105,9 @@ async def test_a_silent_peer_is_asked_once_more(anyio_backend: object) -> None:
     far = Far(takes=3600)
     async with memory_peer(far.play) as connectable:
         with pytest.raises(ConnectionLostError, match="ping timeout"):
-            async with one_link(connectable=connectable, keepalive=30):
+            async with connect_once(connectable=connectable, keepalive=30):
                 await anyio.sleep(31)
-                stand_still(100)
+                simulate_blocking(100)
                 await anyio.sleep_forever()
         assert far.now == exactly(131 + 15)
     assert far.pings == [exactly(30), exactly(131)]
@@ -121,9 +121,9 @@ async def test_a_silent_peer_is_lost_in_a_loop_that_is_always_late(
     far = Far(takes=3600)
     async with memory_peer(far.play) as connectable:
         with pytest.raises(ConnectionLostError, match="ping timeout"):
-            async with one_link(connectable=connectable, keepalive=30):
+            async with connect_once(connectable=connectable, keepalive=30):
                 while True:
-                    stand_still(seconds)
+                    simulate_blocking(seconds)
                     await checkpoint()
         assert far.now < 150 + 20 * seconds
 
@@ -136,7 +136,7 @@ async def test_a_peer_that_takes_nothing_for_a_while_is_not_lost(anyio_backend: 
         await peer.answer_all()
 
     async with memory_peer(script, capacity=1000) as connectable:
-        async with one_link(connectable=connectable, keepalive=30) as emitter:
+        async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await emitter.publish("k", "a/", bytes(10_000))
             await anyio.sleep(200)
             assert emitter.statistics().links == 1
@@ -152,7 +152,7 @@ async def test_a_peer_that_sends_and_takes_nothing_is_not_lost(anyio_backend: ob
         await peer.answer_all()
 
     async with memory_peer(script, capacity=1000) as connectable:
-        emitter = one_link(connectable=connectable, keepalive=30)
+        emitter = connect_once(connectable=connectable, keepalive=30)
         emitter.on("message", lambda message: None)
         async with emitter:
             await emitter.publish("k", "a/", bytes(10_000))
@@ -169,10 +169,10 @@ async def test_a_peer_that_takes_nothing_is_lost_after_a_pause(anyio_backend: ob
     async with memory_peer(script, capacity=1000) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectionLostError, match="ping timeout"):
-            async with one_link(connectable=connectable, keepalive=30) as emitter:
+            async with connect_once(connectable=connectable, keepalive=30) as emitter:
                 await emitter.publish("k", "a/", bytes(10_000))
                 await anyio.sleep(31)
-                stand_still(100)
+                simulate_blocking(100)
                 await anyio.sleep_forever()
         # As though it had been asked for the first time behind the pause.
         assert anyio.current_time() - start == exactly(131 + 45)
@@ -195,13 +195,13 @@ async def test_a_reply_that_has_arrived_is_taken_in(
 ) -> None:
     far = Far()
     async with memory_peer(far.play) as connectable:
-        emitter = one_link(connectable=connectable, request_timeout=10)
+        emitter = connect_once(connectable=connectable, request_timeout=10)
         emitter.on("message", lambda message: None, buffer=backlog + 1)
         async with emitter, anyio.create_task_group() as tasks:
             tasks.start_soon(call, emitter)
             await anyio.sleep(5)
             far.stream.send_nowait(MESSAGE * backlog + packets.puback(1))
-            stand_still(seconds)
+            simulate_blocking(seconds)
         assert emitter.statistics().received == backlog
 
 
@@ -210,7 +210,7 @@ async def test_a_reply_that_has_arrived_is_taken_in(
 async def test_a_reply_that_does_not_arrive_is_missed(anyio_backend: object, call: Call) -> None:
     far = Far()
     async with memory_peer(far.play) as connectable:
-        async with one_link(connectable=connectable, request_timeout=10) as emitter:
+        async with connect_once(connectable=connectable, request_timeout=10) as emitter:
 
             async def miss() -> None:
                 with pytest.raises(RequestTimeoutError):
@@ -220,7 +220,7 @@ async def test_a_reply_that_does_not_arrive_is_missed(anyio_backend: object, cal
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(miss)
                 await anyio.sleep(5)
-                stand_still(14)
+                simulate_blocking(14)
 
 
 # With real sockets, and a broker in a thread, which goes on
@@ -283,7 +283,7 @@ async def test_messages_that_waited_arrive_on_the_same_connection(
         for number in range(3):
             ahead.background.publish(unique, f"{number}")
 
-    async with many_links(**ahead.options) as emitter:
+    async with connect_reconnecting(**ahead.options) as emitter:
         key = ahead.background.key(unique, "rw")
         async with emitter.subscribe(key, unique) as messages:
             stand_still_for(2, meanwhile=publish)
@@ -306,7 +306,7 @@ async def test_replies_that_waited_are_taken_in(
     async def release() -> None:
         held.close()
 
-    async with many_links(**ahead.options, request_timeout=0.2) as emitter:
+    async with connect_reconnecting(**ahead.options, request_timeout=0.2) as emitter:
         key = ahead.background.key(unique, "rw")
         await anyio.to_thread.run_sync(ahead.background.call, hold)
         async with anyio.create_task_group() as tasks:
@@ -329,16 +329,16 @@ async def test_a_reply_of_another_client_that_waited_is_taken_in(
 
     async def serve_until_done() -> None:
         key = plain.key(f"{unique}#/", "rw")
-        async with many_links(plain.url) as server, anyio.create_task_group() as tasks:
+        async with connect_reconnecting(plain.url) as server, anyio.create_task_group() as tasks:
             await tasks.start(server.serve, key, unique, serve)
             serving.set()
             await anyio.to_thread.run_sync(done.wait)
             tasks.cancel_scope.cancel()
 
     ahead = Ahead("mqtt", plain)
-    await anyio.to_thread.run_sync(plain.begin, serve_until_done)
+    await anyio.to_thread.run_sync(plain.start_soon, serve_until_done)
     await anyio.to_thread.run_sync(serving.wait)
-    async with many_links(**ahead.options) as emitter:
+    async with connect_reconnecting(**ahead.options) as emitter:
         key = plain.key(f"{unique}#/", "rw")
 
         async def ask() -> None:

@@ -13,7 +13,7 @@ from emitter_anyio._net.connection import CONNECTION_TRANSITIONS, ConnectionStat
 from emitter_anyio._net.options import make_options
 from emitter_anyio._runtime.slot import TRANSITIONS, ClientState, Slot, Step
 from emitter_anyio.testing import Broker
-from tests.support.links import many_links, while_away
+from tests.support.connections import connect_reconnecting, while_disconnected
 
 
 class Link:
@@ -69,11 +69,11 @@ def test_a_connection_that_has_ended_changes_no_more() -> None:
 
 
 async def test_what_users_see_of_the_states(broker: Broker) -> None:
-    emitter: Emitter = many_links(broker.url)
+    emitter: Emitter = connect_reconnecting(broker.url)
     seen: list[str] = [emitter.state]
     async with emitter:
         seen.append(emitter.state)
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             seen.append(emitter.state)
         seen.append(emitter.state)
     seen.append(emitter.state)

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from emitter_anyio import StoredMessage
 from emitter_anyio._features.stored import BrokerFacts, NodeProbe, PageRequest, Reply, Unreadable
-from tests.support.nodes import LIMIT, NOW, START, Node, Nodes, read, second_of, size_of
+from tests.support.nodes import (
+    NOW,
+    RESPONSE_LIMIT_BYTES,
+    START,
+    Node,
+    Nodes,
+    read_history,
+    second_of,
+    size_of,
+)
 
 OVERSIZED = b"x" * 65536
 """A node never gives it, nor anything before it in the same answer."""
@@ -47,24 +56,24 @@ class Found:
         given = {message.id for message in self.messages}
         return [
             message
-            for message in self.nodes.kept
+            for message in self.nodes.stored
             if message.id not in given
             and since <= second_of(message) <= until
             and not any(each.since <= second_of(message) <= each.until for each in self.unread)
         ]
 
 
-def found(*nodes: Node, chance: random.Random | None = None, last: int = 10**6) -> Found:
-    cluster = Nodes(*nodes, chance=chance)
-    return Found(cluster, read(cluster.answer, last))
+def found(*nodes: Node, rng: random.Random | None = None, last: int = 10**6) -> Found:
+    cluster = Nodes(*nodes, rng=rng)
+    return Found(cluster, read_history(cluster.answer, last))
 
 
-def everything(*nodes: Node, chance: random.Random | None = None) -> int:
+def everything(*nodes: Node, rng: random.Random | None = None) -> int:
     """Read all, once through each node, with none missing; return the most requests that took."""
     page_requests = []
     for first in range(len(nodes)):
-        result = found(*nodes[first:], *nodes[:first], chance=chance)
-        assert len(result.messages) == len(result.nodes.kept)
+        result = found(*nodes[first:], *nodes[:first], rng=rng)
+        assert len(result.messages) == len(result.nodes.stored)
         assert result.unread == []
         page_requests.append(len(result.nodes.page_requests))
     return max(page_requests)
@@ -112,12 +121,12 @@ def test_several_large_messages_in_a_row_hide_nothing(count: int) -> None:
 # Several nodes
 
 
-@pytest.mark.parametrize("chance", [None, random.Random(0)])
-def test_nodes_that_take_turns(chance: random.Random | None) -> None:
+@pytest.mark.parametrize("rng", [None, random.Random(0)])
+def test_nodes_that_take_turns(rng: random.Random | None) -> None:
     nodes = a(), b()
     for number in range(400):
         nodes[number % 2].store(START + number // 50, b"small")
-    assert everything(*nodes, chance=chance) <= 40
+    assert everything(*nodes, rng=rng) <= 40
 
 
 def test_old_messages_on_one_node_and_new_ones_on_the_other() -> None:
@@ -174,16 +183,16 @@ def test_one_node_with_large_messages_in_a_second() -> None:
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 7000), (7000, 0)])
-@pytest.mark.parametrize("chance", [None, random.Random(0)])
+@pytest.mark.parametrize("rng", [None, random.Random(0)])
 @pytest.mark.parametrize("seconds", [1, 3])
 def test_two_nodes_with_more_in_a_second_than_an_answer_holds_are_reported(
-    counts: tuple[int, int], chance: random.Random | None, seconds: int
+    counts: tuple[int, int], rng: random.Random | None, seconds: int
 ) -> None:
     nodes = a(counts[0]), b(counts[1])
     for number in range(400 * seconds):
         nodes[number % 2].store(START + number // 400, b"x" * 400)
     for first in range(2):
-        result = found(nodes[first], nodes[1 - first], chance=chance)
+        result = found(nodes[first], nodes[1 - first], rng=rng)
         assert result.lost() == []
         assert result.unread
         assert len(result.messages) >= 200 * seconds
@@ -198,7 +207,7 @@ def test_seconds_are_reported_late_where_nodes_are_first_seen_later() -> None:
     # Through the other node, whose messages find no place beside those of the first.
     cluster = Nodes(other, one)
     cluster.may_count = False
-    result = Found(cluster, read(cluster.answer))
+    result = Found(cluster, read_history(cluster.answer))
     assert [each[:2] for each in result.unread] == [(START + 10, START + 10)]
     assert result.lost() == []
     assert len(result.messages) >= 220
@@ -209,13 +218,13 @@ def test_what_is_known_of_a_cluster_is_kept() -> None:
     nodes = a(), b()
     for number in range(20):
         nodes[number % 2].store(START, b"small")
-    list(read(Nodes(*nodes).answer, broker=broker))
+    list(read_history(Nodes(*nodes).answer, broker=broker))
     assert broker.has_several_nodes
     for number in range(400):
         nodes[number % 2].store(START + 1, b"x" * 400)
     cluster = Nodes(*nodes)
     cluster.may_count = False
-    assert Found(cluster, read(cluster.answer, broker=broker)).lost() == []
+    assert Found(cluster, read_history(cluster.answer, broker=broker)).lost() == []
 
 
 # What cannot be read
@@ -235,7 +244,7 @@ def test_one_message_that_no_answer_can_hold_is_reported_at_its_place(others: in
     for second in range(others):
         node.store(START + 10 + second, b"newer")
     cluster = Nodes(node)
-    items = list(read(cluster.answer))
+    items = list(read_history(cluster.answer))
     result = Found(cluster, items)
     newest = NOW if not others else START + 9
     assert [type(each) for each in items[others : others + 2]] == [Unreadable, Unreadable]
@@ -311,14 +320,14 @@ def test_several_in_a_row_are_passed_once_a_large_one_was_read_in_another_channe
     broker = BrokerFacts()
     other, node = a(), a()
     other.store(START, b"x" * 45000)
-    list(read(Nodes(other).answer, broker=broker))
+    list(read_history(Nodes(other).answer, broker=broker))
     for second in range(20):
         node.store(START + second, b"oldest")
     node.store(START + 20, OVERSIZED)
     node.store(START + 21, OVERSIZED)
     node.store(START + 30, b"newest")
     cluster = Nodes(node)
-    result = Found(cluster, read(cluster.answer, broker=broker))
+    result = Found(cluster, read_history(cluster.answer, broker=broker))
     assert len(result.messages) == 21
     assert result.lost() == []
 
@@ -367,7 +376,7 @@ def test_what_is_stored_meanwhile_moves_nothing() -> None:
             node.store(START, b"meanwhile")
         return said
 
-    items = list(read(answer))
+    items = list(read_history(answer))
     assert [getattr(each, "binary", None) for each in items] == [b"before"] * 300
 
 
@@ -378,7 +387,7 @@ def test_a_node_that_joins_and_one_that_leaves() -> None:
     cluster = Nodes(*nodes)
     cluster.missing.add(b"BBBB")
     given = []
-    for each in read(cluster.answer):
+    for each in read_history(cluster.answer):
         given.append(each)
         if len(given) == 20:
             cluster.missing.clear()
@@ -393,13 +402,13 @@ def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() 
         nodes[number % 2].store(START + number // 10, b"small")
     cluster = Nodes(*nodes)
     cluster.missing.add(b"BBBB")
-    items = list(read(cluster.answer))
+    items = list(read_history(cluster.answer))
     assert len(items) == 201
     assert items[-1] == Unreadable(1514764800, NOW, items[-1].reason)  # type: ignore[union-attr]
     assert all(request.cursor is None for request in cluster.page_requests), (
         "one request at a time is slow enough"
     )
-    assert len(list(read(cluster.answer, last=10))) == 11
+    assert len(list(read_history(cluster.answer, last=10))) == 11
 
     cluster.missing.clear()
     count = 0
@@ -410,7 +419,7 @@ def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() 
         said = cluster.answer(request)
         return said._replace(slow=count == 1)
 
-    result = Found(cluster, read(answer))
+    result = Found(cluster, read_history(answer))
     (unread,) = result.unread
     assert START < unread.since < unread.until == NOW
     assert len(result.messages) == 400
@@ -437,10 +446,10 @@ def test_a_cursor_that_expires_between_two_pages() -> None:
             ):
                 # What has just been read, and would be the next cursor, goes.
                 for message in sorted(said.messages, key=lambda m: m.id)[-gone:]:
-                    node.kept.remove(message)
+                    node.stored.remove(message)
             return said
 
-        items = list(read(answer))
+        items = list(read_history(answer))
         given = {each.id for each in items if isinstance(each, StoredMessage)}
         missing = [message for message in stored if message.id not in given]
         assert not missing or any(isinstance(each, Unreadable) for each in items)
@@ -456,18 +465,18 @@ def page(messages: list[StoredMessage]) -> Callable[[PageRequest | NodeProbe], R
 def test_a_broker_that_repeats_itself_comes_to_an_end() -> None:
     node = a()
     stored = [node.store(START + number // 10, b"x") for number in range(100)]
-    items = list(read(page(stored)))
+    items = list(read_history(page(stored)))
     assert [each for each in items if isinstance(each, StoredMessage)] == stored[::-1]
 
 
 def test_a_broker_that_gives_more_than_was_asked_for() -> None:
     node = a()
     stored = [node.store(START, b"x") for _ in range(500)]
-    assert list(read(page(stored), last=3)) == stored[:-4:-1]
+    assert list(read_history(page(stored), last=3)) == stored[:-4:-1]
 
 
 def test_a_broker_that_answers_nothing_comes_to_an_end() -> None:
-    items = list(read(lambda request: Reply(None), last=5))
+    items = list(read_history(lambda request: Reply(None), last=5))
     assert [type(each) for each in items] == [Unreadable] * 5
 
 
@@ -479,20 +488,20 @@ def test_a_broker_that_has_nothing_where_something_was_too_large() -> None:
         count += 1
         return Reply(None if count <= 5 else [])
 
-    (unread,) = read(answer, last=1)
+    (unread,) = read_history(answer, last=1)
     assert isinstance(unread, Unreadable)
     assert unread.until == NOW
 
 
 def test_a_broker_that_invents_messages_comes_to_an_end() -> None:
-    chance = random.Random(1)
+    rng = random.Random(1)
 
     def answer(request: PageRequest | NodeProbe) -> Reply:
-        node = Node(chance.randbytes(4), chance.randrange(2**20))
+        node = Node(rng.randbytes(4), rng.randrange(2**20))
         second = NOW if isinstance(request, NodeProbe) or request.until is None else request.until
-        return Reply([node.store(second, b"x") for _ in range(chance.randrange(3))])
+        return Reply([node.store(second, b"x") for _ in range(rng.randrange(3))])
 
-    assert len(list(read(answer, last=1000))) <= 4000
+    assert len(list(read_history(answer, last=1000))) <= 4000
 
 
 # Whatever is stored
@@ -507,7 +516,7 @@ sizes = {
 
 @settings(max_examples=60)
 @given(
-    chance=st.randoms(use_true_random=False),
+    rng=st.randoms(use_true_random=False),
     kind=st.sampled_from(sorted(sizes)),
     nodes=st.integers(1, 3),
     span=st.sampled_from([1, 3, 10, 100, 5000]),
@@ -515,19 +524,19 @@ sizes = {
     mixed=st.booleans(),
 )
 def test_all_is_given_or_reported(
-    chance: random.Random, kind: str, nodes: int, span: int, count: int, mixed: bool
+    rng: random.Random, kind: str, nodes: int, span: int, count: int, mixed: bool
 ) -> None:
     cluster = [
-        Node(bytes([65 + number]) * 4, chance.choice([0, 1000, 100000])) for number in range(nodes)
+        Node(bytes([65 + number]) * 4, rng.choice([0, 1000, 100000])) for number in range(nodes)
     ]
-    for second in sorted(chance.randrange(span) for _ in range(count)):
-        chance.choice(cluster).store(START + second, b"x" * chance.choice(sizes[kind]))
-    since = START + chance.randrange(span) if chance.random() < 0.3 else None
-    until = START + chance.randrange(span) if chance.random() < 0.3 else None
-    result = Nodes(*cluster, chance=random.Random(0) if mixed else None)
-    now = START + span + chance.choice([-1, 0, 1, 100])
-    items = list(read(result.answer, since=since, until=until, now=now))
+    for second in sorted(rng.randrange(span) for _ in range(count)):
+        rng.choice(cluster).store(START + second, b"x" * rng.choice(sizes[kind]))
+    since = START + rng.randrange(span) if rng.random() < 0.3 else None
+    until = START + rng.randrange(span) if rng.random() < 0.3 else None
+    result = Nodes(*cluster, rng=random.Random(0) if mixed else None)
+    now = START + span + rng.choice([-1, 0, 1, 100])
+    items = list(read_history(result.answer, since=since, until=until, now=now))
     lost = Found(result, items).lost(since or 0, until or 2**32)
-    assert [message for message in lost if size_of(message) <= LIMIT] == []
+    assert [message for message in lost if size_of(message) <= RESPONSE_LIMIT_BYTES] == []
     if nodes == 1 and kind != "large":
         assert all(isinstance(each, StoredMessage) for each in items)

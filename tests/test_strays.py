@@ -19,7 +19,7 @@ from emitter_anyio import (
 from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio.testing import Broker
 from tests.support.command import run
-from tests.support.links import many_links, one_link, while_away
+from tests.support.connections import connect_once, connect_reconnecting, while_disconnected
 
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 
@@ -60,7 +60,7 @@ strays = pytest.mark.parametrize(
 @asyncio_only
 @strays
 async def test_in_a_handler_it_is_the_handlers_error(broker: Broker, stray: Stray) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
     @emitter.on("message")
@@ -80,7 +80,7 @@ async def test_in_a_handler_it_is_the_handlers_error(broker: Broker, stray: Stra
 
 @asyncio_only
 async def test_in_a_plain_handler_it_is_the_handlers_error(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
     @emitter.on("message")
@@ -102,7 +102,7 @@ async def test_in_a_plain_handler_it_is_the_handlers_error(broker: Broker) -> No
 async def test_one_that_nobody_handles_ends_the_client_and_leaves_bare(
     broker: Broker, stray: Stray, event: str
 ) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
     async def handle(value: object) -> None:
@@ -132,7 +132,7 @@ async def test_in_a_served_request_it_is_the_replys_error(broker: Broker, stray:
             await stray()
         return b"served"
 
-    async with one_link(broker.url) as emitter, anyio.create_task_group() as tasks:
+    async with connect_once(broker.url) as emitter, anyio.create_task_group() as tasks:
         await tasks.start(emitter.serve, key, "a/", handle)
         with pytest.raises(ReplyError, match="CancelledError"):
             await emitter.request(key, "a/", "stray")
@@ -147,7 +147,7 @@ async def test_in_a_key_function_it_is_the_calls_error(broker: Broker, stray: St
         await stray()
         raise AssertionError("it goes on")
 
-    async with one_link(broker.url) as emitter:
+    async with connect_once(broker.url) as emitter:
         with pytest.raises(EmitterError, match="function that gives the key") as caught:
             await emitter.publish(source, "a/", "x", qos=1)
         assert isinstance(caught.value.__cause__, asyncio.CancelledError)
@@ -165,8 +165,11 @@ async def test_while_a_subscription_is_restored_it_is_the_streams_error(
             await stray()
         return keys.pop()
 
-    async with many_links(broker.url) as emitter, emitter.subscribe(source, "a/") as messages:
-        async with while_away(emitter, broker):
+    async with (
+        connect_reconnecting(broker.url) as emitter,
+        emitter.subscribe(source, "a/") as messages,
+    ):
+        async with while_disconnected(emitter, broker):
             broker.advance(61)
         with pytest.raises(EmitterError, match="function that gives the key"):
             await messages.receive()
@@ -175,7 +178,7 @@ async def test_while_a_subscription_is_restored_it_is_the_streams_error(
 
 @asyncio_only
 async def test_a_deadline_of_the_handlers_own_is_its_own(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
     done = anyio.Event()
 
@@ -207,7 +210,7 @@ async def hang(value: object) -> None:
 async def test_one_of_the_clients_tasks_that_is_cancelled_ends_it(
     broker: Broker, name: str
 ) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     emitter.on("message", hang)
     key = broker.keygen("a/", "rw")
     with pytest.raises(ConnectionLostError, match=r"Task\.cancel\(\)"):
@@ -226,7 +229,7 @@ async def test_one_of_the_clients_tasks_that_is_cancelled_ends_it(
 
 @asyncio_only
 async def test_all_of_them_that_are_cancelled_while_no_link_is_there(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     mine = asyncio.current_task()
     with pytest.raises(ConnectionLostError):
         async with emitter, emitter.stream("disconnect") as gone:
@@ -277,9 +280,9 @@ async def test_tasks_of_a_key_function_lose_its_right_when_it_returns(broker: Br
         return broker.keygen("b/", "r")
 
     async with anyio.create_task_group() as tasks:
-        async with many_links(broker.url, while_down="raise") as emitter:
+        async with connect_reconnecting(broker.url, while_down="raise") as emitter:
             async with emitter.subscribe(source, "a/"), emitter.subscribe(slow_source, "b/"):
-                async with while_away(emitter, broker):
+                async with while_disconnected(emitter, broker):
                     broker.advance(61)
     assert len(made) == 1
     assert refused == [ConnectionLostError]

@@ -14,14 +14,14 @@ import trio
 import trio.testing
 
 from tests.support.clock import JumpingEventLoop
-from tests.support.leaks import Leaks, living_tasks
-from tests.support.secrets import Witness
+from tests.support.leaks import Leaks, running_tasks
+from tests.support.secrets import SecretWatcher
 from tests.support.server import real_server
 
 YEAR = 365 * 24 * 3600.0
 
 LEAKS = 15
-"""So many of ``leaky_tests.py`` show a secret."""
+"""The number of tests in ``secret_leak_samples.py`` that show a secret."""
 
 
 def verdicts_of(name: str) -> set[tuple[str, str]]:
@@ -120,7 +120,7 @@ class TestLeaks:
             leaks.check()
 
         stop.set()
-        while task in living_tasks():
+        while task in running_tasks():
             await anyio.lowlevel.checkpoint()
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
@@ -132,31 +132,31 @@ class TestLeaks:
         leaks.check()
 
     def test_whatever_a_test_leaves_behind_fails_that_test(self) -> None:
-        verdicts = verdicts_of("bad_tests.py")
+        verdicts = verdicts_of("resource_leak_samples.py")
         both = ("asyncio", "trio")
         assert {verdict for verdict in verdicts if verdict[0] != "PASSED"} == {
-            *(("ERROR", f"test_a_task[{backend}]") for backend in both),
-            *(("ERROR", f"test_a_socket[{backend}]") for backend in both),
-            *(("FAILED", f"test_an_unclosed_stream[{backend}]") for backend in both),
-            ("FAILED", "test_a_blocking_call[asyncio]"),
+            *(("ERROR", f"test_leaking_a_task[{backend}]") for backend in both),
+            *(("ERROR", f"test_leaking_a_socket[{backend}]") for backend in both),
+            *(("FAILED", f"test_leaking_an_unclosed_stream[{backend}]") for backend in both),
+            ("FAILED", "test_blocking_the_event_loop[asyncio]"),
         }
 
 
 class TestSecrets:
     def test_a_secret_that_is_shown_fails_the_test_that_uses_it(self) -> None:
-        verdicts = verdicts_of("leaky_tests.py")
+        verdicts = verdicts_of("secret_leak_samples.py")
         # They pass, and what fails is the look at them that follows.
         failed = {name for verdict, name in verdicts if verdict == "ERROR"}
         assert len(failed) == 2 * LEAKS
-        clean = {f"test_showing_nothing[{backend}]" for backend in ("asyncio", "trio")}
+        clean = {f"test_without_a_secret[{backend}]" for backend in ("asyncio", "trio")}
         assert {name for verdict, name in verdicts if verdict == "PASSED"} == failed | clean
         assert "FAILED" not in {verdict for verdict, _ in verdicts}
 
     def test_the_secret_is_not_shown_once_more(self) -> None:
-        witness = Witness()
-        witness.keep("a-secret-key", "short", None)
-        witness.note("a log line", "subscribed to a-secret-key/a/ with short")
-        assert witness.leaks() == [
+        watcher = SecretWatcher()
+        watcher.add_secrets("a-secret-key", "short", None)
+        watcher.record("a log line", "subscribed to a-secret-key/a/ with short")
+        assert watcher.leaks() == [
             "a log line shows a secret: subscribed to <a secret>/a/ with short"
         ]
 

@@ -11,9 +11,9 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio._net.timer import Timer, TimerEntry
-from tests.support.clock import stand_still
-from tests.support.leaks import living_tasks
-from tests.support.links import one_link
+from tests.support.clock import simulate_blocking
+from tests.support.connections import connect_once
+from tests.support.leaks import running_tasks
 from tests.support.peer import Peer, memory_peer
 
 pytestmark = pytest.mark.virtual_time
@@ -27,7 +27,7 @@ async def serve(peer: Peer) -> None:
 
 def timers() -> list[Any]:
     """The tasks of timers."""
-    names = ((task, getattr(task, "name", None) or task.get_name()) for task in living_tasks())
+    names = ((task, getattr(task, "name", None) or task.get_name()) for task in running_tasks())
     return [task for task, name in names if name == "emitter_anyio timer"]
 
 
@@ -36,7 +36,7 @@ async def test_each_connection_has_one_which_ends_with_it(anyio_backend: object)
         for _ in range(2):
             async with AsyncExitStack() as stack:
                 for _ in range(3):
-                    await stack.enter_async_context(one_link(connectable=connectable))
+                    await stack.enter_async_context(connect_once(connectable=connectable))
                 await anyio.wait_all_tasks_blocked()
                 assert len(timers()) == 3
             assert not timers()
@@ -108,7 +108,7 @@ async def test_one_that_judges_waits_for_the_reader_others_do_not(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, fail_with, count)
         await anyio.wait_all_tasks_blocked()
-        stand_still(2)
+        simulate_blocking(2)
         await anyio.sleep(1)
         timer.end()
     assert len(judging.times) == 1
@@ -122,7 +122,7 @@ async def test_a_reader_that_is_never_quiet_has_a_second(anyio_backend: object) 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, fail_with, lambda: None)
         while not judging.times:
-            stand_still(0.01)
+            simulate_blocking(0.01)
             await checkpoint()
         timer.end()
     assert judging.times == [pytest.approx(start + 2, abs=0.03)]
@@ -175,7 +175,7 @@ async def test_the_timer_of_a_busy_link_wakes_for_few(
     anyio_backend: object, woken: list[float], options: dict[str, Any], most: int
 ) -> None:
     async with memory_peer(serve) as connectable:
-        async with one_link(connectable=connectable, keepalive=60) as emitter:
+        async with connect_once(connectable=connectable, keepalive=60) as emitter:
             for _ in range(500):
                 await emitter.publish("k", "a/", "x", qos=1, **options)
                 await anyio.sleep(7.2)
@@ -189,7 +189,7 @@ async def test_the_timer_wakes_twice_for_a_ping_that_is_answered(
     anyio_backend: object, woken: list[float]
 ) -> None:
     async with memory_peer(serve) as connectable:
-        async with one_link(connectable=connectable, keepalive=30):
+        async with connect_once(connectable=connectable, keepalive=30):
             await anyio.sleep(HOUR + 1)
     # To send it, and to find it answered.
     assert len(woken) <= 2 * 120 + 1
@@ -199,7 +199,7 @@ async def test_the_timer_of_a_link_that_has_ended_wakes_no_more(
     anyio_backend: object, woken: list[float]
 ) -> None:
     async with memory_peer(serve) as connectable:
-        async with one_link(connectable=connectable, keepalive=30) as emitter:
+        async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await emitter.publish("k", "a/", "x", qos=1)
         before = len(woken)
         await anyio.sleep(HOUR)

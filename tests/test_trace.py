@@ -11,7 +11,7 @@ import pytest
 
 from emitter_anyio import ConnectError, UnauthorizedError
 from emitter_anyio.testing import Broker
-from tests.support.links import many_links, one_link, while_away
+from tests.support.connections import connect_once, connect_reconnecting, while_disconnected
 
 
 class Traced:
@@ -33,7 +33,7 @@ class Traced:
 
 async def test_connecting_publishing_and_delivering(broker: Broker) -> None:
     trace, key = Traced(), broker.keygen("a/", "rw")
-    async with many_links(broker.url, trace=trace) as emitter:
+    async with connect_reconnecting(broker.url, trace=trace) as emitter:
         async with emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "four")
             await messages.receive()
@@ -54,8 +54,8 @@ async def test_connecting_publishing_and_delivering(broker: Broker) -> None:
 
 async def test_reconnecting(broker: Broker) -> None:
     trace = Traced()
-    async with many_links(broker.url, trace=trace) as emitter:
-        async with while_away(emitter, broker):
+    async with connect_reconnecting(broker.url, trace=trace) as emitter:
+        async with while_disconnected(emitter, broker):
             pass
     assert trace.names.count("connect.complete") == 1
     assert trace.names.count("reconnect.complete") == 1
@@ -64,7 +64,7 @@ async def test_reconnecting(broker: Broker) -> None:
 async def test_a_connection_that_fails(anyio_backend: object) -> None:
     trace = Traced()
     with suppress(ConnectError):
-        async with one_link("mqtt://127.0.0.1:1", trace=trace):
+        async with connect_once("mqtt://127.0.0.1:1", trace=trace):
             raise AssertionError("entered")
     assert trace.names == ["connect.started", "connect.failed"]
     assert isinstance(trace.values("connect.failed")[0]["error"], ConnectError)
@@ -72,7 +72,7 @@ async def test_a_connection_that_fails(anyio_backend: object) -> None:
 
 async def test_refusals(broker: Broker) -> None:
     trace = Traced()
-    async with one_link(broker.url, trace=trace) as emitter:
+    async with connect_once(broker.url, trace=trace) as emitter:
         with pytest.raises(UnauthorizedError):
             await emitter.publish("x" * 32, "a/", "x", qos=1)
         await emitter.publish("x" * 32, "a/", "x")
@@ -85,7 +85,7 @@ async def test_refusals(broker: Broker) -> None:
 
 async def test_dropped_messages(broker: Broker) -> None:
     trace, key = Traced(), broker.keygen("a/", "rw")
-    async with one_link(broker.url, trace=trace) as emitter:
+    async with connect_once(broker.url, trace=trace) as emitter:
         async with emitter.subscribe(key, "a/", buffer=1, overflow="drop_newest") as messages:
             for _ in range(3):
                 await emitter.publish(key, "a/", "x", qos=1)
@@ -100,7 +100,7 @@ async def test_a_hook_that_raises_is_logged(
     def trace(name: str, values: Mapping[str, object]) -> None:
         raise ZeroDivisionError
 
-    async with one_link(broker.url, trace=trace) as emitter:
+    async with connect_once(broker.url, trace=trace) as emitter:
         await emitter.flush()
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert any("connect.started" in record.getMessage() for record in errors)
@@ -108,7 +108,7 @@ async def test_a_hook_that_raises_is_logged(
 
 async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
     trace, key = Traced(), broker.keygen("a/", "rw")
-    async with one_link(broker.url, trace=trace) as emitter:
+    async with connect_once(broker.url, trace=trace) as emitter:
         with anyio.CancelScope() as scope:
             scope.cancel()
             await emitter.publish(key, "a/", "x", qos=1)
@@ -122,11 +122,11 @@ async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
 
 
 async def test_none_is_no_hook(broker: Broker) -> None:
-    async with one_link(broker.url, trace=None) as emitter:
+    async with connect_once(broker.url, trace=None) as emitter:
         await emitter.flush()
 
 
 @pytest.mark.parametrize("hook", [1, "trace"])
 def test_it_must_be_a_function(hook: object) -> None:
     with pytest.raises(TypeError, match="trace"):
-        one_link("mqtt://h", trace=hook)
+        connect_once("mqtt://h", trace=hook)

@@ -31,13 +31,13 @@ from emitter_anyio._net.transport import (
 from emitter_anyio._net.writer import MAX_QUEUED_BYTES
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
+from tests.support.connections import connect_once
 from tests.support.leaks import open_sockets
-from tests.support.links import one_link
-from tests.support.memory import MemoryConnectable, MemoryStream, memory_link
+from tests.support.memory import MemoryConnectable, MemoryStream, memory_stream_pair
 from tests.support.peer import (
-    LINKS,
     PINGREQ,
     PUBLISH,
+    TRANSPORTS,
     Peer,
     SocketStream,
     memory_peer,
@@ -46,7 +46,7 @@ from tests.support.peer import (
     unix_peer,
     unix_socket,
 )
-from tests.support.steps import all_styles, cancel_in_step
+from tests.support.steps import all_cancel_styles, cancel_at_step
 
 HINT = "Emitter's default ports are 8080"
 
@@ -189,7 +189,7 @@ async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object, se
 
 
 async def test_a_stream_gives_bytes_and_none_at_the_end(anyio_backend: object) -> None:
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     transport = StreamTransport(ours)
     assert transport.try_send(b"x") == 0
     assert await transport.send(b"abc") == 3
@@ -207,7 +207,7 @@ async def test_a_broken_stream_says_why(anyio_backend: object) -> None:
         async def receive(self, max_bytes: int = 65536) -> bytes:
             raise anyio.BrokenResourceError from ConnectionResetError("reset by the moon")
 
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     transport = StreamTransport(ours)
     await peer.aclose()
     with pytest.raises(OSError, match="the connection broke"):
@@ -227,7 +227,7 @@ async def test_the_end_may_be_told_where_the_link_can(anyio_backend: object) -> 
         assert await transport.receive() == b"still"
     await transport.aclose()
     await transport.send_eof()
-    ours, memory_peer = memory_link()
+    ours, memory_peer = memory_stream_pair()
     await StreamTransport(ours).send_eof()
     with pytest.raises(anyio.EndOfStream):
         await memory_peer.receive()
@@ -262,7 +262,7 @@ async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
         await peer.stream.transport_stream.send(b"\x17\x03\x03\x40\x00")
         await over.wait()
 
-    async with serving("tls", script) as options, one_link(**options) as emitter:
+    async with serving("tls", script) as options, connect_once(**options) as emitter:
         assert emitter._slot.connection is not None
         last_heard = emitter._slot.connection._last_heard
         before = last_heard.time
@@ -687,7 +687,7 @@ async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         with pytest.raises(ConnectionLostError, match="reset"):
-            async with one_link(
+            async with connect_once(
                 f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()
             ) as emitter:
                 await emitter.flush()
@@ -741,7 +741,7 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
         closed.set()
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", TRANSPORTS)
 async def test_what_waits_for_a_peer_that_reads_nothing_is_no_lost_link(
     anyio_backend: object, link: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -824,7 +824,7 @@ async def test_a_connectable_that_does_not_answer_leaves_time_for_the_next_serve
 # Cancelled at every point
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", TRANSPORTS)
 async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, link: str) -> None:
     before = open_sockets()
     async with serving(link, serve) as options:
@@ -834,9 +834,9 @@ async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, li
             async with connect(**options) as emitter:
                 await emitter.flush()
 
-        for style in all_styles():
+        for style in all_cancel_styles():
             step = 0
-            while await cancel_in_step(open_and_leave(), step, style):
+            while await cancel_at_step(open_and_leave(), step, style):
                 step += 1
             # For the CONNACK, the PINGRESP and the end of the link: so many waits at the least.
             assert step >= 3

@@ -14,8 +14,8 @@ import pytest
 from emitter_anyio import ClosedError, ConnectError, ConnectionLostError, Emitter
 from emitter_anyio.testing import Broker
 from tests.support.command import run
-from tests.support.leaks import living_tasks, tasks_of_clients
-from tests.support.links import one_link
+from tests.support.connections import connect_once
+from tests.support.leaks import client_tasks, running_tasks
 
 
 class Oops(Exception):
@@ -137,21 +137,21 @@ WAYS = (
 async def test_no_task_is_left_when_it_has_been_left(broker: Broker, way: Way) -> None:
     # On Trio, the tasks of a turn run in either order.
     for _ in range(5):
-        before = living_tasks()
-        await way(one_link(broker.url, disconnect_timeout=0.05), broker)
-        assert not tasks_of_clients(before)
+        before = running_tasks()
+        await way(connect_once(broker.url, disconnect_timeout=0.05), broker)
+        assert not client_tasks(before)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_no_task_is_left_when_it_was_cancelled_natively(broker: Broker) -> None:
-    emitter = one_link(broker.url)
-    before = living_tasks()
+    emitter = connect_once(broker.url)
+    before = running_tasks()
     task = asyncio.create_task(leave_when_cancelled(emitter))
     await emitter.wait_connected()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not tasks_of_clients(before)
+    assert not client_tasks(before)
 
 
 async def leave_when_cancelled(emitter: Emitter) -> None:
@@ -248,16 +248,16 @@ def test_trio_never_fails_internally_where_it_is_never_left() -> None:
 async def test_it_may_be_left_in_another_task_when_the_first_one_has_ended(
     broker: Broker,
 ) -> None:
-    emitter = one_link(broker.url, disconnect_timeout=0.05)
+    emitter = connect_once(broker.url, disconnect_timeout=0.05)
     emitter.on("message", hang)
-    before = living_tasks()
+    before = running_tasks()
     for _ in range(2):
         await asyncio.create_task(emitter.__aenter__())
         await emitter.subscribe(key := broker.keygen("a/", "rw"), "a/")
         await emitter.publish(key, "a/", "x", qos=1)
         await asyncio.create_task(emitter.__aexit__(None, None, None))
         assert emitter.state == "closed"
-        assert not tasks_of_clients(before)
+        assert not client_tasks(before)
 
 
 async def hang(message: object) -> None:
@@ -266,7 +266,7 @@ async def hang(message: object) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_left_in_another_task_it_raises_what_has_ended_it(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     await asyncio.create_task(emitter.__aenter__())
     await broker.drop()
     await emitter.wait_closed()
@@ -279,7 +279,7 @@ async def test_a_broker_may_be_left_in_another_task(anyio_backend: object) -> No
     broker = Broker()
     for _ in range(2):
         await asyncio.create_task(broker.__aenter__())
-        async with one_link(broker.url) as emitter:
+        async with connect_once(broker.url) as emitter:
             await emitter.me()
         await broker.__aexit__(None, None, None)
 
@@ -288,7 +288,7 @@ def test_unittest_enters_and_leaves_in_different_tasks() -> None:
     class Case(unittest.IsolatedAsyncioTestCase):
         async def asyncSetUp(self) -> None:
             self.broker = await self.enterAsyncContext(Broker())
-            self.emitter = await self.enterAsyncContext(one_link(self.broker.url))
+            self.emitter = await self.enterAsyncContext(connect_once(self.broker.url))
 
         async def test(self) -> None:
             key = self.broker.keygen("a/", "rw")
@@ -313,7 +313,7 @@ async def test_leaving_in_another_task_while_the_first_one_runs_says_how_to_do_i
             await emitter.__aexit__(None, None, None)
         assert isinstance(caught.value.__cause__, ConnectionLostError)
 
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
     with pytest.raises(ConnectionLostError):
         async with emitter:
             with anyio.CancelScope(shield=True):
@@ -338,7 +338,7 @@ async def test_a_broker_is_run_in_a_task(anyio_backend: object) -> None:
         broker = await tasks.start(Broker().run)
         with pytest.raises(RuntimeError, match="already entered"):
             await broker.__aenter__()
-        async with one_link(broker.url) as emitter:
+        async with connect_once(broker.url) as emitter:
             await emitter.me()
         tasks.cancel_scope.cancel()
     with pytest.raises(RuntimeError, match="not entered"):
@@ -346,7 +346,7 @@ async def test_a_broker_is_run_in_a_task(anyio_backend: object) -> None:
 
 
 async def test_who_waits_for_a_start_that_fails_is_told_why(broker: Broker) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     async def start() -> None:
         with pytest.raises(ConnectError):

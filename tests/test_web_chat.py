@@ -15,7 +15,7 @@ from emitter_anyio import connect
 from emitter_anyio.testing import Broker
 from examples.web_chat import people as people_module
 from examples.web_chat.people import People
-from tests.support.asgi import Application, serving, websocket
+from tests.support.asgi import Application, lifespan, websocket
 from tests.support.command import ROOT
 
 APP = ROOT / "examples/web_chat/app.py"
@@ -60,91 +60,91 @@ async def test_with_a_broker_of_its_own(
 ) -> None:
     monkeypatch.delenv("EMITTER_URL", raising=False)
     app = load()
-    async with serving(app), websocket(app, "/chat", name="ann") as ann:
-        await ann.hear_json(people("ann"))
-        await ann.say_text(ID + "<b>hello</b>")
-        heard = await ann.hear_json(text("<b>hello</b>"))
+    async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
+        await ann.receive_json(people("ann"))
+        await ann.send_text(ID + "<b>hello</b>")
+        heard = await ann.receive_json(text("<b>hello</b>"))
         assert (heard["id"], heard["name"]) == (ID, "ann")
 
 
 async def test_two_browsers(its_broker: Broker) -> None:
     app = load()
-    async with serving(app), websocket(app, "/chat", name=" Ann  Lee ") as ann:
+    async with lifespan(app), websocket(app, "/chat", name=" Ann  Lee ") as ann:
         async with websocket(app, "/chat", name="ben") as ben:
-            await ann.hear_json(people("Ann Lee", "ben"))
-            await ben.hear_json(people("Ann Lee", "ben"))
-            await ann.say_text(ID + "hello")
-            await ann.hear_json(text("hello"))
-            await ben.hear_json(text("hello"))
-        await ann.hear_json(people("Ann Lee"))
-        await ann.say_text(ID + "are you there?")
-        await ann.hear_json(text("are you there?"))
+            await ann.receive_json(people("Ann Lee", "ben"))
+            await ben.receive_json(people("Ann Lee", "ben"))
+            await ann.send_text(ID + "hello")
+            await ann.receive_json(text("hello"))
+            await ben.receive_json(text("hello"))
+        await ann.receive_json(people("Ann Lee"))
+        await ann.send_text(ID + "are you there?")
+        await ann.receive_json(text("are you there?"))
         async with websocket(app, "/chat", name="ben") as ben:
-            await ben.hear_json(text("are you there?"))
+            await ben.receive_json(text("are you there?"))
 
 
 async def test_a_name_is_there_until_its_last_window_is_closed(its_broker: Broker) -> None:
     app = load()
-    async with serving(app), websocket(app, "/chat", name="ann") as ann:
+    async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
         async with websocket(app, "/chat", name="ann"), websocket(app, "/chat") as nobody:
-            await nobody.hear_json(people("ann", "Somebody"))
-            await ann.hear_json(people("ann", "Somebody"))
-        await ann.hear_json(people("ann"))
+            await nobody.receive_json(people("ann", "Somebody"))
+            await ann.receive_json(people("ann", "Somebody"))
+        await ann.receive_json(people("ann"))
 
 
 async def test_without_its_broker_for_a_while(its_broker: Broker) -> None:
     app = load()
-    async with serving(app), websocket(app, "/chat", name="ann") as ann:
-        await ann.say_text(ID + "before")
-        await ann.hear_json(text("before"))
+    async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
+        await ann.send_text(ID + "before")
+        await ann.receive_json(text("before"))
         with its_broker.refuse():
             await its_broker.drop()
-            await ann.hear_json(people("ann", live=False))
+            await ann.receive_json(people("ann", live=False))
             said = {"id": ID[::-1], "name": "ben", "text": "meanwhile", "at": 0}
             await its_broker.publish("webchat/room/", json.dumps(said), ttl=60)
-            await ann.say_text(ID + "said while it was away")
+            await ann.send_text(ID + "said while it was away")
         wanted = [people("ann"), text("meanwhile"), text("said while it was away")]
-        await ann.hear_json(lambda said: in_any_order(wanted, said))
+        await ann.receive_json(lambda said: in_any_order(wanted, said))
 
 
 async def test_two_servers_are_one_chat(its_broker: Broker) -> None:
     first, second = load("first"), load("second")
-    async with serving(first), websocket(first, "/chat", name="ann") as ann:
+    async with lifespan(first), websocket(first, "/chat", name="ann") as ann:
         async with anyio.create_task_group() as tasks:
 
             async def other() -> None:
-                async with serving(second), websocket(second, "/chat", name="ben") as ben:
-                    await ben.hear_json(people("ann", "ben"))
-                    await ben.say_text(ID + "hello")
+                async with lifespan(second), websocket(second, "/chat", name="ben") as ben:
+                    await ben.receive_json(people("ann", "ben"))
+                    await ben.send_text(ID + "hello")
                     await anyio.sleep_forever()
 
             tasks.start_soon(other)
-            await ann.hear_json(people("ann", "ben"))
-            await ann.hear_json(text("hello"))
+            await ann.receive_json(people("ann", "ben"))
+            await ann.receive_json(text("hello"))
             tasks.cancel_scope.cancel()  # nobody says goodbye: presence tells
-        await ann.hear_json(people("ann"))
+        await ann.receive_json(people("ann"))
 
 
 async def test_what_others_publish_does_no_harm(its_broker: Broker) -> None:
     app = load()
-    async with connect(its_broker.url) as emitter, serving(app):
+    async with connect(its_broker.url) as emitter, lifespan(app):
         key = its_broker.keygen("webchat/#/", "rws")
         async with websocket(app, "/chat", name="ann") as ann:
-            await ann.hear_json(people("ann"))
+            await ann.receive_json(people("ann"))
             await emitter.publish(key, "webchat/room/", b"\xff", ttl=60, qos=1)
-            while (await ann.hear("websocket.send"))["text"] != "\N{REPLACEMENT CHARACTER}":
+            while (await ann.receive("websocket.send"))["text"] != "\N{REPLACEMENT CHARACTER}":
                 pass
-            await ann.say_text(ID + "x" * 5000)
-            await ann.hear_json(text("x" * 2000))
+            await ann.send_text(ID + "x" * 5000)
+            await ann.receive_json(text("x" * 2000))
 
 
 @pytest.mark.parametrize("name", ["\x00\x1b" * 12, " \n", "\u202e"])
 async def test_a_name_of_control_characters_is_none(its_broker: Broker, name: str) -> None:
     app = load()
-    async with serving(app), websocket(app, "/chat", name=name) as nobody:
-        await nobody.hear_json(people("Somebody"))
+    async with lifespan(app), websocket(app, "/chat", name=name) as nobody:
+        await nobody.receive_json(people("Somebody"))
         async with websocket(app, "/chat", name="a\x00nn \t lee") as ann:
-            await ann.hear_json(people("ann lee", "Somebody"))
+            await ann.receive_json(people("ann lee", "Somebody"))
 
 
 async def test_many_who_come_together_are_in_one_list(
@@ -152,15 +152,15 @@ async def test_many_who_come_together_are_in_one_list(
 ) -> None:
     monkeypatch.setattr(people_module, "PAUSE", 3600)
     app = load()
-    async with serving(app), AsyncExitStack() as stack:
+    async with lifespan(app), AsyncExitStack() as stack:
         ann = await stack.enter_async_context(websocket(app, "/chat", name="ann"))
-        await ann.hear_json(people("ann"))
+        await ann.receive_json(people("ann"))
         for number in range(20):
             other = await stack.enter_async_context(websocket(app, "/chat", name=str(number)))
-            await other.hear_json(lambda said: "ann" in said["people"])
-        await ann.say_text(ID + "hello")
+            await other.receive_json(lambda said: "ann" in said["people"])
+        await ann.send_text(ID + "hello")
         lists = 0
-        while (await ann.hear_json(lambda said: True)).get("text") != "hello":
+        while (await ann.receive_json(lambda said: True)).get("text") != "hello":
             lists += 1
         assert lists <= 1
 
@@ -199,7 +199,7 @@ async def test_a_page_of_another_server_is_rejected(
 ) -> None:
     app = load()
     headers = [(b"host", b"chat.example"), (b"origin", origin)]
-    async with serving(app), websocket(app, "/chat", headers=headers, answer=answer):
+    async with lifespan(app), websocket(app, "/chat", headers=headers, answer=answer):
         pass
 
 

@@ -33,8 +33,8 @@ from emitter_anyio._net.transport import (
 from emitter_anyio._net.websocket import MAX_HEAD_BYTES, Upgrade, WebSocket, _FrameChecks
 from emitter_anyio.testing import Broker
 from tests.support import packets, tls
-from tests.support.links import one_link
-from tests.support.memory import MemoryStream, memory_link
+from tests.support.connections import connect_once
+from tests.support.memory import MemoryStream, memory_stream_pair
 from tests.support.peer import DISCONNECT, PINGREQ, PUBLISH, Peer, memory_peer, serving, tcp_peer
 from tests.support.websocket import ServerStream
 
@@ -405,7 +405,7 @@ def transport_over(stream: ByteStream) -> WebSocketTransport:
 
 
 async def test_what_came_behind_the_handshake_is_not_lost(anyio_backend: object) -> None:
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     received = frames(BytesMessage(b"early"))
     transport = WebSocketTransport(StreamTransport(ours), WebSocket(MAX), received)
     assert await transport.receive() == b"early"
@@ -415,7 +415,7 @@ async def test_what_came_behind_the_handshake_is_not_lost(anyio_backend: object)
 
 
 async def test_empty_frames_are_no_end(anyio_backend: object) -> None:
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     transport = transport_over(ours)
     await peer.send(frames(BytesMessage(b""), Pong(b"")))
     async with anyio.create_task_group() as tasks:
@@ -498,7 +498,7 @@ async def test_behind_the_peers_end_nothing_counts_as_sent(
 
 
 async def test_a_closed_one_may_be_closed_again(anyio_backend: object) -> None:
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     transport = transport_over(ours)
     await transport.aclose()
     await transport.send_eof()
@@ -511,7 +511,7 @@ async def test_a_closed_one_may_be_closed_again(anyio_backend: object) -> None:
 async def test_who_takes_nothing_is_not_waited_for_with_the_last_words(
     anyio_backend: object,
 ) -> None:
-    ours, peer = memory_link(capacity=1)
+    ours, peer = memory_stream_pair(capacity=1)
     transport = transport_over(ours)
     peer.send_nowait(frames(CloseConnection(1001, "restart")))
     start = anyio.current_time()
@@ -525,7 +525,7 @@ async def test_who_takes_nothing_is_not_waited_for_with_the_last_words(
 
 
 def over(connectable: Any, **options: Any) -> Emitter:
-    return one_link("ws://broker.example/mqtt", connectable=connectable, **options)
+    return connect_once("ws://broker.example/mqtt", connectable=connectable, **options)
 
 
 def stream_of(peer: Peer) -> ServerStream:
@@ -570,7 +570,7 @@ async def test_the_port_is_told_unless_it_is_usual(
         await peer.serve()
 
     async with memory_peer(script, websocket=True) as connectable:
-        async with one_link(url, connectable=connectable):
+        async with connect_once(url, connectable=connectable):
             pass
     assert [name.encode("idna").decode() for name in asked] == [host]
 
@@ -707,7 +707,7 @@ async def test_a_peers_end_that_comes_while_we_leave_is_none_of_ours(
         await left.wait()
 
     async with serving("ws", script) as options:
-        async with one_link(disconnect_timeout=0.05, **options) as emitter:
+        async with connect_once(disconnect_timeout=0.05, **options) as emitter:
             while emitter.statistics().queued_bytes < 200_000:
                 await emitter.publish("k", "a/", bytes(20_000))
                 await checkpoint()
@@ -807,7 +807,7 @@ async def test_the_next_server_is_tried_when_one_refuses(anyio_backend: object) 
 
     async with memory_peer(script) as connectable:
         servers = ["ws://a.example/x", "ws://b.example"]
-        async with one_link(servers=servers, connectable=connectable) as emitter:
+        async with connect_once(servers=servers, connectable=connectable) as emitter:
             assert emitter.connection is not None
             assert emitter.connection.server == "ws://b.example:8080"
 
@@ -833,7 +833,7 @@ async def test_publishes_and_receives(anyio_backend: object, scheme: str) -> Non
     async with broker:
         key = broker.keygen("a/")
         url = f"{scheme}://127.0.0.1:{broker.port}/any/path"
-        async with one_link(url, **trust) as emitter:
+        async with connect_once(url, **trust) as emitter:
             assert emitter.connection is not None
             assert emitter.connection.server == url
             async with emitter.subscribe(key, "a/") as messages:
@@ -848,7 +848,7 @@ async def test_a_flood_both_ways(anyio_backend: object, scheme: str) -> None:
     broker, trust = broker_of(scheme)
     async with broker:
         key = broker.keygen("a/")
-        async with one_link(f"{scheme}://127.0.0.1:{broker.port}", **trust) as emitter:
+        async with connect_once(f"{scheme}://127.0.0.1:{broker.port}", **trust) as emitter:
             async with emitter.subscribe(key, "a/", buffer=1000) as messages:
 
                 async def publish() -> None:
@@ -868,7 +868,7 @@ async def test_a_path_on_which_emitter_has_something_else(
     broker, trust = broker_of(scheme)
     async with broker:
         with pytest.raises(ConnectError, match=r"HTTP (200|404).*/keygen"):
-            async with one_link(f"{scheme}://127.0.0.1:{broker.port}{path}", **trust):
+            async with connect_once(f"{scheme}://127.0.0.1:{broker.port}{path}", **trust):
                 pass
 
 
@@ -882,12 +882,12 @@ async def test_the_close_comes_behind_disone_link(
         await peer.until(DISCONNECT)
         closes.append(await stream_of(peer).until(CloseConnection))
         assert stream_of(peer).received == []
-        assert not peer.left
+        assert not peer.unparsed
         await stream_of(peer).send_event(CloseConnection(1000))
 
     closes: list[Event] = []
     async with serving(scheme, script) as options:
-        async with one_link(**options) as emitter:
+        async with connect_once(**options) as emitter:
             await emitter.flush()
             if unsettled:
                 await emitter.publish("k", "a/", "x")
@@ -903,7 +903,7 @@ async def test_the_close_comes_behind_disconnect_when_cancelled(anyio_backend: o
     closes: list[Event] = []
     async with serving("ws", script) as options:
         with anyio.CancelScope() as scope:
-            async with one_link(**options):
+            async with connect_once(**options):
                 await anyio.wait_all_tasks_blocked()
                 scope.cancel()
                 await checkpoint()
@@ -921,7 +921,7 @@ async def test_a_peer_that_does_not_answer_the_close_holds_nobody(
         await closed.wait()
 
     async with serving(scheme, script) as options:
-        async with one_link(**options, disconnect_timeout=1000) as emitter:
+        async with connect_once(**options, disconnect_timeout=1000) as emitter:
             await emitter.flush()
         closed.set()
 
@@ -943,7 +943,7 @@ async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: 
     async with tcp_peer(script, context=context) as port:
         url = f"{scheme}://127.0.0.1:{port}"
         with pytest.raises(ConnectError, match=rf"{url}.*within 0\.3 s"):
-            async with one_link(url, connect_timeout=0.3, **trust):
+            async with connect_once(url, connect_timeout=0.3, **trust):
                 pass
 
 
@@ -954,21 +954,21 @@ async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
 
     async with tcp_peer(script) as port:
         with pytest.raises(ConnectError, match=r"HTTP.*try mqtt"):
-            async with one_link(f"ws://127.0.0.1:{port}"):
+            async with connect_once(f"ws://127.0.0.1:{port}"):
                 pass
 
 
 async def test_a_peer_that_speaks_tls(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         with pytest.raises(ConnectError, match=r"try wss://|closed the connection|reset"):
-            async with one_link(f"ws://127.0.0.1:{broker.port}"):
+            async with connect_once(f"ws://127.0.0.1:{broker.port}"):
                 pass
 
 
 async def test_one_that_speaks_no_tls(anyio_backend: object) -> None:
     async with Broker() as broker:
         with pytest.raises(ConnectError, match=f"wss://127.0.0.1:{broker.port}") as caught:
-            async with one_link(f"wss://127.0.0.1:{broker.port}"):
+            async with connect_once(f"wss://127.0.0.1:{broker.port}"):
                 pass
     assert "SSL" in str(caught.value) or "TLS" in str(caught.value)
 
@@ -980,12 +980,12 @@ async def test_an_authority_of_ones_own(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         url = f"wss://127.0.0.1:{broker.port}"
         with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught:
-            async with one_link(url):
+            async with connect_once(url):
                 pass
         assert f"{url}: " in str(caught.value)
         assert "cafile=" in str(caught.value)
         assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
-        async with one_link(url, ssl_context=tls.client_context()) as emitter:
+        async with connect_once(url, ssl_context=tls.client_context()) as emitter:
             await emitter.flush()
 
 
@@ -994,7 +994,7 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
         for host in ("localhost", "127.0.0.1"):
             words = "CERTIFICATE_VERIFY_FAILED.*name"
             with pytest.raises(ConnectError, match=words):
-                async with one_link(
+                async with connect_once(
                     f"wss://{host}:{broker.port}", ssl_context=tls.client_context()
                 ):
                     pass
@@ -1031,7 +1031,7 @@ async def test_what_a_tls_link_breaks_of_is_told(
         async def receive(self, max_bytes: int = 65536) -> bytes:
             raise ssl.SSLError(1, said)
 
-    ours, peer = memory_link()
+    ours, peer = memory_stream_pair()
     ours.__class__ = Broken
     transport = StreamTransport(ours)
     with pytest.raises(ssl.SSLError, match=words):
@@ -1045,7 +1045,7 @@ async def test_who_checks_nothing_is_let_in(anyio_backend: object) -> None:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     async with Broker(ssl_context=tls.server_context("other.example")) as broker:
-        async with one_link(f"wss://127.0.0.1:{broker.port}", ssl_context=context) as emitter:
+        async with connect_once(f"wss://127.0.0.1:{broker.port}", ssl_context=context) as emitter:
             await emitter.flush()
 
 
@@ -1055,7 +1055,7 @@ async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
     context.sni_callback = lambda sock, name, context: told.append(name)
     async with Broker(ssl_context=context) as broker:
         trust = tls.client_context()
-        async with one_link(f"wss://localhost:{broker.port}", ssl_context=trust) as emitter:
+        async with connect_once(f"wss://localhost:{broker.port}", ssl_context=trust) as emitter:
             await emitter.flush()
     assert told == ["localhost"]
 
@@ -1075,9 +1075,9 @@ async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
     async with tcp_peer(script, context=context, websocket=True) as port:
         trust = tls.client_context()
         with pytest.raises(ConnectError):
-            async with one_link(f"wss://127.0.0.1:{port}", ssl_context=trust):
+            async with connect_once(f"wss://127.0.0.1:{port}", ssl_context=trust):
                 pass
         tls.certificate("client.example").configure_cert(trust)
-        async with one_link(f"wss://127.0.0.1:{port}", ssl_context=trust) as emitter:
+        async with connect_once(f"wss://127.0.0.1:{port}", ssl_context=trust) as emitter:
             await emitter.flush()
     assert shown[0]["subjectAltName"] == (("DNS", "client.example"),)

@@ -16,10 +16,17 @@ from emitter_anyio import Emitter, EmitterMessage, EventStream
 from emitter_anyio._protocol.codec import Codec
 from emitter_anyio._protocol.packets import Connect
 from tests.support import packets
-from tests.support.events import one_by_one
-from tests.support.links import one_link
+from tests.support.connections import connect_once
+from tests.support.events import unbatch
 from tests.support.peer import SUBSCRIBE, Peer, SocketStream, memory_peer, serving
-from tests.support.work import CopiedBytes, Work, blocks_kept, peak_of, uncounted, work_of
+from tests.support.work import (
+    CopiedBytes,
+    Work,
+    leaked_blocks,
+    measure_work,
+    peak_memory_bytes,
+    uncounted,
+)
 
 pytestmark = [pytest.mark.without_debug, pytest.mark.fast_path]
 
@@ -130,7 +137,7 @@ async def case(
     """A client, awaited subscriptions of it, and the far end."""
     far = Far(len(channels))
     async with serving("unix", far.play) as options:
-        emitter = one_link(max_message_size=LARGE + 1024, **options)
+        emitter = connect_once(max_message_size=LARGE + 1024, **options)
         if on_message is not None:
             emitter.on("message", on_message)
         async with emitter:
@@ -150,7 +157,7 @@ async def receiving() -> AsyncGenerator[tuple[Step, int]]:
     data = packets.publish("a/", BODY) * MESSAGES
     far = Far(1)
     async with serving("unix", far.play) as options:
-        async with one_link(**options) as emitter, emitter.subscribe("k", "a/") as messages:
+        async with connect_once(**options) as emitter, emitter.subscribe("k", "a/") as messages:
 
             async def step() -> None:
                 await far.send(data)
@@ -178,7 +185,7 @@ async def receiving_alone() -> AsyncGenerator[tuple[Step, int]]:
         async for _ in messages:
             taken += 1
 
-    async with serving("unix", far.play) as options, one_link(**options) as emitter:
+    async with serving("unix", far.play) as options, connect_once(**options) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
             tasks.start_soon(take, messages)
 
@@ -310,7 +317,7 @@ async def test_what_a_message_calls(
     # With Trio's random order of tasks, one message takes a few system calls more or less.
     steps = 64 if path in (*LARGER, receiving_alone) else 8
     async with path() as (step, messages):
-        work = await work_of(step, messages, steps)
+        work = await measure_work(step, messages, steps)
     check_work(record_property, path.__name__, anyio_backend[0], work)
 
 
@@ -323,11 +330,11 @@ async def test_what_opening_and_closing_a_link_calls(
     async with serving("unix", script) as options:
 
         async def step() -> None:
-            async with one_link(**options):
+            async with connect_once(**options):
                 # As in nearly all programs, it has begun to read.
                 await anyio.wait_all_tasks_blocked()
 
-        work = await work_of(step, 1, steps=20)
+        work = await measure_work(step, 1, steps=20)
     check_calls(record_property, "opening and closing a link", anyio_backend[0], work.calls)
 
 
@@ -339,22 +346,22 @@ async def test_what_a_ping_calls(
         await peer.serve()
 
     async with memory_peer(script) as connectable:
-        async with one_link(connectable=connectable, keepalive=1):
-            work = await work_of(partial(anyio.sleep, 100), 100)
+        async with connect_once(connectable=connectable, keepalive=1):
+            work = await measure_work(partial(anyio.sleep, 100), 100)
     check_calls(record_property, "a ping", anyio_backend[0], work.calls)
 
 
 @pytest.mark.parametrize("path", SMALL)
 async def test_what_messages_leave_in_memory(path: Path, anyio_backend: object) -> None:
     async with path() as (step, messages):
-        kept = await blocks_kept(step, 20)
+        kept = await leaked_blocks(step, 20)
     assert kept <= KEPT, f"{20 * messages} messages leave {kept} blocks, at most {KEPT}"
 
 
 @pytest.mark.parametrize("path", LARGER)
 async def test_how_often_a_large_message_is_in_memory(path: Path, anyio_backend: object) -> None:
     async with path() as (step, _):
-        copies = await peak_of(step) / LARGE
+        copies = await peak_memory_bytes(step) / LARGE
     bound = COPIES[path.__name__]
     assert copies <= bound, f"{copies:.2f} times at once, at most {bound}: {ADVICE}"
 
@@ -377,13 +384,13 @@ async def test_what_decoding_a_chunk_calls(anyio_backend: str, record_property: 
     async def step() -> None:
         codec.decode(CHUNK)
 
-    work = await work_of(step, len(CHUNK) // len(SMALL_PACKET))
+    work = await measure_work(step, len(CHUNK) // len(SMALL_PACKET))
     check_work(record_property, "decoding", anyio_backend, work)
 
 
 def test_decoding_copies_no_byte_twice() -> None:
     chunk = CopiedBytes(CHUNK)
-    assert len(one_by_one(connected().decode(chunk))) == len(CHUNK) // len(SMALL_PACKET)
+    assert len(unbatch(connected().decode(chunk))) == len(CHUNK) // len(SMALL_PACKET)
     # But the first topic, which is remembered as text and with its head.
     once = len(CHUNK) + len(SMALL_PACKET)
     assert chunk.copied < once, f"{chunk.copied} bytes of {len(CHUNK)}: {ADVICE}"

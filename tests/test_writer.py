@@ -24,10 +24,10 @@ from emitter_anyio._net.writer import (
     MAX_SEND_BYTES,
     Writer,
 )
-from tests.support.links import one_link
-from tests.support.memory import MemoryStream, memory_link
-from tests.support.peer import DISCONNECT, LINKS, PUBLISH, Packet, Peer, memory_peer, serving
-from tests.support.steps import styles
+from tests.support.connections import connect_once
+from tests.support.memory import MemoryStream, memory_stream_pair
+from tests.support.peer import DISCONNECT, PUBLISH, TRANSPORTS, Packet, Peer, memory_peer, serving
+from tests.support.steps import cancel_styles
 
 FULL = bytes(MAX_QUEUED_BYTES)
 
@@ -75,7 +75,7 @@ async def socket_link() -> AsyncGenerator[SocketLink]:
 
 @asynccontextmanager
 async def memory_writer(capacity: int) -> AsyncGenerator[tuple[Writer, MemoryStream]]:
-    ours, peer = memory_link(capacity)
+    ours, peer = memory_stream_pair(capacity)
     writer = Writer(StreamTransport(ours))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(writer.run)
@@ -298,7 +298,7 @@ class Waiting:
 
 
 async def test_who_gives_up_lets_the_next_one_in(anyio_backend: object) -> None:
-    for style in styles():
+    for style in cancel_styles():
         async with socket_link() as link:
             link.writer.write(FULL * 2)
             admitted: list[int] = []
@@ -317,7 +317,7 @@ async def test_who_gives_up_lets_the_next_one_in(anyio_backend: object) -> None:
 async def test_who_gives_up_when_its_turn_has_come_lets_the_next_one_in(
     anyio_backend: object,
 ) -> None:
-    for style in styles():
+    for style in cancel_styles():
         async with socket_link() as link:
             link.writer.write(FULL + b"x")
             admitted: list[int] = []
@@ -593,7 +593,7 @@ async def cancelled_publishers(emitter: Emitter, style: str, seed: int) -> tuple
     return set(returned), len(returned)
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", TRANSPORTS)
 async def test_cancelled_publishes_leave_whole_or_not_at_all(
     anyio_backend: object, link: str
 ) -> None:
@@ -608,11 +608,11 @@ async def test_cancelled_publishes_leave_whole_or_not_at_all(
             if packet.kind == DISCONNECT:
                 break
             published.append(packet)
-        assert not peer.left
+        assert not peer.unparsed
 
     async with serving(link, script) as options:
-        for style in styles():
-            async with one_link(**options) as emitter:
+        for style in cancel_styles():
+            async with connect_once(**options) as emitter:
                 returned, count = await cancelled_publishers(emitter, style, seed=3)
             numbers = [int(packet.payload[:6]) for packet in published]
             assert len(numbers) == len(set(numbers)) == count
@@ -631,7 +631,7 @@ async def test_a_verb_does_not_wait_for_a_link_that_takes_nothing(anyio_backend:
         payloads.extend(packet.payload for packet in await peer.rest() if packet.kind == PUBLISH)
 
     async with memory_peer(script, capacity=100) as connectable:
-        async with one_link(connectable=connectable) as emitter:
+        async with connect_once(connectable=connectable) as emitter:
             # Nothing but room is waited for, and the first of these fills the link.
             for number in range(30):
                 await emitter.publish("k", "a/", b"%02d" % number + bytes(2000))
@@ -658,7 +658,7 @@ async def test_those_who_wait_for_room_or_to_leave_learn_that_the_link_is_lost(
 
     async with memory_peer(script, capacity=100) as connectable:
         with pytest.raises(ConnectionLostError):
-            async with one_link(connectable=connectable) as emitter:
+            async with connect_once(connectable=connectable) as emitter:
                 with anyio.CancelScope(shield=True):
                     async with anyio.create_task_group() as tasks:
                         for qos in (1, 1, 1, 1, 1, 0, 0):

@@ -17,7 +17,7 @@ import rich.progress
 from emitter_anyio._cli import main
 from tests.support import tls
 from tests.support.background import Background, background
-from tests.support.terminal import Terminal, as_ours, terminal
+from tests.support.terminal import Terminal, standard_streams_on, terminal
 
 # Imported here, for it looks at the current directory, and not while a loop runs.
 RICH = (rich.console, rich.live, rich.progress)
@@ -134,7 +134,7 @@ def on_terminal(place: Background, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         def run(*arguments: str) -> tuple[int, Terminal]:
             monkeypatch.setenv("EMITTER_URL", place.url)
             monkeypatch.setenv("EMITTER_SECRET", place.secret)
-            with as_ours(made):
+            with standard_streams_on(made):
                 code = code_of(list(arguments))
             return code, made
 

@@ -278,7 +278,7 @@ class TestBroker:
     ) -> None:
         async def cut(emitter: Emitter, *arguments: Any, **options: Any) -> None:
             me = (await emitter.me()).id
-            place.begin(lambda: place.broker.drop(me))
+            place.start_soon(lambda: place.broker.drop(me))
             await anyio.sleep_forever()
 
         monkeypatch.setattr(Emitter, step, cut)

@@ -101,9 +101,9 @@ class TestChanges:
                 [sys.executable, "-c", program, "presence", unique, "--backend", backend],
                 cwd=ROOT,
                 env={**os.environ, **environment(place)},
-                stdin=screen.theirs,
-                stdout=screen.theirs,
-                stderr=screen.theirs,
+                stdin=screen.program_fd,
+                stdout=screen.program_fd,
+                stderr=screen.program_fd,
                 start_new_session=True,
             )
             screen.wait_for("0 here" if rich else "nobody is here")
@@ -112,7 +112,7 @@ class TestChanges:
             screen.wait_for("ann has left")
             process.send_signal(signal.SIGINT)
             assert process.wait() == 130
-            screen.close_theirs()
+            screen.close_program_side()
         assert "Traceback" not in screen.text
         if rich:
             assert "1 here" in screen.text

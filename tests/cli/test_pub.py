@@ -176,7 +176,7 @@ class TestLink:
         async def cut(emitter: Emitter) -> float:
             with place.broker.lose("pingresp"):
                 id = (await emitter.me()).id
-                await to_thread.run_sync(place.begin, lambda: place.broker.drop(id))
+                await to_thread.run_sync(place.start_soon, lambda: place.broker.drop(id))
                 return await flush(emitter)
 
         monkeypatch.setattr(Emitter, "flush", cut)

@@ -223,15 +223,15 @@ class TestProcess:
                 ],
                 cwd=ROOT,
                 env={**os.environ, **environment(place)},
-                stdin=screen.theirs,
-                stdout=screen.theirs,
-                stderr=screen.theirs,
+                stdin=screen.program_fd,
+                stdout=screen.program_fd,
+                stderr=screen.program_fd,
                 start_new_session=True,
             )
             screen.wait_for(f"{unique} hello\n")
             process.send_signal(signal.SIGINT)
             assert process.wait() == 130
-            screen.close_theirs()
+            screen.close_program_side()
         assert "Traceback" not in screen.text
 
     def test_nobody_listens(self, cli: Cli, unique: str) -> None:

@@ -23,7 +23,7 @@ from emitter_anyio import (
     connect,
 )
 from tests.client.tools import Calls, arrived, relay, turns
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.logs import logged
 from tests.support.server import Server
 
@@ -528,7 +528,7 @@ async def test_a_request_under_way_when_the_link_is_lost_raises(
         anyio.create_task_group() as tasks,
     ):
         with pytest.raises(ConnectionLostError):
-            async with one_link(host="127.0.0.1", port=link.port, secure=False) as emitter:
+            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as emitter:
                 tasks.start_soon(ask, emitter)
                 await handling.began.wait()
                 link.cut()
@@ -549,7 +549,7 @@ async def test_serving_ends_bare_when_the_link_is_lost(
 
     async with relay(server) as link, anyio.create_task_group() as tasks:
         with pytest.raises(ConnectionLostError):
-            async with one_link(host="127.0.0.1", port=link.port, secure=False) as other:
+            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as other:
                 await tasks.start(serve)
                 link.cut()
                 await anyio.sleep_forever()

@@ -11,7 +11,7 @@ from anyio.abc import ByteStream, ByteStreamConnectable
 
 from emitter_anyio import ClosedError, ConnectError, ConnectionLostError, Emitter, connect
 from tests.client.tools import Calls, enter, relay
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -435,7 +435,7 @@ async def test_a_message_that_nobody_takes_is_counted_with_one_warning(
 
 async def test_when_the_link_is_lost_the_block_raises_it_bare(server: Server) -> None:
     async with relay(server) as link:
-        emitter = one_link(host="127.0.0.1", port=link.port, secure=False)
+        emitter = connect_once(host="127.0.0.1", port=link.port, secure=False)
         calls = Calls()
         emitter.on("disconnect", calls)
         with pytest.raises(ConnectionLostError, match=f"127.0.0.1:{link.port}") as caught:
@@ -452,7 +452,7 @@ async def test_when_the_link_is_lost_what_was_not_read_is_on_the_error(
 ) -> None:
     async with relay(server) as link:
         with pytest.raises(ConnectionLostError) as caught:
-            async with one_link(host="127.0.0.1", port=link.port, secure=False) as emitter:
+            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as emitter:
                 made = await emitter.keygen(server.secret, unique)
                 async with emitter.subscribe(made.key, unique):
                     await emitter.publish(made.key, unique, "unread")
@@ -464,7 +464,7 @@ async def test_when_the_link_is_lost_what_was_not_read_is_on_the_error(
 
 async def test_when_the_link_is_lost_run_raises_it(server: Server) -> None:
     async with relay(server) as link:
-        emitter = one_link(host="127.0.0.1", port=link.port, secure=False)
+        emitter = connect_once(host="127.0.0.1", port=link.port, secure=False)
         with pytest.raises(ExceptionGroup) as caught:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(emitter.run)

@@ -11,7 +11,7 @@ import pytest
 
 from emitter_anyio import Emitter, EmitterError, EmitterMessage, Will, connect
 from tests.client.tools import Calls, enter, relay
-from tests.support.links import one_link
+from tests.support.connections import connect_once
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -100,7 +100,7 @@ async def test_no_secret_is_shown_anywhere(
 
     async with relay(server) as link:
         with pytest.raises(EmitterError) as caught:
-            async with one_link(
+            async with connect_once(
                 host="127.0.0.1", port=link.port, secure=False, username="bob", password=PASSWORD
             ) as lost:
                 async with lost.subscribe(key, unique):

@@ -22,8 +22,8 @@ from emitter_anyio._values import requests as requests
 from emitter_anyio._values.errors import ConnectError, EmitterError, RemoteProtocolError
 from emitter_anyio._values.messages import EmitterMessage
 from tests.fuzz import seeds
-from tests.support.events import one_by_one
-from tests.support.secrets import shown
+from tests.support.events import unbatch
+from tests.support.secrets import visible_text
 
 LIMIT: Final = 1024
 """So small that a fuzzer soon finds what happens at it."""
@@ -74,7 +74,7 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
     made.connect()
     events: list[Answer] = []
     if head & _BEGUN:
-        events += one_by_one(made.decode(b"\x20\2\0\0"))
+        events += unbatch(made.decode(b"\x20\2\0\0"))
     if head & _LEAVING:
         made.encode(Disconnect())
     broken = False
@@ -86,7 +86,7 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
         *before, last = more or (None,)
         assert not any(isinstance(event, RemoteProtocolError) for event in before)
         broken = broken or isinstance(last, RemoteProtocolError)
-        events += one_by_one(more)
+        events += unbatch(more)
         made.take_written()
         assert held(made) <= LIMIT + 5, "more is held than a packet"
         assert not made._engine._reported, "an event is kept for later"
@@ -163,7 +163,7 @@ def options(data: bytes) -> None:
     try:
         made = make_options(url, {})
     except (TypeError, ValueError) as exc:
-        words = " ".join(shown(exc))
+        words = " ".join(visible_text(exc))
     if made is None:
         assert words
     elif PASSWORD in (made.password or ""):

@@ -8,13 +8,13 @@ import pytest
 
 from emitter_anyio import Emitter
 from emitter_anyio.testing import Broker
-from tests.support.links import many_links
+from tests.support.connections import connect_reconnecting
 
 
 @pytest.fixture
 async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
     """A client whose link is soon back."""
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         yield emitter
 
 

@@ -12,7 +12,12 @@ from emitter_anyio import ConnectError, Emitter, NotFoundError, UnauthorizedErro
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls, Keys, texts
 from tests.support.adversity import broker_in_memory
-from tests.support.links import SOON, another_link, many_links, while_away
+from tests.support.connections import (
+    QUICK_BACKOFF,
+    connect_reconnecting,
+    force_reconnect,
+    while_disconnected,
+)
 from tests.support.memory import MemoryConnectable
 
 EXPIRED = "A" * 32
@@ -104,7 +109,7 @@ async def test_the_secret_may_be_a_function_too(broker: Broker, emitter: Emitter
 async def test_a_secret_of_a_contract_that_is_not_found_is_no_better(anyio_backend: object) -> None:
     async with (
         Broker(license=READS_IT_AS_A_SECRET) as broker,
-        many_links(broker.url) as emitter,
+        connect_reconnecting(broker.url) as emitter,
     ):
         with pytest.raises(NotFoundError):
             await emitter.keygen(EXPIRED, "a/")
@@ -226,7 +231,7 @@ async def test_a_function_may_ask_the_client_itself(broker: Broker, emitter: Emi
             assert (await messages.receive()).binary == b"x"
             await emitter.keyban(broker.secret_key, asked[-1])
             # Restoring asks it, too, while all others wait.
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
     assert len(asked) == 3
 
 
@@ -264,9 +269,9 @@ async def test_all_that_is_refused_on_the_next_link_is_asked_for_again(
     ):
         await emitter.presence(keys, "p/", changes=True)
         await emitter.link(keys, "a/", "x")
-        async with connect(broker.url, reconnect=SOON) as banner:
+        async with connect(broker.url, reconnect=QUICK_BACKOFF) as banner:
             await emitter.keyban(broker.secret_key, first)
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 await broker.publish("a/", "stored", ttl=60)
             assert (await messages.receive()).replayed
             await emitter.publish_with_link("x", "live", qos=1)
@@ -290,7 +295,7 @@ async def test_the_same_refused_key_ends_the_stream(broker: Broker, emitter: Emi
     keys = Keys(first)
     async with emitter.subscribe(keys, "a/") as messages:
         await emitter.keyban(broker.secret_key, first)
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         with pytest.raises(UnauthorizedError):
             await messages.receive()
         assert keys.asked == 2
@@ -308,7 +313,7 @@ async def test_a_function_that_raises_on_the_next_link_ends_the_stream_alone(
     ):
         assert (await feed.receive()).event == "status"
         await emitter.keyban(broker.secret_key, first)
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         for receive in (messages.receive, feed.receive):
             with pytest.raises(OSError, match="no token today"):
                 await receive()
@@ -362,7 +367,7 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
     connectable = MemoryConnectable()
     async with (
         broker_in_memory(connectable) as broker,
-        many_links(connectable=connectable, request_timeout=5) as client,
+        connect_reconnecting(connectable=connectable, request_timeout=5) as client,
     ):
         first, key = broker.keygen("a/", "r"), broker.keygen("b/", "rw")
         given.append(first)
@@ -371,7 +376,7 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
             client.subscribe(key, "b/") as other,
         ):
             await client.keyban(broker.secret_key, first)
-            await another_link(client, broker)
+            await force_reconnect(client, broker)
             with pytest.raises(TimeoutError, match=r"key.* 5 s"):
                 await silent.receive()
             await client.publish(key, "b/", "x")
@@ -386,7 +391,7 @@ async def test_a_will_takes_a_function(broker: Broker, key: str) -> None:
     will = Will(keys, "a/", "gone")
     assert repr(will) == "Will(key=…, channel='a/', retain=False)"
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
-        async with many_links(broker.url, will=will, client_id="mortal") as emitter:
+        async with connect_reconnecting(broker.url, will=will, client_id="mortal") as emitter:
             async with emitter.stream("connect") as connected:
                 await broker.drop("mortal")
                 assert (await messages.receive()).binary == b"gone"
@@ -397,7 +402,9 @@ async def test_a_will_takes_a_function(broker: Broker, key: str) -> None:
 
 async def test_a_will_without_a_key_opens_no_link(broker: Broker) -> None:
     with pytest.raises(ConnectError, match=r"will.*no token today") as caught:
-        async with many_links(broker.url, will=Will(Keys(OSError("no token today")), "a/", "x")):
+        async with connect_reconnecting(
+            broker.url, will=Will(Keys(OSError("no token today")), "a/", "x")
+        ):
             raise AssertionError("entered")
     assert isinstance(caught.value.__cause__, OSError)
 
@@ -416,7 +423,9 @@ async def test_a_will_whose_function_needs_the_link_does_not_keep_it_away(
 
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
         errors = Calls()
-        client = many_links(broker.url, will=Will(provide, "a/", "gone"), client_id="mortal")
+        client = connect_reconnecting(
+            broker.url, will=Will(provide, "a/", "gone"), client_id="mortal"
+        )
         client.on("error", errors)
         async with client, client.stream("connect") as connected:
             # Some key or other was refused, so all are asked for again, but for the will's.
@@ -436,11 +445,11 @@ async def test_no_key_is_shown(broker: Broker, key: str, caplog: pytest.LogCaptu
     caplog.set_level("DEBUG")
     first = broker.keygen("#/", "rwlsp")
     keys = Keys(first, EXPIRED)
-    async with many_links(broker.url, will=Will(keys, "will/", "x")) as emitter:
+    async with connect_reconnecting(broker.url, will=Will(keys, "will/", "x")) as emitter:
         async with emitter.subscribe(keys, "a/") as messages:
             shown = [repr(emitter), repr(messages)]
             await emitter.keyban(broker.secret_key, first)
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             with pytest.raises(UnauthorizedError) as caught:
                 await messages.receive()
             shown += [repr(caught.value), str(caught.value)]
@@ -463,7 +472,7 @@ async def test_a_function_may_end_the_program_while_the_link_is_restored(
         return first
 
     with pytest.raises(kind) as caught:
-        async with many_links(broker.url) as emitter:
+        async with connect_reconnecting(broker.url) as emitter:
             clients = broker.clients
             await emitter.subscribe(keys, "a/")
             await emitter.keyban(broker.secret_key, first)
@@ -485,10 +494,10 @@ async def test_a_function_may_still_be_asked_when_that_link_is_lost_too(broker: 
             await anyio.sleep_forever()
         return first if asked == 1 else second
 
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         async with emitter.subscribe(keys, "a/") as messages:
             await emitter.keyban(broker.secret_key, first)
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             await broker.publish("a/", "x")
             assert (await messages.receive()).binary == b"x"
     assert asked == 3

@@ -18,7 +18,13 @@ from emitter_anyio import (
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls, texts
 from tests.support.adversity import broker_in_memory
-from tests.support.links import SOON, another_link, held, many_links, while_away
+from tests.support.connections import (
+    QUICK_BACKOFF,
+    connect_reconnecting,
+    force_reconnect,
+    subscribed_channels,
+    while_disconnected,
+)
 from tests.support.memory import MemoryConnectable
 from tests.support.peer import DISCONNECT, Peer, memory_peer
 
@@ -34,18 +40,18 @@ async def test_streams_go_on_with_what_comes_then(
             await broker.publish("b/", f"b{round}")
             assert (await one.receive()).as_string() == f"a{round}"
             assert (await two.receive()).as_string() == f"b{round}"
-            await another_link(emitter, broker)
-        assert held(broker) == ["a/", "b/"]
+            await force_reconnect(emitter, broker)
+        assert subscribed_channels(broker) == ["a/", "b/"]
         assert one.statistics().gaps == 3
     assert emitter.statistics().links == 4
 
 
 async def test_nothing_is_replayed_a_second_time(broker: Broker, key: str) -> None:
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         await emitter.publish(key, "a/", "old", 60, qos=1)
         async with emitter.subscribe(key, "a/", last=5) as messages:
             assert (await messages.receive()).as_string() == "old"
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             await emitter.publish(key, "a/", "new", qos=1)
             assert (await messages.receive()).as_string() == "new"
 
@@ -56,31 +62,31 @@ async def test_awaited_subscriptions_reach_the_handlers_again(
     calls = Calls()
     emitter.on("message", calls)
     await emitter.subscribe(key, "a/")
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     await emitter.subscribe(key, "a/")
     await broker.publish("a/", "x")
     assert texts(await calls.get(1)) == ["x"]
     await emitter.unsubscribe(key, "a/")
-    assert held(broker) == []
-    await another_link(emitter, broker)
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
+    await force_reconnect(emitter, broker)
+    assert subscribed_channels(broker) == []
 
 
 async def test_every_key_of_a_channel_is_confirmed(broker: Broker, emitter: Emitter) -> None:
     keys = [broker.keygen("a/"), broker.keygen("a/#/")]
     async with emitter.subscribe(keys[0], "a/") as one, emitter.subscribe(keys[1], "a/") as two:
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         await broker.publish("a/", "x")
         assert (await one.receive()).binary == (await two.receive()).binary == b"x"
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
 
 
 async def test_groups_come_back_as_groups(broker: Broker, emitter: Emitter) -> None:
     key = broker.keygen("$share/g/a/", "r")
     async with emitter.subscribe(key, "a/", group="g") as messages:
-        await another_link(emitter, broker)
-        assert held(broker) == ["$share/g/a/"]
+        await force_reconnect(emitter, broker)
+        assert subscribed_channels(broker) == ["$share/g/a/"]
         await broker.publish("a/", "x")
         assert (await messages.receive()).binary == b"x"
 
@@ -96,11 +102,11 @@ async def test_a_presence_feed_learns_who_came_and_went_meanwhile(
         await old.subscribe(key, "a/")
         async with emitter.watch_presence(key, "a/", refresh=None) as feed:
             assert [member.username for member in feed.members.values()] == ["old"]
-            async with connect(broker.url, username="new", reconnect=SOON) as new:
+            async with connect(broker.url, username="new", reconnect=QUICK_BACKOFF) as new:
                 await new.subscribe(key, "a/")
                 await old.disconnect()
                 async with new.stream("connect") as connected:
-                    await another_link(emitter, broker)
+                    await force_reconnect(emitter, broker)
                     await connected.receive()
                 # The ids of the connections before are not confirmed, and not removed either.
                 while confirmed_names(feed) != ["new"]:
@@ -116,7 +122,7 @@ async def test_a_presence_feed_does_not_confirm_who_left_below_it_meanwhile(
         async with connect(broker.url, username="guest") as guest:
             await guest.subscribe(key, "a/b/")
             assert (await feed.receive()).event == "subscribe"
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 await guest.disconnect()
         # No status lists who is below the channel, so that only an event could remove the guest.
         while confirmed_names(feed):
@@ -126,7 +132,7 @@ async def test_a_presence_feed_does_not_confirm_who_left_below_it_meanwhile(
 
 async def test_a_presence_feed_that_was_being_looked_at_goes_on(broker: Broker) -> None:
     key = broker.keygen("a/", "rp")
-    async with many_links(broker.url) as emitter, emitter.stream("error") as errors:
+    async with connect_reconnecting(broker.url) as emitter, emitter.stream("error") as errors:
         async with emitter.watch_presence(key, "a/", refresh=0.01) as feed:
             with broker.hold("answer", "puback"):
                 while not emitter.statistics().pending:
@@ -149,14 +155,14 @@ async def test_changes_of_presence_are_told_again(
     emitter.on("presence", calls)
     await emitter.presence(key, "a/", changes=True)
     await calls.get(1)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     came = len(calls.values)
     async with connect(broker.url, username="guest") as guest:
         await guest.subscribe(key, "a/b/")
         last = (await calls.get(came + 1))[-1]
         assert [member.username for member in last.who] == ["guest"]
     await emitter.presence(key, "a/", changes=False)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     assert not any(client.peer.watched for client in broker.clients)
 
 
@@ -167,7 +173,7 @@ async def test_changes_of_presence_are_asked_for_with_the_last_key(
     await emitter.presence(old, "a/", changes=True)
     await emitter.presence(new, "a/", changes=True)
     await emitter.keyban(broker.secret_key, old)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     async with emitter.stream("presence") as changes, connect(broker.url) as other:
         await other.subscribe(new, "a/")
         assert (await changes.receive()).event == "subscribe"
@@ -177,7 +183,7 @@ async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, ke
     await emitter.link(key, "a/", "x", subscribe=True, ttl=60)
     calls = Calls()
     emitter.on("message", calls)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     await emitter.publish_with_link("x", "through", qos=1)
     assert texts(await calls.get(1)) == ["through"]
     stored = [message.as_string() async for message in emitter.history(key, "a/")]
@@ -190,21 +196,21 @@ async def test_requests_and_those_who_serve_them_go_on(
     async def double(message: EmitterMessage) -> int:
         return 2 * int(message.as_object())
 
-    async with many_links(broker.url) as server, anyio.create_task_group() as tasks:
+    async with connect_reconnecting(broker.url) as server, anyio.create_task_group() as tasks:
         await tasks.start(server.serve, key, "double/", double)
         for number in range(3):
             reply = await emitter.request(key, "double/", number)
             assert reply.as_object() == 2 * number
             async with server.stream("connect") as connected:
-                await another_link(emitter, broker)
+                await force_reconnect(emitter, broker)
                 await connected.receive()
         tasks.cancel_scope.cancel()
 
 
 async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker, key: str) -> None:
     found: list[list[str]] = []
-    emitter = many_links(broker.url)
-    emitter.on("connect", lambda: found.append(held(broker)))
+    emitter = connect_reconnecting(broker.url)
+    emitter.on("connect", lambda: found.append(subscribed_channels(broker)))
     async with emitter:
         await emitter.link(key, "l/", "x")
         await emitter.presence(key, "p/", changes=True)
@@ -216,7 +222,7 @@ async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker,
             with broker.hold("suback"):
                 async with emitter.stream("connect") as connected:
                     await broker.drop()
-                    while not held(broker):
+                    while not subscribed_channels(broker):
                         await anyio.lowlevel.checkpoint()
                     await anyio.wait_all_tasks_blocked()
                     assert emitter.state == "connecting"
@@ -236,7 +242,7 @@ async def test_the_connection_is_another_one(broker: Broker, emitter: Emitter) -
     assert before is not None
     assert before.id == first.id
     assert before.last_error is None
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     after = emitter.connection
     assert after is not None
     assert after.server == before.server
@@ -250,9 +256,9 @@ async def test_each_event_is_a_line_of_the_log(
     broker: Broker, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "emitter_anyio")
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "b/"):
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
         assert emitter.connection is not None
         cause = emitter.connection.last_error
     lines = [text for text in caplog.messages if not text.startswith("try ")]
@@ -272,7 +278,7 @@ async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
     connectable = MemoryConnectable()
     async with (
         broker_in_memory(connectable) as broker,
-        many_links(connectable=connectable, request_timeout=5) as emitter,
+        connect_reconnecting(connectable=connectable, request_timeout=5) as emitter,
     ):
         async with emitter.subscribe(broker.keygen("a/", "r"), "a/") as messages:
             with broker.lose("suback"):
@@ -280,7 +286,7 @@ async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
                 # The next link is there by then, and waits for the rest of the 5 s.
                 await anyio.sleep(1)
                 assert emitter.connection is None
-                assert held(broker) == ["a/"]
+                assert subscribed_channels(broker) == ["a/"]
                 (silent,) = broker.clients
                 await silent.wait_closed()
                 assert emitter.state == "connecting"
@@ -296,12 +302,12 @@ async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
 async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
     broker: Broker, key: str
 ) -> None:
-    async with many_links(broker.url) as emitter, emitter.stream("connect") as connected:
+    async with connect_reconnecting(broker.url) as emitter, emitter.stream("connect") as connected:
         async with emitter.stream("disconnect") as gone, emitter.subscribe(key, "a/") as messages:
             for _ in range(3):
                 with broker.hold("suback"):
                     await broker.drop()
-                    while not held(broker):
+                    while not subscribed_channels(broker):
                         await anyio.lowlevel.checkpoint()
             await connected.receive()
             await broker.publish("a/", "x")
@@ -349,7 +355,7 @@ async def test_a_slow_broker_has_time_as_long_as_it_goes_on(
     slow = Slow(seconds)
     async with memory_peer(slow.play) as connectable:
         async with (
-            many_links(connectable=connectable, request_timeout=5) as emitter,
+            connect_reconnecting(connectable=connectable, request_timeout=5) as emitter,
             emitter.stream("connect") as connected,
         ):
             for number in range(subscriptions):
@@ -389,7 +395,7 @@ async def test_a_broker_that_accepts_and_never_speaks_is_given_up(anyio_backend:
             await peer.rest()
 
     async with memory_peer(play) as connectable:
-        async with many_links(connectable=connectable, connect_timeout=7) as emitter:
+        async with connect_reconnecting(connectable=connectable, connect_timeout=7) as emitter:
             await anyio.sleep(1)
             start = anyio.current_time()
             await emitter.flush()
@@ -403,7 +409,7 @@ async def test_all_that_is_needed_to_come_back_may_come_in_single_bytes(
 ) -> None:
     async with (
         FaultProxy(broker.host, broker.port) as proxy,
-        many_links(proxy.url) as emitter,
+        connect_reconnecting(proxy.url) as emitter,
         emitter.stream("connect") as connected,
         emitter.subscribe(key, "a/") as messages,
     ):

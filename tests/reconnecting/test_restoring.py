@@ -19,7 +19,13 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls, texts
-from tests.support.links import another_link, held, link_away, many_links, while_away
+from tests.support.connections import (
+    connect_reconnecting,
+    force_reconnect,
+    subscribed_channels,
+    while_disconnected,
+    while_disconnected_nowait,
+)
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ async def ban(broker: Broker, *keys: str) -> None:
 
 async def until_subscribed(broker: Broker) -> None:
     """Wait until the broker has been told of a subscription."""
-    while not held(broker):
+    while not subscribed_channels(broker):
         await checkpoint()
 
 
@@ -54,17 +60,17 @@ async def test_a_banned_key_raises_in_its_own_stream_alone(
         await broker.publish("b/", "before")
         await emitter.flush()
         await ban(broker, bad)
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         await broker.publish("a/", "after")
         assert (await one.receive()).binary == b"after"
         assert (await two.receive()).binary == b"before"
         for _ in range(2):
             with pytest.raises(UnauthorizedError, match="subscribe 'b/'"):
                 await two.receive()
-        assert held(broker) == ["a/"]
+        assert subscribed_channels(broker) == ["a/"]
         assert not errors.values
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     assert not errors.values
     refused = [text for text in caplog.messages if "401 the" in text]
     assert len(refused) == 1
@@ -78,13 +84,13 @@ async def test_of_two_keys_of_a_channel_the_good_one_goes_on(
     async with emitter.subscribe(bad, "a/") as two:
         async with emitter.subscribe(good, "a/") as one:
             await ban(broker, bad)
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             with pytest.raises(UnauthorizedError):
                 await two.receive()
             await broker.publish("a/", "after")
             assert (await one.receive()).binary == b"after"
         await emitter.flush()
-        assert held(broker) == []
+        assert subscribed_channels(broker) == []
 
 
 async def test_a_refused_awaited_subscription_is_an_error_once(
@@ -95,12 +101,12 @@ async def test_a_refused_awaited_subscription_is_an_error_once(
     emitter.on("error", errors)
     await emitter.subscribe(key, "a/")
     await ban(broker, key)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     (error,) = await errors.get(1)
     assert isinstance(error, UnauthorizedError)
     with pytest.raises(UnauthorizedError):
         await emitter.subscribe(key, "a/")
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     assert len(errors.values) == 1
 
 
@@ -111,7 +117,7 @@ async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
     await emitter.subscribe(key, "a/")
     await emitter.presence(key, "p/", changes=True)
     await ban(broker, key)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     said = [text for text in caplog.messages if "401" in text]
     assert len(said) == 2
     assert any("presence 'p/': 401" in text for text in said)
@@ -126,7 +132,7 @@ async def test_a_refused_presence_feed_raises_in_its_own_stream(
         assert (await one.receive()).event == "status"
         assert (await two.receive()).event == "status"
         await ban(broker, bad)
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         for _ in range(2):
             with pytest.raises(UnauthorizedError):
                 await two.receive()
@@ -140,10 +146,10 @@ async def test_refused_changes_of_presence_are_an_error(broker: Broker, emitter:
     emitter.on("error", errors)
     await emitter.presence(bad, "b/", changes=True)
     await ban(broker, bad)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     (error,) = await errors.get(1)
     assert isinstance(error, UnauthorizedError)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     assert len(errors.values) == 1
 
 
@@ -161,10 +167,10 @@ async def test_a_link_that_cannot_be_made_again_is_an_error(
     emitter.on("error", errors)
     await emitter.link(provide, "a/", "x")
     with broker.lose("answer"):
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
     (error,) = await errors.get(1)
     assert "acknowledged" in str(error)
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     assert len(errors.values) == 1
     assert asked == 1
 
@@ -173,12 +179,12 @@ async def test_replies_that_are_refused_are_asked_for_again(
     broker: Broker, emitter: Emitter
 ) -> None:
     key = broker.keygen("double/#/")
-    async with many_links(broker.url) as server, anyio.create_task_group() as tasks:
+    async with connect_reconnecting(broker.url) as server, anyio.create_task_group() as tasks:
         await tasks.start(server.serve, broker.keygen("double/#/"), "double/", lambda _: "yes")
         assert (await emitter.request(key, "double/", "?")).binary == b"yes"
         await ban(broker, key)
         async with server.stream("connect") as connected:
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             await connected.receive()
         with pytest.raises(UnauthorizedError):
             await emitter.request(key, "double/", "?")
@@ -195,7 +201,7 @@ async def test_those_who_serve_learn_that_they_may_no_more(
         async with anyio.create_task_group() as tasks:
             await tasks.start(emitter.serve, key, "double/", lambda _: "yes")
             await ban(broker, key)
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             await anyio.sleep_forever()
     assert [type(exc) for exc in caught.value.exceptions] == [UnauthorizedError]
 
@@ -203,7 +209,7 @@ async def test_those_who_serve_learn_that_they_may_no_more(
 async def test_a_broker_with_another_licence_refuses_all_of_it(anyio_backend: object) -> None:
     async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
         async with Broker() as old:
-            emitter: Emitter = await tasks.start(many_links(old.url).run)
+            emitter: Emitter = await tasks.start(connect_reconnecting(old.url).run)
             enter = stack.enter_async_context
             one = await enter(emitter.subscribe(old.keygen("a/"), "a/"))
             two = await enter(emitter.subscribe(old.keygen("b/"), "b/"))
@@ -236,7 +242,7 @@ async def test_a_subscription_entered_while_down_is_made_once(
             got.append((await messages.receive()).binary)
 
     async with anyio.create_task_group() as tasks:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             tasks.start_soon(subscribe)
             for _ in range(10):
                 await checkpoint()
@@ -244,7 +250,7 @@ async def test_a_subscription_entered_while_down_is_made_once(
         await broker.publish("a/", "x")
     assert got == [b"x"]
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
 
 
 async def test_a_subscription_left_while_down_is_not_made_again(
@@ -253,8 +259,8 @@ async def test_a_subscription_left_while_down_is_not_made_again(
     await emitter.subscribe(key, "b/")
     async with AsyncExitStack() as stack:
         async with emitter.subscribe(key, "a/"), emitter.watch_presence(key, "w/"):
-            await stack.enter_async_context(while_away(emitter, broker))
-    assert held(broker) == ["b/"]
+            await stack.enter_async_context(while_disconnected(emitter, broker))
+    assert subscribed_channels(broker) == ["b/"]
     assert not any(client.peer.watched for client in broker.clients)
 
 
@@ -281,7 +287,7 @@ async def test_leaving_in_the_middle_of_the_restoration(
             await anyio.wait_all_tasks_blocked()
         await connected.receive()
         await emitter.flush()
-        assert held(broker) == []
+        assert subscribed_channels(broker) == []
         assert not any(client.peer.watched for client in broker.clients)
 
 
@@ -305,7 +311,7 @@ async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
             await until_subscribed(broker)
             await broker.drop()
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     assert not any(client.peer.watched for client in broker.clients)
 
 
@@ -314,11 +320,11 @@ async def test_unsubscribing_waits_for_the_link(broker: Broker, emitter: Emitter
     emitter.on("message", calls)
     await emitter.subscribe(key, "a/")
     async with anyio.create_task_group() as tasks:
-        async with link_away(emitter, broker):
+        async with while_disconnected_nowait(emitter, broker):
             tasks.start_soon(emitter.unsubscribe, key, "a/")
             for _ in range(10):
                 await checkpoint()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     await emitter.subscribe(key, "a/")
     await broker.publish("a/", "x")
     assert texts(await calls.get(1)) == ["x"]
@@ -341,9 +347,9 @@ async def test_subscribers_who_come_and_go_leave_nothing_behind(
         for channel in ("a/", "b/", "c/"):
             tasks.start_soon(come_and_go, channel)
         for _ in range(8):
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     assert emitter.statistics().pending == 0
 
 
@@ -353,7 +359,7 @@ async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -
     taken: list[bytes] = []
     for number in range(4):
         await broker.publish("a/b/", str(number), ttl=1000)
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
 
         async def take(message: EmitterMessage) -> None:
             begun.set()
@@ -372,7 +378,7 @@ async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -
             await begun.wait()
             await anyio.wait_all_tasks_blocked()
             assert taken == []
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
             gate.set()
         await done.wait()
     assert taken == [b"0", b"1", b"2", b"3"]

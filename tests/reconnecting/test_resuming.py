@@ -26,7 +26,7 @@ from emitter_anyio import (
 from emitter_anyio._streams import Sender
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
-from tests.support.links import another_link, many_links, while_away
+from tests.support.connections import connect_reconnecting, force_reconnect, while_disconnected
 
 Items = EventStream[EmitterMessage | Gap]
 
@@ -53,7 +53,7 @@ async def answers_held(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]
     """Cut the link, store ``meanwhile``, and let the next one come; but it answers nothing."""
     async with emitter.stream("connect") as connected:
         with broker.hold("answer", "puback"):
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 await store(broker, "meanwhile")
             while not emitter.statistics().pending:
                 await checkpoint()
@@ -68,7 +68,7 @@ async def test_a_gap_is_marked_at_its_place(broker: Broker, emitter: Emitter, ke
     async with emitter.subscribe(key, "a/", mark_gaps=True) as messages:
         await store(broker, "before")
         await emitter.flush()
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "lost")
         await store(broker, "after")
         assert await take(messages, 1) == ["before"]
@@ -89,7 +89,7 @@ async def test_a_gap_needs_no_room(broker: Broker, emitter: Emitter, key: str) -
     async with emitter.subscribe(key, "a/", buffer=1, mark_gaps=True) as messages:
         await store(broker, "one")
         await emitter.flush()
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         assert await take(messages, 2) == ["one", "gap of 0, and more"]
 
 
@@ -102,23 +102,23 @@ async def test_what_was_stored_comes_before_what_is_live(
     caplog.set_level("INFO", "emitter_anyio")
     await store(broker, "old")
     async with emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "1", "2", "3")
             await broker.publish("a/", "not stored")
         assert await take(messages, 4) == ["gap of 3", "1*", "2*", "3*"]
         await store(broker, "4")
         assert await take(messages, 1) == ["4"]
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         # What has been replayed is known to have come; what was live is not, yet.
         assert await take(messages, 2) == ["gap of 1", "4*"]
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         assert await take(messages, 1) == ["gap of 0"]
     assert any("'a/'" in text and "stored messages: 3" in text for text in caplog.messages)
 
 
 async def test_channels_below_are_resumed_too(broker: Broker, emitter: Emitter, key: str) -> None:
     async with emitter.subscribe(key, "a/", resume=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "1", channel="a/b/")
             await store(broker, "2", channel="a/c/d/")
             await store(broker, "elsewhere", channel="b/")
@@ -142,7 +142,7 @@ async def test_handlers_get_what_was_stored_first(
     assert [shown(message) for message in await calls.get(2)] == ["meanwhile*", "live"]
     assert not elsewhere.values
     await emitter.unsubscribe(key, "a/")
-    await another_link(emitter, broker)
+    await force_reconnect(emitter, broker)
     await emitter.flush()
     assert broker.clients[0].subscriptions == []
     assert len(calls.values) == 2
@@ -156,7 +156,7 @@ async def test_overlapping_subscriptions_resume_each_for_itself(
         emitter.subscribe(key, "a/b/", resume=True) as narrow,
         emitter.subscribe(key, "a/b/") as forgetful,
     ):
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "1", channel="a/b/")
             await store(broker, "2")
         assert await take(wide, 2) == ["1*", "2*"]
@@ -170,7 +170,7 @@ async def test_more_than_a_page_is_resumed_in_order(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, *map(str, range(300)))
         assert await take(messages, 300) == [f"{number}*" for number in range(300)]
 
@@ -178,7 +178,7 @@ async def test_more_than_a_page_is_resumed_in_order(
 async def test_large_messages_are_resumed(broker: Broker, emitter: Emitter, key: str) -> None:
     large = [str(number) * 15000 for number in range(9)]
     async with emitter.subscribe(key, "a/", resume=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, *large)
         assert await take(messages, 9) == [f"{text}*" for text in large]
 
@@ -191,7 +191,7 @@ async def test_the_brokers_clock_may_be_wrong(
     await store(broker, "old")
     async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
         for text in "12":
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 await store(broker, text)
             assert await take(messages, 1) == [f"{text}*"]
 
@@ -205,7 +205,7 @@ async def test_no_more_than_the_limit_is_resumed(
     async with emitter.subscribe(
         key, "a/", resume=True, resume_limit=3, mark_gaps=True
     ) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, *"12345")
         gap = await messages.receive()
         assert isinstance(gap, Gap)
@@ -213,7 +213,7 @@ async def test_no_more_than_the_limit_is_resumed(
         assert "resume_limit=3" in (gap.reason or "")
         assert gap.resumed == 3
         assert await take(messages, 3) == ["3*", "4*", "5*"]
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, *"678")
         assert await take(messages, 4) == ["gap of 3", "6*", "7*", "8*"]
     assert any("'a/'" in text and "resume_limit=3" in text for text in caplog.messages)
@@ -223,7 +223,7 @@ async def test_a_message_too_large_to_be_read_back_leaves_a_gap(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "1", "x" * 60000, "2", "3")
         gap = await messages.receive()
         assert isinstance(gap, Gap)
@@ -242,7 +242,7 @@ async def test_a_newest_message_that_is_too_large_is_no_hindrance(
     broker.advance(2)
     await store(broker, "x" * 60000)
     async with emitter.subscribe(key, "a/", 0, resume=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "1")
         assert await take(messages, 1) == ["1*"]
 
@@ -251,7 +251,7 @@ async def test_what_is_stored_before_a_message_too_large_is_resumed(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             for text in ("1", "x" * 60000, "2"):
                 await store(broker, text)
                 broker.advance(2)
@@ -263,7 +263,7 @@ async def test_resuming_from_a_message_that_has_expired_is_incomplete(
 ) -> None:
     await store(broker, "known")
     async with emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             broker.advance(61)
             await store(broker, "1")
         gap = await messages.receive()
@@ -272,7 +272,7 @@ async def test_resuming_from_a_message_that_has_expired_is_incomplete(
         assert "has expired" in str(gap.reason)
         assert await take(messages, 1) == ["1*"]
         # This one is known to have come.
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             await store(broker, "2")
         assert await take(messages, 2) == ["gap of 1", "2*"]
 
@@ -352,7 +352,7 @@ async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
         key, "a/", buffer=1, resume=True, resume_limit=3, mark_gaps=True
     ) as messages:
         for texts, buffered in (("12", 3), ("34", 4), ("56", 5)):
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 await store(broker, *texts)
             while messages.statistics().current_buffer_used < buffered:
                 await checkpoint()
@@ -363,7 +363,7 @@ async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
         assert not first.complete
         assert not second.complete
         # Nothing is lost by it: the next time there is room.
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         gap = await messages.receive()
         assert isinstance(gap, Gap)
         assert (gap.resumed, gap.complete) == (3, False)
@@ -374,7 +374,7 @@ async def test_what_is_resumed_weighs_no_more_than_a_buffer(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             # 8 MiB are some 209 of these.
             await store(broker, *("x" * 40_000 for _ in range(215)))
         gap = await messages.receive()
@@ -466,7 +466,7 @@ async def test_leaving_a_subscription_at_once_leaves_no_task(
 
 async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) -> None:
     got: list[str] = []
-    async with many_links(broker.url, disconnect_timeout=0.05) as emitter:
+    async with connect_reconnecting(broker.url, disconnect_timeout=0.05) as emitter:
         async with emitter.subscribe(key, "a/", resume=True) as messages:
             async with emitter.stream("connect") as connected:
                 with broker.hold("answer", "puback"):

@@ -9,8 +9,14 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import Backoff, ConnectionLostError, Emitter, connect
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls
-from tests.support.leaks import living_tasks
-from tests.support.links import SOON, another_link, many_links, one_link, while_away
+from tests.support.connections import (
+    QUICK_BACKOFF,
+    connect_once,
+    connect_reconnecting,
+    force_reconnect,
+    while_disconnected,
+)
+from tests.support.leaks import running_tasks
 from tests.support.memory import MemoryStream
 from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Peer, memory_peer, serving
 
@@ -54,7 +60,7 @@ class Stuck:
 async def test_what_no_link_has_had_goes_out_first_on_the_next(anyio_backend: object) -> None:
     stuck = Stuck()
     async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
-        async with many_links(connectable=connectable) as emitter:
+        async with connect_reconnecting(connectable=connectable) as emitter:
             await stuck.fill(emitter, *"123")
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(emitter.publish, KEY, "a/", "4")
@@ -86,21 +92,21 @@ async def test_the_task_that_sends_ends_with_its_link(anyio_backend: object) -> 
 
     async with (
         memory_peer(script, kind=Deaf) as connectable,
-        many_links(connectable=connectable, disconnect_timeout=0) as emitter,
+        connect_reconnecting(connectable=connectable, disconnect_timeout=0) as emitter,
         emitter.stream("connect") as connected,
     ):
         await anyio.wait_all_tasks_blocked()
-        at_rest = len(living_tasks())
+        at_rest = len(running_tasks())
         for number in range(20):
             await emitter.publish(KEY, "a/", "stuck")
             if not number:
                 await anyio.wait_all_tasks_blocked()
-                assert len(living_tasks()) == at_rest + 1
+                assert len(running_tasks()) == at_rest + 1
             # Trio runs the tasks of a turn in either order: it may not have begun by then.
             cuts[-1].set()
             await connected.receive()
         await anyio.wait_all_tasks_blocked()
-        assert len(living_tasks()) <= at_rest + 1
+        assert len(running_tasks()) <= at_rest + 1
         cuts[-1].set()
 
 
@@ -112,7 +118,7 @@ async def test_confirmed_publishes_are_never_sent_again(anyio_backend: object) -
             await emitter.publish(KEY, "a/", "confirmed", qos=1)
 
     async with memory_peer(stuck.play, capacity=200) as connectable:
-        async with many_links(connectable=connectable) as emitter:
+        async with connect_reconnecting(connectable=connectable) as emitter:
             await stuck.fill(emitter, "1")
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(publish)
@@ -144,7 +150,7 @@ async def test_a_link_that_is_not_restored_is_given_none_of_them(anyio_backend: 
             await stuck.cut.wait()
 
     async with memory_peer(play, capacity=200) as connectable:
-        async with many_links(connectable=connectable) as emitter:
+        async with connect_reconnecting(connectable=connectable) as emitter:
             await emitter.subscribe(KEY, "s/", 0)
             await stuck.fill(emitter, *"123")
             async with emitter.stream("connect") as connected:
@@ -176,7 +182,7 @@ async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
         async with (
             connect(broker.url) as subscriber,
             subscriber.subscribe(key, "a/", buffer=10000) as messages,
-            many_links(proxy.url) as emitter,
+            connect_reconnecting(proxy.url) as emitter,
             emitter.stream("connect") as connected,
         ):
             proxy.stall("to_broker")
@@ -214,7 +220,10 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
         return [int(one.payload) for one in peer.received if one.kind == PUBLISH]
 
     async with serving("unix", script) as options:
-        async with many_links(**options) as emitter, emitter.stream("connect") as connected:
+        async with (
+            connect_reconnecting(**options) as emitter,
+            emitter.stream("connect") as connected,
+        ):
             count = await overfill(emitter, KEY)
             full.set()
             await connected.receive()
@@ -222,7 +231,7 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
             uncertain = emitter.statistics().uncertain
     assert 0 < uncertain < count
     # Of one the peer may have a part.
-    assert numbers(peers[0]) == list(range(uncertain - bool(peers[0].left)))
+    assert numbers(peers[0]) == list(range(uncertain - bool(peers[0].unparsed)))
     assert numbers(peers[1]) == list(range(uncertain, count))
 
 
@@ -233,25 +242,28 @@ async def test_only_what_the_broker_has_not_confirmed_is_uncertain(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("a/")
-    async with many_links(broker.url) as emitter:
+    async with connect_reconnecting(broker.url) as emitter:
         for _ in range(3):
             await emitter.publish(key, "a/", "x")
         await emitter.flush()
         for _ in range(2):
             await emitter.publish(key, "a/", "x")
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         assert emitter.statistics().uncertain == 2
-        await another_link(emitter, broker)
+        await force_reconnect(emitter, broker)
         assert emitter.statistics().uncertain == 2
     assert len([text for text in caplog.messages if "2 publishes" in text]) == 1
 
 
 async def test_what_is_published_while_down_is_certain(broker: Broker) -> None:
     key = broker.keygen("a/")
-    async with many_links(broker.url) as emitter, connect(broker.url, reconnect=SOON) as other:
+    async with (
+        connect_reconnecting(broker.url) as emitter,
+        connect(broker.url, reconnect=QUICK_BACKOFF) as other,
+    ):
         async with other.subscribe(key, "a/") as messages, anyio.create_task_group() as tasks:
             async with other.stream("connect") as connected:
-                async with while_away(emitter, broker):
+                async with while_disconnected(emitter, broker):
                     tasks.start_soon(emitter.publish, key, "a/", "x")
                     await checkpoint()
                     with pytest.raises(TimeoutError), anyio.fail_after(0.001):
@@ -297,7 +309,7 @@ def exactly(seconds: float) -> object:
 async def test_leaving_while_down_tries_on_until_the_time_is_up(anyio_backend: object) -> None:
     stuck = Stuck()
     async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
-        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with emitter, emitter.stream("disconnect") as gone:
             await stuck.fill(emitter, *"123")
             stuck.open = False
@@ -339,7 +351,7 @@ async def test_leaving_while_down_sends_them_if_a_link_comes_in_time(
         stuck.open = True
 
     async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
-        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with anyio.create_task_group() as tasks:
             async with emitter, emitter.stream("disconnect") as gone:
                 await stuck.fill(emitter, *"123")
@@ -366,7 +378,7 @@ async def test_a_link_that_is_lost_while_leaving_is_made_up_for(anyio_backend: o
         stuck.cut.set()
 
     async with memory_peer(stuck.play, capacity=200) as connectable:
-        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with anyio.create_task_group() as tasks, emitter:
             await stuck.fill(emitter, *"123")
             tasks.start_soon(cut_later)
@@ -381,7 +393,7 @@ async def test_a_link_that_takes_nothing_holds_the_goodbye_for_the_timeout_only(
 ) -> None:
     stuck = Stuck()
     async with memory_peer(stuck.play, capacity=200) as connectable:
-        emitter = many_links(connectable=connectable, disconnect_timeout=7)
+        emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with emitter:
             await stuck.fill(emitter, *"123")
             start = anyio.current_time()
@@ -397,7 +409,7 @@ async def test_cancelling_counts_them_at_once(
 ) -> None:
     stuck = Stuck()
     async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
-        emitter = many_links(connectable=connectable)
+        emitter = connect_reconnecting(connectable=connectable)
         with anyio.CancelScope() as scope:
             async with emitter, emitter.stream("disconnect") as gone:
                 await stuck.fill(emitter, *"123")
@@ -428,7 +440,7 @@ async def test_what_waits_for_room_was_not_accepted(anyio_backend: object) -> No
             raised.append(type(exc))
 
     async with memory_peer(stuck.play, capacity=200) as connectable:
-        emitter = one_link(connectable=connectable)
+        emitter = connect_once(connectable=connectable)
         with pytest.raises(ConnectionLostError):
             async with emitter, anyio.create_task_group() as tasks:
                 await stuck.fill(emitter)

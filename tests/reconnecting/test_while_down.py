@@ -23,7 +23,14 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
-from tests.support.links import another_link, held, link_away, many_links, one_link, while_away
+from tests.support.connections import (
+    connect_once,
+    connect_reconnecting,
+    force_reconnect,
+    subscribed_channels,
+    while_disconnected,
+    while_disconnected_nowait,
+)
 
 
 def calls_of(emitter: Emitter, broker: Broker, key: str) -> list[Callable[[], Awaitable[object]]]:
@@ -69,7 +76,7 @@ async def test_calls_wait_for_the_next_link(broker: Broker, emitter: Emitter, ke
         done.append(number)
 
     async with anyio.create_task_group() as tasks:
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             calls = calls_of(emitter, broker, key)
             for number, one in enumerate(calls):
                 tasks.start_soon(call, number, one)
@@ -82,26 +89,26 @@ async def test_calls_wait_for_the_next_link(broker: Broker, emitter: Emitter, ke
 
 
 async def test_calls_raise_at_once_if_that_is_wanted(broker: Broker, key: str) -> None:
-    async with many_links(broker.url, while_down="raise") as emitter:
+    async with connect_reconnecting(broker.url, while_down="raise") as emitter:
         await emitter.subscribe(key, "a/")
-        async with while_away(emitter, broker):
+        async with while_disconnected(emitter, broker):
             for call in calls_of(emitter, broker, key):
                 with pytest.raises(ConnectionLostError, match="away"):
                     await call()
         await emitter.me()
-        assert held(broker) == ["a/"]
+        assert subscribed_channels(broker) == ["a/"]
 
 
 async def test_a_call_waits_no_longer_than_its_caller_would(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
-    async with while_away(emitter, broker):
+    async with while_disconnected(emitter, broker):
         for call in calls_of(emitter, broker, key):
             with pytest.raises(TimeoutError):
                 with anyio.fail_after(0.001):
                     await call()
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     assert emitter.statistics().pending == 0
     assert emitter.statistics().uncertain == 0
 
@@ -127,12 +134,12 @@ async def test_pending_calls_raise_and_the_client_goes_on(
     assert len(lost) == len(calls)
     assert all(isinstance(error.__cause__, EOFError | OSError) for error in lost)
     await emitter.flush()
-    assert held(broker) == []
+    assert subscribed_channels(broker) == []
     assert not any(client.peer.watched for client in broker.clients)
 
 
 async def test_waiting_to_be_connected(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     connected: list[str] = []
 
     async def wait() -> None:
@@ -144,7 +151,7 @@ async def test_waiting_to_be_connected(broker: Broker) -> None:
         await anyio.wait_all_tasks_blocked()
         async with emitter:
             await emitter.wait_connected()
-            async with while_away(emitter, broker):
+            async with while_disconnected(emitter, broker):
                 tasks.start_soon(wait)
                 for _ in range(10):
                     await checkpoint()
@@ -204,8 +211,11 @@ async def test_streams_are_read_to_the_end_when_the_link_is_gone_for_good(
 
 
 async def test_disconnecting_while_down_is_at_once(broker: Broker, key: str) -> None:
-    async with many_links(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
-        async with link_away(emitter, broker):
+    async with (
+        connect_reconnecting(broker.url) as emitter,
+        emitter.subscribe(key, "a/") as messages,
+    ):
+        async with while_disconnected_nowait(emitter, broker):
             await emitter.disconnect()
             await emitter.disconnect()
             assert emitter.state == "closed"
@@ -216,12 +226,12 @@ async def test_disconnecting_while_down_is_at_once(broker: Broker, key: str) -> 
 
 @pytest.mark.parametrize("error", [None, KeyError("body")])
 async def test_the_body_may_end_while_down(broker: Broker, error: Exception | None) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     raised = None
     async with AsyncExitStack() as stack:
         try:
             async with emitter:
-                await stack.enter_async_context(link_away(emitter, broker))
+                await stack.enter_async_context(while_disconnected_nowait(emitter, broker))
                 if error is not None:
                     raise error
         except KeyError as exc:
@@ -231,14 +241,14 @@ async def test_the_body_may_end_while_down(broker: Broker, error: Exception | No
 
 
 async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: str) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
 
     async def publish() -> None:
         with pytest.raises(ClosedError):
             await emitter.publish(key, "a/", "x")
 
     async with anyio.create_task_group() as tasks, emitter:
-        async with link_away(emitter, broker):
+        async with while_disconnected_nowait(emitter, broker):
             tasks.start_soon(publish)
             for _ in range(10):
                 await checkpoint()
@@ -247,7 +257,7 @@ async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: 
 
 @pytest.mark.parametrize("links", [1, 2])
 async def test_a_handler_may_disconnect_while_down(broker: Broker, links: int) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     states = []
     lost = 0
 
@@ -272,20 +282,20 @@ async def test_a_handler_may_disconnect_while_down(broker: Broker, links: int) -
 
 
 async def test_another_task_may_disconnect_while_down(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
-        async with link_away(emitter, broker):
+        async with while_disconnected_nowait(emitter, broker):
             tasks.start_soon(emitter.disconnect)
             await emitter.disconnect()
     assert emitter.state == "closed"
 
 
 async def test_cancelling_the_block_while_down(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     with anyio.CancelScope() as scope:
         async with emitter:
-            async with link_away(emitter, broker):
+            async with while_disconnected_nowait(emitter, broker):
                 scope.cancel()
                 await checkpoint()
     assert scope.cancelled_caught
@@ -294,7 +304,7 @@ async def test_cancelling_the_block_while_down(broker: Broker) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_native_cancellation_while_down(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
 
     async def live() -> None:
         async with emitter:
@@ -302,7 +312,7 @@ async def test_native_cancellation_while_down(broker: Broker) -> None:
 
     task = asyncio.create_task(live())
     await emitter.wait_connected()
-    async with link_away(emitter, broker):
+    async with while_disconnected_nowait(emitter, broker):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -311,13 +321,13 @@ async def test_native_cancellation_while_down(broker: Broker) -> None:
 
 @pytest.mark.parametrize("kind", ["answer", "suback"])
 async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: str) -> None:
-    emitter = many_links(broker.url, disconnect_timeout=0.05)
+    emitter = connect_reconnecting(broker.url, disconnect_timeout=0.05)
     async with emitter:
         await emitter.subscribe(key, "a/")
         await emitter.link(key, "a/", "x")
         with broker.hold("suback", "puback", "answer"):
             await broker.drop()
-            while not held(broker):
+            while not subscribed_channels(broker):
                 await checkpoint()
             if kind == "suback":
                 await emitter.disconnect()
@@ -332,13 +342,13 @@ async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: 
 async def test_a_client_that_is_left_as_its_link_is_restored_waits_for_that(
     broker: Broker, key: str
 ) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     async with emitter:
         await emitter.subscribe(key, "a/")
         async with anyio.create_task_group() as tasks:
             with broker.hold("suback"):
                 await broker.drop()
-                while not held(broker):
+                while not subscribed_channels(broker):
                     await checkpoint()
                 tasks.start_soon(emitter.disconnect)
                 while emitter.state != "closing":
@@ -351,7 +361,7 @@ async def test_a_client_that_is_left_as_its_link_is_restored_waits_for_that(
 
 
 async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, key: str) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     errors = Calls()
     emitter.on("error", errors)
     handled = []
@@ -368,7 +378,7 @@ async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, ke
             await broker.publish("a/", "ask")
             while not emitter.statistics().pending:
                 await checkpoint()
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
         await broker.publish("a/", "next")
         while len(handled) < 2:
             await checkpoint()
@@ -380,7 +390,7 @@ async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, ke
 async def test_without_a_handler_of_errors_it_is_logged(
     broker: Broker, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
 
     @emitter.on("message")
     async def handle(message: EmitterMessage) -> None:
@@ -394,13 +404,13 @@ async def test_without_a_handler_of_errors_it_is_logged(
             await broker.publish("a/", "ask")
             while not emitter.statistics().pending:
                 await checkpoint()
-            await another_link(emitter, broker)
+            await force_reconnect(emitter, broker)
         await emitter.me()
     assert "ExceptionGroup" in caplog.text
 
 
 async def test_another_exception_of_a_handler_is_fatal_while_down(broker: Broker) -> None:
-    emitter = many_links(broker.url)
+    emitter = connect_reconnecting(broker.url)
     error = KeyError("handler")
 
     @emitter.on("disconnect")
@@ -419,7 +429,7 @@ async def test_another_exception_of_a_handler_is_fatal_while_down(broker: Broker
 async def test_with_one_link_only_a_handlers_lost_call_is_the_loss(
     broker: Broker, key: str
 ) -> None:
-    emitter = one_link(broker.url)
+    emitter = connect_once(broker.url)
 
     @emitter.on("message")
     async def ask(message: EmitterMessage) -> None:

@@ -29,7 +29,7 @@ import anyio
 from anyio import to_thread
 
 from emitter_anyio.testing import Broker
-from tests.support.leaks import living_tasks
+from tests.support.leaks import running_tasks
 
 from .accounting import Account, Accounting
 from .client import Client, Run
@@ -202,7 +202,7 @@ class Soak:
             _rss(),
             sys.getallocatedblocks(),
             _descriptors(),
-            len(living_tasks()),
+            len(running_tasks()),
             connected,
         )
 

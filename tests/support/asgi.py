@@ -1,4 +1,4 @@
-"""An ASGI application in the same event loop as its test, without a server or a socket."""
+"""Run an ASGI application in the event loop of its test, without a server or a socket."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Application: TypeAlias = Callable[
 ]
 
 
-class Exchange:
-    """What the test and the application say to each other."""
+class AsgiConnection:
+    """One call of the application: the events that the test sends to it and receives from it."""
 
     def __init__(
         self, send: MemoryObjectSendStream[Event], receive: MemoryObjectReceiveStream[Event]
@@ -34,43 +34,43 @@ class Exchange:
         self._send = send
         self._receive = receive
 
-    async def say(self, type: str, **event: Any) -> None:
+    async def send(self, type: str, **event: Any) -> None:
         await self._send.send({"type": type, **event})
 
-    async def hear(self, type: str) -> Event:
+    async def receive(self, type: str) -> Event:
         event = await self._receive.receive()
         assert event["type"] == type, event
         return event
 
-    async def say_text(self, text: str) -> None:
-        await self.say("websocket.receive", text=text)
+    async def send_text(self, text: str) -> None:
+        await self.send("websocket.receive", text=text)
 
-    async def hear_json(self, wanted: Callable[[Any], bool]) -> Any:
-        """Give the first text that is wanted; the others are passed over."""
-        while not wanted(heard := json.loads((await self.hear("websocket.send"))["text"])):
+    async def receive_json(self, wanted: Callable[[Any], bool]) -> Any:
+        """Return the first JSON message that is ``wanted``, and discard those before it."""
+        while not wanted(message := json.loads((await self.receive("websocket.send"))["text"])):
             pass
-        return heard
+        return message
 
 
 @asynccontextmanager
-async def _calling(app: Application, scope: Event) -> AsyncIterator[Exchange]:
-    send, for_app = anyio.create_memory_object_stream[Event](100)
-    of_app, receive = anyio.create_memory_object_stream[Event](100)
-    with send, for_app, of_app, receive:
+async def _calling(app: Application, scope: Event) -> AsyncIterator[AsgiConnection]:
+    send, app_receive = anyio.create_memory_object_stream[Event](100)
+    app_send, receive = anyio.create_memory_object_stream[Event](100)
+    with send, app_receive, app_send, receive:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(app, scope, for_app.receive, of_app.send)
-            yield Exchange(send, receive)
+            tasks.start_soon(app, scope, app_receive.receive, app_send.send)
+            yield AsgiConnection(send, receive)
 
 
 @asynccontextmanager
-async def serving(app: Application) -> AsyncIterator[None]:
+async def lifespan(app: Application) -> AsyncIterator[None]:
     """Run the application's lifespan."""
-    async with _calling(app, {"type": "lifespan", "asgi": {"version": "3.0"}}) as exchange:
-        await exchange.say("lifespan.startup")
-        await exchange.hear("lifespan.startup.complete")
+    async with _calling(app, {"type": "lifespan", "asgi": {"version": "3.0"}}) as connection:
+        await connection.send("lifespan.startup")
+        await connection.receive("lifespan.startup.complete")
         yield
-        await exchange.say("lifespan.shutdown")
-        await exchange.hear("lifespan.shutdown.complete")
+        await connection.send("lifespan.shutdown")
+        await connection.receive("lifespan.shutdown.complete")
 
 
 @asynccontextmanager
@@ -81,12 +81,13 @@ async def websocket(
     headers: Sequence[tuple[bytes, bytes]] = (),
     answer: str = "websocket.accept",
     **query: str,
-) -> AsyncIterator[Exchange]:
+) -> AsyncIterator[AsgiConnection]:
     """
-    Be a browser with a WebSocket.
+    Open a WebSocket to the application, as a browser does.
 
-    :param headers: those of the handshake
-    :param answer: how the application answers it
+    :param headers: HTTP headers of the handshake
+    :param answer: the event with which the application answers the handshake
+    :param query: parameters of the query string
     """
     text = "&".join(f"{name}={quote(value)}" for name, value in query.items())
     scope = {
@@ -96,11 +97,11 @@ async def websocket(
         "query_string": text.encode(),
         "headers": [*headers],
     }
-    async with _calling(app, scope) as exchange:
-        await exchange.say("websocket.connect")
-        await exchange.hear(answer)
-        yield exchange
-        await exchange.say("websocket.disconnect", code=1001)
+    async with _calling(app, scope) as connection:
+        await connection.send("websocket.connect")
+        await connection.receive(answer)
+        yield connection
+        await connection.send("websocket.disconnect", code=1001)
 
 
 async def post(app: Application, path: str, body: bytes = b"", **query: str) -> int:
@@ -115,8 +116,8 @@ async def post(app: Application, path: str, body: bytes = b"", **query: str) -> 
         ).encode(),
         "headers": [],
     }
-    async with _calling(app, scope) as exchange:
-        await exchange.say("http.request", body=body)
-        status = int((await exchange.hear("http.response.start"))["status"])
-        await exchange.hear("http.response.body")
+    async with _calling(app, scope) as connection:
+        await connection.send("http.request", body=body)
+        status = int((await connection.receive("http.response.start"))["status"])
+        await connection.receive("http.response.body")
     return status

@@ -1,4 +1,4 @@
-"""A development broker in a thread, for what is called as a program is and blocks ours."""
+"""A development broker in a thread, for code that blocks the thread of the test."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 class Background:
     """
-    The broker, and a client of it that may do what it likes.
+    A broker and a client in a thread.
 
-    :ivar broker: the broker; from outside only what is not asynchronous
+    :ivar broker: the broker; only its synchronous methods may be called from other threads
     """
 
     def __init__(self, portal: BlockingPortal, broker: Broker, emitter: Emitter) -> None:
@@ -45,16 +45,16 @@ class Background:
         return self._portal.call(function)
 
     def when_subscribed(self, channel: str, *steps: Callable[[Broker], Awaitable[None]]) -> None:
-        """Do each step when somebody has subscribed to a channel, again for the next one."""
-        self.begin(functools.partial(self._follow, channel, steps))
+        """Run one step for each client that subscribes to a channel, in order."""
+        self.start_soon(functools.partial(self._follow, channel, steps))
 
     def start(self, function: Callable[..., Awaitable[None]]) -> Callable[[], object]:
-        """Begin something that tells when it has begun; give what ends it."""
+        """Start a task, wait for ``task_status.started()``, and return what cancels the task."""
         future, _ = self._portal.start_task(function)
         return future.cancel
 
-    def begin(self, function: Callable[[], Awaitable[None]]) -> None:
-        """Do something beside the test."""
+    def start_soon(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Start a task in the broker's event loop."""
         self._portal.start_task_soon(function)
 
     async def _follow(
@@ -69,7 +69,7 @@ class Background:
 
 
 def publishing(channel: str, *payloads: bytes | str) -> Callable[[Broker], Awaitable[None]]:
-    """Make a step that publishes."""
+    """Return a step for :meth:`Background.when_subscribed` that publishes the payloads."""
 
     async def publish(broker: Broker) -> None:
         for payload in payloads:
@@ -79,24 +79,24 @@ def publishing(channel: str, *payloads: bytes | str) -> Callable[[Broker], Await
 
 
 def subscriber(broker: Broker) -> str:
-    """Give the id of the client that is subscribed."""
+    """Return the id of the only client with subscriptions."""
     (id,) = {client.id for client in broker.clients if client.subscriptions}
     return id
 
 
 @contextmanager
 def background(**options: Any) -> Iterator[Background]:
-    """Run a broker in a thread, with these options of its own."""
-    # On Trio, where the guard against what blocks asyncio does not look into this thread.
+    """Run a broker with these options in a thread."""
+    # Use Trio: blockbuster watches asyncio in every thread.
     with start_blocking_portal("trio") as portal:
         broker = Broker(**options)
         with portal.wrap_async_context_manager(broker):
-            emitter = connect(broker.url, **_trust(options))
+            emitter = connect(broker.url, **_client_options(options))
             with portal.wrap_async_context_manager(emitter):
                 yield Background(portal, broker, emitter)
 
 
-def _trust(options: dict[str, Any]) -> dict[str, Any]:
+def _client_options(options: dict[str, Any]) -> dict[str, Any]:
     from tests.support import tls
 
     return {"ssl_context": tls.client_context()} if "ssl_context" in options else {}

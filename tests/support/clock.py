@@ -1,8 +1,9 @@
-"""Virtual time on both backends, for tests over in-memory links only.
+"""
+Virtual time on both backends, for tests over in-memory connections.
 
-Nothing here waits: as soon as every task waits for something, the clock jumps to the next deadline.
-A test asks for it with ``@pytest.mark.virtual_time``. Bytes in a socket and work in a thread are
-invisible to such a clock: it would jump past them.
+When every task waits, the clock jumps to the next deadline. A test turns it on with
+``@pytest.mark.virtual_time``. The clock cannot see bytes in a socket or work in a thread, so it
+would jump past them.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ T = TypeVar("T")
 
 
 class _JumpingSelector(selectors.DefaultSelector):
-    """A selector that, instead of waiting for a timeout, lets the time pass at once."""
+    """A selector that advances its clock by the timeout instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:  # nothing has a deadline, so only an event can wake the loop
+        if timeout is None:  # no deadline is pending: only an event can wake the loop
             return super().select(None)
 
         ready = super().select(0)
         if not ready and timeout > 0:
-            # A hair beyond the deadline: the loop runs only what lies before now, and far from 0
-            # its own allowance for that, a nanosecond, is lost in rounding.
+            # Go slightly past the deadline: asyncio runs timers up to a nanosecond early, but for
+            # large times rounding removes this margin.
             self.now += timeout
             self.now += 4 * math.ulp(self.now)
 
@@ -45,7 +46,7 @@ class JumpingEventLoop(asyncio.SelectorEventLoop):
     """An asyncio event loop whose clock starts at 0 and jumps to the next deadline."""
 
     def __init__(self) -> None:
-        # The loop asks for the time while it is being made.
+        # BaseEventLoop.__init__() calls time().
         self._virtual = _JumpingSelector()
         super().__init__(self._virtual)
 
@@ -56,8 +57,8 @@ class JumpingEventLoop(asyncio.SelectorEventLoop):
         self._virtual.now += seconds
 
 
-def stand_still(seconds: float) -> None:
-    """Let virtual time pass as if the caller had blocked the loop."""
+def simulate_blocking(seconds: float) -> None:
+    """Advance virtual time as if the caller had blocked the event loop."""
     if sniffio.current_async_library() == "trio":
         clock = trio.lowlevel.current_clock()
         assert isinstance(clock, trio.testing.MockClock)
@@ -69,7 +70,7 @@ def stand_still(seconds: float) -> None:
 
 
 def virtual_time_options(backend: str) -> dict[str, Any]:
-    """What the fixture ``anyio_backend`` returns beside ``backend``, for virtual time."""
+    """Return the options of AnyIO's ``backend`` that turn on virtual time."""
     if backend == "trio":
         return {"clock": trio.testing.MockClock(autojump_threshold=0)}
 
@@ -77,9 +78,9 @@ def virtual_time_options(backend: str) -> dict[str, Any]:
 
 
 def run_on_virtual_time(backend: str, function: Callable[[], Awaitable[T]]) -> T:
-    """Run a function in an event loop of its own, on virtual time."""
+    """Run a function in a new event loop with virtual time."""
     options = virtual_time_options(backend)
     if backend == "trio":
-        # AnyIO up to 4.11 does not pass the clock on.
+        # AnyIO up to 4.11 does not pass on the clock.
         return trio.run(function, **options)
     return anyio.run(function, backend=backend, backend_options=options)

@@ -1,4 +1,4 @@
-"""Python programs as a user runs them: each in a process, its output in pipes."""
+"""Run Python programs as a user does: each in a process, with its output in pipes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from anyio.abc import Process
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Neither with -X dev nor with PYTHONASYNCIODEBUG: asyncio would tell on stderr which steps took
-# long on a loaded machine.
+# Without -X dev and PYTHONASYNCIODEBUG: asyncio would log slow steps to stderr on a busy machine.
 _PYTHON = (sys.executable, "-W", "error")
 
 
@@ -23,7 +22,7 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        # Without a buffer, nobody would see that a line has not been flushed.
+        # Remove PYTHONUNBUFFERED because it would hide a missing flush().
         if not name.startswith("EMITTER_")
         and name not in ("PYTHONASYNCIODEBUG", "PYTHONUNBUFFERED")
     }
@@ -32,10 +31,11 @@ def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
 
 def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """
-    Start Python on something of this checkout; a warning is an error there.
+    Start Python in this checkout, with warnings as errors.
 
     :param arguments: what follows ``python``
-    :param environment: variables besides the usual ones; no broker is named unless here
+    :param environment: additional variables; variables that start with ``EMITTER_`` are not
+        inherited
     """
     return subprocess.Popen(
         [*_PYTHON, *arguments],
@@ -50,7 +50,7 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
 def run(
     *arguments: str, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Do what :func:`start` does, and wait for the end."""
+    """Run a process as :func:`start` does, and wait until it ends."""
     with running(*arguments, environment=environment) as process:
         output, errors = process.communicate()
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
@@ -60,7 +60,7 @@ def run(
 def running(
     *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """Do what :func:`start` does; what is still running at the end of the block is killed."""
+    """Run a process as :func:`start` does, and kill it when the block ends."""
     with start(*arguments, environment=environment) as process:
         try:
             yield process
@@ -72,7 +72,7 @@ def running(
 async def open_process(
     *arguments: str, environment: Mapping[str, str] | None = None
 ) -> AsyncIterator[Process]:
-    """Do what :func:`running` does, with the pipes of AnyIO; what comes on stderr is passed on."""
+    """Run a process as :func:`running` does, with AnyIO's pipes; stderr is inherited."""
     async with await anyio.open_process(
         [*_PYTHON, *arguments],
         stderr=None,

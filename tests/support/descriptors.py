@@ -1,4 +1,4 @@
-"""A process without free file descriptors."""
+"""Run out of file descriptors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_free_descriptors() -> Iterator[None]:
-    """Have everything that opens a file or a socket fail with EMFILE until the block ends."""
+    """Make opening a file or a socket fail with EMFILE until the block ends."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest_free)

@@ -1,4 +1,4 @@
-"""What the codec gives, message by message."""
+"""Decoded events with their batches of messages split up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from emitter_anyio._streams import weight_of
 from emitter_anyio._values.batches import MessageBatch
 
 
-def one_by_one(events: Iterable[Event]) -> list[Answer]:
-    """Take the messages out of what they came in, which has to hold each of them once more."""
+def unbatch(events: Iterable[Event]) -> list[Answer]:
+    """Replace each batch by its messages, and check its other views of the same messages."""
     found: list[Answer] = []
     for event in events:
         if not isinstance(event, MessageBatch):
@@ -18,7 +18,7 @@ def one_by_one(events: Iterable[Event]) -> list[Answer]:
             continue
         assert event.in_order
         for channel, messages in event.by_channel.items():
-            assert messages == [one for one in event.in_order if one.channel == channel]
+            assert messages == [it for it in event.in_order if it.channel == channel]
             weights = set(map(weight_of, messages))
             assert event.weights[channel] in {None, *(weights if len(weights) == 1 else ())}
         assert sum(map(len, event.by_channel.values())) == len(event.in_order)

@@ -1,4 +1,4 @@
-"""What a test must not leave behind."""
+"""Detect tasks and sockets that a test leaves behind."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _TESTS_BETWEEN_FULL_COLLECTIONS: Final = 200
 _tests_since_full_collection = 0
 
 
-def freeze_what_is_there() -> None:
+def freeze_existing_objects() -> None:
     """
-    Exempt every present object from collections, so that they walk only what the next test makes.
+    Freeze the garbage collector's objects, so that a collection visits only newer ones.
 
     Each test ends with a collection, and most objects belong to imported modules and to pytest.
-    Frozen cycles that die later are collected after some 200 tests.
+    Frozen cycles are collected after 200 tests.
     """
-    global _tests_since_full_collection  # noqa: PLW0603 - the collector is global as well
+    global _tests_since_full_collection  # noqa: PLW0603 - the collector is global too
     _tests_since_full_collection += 1
     if _tests_since_full_collection == _TESTS_BETWEEN_FULL_COLLECTIONS:
         _tests_since_full_collection = 0
@@ -34,8 +34,8 @@ def freeze_what_is_there() -> None:
     gc.freeze()
 
 
-def living_tasks() -> set[Any]:
-    """Every task of the running loop but those in which AnyIO runs each test and fixture."""
+def running_tasks() -> set[Any]:
+    """Return the tasks of the running event loop, except those in which AnyIO runs tests."""
     if sniffio.current_async_library() == "asyncio":
         return {
             task
@@ -55,14 +55,14 @@ def living_tasks() -> set[Any]:
     return tasks
 
 
-def tasks_of_clients(before: set[object]) -> list[str]:
-    """List the names of the clients' tasks that have been started since ``before`` was noted."""
-    names = (str(getattr(task, "name", task)) for task in living_tasks() - before)
+def client_tasks(before: set[object]) -> list[str]:
+    """Return the names of the clients' tasks that are not in ``before``."""
+    names = (str(getattr(task, "name", task)) for task in running_tasks() - before)
     return [name for name in names if "emitter_anyio" in name and ".testing" not in name]
 
 
 def open_sockets() -> set[str]:
-    """The sockets that this process holds, by inode; none where the system does not list them."""
+    """Return this process's sockets by inode: an empty set except on Linux."""
     if sys.platform != "linux":
         return set()
 
@@ -70,7 +70,7 @@ def open_sockets() -> set[str]:
     for entry in os.listdir(_DESCRIPTORS):
         try:
             target = os.readlink(f"{_DESCRIPTORS}/{entry}")
-        except OSError:  # the handle that lists the directory is closed by now
+        except OSError:  # the descriptor that listed the directory is closed now
             continue
 
         if target.startswith("socket:"):
@@ -80,22 +80,22 @@ def open_sockets() -> set[str]:
 
 
 class Leaks:
-    """A note of the tasks and sockets there are, to be compared with those there are later."""
+    """A snapshot of the tasks and sockets, to compare with those that exist later."""
 
     def __init__(self) -> None:
-        freeze_what_is_there()
-        self._tasks = living_tasks()
+        freeze_existing_objects()
+        self._tasks = running_tasks()
         self._sockets = open_sockets()
 
     def check(self) -> None:
         """
-        Fail if a task or a socket is there that was not there when this object was made.
+        Fail if there is a task or a socket that is not in the snapshot.
 
-        What was dropped without being closed is collected here, so that its ResourceWarning, which
-        pytest turns into an error, belongs to the test that just ran.
+        This also collects objects that were dropped without being closed, so that their
+        ResourceWarning, which pytest turns into an error, fails the test that just ran.
         """
         gc.collect()
-        tasks = living_tasks() - self._tasks
+        tasks = running_tasks() - self._tasks
         assert not tasks, f"tasks left behind: {tasks}"
         sockets = open_sockets() - self._sockets
         assert not sockets, f"sockets left open: {sockets}"

@@ -1,4 +1,4 @@
-"""What the library has logged."""
+"""The library's log records."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 
 
 def logged(
-    caplog: pytest.LogCaptureFixture, least: int = logging.NOTSET
+    caplog: pytest.LogCaptureFixture, min_level: int = logging.NOTSET
 ) -> list[logging.LogRecord]:
-    """Give the library's own records: asyncio in debug mode tells of slow steps, too."""
+    """Return the library's own records, without asyncio's warnings about slow steps."""
     return [
         record
         for record in caplog.records
-        if record.name.startswith("emitter_anyio") and record.levelno >= least
+        if record.name.startswith("emitter_anyio") and record.levelno >= min_level
     ]
 
 
 @contextmanager
 def awaiting_log(words: str) -> Iterator[anyio.Event]:
-    """Give an event that is set when the library logs a message with these words."""
+    """Yield an event that is set when the library logs a message that contains ``words``."""
     event = anyio.Event()
 
     class Handler(logging.Handler):

@@ -1,4 +1,4 @@
-"""Byte streams in memory, for the client's ``connectable``: bytes that virtual time can see."""
+"""In-memory byte streams for the client's ``connectable``, which also work with virtual time."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from anyio.lowlevel import checkpoint
 
 
 class _Pipe:
-    """One direction."""
+    """One direction of a connection."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.held = bytearray()
+        self.buffer = bytearray()
         self.ended = False
         self.broken = False
         self.reset = False
-        self.taken = 0
+        self.delivered = 0
         self.limit = math.inf
-        """What is behind so many bytes stays on the way."""
-        self.at_limit: Callable[[], None] | None = None
+        """The number of bytes after which nothing more is delivered."""
+        self.on_limit: Callable[[], None] | None = None
         self.changed = anyio.Event()
 
     def change(self) -> None:
@@ -33,28 +33,28 @@ class _Pipe:
         self.changed = anyio.Event()
 
     def take(self, max_bytes: int) -> bytes:
-        """Take out what has arrived."""
-        size = int(min(max_bytes, self.limit - self.taken))
-        came = bool(self.held)
-        data = bytes(self.held[:size])
+        """Take up to ``max_bytes`` from the buffer."""
+        size = int(min(max_bytes, self.limit - self.delivered))
+        had_data = bool(self.buffer)
+        data = bytes(self.buffer[:size])
         if data:
-            del self.held[:size]
-            self.taken += len(data)
+            del self.buffer[:size]
+            self.delivered += len(data)
             self.change()
-        if came and self.taken == self.limit and self.at_limit is not None:
-            at_limit, self.at_limit = self.at_limit, None
-            at_limit()
+        if had_data and self.delivered == self.limit and self.on_limit is not None:
+            on_limit, self.on_limit = self.on_limit, None
+            on_limit()
         return data
 
     @property
     def over(self) -> bool:
-        """Tell whether the end has arrived, which may stay on the way as well."""
-        return self.ended and self.taken < self.limit
+        """Whether the end of the stream has been delivered. ``limit`` holds it back too."""
+        return self.ended and self.delivered < self.limit
 
     def cut(self, *, reset: bool) -> None:
-        """End it here, for both sides; a reset takes along what was on the way."""
-        if reset or self.taken == self.limit:
-            self.held.clear()
+        """End the stream for both sides. A reset also discards the buffer."""
+        if reset or self.delivered == self.limit:
+            self.buffer.clear()
         self.limit = math.inf
         self.ended = self.broken = True
         self.reset = reset
@@ -63,10 +63,10 @@ class _Pipe:
 
 class MemoryStream(ByteStream):
     """
-    One end of a link in memory.
+    One end of an in-memory connection.
 
-    As with a socket, a send takes what there is room for and waits with the rest in its hand, so
-    that cancelling it there leaves half of it on the link.
+    As with a socket, a send writes as much as fits and then waits with the rest, so that cancelling
+    it can leave a partial write.
     """
 
     def __init__(self, inbound: _Pipe, outbound: _Pipe) -> None:
@@ -93,18 +93,18 @@ class MemoryStream(ByteStream):
                 raise ClosedResourceError
             if self._out.broken or self._out.ended:
                 raise BrokenResourceError
-            room = max(0, self._out.capacity - len(self._out.held))
-            if room and item:
-                self._out.held += item[:room]
+            space = max(0, self._out.capacity - len(self._out.buffer))
+            if space and item:
+                self._out.buffer += item[:space]
                 self._out.change()
-                item = item[room:]
+                item = item[space:]
             if not item:
                 return
             await self._out.changed.wait()
 
     def send_nowait(self, item: bytes) -> None:
-        """Send in the present turn, whatever the capacity."""
-        self._out.held += item
+        """Send immediately, without regard to the capacity."""
+        self._out.buffer += item
         self._out.change()
 
     async def send_eof(self) -> None:
@@ -124,8 +124,8 @@ class MemoryStream(ByteStream):
         return self._closed
 
 
-_LITTLE = 16
-"""So many bytes a link takes that does not bring them anywhere."""
+_STALLED_CAPACITY_BYTES = 16
+"""The capacity of a stalled direction."""
 
 Direction: TypeAlias = Literal["to_broker", "to_client"]
 Kind: TypeAlias = Literal["reset", "end", "stall"]
@@ -135,56 +135,56 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 @dataclass(frozen=True)
 class Fault:
     """
-    What happens to a link once just so many bytes have arrived in one direction.
+    A fault of a connection after exactly ``after`` bytes have arrived in one direction.
 
-    With 0 it is when there is something to arrive. A cut ends both directions; what is on its way
-    in the other one still arrives before an orderly end, and is lost with a reset. A stall takes
-    little more, leaves the other direction as it is, and tells nobody.
+    With 0, it occurs when there is something to receive. ``"end"`` and ``"reset"`` end both
+    directions; bytes in flight in the other direction still arrive with ``"end"`` and are lost with
+    ``"reset"``. ``"stall"`` stops one direction without an error and leaves the other as it is.
     """
 
     direction: Direction
     after: int
     kind: Kind
 
-    def strikes(self, client: MemoryStream, then: Callable[[], None] = lambda: None) -> None:
+    def inject(self, client: MemoryStream, then: Callable[[], None] = lambda: None) -> None:
         """
-        Have it befall a link.
+        Prepare the fault on a connection.
 
         :param client: the client's end
-        :param then: called when it has happened
+        :param then: called when the fault has occurred
         """
         pipes = (client._in, client._out)
         pipe = client._in if self.direction == "to_client" else client._out
 
-        def strike() -> None:
+        def occur() -> None:
             if self.kind == "stall":
-                pipe.capacity = _LITTLE
+                pipe.capacity = _STALLED_CAPACITY_BYTES
             else:
                 for each in pipes:
                     each.cut(reset=self.kind == "reset")
             then()
 
-        pipe.limit, pipe.at_limit = self.after, strike
+        pipe.limit, pipe.on_limit = self.after, occur
 
 
-def memory_link(capacity: int = 65536) -> tuple[MemoryStream, MemoryStream]:
+def memory_stream_pair(capacity: int = 65536) -> tuple[MemoryStream, MemoryStream]:
     """
-    Make a link.
+    Create an in-memory connection.
 
-    :param capacity: how many bytes fit into each direction before a send waits
-    :return: its two ends
+    :param capacity: the number of bytes that fit into each direction before a send waits
+    :return: the two ends
     """
-    there, back = _Pipe(capacity), _Pipe(capacity)
-    return MemoryStream(back, there), MemoryStream(there, back)
+    first, second = _Pipe(capacity), _Pipe(capacity)
+    return MemoryStream(second, first), MemoryStream(first, second)
 
 
 class MemoryConnectable(ByteStreamConnectable):
     """
-    What a client connects to; the other ends come out of :meth:`accept`.
+    An in-memory server; :meth:`accept` returns its ends of the connections.
 
-    :param capacity: as in :func:`memory_link`
-    :param before: awaited with the number of each attempt, from 1: it may raise, or never return
-    :param kind: what the client's ends are
+    :param capacity: as in :func:`memory_stream_pair`
+    :param before: awaited with the number of each attempt, from 1; it may raise or never return
+    :param kind: the class of the client's ends
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class MemoryConnectable(ByteStreamConnectable):
     ) -> None:
         self.attempts = 0
         self.streams: list[MemoryStream] = []
-        """The client's ends."""
+        """The client's ends of all connections."""
         self._capacity = capacity
         self._before = before
         self._kind = kind
@@ -206,17 +206,17 @@ class MemoryConnectable(ByteStreamConnectable):
         await checkpoint()
         if self._before is not None:
             await self._before(self.attempts)
-        client, peer = memory_link(self._capacity)
+        client, peer = memory_stream_pair(self._capacity)
         client.__class__ = self._kind
         self.streams.append(client)
         self._in.send_nowait(peer)
         return client
 
     async def accept(self) -> MemoryStream:
-        """Wait for a client, and return the peer's end."""
+        """Wait for a client and return the server's end."""
         return await self._out.receive()
 
     def close(self) -> None:
-        """Take nobody any more."""
+        """Stop accepting clients."""
         self._in.close()
         self._out.close()

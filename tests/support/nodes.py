@@ -1,4 +1,4 @@
-"""Nodes that store messages and answer for each other, as a cluster of Emitter does. No I/O."""
+"""A model of an Emitter cluster whose nodes store messages and answer history requests. No I/O."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from emitter_anyio._features.stored import (
 from emitter_anyio._values.channels import level_hash
 
 START = 1700000000
-"""The first second of these tests."""
+"""The earliest time in these tests, in seconds since the epoch."""
 NOW = START + 100000
-LIMIT = 65536
+RESPONSE_LIMIT_BYTES = 65536
 CONTRACT = 0x12345678
 PREFIX = (CONTRACT ^ level_hash("a")).to_bytes(4, "big")
 TAIL = b"".join(word.to_bytes(4, "big") for word in (CONTRACT, level_hash("a")))
@@ -39,16 +39,16 @@ def size_of(message: StoredMessage) -> int:
 
 class Node:
     """
-    What one node stores.
+    The storage of one node.
 
-    :param name: four bytes, which stand in its ids
-    :param count: where its counter begins; those of two nodes have nothing to do with each other
+    :param name: four bytes, part of the ids of its messages
+    :param count: the initial value of the node's message counter
     """
 
     def __init__(self, name: bytes, count: int = 0) -> None:
         self.name = name
         self.count = count
-        self.kept: list[StoredMessage] = []  # newest first
+        self.stored: list[StoredMessage] = []  # newest first
 
     def store(self, second: int, binary: bytes = b"", channel: str = "a/") -> StoredMessage:
         self.count += 1
@@ -57,24 +57,24 @@ class Node:
         message = StoredMessage(
             PREFIX + key + self.name + TAIL, datetime.fromtimestamp(second, UTC), channel, binary
         )
-        self.kept.insert(bisect_left(self.kept, message.id, key=lambda m: m.id), message)
+        self.stored.insert(bisect_left(self.stored, message.id, key=lambda m: m.id), message)
         return message
 
     def answer(self, request: PageRequest) -> list[StoredMessage]:
-        """Look up as ``storage/ssd.go`` does: seek, and step over what is found there."""
+        """Look up messages as ``storage/ssd.go`` does: seek to the cursor, skip its message."""
         begin = 0
         if request.cursor is not None:
-            begin = bisect_left(self.kept, request.cursor, key=lambda m: m.id) + 1
+            begin = bisect_left(self.stored, request.cursor, key=lambda m: m.id) + 1
         found: list[StoredMessage] = []
         size = 0
-        for message in self.kept[begin:]:
+        for message in self.stored[begin:]:
             second = second_of(message)
             if len(found) == request.last or (request.since is not None and second < request.since):
                 break
             if request.until is not None and second > request.until:
                 continue
             size += size_of(message)
-            if size > LIMIT:
+            if size > RESPONSE_LIMIT_BYTES:
                 break
             found.append(message)
         return found
@@ -82,34 +82,34 @@ class Node:
 
 class Nodes:
     """
-    A cluster, as seen through its first node.
+    A cluster, as a client of its first node sees it.
 
-    :param random: how what is of one second is mixed; it keeps its order unless given
+    :param rng: shuffles messages of the same second; without it, they keep their order
     """
 
-    def __init__(self, *nodes: Node, chance: random.Random | None = None) -> None:
+    def __init__(self, *nodes: Node, rng: random.Random | None = None) -> None:
         self.nodes = list(nodes)
-        self.chance = chance
+        self.rng = rng
         self.may_count = True
         self.missing: set[bytes] = set()
         self.page_requests: list[PageRequest] = []
 
     @property
-    def kept(self) -> list[StoredMessage]:
-        return [message for node in self.nodes for message in node.kept]
+    def stored(self) -> list[StoredMessage]:
+        return [message for node in self.nodes for message in node.stored]
 
     def answer(self, request: PageRequest | NodeProbe) -> Reply:
         if isinstance(request, NodeProbe):
             return Reply(None, self.may_count and len(self.nodes) > 1)
         self.page_requests.append(request)
-        there = [node for node in self.nodes if node.name not in self.missing]
-        found = [message for node in there for message in node.answer(request)]
-        if self.chance is not None and len(found) > 12:
-            self.chance.shuffle(found)
+        reachable = [node for node in self.nodes if node.name not in self.missing]
+        found = [message for node in reachable for message in node.answer(request)]
+        if self.rng is not None and len(found) > 12:
+            self.rng.shuffle(found)
         found.sort(key=second_of)
         found = found[max(0, len(found) - request.last) :]
-        slow = len(there) < len(self.nodes)
-        return Reply(found if json_size(found) <= LIMIT else None, slow)
+        slow = len(reachable) < len(self.nodes)
+        return Reply(found if json_size(found) <= RESPONSE_LIMIT_BYTES else None, slow)
 
 
 def json_size(messages: list[StoredMessage]) -> int:
@@ -125,7 +125,7 @@ def json_size(messages: list[StoredMessage]) -> int:
     return len(json.dumps(answer, separators=(",", ":"))) + len("emitter/history/") + 2
 
 
-def read(
+def read_history(
     answer: Callable[[PageRequest | NodeProbe], Reply],
     last: int = 10**6,
     since: int | None = None,
@@ -133,7 +133,7 @@ def read(
     now: int = NOW,
     broker: BrokerFacts | None = None,
 ) -> Iterator[StoredMessage | Unreadable]:
-    """Read all that there is, the newest first."""
+    """Read the history, newest first."""
     steps = Reading(last, since, until, now, broker or BrokerFacts(), "a").steps()
     try:
         step = next(steps)

@@ -1,4 +1,4 @@
-"""A scripted peer: it speaks MQTT by hand, and says just what a test wants."""
+"""A scripted peer that sends and receives MQTT packets as a test requires."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Script: TypeAlias = Callable[["Peer"], Awaitable[None]]
 
 
 class SocketStream(ByteStream):
-    """A peer's end of a socket, which reads no byte before it is asked to."""
+    """A peer's end of a socket. It reads nothing until ``receive()`` is called."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -59,7 +59,7 @@ class SocketStream(ByteStream):
 
 
 class Packet(NamedTuple):
-    """A packet that the client has sent."""
+    """A packet that the client sent."""
 
     kind: int
     flags: int
@@ -77,7 +77,7 @@ class Packet(NamedTuple):
 
     @property
     def packet_id(self) -> int:
-        """The packet id of a PUBLISH of QoS 1, a SUBSCRIBE or an UNSUBSCRIBE."""
+        """The packet id of a PUBLISH with QoS 1, a SUBSCRIBE or an UNSUBSCRIBE."""
         at = 2 + self._topic_size if self.kind == PUBLISH else 0
         return int.from_bytes(self.body[at : at + 2], "big")
 
@@ -88,47 +88,51 @@ class Packet(NamedTuple):
 
 class Peer:
     """
-    The broker's side of one link.
+    The broker's side of one connection.
 
-    :ivar received: every packet taken so far
-    :ivar left: bytes behind the last whole packet
+    :ivar received: all packets so far
+    :ivar unparsed: the bytes after the last complete packet
     """
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.received: list[Packet] = []
-        self.left = bytearray()
+        self.unparsed = bytearray()
 
     async def packet(self) -> Packet | None:
-        """Wait for a packet; ``None`` when the client has closed the link."""
+        """Receive a packet, or return ``None`` if the client has closed the connection."""
         while (packet := self._parse()) is None:
             try:
-                self.left += await self.stream.receive()
+                self.unparsed += await self.stream.receive()
             except (EndOfStream, BrokenResourceError, OSError):
                 return None
         self.received.append(packet)
         return packet
 
     async def until(self, kind: int) -> Packet:
-        """Take packets up to one of this kind."""
+        """Receive packets until one of this kind, and return it."""
         while packet := await self.packet():
             if packet.kind == kind:
                 return packet
-        raise AssertionError(f"the client has closed the link without a packet of type {kind}")
+        raise AssertionError(f"the client closed the connection before a packet of type {kind}")
 
     async def rest(self) -> list[Packet]:
-        """Take all up to DISCONNECT, or to the end of the link; anything behind is an error."""
+        """
+        Receive packets until DISCONNECT or the end of the connection, and return them.
+
+        Bytes after DISCONNECT are an error.
+        """
         start = len(self.received)
         while (packet := await self.packet()) and packet.kind != DISCONNECT:
             pass
-        assert not self.left, f"{len(self.left)} bytes behind: {bytes(self.left[:40])!r}"
+        assert not self.unparsed, f"unexpected bytes: {bytes(self.unparsed[:40])!r}"
         return self.received[start:]
 
     async def send(self, data: bytes) -> None:
         await self.stream.send(data)
 
     async def accept(self, code: int = 0) -> Packet:
-        """Take CONNECT and answer it."""
+        """Receive CONNECT and send CONNACK."""
         connect = await self.packet()
         if connect is None:
             raise EndOfStream
@@ -137,17 +141,17 @@ class Peer:
         return connect
 
     async def serve(self) -> None:
-        """Be a broker that refuses nothing."""
+        """Accept the connection and acknowledge every packet until the client disconnects."""
         await self.accept()
         await self.answer_all()
 
     async def answer_all(self) -> None:
-        """Answer what comes until the client leaves."""
+        """Acknowledge every packet until the client disconnects."""
         while (packet := await self.packet()) and packet.kind != DISCONNECT:
             await self.answer(packet)
 
     async def answer(self, packet: Packet) -> None:
-        """Answer one packet."""
+        """Acknowledge a packet, if it requires that."""
         if packet.kind == PINGREQ:
             await self.send(packets.PINGRESP)
         elif packet.kind == SUBSCRIBE:
@@ -158,7 +162,7 @@ class Peer:
             await self.send(packets.puback(packet.packet_id))
 
     def reset(self) -> None:
-        """Have the link, a socket, end with a reset when the script ends."""
+        """Make the socket close with a reset when the script ends."""
         stream: Any = self.stream
         if isinstance(stream, ServerStream):
             stream = stream.stream
@@ -170,22 +174,22 @@ class Peer:
     def _parse(self) -> Packet | None:
         size, at = 0, 1
         while True:
-            if at >= len(self.left):
+            if at >= len(self.unparsed):
                 return None
-            byte = self.left[at]
+            byte = self.unparsed[at]
             size |= (byte & 127) << 7 * (at - 1)
             at += 1
             if byte < 128:
                 break
-        if len(self.left) < at + size:
+        if len(self.unparsed) < at + size:
             return None
-        packet = Packet(self.left[0] >> 4, self.left[0] & 15, bytes(self.left[at : at + size]))
-        del self.left[: at + size]
-        return packet
+        first, body = self.unparsed[0], bytes(self.unparsed[at : at + size])
+        del self.unparsed[: at + size]
+        return Packet(first >> 4, first & 15, body)
 
 
-class _Playing:
-    """A script being played to clients."""
+class _ScriptRunner:
+    """Runs a script for each client."""
 
     def __init__(
         self, script: Script, context: ssl.SSLContext | None = None, *, websocket: bool = False
@@ -194,9 +198,9 @@ class _Playing:
         self._context = context
         self._websocket = websocket
         self._clients = 0
-        self._one_less = anyio.Event()
+        self._client_finished = anyio.Event()
 
-    async def play(self, stream: ByteStream) -> None:
+    async def run(self, stream: ByteStream) -> None:
         self._clients += 1
         try:
             if self._context is not None:
@@ -207,18 +211,18 @@ class _Playing:
                 stream = await ServerStream.accept(stream)
             await self._script(Peer(stream))
         except* (EndOfStream, BrokenResourceError, OSError):
-            # The client has gone, perhaps in the middle of the handshake.
+            # The client closed the connection, perhaps during the handshake.
             pass
         finally:
             await anyio.aclose_forcefully(stream)
             self._clients -= 1
-            self._one_less.set()
+            self._client_finished.set()
 
-    async def done(self) -> None:
-        """Wait until the script has been played to the end, to each client."""
+    async def wait_finished(self) -> None:
+        """Wait until the script has ended for every client."""
         while self._clients:
-            self._one_less = anyio.Event()
-            await self._one_less.wait()
+            self._client_finished = anyio.Event()
+            await self._client_finished.wait()
 
 
 @asynccontextmanager
@@ -229,13 +233,13 @@ async def _listening(
     *,
     websocket: bool = False,
 ) -> AsyncGenerator[None]:
-    playing = _Playing(script, context, websocket=websocket)
+    runner = _ScriptRunner(script, context, websocket=websocket)
 
     async def accept() -> None:
         while True:
             await anyio.wait_readable(listener)
             with suppress(BlockingIOError):
-                tasks.start_soon(playing.play, SocketStream(listener.accept()[0]))
+                tasks.start_soon(runner.run, SocketStream(listener.accept()[0]))
 
     listener.setblocking(False)
     listener.listen()
@@ -243,7 +247,7 @@ async def _listening(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(accept)
             yield
-            await playing.done()
+            await runner.wait_finished()
             tasks.cancel_scope.cancel()
 
 
@@ -251,7 +255,7 @@ async def _listening(
 async def tcp_peer(
     script: Script, *, context: ssl.SSLContext | None = None, websocket: bool = False
 ) -> AsyncGenerator[int]:
-    """Play the script to each client of a port of 127.0.0.1, which it gives."""
+    """Listen on 127.0.0.1, run the script for each client, and yield the port."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     async with _listening(script, listener, context, websocket=websocket):
@@ -259,7 +263,7 @@ async def tcp_peer(
 
 
 def unix_socket() -> socket.socket:
-    """Make a Unix socket, of which type checkers know nothing on Windows."""
+    """Create a Unix socket. Type checkers that assume Windows reject ``socket.AF_UNIX``."""
     if sys.platform == "win32":
         raise NotImplementedError("Python has no Unix sockets on Windows")
 
@@ -268,7 +272,7 @@ def unix_socket() -> socket.socket:
 
 @asynccontextmanager
 async def unix_peer(script: Script, path: Path) -> AsyncGenerator[None]:
-    """Play the script to each client of a Unix socket."""
+    """Listen on a Unix socket and run the script for each client."""
     listener = unix_socket()
     listener.bind(str(path))
     async with _listening(script, listener, None):
@@ -284,48 +288,48 @@ async def memory_peer(
     kind: type[MemoryStream] = MemoryStream,
     websocket: bool = False,
 ) -> AsyncGenerator[MemoryConnectable]:
-    """Play the script to each client of a connectable in memory, which it gives."""
+    """Run the script for each client of an in-memory connectable, and yield the connectable."""
     connectable = MemoryConnectable(capacity, before, kind)
-    playing = _Playing(script, websocket=websocket)
+    runner = _ScriptRunner(script, websocket=websocket)
 
     async def accept() -> None:
         while True:
-            tasks.start_soon(playing.play, await connectable.accept())
+            tasks.start_soon(runner.run, await connectable.accept())
 
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(accept)
             yield connectable
-            await playing.done()
+            await runner.wait_finished()
             tasks.cancel_scope.cancel()
     finally:
         connectable.close()
 
 
-LINKS = ("tcp", "tls", "ws", "wss", "unix", "memory")
+TRANSPORTS = ("tcp", "tls", "ws", "wss", "unix", "memory")
 
 
 @asynccontextmanager
-async def serving(link: str, script: Script) -> AsyncGenerator[dict[str, Any]]:
+async def serving(transport: str, script: Script) -> AsyncGenerator[dict[str, Any]]:
     """
-    Play the script behind one of the ``LINKS``.
+    Run the script for each client that connects by one of the ``TRANSPORTS``.
 
-    :return: the options with which a client gets there
+    :return: a context manager that gives the options for :func:`emitter_anyio.connect`
     """
-    if link == "memory":
+    if transport == "memory":
         async with memory_peer(script) as connectable:
             yield {"connectable": connectable}
-    elif link == "unix":
+    elif transport == "unix":
         with TemporaryDirectory(prefix="peer") as folder:
             async with unix_peer(script, Path(folder) / "s"):
                 yield {"host": f"{folder}/s"}
-    elif link == "tls":
+    elif transport == "tls":
         async with tcp_peer(script, context=tls.server_context()) as port:
             yield {"host": "127.0.0.1", "port": port, "ssl_context": tls.client_context()}
-    elif link == "ws":
+    elif transport == "ws":
         async with tcp_peer(script, websocket=True) as port:
             yield {"servers": [f"ws://127.0.0.1:{port}"]}
-    elif link == "wss":
+    elif transport == "wss":
         async with tcp_peer(script, context=tls.server_context(), websocket=True) as port:
             yield {"servers": [f"wss://127.0.0.1:{port}"], "ssl_context": tls.client_context()}
     else:

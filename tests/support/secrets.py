@@ -1,8 +1,9 @@
-"""Which secrets a test has used, and what the library has shown while it ran.
+"""
+Detect secrets that the library shows while a test runs.
 
-Keys, passwords and licences are noted where they come in. What is shown is noted where it is made
-(log lines) or where it ends (values and errors, which have their causes and notes by then), and
-searched when both are known.
+Keys, passwords and licences are collected where the library first gets them. Log lines are recorded
+when they are logged; values and errors when they are finalized, because by then they have their
+causes and notes. At the end of the test, the recorded text is searched for the secrets.
 """
 
 from __future__ import annotations
@@ -17,96 +18,99 @@ from enum import Enum
 from typing import Any, Final
 from urllib.parse import quote
 
-_SHORTEST: Final = 8
-"""What is shorter stands in many a text by chance."""
+_MIN_SECRET_LENGTH: Final = 8
+"""A shorter secret might occur in a text by chance."""
 
-_ENOUGH: Final = 500
-"""So many values of one class are looked at in a test: floods show nothing new."""
+_MAX_VALUES_PER_CLASS: Final = 500
+"""The number of values of one class that are inspected per test."""
 
 _LOGGERS: Final = tuple(
     map(logging.getLogger, ("emitter_anyio", "emitter_anyio.testing", "asyncio"))
 )
 
-_OUR_LEVEL: Final = 1
-"""Everything, and no level that a test would set."""
+_WATCHER_LEVEL: Final = 1
+"""A level that enables every record and that no test sets."""
 
-_present: Witness | None = None
-"""The witness of the test that runs."""
+_active: SecretWatcher | None = None
+"""The watcher of the running test."""
 
 
-class Witness(logging.Filter):
-    """Notes secrets and what is shown; as a filter of loggers, what is logged at any level."""
+class SecretWatcher(logging.Filter):
+    """Collects secrets, and the text that is shown: as a logging filter, at every level."""
 
     def __init__(self) -> None:
         super().__init__()
         self._secrets: set[str] = set()
         self._shown: dict[str, str] = {}
-        self._looked_at: Counter[type] = Counter()
+        self._inspected: Counter[type] = Counter()
 
-    def begin(self) -> None:
-        """Notice what is logged, and what the hooks tell."""
-        global _present  # noqa: PLW0603 - hooks in classes have nowhere else to look
+    def start(self) -> None:
+        """Start recording log lines and what the hooks report."""
+        global _active  # noqa: PLW0603 - hooks in classes have nowhere else to look
         _install()
         for logger in _LOGGERS:
-            logger.setLevel(_OUR_LEVEL)
+            logger.setLevel(_WATCHER_LEVEL)
             logger.addFilter(self)
-        _present = self
+        _active = self
 
-    def end(self) -> None:
-        """Look at what still lives, and notice nothing more."""
-        global _present  # noqa: PLW0603 - hooks in classes have nowhere else to look
+    def stop(self) -> None:
+        """Inspect the values that are still alive, and stop recording."""
+        global _active  # noqa: PLW0603 - hooks in classes have nowhere else to look
         for value in gc.get_objects():
             if type(value) in _watched:
-                self.look_at(value)
+                self.inspect(value)
         for logger in _LOGGERS:
             logger.removeFilter(self)
             logger.setLevel(logging.NOTSET)
-        _present = None
+        _active = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         where = f"a log line of {record.name!r}"
-        self.note(where, f"{record.getMessage()} {record.__dict__}")
+        self.record(where, f"{record.getMessage()} {record.__dict__}")
         if record.exc_info and record.exc_info[1] is not None:
-            self.note(where, " ".join(shown(record.exc_info[1])))
-        # Others get what they would get without us.
-        ours = logging.getLogger(record.name).level == _OUR_LEVEL
-        return not ours or record.levelno >= logging.getLogger().level
+            self.record(where, " ".join(visible_text(record.exc_info[1])))
+        # Handlers get only the records that they would get without the watcher.
+        own_level = logging.getLogger(record.name).level == _WATCHER_LEVEL
+        return not own_level or record.levelno >= logging.getLogger().level
 
-    def keep(self, *secrets: object) -> None:
-        """Note secrets."""
+    def add_secrets(self, *secrets: object) -> None:
+        """Add secrets to search for."""
         for secret in secrets:
-            if isinstance(secret, str) and len(secret) >= _SHORTEST:
+            if isinstance(secret, str) and len(secret) >= _MIN_SECRET_LENGTH:
                 self._secrets |= {secret, quote(secret, safe="")}
 
-    def note(self, where: str, text: str) -> None:
-        """Note what was shown."""
+    def record(self, where: str, text: str) -> None:
+        """Record text that was shown."""
         self._shown[text] = where
 
-    def look_at(self, value: object) -> None:
-        """Note what a value shows of itself."""
+    def inspect(self, value: object) -> None:
+        """Record the ``repr()`` and ``str()`` of a value; for an error, all its visible text."""
         kind = type(value)
-        self._looked_at[kind] += 1
-        if self._looked_at[kind] <= _ENOUGH:
-            words = shown(value) if isinstance(value, BaseException) else (f"{value!r} {value}",)
-            self.note(f"an object of {kind.__qualname__}", " ".join(words))
+        self._inspected[kind] += 1
+        if self._inspected[kind] <= _MAX_VALUES_PER_CLASS:
+            texts = [f"{value!r} {value}"]
+            if isinstance(value, BaseException):
+                texts = [*visible_text(value)]
+            self.record(f"an object of {kind.__qualname__}", " ".join(texts))
 
     def leaks(self) -> list[str]:
-        """Where a secret was shown, and how, without the secret."""
+        """Return where secrets were shown, and the text without the secrets."""
         found = []
         for text, where in self._shown.items():
-            told = text
+            redacted = text
             for secret in sorted(self._secrets, key=len, reverse=True):
-                told = told.replace(secret, "<a secret>")
-            if told != text:
-                found.append(f"{where} shows a secret: {told}")
+                redacted = redacted.replace(secret, "<a secret>")
+            if redacted != text:
+                found.append(f"{where} shows a secret: {redacted}")
         return found
 
 
-def shown(error: BaseException) -> Iterator[str]:
+def visible_text(error: BaseException) -> Iterator[str]:
     """
-    What can be seen of an error: its words, notes and attributes, and those of what is behind it.
+    Iterate over the text of an error, its causes, its contexts and the members of its groups.
 
-    Not as ``traceback`` writes it, since the lines of a test show the literals in them.
+    The text is the message and the attributes, notes included. ``traceback`` is not used because it
+    would show the test's own source lines, which contain its literals.
     """
     waiting, seen = [error], {id(error)}
     while waiting:
@@ -124,7 +128,7 @@ _watched: dict[type, None] = {}
 
 
 def _install() -> None:
-    """Hook into the library, for good: without a witness the hooks do nothing."""
+    """Hook into the library permanently. The hooks do nothing while no watcher is active."""
     if _watched:
         return
 
@@ -133,67 +137,67 @@ def _install() -> None:
     from emitter_anyio._values.channels import check_key
     from emitter_anyio.testing import Broker
 
-    _after(ChannelKey, "__init__", lambda made, _: (made.key,))
-    _after(Will, "__init__", lambda made, _: (made.key,))
-    _after(Options, "__init__", lambda made, _: (made.password,))
-    _after(Broker, "__init__", lambda made, _: (made.secret_key, made.license))
+    _after(ChannelKey, "__init__", lambda value, _: (value.key,))
+    _after(Will, "__init__", lambda value, _: (value.key,))
+    _after(Options, "__init__", lambda value, _: (value.password,))
+    _after(Broker, "__init__", lambda value, _: (value.secret_key, value.license))
     _after(Broker, "keygen", lambda _, key: (key,))
 
     @functools.wraps(check_key)
-    def check_and_keep(key: str) -> str:
-        if _present is not None:
-            _present.keep(key)
+    def check_and_collect(key: str) -> str:
+        if _active is not None:
+            _active.add_secrets(key)
         return check_key(key)
 
     for name, module in list(sys.modules.items()):
         if not name.startswith("emitter_anyio"):
             continue
         if getattr(module, "check_key", None) is check_key:
-            vars(module)["check_key"] = check_and_keep
+            vars(module)["check_key"] = check_and_collect
         if not name.startswith("emitter_anyio.testing"):
             for value in list(vars(module).values()):
                 if isinstance(value, type) and value.__module__.startswith("emitter_anyio"):
                     _watch(value)
     _watch(EmitterError)
-    EmitterError.__del__ = _look_back  # type: ignore[attr-defined]  # it has none of its own
+    EmitterError.__del__ = _inspect_finalized  # type: ignore[attr-defined]  # does not define one
 
 
 def _watch(kind: type) -> None:
     own = "__repr__" in vars(kind) and not issubclass(kind, Enum)
     if own and kind not in _watched:
         finalize = getattr(kind, "__del__", None)
-        look = _look_back if finalize is None else _look_back_before(finalize)
-        kind.__del__ = look  # type: ignore[attr-defined]  # most have none
+        look = _inspect_finalized if finalize is None else _inspect_before(finalize)
+        kind.__del__ = look  # type: ignore[attr-defined]  # most do not define one
     if own or issubclass(kind, BaseException):
         _watched[kind] = None
 
 
-def _look_back_before(finalize: Callable[[object], None]) -> Callable[[object], None]:
-    def look_back(value: object) -> None:
-        _look_back(value)
+def _inspect_before(finalize: Callable[[object], None]) -> Callable[[object], None]:
+    def inspect_finalized(value: object) -> None:
+        _inspect_finalized(value)
         finalize(value)
 
-    return look_back
+    return inspect_finalized
 
 
-def _look_back(value: object) -> None:
-    if _present is not None:
+def _inspect_finalized(value: object) -> None:
+    if _active is not None:
         try:
-            _present.look_at(value)
+            _active.inspect(value)
         except AttributeError:
-            # Its __init__() raised.
+            # __init__() raised before it set every attribute.
             return
 
 
 def _after(kind: type, name: str, secrets: Callable[[Any, Any], tuple[object, ...]]) -> None:
-    """Have a method tell the secrets in the object, or in what it returns."""
+    """Wrap a method so that the secrets of its object or its result are collected."""
     method = getattr(kind, name)
 
     @functools.wraps(method)
     def wrapper(self: object, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        if _present is not None:
-            _present.keep(*secrets(self, result))
+        if _active is not None:
+            _active.add_secrets(*secrets(self, result))
         return result
 
     setattr(kind, name, wrapper)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Server:
     """
-    Where a broker listens, and its secret.
+    The address of a broker, and its secret key.
 
-    ``other_url`` is another node of the broker if it is a cluster, otherwise the same one.
-    ``broker`` is the development broker itself, or ``None`` when a real one is used: a test of the
-    client suite does without it.
+    :ivar other_url: the URL of another node if the broker is a cluster, otherwise ``url``
+    :ivar broker: the development broker, or ``None`` for a real Emitter; tests of the client
+        suite do not use it
     """
 
     url: str
@@ -31,17 +31,17 @@ class Server:
 
 
 def runs_cluster() -> bool:
-    """Say whether ``EMITTER_NODES`` asks for a development broker of two nodes."""
+    """Return whether ``EMITTER_NODES`` requests a development broker with two nodes."""
     return os.environ.get("EMITTER_NODES") == "2"
 
 
 def real_server() -> Server | None:
     """
-    The Emitter of ``EMITTER_URL`` and ``EMITTER_SECRET``, or ``None`` when neither is set.
+    Return the Emitter of ``EMITTER_URL`` and ``EMITTER_SECRET``, or ``None`` if neither is set.
 
-    ``EMITTER_OTHER_URL`` is that of another node of its cluster, if it has one.
+    ``EMITTER_OTHER_URL`` can name another node of the same cluster.
 
-    :raises RuntimeError: when they say only half of what is needed
+    :raises RuntimeError: if only one of the two is set, or the URL is malformed
 
     """
     url, secret = os.environ.get("EMITTER_URL"), os.environ.get("EMITTER_SECRET")
@@ -58,7 +58,7 @@ def real_server() -> Server | None:
     parts = urlsplit(url)
     secure = parts.scheme in ("mqtts", "wss")
     if parts.hostname is None or parts.scheme not in ("mqtt", "mqtts", "ws", "wss"):
-        raise RuntimeError("EMITTER_URL is no mqtt, mqtts, ws or wss URL with a host")
+        raise RuntimeError("EMITTER_URL must be an mqtt, mqtts, ws or wss URL with a host")
 
     port = parts.port or (443 if secure else 8080)
     other_url = os.environ.get("EMITTER_OTHER_URL") or url

@@ -1,4 +1,4 @@
-"""A coroutine cancelled in a chosen one of its waits."""
+"""Cancel a coroutine at a chosen suspension point."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import sniffio
 
 class _Stepwise:
     """
-    Does something when a coroutine waits for the n-th time, from 0.
+    An awaitable that runs a coroutine and calls a function at one of its suspension points.
 
-    :param do: is given what the coroutine waits for: on asyncio a future, or ``None``
+    :param step: the index of the suspension point, from 0
+    :param action: called with what the coroutine yields: on asyncio a future or ``None``
     """
 
     def __init__(
-        self, coroutine: Coroutine[Any, Any, object], step: int, do: Callable[[Any], object]
+        self, coroutine: Coroutine[Any, Any, object], step: int, action: Callable[[Any], object]
     ) -> None:
         self.steps = 0
         self._coroutine = coroutine
         self._step = step
-        self._do = do
+        self._action = action
 
     def __await__(self) -> Generator[Any, Any, None]:
         stepping = self._coroutine.__await__()
@@ -35,7 +36,7 @@ class _Stepwise:
             except StopIteration:
                 return
             if self.steps == self._step:
-                self._do(waited_for)
+                self._action(waited_for)
             self.steps += 1
             try:
                 value, error = (yield waited_for), None
@@ -44,25 +45,26 @@ class _Stepwise:
 
 
 LATE = "native and late"
-"""When what is waited for has just happened, so that a result is thrown away."""
+"""Native cancellation just after the awaited future has completed, which discards its result."""
 
 
-def styles() -> tuple[str, ...]:
-    """How the running backend cancels: by a scope of AnyIO's, and asyncio's own way."""
+def cancel_styles() -> tuple[str, ...]:
+    """Return the ways to cancel: an AnyIO cancel scope, and on asyncio ``Task.cancel()``."""
     return ("scope", "native") if sniffio.current_async_library() == "asyncio" else ("scope",)
 
 
-def all_styles() -> tuple[str, ...]:
-    """``styles()``, and ``LATE`` where there is such a thing."""
-    return (*styles(), LATE) if "native" in styles() else styles()
+def all_cancel_styles() -> tuple[str, ...]:
+    """Return ``cancel_styles()``, and on asyncio ``LATE``."""
+    return (*cancel_styles(), LATE) if "native" in cancel_styles() else cancel_styles()
 
 
-async def cancel_in_step(coroutine: Coroutine[Any, Any, object], step: int, style: str) -> bool:
+async def cancel_at_step(coroutine: Coroutine[Any, Any, object], step: int, style: str) -> bool:
     """
-    Cancel a coroutine in its n-th wait, from 0.
+    Cancel a coroutine at a suspension point.
 
-    :param style: one of ``all_styles()``
-    :return: whether it got so far
+    :param step: the index of the suspension point, from 0
+    :param style: one of ``all_cancel_styles()``
+    :return: whether the coroutine reached the suspension point
     """
     if style == "scope":
         scope = anyio.CancelScope()

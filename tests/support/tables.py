@@ -1,4 +1,4 @@
-"""What a client keeps in its tables."""
+"""The collections that a client holds, to find entries that were not removed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CACHES: Final = {
     "Supervisor._restorers",
     "_Node.below",
 }
-"""Tables that may keep what no longer is in use, up to a bound."""
+"""Bounded caches, and constants: their entries are not leaks."""
 
 
 def tables(emitter: Emitter) -> dict[str, list[Any]]:
     """
-    List what a client and the objects that it is composed of keep, by class and attribute.
+    Return the contents of the collections in a client and its parts, by class and attribute.
 
-    Empty tables, caches and constants are left out.
+    Empty collections and those in ``_CACHES`` are left out.
     """
     found: dict[str, list[Any]] = {}
     for name, table in _walk(emitter, set()):

@@ -1,4 +1,4 @@
-"""A pseudo-terminal: what a program shows on it, and what somebody types."""
+"""A pseudo-terminal, for programs that behave differently on a terminal."""
 
 from __future__ import annotations
 
@@ -16,75 +16,76 @@ _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
 class Terminal:
     """
-    One end of it is ours, the other one the program's.
+    A pseudo-terminal whose output is collected in a thread.
 
-    :ivar raw: all that was shown
+    :ivar program_fd: the end for the program
+    :ivar raw: the output so far
     """
 
     def __init__(self) -> None:
-        self._ours, self.theirs = pty.openpty()
-        termios.tcsetwinsize(self.theirs, (40, 120))
+        self._fd, self.program_fd = pty.openpty()
+        termios.tcsetwinsize(self.program_fd, (40, 120))
         self.raw = b""
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         while True:
             try:
-                data = os.read(self._ours, 65536)
+                data = os.read(self._fd, 65536)
             except OSError:
                 data = b""
-            with self._news:
+            with self._changed:
                 self.raw += data
-                self._news.notify_all()
+                self._changed.notify_all()
             if not data:
                 return
 
     @property
     def text(self) -> str:
-        """What was shown, without what steers the terminal."""
+        """The output without control sequences."""
         return _CONTROL.sub(b"", self.raw).decode()
 
     def wait_for(self, words: str) -> None:
-        """Wait until these words have been shown."""
-        with self._news:
-            # Less than pytest waits, so that a failure shows what was shown instead.
-            assert self._news.wait_for(lambda: words in self.text, timeout=240), self.text
+        """Wait until the output contains these words."""
+        with self._changed:
+            # Less than pytest's timeout, so that the failure shows the output.
+            assert self._changed.wait_for(lambda: words in self.text, timeout=240), self.text
 
     def type(self, data: bytes) -> None:
-        os.write(self._ours, data)
+        os.write(self._fd, data)
 
-    def close_theirs(self) -> None:
-        """Wait until all was read that the program has shown."""
-        os.close(self.theirs)
+    def close_program_side(self) -> None:
+        """Close the program's end and wait until all output has been read."""
+        os.close(self.program_fd)
         self._reader.join()
 
     def close(self) -> None:
-        os.close(self._ours)
+        os.close(self._fd)
 
 
 @contextmanager
 def terminal() -> Iterator[Terminal]:
-    """Give a pseudo-terminal."""
-    made = Terminal()
+    """Open a pseudo-terminal."""
+    terminal = Terminal()
     try:
-        yield made
+        yield terminal
     finally:
-        made.close()
+        terminal.close()
 
 
 @contextmanager
-def as_ours(made: Terminal) -> Iterator[None]:
-    """Put a pseudo-terminal in the place of our own streams; at the end all of it is there."""
+def standard_streams_on(terminal: Terminal) -> Iterator[None]:
+    """Redirect this process's standard streams to a terminal, and at the end read all output."""
     before = sys.stdin, sys.stdout, sys.stderr
     with (
-        open(os.dup(made.theirs)) as sys.stdin,
-        open(os.dup(made.theirs), "w") as sys.stdout,
-        open(os.dup(made.theirs), "w") as sys.stderr,
+        open(os.dup(terminal.program_fd)) as sys.stdin,
+        open(os.dup(terminal.program_fd), "w") as sys.stdout,
+        open(os.dup(terminal.program_fd), "w") as sys.stderr,
     ):
         try:
             yield
         finally:
             sys.stdin, sys.stdout, sys.stderr = before
-    made.close_theirs()
+    terminal.close_program_side()

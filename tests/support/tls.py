@@ -1,4 +1,4 @@
-"""Certificates for loopback, of an authority that no system knows."""
+"""Certificates for loopback, issued by an authority that no system trusts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def certificate(*names: str) -> trustme.LeafCert:
 
 
 def server_context(*names: str) -> ssl.SSLContext:
-    """A peer's context, for these names instead of ``127.0.0.1`` and ``localhost``."""
+    """Return a server's context for these names, by default ``127.0.0.1`` and ``localhost``."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     certificate(*(names or ("127.0.0.1", "localhost"))).configure_cert(context)
     return context
 
 
 def client_context() -> ssl.SSLContext:
-    """A client's context that trusts the authority."""
+    """Return a client's context that trusts the authority."""
     context = ssl.create_default_context()
     authority().configure_trust(context)
     return context

@@ -1,4 +1,8 @@
-"""A peer's end of a WebSocket, on all of wsproto, where the broker's own has only the frames."""
+"""
+A server's end of a WebSocket, built on wsproto's connection.
+
+The development broker uses only wsproto's frames, so this is an independent implementation.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +20,22 @@ from wsproto.events import (
 
 class ServerStream(ByteStream):
     """
-    The bytes that frames carry, as a stream; it says nothing of its own accord.
+    The payload of binary frames as a byte stream. It answers neither pings nor closes.
 
-    :ivar request: what the client has asked for
-    :ivar received: every event so far but those of bytes
+    :ivar request: the client's handshake
+    :ivar received: events other than binary messages, in order
     """
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.request: Event | None = None
         self.received: list[Event] = []
-        self._carried = b""
+        self._payload = b""
         self._websocket = WSConnection(ConnectionType.SERVER)
 
     @classmethod
     async def accept(cls, stream: ByteStream, subprotocol: str | None = "mqtt") -> ServerStream:
-        """Shake hands over a stream."""
+        """Complete the handshake over a stream."""
         self = cls(stream)
         events: list[Event] = []
         while not events:
@@ -49,7 +53,7 @@ class ServerStream(ByteStream):
         await self.send_event(BytesMessage(item))
 
     async def until(self, kind: type[Event]) -> Event:
-        """Wait for an event of this kind, but not of bytes, which are kept."""
+        """Wait for an event of this kind and remove it; binary messages are kept."""
         while True:
             for event in self.received:
                 if isinstance(event, kind):
@@ -58,12 +62,12 @@ class ServerStream(ByteStream):
             await self._take()
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        while not self._carried:
+        while not self._payload:
             if any(isinstance(event, CloseConnection) for event in self.received):
                 raise EndOfStream
             await self._take()
-        carried, self._carried = self._carried, b""
-        return carried
+        payload, self._payload = self._payload, b""
+        return payload
 
     async def send_eof(self) -> None:
         await self.send_event(CloseConnection(1000))
@@ -74,7 +78,7 @@ class ServerStream(ByteStream):
     async def _take(self) -> None:
         for event in await self._events():
             if isinstance(event, BytesMessage):
-                self._carried += event.data
+                self._payload += event.data
             else:
                 self.received.append(event)
 

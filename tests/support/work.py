@@ -1,4 +1,8 @@
-"""Work, counted: calls, system calls, blocks of memory. No clock is asked."""
+"""
+Count function calls, system calls and blocks of memory.
+
+Unlike durations, these do not depend on the speed and the load of the machine.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ _SYSTEM = {"send", "recv", "poll", "select", "register", "unregister", "modify"}
 @dataclass(frozen=True)
 class Work:
     """
-    What was done for each message.
+    Counts per message.
 
-    :ivar calls: of functions of the library, and from there of others, in Python or C
-    :ivar all_calls: those, and what AnyIO and the event loop call for it
-    :ivar system_calls: on the socket, and those of the event loop
+    :ivar calls: calls to functions of the library, and from the library to others in Python or C
+    :ivar all_calls: ``calls``, and those of AnyIO and the event loop
+    :ivar system_calls: calls on the socket and on the event loop's selector
     """
 
     calls: float
@@ -39,13 +43,12 @@ class _Counter:
         self.calls = self.all_calls = self.system_calls = 0
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
-        # Returns and exceptions have events of their own, which say nothing new.
         if event == "call":
             back = frame.f_back
             inner = _place(frame.f_code.co_filename)
             outer = "" if back is None else _place(back.f_code.co_filename)
             if "tool" in (inner, outer):
-                # The guard against blocked loops stands before the socket's methods.
+                # blockbuster wraps the socket's methods: count a wrapper as its method.
                 self.calls += inner == "tool" and outer == "library"
                 return
             self.all_calls += 1
@@ -61,13 +64,12 @@ class _Counter:
 def _place(file: str) -> str:
     if file.startswith(_LIBRARY):
         return "library"
-    # What watches the tests.
     return "tool" if "coverage" in file or "blockbuster" in file else "other"
 
 
 @contextmanager
 def uncounted() -> Generator[None]:
-    """Let a test do what a peer would do, in a process of its own."""
+    """Do not count the block, in which a test does what a peer in another process would do."""
     profile = sys.getprofile()
     sys.setprofile(None)
     try:
@@ -76,18 +78,18 @@ def uncounted() -> Generator[None]:
         sys.setprofile(profile)
 
 
-async def work_of(step: Callable[[], Awaitable[None]], messages: int, steps: int = 4) -> Work:
+async def measure_work(step: Callable[[], Awaitable[None]], messages: int, steps: int = 4) -> Work:
     """
-    Count what some steps need, once they have run themselves in.
+    Count the work of some steps after two steps to warm up.
 
-    :param messages: how many messages a step has
+    :param messages: the number of messages in a step
     """
     await step()
     await step()
     counter = _Counter()
     before = sys.getprofile()
     gc.collect()
-    gc.disable()  # what it would clean up is somebody else's
+    gc.disable()  # a collection would run finalizers of unrelated objects
     try:
         sys.setprofile(counter)
         for _ in range(steps):
@@ -99,11 +101,11 @@ async def work_of(step: Callable[[], Awaitable[None]], messages: int, steps: int
     return Work(counter.calls / total, counter.all_calls / total, counter.system_calls / total)
 
 
-async def blocks_kept(step: Callable[[], Awaitable[None]], steps: int) -> int:
+async def leaked_blocks(step: Callable[[], Awaitable[None]], steps: int) -> int:
     """
-    Return how many blocks of memory each of three rounds of steps leaves at least.
+    Return the smallest growth of allocated memory blocks in three rounds of steps.
 
-    A leak grows in every round. What a loop, a cache or a coverage tool allocates once does not.
+    A leak grows in every round. One-time allocations of a loop, a cache or a coverage tool do not.
     """
     for _ in range(4):
         await step()
@@ -118,8 +120,8 @@ async def blocks_kept(step: Callable[[], Awaitable[None]], steps: int) -> int:
     return min(growths)
 
 
-async def peak_of(step: Callable[[], Awaitable[None]]) -> int:
-    """How many bytes of memory a step needs at the same time, once it has run in."""
+async def peak_memory_bytes(step: Callable[[], Awaitable[None]]) -> int:
+    """Return the peak memory of a step in bytes, after one step to warm up."""
     await step()
     gc.collect()
     tracemalloc.start()
@@ -133,7 +135,7 @@ async def peak_of(step: Callable[[], Awaitable[None]]) -> int:
 
 
 class CopiedBytes(bytes):
-    """Bytes that count how many of them are sliced out."""
+    """Bytes that count how many bytes slicing has copied."""
 
     copied = 0
 

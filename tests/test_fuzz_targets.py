@@ -1,4 +1,4 @@
-"""Any bytes, to whatever takes bytes from others: the targets of ``tests/fuzz``, unguided."""
+"""Run the targets of ``tests/fuzz`` on random input, without a fuzzer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ FIELDS = ["req", "status", "message", "key", "channel", "banned", "name", "id", 
 FIELDS += ["event", "who", "username", "messages", "payload"]
 
 
-def kept(name: str) -> list[Path]:
-    """The inputs that once broke a target, or that a fuzzer found worth keeping."""
+def corpus_inputs(name: str) -> list[Path]:
+    """Return the inputs that once broke a target, or that a fuzzer selected."""
     return sorted(CORPUS.joinpath(name).iterdir())
 
 
 @st.composite
 def mutated(draw: st.DrawFn, name: str) -> bytes:
-    """Something valid, with pieces of it changed, left out, said twice, or said elsewhere."""
+    """Draw a valid input with pieces changed, removed, repeated or moved."""
     data = bytearray(draw(st.sampled_from(SEEDS[name])))
     for _ in range(draw(st.integers(0, 6))):
         start = draw(st.integers(0, len(data)))
         stop = draw(st.integers(start, min(len(data), start + 40)))
         piece = bytes(data[start:stop])
-        match draw(st.sampled_from(["change", "leave out", "repeat", "move", "cut off"])):
+        match draw(st.sampled_from(["change", "remove", "repeat", "move", "truncate"])):
             case "change":
                 data[start:stop] = draw(st.binary(max_size=8))
-            case "leave out":
+            case "remove":
                 del data[start:stop]
             case "repeat":
                 data[stop:stop] = piece
@@ -44,27 +44,27 @@ def mutated(draw: st.DrawFn, name: str) -> bytes:
                 del data[start:stop]
                 place = draw(st.integers(0, len(data)))
                 data[place:place] = piece
-            case "cut off":
+            case "truncate":
                 del data[stop:]
     return bytes(data)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_was_found_once_stays_mended(name: str) -> None:
-    inputs = kept(name)
+def test_target_accepts_corpus(name: str) -> None:
+    inputs = corpus_inputs(name)
     assert inputs
     for path in inputs:
         TARGETS[name].check(path.read_bytes())
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_is_valid(name: str) -> None:
+def test_target_accepts_valid_input(name: str) -> None:
     for seed in SEEDS[name]:
         TARGETS[name].check(seed)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_what_was_valid(name: str) -> None:
+def test_target_accepts_mutated_input(name: str) -> None:
     @given(mutated(name))
     def check(data: bytes) -> None:
         TARGETS[name].check(data)
@@ -73,7 +73,7 @@ def test_what_was_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes(name: str) -> None:
+def test_target_accepts_any_bytes(name: str) -> None:
     @given(st.binary(max_size=300))
     def check(data: bytes) -> None:
         TARGETS[name].check(data)
@@ -91,7 +91,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=30)  # it takes long to make them up
+@settings(max_examples=30)  # drawing an example is slow
 @given(
     st.lists(
         st.tuples(
@@ -102,15 +102,16 @@ json_values = st.recursive(
         max_size=6,
     )
 )
-def test_any_json(said: list[tuple[int, dict[str, object], int]]) -> None:
+def test_answers_target_accepts_any_json(replies: list[tuple[int, dict[str, object], int]]) -> None:
     lines = (
-        bytes((where,)) + json.dumps({"req": req, **answer}).encode() for where, answer, req in said
+        bytes((where,)) + json.dumps({"req": req, **answer}).encode()
+        for where, answer, req in replies
     )
     TARGETS["answers"].check(b"\n".join(lines))
 
 
 @given(mutated("codec"), st.lists(st.integers(0, 2000), max_size=30))
-def test_a_conversation_cut_anywhere(data: bytes, cuts: list[int]) -> None:
+def test_codec_result_does_not_depend_on_chunks(data: bytes, cuts: list[int]) -> None:
     head, wire = data[0] if data else 0, data[1:]
     places = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
     pieces = [wire[a:b] for a, b in pairwise(places)]

@@ -1,4 +1,4 @@
-"""Test modules as users run them."""
+"""Run test modules as users do."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tests.support.command import run
 
 def run_pytest(folder: Path, source: str) -> dict[str, list[str]]:
     """
-    Run a test module as a user does, who has no configuration.
+    Run a test module in a folder without other configuration.
 
-    :return: by outcome, the tests that had it
+    :return: the names of the tests by outcome
     """
     (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "test_it.py").write_text(source)
+    (folder / "test_module.py").write_text(source)
     done = run("-m", "pytest", "--color=no", "-rA", "-p", "no:cacheprovider", str(folder))
     outcomes: dict[str, list[str]] = {}
     for outcome, name in re.findall(
-        r"^(PASSED|FAILED|ERROR) .*test_it\.py::(\S+)", done.stdout, re.MULTILINE
+        r"^(PASSED|FAILED|ERROR) .*test_module\.py::(\S+)", done.stdout, re.MULTILINE
     ):
         outcomes.setdefault(outcome, []).append(name)
     assert outcomes, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Publishes of `qos=0` that nobody can be sure of are counted, however the link ended."""
+"""The client counts `qos=0` publishes whose outcome is uncertain when the connection ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.memory import Fault, Kind, MemoryConnectable
 pytestmark = pytest.mark.virtual_time
 
 
-async def test_a_goodbye_that_is_heard_leaves_nothing_uncertain() -> None:
+async def test_orderly_close_leaves_no_uncertain_publish() -> None:
     connectable = MemoryConnectable()
     async with broker_in_memory(connectable):
         async with connect(connectable=connectable) as emitter:
@@ -20,11 +20,11 @@ async def test_a_goodbye_that_is_heard_leaves_nothing_uncertain() -> None:
 
 
 @pytest.mark.parametrize("kind", ["stall", "reset"])
-async def test_a_goodbye_that_is_not_heard_leaves_what_was_before_it_uncertain(kind: Kind) -> None:
+async def test_close_over_failed_connection_counts_uncertain_publish(kind: Kind) -> None:
     connectable = MemoryConnectable()
     async with broker_in_memory(connectable):
         async with connect(connectable=connectable) as emitter:
             (stream,) = connectable.streams
-            Fault("to_broker", stream._out.taken, kind).strikes(stream)
+            Fault("to_broker", stream._out.delivered, kind).inject(stream)
             await emitter.publish(KEY, "a/", "x")
     assert emitter.statistics().uncertain == 1

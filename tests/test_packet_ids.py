@@ -1,4 +1,4 @@
-"""What every verb does: it waits while packet ids are scarce."""
+"""Calls wait while all packet ids are in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emitter_anyio import connect
 from emitter_anyio.testing import Broker
 
 
-async def test_when_packet_ids_are_scarce_a_verb_waits(
+async def test_publish_waits_for_free_packet_id(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
