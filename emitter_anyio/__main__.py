@@ -1,4 +1,4 @@
-"""``python -m emitter_anyio``: the command line."""
+"""Run the command line as ``python -m emitter_anyio``."""
 
 from __future__ import annotations
 

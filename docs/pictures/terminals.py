@@ -2,8 +2,8 @@
 Draw terminals: ``python docs/pictures/terminals.py``, with the extra ``cli``.
 
 ``terminals.svg`` shows two users of ``examples/terminal_chat.py``; one loses the connection for a
-while. ``board.svg`` shows the board of ``emitter-anyio presence``. This script runs the programs
-and draws their output.
+while. ``board.svg`` shows the live table of ``emitter-anyio presence``. This script runs the
+programs and draws their output.
 """
 
 from __future__ import annotations
@@ -204,11 +204,11 @@ async def board() -> None:
         stack.callback(screen.close)
         watch = "emitter-anyio presence chat/"
         await start([sys.executable, "-m", "emitter_anyio", *watch.split()[1:]], screen.theirs)
-        await screen.shows("0 here")
+        await screen.shows("0 present")
         listening = []
         for name, channel in (("ann", "chat/"), ("ben", "chat/lobby/"), ("carl", "chat/")):
             listening.append(await start(typed(f"emitter-anyio sub {channel} --username {name} &")))
-            await screen.shows(f"{name} has come")
+            await screen.shows(f"{name} joined")
         said = "tea is ready"
         await anyio.run_process(typed(f"emitter-anyio pub chat/ '{said}'"), env=environment)
         for number in (0, 2):
@@ -218,10 +218,10 @@ async def board() -> None:
             shell.append([(COLOURS[" "], said)])
         stop(listening[2])
         shell.append([(COLOURS["$"], "$ "), (COLOURS[">"], "kill %3")])
-        await screen.shows("carl has left")
+        await screen.shows("carl left")
         title = [(COLOURS["$"], f"$ {watch}")]
-        label = "A shell in which three people listen, and the board that shows who is there"
-        picture = draw(label, ("a shell", shell), ("the board", [title, *screen.coloured]))
+        label = "A shell with three subscribers, and a live table of the members of the channel"
+        picture = draw(label, ("a shell", shell), ("the live table", [title, *screen.coloured]))
         (HERE / "board.svg").write_text(picture)
 
 

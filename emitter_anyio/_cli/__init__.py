@@ -1,4 +1,4 @@
-"""The command line: ``emitter-anyio``, and ``python -m emitter_anyio``."""
+"""The command line: ``emitter-anyio`` or ``python -m emitter_anyio``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What command lines are made of: the parser, the kinds of values, and how a wrong one is told."""
+"""The argument parser, the types of arguments, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -25,20 +25,27 @@ Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 
 NAME: Final = "emitter-anyio"
 
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+TIME_HELP: Final = (
+    "TIME is an age (10m, 2h or 1d), a local date and time (2030-01-31T12:00) or a\nUnix timestamp."
+)
+
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+
+_HELP_COLUMN: Final = 28
+"""The column at which the help of options begins, so that each option takes one line."""
 
 
 class CommandError(Exception):
-    """Why a command failed, in one line."""
+    """A failure of a command, described in one line."""
 
 
 class UsageError(Exception):
-    """What is wrong with a command line, where argparse cannot tell."""
+    """An invalid command line that argparse cannot detect."""
 
 
-# What argparse's messages repeat of a command line might be a secret in the wrong place.
-_ECHOES: Final = (
+# argparse repeats values in its messages. A value might be a secret in the wrong place.
+_VALUES_IN_MESSAGES: Final = (
     (r"unrecognized arguments: (--[a-z-]+).*", r"unrecognized option \1"),
     (r"unrecognized arguments: .*", "unrecognized arguments"),
     (r"invalid choice: .*\(", "invalid choice ("),
@@ -49,50 +56,70 @@ _ECHOES: Final = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line that repeat no value."""
+    """An argument parser that reports an error in one line, without the values."""
 
     def error(self, message: str) -> NoReturn:
-        # argparse would put the usage before it, several lines long.
+        # argparse would print the usage before the message.
         if message.endswith("expected one argument"):
             message += "; if its value begins with '-', write --option=VALUE"
-        for echo, replacement in _ECHOES:
-            message = re.sub(echo, replacement, message, flags=re.DOTALL)
+        for pattern, replacement in _VALUES_IN_MESSAGES:
+            message = re.sub(pattern, replacement, message, flags=re.DOTALL)
         self.exit(2, f"{NAME}: {message} (see {self.prog} --help)\n")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """A formatter that leaves enough space for the names of options."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=_HELP_COLUMN)
+
+
 def add_command(
-    commands: Commands, name: str, run: Run, *, help: str, description: str, examples: str
+    commands: Commands,
+    name: str,
+    run: Run,
+    *,
+    arguments: str = "",
+    help: str,
+    description: str,
+    examples: str,
 ) -> Parser:
-    """Add a command, with what all commands have."""
+    """
+    Add a command, with the options that all commands have.
+
+    :param arguments: the positional arguments, as the usage shows them
+    """
     parser = commands.add_parser(
         name,
+        usage=f"%(prog)s [options] {arguments}".rstrip(),
         help=help,
         description=description,
         epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--backend",
         choices=["asyncio", "trio"],
         default="asyncio",
-        help="the event loop to run on (default: %(default)s)",
+        metavar="NAME",
+        help="asyncio or trio (default: %(default)s)",
     )
     parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def url(text: str) -> str:
-    """Take what ``connect()`` takes as a URL."""
+    """Parse a URL that ``connect()`` accepts."""
     try:
         connect(text)
     except (TypeError, ValueError, ImportError) as exc:
-        # argparse's own message would show the URL, which may carry a password.
+        # argparse's own message would show the URL, which might contain a password.
         raise argparse.ArgumentTypeError(str(exc)) from None
     return text
 
 
 def username(text: str) -> str:
-    """Take what ``connect()`` takes as a user name."""
+    """Parse a user name that ``connect()`` accepts."""
     try:
         connect(username=text)
     except ValueError as exc:
@@ -101,7 +128,7 @@ def username(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """Take a key, or the secret."""
+    """Parse a channel key or a secret key."""
     try:
         return check_key(text)
     except ValueError as exc:
@@ -109,22 +136,22 @@ def key(text: str) -> str:
 
 
 def channel(text: str) -> str:
-    """Take a channel without wildcards."""
+    """Parse a channel without wildcards."""
     return _checked(text, check_channel)
 
 
 def pattern(text: str) -> str:
-    """Take a channel that may have wildcards."""
+    """Parse a channel that may contain wildcards."""
     return _checked(text, partial(check_channel, wildcards=True))
 
 
 def target(text: str) -> str:
-    """Take what a key can be made for."""
+    """Parse the channel that a key is generated for."""
     return _checked(text, check_target)
 
 
 def group(text: str) -> str:
-    """Take the name of a share group."""
+    """Parse the name of a share group."""
     return _checked(text, check_group)
 
 
@@ -132,36 +159,36 @@ def _checked(text: str, check: Callable[[str], str]) -> str:
     try:
         return check(text)
     except InvalidChannelError as exc:
-        # A key or a URL in a channel's place must not be repeated.
+        # The text might be a key or a URL in the wrong place.
         raise argparse.ArgumentTypeError(str(exc).replace(f" {text!r}", "", 1)) from None
 
 
 def port(text: str) -> int:
-    """Take a port, or 0."""
+    """Parse a port number, or 0."""
     if text.isascii() and text.isdigit() and int(text) <= 65535:
         return int(text)
     raise argparse.ArgumentTypeError("expected a port from 0 to 65535")
 
 
 def count(text: str) -> int:
-    """Take a whole number that the broker takes, too."""
+    """Parse an integer in the range that the broker accepts."""
     try:
         whole = int(text) if text.isascii() and text.isdigit() else -1
         check_optional_int("the number", whole)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**31 - 1}") from None
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {2**31 - 1}") from None
     return whole
 
 
 def positive(text: str) -> int:
-    """Take a whole number of at least one."""
+    """Parse an integer of at least 1."""
     if (whole := count(text)) == 0:
-        raise argparse.ArgumentTypeError("there is nothing to do for 0")
+        raise argparse.ArgumentTypeError("expected an integer of at least 1")
     return whole
 
 
 def seconds(text: str) -> float:
-    """Take a number of seconds."""
+    """Parse a number of seconds."""
     try:
         number = float(text)
     except ValueError:
@@ -172,17 +199,17 @@ def seconds(text: str) -> float:
 
 
 def period(text: str) -> float:
-    """Take a number of seconds that is not 0."""
+    """Parse a number of seconds greater than 0."""
     if (number := seconds(text)) == 0:
-        raise argparse.ArgumentTypeError("0 seconds are too few")
+        raise argparse.ArgumentTypeError("expected more than 0 seconds")
     return number
 
 
 def moment(text: str) -> float:
-    """Take a time: a span before now, unix seconds, or a date with or without a time."""
+    """Parse a time: an age, Unix seconds, or a date with or without a time."""
     try:
-        if ago := _AGO.fullmatch(text):
-            seconds = time.time() - float(ago[1]) * _UNITS[ago[2]]
+        if age := _AGE.fullmatch(text):
+            seconds = time.time() - float(age[1]) * _UNIT_SECONDS[age[2]]
         elif text.isdigit():
             seconds = float(text)
         else:
@@ -190,7 +217,7 @@ def moment(text: str) -> float:
         unix_seconds("the time", seconds)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
-            "expected a time from 2018 to 2066: 10m (s, m, h or d ago), 2030-01-31T12:00 or unix "
-            "seconds"
+            "expected a time from 2018 to 2066, such as 10m (s, m, h or d ago), "
+            "2030-01-31T12:00 or Unix seconds"
         ) from None
     return seconds

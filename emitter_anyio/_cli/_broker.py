@@ -1,4 +1,4 @@
-"""``broker`` and ``license``: the development broker."""
+"""The commands ``broker`` and ``license``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emitter_anyio._values.router import Matcher
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
-from ._output import hint, say
+from ._output import hint, print_line
 
 if TYPE_CHECKING:
     from emitter_anyio.testing import Broker
@@ -30,43 +30,39 @@ def add_broker(commands: Commands) -> None:
         run_broker,
         help="run a development broker",
         description=(
-            "Run a development broker until Ctrl-C. It has Emitter's semantics and keys, keeps "
-            "everything in\nmemory, and is not for production."
+            "Run a development broker until Ctrl-C.\n\n"
+            "It behaves like Emitter and accepts Emitter's keys, but stores messages in\n"
+            "memory only. Do not use it in production."
         ),
         examples=(
             "  %(prog)s\n"
-            "  %(prog)s --port 0              # a free one, which the first line tells\n"
-            "  %(prog)s --license LICENSE     # keys stay good from one run to the next\n"
+            "  %(prog)s --port 0              # print the free port that was chosen\n"
+            "  %(prog)s --license LICENSE     # accept the keys of an earlier run\n"
             "  %(prog)s --tls-cert cert.pem --tls-key key.pem"
         ),
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
     parser.add_argument(
         "--port",
         type=arguments_.port,
         default=8080,
-        help="the port, 0 for a free one (default: %(default)s)",
+        help="port, or 0 for a free one (default: %(default)s)",
     )
     parser.add_argument(
-        "--license",
-        type=_license,
-        help="a licence of Emitter, as a broker prints it (default: a new one, with a secret key)",
+        "--license", type=_license, help="Emitter licence (default: generate a new one)"
     )
+    parser.add_argument("--tls-cert", metavar="FILE", help="PEM file with the TLS certificates")
     parser.add_argument(
-        "--tls-cert", metavar="FILE", help="serve TLS with this certificate chain, in PEM form"
-    )
-    parser.add_argument(
-        "--tls-key",
-        metavar="FILE",
-        help="the private key of --tls-cert (default: the one in its file)",
+        "--tls-key", metavar="FILE", help="PEM file with their key (default: --tls-cert)"
     )
     parser.add_argument(
         "--matcher",
         choices=get_args(Matcher),
         default="emitter",
-        help="how channels reach subscribers (default: %(default)s)",
+        metavar="NAME",
+        help="emitter or mqtt (default: %(default)s)",
     )
 
 
@@ -93,33 +89,34 @@ async def run_broker(arguments: argparse.Namespace) -> None:
         matcher=arguments.matcher,
     )
     async with AsyncExitStack() as stack:
-        # Before the first line is out, so that whoever has read it can end us cleanly.
+        # Handle signals before printing the first line, whose reader might send one immediately.
         stop = stack.enter_context(_stop_signals())
         try:
             await stack.enter_async_context(broker)
         except OSError as exc:
             raise CommandError(
-                f"cannot listen on {arguments.host} port {arguments.port}: {exc.strerror or exc} "
-                "(--port 0 takes a free port)"
+                f"cannot listen on {arguments.host} port {arguments.port}: {exc.strerror or exc}; "
+                "use --port 0 for a free port"
             ) from exc
-        say(f"listening on {broker.url}")
-        _tell_license(broker, secret=arguments.license is None)
+        print_line(f"listening on {broker.url}")
+        _print_license(broker, secret=arguments.license is None)
         hint(
-            f"for other terminals: export EMITTER_URL={broker.url} EMITTER_SECRET=...; Ctrl-C ends"
+            f"in other terminals: export EMITTER_URL={broker.url} EMITTER_SECRET=...; press Ctrl-C "
+            "here to stop"
         )
         await stop()
 
 
-def _tell_license(broker: Broker, *, secret: bool) -> None:
-    say(f"license {broker.license}")
+def _print_license(broker: Broker, *, secret: bool) -> None:
+    print_line(f"license {broker.license}")
     if secret:
-        say(f"secret key {broker.secret_key}")
+        print_line(f"secret key {broker.secret_key}")
 
 
 def _ssl_context(certificate: str | None, key: str | None) -> ssl.SSLContext | None:
     if certificate is None:
         if key is not None:
-            raise UsageError("--tls-key needs --tls-cert")
+            raise UsageError("--tls-key requires --tls-cert")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
@@ -127,16 +124,16 @@ def _ssl_context(certificate: str | None, key: str | None) -> ssl.SSLContext | N
     except OSError as exc:
         files = certificate if key is None else f"{certificate} and {key}"
         raise CommandError(
-            f"cannot serve TLS with {files}: {exc.strerror or exc} (a certificate and its key, in "
-            "PEM form)"
+            f"cannot load {files}: {exc.strerror or exc}; expected a certificate and its key in "
+            "PEM format"
         ) from exc
     return context
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], Awaitable[object]]]:
-    """Give what waits for a signal that says to stop."""
-    if sys.platform == "win32":  # pragma: no cover - there Ctrl-C comes as KeyboardInterrupt only
+    """Return a function that waits for SIGINT or SIGTERM."""
+    if sys.platform == "win32":  # pragma: no cover - Ctrl-C always raises KeyboardInterrupt there
         yield anyio.sleep_forever
     else:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -148,17 +145,17 @@ def add_license(commands: Commands) -> None:
     add_command(
         commands,
         "license",
-        _make_license,
-        help="make a licence and its secret key",
+        _license_command,
+        help="generate a licence and its secret key",
         description=(
-            "Make a licence, for a development broker or a real one, and a secret key, with which "
-            "keys are\nmade. A line each, as the broker prints them."
+            "Generate a licence for a development or production broker, and its secret key.\n\n"
+            "Channel keys are generated with the secret key."
         ),
         examples="  %(prog)s",
     )
 
 
-async def _make_license(arguments: argparse.Namespace) -> None:
+async def _license_command(arguments: argparse.Namespace) -> None:
     from emitter_anyio.testing import Broker
 
-    _tell_license(Broker(), secret=True)
+    _print_license(Broker(), secret=True)

@@ -1,4 +1,4 @@
-"""``demo``: a client at work."""
+"""The command ``demo``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emitter_anyio import ConnectError, Emitter, EmitterMessage, PresenceEvent, 
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
-from ._output import say
+from ._output import print_line
 from ._presence import VERBS, name
 
 
@@ -25,10 +25,10 @@ def add_demo(commands: Commands) -> None:
         commands,
         "demo",
         _demo,
-        help="see a client at work, in a few seconds",
+        help="run a demonstration of a few seconds",
         description=(
-            "Make a key, publish, receive, and watch who comes and goes: a line for each thing "
-            "that\nhappens. Without --url a development broker is started for it."
+            "Generate a key, publish and receive messages, and watch presence.\n\n"
+            "Each step prints one line. Without --url, the demo starts a development broker."
         ),
         examples=(
             "  %(prog)s\n"
@@ -39,19 +39,15 @@ def add_demo(commands: Commands) -> None:
     parser.add_argument(
         "--url",
         type=arguments_.url,
-        help="a broker that is running, such as mqtt://HOST:PORT or wss://HOST",
+        help="broker to use, such as mqtt://HOST:PORT or wss://HOST",
     )
-    parser.add_argument(
-        "--secret",
-        help="the secret key of its licence (default: EMITTER_SECRET in the environment; other "
-        "users of this machine can see a command line)",
-    )
+    parser.add_argument("--secret", help="secret key of that broker (EMITTER_SECRET)")
     parser.add_argument(
         "--timeout",
         type=arguments_.seconds,
         default=30,
         metavar="SECONDS",
-        help="give up after that (default: %(default)s)",
+        help="maximum duration (default: %(default)s)",
     )
 
 
@@ -59,10 +55,10 @@ async def _demo(arguments: argparse.Namespace) -> None:
     url: str | None = arguments.url
     secret: str = arguments.secret or os.environ.get("EMITTER_SECRET", "")
     if url is None and arguments.secret is not None:
-        raise UsageError("--secret belongs to the broker of --url: give both or none")
+        raise UsageError("--secret requires --url")
     if url is not None and not secret:
-        raise UsageError("--url needs --secret, or EMITTER_SECRET in the environment")
-    # What goes wrong is raised, and told in one line: no second one from the log.
+        raise UsageError("--url requires --secret or EMITTER_SECRET")
+    # A failure is raised and reported in one line; the log would report it again.
     logging.getLogger("emitter_anyio").addHandler(logging.NullHandler())
     with anyio.move_on_after(arguments.timeout):
         async with AsyncExitStack() as stack:
@@ -71,64 +67,62 @@ async def _demo(arguments: argparse.Namespace) -> None:
 
                 broker = await stack.enter_async_context(Broker())
                 url, secret = broker.url, broker.secret_key
-                _tell("broker", f"a development broker listens on {url}")
+                _print_step("broker", f"started a development broker on {url}")
             try:
-                await _story(url, secret)
+                await _run_steps(url, secret)
             except ConnectError as exc:
-                raise CommandError(
-                    f"{exc}; without --url the demo starts a broker of its own"
-                ) from exc
+                raise CommandError(f"{exc}; without --url, the demo starts a broker") from exc
         return
     raise CommandError(
-        f"the demo is not done after {arguments.timeout:g} s: the broker is slow, or does not "
-        "store or deliver; --timeout gives it longer"
+        f"the demo did not finish within {arguments.timeout:g} s: the broker is slow, or does not "
+        "store or deliver messages; use a longer --timeout"
     )
 
 
-def _tell(what: str, text: str) -> None:
-    say(f"{what:<12}{text}")
+def _print_step(step: str, text: str) -> None:
+    print_line(f"{step:<12}{text}")
 
 
-async def _story(url: str, secret: str) -> None:
-    # Nobody else uses this channel, whatever broker it is.
+async def _run_steps(url: str, secret: str) -> None:
+    # A random name, because other clients of the broker might use the channel demo/.
     channel = f"demo/{secrets.token_hex(3)}/"
-    async with _named(url, "alice") as alice:
-        _tell("connect", "alice has a link to the broker")
+    async with _client(url, "alice") as alice:
+        _print_step("connect", "alice connected to the broker")
         key = (await alice.keygen(secret, channel, "rwslp")).key
-        _tell("keygen", f"a key for {channel}: read, write, store, load, presence")
+        _print_step("keygen", f"a key for {channel} to read, write, store, load and see presence")
         for text in ("the kettle is on", "tea is ready"):
             await alice.publish(key, channel, text, ttl=60, qos=1)
-            _tell("publish", f"{text!r}, kept for 60 s: nobody listens yet")
+            _print_step("publish", f"{text!r}, stored for 60 s; no subscribers yet")
         async with alice.subscribe(key, channel, last=2) as messages:
-            _tell("subscribe", "alice listens from now on, and wants the last 2 that were kept")
+            _print_step("subscribe", "alice subscribed, requesting the last 2 stored messages")
             for _ in range(2):
-                _tell("message", f"{_shown(await messages.receive())}, replayed")
+                _print_step("message", f"{_describe(await messages.receive())}, replayed")
             await alice.publish(key, channel, {"cups": 1}, qos=1)
-            _tell("publish", "an object, as JSON; the broker has accepted it (qos=1)")
-            _tell("message", f"{_shown(await messages.receive())}, live")
+            _print_step("publish", "an object as JSON; the broker accepted it (qos=1)")
+            _print_step("message", f"{_describe(await messages.receive())}, live")
             async with alice.watch_presence(key, channel) as presence:
-                _tell("presence", _happened(await presence.receive()))
-                async with _named(url, "bob") as bob, bob.subscribe(key, channel, last=0):
-                    _tell("presence", _happened(await presence.receive()))
+                _print_step("presence", _describe_event(await presence.receive()))
+                async with _client(url, "bob") as bob, bob.subscribe(key, channel, last=0):
+                    _print_step("presence", _describe_event(await presence.receive()))
                     await bob.publish(key, channel, "one for me, please", echo=False)
-                    _tell("message", f"{_shown(await messages.receive())}, from bob")
-                _tell("presence", _happened(await presence.receive()))
+                    _print_step("message", f"{_describe(await messages.receive())}, from bob")
+                _print_step("presence", _describe_event(await presence.receive()))
         seconds = await alice.flush()
-        _tell("flush", f"the broker has taken everything; there and back in {seconds * 1e3:.1f} ms")
-    _tell("disconnect", "alice has left; the README shows how to write all this")
+        _print_step("flush", f"the broker has read everything (round trip {seconds * 1e3:.1f} ms)")
+    _print_step("disconnect", "alice disconnected; the README shows the code for these steps")
 
 
-def _named(url: str, who: str) -> Emitter:
-    # Presence shows the user name; one in the URL goes first.
-    options = {} if urlsplit(url).username else {"username": who}
-    # One that fails is to be told of, and not to be waited for.
+def _client(url: str, username: str) -> Emitter:
+    # A user name in the URL takes precedence; a second one would be an error.
+    options = {} if urlsplit(url).username else {"username": username}
+    # The demo reports a lost connection instead of waiting for a new one.
     return connect(url, reconnect=None, **options)
 
 
-def _shown(message: EmitterMessage) -> str:
+def _describe(message: EmitterMessage) -> str:
     return f"{message.as_string()!r} on {message.channel}"
 
 
-def _happened(event: PresenceEvent) -> str:
+def _describe_event(event: PresenceEvent) -> str:
     who = ", ".join(map(name, event.who))
     return f"{who} {VERBS[event.event]}"

@@ -1,4 +1,4 @@
-"""``doctor``: what keeps a client from working, and the way out."""
+"""The command ``doctor``."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from emitter_anyio._net.options import make_options
 
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
-from ._findings import Report
-from ._reaching import reach
-from ._rights import RIGHTS, Examination
+from ._connection_checks import check_connection
+from ._key_checks import PERMISSIONS, KeyChecks
+from ._report import Report
 from ._source import Source, add_source
 
-_ROUND_TRIPS: Final = 5
+_PINGS: Final = 5
 
-_AT_ONCE: Final = 100
-"""More questions than the broker answers one by one: it writes 60 times a second to a link."""
+_BURST_REQUESTS: Final = 100
+"""More requests than the broker answers immediately: it writes 60 times a second to a client."""
 
-_BURSTS: Final = 3
+_MAX_BURSTS: Final = 3
 
-_HELD_BACK: Final = 0.3
+_THROTTLED_PAUSE_SECONDS: Final = 0.3
 """
-The pause between two answers of a burst, in seconds, from which on the broker holds answers back.
+The shortest pause between two replies of a burst that shows that the broker throttles its writes.
 
-A slow machine makes the whole burst long, but hardly one pause.
+A slow machine makes the whole burst longer, but rarely a single pause.
 """
 
-_CLOCK: Final = 2
-"""So many seconds between two clocks matter: keys and what is stored live by the broker's."""
+_CLOCK_TOLERANCE_SECONDS: Final = 2
+"""The difference of clocks that is reported: keys and stored messages expire by the broker's."""
 
 
 def add_doctor(commands: Commands) -> None:
@@ -49,59 +49,52 @@ def add_doctor(commands: Commands) -> None:
         commands,
         "doctor",
         _doctor,
-        help="find what is wrong between here and the broker",
+        help="check the connection, the broker and a key",
         description=(
-            "Look at everything between here and the broker in turn: name, TCP, TLS, WebSocket, "
-            "CONNACK, latency,\nthe broker's flush, each right of the key on the channel, clock. "
-            "Each line has a verdict; what is wrong\nhas a way out, and makes the exit code 1.\n\n"
-            "What the broker notices: one connection; 5 pings; 100 small questions at once; and "
-            "with a key, a status\nof presence, a look at one stored message, a subscription of a "
-            "moment (which presence shows to others)\nand, to see whether the key may write, one "
-            "message on the channel itself, which is stored for 5 s.\nWhere the key can tell that "
-            "somebody is listening there, that message is not published without --probe;\nwith "
-            "--no-probe it never is."
+            "Check the connection, the broker and a key, and suggest a fix for each problem.\n\n"
+            "Checks in this order: DNS, TCP, TLS, WebSocket, CONNACK, latency, the broker's\n"
+            "flush rate, the permissions of the key on the channel, and the clock. The exit\n"
+            "code is 1 if a check failed.\n\n"
+            "The broker sees one connection, 5 pings, and 100 concurrent requests. With a\n"
+            "key, the doctor also requests presence and one stored message, and subscribes\n"
+            "for a moment, which presence shows to other clients. To check permission w, it\n"
+            "publishes one message on the channel, stored for 5 seconds. It does not publish\n"
+            "if --need asks for neither w nor s, or with --no-probe. If presence shows\n"
+            "subscribers on the channel, it publishes only with --probe."
         ),
         examples=(
             "  %(prog)s\n"
             "  %(prog)s --url mqtts://broker.example --key KEY --channel chat/\n"
-            "  %(prog)s --channel chat/ --need rw       # wrong unless the key may do both\n"
-            "  %(prog)s --json | jq 'select(.verdict == \"wrong\")'"
+            "  %(prog)s --channel chat/ --need rw    # fail unless the key has r and w\n"
+            "  %(prog)s --json | jq 'select(.status == \"failed\")'"
         ),
     )
-    parser.add_argument(
-        "--channel", type=arguments_.channel, help="try what the key may do on this channel"
-    )
+    parser.add_argument("--channel", type=arguments_.channel, help="channel to check the key on")
     parser.add_argument(
         "--need",
         type=_letters,
         default="",
         metavar="LETTERS",
-        help="what the key has to be good for, out of r, w, s, l, p and e; the message is "
-        "published only for w and s (default: anything)",
+        help="permissions to require, out of rwslpe",
     )
     parser.add_argument(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        help="publish, or do not, to see whether the key may write (default: unless somebody "
-        "would get it)",
+        help="publish a message despite subscribers, or never",
     )
     parser.add_argument(
         "--timeout",
         type=arguments_.period,
         default=5,
         metavar="SECONDS",
-        help="for each step (default: %(default)s)",
+        help="timeout of each step (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, an object on each line")
-    add_source(
-        parser,
-        key="the key to look at",
-        secret="the broker's secret: whether it makes keys",
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    add_source(parser, key="channel key to check", secret="secret key to check")
 
 
 def _letters(text: str) -> str:
-    if {*text} - {*RIGHTS}:
+    if {*text} - {*PERMISSIONS}:
         raise argparse.ArgumentTypeError("expected letters out of r, w, s, l, p and e")
     return text
 
@@ -109,90 +102,94 @@ def _letters(text: str) -> str:
 async def _doctor(arguments: argparse.Namespace) -> None:
     source: Source = arguments.source
     if arguments.key is not None and arguments.channel is None:
-        raise UsageError("--key needs --channel: a key opens a channel")
+        raise UsageError("--key requires --channel, the channel to check the key on")
     if arguments.need and (arguments.channel is None or source.key is None):
-        raise UsageError("--need needs --channel, and --key or EMITTER_KEY")
+        raise UsageError("--need requires --channel, and --key or EMITTER_KEY")
     report = Report(as_json=arguments.json)
-    report.add("broker", "ok", f"{_shown(source)}, from {source.origin}")
+    report.add("broker", "ok", f"{_public_url(source)} (from {source.origin})")
     try:
-        async with reach(source, report, arguments.timeout) as emitter:
+        async with check_connection(source, report, arguments.timeout) as emitter:
             if emitter is not None:
-                await _examine(emitter, arguments, report)
+                await _check_client(emitter, arguments, report)
     except ConnectionLostError as exc:
-        report.add("link", "wrong", str(exc), "what is in the broker's log at this time?")
-    if report.wrong:
-        raise CommandError(f"something is wrong: {', '.join(report.wrong)}")
-    report.close("all is well")
+        report.add("connection", "failed", str(exc), "look at the broker's log of this time")
+    if report.failed:
+        raise CommandError(f"failed checks: {', '.join(report.failed)}")
+    report.close("no problems found")
 
 
-def _shown(source: Source) -> str:
-    # Without user and password.
+def _public_url(source: Source) -> str:
+    """Return the URL without user and password."""
     return str(make_options(source.url, source.options).servers[0])
 
 
-async def _examine(emitter: Emitter, arguments: argparse.Namespace, report: Report) -> None:
+async def _check_client(emitter: Emitter, arguments: argparse.Namespace, report: Report) -> None:
     source: Source = arguments.source
     try:
-        await _see_latency(emitter, report)
-        await _see_flush(emitter, report)
+        await _check_latency(emitter, report)
+        await _check_flush(emitter, report)
     except RequestTimeoutError as exc:
-        report.add("latency", "wrong", str(exc), "the broker is overloaded, or none of Emitter's")
+        report.add("latency", "failed", str(exc), "the broker is overloaded, or is not Emitter")
         return
     if source.secret:
-        await _see_secret(emitter, source.secret, arguments.channel or "doctor/", report)
+        await _check_secret(emitter, source.secret, arguments.channel or "doctor/", report)
     ahead = None
     if source.key and arguments.channel:
-        examination = Examination(
+        checks = KeyChecks(
             emitter,
             report,
             source.key,
             arguments.channel,
             needed=arguments.need,
             probe=arguments.probe,
-            patience=arguments.timeout,
+            delivery_timeout=arguments.timeout,
         )
-        await examination.run()
-        ahead = examination.ahead
+        await checks.run()
+        ahead = checks.ahead
     elif source.key:
-        report.add("key", "untried", "which channel is it for?", "--channel says it")
+        report.add("key", "skipped", "no channel to check it on", "use --channel")
     else:
-        report.add("key", "untried", "there is none", "--key or EMITTER_KEY, and --channel")
-    _see_clock(ahead, report)
+        report.add("key", "skipped", "no key", "use --key or EMITTER_KEY, and --channel")
+    _check_clock(ahead, report)
 
 
-async def _see_latency(emitter: Emitter, report: Report) -> None:
-    times = sorted([await emitter.flush() * 1e3 for _ in range(_ROUND_TRIPS)])
-    middle = statistics.median(times)
+async def _check_latency(emitter: Emitter, report: Report) -> None:
+    times = sorted([await emitter.flush() * 1e3 for _ in range(_PINGS)])
+    median = statistics.median(times)
     report.add(
-        "latency", "ok", f"{middle:.1f} ms there and back ({times[0]:.1f} to {times[-1]:.1f})"
+        "latency", "ok", f"{median:.1f} ms per round trip ({times[0]:.1f} to {times[-1]:.1f})"
     )
 
 
-async def _see_flush(emitter: Emitter, report: Report) -> None:
-    # What is last in a burst may happen to be written at once: one burst proves nothing.
-    tries = 0
+async def _check_flush(emitter: Emitter, report: Report) -> None:
+    # A throttling broker might happen to write the last replies of a burst immediately, so one
+    # fast burst proves nothing.
+    bursts = 0
     while True:
-        tries += 1
-        answered, took, pause = await _ask_at_once(emitter)
-        if answered < _AT_ONCE or pause > _HELD_BACK or tries == _BURSTS:
+        bursts += 1
+        answered, took, pause = await _send_burst(emitter)
+        throttled = pause > _THROTTLED_PAUSE_SECONDS
+        if answered < _BURST_REQUESTS or throttled or bursts == _MAX_BURSTS:
             break
-    text = f"{answered} of {_AT_ONCE} questions asked at once were answered within {took:.2f} s"
-    if answered < _AT_ONCE:
-        report.add("flush", "wrong", text, "the broker is overloaded, or not one of Emitter's")
-    elif pause > _HELD_BACK:
-        way = "limit.flushRate in its configuration (60 by default) is how often a second it writes"
-        report.add("flush", "note", f"{text}: the broker holds back what follows a burst", way)
+    text = f"{answered} of {_BURST_REQUESTS} concurrent requests answered within {took:.2f} s"
+    if answered < _BURST_REQUESTS:
+        report.add("flush", "failed", text, "the broker is overloaded, or is not Emitter")
+    elif throttled:
+        fix = (
+            "raise limit.flushRate in the broker's configuration (60 writes per second by default)"
+        )
+        report.add("flush", "note", f"{text}: the broker delays replies after a burst", fix)
     else:
         report.add("flush", "ok", text)
 
 
-async def _ask_at_once(emitter: Emitter) -> tuple[int, float, float]:
-    """Return the number of answers, the seconds that all took, and the longest pause in between."""
+async def _send_burst(emitter: Emitter) -> tuple[int, float, float]:
+    """Return the number of replies, the duration of the burst, and the longest pause in it."""
     answered = 0
     longest = 0.0
     start = last = time.perf_counter()
 
-    async def ask() -> None:
+    async def request() -> None:
         nonlocal answered, longest, last
         try:
             await emitter.me()
@@ -203,31 +200,31 @@ async def _ask_at_once(emitter: Emitter) -> tuple[int, float, float]:
         longest, last = max(longest, now - last), now
 
     async with anyio.create_task_group() as tasks:
-        for _ in range(_AT_ONCE):
-            tasks.start_soon(ask)
+        for _ in range(_BURST_REQUESTS):
+            tasks.start_soon(request)
     return answered, time.perf_counter() - start, longest
 
 
-async def _see_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> None:
+async def _check_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> None:
     try:
         await emitter.keygen(secret, channel, "", ttl=1)
     except (RequestError, RequestTimeoutError, ValueError) as exc:
-        report.add("secret", "wrong", str(exc), "the broker prints it when it makes its licence")
+        report.add("secret", "failed", str(exc), "use the one printed with the broker's licence")
     else:
-        report.add("secret", "ok", "the broker makes keys with it")
+        report.add("secret", "ok", "the broker generates keys with it")
 
 
-def _see_clock(ahead: float | None, report: Report) -> None:
+def _check_clock(ahead: float | None, report: Report) -> None:
     if ahead is None:
-        way = "a key with p, or with w, s and l, lets the broker tell"
-        report.add("clock", "untried", "the broker has not told the time", way)
-    elif abs(ahead) <= _CLOCK:
-        report.add("clock", "ok", "the broker's agrees with ours, to the second")
+        fix = "use a key with permission p, or with w, s and l"
+        report.add("clock", "skipped", "the broker's time is unknown", fix)
+    elif abs(ahead) <= _CLOCK_TOLERANCE_SECONDS:
+        report.add("clock", "ok", "the broker's clock agrees with the local clock")
     else:
         which = "ahead of" if ahead > 0 else "behind"
         report.add(
             "clock",
-            "wrong",
-            f"the broker's is {abs(ahead):.0f} s {which} ours",
-            "have both set by NTP: keys and stored messages expire by the broker's clock",
+            "failed",
+            f"the broker's clock is {abs(ahead):.0f} s {which} the local clock",
+            "synchronize both with NTP: keys and stored messages expire by the broker's clock",
         )

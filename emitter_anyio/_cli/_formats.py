@@ -1,4 +1,4 @@
-"""How a message becomes a line: text, JSON or hex."""
+"""The formats of a printed message: text, JSON and hex."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import sys
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from ._output import STEERING, visible
-from ._painting import painter
+from ._output import CONTROL_CHARACTERS, visible
+from ._terminal import make_styler
 
 FORMATS: Final = ("text", "json", "hex")
 
+FORMAT_HELP: Final = (
+    "Formats: text prints the payload unchanged, hex prints its bytes, and json prints\n"
+    "an object with time, channel and payload (payload_base64 if it is not UTF-8). On a\n"
+    "terminal, text and hex always begin with the channel."
+)
+
 
 class Readable(Protocol):
-    """A message, live or stored."""
+    """A received or stored message."""
 
     @property
     def channel(self) -> str:
@@ -30,52 +36,53 @@ class Readable(Protocol):
 
 
 def add_format(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options that say how messages are printed."""
+    """Add the options for the format of messages."""
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default=default,
-        help="text: the payload as it is; json: an object on each line, with time, channel and "
-        "payload (payload_base64 if it is no UTF-8); hex (default: %(default)s)",
+        metavar="FORMAT",
+        help="text, json or hex (default: %(default)s)",
     )
     parser.add_argument(
-        "-v",
-        "--verbose",
-        action="store_true",
-        help="in text and hex, put the channel before the payload; on a terminal it always is",
+        "-v", "--verbose", action="store_true", help="print the channel before the payload"
     )
 
 
 class Formatter:
     """
-    Makes lines of messages.
+    Formats messages as lines.
 
-    :param arguments: with what :func:`add_format` has added
-    :param terminal: whether the lines go to a terminal
+    :param arguments: the arguments that :func:`add_format` added
+    :param terminal: whether the lines are written to a terminal
     """
 
     def __init__(self, arguments: argparse.Namespace, *, terminal: bool) -> None:
         self._format: str = arguments.format
         self._terminal = terminal
         self._channel = arguments.verbose or terminal
-        self._paint = painter(sys.stdout)
+        self._style = make_styler(sys.stdout)
 
     def line(self, message: Readable, time: datetime, **more: Any) -> bytes:
-        """Make a line, with its end."""
+        """
+        Format a message as a line, with its line break.
+
+        :param more: further fields of the JSON object
+        """
         if self._format == "json":
-            line = to_json({"time": stamp(time), **described(message), **more})
+            line = to_json({"time": iso_time(time), **message_fields(message), **more})
             return f"{line}\n".encode()
         payload = message.binary.hex().encode() if self._format == "hex" else message.binary
         if self._terminal:
             payload = visible(payload.decode(errors="backslashreplace")).encode()
         if not self._channel:
             return payload + b"\n"
-        channel = self._paint(visible(message.channel), "cyan")
+        channel = self._style(visible(message.channel), "cyan")
         return f"{channel} ".encode() + payload + b"\n"
 
 
-def described(message: Readable) -> dict[str, Any]:
-    """Give a message's channel and payload as JSON can hold them."""
+def message_fields(message: Readable) -> dict[str, Any]:
+    """Return the channel and the payload of a message as JSON values."""
     try:
         return {"channel": message.channel, "payload": message.binary.decode()}
     except UnicodeDecodeError:
@@ -84,11 +91,11 @@ def described(message: Readable) -> dict[str, Any]:
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """Put an object on one line, in which nothing could steer a terminal."""
+    """Serialize an object to one line, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False)
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def stamp(time: datetime) -> str:
-    """Write a time as JSON has it, in UTC."""
+def iso_time(time: datetime) -> str:
+    """Format a UTC time in ISO 8601."""
     return time.isoformat().replace("+00:00", "Z")

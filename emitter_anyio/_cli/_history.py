@@ -1,4 +1,4 @@
-"""``history``: print what the broker has stored."""
+"""The command ``history``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Final
 from emitter_anyio import HistoryIncompleteError, StoredMessage
 
 from . import _arguments as arguments_
-from ._arguments import Commands, UsageError, add_command
-from ._formats import Formatter, add_format
+from ._arguments import TIME_HELP, Commands, UsageError, add_command
+from ._formats import FORMAT_HELP, Formatter, add_format
 from ._output import Output
-from ._painting import progress
-from ._source import TO_MAKE_A_KEY, Source, add_source, asking
+from ._source import SECRET_HELP, Source, add_source, connect_once
+from ._terminal import progress
 
-_TOGETHER: Final = 256
-"""So many lines at most are written at once."""
+_MAX_LINES_PER_WRITE: Final = 256
 
 
 def add_history(commands: Commands) -> None:
@@ -25,44 +24,46 @@ def add_history(commands: Commands) -> None:
         commands,
         "history",
         _history,
-        help="print what the broker has stored",
+        arguments="CHANNEL",
+        help="print stored messages",
         description=(
-            "Print the stored messages of a channel and of all below it, the oldest of them first, "
-            "and end. A\nlevel of the channel but the first may be '+'."
+            "Print the stored messages of a channel and of the channels below it, oldest first.\n\n"
+            "A '+' matches any one level of the channel, except the first.\n\n"
+            f"{FORMAT_HELP}\n\n{TIME_HELP}"
         ),
         examples=(
-            "  %(prog)s chat/                           # the newest 100\n"
+            "  %(prog)s chat/                           # the newest 100 messages\n"
             "  %(prog)s chat/ --last 100000 > chat.jsonl\n"
             "  %(prog)s chat/ --since 2030-01-31 --until 2030-02-01 --format text -v"
         ),
     )
-    parser.add_argument("channel", type=arguments_.pattern, help="such as chat/ or chat/+/news/")
+    parser.add_argument(
+        "channel",
+        type=arguments_.pattern,
+        metavar="CHANNEL",
+        help="channel, such as chat/ or chat/+/news/",
+    )
     add_format(parser, "json")
     parser.add_argument(
         "--last",
         type=arguments_.count,
         default=100,
         metavar="N",
-        help="the newest so many at most (default: %(default)s)",
+        help="at most the newest N messages (default: %(default)s)",
     )
-    for option, which in (("--since", "after"), ("--until", "before")):
+    for option in ("since", "until"):
         parser.add_argument(
-            option,
+            f"--{option}",
             type=arguments_.moment,
             metavar="TIME",
-            help=f"only those {which} that: 10m, 2h or 1d ago, 2030-01-31T12:00 here, or unix "
-            "seconds",
+            help=f"only messages stored {option} TIME",
         )
     parser.add_argument(
         "--newest-first",
         action="store_true",
-        help="the newest first, which begins at once however many there are",
+        help="print the newest first, without gathering all",
     )
-    add_source(
-        parser,
-        key="a key that permits to load (l)",
-        secret=TO_MAKE_A_KEY,
-    )
+    add_source(parser, key="key with permission l", secret=SECRET_HELP)
 
 
 async def _history(arguments: argparse.Namespace) -> None:
@@ -82,10 +83,11 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
         await output.write(b"".join(lines))
 
     missing: HistoryIncompleteError | None = None
-    async with asking(source) as emitter:
+    async with connect_once(source) as emitter:
         key = source.key_for(emitter, "l", arguments.channel)
         try:
-            # The oldest come last: while they are gathered, somebody may want to see how far it is.
+            # The broker pages backwards from the newest message. Gathering them here, instead of
+            # asking for the oldest first, lets the progress bar advance.
             found = emitter.history(
                 key,
                 arguments.channel,
@@ -97,9 +99,9 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
         except ValueError as exc:
             raise UsageError(str(exc)) from None
         gathered: list[StoredMessage] = []
-        # Lines and a bar do not go together on a terminal.
-        alone = output.terminal and arguments.newest_first
-        with progress(f"reading {arguments.channel}", 0 if alone else arguments.last) as add:
+        # Lines printed on a terminal would break the progress bar.
+        hidden = output.terminal and arguments.newest_first
+        with progress(f"reading {arguments.channel}", 0 if hidden else arguments.last) as add:
             while True:
                 try:
                     message = await anext(found, None)
@@ -110,13 +112,13 @@ async def _print(arguments: argparse.Namespace, output: Output) -> None:
                     break
                 gathered.append(message)
                 add(1)
-                if arguments.newest_first and len(gathered) == _TOGETHER:
+                if arguments.newest_first and len(gathered) == _MAX_LINES_PER_WRITE:
                     await write(gathered)
                     gathered.clear()
         if not arguments.newest_first:
             gathered.reverse()
-        for begin in range(0, len(gathered), _TOGETHER):
-            await write(gathered[begin : begin + _TOGETHER])
+        for begin in range(0, len(gathered), _MAX_LINES_PER_WRITE):
+            await write(gathered[begin : begin + _MAX_LINES_PER_WRITE])
     if missing is not None:
-        # What can be read has been printed.
+        # Raised last, so that all readable messages are printed first.
         raise missing

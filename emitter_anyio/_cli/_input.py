@@ -1,4 +1,4 @@
-"""What is read from standard input, while the link goes on."""
+"""Reading standard input without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from anyio import to_thread
 
 from ._arguments import CommandError
 
-_CHUNK: Final = 65536
+_CHUNK_BYTES: Final = 65536
 
 
 async def chunks() -> AsyncGenerator[bytes]:
     """
-    Give the bytes of standard input as they come.
+    Yield the bytes of standard input as they arrive.
 
     :raises CommandError: if it cannot be read
     """
     if sys.stdin is None:
         raise CommandError("cannot read standard input: it is closed")
     descriptor = sys.stdin.fileno()
-    waits = True
+    pollable = True
     while True:
-        if waits:
+        if pollable:
             try:
                 await anyio.wait_readable(descriptor)
             except (OSError, ValueError):
-                # A file, for which nothing need be waited; or Windows, where nothing can be.
-                waits = False
-        read = partial(os.read, descriptor, _CHUNK)
-        # Not in a thread where one can wait: one that reads from a terminal would outlive us.
+                # A regular file, or a pipe on Windows.
+                pollable = False
+        read = partial(os.read, descriptor, _CHUNK_BYTES)
+        # Use a thread only as a last resort: one that reads from a terminal cannot be cancelled.
         try:
-            data = read() if waits else await to_thread.run_sync(read, abandon_on_cancel=True)
+            data = read() if pollable else await to_thread.run_sync(read, abandon_on_cancel=True)
         except OSError as exc:
             raise CommandError(f"cannot read standard input: {exc.strerror or exc}") from exc
         if not data:
@@ -46,7 +46,7 @@ async def chunks() -> AsyncGenerator[bytes]:
 
 
 async def lines() -> AsyncGenerator[bytes]:
-    """Give the lines of standard input as they come, without their ends."""
+    """Yield the lines of standard input as they arrive, without line breaks."""
     rest = b""
     async with aclosing(chunks()) as read:
         async for data in read:

@@ -1,4 +1,4 @@
-"""``keygen``, ``ban`` and ``unban``; and ``me``."""
+"""The commands ``keygen``, ``ban``, ``unban`` and ``me``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from . import _arguments as arguments_
 from ._arguments import Commands, UsageError, add_command
 from ._formats import to_json
 from ._input import lines
-from ._output import hint, is_terminal, note, say
-from ._source import Source, add_source, asking
+from ._output import hint, is_terminal, note, print_line
+from ._source import Source, add_source, connect_once
 
 
 def add_keygen(commands: Commands) -> None:
@@ -21,25 +21,35 @@ def add_keygen(commands: Commands) -> None:
         commands,
         "keygen",
         _keygen,
-        help="make a key for a channel",
+        arguments="CHANNEL [PERMISSIONS]",
+        help="generate a channel key",
         description=(
-            "Have the broker make a key, and print it. chat/ opens just that channel (and "
-            "subscribing to all below\nit), chat/#/ all below it too. Permissions are letters: r "
-            "read, w write, s store, l load, p presence,\ne extend, x execute."
+            "Generate a channel key and print it.\n\n"
+            "A key for chat/ is valid for that channel, and for a subscription that includes\n"
+            "the channels below it. A key for chat/#/ is also valid for each channel below.\n\n"
+            "Permissions: r read, w write, s store, l load, p presence, e extend, x execute.\n\n"
+            "With an extend key (--key), the new key is for a private channel below CHANNEL.\n"
+            "This command does not read EMITTER_KEY."
         ),
         examples=(
-            "  %(prog)s chat/                       # to read and write\n"
-            "  %(prog)s chat/#/ rwslp --ttl 3600    # good for an hour\n"
+            "  %(prog)s chat/                       # read and write\n"
+            "  %(prog)s chat/#/ rwslp --ttl 3600    # valid for an hour\n"
             "  export EMITTER_KEY=$(%(prog)s chat/)\n"
-            "  %(prog)s rooms/ rw --key KEY         # of an extend key: a private channel"
+            "  %(prog)s rooms/ rw --key KEY         # a private channel"
         ),
     )
-    parser.add_argument("channel", type=arguments_.target, help="such as chat/ or chat/#/")
+    parser.add_argument(
+        "channel",
+        type=arguments_.target,
+        metavar="CHANNEL",
+        help="channel, such as chat/ or chat/#/",
+    )
     parser.add_argument(
         "permissions",
         nargs="?",
         type=_permissions,
         default="rw",
+        metavar="PERMISSIONS",
         help="letters out of rwslpex (default: %(default)s)",
     )
     parser.add_argument(
@@ -47,41 +57,46 @@ def add_keygen(commands: Commands) -> None:
         type=arguments_.count,
         default=0,
         metavar="SECONDS",
-        help="for how long it is good (default: for ever)",
+        help="lifetime of the key (default: unlimited)",
     )
     parser.add_argument("--json", action="store_true", help="print key and channel as JSON")
     parser.add_argument(
-        "-k",
-        "--key",
-        type=arguments_.key,
-        help="instead of the secret, a key that may extend (e): it makes a key for a private "
-        "channel below the given one. EMITTER_KEY, which is for other commands, is not looked at",
+        "-k", "--key", type=arguments_.key, help="extend key to use instead of --secret"
     )
-    add_source(parser, secret="the broker's secret")
+    add_source(parser, secret="secret key")
 
 
 def add_ban(commands: Commands) -> None:
     """Add ``ban`` and ``unban``."""
-    for command, what, more in (
-        ("ban", "ban a key", "Who is subscribed with it stays so until the link ends."),
-        ("unban", "take a ban back", "A broker may go on refusing the key for about a minute."),
+    for command, help, description in (
+        (
+            "ban",
+            "ban a channel key",
+            "Clients that subscribed with the key stay subscribed until their connection ends.",
+        ),
+        (
+            "unban",
+            "lift the ban on a channel key",
+            "The broker might refuse the key for up to another minute.",
+        ),
     ):
         parser = add_command(
             commands,
             command,
             _ban,
-            help=what,
-            description=f"Have the broker {what}. {more}",
-            examples=("  %(prog)s KEY\n  %(prog)s < key.txt      # so that nobody sees it in ps"),
+            arguments="[KEY]",
+            help=help,
+            description=f"{help.capitalize()}.\n\n{description}",
+            examples=("  %(prog)s KEY\n  %(prog)s < key.txt      # keep the key out of ps"),
         )
         parser.add_argument(
             "target",
             nargs="?",
             metavar="KEY",
-            help="the key in question (default: a line of standard input)",
+            help="channel key (default: read a line of standard input)",
         )
         parser.set_defaults(banned=command == "ban")
-        add_source(parser, secret="the broker's secret")
+        add_source(parser, secret="secret key")
 
 
 def add_me(commands: Commands) -> None:
@@ -90,10 +105,10 @@ def add_me(commands: Commands) -> None:
         commands,
         "me",
         _me,
-        help="ask the broker who we are",
+        help="print the id of a new connection",
         description=(
-            "Ask the broker what it knows of this connection, and print its id, which is new each "
-            "time: an easy\nway to see that the broker answers."
+            "Connect and print the id that the broker gave the connection.\n\n"
+            "The id is new each time. Use this command to see that the broker replies."
         ),
         examples="  %(prog)s\n  %(prog)s --json",
     )
@@ -110,16 +125,16 @@ def _permissions(text: str) -> str:
 async def _keygen(arguments: argparse.Namespace) -> None:
     source: Source = arguments.source
     source_key: str = arguments.key or source.needed_secret()
-    async with asking(source) as emitter:
+    async with connect_once(source) as emitter:
         made = await emitter.keygen(
             source_key, arguments.channel, arguments.permissions, arguments.ttl
         )
     if arguments.json:
-        say(to_json({"key": made.key, "channel": made.channel}))
+        print_line(to_json({"key": made.key, "channel": made.channel}))
         return
-    say(made.key)
+    print_line(made.key)
     if made.channel != arguments.channel:
-        note(f"it opens {made.channel}")
+        note(f"the key is for {made.channel}")
 
 
 async def _ban(arguments: argparse.Namespace) -> None:
@@ -128,20 +143,20 @@ async def _ban(arguments: argparse.Namespace) -> None:
     target: str | None = arguments.target
     if target is None:
         if is_terminal(sys.stdin):
-            hint("the key, please")
+            hint("enter the channel key")
         async with aclosing(lines()) as read:
             target = (await anext(read, b"")).decode(errors="replace").strip()
     if not target:
-        raise UsageError("no key came on standard input")
-    async with asking(source) as emitter:
+        raise UsageError("missing key: give it as an argument or on standard input")
+    async with connect_once(source) as emitter:
         try:
             banned = await emitter.keyban(secret, target, arguments.banned)
         except ValueError as exc:
             raise UsageError(str(exc)) from None
-    say("banned" if banned else "not banned")
+    print_line("banned" if banned else "not banned")
 
 
 async def _me(arguments: argparse.Namespace) -> None:
-    async with asking(arguments.source) as emitter:
+    async with connect_once(arguments.source) as emitter:
         me = await emitter.me()
-    say(to_json({"id": me.id, "links": dict(me.links)}) if arguments.json else me.id)
+    print_line(to_json({"id": me.id, "links": dict(me.links)}) if arguments.json else me.id)

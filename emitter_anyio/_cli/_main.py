@@ -1,4 +1,4 @@
-"""The command line as a whole: which commands there are, and what a shell is told at the end."""
+"""The list of commands, and the exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from anyio import create_task_group, open_signal_receiver
 
 from emitter_anyio import EmitterError, __version__
 
-from ._arguments import NAME, CommandError, Parser, UsageError
+from ._arguments import NAME, CommandError, HelpFormatter, Parser, UsageError
 from ._broker import add_broker, add_license, run_broker
 from ._demo import add_demo
 from ._doctor import add_doctor
@@ -23,7 +23,7 @@ from ._keys import add_ban, add_keygen, add_me
 from ._output import flush, note
 from ._presence import add_presence
 from ._pub import add_link, add_pub
-from ._source import find_source
+from ._source import DEFAULT_URL, find_source
 from ._sub import add_sub
 
 _COMMANDS: Final = (
@@ -32,7 +32,7 @@ _COMMANDS: Final = (
     *(add_keygen, add_ban, add_link, add_me),
 )
 
-# What a shell reports of a process that such a signal has ended; Windows knows no SIGPIPE.
+# The exit codes that a shell reports for a process ended by these signals. Windows has no SIGPIPE.
 _INTERRUPTED: Final = 128 + signal.SIGINT
 _BROKEN_PIPE: Final = 128 + 13
 
@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run a command.
 
-    :param argv: its name and arguments; the process's own unless given
-    :return: the exit code: 0, 1 if the command failed, or what a shell reports of a process that
-        was interrupted, or whose reader has left
-    :raises SystemExit: with 2 if the command line is wrong, with 0 behind ``--help``
+    :param argv: the name of the command and its arguments (default: those of the process)
+    :return: the exit code: 0, 1 if the command failed, 130 after Ctrl-C, or 141 if the reader of
+        standard output closed the pipe
+    :raises SystemExit: with 2 if the command line is invalid, with 0 after ``--help``
     """
     try:
         arguments = _make_parser().parse_args(argv)
     except SystemExit:
-        flush()  # --help and --version have printed
+        flush()  # the output of --help and --version
         raise
     try:
         if "env_file" in arguments:
@@ -57,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = _run_on_trio if arguments.backend == "trio" else arguments.run
         anyio.run(run, arguments, backend=arguments.backend)
     except BaseException as raised:
-        # Where tasks run side by side, what one of them raises comes in a group.
+        # A task group wraps the exceptions of its tasks in a group.
         for kind in (KeyboardInterrupt, BrokenPipeError, UsageError, CommandError, EmitterError):
-            for exc in _leaves(raised):
+            for exc in _flatten(raised):
                 if isinstance(exc, kind):
-                    return _outcome(exc, arguments)
+                    return _exit_code(exc, arguments)
         raise
     return 0
 
 
 async def _run_on_trio(arguments: argparse.Namespace) -> None:
-    # Trio raises KeyboardInterrupt wherever the program is, also where a cancel scope is half
-    # entered or left, which ends in an error of its own or in a hang. asyncio cancels instead.
+    # Trio can raise KeyboardInterrupt in any line, also while a cancel scope is being entered or
+    # left, which would cause an unrelated error or a hang. asyncio cancels the main task instead.
     interrupted = False
 
     async def cancel_if_interrupted() -> None:
@@ -87,17 +87,17 @@ async def _run_on_trio(arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
+def _flatten(exc: BaseException) -> Iterator[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
         for each in exc.exceptions:
-            yield from _leaves(each)
+            yield from _flatten(each)
     else:
         yield exc
 
 
-def _outcome(exc: BaseException, arguments: argparse.Namespace) -> int:
+def _exit_code(exc: BaseException, arguments: argparse.Namespace) -> int:
     if isinstance(exc, KeyboardInterrupt):
-        # That is how the broker is told to end, where or while nothing waits for the signal.
+        # Ctrl-C is the normal way to stop the broker, also before it waits for the signal.
         return 0 if arguments.run is run_broker else _INTERRUPTED
     if isinstance(exc, BrokenPipeError):
         return _BROKEN_PIPE
@@ -111,24 +111,23 @@ def _make_parser() -> Parser:
     as_module = Path(sys.argv[0]).name == "__main__.py"
     parser = Parser(
         prog="python -m emitter_anyio" if as_module else NAME,
-        description=(
-            "A client of Emitter (https://emitter.io), and a broker to develop against.\n\n"
-            "The broker is at mqtt://127.0.0.1:8080 unless --url or EMITTER_URL says something "
-            "else; channels are\nopened by --key or EMITTER_KEY, or by a key made with --secret or "
-            "EMITTER_SECRET."
-        ),
+        description="A client for Emitter (https://emitter.io), and a development broker.",
         epilog=(
-            "start with:\n"
-            "  %(prog)s demo\n"
-            "or with a broker of your own, and in another terminal its URL and secret key:\n"
+            "environment:\n"
+            f"  EMITTER_URL     URL of the broker (default: {DEFAULT_URL})\n"
+            "  EMITTER_KEY     channel key\n"
+            "  EMITTER_SECRET  secret key; without a channel key, commands generate one\n\n"
+            "examples:\n"
+            "  %(prog)s demo\n\n"
+            "  # a development broker, and in a second terminal two clients of it\n"
             "  %(prog)s broker\n"
-            "  export EMITTER_URL=mqtt://127.0.0.1:8080 EMITTER_SECRET=...\n"
+            f"  export EMITTER_URL={DEFAULT_URL} EMITTER_SECRET=...\n"
             "  %(prog)s sub chat/ &\n"
             "  %(prog)s pub chat/ hello\n\n"
-            "exit codes: 0 all is well, 1 it failed, 2 a wrong command line, 130 Ctrl-C, 141 a "
-            "closed pipe"
+            "exit codes:\n"
+            "  0 success, 1 failure, 2 invalid command line, 130 Ctrl-C, 141 closed pipe"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

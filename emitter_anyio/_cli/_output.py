@@ -1,4 +1,4 @@
-"""What is printed, and when: each line immediately, and nothing that could steer a terminal."""
+"""Printing each line immediately, with control characters made visible."""
 
 from __future__ import annotations
 
@@ -16,42 +16,47 @@ from anyio import AsyncContextManagerMixin, create_task_group, to_thread
 
 from ._arguments import NAME, CommandError
 
-STEERING: Final = re.compile(
+CONTROL_CHARACTERS: Final = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-"""What could steer a terminal, and lone surrogates, which no encoding has."""
+"""Characters that a terminal might act on, and lone surrogates, which cannot be encoded."""
 
-_PIPE_BUF: Final = 4096
-"""A pipe that may be written to takes so many bytes at once, on Linux; others take 512 at least."""
+_MAX_PIPE_WRITE_BYTES: Final = 4096
+"""The bytes that a writable pipe accepts without blocking on Linux (elsewhere at least 512)."""
 
 
 def visible(text: str) -> str:
-    """Show what would steer a terminal instead of obeying it: others write the messages."""
-    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Escape control characters, because other clients write the messages."""
+    return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun in the singular or plural."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Tell whether a standard stream is a terminal; one that was closed is ``None``."""
+    """Return whether a standard stream, ``None`` if it was closed, is a terminal."""
     return stream is not None and stream.isatty()
 
 
-def say(text: str, *, painted: str = "") -> None:
+def print_line(text: str, *, styled: str = "") -> None:
     """
-    Print a line of the result immediately, because the reader of a pipe wants it when it happens.
+    Print a line to standard output and flush it, for the reader of a pipe.
 
-    :param text: what could steer a terminal is made visible
-    :param painted: goes before it as it is
+    :param text: the line; control characters are escaped
+    :param styled: text to print before it, with escape sequences
     :raises CommandError: if standard output cannot be written to
-    :raises BrokenPipeError: if the reader has left
+    :raises BrokenPipeError: if the reader has closed the pipe
     """
     stream = _stdout()
-    line = f"{painted}{visible(text)}".encode(stream.encoding, "backslashreplace")
+    line = f"{styled}{visible(text)}".encode(stream.encoding, "backslashreplace")
     with _writing():
         print(line.decode(stream.encoding), file=stream, flush=True)
 
 
 def note(text: str) -> None:
-    """Tell something beside the result, in one line on stderr, if that can be written to."""
+    """Print a note or an error to stderr in one line, unless stderr cannot be written to."""
     if sys.stderr is not None:
         try:
             print(f"{NAME}: {visible(text)}", file=sys.stderr, flush=True)
@@ -60,13 +65,13 @@ def note(text: str) -> None:
 
 
 def hint(text: str) -> None:
-    """Tell somebody at a terminal what a program does not want to know."""
+    """Print a note if stderr is a terminal."""
     if is_terminal(sys.stderr):
         note(text)
 
 
 def flush() -> None:
-    """Write what argparse has printed, if standard output can be written to."""
+    """Flush standard output, unless it cannot be written to."""
     if sys.stdout is not None:
         try:
             sys.stdout.flush()
@@ -92,21 +97,20 @@ def _writing() -> Iterator[None]:
 
 
 def _discard(stream: TextIO) -> None:
-    # Python flushes once more at exit, and must not fail then.
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, stream.fileno())
-    os.close(nothing)
+    # Python flushes the stream again at exit, which would print another error.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)
 
 
 class Output(AsyncContextManagerMixin):
     """
-    Standard output, for commands that print while the link goes on.
+    Standard output, for commands that stay connected while they print.
 
-    A reader who is slow, as a pager is, must hold up nothing but what is to be printed: with the
-    loop held up, the broker would hear nothing of us and close the link.
+    A slow reader, such as a pager, delays only the writes. If it blocked the event loop, the client
+    would send no pings and the broker would close the connection.
 
-    The block ends with BrokenPipeError when the reader leaves, also while there is nothing to
-    write.
+    The block raises BrokenPipeError when the reader closes the pipe, even between two writes.
 
     :raises CommandError: if standard output is closed
     """
@@ -115,45 +119,46 @@ class Output(AsyncContextManagerMixin):
         stream = _stdout()
         self.terminal = is_terminal(stream)
         self._descriptor = stream.fileno()
-        self._waits = True
+        self._pollable = True
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Output]:
         async with create_task_group() as tasks:
-            tasks.start_soon(self._watch)
+            tasks.start_soon(self._watch_reader)
             yield self
             tasks.cancel_scope.cancel()
 
-    async def _watch(self) -> None:
-        # A terminal is readable when somebody types.
+    async def _watch_reader(self) -> None:
+        # A terminal becomes readable when the user types.
         if sys.platform != "win32" and not self.terminal:
             try:
                 await anyio.wait_readable(self._descriptor)
             except (OSError, ValueError):
-                return  # a file, which has no reader
+                return  # a regular file
             poll = select.poll()
-            poll.register(self._descriptor, 0)  # errors and the end are always reported
+            poll.register(self._descriptor, 0)  # poll always reports errors and hang-up
             if poll.poll(0):
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     async def write(self, data: bytes) -> None:
         """
-        Write what may be several lines.
+        Write one or more lines.
 
         :raises CommandError: if standard output cannot be written to
-        :raises BrokenPipeError: if the reader has left
+        :raises BrokenPipeError: if the reader has closed the pipe
         """
         with _writing():
-            while data and await self._writable():
-                data = data[os.write(self._descriptor, data[:_PIPE_BUF]) :]
+            while data and await self._wait_writable():
+                data = data[os.write(self._descriptor, data[:_MAX_PIPE_WRITE_BYTES]) :]
             while data:
                 data = data[await to_thread.run_sync(os.write, self._descriptor, data) :]
 
-    async def _writable(self) -> bool:
-        if self._waits:
+    async def _wait_writable(self) -> bool:
+        """Wait until a write does not block, and return whether that is known."""
+        if self._pollable:
             try:
                 await anyio.wait_writable(self._descriptor)
             except (OSError, ValueError):
-                # A file, for which nothing need be waited; or Windows, where nothing can be.
-                self._waits = False
-        return self._waits
+                # A regular file, or a pipe on Windows.
+                self._pollable = False
+        return self._pollable

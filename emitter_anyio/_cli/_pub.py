@@ -1,4 +1,4 @@
-"""``pub``, and ``link``, which publishes too."""
+"""The commands ``pub`` and ``link``, which publish messages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
 from ._formats import to_json
 from ._input import chunks, lines
-from ._output import hint, is_terminal, say
-from ._source import TO_MAKE_A_KEY, Source, add_source, asking, lasting
+from ._output import counted, hint, is_terminal, print_line
+from ._source import SECRET_HELP, Source, add_source, connect_once, stay_connected
 
 
 def add_pub(commands: Commands) -> None:
@@ -30,24 +30,25 @@ def add_pub(commands: Commands) -> None:
         commands,
         "pub",
         _pub,
+        arguments="CHANNEL [MESSAGE]",
         help="publish messages",
         description=(
-            "Publish a message, or each line of standard input, or a file. It ends when the broker "
-            "has taken\nall, and fails if the broker refused one. With --qos 0 messages follow "
-            "each other without waiting;\nwith --qos 1 each waits until the broker has accepted "
-            "the one before it."
+            "Publish a message, each line of standard input, or a file.\n\n"
+            "The command ends when the broker has read every message. It fails if the broker\n"
+            "refused one. With --qos 1, each message waits until the broker has accepted the\n"
+            "one before; this is the default, except for lines of standard input."
         ),
         examples=(
             "  %(prog)s chat/ hello\n"
-            "  %(prog)s chat/ hello --ttl 3600      # stored for an hour\n"
+            "  %(prog)s chat/ hello --ttl 3600      # store the message for an hour\n"
             "  tail -f log | %(prog)s chat/         # each line is a message\n"
-            "  %(prog)s chat/ --file picture.png    # all of a file; '-' is standard input"
+            "  %(prog)s chat/ --file picture.png    # the file is one message"
         ),
     )
-    parser.add_argument("channel", type=arguments_.channel, help="such as chat/ or chat/room/")
+    _add_channel(parser)
     _add_message(parser)
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help="publish all of this file as one message"
+        "-f", "--file", metavar="FILE", help="publish a file, or all of stdin with '-'"
     )
     _add_options(parser)
     parser.add_argument(
@@ -55,20 +56,16 @@ def add_pub(commands: Commands) -> None:
         "--qos",
         type=int,
         choices=(0, 1),
-        help="1: wait for each message until the broker has accepted it (default: 1, and 0 for "
-        "the lines of standard input)",
+        metavar="QOS",
+        help="0, or 1 to wait until the broker has accepted",
     )
     parser.add_argument(
         "-r",
         "--retain",
         action="store_true",
-        help="store it for as long as the broker keeps messages (the key needs 's')",
+        help="store for 30 days (needs permission s)",
     )
-    add_source(
-        parser,
-        key="a key that permits to write (w)",
-        secret=TO_MAKE_A_KEY,
-    )
+    add_source(parser, key="key with permission w", secret=SECRET_HELP)
 
 
 def add_link(commands: Commands) -> None:
@@ -77,24 +74,32 @@ def add_link(commands: Commands) -> None:
         commands,
         "link",
         _link,
-        help="make a link, and publish through it",
+        arguments="NAME CHANNEL [MESSAGE]",
+        help="create a link and publish through it",
         description=(
-            "Make a link, a name of one or two letters that stands for key, channel and options, "
-            "print it, and\npublish through it: a message, or with '-' each line of standard "
-            "input. A link lasts only as long as\nits connection, so it ends with the command. The "
-            "broker looks at the key when the link is used."
+            "Create a link, print it, and publish messages through it.\n\n"
+            "A link is a name of one or two letters for a key, a channel and its options. It\n"
+            "exists as long as its connection, so it ends with the command. The broker\n"
+            "checks the key when a message is published, not when the link is created."
         ),
         examples=("  %(prog)s a1 chat/ hello\n  seq 100 | %(prog)s a1 chat/ - --ttl 60"),
     )
-    parser.add_argument("name", type=_link_name, help="one or two letters or digits")
-    parser.add_argument("channel", type=arguments_.channel, help="such as chat/ or chat/room/")
+    parser.add_argument(
+        "name", type=_link_name, metavar="NAME", help="one or two letters or digits"
+    )
+    _add_channel(parser)
     _add_message(parser)
     _add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the link as JSON")
-    add_source(
-        parser,
-        key="a key that permits to write (w)",
-        secret=TO_MAKE_A_KEY,
+    add_source(parser, key="key with permission w", secret=SECRET_HELP)
+
+
+def _add_channel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "channel",
+        type=arguments_.channel,
+        metavar="CHANNEL",
+        help="channel, such as chat/ or chat/room/",
     )
 
 
@@ -102,7 +107,8 @@ def _add_message(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "message",
         nargs="?",
-        help="what to publish; '-' publishes each line of standard input",
+        metavar="MESSAGE",
+        help="text to publish, or '-' for each line of stdin",
     )
 
 
@@ -111,13 +117,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--ttl",
         type=arguments_.count,
         metavar="SECONDS",
-        help="store it for so long (the key needs 's')",
+        help="store for this time (needs permission s)",
     )
     parser.add_argument(
         "--no-echo",
         dest="echo",
         action="store_false",
-        help="do not deliver it to this connection itself",
+        help="do not deliver to this connection itself",
     )
 
 
@@ -136,11 +142,11 @@ async def _pub(arguments: argparse.Namespace) -> None:
     if arguments.file is not None and arguments.message is not None:
         raise UsageError("give a message or --file, not both")
     message = "-" if arguments.message is None else arguments.message
-    messages = _each(message) if arguments.file is None else _whole(arguments.file)
+    messages = _lines(message) if arguments.file is None else _file(arguments.file)
     qos: Literal[0, 1] | None = arguments.qos
     if qos is None:
         qos = 0 if arguments.file is None and message == "-" else 1
-    async with lasting(source) as emitter:
+    async with stay_connected(source) as emitter:
         key = source.key_for(emitter, _permissions(arguments), arguments.channel)
 
         async def publish(message: bytes) -> None:
@@ -159,37 +165,37 @@ async def _pub(arguments: argparse.Namespace) -> None:
         except RequestError as exc:
             if qos == 1:
                 raise
-            # Its own words are for programmers.
+            # The error's own text suggests changes to a program.
             raise CommandError(
-                f"publish {arguments.channel!r}: {exc.status} {exc.message} (--qos 1 tells which "
-                "message, and what may be the reason)"
+                f"cannot publish to {arguments.channel!r}: {exc.status} {exc.message}; use --qos 1 "
+                "to see which message was refused, and likely reasons"
             ) from exc
     uncertain = emitter.statistics().uncertain
     if uncertain:
         raise CommandError(
-            f"{uncertain} of {number} messages were under way when the link was lost: the broker "
-            "may have taken them or not (--qos 1 would tell which)"
+            f"cannot confirm {uncertain} of {counted(number, 'message')}: the connection was lost "
+            "while they were being sent; use --qos 1 to see which the broker accepted"
         )
-    hint(f"published {number} to {arguments.channel}")
+    hint(f"published {counted(number, 'message')} to {arguments.channel}")
 
 
 async def _link(arguments: argparse.Namespace) -> None:
     source: Source = arguments.source
-    async with asking(source) as emitter:
+    async with connect_once(source) as emitter:
         key = source.key_for(emitter, _permissions(arguments), arguments.channel)
         link = await emitter.link(
             key, arguments.channel, arguments.name, ttl=arguments.ttl, echo=arguments.echo
         )
         if arguments.json:
-            say(to_json({"name": link.name, "channel": link.channel}))
+            print_line(to_json({"name": link.name, "channel": link.channel}))
         else:
-            say(f"{link.name} {link.channel}")
+            print_line(f"{link.name} {link.channel}")
         if arguments.message is not None:
 
             async def publish(message: bytes) -> None:
                 await emitter.publish_with_link(link.name, message, qos=1)
 
-            await _publish_all(emitter, _each(arguments.message), publish)
+            await _publish_all(emitter, _lines(arguments.message), publish)
 
 
 async def _publish_all(
@@ -197,14 +203,14 @@ async def _publish_all(
     messages: AsyncGenerator[bytes],
     publish: Callable[[bytes], Awaitable[None]],
 ) -> int:
-    """Publish, until the first refusal at the latest; give how many there were."""
+    """Publish all messages or raise the first refusal, and return the number of messages."""
     refusals: list[Exception] = []
     number = 0
     with anyio.CancelScope() as scope:
 
         @emitter.on("error")
         def give_up(error: Exception) -> None:
-            # A refusal of qos=0 comes when we may be waiting for another line.
+            # The refusal of a qos=0 message might arrive while the next line is awaited.
             refusals.append(error)
             scope.cancel()
 
@@ -220,26 +226,28 @@ async def _publish_all(
                 await emitter.flush()
                 break
             except ConnectionLostError:
-                # Asked again on the next link: what was lost with this one is counted. If there is
-                # none, we are cancelled here.
+                # Messages lost with the connection are counted as uncertain. Flush the next
+                # connection; if the client does not reconnect, it cancels this block here.
                 await checkpoint()
     if refusals:
         raise refusals[0]
     return number
 
 
-async def _each(message: str) -> AsyncGenerator[bytes]:
+async def _lines(message: str) -> AsyncGenerator[bytes]:
+    """Yield the message, or the lines of standard input if it is ``-``."""
     if message != "-":
         yield message.encode(errors="surrogateescape")
         return
     if is_terminal(sys.stdin):
-        hint("each line is a message; Ctrl-D ends")
+        hint("publishing each line as a message; press Ctrl-D to finish")
     async with aclosing(lines()) as read:
         async for line in read:
             yield line
 
 
-async def _whole(name: str) -> AsyncGenerator[bytes]:
+async def _file(name: str) -> AsyncGenerator[bytes]:
+    """Yield the content of a file, or of standard input if its name is ``-``."""
     if name == "-":
         yield b"".join([chunk async for chunk in chunks()])
         return

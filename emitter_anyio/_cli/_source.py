@@ -1,4 +1,4 @@
-"""Where the broker is and which keys open it: flags, a file, the environment; and the client."""
+"""The broker, the keys and the client of a command, from options, a file and the environment."""
 
 from __future__ import annotations
 
@@ -23,31 +23,32 @@ DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
 
 _NAMES: Final = {"url": "EMITTER_URL", "key": "EMITTER_KEY", "secret": "EMITTER_SECRET"}
 
-TO_MAKE_A_KEY: Final = "the broker's secret, to make a key with if none is given"
-"""What the secret is for in most commands."""
+SECRET_HELP: Final = "secret key to generate a key with"
+"""The help of ``--secret`` in commands that need a channel key."""
 
-_A_DAY: Final = 86400
+_GENERATED_KEY_SECONDS: Final = 86400
+"""The lifetime of a channel key that a command generates for itself."""
 
 
 def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = "") -> None:
     """
-    Add the options that say where the broker is, and what opens it.
+    Add the options for the broker and the keys.
 
-    :param key: what a key is for here, if there is one
-    :param secret: what the secret is for here, if it may be given
+    :param key: the help of ``--key``, or ``""`` for commands without it
+    :param secret: the help of ``--secret``, or ``""`` for commands without it
     """
     group = parser.add_argument_group(
         "broker and keys",
-        "Each comes from its option, or else from --env-file, or else from the environment. "
-        "Other users of\nthis machine can see a command line (ps), and so a key or a password in "
-        "it, but neither that file\nnor the environment.",
+        "An option takes precedence over a line of --env-file, and that over the\n"
+        "environment variable in parentheses. Other users of this machine can see keys\n"
+        "and passwords in a command line, but not in the file or the environment.\n"
+        "URL begins with mqtt://, mqtts://, ws:// or wss://.",
     )
     group.add_argument(
         "-u",
         "--url",
         type=url,
-        help="where the broker is: mqtt://HOST:PORT, mqtts://, ws:// or wss:// "
-        f"(EMITTER_URL; default: {DEFAULT_URL})",
+        help=f"broker (EMITTER_URL, else {DEFAULT_URL})",
     )
     if key:
         group.add_argument("-k", "--key", help=f"{key} (EMITTER_KEY)")
@@ -56,29 +57,25 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
     group.add_argument(
         "--env-file",
         metavar="FILE",
-        help="take them from lines such as EMITTER_KEY=..., as a shell reads them",
+        help="file with lines such as EMITTER_KEY=...",
     )
     group.add_argument(
-        "--username", type=username, metavar="NAME", help="the name that presence shows of us"
+        "--username", type=username, metavar="NAME", help="user name to show in presence"
     )
-    group.add_argument(
-        "--cafile",
-        metavar="FILE",
-        help="trust the authorities in this PEM file, instead of the system's",
-    )
+    group.add_argument("--cafile", metavar="FILE", help="PEM file with the authorities to trust")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Source:
     """
-    What was found.
+    The broker and the keys of a command.
 
-    :ivar url: where the broker is
-    :ivar origin: who said so
-    :ivar key: the key, if any
-    :ivar secret: the secret, if any
-    :ivar username: what presence shows, if anything
-    :ivar context: whom TLS trusts, unless the system's authorities
+    :ivar url: the URL of the broker
+    :ivar origin: the option, file or variable that contained the URL
+    :ivar key: the channel key, if any
+    :ivar secret: the secret key, if any
+    :ivar username: the user name shown in presence, if any
+    :ivar context: the TLS context, or ``None`` to trust the system's authorities
     """
 
     url: str
@@ -90,39 +87,41 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What ``connect()`` is to be told beside the URL."""
+        """The options of ``connect()``, without the URL."""
         found = {"username": self.username, "ssl_context": self.context}
         return {name: value for name, value in found.items() if value is not None}
 
     def key_for(self, emitter: Emitter, permissions: str, channel: str) -> Key:
         """
-        Give the key, or else what makes one with the secret.
+        Return the channel key, or a function that generates one with the secret key.
 
-        :raises UsageError: if there is neither, or it cannot be a key
+        :raises UsageError: if both are missing, or the one to use is malformed
         """
         if self.key:
             return _checked(self.key)
         if not self.secret:
             raise UsageError(
-                "a key is needed: --key or EMITTER_KEY; or --secret or EMITTER_SECRET, and one is "
-                "made for this command"
+                "missing key: use --key or EMITTER_KEY, or --secret or EMITTER_SECRET to generate "
+                "one for this command"
             )
         secret = _checked(self.secret)
 
-        async def make() -> str:
-            made = await emitter.keygen(secret, _coverable(channel), permissions, ttl=_A_DAY)
+        async def generate() -> str:
+            made = await emitter.keygen(
+                secret, _key_target(channel), permissions, ttl=_GENERATED_KEY_SECONDS
+            )
             return made.key
 
-        return make
+        return generate
 
     def needed_secret(self) -> str:
         """
-        Give the secret.
+        Return the secret key.
 
-        :raises UsageError: if there is none, or it cannot be a key
+        :raises UsageError: if it is missing or malformed
         """
         if not self.secret:
-            raise UsageError("the broker's secret is needed: --secret or EMITTER_SECRET")
+            raise UsageError("missing secret key: use --secret or EMITTER_SECRET")
         return _checked(self.secret)
 
 
@@ -133,8 +132,8 @@ def _checked(key: str) -> str:
         raise UsageError(str(exc)) from None
 
 
-def _coverable(channel: str) -> str:
-    """Give a target for a key that covers a channel: one that ends in ``+/`` opens nothing."""
+def _key_target(channel: str) -> str:
+    """Return the target of a key for a channel; no key for a target that ends in ``+/`` works."""
     bare = channel
     while bare.endswith(("+/", "#/")):
         bare = bare[:-2]
@@ -143,12 +142,12 @@ def _coverable(channel: str) -> str:
 
 def find_source(arguments: argparse.Namespace) -> Source:
     """
-    Look in flags, file and environment, in this order.
+    Read the broker and the keys from options, file and environment, in this order.
 
-    :raises UsageError: if one of them is wrong
+    :raises UsageError: if a value is invalid
     :raises CommandError: if a file cannot be read
     """
-    file = {} if arguments.env_file is None else _read(arguments.env_file)
+    file = {} if arguments.env_file is None else _read_variables(arguments.env_file)
     found: dict[str, str] = {}
     origin = "the default"
     for option, name in _NAMES.items():
@@ -167,18 +166,18 @@ def find_source(arguments: argparse.Namespace) -> Source:
         url(broker)
     except argparse.ArgumentTypeError as exc:
         raise UsageError(f"{origin}: {exc}") from None
-    context = None if arguments.cafile is None else _trusting(arguments.cafile, broker)
+    context = None if arguments.cafile is None else _tls_context(arguments.cafile, broker)
     return Source(
         broker, origin, found.get("key"), found.get("secret"), arguments.username, context
     )
 
 
-def _read(name: str) -> dict[str, str]:
+def _read_variables(name: str) -> dict[str, str]:
     try:
         lines = Path(name).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise CommandError(
-            f"cannot read {name}: {getattr(exc, 'strerror', None) or 'it is no UTF-8'}"
+            f"cannot read {name}: {getattr(exc, 'strerror', None) or 'it is not UTF-8'}"
         ) from exc
     found = {}
     for number, line in enumerate(lines, 1):
@@ -190,24 +189,26 @@ def _read(name: str) -> dict[str, str]:
         except ValueError:
             words = None
         if words is None or len(words) > 1:
-            # What is there may be half a secret.
-            raise CommandError(f"{name}, line {number} is not NAME=VALUE")
+            # The message omits the line, which might contain a secret.
+            raise CommandError(f"cannot read {name}: line {number} is not NAME=VALUE")
         found[variable.strip()] = "".join(words)
     return found
 
 
-def _trusting(name: str, broker: str) -> ssl.SSLContext:
+def _tls_context(name: str, broker: str) -> ssl.SSLContext:
     if not broker.startswith(("mqtts:", "wss:")):
-        raise UsageError("--cafile is for TLS: mqtts:// or wss://")
+        raise UsageError("--cafile requires TLS: use an mqtts:// or wss:// URL")
     try:
         return ssl.create_default_context(cafile=name)
     except OSError as exc:
         raise CommandError(
-            f"cannot trust {name}: {exc.strerror or exc} (certificates in PEM form)"
+            f"cannot load {name}: {exc.strerror or exc}; expected certificates in PEM format"
         ) from exc
 
 
-class _Notes(logging.Handler):
+class _NoteHandler(logging.Handler):
+    """Prints log records to stderr."""
+
     def emit(self, record: logging.LogRecord) -> None:
         note(record.getMessage())
 
@@ -223,29 +224,29 @@ def _logging(handler: logging.Handler) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def lasting(source: Source, **options: Any) -> AsyncGenerator[Emitter]:
-    """Connect for as long as it takes: a lost link comes back, and stderr tells of it."""
+async def stay_connected(source: Source, **options: Any) -> AsyncGenerator[Emitter]:
+    """Connect, and reconnect after a loss, with notes on stderr."""
     emitter = connect(source.url, reconnect=Backoff(), **source.options, **options)
     connected = False
 
     @emitter.on("connect")
-    def tell() -> None:
+    def note_reconnection() -> None:
         nonlocal connected
         if connected and emitter.connection is not None:
-            note(f"connected again to {emitter.connection.server}")
+            note(f"reconnected to {emitter.connection.server}")
         connected = True
 
-    # What still comes while we leave is no news.
+    # Warnings while connecting and disconnecting would only repeat errors that are raised.
     with _logging(logging.NullHandler()):
         async with emitter:
-            with _logging(_Notes(logging.WARNING)):
+            with _logging(_NoteHandler(logging.WARNING)):
                 yield emitter
 
 
 @asynccontextmanager
-async def asking(source: Source, **options: Any) -> AsyncGenerator[Emitter]:
-    """Connect once, for an answer; what goes wrong is raised."""
-    # It is told in one line: no second one from the log.
+async def connect_once(source: Source, **options: Any) -> AsyncGenerator[Emitter]:
+    """Connect, and raise if the connection is lost."""
+    # The raised error is printed in one line; the log would print it again.
     with _logging(logging.NullHandler()):
         async with connect(source.url, reconnect=None, **source.options, **options) as emitter:
             yield emitter

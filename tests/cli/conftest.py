@@ -19,13 +19,13 @@ from tests.support import tls
 from tests.support.background import Background, background
 from tests.support.terminal import Terminal, standard_streams_on, terminal
 
-# Imported here, for it looks at the current directory, and not while a loop runs.
+# Importing Rich reads the current directory, which blockbuster forbids while a loop runs.
 RICH = (rich.console, rich.live, rich.progress)
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Background]:
-    """A broker for all tests of a module: each has a channel of its own."""
+def server() -> Iterator[Background]:
+    """A broker for all tests of a module. Each test uses its own channel."""
     with background() as made:
         yield made
 
@@ -39,7 +39,7 @@ def secure() -> Iterator[Background]:
 
 @pytest.fixture
 def cafile(tmp_path: Path) -> str:
-    """A file with the authority of that broker."""
+    """The name of a file with the certificate authority of that broker."""
     tls.authority().cert_pem.write_to_path(tmp_path / "ca.pem")
     return str(tmp_path / "ca.pem")
 
@@ -58,7 +58,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """How a command has ended, and what it has printed."""
+    """The exit code and the output of a command."""
 
     code: int
     output: str
@@ -70,7 +70,7 @@ class Done:
 
     @property
     def error(self) -> str:
-        """The only line on stderr, without the program's name."""
+        """The only line of stderr, without the name of the program."""
         (line,) = self.errors.splitlines()
         assert line.startswith("emitter-anyio: ")
         return line.removeprefix("emitter-anyio: ")
@@ -88,13 +88,13 @@ def code_of(arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _readable(stdin: bytes | int) -> Iterator[TextIO]:
-    """Give a pipe with these bytes in it, or the one of a descriptor."""
+    """Open a pipe that contains these bytes, or a descriptor."""
     if isinstance(stdin, int):
         with open(stdin) as file:
             yield file
         return
     reading, writing = os.pipe()
-    # More than a pipe holds may wait for a reader, who may leave.
+    # Write in a thread, because the bytes might exceed the capacity of the pipe.
     writer = threading.Thread(target=_fill, args=(writing, stdin))
     writer.start()
     with open(reading) as file:
@@ -109,14 +109,14 @@ def _fill(descriptor: int, data: bytes) -> None:
 
 @pytest.fixture
 def cli(
-    place: Background, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: Background, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Cli:
-    """Run a command in this process, its output in files, against the broker of the module."""
+    """Return a function that runs a command in this process against the broker of the module."""
 
     def run(*arguments: str, stdin: bytes | int = b"", secret: bool = True) -> Done:
-        monkeypatch.setenv("EMITTER_URL", place.url)
+        monkeypatch.setenv("EMITTER_URL", server.url)
         if secret:
-            monkeypatch.setenv("EMITTER_SECRET", place.secret)
+            monkeypatch.setenv("EMITTER_SECRET", server.secret)
         with _readable(stdin) as file:
             monkeypatch.setattr(sys, "stdin", file)
             code = code_of(list(arguments))
@@ -127,16 +127,16 @@ def cli(
 
 
 @pytest.fixture
-def on_terminal(place: Background, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Run a command in this process on a pseudo-terminal, against the broker of the module."""
+def on_terminal(server: Background, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a function that does the same as ``cli`` on a pseudo-terminal."""
     with terminal() as made:
 
         def run(*arguments: str) -> tuple[int, Terminal]:
-            monkeypatch.setenv("EMITTER_URL", place.url)
-            monkeypatch.setenv("EMITTER_SECRET", place.secret)
+            monkeypatch.setenv("EMITTER_URL", server.url)
+            monkeypatch.setenv("EMITTER_SECRET", server.secret)
             with standard_streams_on(made):
                 code = code_of(list(arguments))
             return code, made
 
-        run.terminal = made  # type: ignore[attr-defined]  # for what is typed before
+        run.terminal = made  # type: ignore[attr-defined]  # for tests that type input
         yield run

@@ -1,3 +1,5 @@
+"""``demo``, ``broker`` and ``license``, and errors in the command line."""
+
 from __future__ import annotations
 
 import re
@@ -23,13 +25,13 @@ from tests.support import tls
 from tests.support.command import run, running
 
 BACKENDS = ["asyncio", "trio"]
-STORY = [
+DEMO_STEPS = [
     *["connect", "keygen", "publish", "publish", "subscribe", "message", "message"],
     *["publish", "message", "presence", "presence", "message", "presence"],
     *["flush", "disconnect"],
 ]
 SECRET = re.compile(r"[-_0-9A-Za-z]{32}")
-"""What a key looks like, and a secret key; a licence is longer."""
+"""Matches a channel key or a secret key. A licence is longer."""
 
 
 CONNECT = bytes.fromhex("100c00044d5154540402000a0000")
@@ -40,7 +42,7 @@ CONNACK = bytes.fromhex("20020000")
 def broker(
     *arguments: str, stop: signal.Signals = signal.SIGINT
 ) -> Iterator[tuple[str, str, str | None]]:
-    """Run ``broker`` on a free port for a block: its URL, licence and secret key."""
+    """Run the command ``broker`` on a free port, and yield its URL, licence and secret key."""
     command = ["-m", "emitter_anyio", "broker", "--port", "0", *arguments]
     with running(*command) as process:
         assert process.stdout is not None
@@ -67,7 +69,7 @@ def demo(*arguments: str, secret: str | None = None) -> subprocess.CompletedProc
     return run("-m", "emitter_anyio", "demo", *arguments, environment=environment)
 
 
-def told(output: str) -> list[str]:
+def first_words(output: str) -> list[str]:
     return [line.split()[0] for line in output.splitlines()]
 
 
@@ -79,11 +81,11 @@ def only_line(text: str) -> str:
 
 class TestDemo:
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_tells_a_line_for_each_thing_that_happens(self, backend: str) -> None:
+    def test_each_step_prints_a_line(self, backend: str) -> None:
         done = demo("--backend", backend)
         assert done.stderr == ""
         assert done.returncode == 0
-        assert told(done.stdout) == ["broker", *STORY]
+        assert first_words(done.stdout) == ["broker", *DEMO_STEPS]
         columns = {len(what) for what in re.findall(r"^\w+ +", done.stdout, re.MULTILINE)}
         assert len(columns) == 1
         assert done.stdout.count("replayed") == 2
@@ -91,81 +93,81 @@ class TestDemo:
             r"^message +'one for me, please' on demo/\w+/, from bob$", done.stdout, re.MULTILINE
         )
         assert re.findall(r"^presence +(.*)$", done.stdout, re.MULTILINE) == [
-            "alice is here",
-            "bob has come",
-            "bob has left",
+            "alice is present",
+            "bob joined",
+            "bob left",
         ]
         assert not SECRET.search(done.stdout)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_runs_against_a_broker_that_is_up(self, backend: str) -> None:
+    def test_url_selects_a_running_broker(self, backend: str) -> None:
         with broker() as (url, _, secret):
             by_flag = demo("--backend", backend, "--url", url, f"--secret={secret}")
             by_environment = demo("--backend", backend, "--url", url, secret=secret)
         for done in (by_flag, by_environment):
             assert done.stderr == ""
             assert done.returncode == 0
-            assert told(done.stdout) == STORY
+            assert first_words(done.stdout) == DEMO_STEPS
 
-    def test_a_user_name_in_the_url_goes_before_those_of_the_story(self) -> None:
+    def test_user_name_in_the_url_takes_precedence(self) -> None:
         with broker() as (url, _, secret):
             done = demo("--url", url.replace("//", "//carol:hush@"), secret=secret)
         assert done.returncode == 0
-        assert "carol is here\n" in done.stdout
+        assert "carol is present\n" in done.stdout
         assert "hush" not in done.stdout
 
-    def test_nobody_listens(self) -> None:
+    def test_connection_refused_is_reported_in_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         done = demo("--url", f"mqtt://127.0.0.1:{port}", secret="x")
         assert (done.returncode, done.stdout) == (1, "")
         line = only_line(done.stderr)
         assert f"mqtt://127.0.0.1:{port}" in line
-        assert line.endswith("without --url the demo starts a broker of its own")
+        assert line.endswith("without --url, the demo starts a broker")
 
-    def test_the_link_is_lost(self) -> None:
+    def test_lost_connection_is_reported_in_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
             with running("-m", "emitter_anyio", "demo", "--url", url, "--secret=x") as process:
-                link, _ = listener.accept()
-                with link:
-                    assert link.recv(1024)
-                    link.sendall(CONNACK)
-                    assert link.recv(1024)
+                connection, _ = listener.accept()
+                with connection:
+                    assert connection.recv(1024)
+                    connection.sendall(CONNACK)
+                    assert connection.recv(1024)
                 output, errors = process.communicate()
         assert process.returncode == 1
-        assert told(output) == ["connect"]
+        assert first_words(output) == ["connect"]
         assert "is lost" in only_line(errors)
 
-    def test_the_secret_is_not_the_brokers(self) -> None:
+    def test_wrong_secret_is_not_printed(self) -> None:
         wrong = "a" * 32
         with broker() as (url, _, _):
             done = demo("--url", url, secret=wrong)
         assert done.returncode == 1
-        # Of 256 licences, one reads it as a master key of another contract, which is a 404.
+        # One of 256 licences decrypts it to a secret key of another contract, which is a 404.
         assert re.search("40[14]", only_line(done.stderr))
         assert wrong not in done.stderr
 
-    def test_it_gives_up(self) -> None:
+    def test_timeout_is_reported(self) -> None:
         done = demo("--timeout", "0")
         assert done.returncode == 1
         assert " 0 s" in only_line(done.stderr)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_ctrl_c_ends_it_as_a_shell_expects(self, backend: str) -> None:
+    def test_ctrl_c_exits_with_130(self, backend: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"mqtt://127.0.0.1:{listener.getsockname()[1]}"
             arguments = ["--backend", backend, "--url", url, "--secret", "x"]
             with running("-m", "emitter_anyio", "demo", *arguments) as process:
-                link, _ = listener.accept()
-                with link:
-                    # It has sent CONNECT, and waits for an answer that does not come.
-                    assert link.recv(1)
+                connection, _ = listener.accept()
+                with connection:
+                    # The demo has sent CONNECT and waits for CONNACK.
+                    assert connection.recv(1)
                     process.send_signal(signal.SIGINT)
                     assert process.communicate() == ("", "")
         assert process.returncode == 128 + signal.SIGINT
 
-    def test_a_reader_that_leaves_ends_it_without_a_word(self) -> None:
+    def test_closed_pipe_exits_with_141(self) -> None:
         with running("-m", "emitter_anyio", "demo") as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -177,7 +179,7 @@ class TestDemo:
 class TestBroker:
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-    def test_prints_what_a_client_needs_and_ends_on_a_signal(
+    def test_prints_url_and_keys_and_exits_on_a_signal(
         self, backend: str, stop: signal.Signals
     ) -> None:
         with broker("--backend", backend, stop=stop) as (url, license, secret):
@@ -189,16 +191,16 @@ class TestBroker:
             assert SECRET.fullmatch(secret)
 
     @pytest.mark.parametrize("backend", BACKENDS)
-    def test_ends_while_a_client_is_connected(self, backend: str) -> None:
+    def test_stopping_disconnects_a_client(self, backend: str) -> None:
         with broker("--backend", backend) as (url, _, _):
             host, port = url.removeprefix("mqtt://").split(":")
-            link = socket.create_connection((host, int(port)))
-            link.sendall(CONNECT)
-            assert link.recv(4) == CONNACK
-        with link:
-            assert link.recv(1) == b""
+            connection = socket.create_connection((host, int(port)))
+            connection.sendall(CONNECT)
+            assert connection.recv(4) == CONNACK
+        with connection:
+            assert connection.recv(1) == b""
 
-    def test_with_a_licence_the_keys_of_another_run_are_good(self) -> None:
+    def test_licence_option_accepts_the_keys_of_another_run(self) -> None:
         with broker() as (_, license, secret):
             pass
         with broker("--license", license) as (url, same, none):
@@ -217,13 +219,15 @@ class TestBroker:
             made.private_key_pem.write_to_path(key)
             arguments += ["--tls-key", str(key)]
         with broker(*arguments) as (url, _, secret):
-            assert anyio.run(partial(_exchange, url, secret, ssl_context=tls.client_context())) == [
+            assert anyio.run(
+                partial(delivered_channels, url, secret, ssl_context=tls.client_context())
+            ) == [
                 "a/",
                 "a/b/",
             ]
 
     @pytest.mark.parametrize("arguments", [[], ["--tls-key", __file__]])
-    def test_tls_without_a_certificate(self, arguments: list[str]) -> None:
+    def test_invalid_tls_files_are_named(self, arguments: list[str]) -> None:
         done = run("-m", "emitter_anyio", "broker", "--tls-cert", __file__, *arguments)
         assert (done.returncode, done.stdout) == (1, "")
         line = only_line(done.stderr)
@@ -232,9 +236,11 @@ class TestBroker:
 
     def test_matcher(self) -> None:
         with broker("--matcher", "mqtt") as (url, _, secret):
-            assert anyio.run(partial(_exchange, url, secret, matcher="mqtt")) == ["a/"]
+            assert anyio.run(partial(delivered_channels, url, secret, matcher="mqtt")) == ["a/"]
 
-    def test_ctrl_c_before_anything_waits_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c_before_the_loop_runs_sets_the_exit_code(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def interrupted(*args: object, **keywords: object) -> None:
             raise KeyboardInterrupt
 
@@ -242,7 +248,7 @@ class TestBroker:
         assert main(["broker"]) == 0
         assert main(["demo"]) == 128 + signal.SIGINT
 
-    def test_a_port_that_is_taken(self) -> None:
+    def test_used_port_is_reported(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = str(listener.getsockname()[1])
             done = run("-m", "emitter_anyio", "broker", "--port", port)
@@ -252,8 +258,8 @@ class TestBroker:
         assert "--port 0" in line
 
 
-async def _exchange(url: str, secret: str | None, **options: Any) -> list[str]:
-    """Give which of two channels reach a subscriber of the first."""
+async def delivered_channels(url: str, secret: str | None, **options: Any) -> list[str]:
+    """Publish to two channels and return those delivered to a subscriber of the first."""
     assert secret is not None
     async with connect(url, **options) as emitter:
         key = (await emitter.keygen(secret, "a/#/", "rw")).key
@@ -268,20 +274,20 @@ async def _exchange(url: str, secret: str | None, **options: Any) -> list[str]:
 
 
 class TestLicense:
-    def test_its_secret_is_a_master_key_of_it(self) -> None:
+    def test_secret_key_belongs_to_the_licence(self) -> None:
         done = run("-m", "emitter_anyio", "license")
         assert (done.returncode, done.stderr) == (0, "")
-        said = re.fullmatch(r"license (\S+:3)\nsecret key (\S+)\n", done.stdout)
-        assert said is not None
-        assert License.parse(said[1]).decrypt(said[2]).is_master
+        match = re.fullmatch(r"license (\S+:3)\nsecret key (\S+)\n", done.stdout)
+        assert match is not None
+        assert License.parse(match[1]).decrypt(match[2]).is_master
 
-    def test_the_broker_takes_it(self) -> None:
+    def test_broker_accepts_the_licence(self) -> None:
         license = run("-m", "emitter_anyio", "license").stdout.split()[1]
         with broker("--license", license) as (_, same, _):
             assert same == license
 
 
-WRONG = {
+INVALID_COMMAND_LINES = {
     "no command": ([], "COMMAND"),
     "unknown command": (["dance"], "invalid choice (choose from"),
     "unknown option": (["demo", "--louder"], "--louder"),
@@ -293,17 +299,17 @@ WRONG = {
     "no number": (["demo", "--timeout", "soon"], "expected a number of seconds"),
     "negative": (["demo", "--timeout", "-1"], "expected a number of seconds"),
     "dash": (["demo", "--url", "mqtt://127.0.0.1", "--secret", "-x"], "write --option=VALUE"),
-    "key only": (["broker", "--tls-key", "key.pem"], "--tls-key needs --tls-cert"),
+    "key only": (["broker", "--tls-key", "key.pem"], "--tls-key requires --tls-cert"),
     "unknown matcher": (["broker", "--matcher", "exact"], "'emitter', 'mqtt'"),
     "port range": (["broker", "--port", "65536"], "expected a port from 0 to 65535"),
     "port": (["broker", "--port", "http"], "expected a port"),
     "URL": (["demo", "mqtt://ann:hush@h"], "unrecognized arguments (see"),
     "URL first": (["mqtt://ann:hush@h"], "invalid choice (choose from"),
     "channel": (["pub", "a b/"], "the character ' '"),
-    "count": (["sub", "a/", "--last", "-1"], "expected a whole number from 0"),
-    "large count": (["sub", "a/", "--last", "9999999999"], "expected a whole number from 0"),
-    "no count": (["sub", "a/", "--count", "0"], "nothing to do for 0"),
-    "no period": (["sub", "a/", "--stats", "0"], "0 seconds are too few"),
+    "count": (["sub", "a/", "--last", "-1"], "expected an integer from 0"),
+    "large count": (["sub", "a/", "--last", "9999999999"], "expected an integer from 0"),
+    "no count": (["sub", "a/", "--count", "0"], "expected an integer of at least 1"),
+    "no period": (["sub", "a/", "--stats", "0"], "expected more than 0 seconds"),
     "time": (["sub", "a/", "--since", "soon"], "expected a time"),
     "early time": (["sub", "a/", "--since", "5"], "from 2018 to 2066"),
     "user name": (["me", "--username", "\udcff"], "--username"),
@@ -314,7 +320,7 @@ WRONG = {
 }
 
 
-ECHOES = [
+MISPLACED_SECRETS = [
     ["me", "--secret", "{}"],
     ["me", "--secret={}"],
     ["me", "{}"],
@@ -338,8 +344,8 @@ ECHOES = [
 
 class TestUsage:
     @pytest.mark.parametrize("secret", ["hushhushhush", "HUSH(1) x = hush", "hush 'HUSH' (hush"])
-    @pytest.mark.parametrize("arguments", ECHOES, ids=" ".join)
-    def test_no_value_is_repeated_that_may_be_a_secret_in_a_wrong_place(
+    @pytest.mark.parametrize("arguments", MISPLACED_SECRETS, ids=" ".join)
+    def test_misplaced_secret_is_not_printed(
         self,
         arguments: list[str],
         secret: str,
@@ -350,11 +356,13 @@ class TestUsage:
         assert left.value.code == 2
         assert "hush" not in only_line(capsys.readouterr().err).lower()
 
-    @pytest.mark.parametrize(("arguments", "says"), WRONG.values(), ids=WRONG)
-    def test_what_is_wrong_is_said_in_one_line(
+    @pytest.mark.parametrize(
+        ("arguments", "expected"), INVALID_COMMAND_LINES.values(), ids=INVALID_COMMAND_LINES
+    )
+    def test_invalid_command_line_is_reported_in_one_line(
         self,
         arguments: list[str],
-        says: str,
+        expected: str,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
@@ -364,7 +372,7 @@ class TestUsage:
         assert left.value.code == 2
         output, errors = capsys.readouterr()
         assert output == ""
-        assert says in only_line(errors)
+        assert expected in only_line(errors)
         assert errors.endswith("--help)\n")
         assert "hush" not in errors
 
@@ -377,11 +385,11 @@ class TestUsage:
             ("1.5m", 1800000000 - 90),
         ],
     )
-    def test_times(self, text: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_time_formats(self, text: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("time.time", lambda: 1800000000)
         assert moment(text) == seconds
 
-    def test_what_a_task_beside_others_raises(
+    def test_error_in_an_exception_group_is_reported(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         def fail(*args: object, **keywords: object) -> None:
@@ -391,7 +399,7 @@ class TestUsage:
         assert main(["demo"]) == 1
         assert only_line(capsys.readouterr().err) == "emitter-anyio: a reason"
 
-    def test_a_mistake_of_ours_is_shown_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unexpected_exception_propagates(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object, **keywords: object) -> None:
             raise ZeroDivisionError
 
@@ -399,12 +407,12 @@ class TestUsage:
         with pytest.raises(ZeroDivisionError):
             main(["demo"])
 
-    def test_in_a_process(self) -> None:
+    def test_module_name_is_shown_in_errors(self) -> None:
         done = run("-m", "emitter_anyio", "demo", "--louder")
         assert (done.returncode, done.stdout) == (2, "")
         assert "see python -m emitter_anyio" in only_line(done.stderr)
 
-    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_version_is_printed(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as left:
             main(["--version"])
         assert left.value.code == 0
@@ -417,7 +425,7 @@ class TestUsage:
             ("/site-packages/emitter_anyio/__main__.py", "python -m emitter_anyio"),
         ],
     )
-    def test_help_teaches_with_examples_as_it_was_called(
+    def test_help_shows_examples_for_the_called_program(
         self,
         program: str,
         shown: str,

@@ -1,4 +1,4 @@
-"""``doctor``: each thing that can be wrong, made wrong."""
+"""``doctor``: each check, with and without the problem that it detects."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ import anyio
 import pytest
 
 from emitter_anyio import Emitter, RequestTimeoutError
-from emitter_anyio._cli import _doctor, _reaching, _rights
-from emitter_anyio._cli._rights import Examination
+from emitter_anyio._cli import _connection_checks, _doctor, _key_checks
+from emitter_anyio._cli._key_checks import KeyChecks
 from emitter_anyio.testing import Broker
 from emitter_anyio.testing._outbox import Outbox
 from tests.cli.conftest import Cli, Done
-from tests.cli.test_presence import there
+from tests.cli.test_presence import subscribed
 from tests.support import tls
 from tests.support.background import Background, background
 
 
-def verdicts(done: Done) -> dict[str, str]:
-    told = [json.loads(line) for line in done.lines]
-    assert len({each["check"] for each in told}) == len(told)
-    return {each["check"]: each["verdict"] for each in told}
+def statuses(done: Done) -> dict[str, str]:
+    results = [json.loads(line) for line in done.lines]
+    assert len({each["check"] for each in results}) == len(results)
+    return {each["check"]: each["status"] for each in results}
 
 
-def found(done: Done, check: str) -> dict[str, str]:
+def result_of(done: Done, check: str) -> dict[str, str]:
     (one,) = [each for each in map(json.loads, done.lines) if each["check"] == check]
     return dict(one)
 
 
-REACHED = {
+CONNECTED = {
     "broker": "ok",
     "dns": "ok",
     "tcp": "ok",
@@ -50,256 +50,263 @@ REACHED = {
 }
 
 
-class TestWell:
-    def test_every_right_but_extend(
+class TestHealthy:
+    def test_all_checks_pass(
         self,
         cli: Cli,
-        place: Background,
+        server: Background,
         unique: str,
         backend: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        # A machine that is busy enough pauses as a broker does that holds back its answers.
-        monkeypatch.setattr(_doctor, "_HELD_BACK", math.inf)
+        # A busy machine might pause for as long as a throttling broker.
+        monkeypatch.setattr(_doctor, "_THROTTLED_PAUSE_SECONDS", math.inf)
         done = cli(
-            *("doctor", "--channel", unique, "--key", place.key(unique, "rwslp"), "--json"),
+            *("doctor", "--channel", unique, "--key", server.key(unique, "rwslp"), "--json"),
             *("--backend", backend),
         )
         assert (done.code, done.errors) == (0, "")
-        assert verdicts(done) == {
-            **REACHED,
+        assert statuses(done) == {
+            **CONNECTED,
             **dict.fromkeys(["key p", "key l", "key r", "key w", "key s", "clock"], "ok"),
             "key e": "note",
         }
-        assert "came back in" in found(done, "key w")["text"]
+        assert "delivered in" in result_of(done, "key w")["text"]
 
-    def test_for_people(self, cli: Cli, place: Background, unique: str) -> None:
-        key = place.key(unique, "rw")
+    def test_text_output(self, cli: Cli, server: Background, unique: str) -> None:
+        key = server.key(unique, "rw")
         done = cli("doctor", "--channel", unique, "--key", key, secret=False)
         assert (done.code, done.errors) == (0, "")
-        assert done.lines[0] == f"ok       broker     {place.url}, from EMITTER_URL"
-        assert done.lines[-1] == "all is well"
+        assert done.lines[0] == f"ok       broker     {server.url} (from EMITTER_URL)"
+        assert done.lines[-1] == "no problems found"
         assert key not in done.output
 
-    def test_on_a_terminal(self, on_terminal: Any, backend: str) -> None:
+    def test_terminal_output_is_coloured(self, on_terminal: Any, backend: str) -> None:
         code, screen = on_terminal("doctor", "--backend", backend)
         assert code == 0
-        assert screen.text.endswith("all is well\n")
+        assert screen.text.endswith("no problems found\n")
         assert b"\x1b[32mok" in screen.raw
 
-    def test_an_extend_key(self, cli: Cli, place: Background, unique: str) -> None:
-        done = cli("doctor", "--channel", unique, "--key", place.key(unique, "e"), "--json")
+    def test_extend_key_has_permission_e(self, cli: Cli, server: Background, unique: str) -> None:
+        done = cli("doctor", "--channel", unique, "--key", server.key(unique, "e"), "--json")
         assert done.code == 0
-        assert verdicts(done)["key e"] == "ok"
+        assert statuses(done)["key e"] == "ok"
 
-    def test_websocket(self, cli: Cli, place: Background, backend: str) -> None:
-        url = place.url.replace("mqtt", "ws") + "/any"
+    def test_websocket_handshake_is_checked(
+        self, cli: Cli, server: Background, backend: str
+    ) -> None:
+        url = server.url.replace("mqtt", "ws") + "/any"
         done = cli("doctor", "--url", url, "--json", "--backend", backend)
         assert done.code == 0
-        assert verdicts(done)["websocket"] == "ok"
+        assert statuses(done)["websocket"] == "ok"
 
-    def test_a_unix_socket(self, cli: Cli, tmp_path: Path) -> None:
+    def test_unix_socket_is_checked(self, cli: Cli, tmp_path: Path) -> None:
         path = str(tmp_path / "socket")
-        with answering(socket.AF_UNIX, path, b"\x20\x02\x00\x00"):
+        with listener_that_sends(socket.AF_UNIX, path, b"\x20\x02\x00\x00"):
             done = cli("doctor", "--url", f"unix://{path}", "--json")
         assert done.code == 1
-        assert verdicts(done) == {"broker": "ok", "socket": "ok", "connack": "ok", "link": "wrong"}
+        assert statuses(done) == {
+            "broker": "ok",
+            "socket": "ok",
+            "connack": "ok",
+            "connection": "failed",
+        }
 
-    def test_a_key_for_no_channel(
-        self, cli: Cli, place: Background, monkeypatch: pytest.MonkeyPatch
+    def test_key_without_channel_is_skipped(
+        self, cli: Cli, server: Background, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("EMITTER_KEY", place.key("a/", "r"))
+        monkeypatch.setenv("EMITTER_KEY", server.key("a/", "r"))
         done = cli("doctor", "--json")
         assert done.code == 0
-        assert found(done, "key")["verdict"] == "untried"
+        assert result_of(done, "key")["status"] == "skipped"
 
 
-class TestCare:
-    """It publishes only where it may."""
-
-    def test_somebody_listens(self, cli: Cli, place: Background, unique: str) -> None:
-        arguments = ("doctor", "--channel", unique, "--key", place.key(unique, "rwp"), "--json")
-        with there(place, unique, "ann"):
+class TestProbe:
+    def test_channel_with_subscribers_is_not_published_to(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        arguments = ("doctor", "--channel", unique, "--key", server.key(unique, "rwp"), "--json")
+        with subscribed(server, unique, "ann"):
             done = cli(*arguments)
             assert done.code == 0
-            assert found(done, "key w") == {
+            assert result_of(done, "key w") == {
                 "check": "key w",
-                "verdict": "untried",
-                "text": "writing was not tried: 1 would get the message",
-                "way": "--probe publishes all the same",
+                "status": "skipped",
+                "text": "no message was published: the channel has 1 subscriber",
+                "fix": "use --probe to publish one",
             }
-            assert found(cli(*arguments, "--need", "w"), "key w")["verdict"] == "wrong"
-            assert found(cli(*arguments, "--probe"), "key w")["verdict"] == "ok"
+            assert result_of(cli(*arguments, "--need", "w"), "key w")["status"] == "failed"
+            assert result_of(cli(*arguments, "--probe"), "key w")["status"] == "ok"
 
-    def test_not_wanted(self, cli: Cli, place: Background, unique: str) -> None:
-        key = place.key(unique, "rws")
+    def test_no_probe_skips_the_message(self, cli: Cli, server: Background, unique: str) -> None:
+        key = server.key(unique, "rws")
         done = cli("doctor", "--channel", unique, "--key", key, "--no-probe", "--json")
         assert done.code == 0
-        assert verdicts(done)["key w"] == verdicts(done)["key s"] == "untried"
+        assert statuses(done)["key w"] == statuses(done)["key s"] == "skipped"
 
-    def test_not_needed(self, cli: Cli, place: Background, unique: str) -> None:
-        key = place.key(unique, "rw")
+    def test_message_is_not_published_unless_needed(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        key = server.key(unique, "rw")
         done = cli("doctor", "--channel", unique, "--key", key, "--need", "r", "--json")
         assert done.code == 0
-        assert not {"key w", "key s"} & {*verdicts(done)}
+        assert not {"key w", "key s"} & {*statuses(done)}
 
 
-class TestRights:
+class TestPermissions:
     @pytest.mark.parametrize(
         ("permissions", "need"), [("w", "r"), ("r", "w"), ("wr", "s"), ("rwl", "s"), ("rw", "e")]
     )
-    def test_lacking(
-        self, cli: Cli, place: Background, unique: str, permissions: str, need: str
+    def test_missing_needed_permission_fails(
+        self, cli: Cli, server: Background, unique: str, permissions: str, need: str
     ) -> None:
-        key = place.key(unique, permissions)
+        key = server.key(unique, permissions)
         done = cli("doctor", "--channel", unique, "--key", key, "--need", need, "--json")
         assert done.code == 1
-        assert found(done, f"key {need}")["verdict"] == "wrong"
-        assert done.error == f"something is wrong: key {need}"
+        assert result_of(done, f"key {need}")["status"] == "failed"
+        assert done.error == f"failed checks: key {need}"
 
-    def test_not_stored_and_not_needed(self, cli: Cli, place: Background, unique: str) -> None:
-        key = place.key(unique, "rwl")
+    def test_missing_permission_is_a_note(self, cli: Cli, server: Background, unique: str) -> None:
+        key = server.key(unique, "rwl")
         done = cli("doctor", "--channel", unique, "--key", key, "--json")
-        assert (done.code, verdicts(done)["key s"]) == (0, "note")
+        assert (done.code, statuses(done)["key s"]) == (0, "note")
 
-    def test_writing_alone(self, cli: Cli, place: Background, unique: str) -> None:
-        key = place.key(unique, "w")
+    def test_write_only_key_passes(self, cli: Cli, server: Background, unique: str) -> None:
+        key = server.key(unique, "w")
         done = cli("doctor", "--channel", unique, "--key", key, "--json")
-        assert (done.code, found(done, "key w")["verdict"]) == (0, "ok")
+        assert (done.code, result_of(done, "key w")["status"]) == (0, "ok")
 
     @pytest.mark.parametrize("key", ["a" * 32, "a/b"])
-    def test_nothing(self, cli: Cli, unique: str, key: str) -> None:
+    def test_key_without_permissions_fails(self, cli: Cli, unique: str, key: str) -> None:
         done = cli("doctor", "--channel", unique, "--key", key, "--json")
-        assert (done.code, done.error) == (1, "something is wrong: key")
-        assert "keygen makes another" in found(done, "key")["way"]
+        assert (done.code, done.error) == (1, "failed checks: key")
+        assert "keygen to generate a new one" in result_of(done, "key")["fix"]
         assert key not in done.output
 
-    def test_no_answer(
-        self, cli: Cli, place: Background, unique: str, monkeypatch: pytest.MonkeyPatch
+    def test_presence_timeout_fails(
+        self, cli: Cli, server: Background, unique: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        async def silent(*args: object, **options: object) -> None:
-            raise RequestTimeoutError("presence: no answer")
+        async def time_out(*args: object, **options: object) -> None:
+            raise RequestTimeoutError("presence: no reply")
 
-        monkeypatch.setattr(Emitter, "presence", silent)
-        done = cli("doctor", "--channel", unique, "--key", place.key(unique, "r"), "--json")
-        assert (done.code, found(done, "key p")["verdict"]) == (1, "wrong")
+        monkeypatch.setattr(Emitter, "presence", time_out)
+        done = cli("doctor", "--channel", unique, "--key", server.key(unique, "r"), "--json")
+        assert (done.code, result_of(done, "key p")["status"]) == (1, "failed")
 
-    def test_others_publish_meanwhile(
-        self, cli: Cli, place: Background, unique: str, monkeypatch: pytest.MonkeyPatch
+    def test_messages_of_others_are_ignored(
+        self, cli: Cli, server: Background, unique: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         publish = Emitter.publish
 
-        async def among_others(emitter: Emitter, *arguments: Any, **options: Any) -> None:
-            await place_publish()
+        async def publish_among_others(emitter: Emitter, *arguments: Any, **options: Any) -> None:
+            await publish_another()
             await publish(emitter, *arguments, **options)
-            await place_publish()
+            await publish_another()
 
-        async def place_publish() -> None:
-            await anyio.to_thread.run_sync(lambda: place.publish(unique, "another", ttl=60))
+        async def publish_another() -> None:
+            await anyio.to_thread.run_sync(lambda: server.publish(unique, "another", ttl=60))
 
-        monkeypatch.setattr(Emitter, "publish", among_others)
-        done = cli("doctor", "--channel", unique, "--key", place.key(unique, "rwsl"), "--json")
-        assert (done.code, verdicts(done)["key w"], verdicts(done)["key s"]) == (0, "ok", "ok")
+        monkeypatch.setattr(Emitter, "publish", publish_among_others)
+        done = cli("doctor", "--channel", unique, "--key", server.key(unique, "rwsl"), "--json")
+        assert (done.code, statuses(done)["key w"], statuses(done)["key s"]) == (0, "ok", "ok")
 
-    def test_nothing_is_delivered(
+    def test_undelivered_message_fails(
         self,
         cli: Cli,
-        place: Background,
+        server: Background,
         unique: str,
         backend: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        def impatient(*arguments: Any, **options: Any) -> Examination:
-            return Examination(*arguments, **{**options, "patience": 0.01})
+        def with_short_timeout(*arguments: Any, **options: Any) -> KeyChecks:
+            return KeyChecks(*arguments, **{**options, "delivery_timeout": 0.01})
 
-        # Only the delivery is given little time: a busy machine may need more for the other steps.
-        monkeypatch.setattr(_doctor, "Examination", impatient)
-        with place.broker.lose("message"):
+        # Shorten only this timeout, because a busy machine might need more for the other steps.
+        monkeypatch.setattr(_doctor, "KeyChecks", with_short_timeout)
+        with server.broker.lose("message"):
             done = cli(
-                *("doctor", "--channel", unique, "--key", place.key(unique, "rw"), "--json"),
+                *("doctor", "--channel", unique, "--key", server.key(unique, "rw"), "--json"),
                 *("--backend", backend),
             )
-        assert (done.code, done.error) == (1, "something is wrong: delivery")
+        assert (done.code, done.error) == (1, "failed checks: delivery")
 
-    def test_the_secret(self, cli: Cli) -> None:
+    def test_invalid_secret_fails(self, cli: Cli) -> None:
         done = cli("doctor", "--secret", "a/b", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: secret")
+        assert (done.code, done.error) == (1, "failed checks: secret")
 
 
 class TestClock:
     @pytest.mark.parametrize("permissions", ["p", "rwsl"])
-    def test_ahead(self, cli: Cli, unique: str, permissions: str) -> None:
+    def test_broker_clock_ahead_fails(self, cli: Cli, unique: str, permissions: str) -> None:
         with background() as ahead:
             ahead.broker.advance(100)
             key = ahead.key(unique, permissions)
             done = cli(
                 "doctor", "-u", ahead.url, "--channel", unique, "-k", key, "--json", secret=False
             )
-        assert (done.code, done.error) == (1, "something is wrong: clock")
-        assert " s ahead of ours" in found(done, "clock")["text"]
+        assert (done.code, done.error) == (1, "failed checks: clock")
+        assert " s ahead of the local clock" in result_of(done, "clock")["text"]
 
-    def test_behind(
-        self, cli: Cli, place: Background, unique: str, monkeypatch: pytest.MonkeyPatch
+    def test_broker_clock_behind_fails(
+        self, cli: Cli, server: Background, unique: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ours = SimpleNamespace(time=lambda: time.time() + 100, perf_counter=time.perf_counter)
-        monkeypatch.setattr(_rights, "time", ours)
-        key = place.key(unique, "p")
+        local = SimpleNamespace(time=lambda: time.time() + 100, perf_counter=time.perf_counter)
+        monkeypatch.setattr(_key_checks, "time", local)
+        key = server.key(unique, "p")
         done = cli("doctor", "--channel", unique, "-k", key, "--json")
-        assert " s behind ours" in found(done, "clock")["text"]
+        assert " s behind the local clock" in result_of(done, "clock")["text"]
 
 
 class TestBroker:
-    def test_it_holds_back_what_follows_a_burst(
-        self, cli: Cli, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        # However slow we are, it allows no more writes meanwhile.
+    def test_throttling_broker_is_noted(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Independently of the clock, so that a slow machine gets no further writes.
         allowed = repeat(True, 60)
         monkeypatch.setattr(Outbox, "_may_write", lambda self: next(allowed, False))
         with background(coalesce=True) as slow:
             done = cli("doctor", "--url", slow.url, "--json", secret=False)
-        assert (done.code, found(done, "flush")["verdict"]) == (0, "note")
-        assert "limit.flushRate" in found(done, "flush")["way"]
+        assert (done.code, result_of(done, "flush")["status"]) == (0, "note")
+        assert "limit.flushRate" in result_of(done, "flush")["fix"]
 
-    def test_no_answers(self, cli: Cli, place: Background) -> None:
-        with place.broker.lose("answer"):
+    def test_missing_replies_fail(self, cli: Cli, server: Background) -> None:
+        with server.broker.lose("answer"):
             done = cli("doctor", "--json", secret=False)
-        assert (done.code, done.error) == (1, "something is wrong: flush")
-        assert "0 of 100" in found(done, "flush")["text"]
+        assert (done.code, done.error) == (1, "failed checks: flush")
+        assert "0 of 100" in result_of(done, "flush")["text"]
 
-    def test_no_pong(self, cli: Cli, place: Background) -> None:
-        with place.broker.lose("pingresp"):
-            # For each step: the ones before it must be done in this time on a busy machine.
+    def test_missing_pingresp_fails(self, cli: Cli, server: Background) -> None:
+        with server.broker.lose("pingresp"):
+            # The earlier steps must finish within the same timeout on a busy machine.
             done = cli("doctor", "--json", "--timeout", "2")
-        assert (done.code, done.error) == (1, "something is wrong: latency")
+        assert (done.code, done.error) == (1, "failed checks: latency")
 
     @pytest.mark.parametrize("step", ["flush", "keygen"])
-    def test_the_link_is_lost(
-        self, cli: Cli, place: Background, monkeypatch: pytest.MonkeyPatch, step: str
+    def test_lost_connection_fails(
+        self, cli: Cli, server: Background, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
         async def cut(emitter: Emitter, *arguments: Any, **options: Any) -> None:
             me = (await emitter.me()).id
-            place.start_soon(lambda: place.broker.drop(me))
+            server.start_soon(lambda: server.broker.drop(me))
             await anyio.sleep_forever()
 
         monkeypatch.setattr(Emitter, step, cut)
         done = cli("doctor", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: link")
+        assert (done.code, done.error) == (1, "failed checks: connection")
 
 
 @contextmanager
-def answering(family: int, address: Any, answer: bytes) -> Iterator[Any]:
-    """Listen, and answer to the first client with these bytes and a goodbye."""
+def listener_that_sends(family: int, address: Any, answer: bytes) -> Iterator[Any]:
+    """Listen, and send these bytes and an end of stream to the first client."""
     listener = socket.socket(family)
     listener.bind(address)
     listener.listen()
 
     def answer_once() -> None:
-        link, _ = listener.accept()
-        with link:
-            link.recv(1024)
-            link.sendall(answer)
-            link.shutdown(socket.SHUT_WR)
-            while link.recv(1024):
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1024)
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1024):
                 pass
 
     thread = threading.Thread(target=answer_once)
@@ -312,121 +319,126 @@ def answering(family: int, address: Any, answer: bytes) -> Iterator[Any]:
 LOOPBACK = (socket.AF_INET, ("127.0.0.1", 0))
 
 
-class TestReaching:
-    def test_no_such_name(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestConnection:
+    def test_unknown_host_fails(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         async def fail(*args: object, **options: object) -> None:
             raise socket.gaierror(-2, "Name or service not known")
 
         monkeypatch.setattr(anyio, "getaddrinfo", fail)
         done = cli("doctor", "--url", "mqtt://broker.invalid", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: dns")
-        assert found(done, "dns")["text"] == "broker.invalid: Name or service not known"
+        assert (done.code, done.error) == (1, "failed checks: dns")
+        assert result_of(done, "dns")["text"] == "broker.invalid: Name or service not known"
 
-    def test_a_name(self, cli: Cli, place: Background) -> None:
-        url = place.url.replace("127.0.0.1", "localhost")
-        assert "localhost is " in found(cli("doctor", "--url", url, "--json"), "dns")["text"]
+    def test_host_name_is_resolved(self, cli: Cli, server: Background) -> None:
+        url = server.url.replace("127.0.0.1", "localhost")
+        assert (
+            "localhost resolved to "
+            in result_of(cli("doctor", "--url", url, "--json"), "dns")["text"]
+        )
 
-    def test_nobody_listens(self, cli: Cli, backend: str) -> None:
+    def test_closed_port_fails(self, cli: Cli, backend: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         url = f"mqtt://127.0.0.1:{port}"
         done = cli("doctor", "--url", url, "--json", "--backend", backend)
-        assert (done.code, done.error) == (1, "something is wrong: tcp")
-        assert found(done, "tcp")["text"].endswith("Connection refused")
+        assert (done.code, done.error) == (1, "failed checks: tcp")
+        assert result_of(done, "tcp")["text"].endswith("Connection refused")
 
-    def test_packets_are_swallowed(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tcp_timeout_fails(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         async def wait(*args: object, **options: object) -> None:
             await anyio.sleep_forever()
 
         monkeypatch.setattr(anyio, "connect_tcp", wait)
-        # The step before it must be done in this time on a busy machine.
+        # The DNS step must finish within the same timeout on a busy machine.
         done = cli("doctor", "--timeout", "2", "--json")
-        assert found(done, "tcp")["text"].endswith("no answer within 2 s")
+        assert result_of(done, "tcp")["text"].endswith("no reply within 2 s")
 
-    def test_no_such_socket(self, cli: Cli) -> None:
+    def test_missing_unix_socket_fails(self, cli: Cli) -> None:
         done = cli("doctor", "--url", "unix:///no/such/socket", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: socket")
+        assert (done.code, done.error) == (1, "failed checks: socket")
 
     @pytest.mark.parametrize(
-        ("answer", "way"),
+        ("answer", "fix"),
         [
-            (b"\x20\x02\x00\x05", "user and password go into the URL"),
+            (b"\x20\x02\x00\x05", "put user and password into the URL"),
             (b"\x20\x02\x00\x01", ""),
-            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else than a broker"),
-            (b"", "does a broker listen there"),
+            (b"HTTP/1.1 400 Bad Request\r\n\r\n", "check the port"),
+            (b"", "check that the port is the broker's"),
         ],
     )
-    def test_no_connack(self, cli: Cli, answer: bytes, way: str) -> None:
-        with answering(*LOOPBACK, answer) as (host, port):
+    def test_connack_errors_suggest_a_fix(self, cli: Cli, answer: bytes, fix: str) -> None:
+        with listener_that_sends(*LOOPBACK, answer) as (host, port):
             done = cli("doctor", "--url", f"mqtt://{host}:{port}", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: connack")
-        assert found(done, "connack").get("way", "").startswith(way)
+        assert (done.code, done.error) == (1, "failed checks: connack")
+        assert result_of(done, "connack").get("fix", "").startswith(fix)
 
-    def test_no_answer(self, cli: Cli, place: Background) -> None:
-        with place.broker.lose("connack"):
+    def test_connack_timeout_fails(self, cli: Cli, server: Background) -> None:
+        with server.broker.lose("connack"):
             done = cli("doctor", "--timeout", "2", "--json")
-        assert found(done, "connack")["text"].endswith("no answer within 2 s")
+        assert result_of(done, "connack")["text"].endswith("no reply within 2 s")
 
-    def test_no_websocket(self, cli: Cli) -> None:
-        with answering(*LOOPBACK, b"HTTP/1.1 404 Not Found\r\n\r\n") as (host, port):
+    def test_http_server_is_not_a_websocket(self, cli: Cli) -> None:
+        with listener_that_sends(*LOOPBACK, b"HTTP/1.1 404 Not Found\r\n\r\n") as (host, port):
             done = cli("doctor", "--url", f"ws://{host}:{port}", "--json")
-        assert (done.code, done.error) == (1, "something is wrong: websocket")
+        assert (done.code, done.error) == (1, "failed checks: websocket")
 
-    def test_a_websocket_and_no_broker(self, cli: Cli, place: Background) -> None:
-        with place.broker.refuse(4):
-            done = cli("doctor", "--url", place.url.replace("mqtt", "ws"), "--json")
-        assert verdicts(done)["websocket"] == "ok"
-        assert done.error == "something is wrong: connack"
+    def test_refused_connection_over_websocket(self, cli: Cli, server: Background) -> None:
+        with server.broker.refuse(4):
+            done = cli("doctor", "--url", server.url.replace("mqtt", "ws"), "--json")
+        assert statuses(done)["websocket"] == "ok"
+        assert done.error == "failed checks: connack"
 
 
 class TestTls:
-    def test_well(self, cli: Cli, secure: Background, cafile: str, backend: str) -> None:
+    def test_valid_certificate_passes(
+        self, cli: Cli, secure: Background, cafile: str, backend: str
+    ) -> None:
         done = cli(
             *("doctor", "--url", secure.url, "--cafile", cafile, "--json", "--backend", backend),
             secret=False,
         )
         assert done.code == 0
-        assert found(done, "tls")["text"].startswith("TLSv1.3, and a certificate for 127.0.0.1")
+        assert result_of(done, "tls")["text"].startswith("TLSv1.3, certificate for 127.0.0.1")
 
-    def test_soon_to_end(
+    def test_expiring_certificate_is_noted(
         self, cli: Cli, secure: Background, cafile: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_reaching, "_SOON", float("inf"))
+        monkeypatch.setattr(_connection_checks, "_EXPIRY_NOTE_SECONDS", float("inf"))
         done = cli("doctor", "--url", secure.url, "--cafile", cafile, "--json", secret=False)
-        assert (done.code, found(done, "tls")["verdict"]) == (0, "note")
+        assert (done.code, result_of(done, "tls")["status"]) == (0, "note")
 
-    def test_an_authority_of_ones_own(self, cli: Cli, secure: Background) -> None:
+    def test_private_authority_fails(self, cli: Cli, secure: Background) -> None:
         done = cli("doctor", "--url", secure.url, "--json")
-        assert (done.code, done.error) == (1, "something is wrong: tls")
-        assert "--cafile FILE trusts it" in found(done, "tls")["way"]
+        assert (done.code, done.error) == (1, "failed checks: tls")
+        assert "use --cafile FILE to trust" in result_of(done, "tls")["fix"]
 
-    def test_another_name(self, cli: Cli, cafile: str) -> None:
-        with background_of("elsewhere.example") as url:
+    def test_wrong_host_name_fails(self, cli: Cli, cafile: str) -> None:
+        with broker_with_certificate_for("elsewhere.example") as url:
             done = cli("doctor", "--url", url, "--cafile", cafile, "--json")
-        assert "connect to a name that is in the certificate" in found(done, "tls")["way"]
+        assert "connect to a host name in the certificate" in result_of(done, "tls")["fix"]
 
     @pytest.mark.parametrize(
         ("answer", "text"),
         [
             (b"HTTP/1.1 400 Bad Request\r\n\r\n", "wrong version number"),
-            (b"", "the peer closed the link in the handshake"),
+            (b"", "the peer closed the connection during the handshake"),
         ],
     )
-    def test_no_tls(self, cli: Cli, answer: bytes, text: str) -> None:
-        with answering(*LOOPBACK, answer) as (host, port):
+    def test_port_without_tls_fails(self, cli: Cli, answer: bytes, text: str) -> None:
+        with listener_that_sends(*LOOPBACK, answer) as (host, port):
             done = cli("doctor", "--url", f"mqtts://{host}:{port}", "--json")
-        assert found(done, "tls")["text"] in (text, "record layer failure")
+        assert result_of(done, "tls")["text"] in (text, "record layer failure")
 
-    def test_no_answer(self, cli: Cli) -> None:
+    def test_tls_timeout_fails(self, cli: Cli) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"mqtts://127.0.0.1:{listener.getsockname()[1]}"
             done = cli("doctor", "--url", url, "--timeout", "2", "--json")
-        assert found(done, "tls")["text"] == "no answer within 2 s"
+        assert result_of(done, "tls")["text"] == "no reply within 2 s"
 
 
 @contextmanager
-def background_of(name: str) -> Iterator[str]:
-    """Run a broker whose certificate is for another name."""
+def broker_with_certificate_for(name: str) -> Iterator[str]:
+    """Run a broker with a certificate for another host name, and yield its URL."""
     from anyio.from_thread import start_blocking_portal
 
     with start_blocking_portal("trio") as portal:
@@ -437,14 +449,16 @@ def background_of(name: str) -> Iterator[str]:
 
 class TestUsage:
     @pytest.mark.parametrize(
-        ("arguments", "says"),
+        ("arguments", "expected"),
         [
-            (["--key", "x"], "--key needs --channel"),
-            (["--need", "r"], "--need needs --channel"),
+            (["--key", "x"], "--key requires --channel"),
+            (["--need", "r"], "--need requires --channel"),
             (["--need", "rz", "--channel", "a/"], "expected letters out of r"),
         ],
     )
-    def test_wrong(self, cli: Cli, arguments: list[str], says: str) -> None:
+    def test_invalid_options_are_rejected(
+        self, cli: Cli, arguments: list[str], expected: str
+    ) -> None:
         done = cli("doctor", *arguments)
         assert done.code == 2
-        assert says in done.error
+        assert expected in done.error

@@ -1,4 +1,4 @@
-"""docs/command-line.md: every command line of it is typed into a shell, in turn."""
+"""Run every command line of docs/command-line.md in a shell, in order."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from tests.support.command import ROOT
 
 TEXT = (ROOT / "docs/command-line.md").read_text()
 BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-# An id first, for it may begin with a digit.
+# Ids come first, because they may begin with a digit.
 VARIES = re.compile(r"[A-Z0-9]{26}|\d[\d.,:]*|\"[^\"]*(…|T\d)[^\"]*\"|\"[-\w+/=]{32,}\"")
 
 
 def lines_of(block: str) -> list[tuple[str, str]]:
-    """Give each line that is typed, and what is printed then."""
+    """Return each command line with its output."""
     found = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
     return [(typed, printed) for typed, printed in found]
 
 
-def alike(text: str) -> str:
-    """Take out what is another one each time."""
-    # The dots stand for numbers, ids and times.
+def normalize(text: str) -> str:
+    """Replace numbers, ids and times, which differ in each run."""
     return VARIES.sub("…", text)
 
 
-def test_each_line(place: Background, tmp_path: Path) -> None:
+def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path) -> None:
     program = tmp_path / "emitter-anyio"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m emitter_anyio "$@"\n')
     program.chmod(0o755)
@@ -41,11 +40,11 @@ def test_each_line(place: Background, tmp_path: Path) -> None:
         **inherited,
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "EMITTER_URL": place.url,
-        "EMITTER_SECRET": place.secret,
+        "EMITTER_URL": server.url,
+        "EMITTER_SECRET": server.secret,
     }
     typed = [each for block in BLOCKS for each in lines_of(block)]
-    # What runs until Ctrl-C is started by other tests.
+    # Other tests cover this command, which runs until Ctrl-C.
     assert typed.pop(0)[0] == "emitter-anyio broker --port 0"
     for line, printed in typed:
         done = subprocess.run(
@@ -58,9 +57,9 @@ def test_each_line(place: Background, tmp_path: Path) -> None:
             text=True,
         )
         assert (done.returncode, done.stderr) == (0, ""), line
-        assert alike(done.stdout) == alike(printed), line
+        assert normalize(done.stdout) == normalize(printed), line
 
 
-def test_each_command_is_there() -> None:
+def test_all_commands_are_documented() -> None:
     names = {add.__name__.removeprefix("add_") for add in _COMMANDS} | {"unban"}
     assert names - {"demo", "license"} <= set(re.findall(r"emitter-anyio (\w+)", TEXT))

@@ -1,4 +1,4 @@
-"""``keygen``, ``ban``, ``unban`` and ``me``."""
+"""``keygen``, ``ban``, ``unban`` and ``me``: output and errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support.background import Background
 
 
 class TestKeygen:
-    def test_a_key(self, cli: Cli, unique: str, backend: str) -> None:
+    def test_key_is_printed(self, cli: Cli, unique: str, backend: str) -> None:
         made = cli("keygen", unique, "--backend", backend)
         assert (made.code, made.errors, len(made.output)) == (0, "", 33)
         key = made.output.strip()
@@ -21,33 +21,37 @@ class TestKeygen:
         assert made["channel"] == f"{unique}#/"
         assert len(made["key"]) == 32
 
-    def test_a_private_channel(self, cli: Cli, place: Background, unique: str) -> None:
-        made = cli("keygen", unique, "--key", place.key(unique, "rwe"), secret=False)
+    def test_extend_key_opens_a_private_channel(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        made = cli("keygen", unique, "--key", server.key(unique, "rwe"), secret=False)
         assert made.code == 0
-        channel = made.error.removeprefix("it opens ")
+        channel = made.error.removeprefix("the key is for ")
         assert channel.startswith(unique)
         key = made.output.strip()
         assert cli("pub", channel, "hello", "--key", key, secret=False).code == 0
 
-    def test_no_secret(self, cli: Cli, unique: str) -> None:
+    def test_missing_secret_is_reported(self, cli: Cli, unique: str) -> None:
         done = cli("keygen", unique, secret=False)
         assert done.code == 2
         assert "--secret or EMITTER_SECRET" in done.error
 
-    def test_no_such_permission(self, cli: Cli, unique: str) -> None:
+    def test_unknown_permission_is_rejected(self, cli: Cli, unique: str) -> None:
         done = cli("keygen", unique, "rz")
         assert done.code == 2
         assert "letters out of r" in done.error
 
-    def test_no_such_target(self, cli: Cli) -> None:
+    def test_invalid_target_is_rejected(self, cli: Cli) -> None:
         done = cli("keygen", "a b/")
         assert done.code == 2
         assert "does not accept" in done.error
 
 
 class TestBan:
-    def test_there_and_back(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        key = place.key(unique, "w")
+    def test_banned_key_is_refused_until_unbanned(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        key = server.key(unique, "w")
         publish = ("pub", unique, "hello", "--key", key)
         done = cli("ban", key, "--backend", backend)
         assert (done.code, done.output, done.errors) == (0, "banned\n", "")
@@ -56,21 +60,23 @@ class TestBan:
         assert (done.code, done.output, done.errors) == (0, "not banned\n", "")
         assert cli(*publish).code == 0
 
-    def test_no_key(self, cli: Cli) -> None:
+    def test_empty_standard_input_is_rejected(self, cli: Cli) -> None:
         done = cli("ban")
         assert (done.code, done.output) == (2, "")
         assert "key" in done.error
 
-    def test_no_key_at_all(self, cli: Cli) -> None:
+    def test_malformed_key_is_not_printed(self, cli: Cli) -> None:
         done = cli("ban", "a/b")
         assert done.code == 2
         assert "a/b" not in done.errors
 
-    def test_on_a_terminal(self, on_terminal: Any, place: Background, unique: str) -> None:
-        on_terminal.terminal.type(f"{place.key(unique, 'w')}\n".encode())
+    def test_key_is_read_from_a_terminal(
+        self, on_terminal: Any, server: Background, unique: str
+    ) -> None:
+        on_terminal.terminal.type(f"{server.key(unique, 'w')}\n".encode())
         code, screen = on_terminal("ban")
         assert code == 0
-        assert "the key, please\n" in screen.text
+        assert "enter the channel key\n" in screen.text
         assert screen.text.endswith("banned\n")
 
 

@@ -1,4 +1,4 @@
-"""``presence``, as lines, as JSON and as a board."""
+"""``presence``: lines, JSON and the live table."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.support.terminal import terminal
 
 
 @contextmanager
-def there(place: Background, channel: str, name: str | None) -> Iterator[None]:
-    """Have somebody be there."""
+def subscribed(server: Background, channel: str, name: str | None) -> Iterator[None]:
+    """Keep a client with this user name subscribed to a channel."""
     options = {} if name is None else {"username": name}
 
-    async def be(*, task_status: TaskStatus[None]) -> None:
-        async with connect(place.url, **options) as emitter:
-            async with emitter.subscribe(place.key(channel, "r"), channel, last=0):
+    async def stay(*, task_status: TaskStatus[None]) -> None:
+        async with connect(server.url, **options) as emitter:
+            async with emitter.subscribe(server.key(channel, "r"), channel, last=0):
                 task_status.started()
                 await anyio.sleep_forever()
 
-    leave = place.start(be)
+    leave = server.start(stay)
     try:
         yield
     finally:
@@ -40,81 +40,87 @@ def there(place: Background, channel: str, name: str | None) -> Iterator[None]:
 
 
 class TestOnce:
-    def test_lines(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        with there(place, unique, "an\x1bn"):
+    def test_text(self, cli: Cli, server: Background, unique: str, backend: str) -> None:
+        with subscribed(server, unique, "an\x1bn"):
             done = cli("presence", unique, "--once", "--backend", backend)
         assert (done.code, done.errors) == (0, "")
-        assert done.output[8:] == f"  an\\x1bn is here  {unique}\n"
+        assert done.output[8:] == f"  an\\x1bn is present  {unique}\n"
 
-    def test_nobody(self, cli: Cli, unique: str) -> None:
+    def test_no_subscribers(self, cli: Cli, unique: str) -> None:
         done = cli("presence", unique, "--once")
-        assert done.output[8:] == f"  nobody is here  {unique}\n"
+        assert done.output[8:] == f"  no subscribers  {unique}\n"
 
-    def test_json(self, cli: Cli, place: Background, unique: str) -> None:
-        with there(place, unique, None):
+    def test_json(self, cli: Cli, server: Background, unique: str) -> None:
+        with subscribed(server, unique, None):
             done = cli("presence", unique, "--once", "--json")
-        told = json.loads(done.output)
-        assert (told["event"], told["channel"]) == ("status", unique)
-        assert [(len(who["id"]), who["username"]) for who in told["who"]] == [(26, None)]
+        event = json.loads(done.output)
+        assert (event["event"], event["channel"]) == ("status", unique)
+        assert [(len(who["id"]), who["username"]) for who in event["who"]] == [(26, None)]
 
-    def test_refused(self, cli: Cli, place: Background, unique: str) -> None:
-        done = cli("presence", unique, "--key", place.key(unique, "r"))
+    def test_refusal_names_the_missing_permission(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        done = cli("presence", unique, "--key", server.key(unique, "r"))
         assert done.code == 1
         assert "'p' (presence)" in done.error
 
 
-def environment(place: Background) -> dict[str, str]:
-    return {"EMITTER_URL": place.url, "EMITTER_SECRET": place.secret, "TERM": "xterm"}
+def environment(server: Background) -> dict[str, str]:
+    return {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret, "TERM": "xterm"}
 
 
 class TestChanges:
     @pytest.mark.parametrize("as_json", [False, True])
-    def test_in_a_pipe(self, place: Background, unique: str, backend: str, as_json: bool) -> None:
+    def test_changes_are_printed_to_a_pipe(
+        self, server: Background, unique: str, backend: str, as_json: bool
+    ) -> None:
         more = ["--json"] if as_json else []
         arguments = ["presence", unique, "--backend", backend, *more]
-        with running("-m", "emitter_anyio", *arguments, environment=environment(place)) as process:
+        with running("-m", "emitter_anyio", *arguments, environment=environment(server)) as process:
             assert process.stdout is not None
             lines = [process.stdout.readline()]
-            with there(place, unique, "ann"):
+            with subscribed(server, unique, "ann"):
                 lines.append(process.stdout.readline())
             lines.append(process.stdout.readline())
             process.send_signal(signal.SIGINT)
             assert process.communicate() == ("", "")
         assert process.returncode == 130
         if as_json:
-            told = [json.loads(line) for line in lines]
-            assert [each["event"] for each in told] == ["status", "subscribe", "unsubscribe"]
-            assert told[1]["who"][0]["username"] == "ann"
+            events = [json.loads(line) for line in lines]
+            assert [each["event"] for each in events] == ["status", "subscribe", "unsubscribe"]
+            assert events[1]["who"][0]["username"] == "ann"
         else:
             assert [line[10:].split("  ")[0] for line in lines] == [
-                "nobody is here",
-                "ann has come",
-                "ann has left",
+                "no subscribers",
+                "ann joined",
+                "ann left",
             ]
 
     @pytest.mark.parametrize("rich", [True, False])
-    def test_on_a_terminal(self, place: Background, unique: str, backend: str, rich: bool) -> None:
+    def test_changes_are_shown_on_a_terminal(
+        self, server: Background, unique: str, backend: str, rich: bool
+    ) -> None:
         hide = "" if rich else "sys.modules['rich.console'] = None; "
         program = f"import sys; {hide}from emitter_anyio._cli import main; sys.exit(main())"
         with terminal() as screen:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, "presence", unique, "--backend", backend],
                 cwd=ROOT,
-                env={**os.environ, **environment(place)},
+                env={**os.environ, **environment(server)},
                 stdin=screen.program_fd,
                 stdout=screen.program_fd,
                 stderr=screen.program_fd,
                 start_new_session=True,
             )
-            screen.wait_for("0 here" if rich else "nobody is here")
-            with there(place, unique, "ann"):
-                screen.wait_for("ann has come")
-            screen.wait_for("ann has left")
+            screen.wait_for("0 present" if rich else "no subscribers")
+            with subscribed(server, unique, "ann"):
+                screen.wait_for("ann joined")
+            screen.wait_for("ann left")
             process.send_signal(signal.SIGINT)
             assert process.wait() == 130
             screen.close_program_side()
         assert "Traceback" not in screen.text
         if rich:
-            assert "1 here" in screen.text
-            # The cursor is back.
+            assert "1 present" in screen.text
+            # The cursor is shown again at the end.
             assert screen.raw.rindex(b"\x1b[?25h") > screen.raw.rindex(b"\x1b[?25l")

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full or left; and answers that would steer a terminal."""
+"""Closed or full standard streams, closed pipes, and replies with control characters."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ HOSTILE = "\x1b[2J\x9b\u202e\udcff"
 SHOWN = "\\x1b[2J\\x9b\\u202e\\udcff"
 
 
-def shell(place: Background, *arguments: str, redirect: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with standard streams as a shell redirects them."""
+def shell(server: Background, *arguments: str, redirect: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with standard streams that a shell redirects."""
     return subprocess.run(
         ["sh", "-c", f'"$0" -W error -m emitter_anyio "$@" {redirect}', sys.executable, *arguments],
         check=False,
         cwd=ROOT,
-        env={**os.environ, "EMITTER_URL": place.url, "EMITTER_SECRET": place.secret},
+        env={**os.environ, "EMITTER_URL": server.url, "EMITTER_SECRET": server.secret},
         capture_output=True,
         text=True,
     )
@@ -40,60 +40,60 @@ class TestClosed:
         [["me"], ["sub", "a/"], ["sub", "a/", "--stats"], ["history", "a/"], ["demo"]],
         ids=" ".join,
     )
-    def test_standard_output(self, place: Background, arguments: list[str]) -> None:
-        done = shell(place, *arguments, redirect=">&-")
+    def test_standard_output(self, server: Background, arguments: list[str]) -> None:
+        done = shell(server, *arguments, redirect=">&-")
         assert done.returncode == 1
         assert done.stderr == "emitter-anyio: cannot write to standard output: it is closed\n"
 
     @pytest.mark.parametrize("arguments", [["pub", "a/"], ["ban"]], ids=" ".join)
-    def test_standard_input(self, place: Background, arguments: list[str]) -> None:
-        done = shell(place, *arguments, redirect="<&-")
+    def test_standard_input(self, server: Background, arguments: list[str]) -> None:
+        done = shell(server, *arguments, redirect="<&-")
         assert done.returncode == 1
         assert done.stderr == "emitter-anyio: cannot read standard input: it is closed\n"
 
-    def test_standard_input_that_is_not_read(self, place: Background) -> None:
-        done = shell(place, "pub", "a/", "hello", redirect="<&-")
+    def test_unread_standard_input_may_be_closed(self, server: Background) -> None:
+        done = shell(server, "pub", "a/", "hello", redirect="<&-")
         assert (done.returncode, done.stderr) == (0, "")
 
-    def test_standard_error(self, place: Background) -> None:
-        done = shell(place, "pub", "a/", "hello", "--key", "x" * 32, redirect="2>&-")
+    def test_standard_error(self, server: Background) -> None:
+        done = shell(server, "pub", "a/", "hello", "--key", "x" * 32, redirect="2>&-")
         assert (done.returncode, done.stdout) == (1, "")
-        assert shell(place, "--help", redirect=">&-").returncode == 0
+        assert shell(server, "--help", redirect=">&-").returncode == 0
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has one")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="requires /dev/full")
 class TestFull:
     @pytest.mark.parametrize("arguments", [["me"], ["history", "full/"]], ids=" ".join)
-    def test_standard_output(self, place: Background, arguments: list[str]) -> None:
-        place.publish("full/", "hello", ttl=60)
-        done = shell(place, *arguments, redirect=">/dev/full")
+    def test_standard_output(self, server: Background, arguments: list[str]) -> None:
+        server.publish("full/", "hello", ttl=60)
+        done = shell(server, *arguments, redirect=">/dev/full")
         assert done.returncode == 1
         assert "cannot write to standard output: No space left" in done.stderr
         assert done.stderr.count("\n") == 1
 
-    def test_help(self, place: Background) -> None:
-        done = shell(place, "--help", redirect=">/dev/full")
+    def test_help(self, server: Background) -> None:
+        done = shell(server, "--help", redirect=">/dev/full")
         assert (done.returncode, done.stderr) == (0, "")
 
-    def test_standard_error(self, place: Background) -> None:
-        done = shell(place, "pub", "a/", "hello", "--key", "x" * 32, redirect="2>/dev/full")
+    def test_standard_error(self, server: Background) -> None:
+        done = shell(server, "pub", "a/", "hello", "--key", "x" * 32, redirect="2>/dev/full")
         assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_standard_input_that_cannot_be_read(cli: Cli, unique: str) -> None:
+def test_unreadable_standard_input_is_reported(cli: Cli, unique: str) -> None:
     done = cli("pub", unique, stdin=os.open(os.devnull, os.O_WRONLY))
     assert (done.code, done.error) == (1, "cannot read standard input: Bad file descriptor")
 
 
 class TestReader:
     @pytest.mark.parametrize("arguments", [["sub"], ["sub", "--format=json"], ["presence"]])
-    def test_it_leaves_and_no_further_line_comes(
-        self, place: Background, unique: str, backend: str, arguments: list[str]
+    def test_closing_the_pipe_ends_an_idle_command(
+        self, server: Background, unique: str, backend: str, arguments: list[str]
     ) -> None:
         command, *options = arguments
-        place.when_subscribed(unique, publishing(unique, "hello"))
+        server.when_subscribed(unique, publishing(unique, "hello"))
         line = ["-m", "emitter_anyio", command, unique, *options, "--backend", backend]
-        environment = {"EMITTER_URL": place.url, "EMITTER_SECRET": place.secret}
+        environment = {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}
         with running(*line, environment=environment) as process:
             assert process.stdout is not None
             assert process.stderr is not None
@@ -102,12 +102,14 @@ class TestReader:
             assert process.wait(timeout=120) == 141
             assert process.stderr.read() == ""
 
-    def test_it_sends_something(self, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(unique, publishing(unique, "hello"))
+    def test_bytes_from_the_reader_are_ignored(
+        self, server: Background, unique: str, backend: str
+    ) -> None:
+        server.when_subscribed(unique, publishing(unique, "hello"))
         ours, theirs = socket.socketpair()
-        ours.sendall(b"a socket is readable then, and nobody has left\n")
+        ours.sendall(b"makes the socket readable, although it is open\n")
         line = [sys.executable, "-m", "emitter_anyio", "sub", unique, "--backend", backend]
-        environment = {"EMITTER_URL": place.url, "EMITTER_SECRET": place.secret}
+        environment = {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}
         with (
             ours,
             subprocess.Popen(
@@ -121,29 +123,29 @@ class TestReader:
         assert process.returncode == 130
 
 
-def test_standard_output_that_has_no_such_character(
-    place: Background, monkeypatch: pytest.MonkeyPatch
+def test_characters_that_cannot_be_encoded_are_escaped(
+    server: Background, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     monkeypatch.setitem(_requests._HANDLERS, "me", answering(id="grüße"))
-    done = shell(place, "me", redirect="")
+    done = shell(server, "me", redirect="")
     assert (done.returncode, done.stdout) == (0, "gr\\xfc\\xdfe\n")
 
 
 def answering(**fields: Any) -> Any:
-    """Answer a request with something of our own."""
+    """Return a request handler that replies with these fields."""
 
     async def answer(exchange: object, peer: object, payload: bytes) -> dict[str, Any]:
-        # As lone surrogates cannot be sent, they are left to the client's JSON decoder.
         return {"status": 200, **fields}
 
     return answer
 
 
-class TestHostileAnswers:
+class TestControlCharactersInReplies:
     @pytest.fixture(autouse=True)
     def _send_surrogates(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def escaped(value: dict[str, Any]) -> bytes:
+            # A lone surrogate cannot be encoded in UTF-8, only escaped.
             return json.dumps(value).encode()
 
         monkeypatch.setattr(_requests, "to_json", escaped)
@@ -153,7 +155,7 @@ class TestHostileAnswers:
         monkeypatch.setitem(_requests._HANDLERS, "keygen", answer)
         done = cli("keygen", "a/")
         assert (done.code, done.output) == (0, f"{SHOWN}\n")
-        assert done.error == f"it opens a/{SHOWN}/"
+        assert done.error == f"the key is for a/{SHOWN}/"
         shown = cli("keygen", "a/", "--json")
         assert shown.output.isascii()
         assert "\x1b" not in shown.output
@@ -172,7 +174,7 @@ class TestHostileAnswers:
         answer = answering(time=0, event="status", channel=f"a/{HOSTILE}/", who=[{"id": HOSTILE}])
         monkeypatch.setitem(_requests._HANDLERS, "presence", answer)
         done = cli("presence", "a/", "--once")
-        assert f"{SHOWN} is here  a/{SHOWN}/" in done.output
+        assert f"{SHOWN} is present  a/{SHOWN}/" in done.output
         done = cli("presence", "a/", "--once", "--json")
         assert json.loads(done.output)["who"][0]["id"] == HOSTILE
         monkeypatch.setitem(
@@ -180,10 +182,10 @@ class TestHostileAnswers:
             "presence",
             answering(time=0, event="status", channel=f"a/{HOSTILE}/", who=[]),
         )
-        assert f"nobody is here  a/{SHOWN}/" in cli("presence", "a/", "--once").output
+        assert f"no subscribers  a/{SHOWN}/" in cli("presence", "a/", "--once").output
 
 
-def test_what_cannot_be_flushed_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_discards_output_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w") as full:
         full.write("x")
         monkeypatch.setattr(sys, "stdout", full)

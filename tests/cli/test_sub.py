@@ -1,4 +1,4 @@
-"""``sub``, and what is told of a link that was lost."""
+"""``sub``: formats, options, lost connections and signals."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ from tests.support.terminal import terminal
 
 
 class TestFormats:
-    def test_text(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(unique, publishing(unique, "one", b"\xff\x1b"))
+    def test_text(self, cli: Cli, server: Background, unique: str, backend: str) -> None:
+        server.when_subscribed(unique, publishing(unique, "one", b"\xff\x1b"))
         done = cli("sub", unique, "--count", "1", "--backend", backend)
         assert (done.code, done.output, done.errors) == (0, "one\n", "")
 
-    def test_verbose(self, cli: Cli, place: Background, unique: str) -> None:
-        place.when_subscribed(unique, publishing(f"{unique}a/", "one", "two"))
+    def test_verbose(self, cli: Cli, server: Background, unique: str) -> None:
+        server.when_subscribed(unique, publishing(f"{unique}a/", "one", "two"))
         done = cli("sub", unique, "-n", "2", "-v")
         assert done.output == f"{unique}a/ one\n{unique}a/ two\n"
 
-    def test_json(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(unique, publishing(unique, "öne", b"\xff"))
+    def test_json(self, cli: Cli, server: Background, unique: str, backend: str) -> None:
+        server.when_subscribed(unique, publishing(unique, "öne", b"\xff"))
         done = cli("sub", unique, "--count", "2", "--format", "json", "--backend", backend)
         first, second = map(json.loads, done.lines)
         assert first.pop("time").endswith("Z")
         assert first == {"channel": unique, "payload": "öne"}
         assert second["payload_base64"] == "/w=="
 
-    def test_hex(self, cli: Cli, place: Background, unique: str) -> None:
-        place.when_subscribed(unique, publishing(unique, b"\x00\xff"))
+    def test_hex(self, cli: Cli, server: Background, unique: str) -> None:
+        server.when_subscribed(unique, publishing(unique, b"\x00\xff"))
         done = cli("sub", unique, "--count", "1", "--format", "hex")
         assert done.output == "00ff\n"
 
-    def test_on_a_terminal_nothing_steers_it(
-        self, on_terminal: Any, place: Background, unique: str, backend: str
+    def test_control_characters_are_escaped_on_a_terminal(
+        self, on_terminal: Any, server: Background, unique: str, backend: str
     ) -> None:
-        place.when_subscribed(unique, publishing(unique, "a\x1b[2J[b]\u202e"))
+        server.when_subscribed(unique, publishing(unique, "a\x1b[2J[b]\u202e"))
         code, screen = on_terminal("sub", unique, "--count", "1", "--backend", backend)
         assert code == 0
-        assert f"listening to {unique}; Ctrl-C ends\n" in screen.text
+        assert f"subscribed to {unique}; press Ctrl-C to stop\n" in screen.text
         assert f"{unique} a\\x1b[2J[b]\\u202e\n" in screen.text
         assert b"\x1b[36m" in screen.raw
 
-    def test_json_on_a_terminal(self, on_terminal: Any, place: Background, unique: str) -> None:
-        place.when_subscribed(unique, publishing(unique, b"\xc2\x9b"))
+    def test_json_on_a_terminal(self, on_terminal: Any, server: Background, unique: str) -> None:
+        server.when_subscribed(unique, publishing(unique, b"\xc2\x9b"))
         code, screen = on_terminal("sub", unique, "--count", "1", "--format", "json")
         assert code == 0
         assert '"payload": "\\u009b"' in screen.text
 
-    @pytest.mark.parametrize("without", ["colour", "Rich", "a terminal that can"])
-    def test_plain_on_a_terminal(
+    @pytest.mark.parametrize("without", ["colour", "Rich", "a capable terminal"])
+    def test_output_is_plain_on_a_terminal(
         self,
         on_terminal: Any,
-        place: Background,
+        server: Background,
         unique: str,
         without: str,
         monkeypatch: pytest.MonkeyPatch,
@@ -75,37 +75,41 @@ class TestFormats:
             monkeypatch.setitem(sys.modules, "rich.console", None)
         else:
             monkeypatch.setenv("TERM", "dumb")
-        place.when_subscribed(unique, publishing(unique, "hello"))
+        server.when_subscribed(unique, publishing(unique, "hello"))
         code, screen = on_terminal("sub", unique, "--count", "1")
         assert code == 0
         assert f"{unique} hello\r\n".encode() in screen.raw
 
 
-class TestWhich:
-    def test_last_and_since(self, cli: Cli, place: Background, unique: str) -> None:
+class TestOptions:
+    def test_last_and_since_limit_the_replay(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
         for number in range(3):
-            place.publish(unique, str(number), ttl=60)
+            server.publish(unique, str(number), ttl=60)
         done = cli("sub", unique, "--last", "2", "--since", "1h", "--count", "2")
         assert sorted(done.lines) == ["1", "2"]
 
-    def test_a_group(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(f"$share/g/{unique}", publishing(unique, "a job"))
+    def test_group(self, cli: Cli, server: Background, unique: str, backend: str) -> None:
+        server.when_subscribed(f"$share/g/{unique}", publishing(unique, "a job"))
         done = cli("sub", unique, "--group", "g", "--count", "1", "--backend", backend)
         assert (done.code, done.output) == (0, "a job\n")
 
-    def test_nothing_is_replayed_to_a_group(self, cli: Cli, unique: str) -> None:
+    def test_group_with_replay_is_rejected(self, cli: Cli, unique: str) -> None:
         done = cli("sub", unique, "--group", "g", "--last", "1")
         assert done.code == 2
         assert "group" in done.error
 
-    def test_a_wildcard(self, cli: Cli, place: Background, unique: str) -> None:
-        place.when_subscribed(unique, publishing(f"{unique}a/", "hello"))
+    def test_wildcard(self, cli: Cli, server: Background, unique: str) -> None:
+        server.when_subscribed(unique, publishing(f"{unique}a/", "hello"))
         done = cli("sub", f"{unique}+/", "--count", "1", "--matcher", "emitter")
         assert (done.code, done.output) == (0, "hello\n")
 
-    def test_a_flood(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+    def test_many_messages_are_printed_in_order(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
         numbers = [str(number) for number in range(3000)]
-        place.when_subscribed(unique, publishing(unique, *numbers))
+        server.when_subscribed(unique, publishing(unique, *numbers))
         done = cli("sub", unique, "--count", "2500", "--backend", backend)
         assert (done.code, done.errors, done.lines) == (0, "", numbers[:2500])
 
@@ -115,106 +119,116 @@ class TestWhich:
         assert done.code == 1
         assert "0 of 3 messages" in done.error
 
-    def test_refused(self, cli: Cli, place: Background, unique: str) -> None:
-        done = cli("sub", unique, "--key", place.key(unique, "w"))
+    def test_refusal_names_the_missing_permission(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        done = cli("sub", unique, "--key", server.key(unique, "w"))
         assert done.code == 1
         assert "'r' (read)" in done.error
 
 
 class TestStats:
-    def test_rates(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(unique, publishing(unique, *["hello"] * 1000))
+    def test_total_is_printed_at_the_end(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        server.when_subscribed(unique, publishing(unique, *["hello"] * 1000))
         done = cli("sub", unique, "--stats", "--count", "1000", "--backend", backend)
         assert done.code == 0
-        assert re.match(r"all  1,000 messages in \d.* s  [\d,]+/s  [\d.,]+ MB/s", done.lines[-1])
+        assert re.match(r"total   1,000 messages in \d.* s  [\d,]+/s  [\d.,]+ MB/s", done.lines[-1])
 
-    def test_now_and_then(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+    def test_each_period_is_printed(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
         done = cli(
-            # The time of many periods, so that one of them ends within it on a busy machine.
+            # Long enough for a period to end on a busy machine.
             *("sub", unique, "--stats=0.01", "--timeout=1", "--format=json"),
             *("--backend", backend),
         )
         assert done.code == 0
-        *now, whole = map(json.loads, done.lines)
-        assert {line["span"] for line in now} == {"now"}
-        assert (whole["span"], whole["messages"], whole["bytes"]) == ("all", 0, 0)
+        *periods, total = map(json.loads, done.lines)
+        assert {line["span"] for line in periods} == {"period"}
+        assert (total["span"], total["messages"], total["bytes"]) == ("total", 0, 0)
 
 
-class TestLostLink:
-    def test_it_comes_back_with_a_note(
-        self, cli: Cli, place: Background, unique: str, backend: str
+class TestLostConnection:
+    def test_reconnection_and_gap_are_noted(
+        self, cli: Cli, server: Background, unique: str, backend: str
     ) -> None:
         async def drop(broker: Broker) -> None:
             await broker.drop(subscriber(broker))
 
-        place.when_subscribed(unique, drop, publishing(unique, "hello"))
+        server.when_subscribed(unique, drop, publishing(unique, "hello"))
         done = cli("sub", unique, "--count", "1", "--backend", backend)
         assert (done.code, done.output) == (0, "hello\n")
         lost, *others = done.errors.splitlines()
-        assert place.url in lost
-        assert any(place.url in line for line in others)
+        assert server.url in lost
+        assert any(server.url in line for line in others)
         assert any("missing" in line for line in others)
 
-    def test_resume(self, cli: Cli, place: Background, unique: str, backend: str) -> None:
+    def test_resume_prints_stored_messages(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
         async def drop(broker: Broker) -> None:
             await broker.drop(subscriber(broker))
-            await broker.publish(unique, "meanwhile", ttl=60)
+            await broker.publish(unique, "stored", ttl=60)
 
-        place.when_subscribed(unique, drop, publishing(unique, "after"))
+        server.when_subscribed(unique, drop, publishing(unique, "after"))
         done = cli(
             *("sub", unique, "--resume", "--count", "2", "--format", "json"), "--backend", backend
         )
         assert done.code == 0
         first, second = map(json.loads, done.lines)
-        assert (first["payload"], first["replayed"]) == ("meanwhile", True)
+        assert (first["payload"], first["replayed"]) == ("stored", True)
         assert second["payload"] == "after"
-        assert re.search("1 messages? .*stored", done.errors)
+        assert "resumed with 1 stored message\n" in done.errors
 
 
-def environment(place: Background) -> dict[str, str]:
-    return {"EMITTER_URL": place.url, "EMITTER_SECRET": place.secret}
+def environment(server: Background) -> dict[str, str]:
+    return {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}
 
 
 class TestProcess:
-    def test_each_line_comes_at_once_and_ctrl_c_ends(
-        self, place: Background, unique: str, backend: str
+    def test_lines_are_flushed_and_ctrl_c_exits_with_130(
+        self, server: Background, unique: str, backend: str
     ) -> None:
-        place.when_subscribed(unique, publishing(unique, "hello"))
+        server.when_subscribed(unique, publishing(unique, "hello"))
         arguments = ["-m", "emitter_anyio", "sub", unique, "--backend", backend]
-        with running(*arguments, environment=environment(place)) as process:
+        with running(*arguments, environment=environment(server)) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "hello\n"
             process.send_signal(signal.SIGINT)
             assert process.communicate() == ("", "")
         assert process.returncode == 130
 
-    def test_ctrl_c_while_rates_are_told(
-        self, place: Background, unique: str, backend: str
-    ) -> None:
-        place.when_subscribed(unique, publishing(unique, "hello"))
+    def test_ctrl_c_prints_the_total(self, server: Background, unique: str, backend: str) -> None:
+        server.when_subscribed(unique, publishing(unique, "hello"))
         arguments = ["sub", unique, "--stats=0.01", "--backend", backend]
-        with running("-m", "emitter_anyio", *arguments, environment=environment(place)) as process:
+        with running("-m", "emitter_anyio", *arguments, environment=environment(server)) as process:
             assert process.stdout is not None
-            while "  1 messages" not in process.stdout.readline():
+            while "  1 message " not in process.stdout.readline():
                 pass
             process.send_signal(signal.SIGINT)
             output, errors = process.communicate()
-        assert output.splitlines()[-1].startswith("all  1 messages")
+        assert output.splitlines()[-1].startswith("total   1 message ")
         assert (errors, process.returncode) == ("", 130)
 
-    def test_a_reader_that_leaves(self, place: Background, unique: str, backend: str) -> None:
+    def test_closing_the_pipe_exits_with_141(
+        self, server: Background, unique: str, backend: str
+    ) -> None:
         for _ in range(2):
-            place.publish(unique, "x" * 30000, ttl=60)
+            server.publish(unique, "x" * 30000, ttl=60)
         arguments = ["-m", "emitter_anyio", "sub", unique, "--last=2", "--backend", backend]
-        with running(*arguments, environment=environment(place)) as process:
+        with running(*arguments, environment=environment(server)) as process:
             assert process.stdout is not None
             assert process.stderr is not None
             process.stdout.close()
             assert process.stderr.read() == ""
             assert process.wait() == 141
 
-    def test_on_a_terminal(self, place: Background, unique: str, backend: str) -> None:
-        place.when_subscribed(unique, publishing(unique, "hello"))
+    def test_ctrl_c_on_a_terminal_exits_with_130(
+        self, server: Background, unique: str, backend: str
+    ) -> None:
+        server.when_subscribed(unique, publishing(unique, "hello"))
         with terminal() as screen:
             process = subprocess.Popen(
                 [
@@ -222,7 +236,7 @@ class TestProcess:
                     *("--backend", backend),
                 ],
                 cwd=ROOT,
-                env={**os.environ, **environment(place)},
+                env={**os.environ, **environment(server)},
                 stdin=screen.program_fd,
                 stdout=screen.program_fd,
                 stderr=screen.program_fd,
@@ -234,7 +248,7 @@ class TestProcess:
             screen.close_program_side()
         assert "Traceback" not in screen.text
 
-    def test_nobody_listens(self, cli: Cli, unique: str) -> None:
+    def test_closed_port_is_reported(self, cli: Cli, unique: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         done = cli("sub", unique, "--url", f"mqtt://127.0.0.1:{port}")

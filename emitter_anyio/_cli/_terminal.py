@@ -1,7 +1,7 @@
 """
-What is pretty: on a terminal only, and only where Rich is installed (the extra ``cli``).
+Colours, a live table and a progress bar, on terminals where Rich is installed (the extra ``cli``).
 
-Without it everything is there, in plain lines. This is the only module that imports Rich.
+This is the only module that imports Rich. Without Rich, the same content is printed as plain lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _console(stream: TextIO | None) -> Console | None:
-    """Give Rich's view of a terminal that can do more than print lines."""
+    """Return a console if the stream is a terminal that can move its cursor."""
     if stream is None or not is_terminal(stream):
         return None
     try:
@@ -30,11 +30,11 @@ def _console(stream: TextIO | None) -> Console | None:
     return None if console.is_dumb_terminal else console
 
 
-def painter(stream: TextIO | None) -> Callable[[str, str], str]:
+def make_styler(stream: TextIO | None) -> Callable[[str, str], str]:
     """
-    Make what gives text a style of Rich's, such as ``"dim"`` or ``"bold red"``.
+    Return a function that gives text a Rich style, such as ``"dim"`` or ``"bold red"``.
 
-    :param stream: where the text will go; on what is no terminal it stays as it is
+    :param stream: the output; the function returns the text unchanged unless this is a terminal
     """
     console = _console(stream)
     if console is None:
@@ -42,22 +42,22 @@ def painter(stream: TextIO | None) -> Callable[[str, str], str]:
 
     from rich.text import Text
 
-    def paint(text: str, style: str) -> str:
+    def apply(text: str, style: str) -> str:
         with console.capture() as captured:
             console.print(Text(text, style), end="", soft_wrap=True)
         return captured.get()
 
-    return paint
+    return apply
 
 
 @contextmanager
-def board(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None] | None]:
+def live_table(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None] | None]:
     """
-    Keep a table on the terminal up to date for a block.
+    Show a table of members on the terminal until the block ends.
 
-    :param title: what is above it
-    :return: what shows it anew: the figure behind the title, its rows, and a line below it;
-        ``None`` where there can be no such thing
+    :param title: the heading above the table
+    :return: a function that updates the table, with the text after the title, the rows, and the
+        line below the table; ``None`` if standard output cannot show a table
     """
     console = _console(sys.stdout)
     if console is None:
@@ -69,30 +69,30 @@ def board(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], 
         from rich.table import Table
         from rich.text import Text
 
-        # Without its own thread, which would draw in between at any time.
+        # auto_refresh would draw from another thread, while notes are printed.
         with Live(console=console, auto_refresh=False) as live:
 
-            def show(figure: str, rows: Sequence[Sequence[str]], below: str) -> None:
-                table = Table("who", "since", "connection", box=SIMPLE_HEAD)
+            def update(summary: str, rows: Sequence[Sequence[str]], footer: str) -> None:
+                table = Table("member", "since", "connection", box=SIMPLE_HEAD)
                 for first, *others in rows:
                     table.add_row(Text(first, "bold green"), *map(Text, others))
-                above = Text.assemble((title, "bold"), f"  {figure}")
-                live.update(Group(above, table, Text(below, "dim")), refresh=True)
+                heading = Text.assemble((title, "bold"), f"  {summary}")
+                live.update(Group(heading, table, Text(footer, "dim")), refresh=True)
 
-            yield show
+            yield update
 
 
 @contextmanager
-def progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """
-    Show on a terminal at stderr how far something has come, until the block ends.
+    Show a progress bar until the block ends, if stderr is a terminal.
 
-    :param what: what is going on
-    :param most: what it may come to; 0 shows nothing
-    :return: to be told each time how much was added
+    :param description: the text before the bar
+    :param total: the number of steps; 0 shows no bar
+    :return: a function that advances the bar by a number of steps
     """
     console = _console(sys.stderr)
-    if console is None or not most:
+    if console is None or not total:
         yield lambda number: None
         return
 
@@ -100,6 +100,6 @@ def progress(what: str, most: int) -> Iterator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=most)
+        task = bar.add_task(description, total=total)
 
         yield partial(bar.advance, task)

@@ -1,4 +1,4 @@
-"""The doctor's way to the broker, step by step: name, TCP, TLS, WebSocket, CONNACK."""
+"""The checks of ``doctor`` while it connects: DNS, TCP, TLS, WebSocket and CONNACK."""
 
 from __future__ import annotations
 
@@ -20,53 +20,56 @@ from emitter_anyio import ConnectError, ConnectRefusedError, Emitter, RemoteProt
 from emitter_anyio._net.options import Server, make_options
 from emitter_anyio._net.tls import client_context
 
-from ._findings import Report
+from ._report import Report
 from ._source import Source
 
-_SOON: Final = 14 * 86400
-"""A certificate that ends sooner, in seconds, is worth a note."""
+_EXPIRY_NOTE_SECONDS: Final = 14 * 86400
+"""The remaining lifetime below which a certificate gets a note."""
 
-_CERTIFICATE: Final = {
-    9: "it is not valid yet: one of the two clocks is wrong",
-    10: "have the broker's certificate renewed; or this machine's clock is wrong",
-    62: "connect to a name that is in the certificate",
-    64: "connect to a name that is in the certificate: this address is not",
+_CERTIFICATE_FIXES: Final = {
+    9: "the certificate is not valid yet: check the clocks of both machines",
+    10: "renew the broker's certificate, or check the clock of this machine",
+    62: "connect to a host name in the certificate",
+    64: "connect to a host name in the certificate instead of an address",
 }
-"""What can be done, by OpenSSL's code."""
+"""What the user can do, by OpenSSL's error code."""
 
-_CLOSED: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
-"""As some versions of OpenSSL tell it."""
+_TLS_CLOSED: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""The errors that some versions of OpenSSL raise when the peer closes the connection."""
 
-_PORTS: Final = (
-    "is the broker running? Emitter listens on 8080, and on 443 with TLS, unless it is told "
-    "otherwise"
+_PORT_FIX: Final = (
+    "check that the broker is running; Emitter's default ports are 8080, and 443 with TLS"
 )
 
 
-class _Heard(ByteStream):
-    """A stream that keeps how what comes begins."""
+class _RecordingStream(ByteStream):
+    """
+    A stream that records the first bytes it receives.
 
-    def __init__(self, below: ByteStream) -> None:
-        self._below = below
+    :ivar head: these bytes
+    """
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
         self.head = b""
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        data = await self._below.receive(max_bytes)
+        data = await self._stream.receive(max_bytes)
         self.head = self.head or data[:16]
         return data
 
     async def send(self, item: bytes) -> None:
-        await self._below.send(item)
+        await self._stream.send(item)
 
     async def send_eof(self) -> None:
-        await self._below.send_eof()
+        await self._stream.send_eof()
 
     async def aclose(self) -> None:
-        await self._below.aclose()
+        await self._stream.aclose()
 
 
-class _Open(ByteStreamConnectable):
-    """What is connected already."""
+class _Connected(ByteStreamConnectable):
+    """A connectable that returns a stream that is already connected."""
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
@@ -76,12 +79,14 @@ class _Open(ByteStreamConnectable):
 
 
 @asynccontextmanager
-async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerator[Emitter | None]:
+async def check_connection(
+    source: Source, report: Report, timeout: float
+) -> AsyncGenerator[Emitter | None]:
     """
-    Go to the broker, and report each step.
+    Connect to the broker and report each step.
 
-    :param timeout: for each step, in seconds
-    :return: a client, or ``None`` if a step failed
+    :param timeout: the timeout of each step in seconds
+    :return: a connected client, or ``None`` if a step failed
     """
     server = make_options(source.url, source.options).servers[0]
     async with AsyncExitStack() as stack:
@@ -89,8 +94,8 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
         if stream is None:
             yield None
             return
-        heard = _Heard(stream)
-        options = {**source.options, "connectable": _Open(heard), "reconnect": None}
+        recording = _RecordingStream(stream)
+        options = {**source.options, "connectable": _Connected(recording), "reconnect": None}
         options.pop("ssl_context", None)
         url = _without_tls(source.url, server)
         emitter = connect(url, connect_timeout=timeout, request_timeout=timeout, **options)
@@ -98,18 +103,21 @@ async def reach(source: Source, report: Report, timeout: float) -> AsyncGenerato
         try:
             await stack.enter_async_context(emitter)
         except ConnectError as exc:
-            _report_refusal(server, exc, heard.head, report, timeout)
+            _report_failure(server, exc, recording.head, report, timeout)
             yield None
         else:
             if server.websocket:
-                report.add("websocket", "ok", f"the handshake is done, at {server.path}")
-            took = f"{(time.perf_counter() - start) * 1e3:.1f} ms"
-            report.add("connack", "ok", f"the broker has accepted us, in {took}")
+                report.add("websocket", "ok", f"handshake completed at {server.path}")
+            report.add("connack", "ok", f"connection accepted in {_elapsed(start)}")
             yield emitter
 
 
+def _elapsed(start: float) -> str:
+    return f"{(time.perf_counter() - start) * 1e3:.1f} ms"
+
+
 def _without_tls(url: str, server: Server) -> str:
-    """Return a URL for a stream that speaks TLS already."""
+    """Return a URL for a stream that is already encrypted."""
     if not server.secure:
         return url
     parts = urlsplit(url)
@@ -126,7 +134,7 @@ async def _stream_to(
         try:
             unix = await anyio.connect_unix(server.host)
         except OSError as exc:
-            report.add("socket", "wrong", f"{server.host}: {exc.strerror or exc}", _PORTS)
+            report.add("socket", "failed", f"{server.host}: {exc.strerror or exc}", _PORT_FIX)
             return None
         stack.push_async_callback(anyio.aclose_forcefully, unix)
         report.add("socket", "ok", f"connected to {server.host}")
@@ -142,7 +150,7 @@ async def _stream_to(
         with anyio.fail_after(timeout):
             return await _secure(stream, server, source.context, report)
     except (OSError, EndOfStream, BrokenResourceError) as exc:
-        report.add("tls", "wrong", *_tls_trouble(exc, timeout))
+        report.add("tls", "failed", *_describe_tls_error(exc, timeout))
         return None
 
 
@@ -152,17 +160,16 @@ async def _look_up(server: Server, report: Report, timeout: float) -> list[str]:
         with anyio.fail_after(timeout):
             found = await anyio.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        words = getattr(exc, "strerror", None) or str(exc) or f"no answer within {timeout:g} s"
-        report.add(
-            "dns", "wrong", f"{server.host}: {words}", "check the name, and this machine's resolver"
-        )
+        reason = getattr(exc, "strerror", None) or str(exc) or f"no reply within {timeout:g} s"
+        fix = "check the name and the DNS resolver of this machine"
+        report.add("dns", "failed", f"{server.host}: {reason}", fix)
         return []
     addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
     if addresses == [server.host]:
-        report.add("dns", "ok", f"{server.host} is an address")
+        report.add("dns", "ok", f"{server.host} is an IP address")
     else:
-        took = f"{(time.perf_counter() - start) * 1e3:.1f} ms"
-        report.add("dns", "ok", f"{server.host} is {', '.join(addresses)}, in {took}")
+        text = f"{server.host} resolved to {', '.join(addresses)} in {_elapsed(start)}"
+        report.add("dns", "ok", text)
     return addresses
 
 
@@ -176,16 +183,15 @@ async def _connect(
             with anyio.fail_after(timeout):
                 stream = await anyio.connect_tcp(address, server.port)
         except TimeoutError:
-            way = "a firewall may swallow what is sent there; is the address the right one?"
-            report.add("tcp", "wrong", f"{where}: no answer within {timeout:g} s", way)
+            fix = "check the address, and whether a firewall drops the packets"
+            report.add("tcp", "failed", f"{where}: no reply within {timeout:g} s", fix)
         except OSError as exc:
             cause = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
-            # asyncio has words of its own.
-            words = os.strerror(cause.errno) if cause.errno else str(cause)
-            report.add("tcp", "wrong", f"{where}: {words}", _PORTS)
+            # asyncio's own text differs from Trio's.
+            reason = os.strerror(cause.errno) if cause.errno else str(cause)
+            report.add("tcp", "failed", f"{where}: {reason}", _PORT_FIX)
         else:
-            took = f"{(time.perf_counter() - start) * 1e3:.1f} ms"
-            report.add("tcp", "ok", f"connected to {where} in {took}")
+            report.add("tcp", "ok", f"connected to {where} in {_elapsed(start)}")
             return stream
     return None
 
@@ -202,48 +208,49 @@ async def _secure(
     certificate: Any = secured.extra(TLSAttribute.peer_certificate)
     left = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()
     version = secured.extra(TLSAttribute.tls_version)
-    text = (
-        f"{version}, and a certificate for {server.host} that is good for {left / 86400:.0f} days"
-    )
-    if left < _SOON:
-        report.add("tls", "note", text, "have it renewed")
+    text = f"{version}, certificate for {server.host} valid for {left / 86400:.0f} days"
+    if left < _EXPIRY_NOTE_SECONDS:
+        report.add("tls", "note", text, "renew the broker's certificate soon")
     else:
         report.add("tls", "ok", text)
     return secured
 
 
-def _tls_trouble(exc: Exception, timeout: float) -> tuple[str, str]:
+def _describe_tls_error(exc: Exception, timeout: float) -> tuple[str, str]:
+    """Return a description of the error, and a fix."""
+    fix = "use an mqtt:// or ws:// URL if the port does not use TLS"
     if isinstance(exc, ssl.SSLCertVerificationError):
-        way = _CERTIFICATE.get(
-            exc.verify_code, "if its authority is one of your own, --cafile FILE trusts it"
+        fix = _CERTIFICATE_FIXES.get(
+            exc.verify_code, "use --cafile FILE to trust a private certificate authority"
         )
-        return f"the broker's certificate is not trusted: {exc.verify_message}", way
-    if isinstance(exc, ssl.SSLError) and not isinstance(exc, _CLOSED):
-        words = str(exc.reason or exc).replace("_", " ").lower()
-        return words, "does the port speak TLS? mqtt:// and ws:// go without"
+        return f"the broker's certificate is not trusted: {exc.verify_message}", fix
+    if isinstance(exc, ssl.SSLError) and not isinstance(exc, _TLS_CLOSED):
+        return str(exc.reason or exc).replace("_", " ").lower(), fix
     if isinstance(exc, TimeoutError):
-        return f"no answer within {timeout:g} s", "does the port speak TLS?"
-    return "the peer closed the link in the handshake", "does the port speak TLS?"
+        return f"no reply within {timeout:g} s", fix
+    return "the peer closed the connection during the handshake", fix
 
 
-def _report_refusal(
+def _report_failure(
     server: Server, exc: ConnectError, head: bytes, report: Report, timeout: float
 ) -> None:
     upgraded = head.startswith(b"HTTP/1.1 101")
     check = "connack"
     if server.websocket:
         if upgraded:
-            report.add("websocket", "ok", f"the handshake is done, at {server.path}")
+            report.add("websocket", "ok", f"handshake completed at {server.path}")
         else:
             check = "websocket"
     cause = list(exc.causes.values())[-1]
-    words = str(cause) or f"no answer within {timeout:g} s"
+    reason = str(cause) or f"no reply within {timeout:g} s"
     if isinstance(exc, ConnectRefusedError):
-        way = "user and password go into the URL: mqtt://NAME:PASSWORD@HOST" if exc.code > 3 else ""
+        fix = (
+            "put user and password into the URL: mqtt://USER:PASSWORD@HOST" if exc.code > 3 else ""
+        )
     elif check == "websocket":
-        way = "is the path the right one? A proxy may take another; or try mqtt:// or mqtts://"
+        fix = "check the path, which a proxy might require, or use mqtt:// or mqtts://"
     elif isinstance(cause, RemoteProtocolError):
-        way = "something else than a broker listens there"
+        fix = "check the port: the server there is not an MQTT broker"
     else:
-        way = "does a broker listen there, and without TLS? mqtts:// and wss:// speak it"
-    report.add(check, "wrong", words, way)
+        fix = "check that the port is the broker's, or use mqtts:// or wss:// if it requires TLS"
+    report.add(check, "failed", reason, fix)
