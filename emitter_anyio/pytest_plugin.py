@@ -1,8 +1,8 @@
 """
-Fixtures for pytest, which finds them by itself: ``emitter_broker`` and ``emitter``.
+Fixtures for pytest, which loads them automatically: ``emitter_broker`` and ``emitter``.
 
-They live under AnyIO's plugin: a test that is marked with ``pytest.mark.anyio`` runs on each
-backend that the fixture ``anyio_backend`` names.
+They require AnyIO's plugin: a test with the marker ``pytest.mark.anyio`` runs on each backend of
+the fixture ``anyio_backend``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class EmitterFixture:
     """
-    What the fixture ``emitter`` gives.
+    The value of the fixture ``emitter``.
 
     :ivar client: a client that is connected to the broker of ``emitter_broker``
-    :ivar secret_key: a master key of that broker, for ``keygen`` and ``keyban``
+    :ivar secret_key: a secret key of that broker, for ``keygen`` and ``keyban``
     """
 
     client: Emitter
@@ -38,8 +38,8 @@ class EmitterFixture:
 
 @pytest.fixture
 async def emitter_broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    """A development broker of this test's own, which listens on a free port of loopback."""
-    from .testing import Broker  # not before a test asks for it
+    """Run a development broker for one test, on a free port of 127.0.0.1."""
+    from .testing import Broker  # imported late, so that loading the plugin stays fast
 
     async with Broker() as broker:
         yield broker
@@ -48,17 +48,17 @@ async def emitter_broker(anyio_backend: object) -> AsyncIterator[Broker]:
 @pytest.fixture
 async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
     """
-    A client that is connected to ``emitter_broker``, and a master key of it.
+    Connect a client to ``emitter_broker``.
 
-    A link that is lost comes back. What ends the client, such as a handler's exception, is raised
-    after the test.
+    The client reconnects after a lost connection. An error that ends the client, such as an
+    exception of a handler, is raised after the test.
     """
     client = connect(emitter_broker.url)
     failures: list[Exception] = []
 
-    # In a task of its own: a client that ends within a fixture's block would cancel the task in
-    # which AnyIO's plugin runs every fixture and test.
-    async def live(*, task_status: TaskStatus[None]) -> None:
+    # Run the client in a separate task. A client that ends in the block of a fixture would cancel
+    # the task in which AnyIO's plugin runs all fixtures and tests.
+    async def run(*, task_status: TaskStatus[None]) -> None:
         try:
             await client.run(task_status=task_status)
         except ConnectError:
@@ -67,7 +67,7 @@ async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
             failures.append(exc)
 
     async with create_task_group() as task_group:
-        await task_group.start(live)
+        await task_group.start(run)
         yield EmitterFixture(client, emitter_broker.secret_key)
         await client.disconnect()
     for failure in failures:

@@ -1,4 +1,4 @@
-"""What a test needs: a development broker with Emitter's semantics, and a network that fails."""
+"""A development broker with Emitter's semantics, and a proxy that simulates network failures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from ._connection import Client as Client
 from ._proxy import Direction as Direction
 from ._proxy import FaultProxy as FaultProxy
 
-# Users see these in reprs, tracebacks and documentation: show where they import them from.
+# Show the public import path in reprs, tracebacks and the documentation.
 for _value in (Broker, Client, FaultProxy):
     _value.__module__ = __name__

@@ -1,4 +1,4 @@
-"""A development broker: real sockets, real MQTT, Emitter's own semantics and keys."""
+"""A development broker with real sockets, MQTT, and Emitter's semantics and keys."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from anyio.streams.stapled import MultiListener
 from emitter_anyio._backend.tasks import Tasks
 
 from ._cluster import Cluster
-from ._connection import Client, Crowd
-from ._exchange import PATIENCE, Exchange
-from ._faults import Diversion, Faults
+from ._connection import Client, SlowClients
+from ._exchange import SURVEY_TIMEOUT_SECONDS, Exchange
+from ._faults import Faults, WithheldPackets
 from ._keys import License
 from ._matching import Matcher
 from ._refusals import RefusedError
@@ -42,47 +42,49 @@ logger = logging.getLogger("emitter_anyio.testing")
 
 
 class Shared(NamedTuple):
-    """What the nodes of a cluster have in common, beside the licence."""
+    """The state that the nodes of a cluster share, apart from the licence."""
 
     cluster: Cluster[Exchange]
-    crowd: Crowd
+    slow_clients: SlowClients
 
 
 class Broker:
     """
-    An Emitter broker to develop and test against, not for production::
+    A broker for development and tests with Emitter's semantics, not for production::
 
         async with Broker() as broker, connect(broker.url) as emitter:
             key = broker.keygen("chat/", "rwls")
 
-    MQTT is spoken over TCP and, on the same port and any path, over WebSocket; the latter needs
-    wsproto, which ``pip install 'emitter_anyio[websocket]'`` brings. ``GET /health`` answers 200.
+    The broker accepts MQTT over TCP and, on the same port and any path, over WebSocket. WebSocket
+    requires wsproto (``pip install 'emitter_anyio[websocket]'``). ``GET /health`` returns 200.
 
-    It listens from entering on, and leaving cuts every client; it can be entered again, and keeps
-    what it stored. As with the real one, a packet has at most 64 KiB, a link that is silent for 120
-    seconds is closed, and publishers wait for a subscriber who is slow. But one who takes nothing
-    for a second, with 1 MiB queued for it, is cut: a subscriber never stalls the others for long.
+    Entering the broker starts listening; leaving it disconnects all clients. The broker can be
+    entered again and keeps its stored messages. Like Emitter, it limits packets to 64 KiB, closes a
+    connection after 120 seconds without a packet, and makes publishers wait for slow subscribers.
+    Unlike Emitter, it disconnects a subscriber that reads nothing for a second while 1 MiB is
+    queued, so that it does not delay the others.
 
     :param host: the address to listen on
-    :param port: the port, or 0 for one that is free
-    :param license: an Emitter licence of version 1, 2 or 3; keys made by a real broker with the
-        same licence work here, and the other way round. A new one is made unless given
-    :param ssl_context: serve TLS with this
-    :param matcher: as a real broker is configured: with ``"emitter"`` a channel reaches its
-        subscribers and those of every channel above it, with ``"mqtt"`` only ``#`` does that
-    :param coalesce: write to each client as the real broker does: 60 packets at once and 60 more a
-        second, the others once a second. An answer behind many others takes a second then, and one
-        that waits when its client leaves is lost
-    :param cluster: another broker, of whose cluster this one becomes a node: the licence and
-        the clock are the same, the clients and the stored messages are not
-    :param patience: seconds that a node waits for other nodes that do not answer a request for
-        stored messages; it waits half as long before each status of presence
-    :raises ValueError: if ``license`` is none, or not the one of the ``cluster``, or there is no
-        such ``matcher``
-    :raises OSError: on entering, if the port is taken
+    :param port: the port, or 0 for a free one
+    :param license: an Emitter licence of version 1, 2 or 3, or ``None`` to generate one; brokers
+        with the same licence accept each other's keys
+    :param ssl_context: the context to serve TLS with
+    :param matcher: ``"emitter"`` to deliver a message to the subscribers of its channel and of all
+        channels above it, or ``"mqtt"`` to deliver to channels below a subscription only if it ends
+        in ``#/``; use the matcher that your production broker is configured with
+    :param coalesce: whether to limit writes like Emitter: to each client, 60 packets immediately,
+        60 more per second, and the rest together once per second. A reply after many others is then
+        delayed by up to a second, and is lost if its client disconnects before
+    :param cluster: a broker whose cluster this one joins as a node; the nodes share the licence and
+        the clock, but not clients and stored messages
+    :param patience: the seconds that a node waits for other nodes that do not reply to a request
+        for stored messages; it waits half as long before each presence status
+    :raises ValueError: if ``license`` is malformed or is not that of ``cluster``, or ``matcher`` is
+        unknown
+    :raises OSError: on entering, if the port is in use
 
     :ivar license: the licence
-    :ivar secret_key: a master key of the licence, for ``keygen`` and ``keyban``
+    :ivar secret_key: a secret key of the licence, for ``keygen`` and ``keyban``
     """
 
     def __init__(
@@ -95,23 +97,25 @@ class Broker:
         matcher: Matcher = "emitter",
         coalesce: bool = False,
         cluster: Broker | None = None,
-        patience: float = PATIENCE,
+        patience: float = SURVEY_TIMEOUT_SECONDS,
     ) -> None:
         if matcher not in get_args(Matcher):
-            raise ValueError(f"no matcher {matcher!r}: there are {', '.join(get_args(Matcher))}")
+            raise ValueError(
+                f"invalid matcher {matcher!r}: expected one of {', '.join(get_args(Matcher))}"
+            )
         if cluster is not None:
             if license not in (None, cluster.license):
-                raise ValueError("license is not that of the cluster: all nodes need the same one")
+                raise ValueError("invalid license: all nodes of a cluster need the same licence")
             license = cluster.license
         licence = License.new() if license is None else License.parse(license)
         self.license: str = licence.text
-        self.secret_key: str = licence.master_key()
+        self.secret_key: str = licence.secret_key()
         self._address = host, port
         self._port = port
         self._ssl_context = ssl_context
         self._coalesce = coalesce
-        self._shared = Shared(Cluster(), Crowd()) if cluster is None else cluster.shared
-        self._cluster, self._crowd = self._shared
+        self._shared = Shared(Cluster(), SlowClients()) if cluster is None else cluster.shared
+        self._cluster, self._slow_clients = self._shared
         self._exchange: Exchange = Exchange(licence, matcher, self._cluster, patience)
         self._faults = Faults()
         self._clients: dict[Client, None] = {}
@@ -132,9 +136,9 @@ class Broker:
 
     async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
         """
-        Run in a task, until it is cancelled: ``await task_group.start(broker.run)``.
+        Run the broker in a task until it is cancelled: ``await task_group.start(broker.run)``.
 
-        :param task_status: gets this object as soon as it listens
+        :param task_status: receives this object when the broker is listening
         """
         await self._service.run(partial(task_status.started, self))
 
@@ -147,7 +151,7 @@ class Broker:
         await tasks.stopped()
 
     async def _listen(self, tasks: Tasks, port: int) -> None:
-        """Listen, and serve clients until :meth:`_halt`."""
+        """Listen and serve clients until :meth:`_halt`."""
         listener = await create_tcp_listener(local_host=self.host, local_port=port)
         self._port = listener.extra(SocketAttribute.local_port)
         self._cluster.start(self._exchange)
@@ -167,7 +171,7 @@ class Broker:
             ended.set()
 
     def _halt(self) -> Event | None:
-        """End the run, if there is one, and give what is set when its port is free."""
+        """Stop listening and return an event that is set when the port is free."""
         if self._current_run is None:
             return None
         (scope, ended), self._current_run = self._current_run, None
@@ -180,29 +184,29 @@ class Broker:
 
     @property
     def host(self) -> str:
-        """The address that it listens on."""
+        """The address that the broker listens on."""
         return self._address[0]
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """The port that the broker listens on."""
         return self._port
 
     @property
     def url(self) -> str:
-        """The URL to connect to by TCP, without a key."""
+        """The URL for ``connect()``: ``mqtt://``, or ``mqtts://`` with TLS."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtt' if self._ssl_context is None else 'mqtts'}://{host}:{self.port}"
 
     @property
     def shared(self) -> Shared:
-        """What it shares with the other nodes of its cluster, for ``Broker(cluster=...)``."""
+        """The state shared with the other nodes of the cluster, for ``Broker(cluster=...)``."""
         return self._shared
 
     @property
     def clients(self) -> list[Client]:
         """
-        The clients that are connected, from their CONNECT on, in the order of their coming.
+        The connected clients whose CONNECT was accepted, in the order of their connections.
 
         Each has ``id``, ``client_id``, ``username``, ``subscriptions`` and ``wait_closed()``.
         """
@@ -210,12 +214,13 @@ class Broker:
 
     def keygen(self, channel: str, permissions: str = "rw", ttl: int = 0) -> str:
         """
-        Make a channel key without asking over the wire.
+        Generate a channel key without a request from a client.
 
-        :param channel: the target, as for ``emitter/keygen/``: ``a/b/``, or ``a/#/``
+        :param channel: the target, such as ``a/b/`` or ``a/#/``
         :param permissions: letters out of ``rwslpex``
-        :param ttl: for how many seconds it is good; 0 is for ever
-        :raises ValueError: if the channel cannot be a target
+        :param ttl: the lifetime of the key in seconds, or 0 for an unlimited one
+        :return: the key
+        :raises ValueError: if the channel is not a valid target
         """
         try:
             return self._exchange.keygen(channel, permissions, ttl)
@@ -224,33 +229,36 @@ class Broker:
 
     async def publish(self, channel: str, payload: bytes | str, *, ttl: int = 0) -> None:
         """
-        Publish as the broker itself, which needs no key.
+        Publish a message without a key.
 
-        Returns when the message is queued for all whom it reaches.
+        Returns when the message is queued for all of its receivers.
 
-        :param channel: a channel without wildcards, and a slash at its end
+        :param channel: a channel without wildcards, with a trailing slash
         :param payload: the message; text is encoded as UTF-8
-        :param ttl: for how many seconds it is also stored
-        :raises ValueError: if there cannot be such a channel
+        :param ttl: the seconds to store the message for, or 0 not to store it
+        :raises ValueError: if the channel is invalid
         """
         topic = self._topic(channel)
-        self._exchange.spread(topic, payload.encode() if isinstance(payload, str) else payload, ttl)
-        await self._crowd.relieve()
+        self._exchange.store_and_send(
+            topic, payload.encode() if isinstance(payload, str) else payload, ttl
+        )
+        await self._slow_clients.wait()
 
     async def drop(self, client: Client | str | None = None) -> None:
         """
-        Cut links, as a failing network does: nothing more is sent, and wills are published.
+        Close connections like a network failure: discard queued packets, and publish wills.
 
-        Returns when they are closed.
+        Returns when the connections are closed.
 
-        :param client: one client, or its id, or the client id of some; all links unless given
+        :param client: a client, its id, or a client id, which several clients may share; ``None``
+            closes all connections
         :raises LookupError: if no such client is connected
         """
         chosen = list(self._clients)
         if client is not None:
             chosen = [each for each in chosen if client in (each, each.id, each.client_id)]
             if not chosen:
-                raise LookupError("no such client is connected")
+                raise LookupError("cannot drop the client: no such client is connected")
         for each in chosen:
             each.cut()
         for each in chosen:
@@ -258,94 +266,109 @@ class Broker:
 
     def advance(self, seconds: float) -> None:
         """
-        Put the broker's clock forward: what has a ttl ages without any waiting.
+        Advance the broker's clock, by which messages and keys expire.
 
-        The links do not notice: how long one may be silent is measured by the real clock.
+        The idle timeout of connections is unaffected, because it uses the real clock.
 
-        :param seconds: how far
-        :raises ValueError: if this is negative
+        :param seconds: the seconds to advance by, at least 0
+        :raises ValueError: if ``seconds`` is negative
         """
         if seconds < 0:
-            raise ValueError("a broker's clock goes forward only")
+            raise ValueError(f"invalid seconds: expected at least 0, got {seconds:g}")
         self._cluster.advance(seconds)
 
     async def stop(self) -> None:
         """
-        Stop this node as SIGKILL does, and keep its stored messages.
+        Stop this node like SIGKILL, but keep its stored messages.
 
-        Its clients are cut, and their wills are lost. The other nodes notice that: they no longer
-        ask it, nor wait for it, and each tells those who watch presence there that subscribers have
-        left. As in Emitter, the ids are not theirs, and may be those of clients of the other node.
-        Returns when the port is free.
-        Stopping it again has no effect.
+        The node disconnects its clients and discards their wills. The other nodes detect the stop:
+        they no longer send requests to it, and each sends an ``unsubscribe`` event for its
+        subscribers to those who watch presence. As in Emitter, these events contain ids that are
+        not those of the subscribers, and might be those of clients of the other node.
+
+        Returns when the port is free. Stopping the node again has no effect.
         """
         if ended := self._halt():
             await ended.wait()
 
     async def restart(self, *, forget: bool = False) -> None:
         """
-        Stop this node if it runs, and start it again, on the same port.
+        Stop this node if it is running, and start it again on the same port.
 
-        The ids of messages that it stores from now on name another node. The nodes that knew it
-        before ask it for stored messages, but do not answer when it asks, and it waits for them;
-        restarting them ends that. Real nodes do so in most restarts.
+        The ids of messages that it stores from now on contain another node number. The nodes that
+        knew it before still request its stored messages, but do not reply to its requests, so it
+        waits for them until they are restarted too. Emitter behaves like this in most restarts.
 
-        :param forget: lose what was stored, as a node does that stores in memory only
-        :raises RuntimeError: outside of the ``async with`` block
+        :param forget: whether to delete the stored messages, like a node that stores in memory
+        :raises RuntimeError: outside the ``async with`` block
         """
         tasks = self._service.tasks
         if tasks is None:
-            raise RuntimeError("cannot restart the broker: it is not entered; use `async with`")
+            raise RuntimeError("cannot restart the broker: it is not running; use 'async with'")
         await self.stop()
         self._exchange.restart(forget)
         await self._listen(tasks, self._port)
 
     def pause(self) -> None:
         """
-        Stop this node's process where it is, as SIGSTOP does, until :meth:`resume`.
+        Stop handling packets, like a process after SIGSTOP, until :meth:`resume`.
 
-        Links stay open, but nothing is taken from clients; what other nodes send to it waits. They
-        get no answers from it, and wait for them.
+        Connections stay open, but the node reads nothing from clients. Messages from other nodes
+        wait. Other nodes wait for its replies until their ``patience`` has passed.
+
+        :raises RuntimeError: if the node is not running
         """
         self._require_run("pause")
         self._cluster.pause(self._exchange)
         self._faults.pause()
 
     def resume(self) -> None:
-        """Let a paused node handle everything that has arrived since, and go on."""
+        """
+        Handle everything that has arrived since :meth:`pause`, and continue.
+
+        :raises RuntimeError: if the node is not running
+        """
         self._require_run("resume")
         self._cluster.resume(self._exchange)
         self._faults.resume()
 
     def cut(self) -> None:
         """
-        Cut this node off from the other ones, until :meth:`heal`; its clients do not notice.
+        Cut the connections between this node and the others until :meth:`heal`.
 
-        What nodes would send to each other is lost: messages, and changes of presence. Each side
-        waits for the answers of the other, and gets none.
+        Its clients stay connected. Messages and presence events between the two sides are lost.
+        Each side waits for the replies of the other until its ``patience`` has passed.
+
+        :raises RuntimeError: if the node is not running
         """
         self._require_run("cut")
         self._cluster.cut(self._exchange, True)
 
     def heal(self) -> None:
-        """Connect a node again that was cut off. What was lost stays lost, but bans spread now."""
+        """
+        Restore the connections to the other nodes, and exchange bans.
+
+        Messages that were lost since :meth:`cut` are not sent again.
+
+        :raises RuntimeError: if the node is not running
+        """
         self._require_run("heal")
         self._cluster.cut(self._exchange, False)
 
     @contextmanager
     def hold(self, *kinds: Kind) -> Iterator[None]:
         """
-        Keep back what the broker would send to anybody, and send it when the block ends.
+        Withhold packets to all clients, and send them when the block ends.
 
-        Everything else goes on, so that what is held is overtaken.
+        Packets of other kinds are sent without delay, and so before the withheld ones.
 
         :param kinds: ``"connack"``, ``"puback"``, ``"suback"``, ``"unsuback"``, ``"pingresp"``,
-            ``"answer"`` (to a request), ``"error"`` (on ``emitter/error/``) or ``"message"`` (what
-            is delivered, changes of presence included); PUBACK, SUBACK and UNSUBACK unless given
+            ``"answer"`` (the reply to a request), ``"error"`` (on ``emitter/error/``) or
+            ``"message"`` (messages and presence events); by default PUBACK, SUBACK and UNSUBACK
         """
-        held = Diversion(kinds or _ACKNOWLEDGEMENTS)
+        held = WithheldPackets(kinds or _ACKNOWLEDGEMENTS)
         try:
-            with self._faults.divert(held):
+            with self._faults.withhold(held):
                 yield
         finally:
             held.release()
@@ -353,30 +376,30 @@ class Broker:
     @contextmanager
     def lose(self, *kinds: Kind) -> Iterator[None]:
         """
-        Throw away what the broker would send to anybody, until the block ends.
+        Discard packets to all clients until the block ends.
 
-        An ``"answer"`` lost while its PUBACK is not is what the real broker does with one that is
-        larger than 64 KiB.
+        ``lose("answer")`` behaves like Emitter with a reply larger than 64 KiB, which discards the
+        reply but sends the PUBACK.
 
         :param kinds: as for :meth:`hold`
         """
-        with self._faults.divert(Diversion(kinds or _ACKNOWLEDGEMENTS)):
+        with self._faults.withhold(WithheldPackets(kinds or _ACKNOWLEDGEMENTS)):
             yield
 
     @contextmanager
     def refuse(self, code: int = 5) -> Iterator[None]:
         """
-        Answer each CONNECT with a refusal, until the block ends.
+        Refuse each CONNECT until the block ends.
 
-        :param code: CONNACK's: 1 protocol version, 2 client id, 3 server unavailable, 4 bad user
-            name or password, 5 not authorized
+        :param code: the return code of CONNACK: 1 protocol version, 2 client id, 3 server
+            unavailable, 4 bad user name or password, 5 not authorized
         """
         with self._faults.refuse(code):
             yield
 
     def _require_run(self, action: str) -> None:
         if self._current_run is None:
-            raise RuntimeError(f"cannot {action} the broker: it does not run")
+            raise RuntimeError(f"cannot {action} the broker: it is not running")
 
     def _topic(self, channel: str) -> Topic:
         try:
@@ -384,14 +407,16 @@ class Broker:
         except RefusedError:
             topic = None
         if topic is None or topic.wild or topic.options:
-            raise ValueError(f"cannot publish to {channel!r}: a channel is like 'a/b/'")
+            raise ValueError(
+                f"invalid channel {channel!r}: expected one such as 'a/b/', without wildcards"
+            )
         return topic
 
     async def _serve(self, stream: ByteStream) -> None:
         client = Client(
             self._exchange,
             self._faults,
-            self._crowd,
+            self._slow_clients,
             stream,
             ssl_context=self._ssl_context,
             coalesce=self._coalesce,
@@ -399,7 +424,7 @@ class Broker:
         self._clients[client] = None
         try:
             await client.serve()
-        except Exception:  # whatever a client does, the others go on
-            logger.exception("the link of client %s failed", client.id)
+        except Exception:  # a defect that one client triggers must not stop the broker
+            logger.exception("handling of client %s failed", client.id)
         finally:
             del self._clients[client]

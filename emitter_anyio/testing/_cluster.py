@@ -1,4 +1,4 @@
-"""The nodes of a cluster: which of them reach each other, and what one sends to another. No I/O."""
+"""The nodes of a cluster, and the connections between them. Without I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
 class Ban(NamedTuple):
-    """What was last said about a key, and when, counted over the cluster."""
+    """
+    The newest decision on a key.
+
+    :ivar when: the number of the decision in the cluster
+    """
 
     when: int
     banned: bool
@@ -17,15 +21,15 @@ class Ban(NamedTuple):
 
 class Node(Protocol):
     """
-    What a cluster needs of its nodes.
+    The interface of a node.
 
-    :ivar bans: what a node knows about keys
+    :ivar bans: the decisions that the node knows, by key
     """
 
     bans: dict[str, Ban]
 
-    def learn(self, bans: Mapping[str, Ban]) -> None:
-        """Take over what another node knows about keys, if it is newer."""
+    def merge_bans(self, bans: Mapping[str, Ban]) -> None:
+        """Take over newer decisions from another node."""
 
 
 T = TypeVar("T")
@@ -33,14 +37,14 @@ N = TypeVar("N", bound=Node)
 
 
 class _Member(Generic[N]):
-    """The current run of one node, as the cluster sees it."""
+    """The state of the current run of a node."""
 
     def __init__(self) -> None:
         self._running = False
         self._cut = False
         self._delayed: list[Callable[[], None]] | None = None  # a list while the node is paused
         self._met: set[N] = set()
-        self._deaf: set[N] = set()  # nodes that do not get what this one asks
+        self._excluded: set[N] = set()  # the nodes that ignore the surveys of this one
 
     @property
     def running(self) -> bool:
@@ -58,18 +62,18 @@ class _Member(Generic[N]):
         self._running = True
 
     def meet(self, node: N) -> bool:
-        """Note that a run of another node begins, and return whether it is not its first one."""
+        """Record the start of another node, and return whether it has been started before."""
         known = node in self._met
         self._met.add(node)
-        self._deaf.discard(node)
+        self._excluded.discard(node)
         return known
 
-    def lose(self, node: N) -> None:
-        """Note that a node does not get what this one asks."""
-        self._deaf.add(node)
+    def exclude(self, node: N) -> None:
+        """Record that a node ignores the surveys of this one."""
+        self._excluded.add(node)
 
-    def is_heard_by(self, node: N) -> bool:
-        return node not in self._deaf
+    def surveys(self, node: N) -> bool:
+        return node not in self._excluded
 
     def set_cut(self, cut: bool) -> None:
         self._cut = cut
@@ -84,7 +88,7 @@ class _Member(Generic[N]):
             act()
 
     def do(self, act: Callable[[], None]) -> None:
-        """Do something: later, if the node is paused."""
+        """Call the function, or delay the call while the node is paused."""
         if self._delayed is None:
             act()
         else:
@@ -93,10 +97,10 @@ class _Member(Generic[N]):
 
 class Cluster(Generic[N]):
     """
-    The nodes that run as one broker.
+    The nodes of a cluster.
 
-    A node that runs counts for the others until it stops. While it is paused, what they send to it
-    waits; while it is cut off, that is lost.
+    A running node is a member for the others until it stops. Messages to it are delayed while it is
+    paused, and lost while it is cut off.
     """
 
     def __init__(self) -> None:
@@ -106,89 +110,89 @@ class Cluster(Generic[N]):
 
     @property
     def ahead(self) -> float:
-        """The seconds by which the clock of all nodes is ahead of the real one."""
+        """The seconds by which the clock of all nodes is ahead of the real clock."""
         return self._ahead
 
     def advance(self, seconds: float) -> None:
-        """Put the clock of all nodes forward."""
+        """Advance the clock of all nodes."""
         self._ahead += seconds
 
     def new_ban(self, banned: bool) -> Ban:
-        """Say something about a key that is newer than all that was said before."""
+        """Return a decision that is newer than all earlier ones."""
         return Ban(next(self._bans), banned)
 
     def join(self, node: N) -> None:
-        """Add a node, which does not run yet."""
+        """Add a node that is not running yet."""
         self._members[node] = _Member()
 
     def start(self, node: N) -> None:
         """
-        Begin a run of a node.
+        Start a node.
 
-        Nodes that knew an earlier run do not get its surveys: a real node merges a stale entry of
-        that run from their state, and in most restarts unsubscribes them from its surveys.
+        Nodes that knew an earlier run of it ignore its surveys: a node of Emitter merges a stale
+        entry of that run from their state, and in most restarts unsubscribes them from its surveys.
         """
         member = self._members[node]
         for other in self.others(node):
             member.meet(other)
             if self._members[other].meet(node):
-                member.lose(other)
+                member.exclude(other)
         member.start()
         self._exchange_bans(node)
 
     def stop(self, node: N) -> None:
-        """End a run of a node, of which its next one knows nothing; the others notice it."""
+        """Stop a node and forget the state of its run."""
         self._members[node] = _Member()
 
     def pause(self, node: N) -> None:
-        """Keep back what the other nodes send to a node, and do not let it answer them."""
+        """Delay everything that other nodes send to a node, and stop its replies."""
         self._members[node].pause()
 
     def resume(self, node: N) -> None:
-        """Let a node take what was kept back."""
+        """Deliver to a node what was delayed."""
         self._members[node].resume()
 
     def cut(self, node: N, cut: bool) -> None:
-        """Cut a node off from the others, or connect it with them again."""
+        """Cut the connections of a node to the others, or restore them."""
         self._members[node].set_cut(cut)
         self._exchange_bans(node)
 
     def others(self, node: N) -> list[N]:
-        """Give the other nodes that a node counts with."""
+        """Return the other running nodes."""
         return [
             other for other, member in self._members.items() if member.running and other is not node
         ]
 
     def reached(self, node: N) -> list[N]:
-        """Give the other nodes to which a node is connected, paused ones among them."""
+        """Return the other nodes that a node is connected to, including paused ones."""
         if self._members[node].cut:
             return []
         return [other for other in self.others(node) if not self._members[other].cut]
 
     def send(self, sender: N, receiver: N, act: Callable[[], None]) -> None:
-        """Have one node do something for another: never, if they are not connected."""
+        """Call a function on behalf of a receiver, if the two nodes are connected."""
         if receiver in self.reached(sender):
             self.do(receiver, act)
 
     def do(self, node: N, act: Callable[[], None]) -> None:
-        """Have a node do something: later, if it is paused."""
+        """Call a function on behalf of a node, or delay the call while it is paused."""
         self._members[node].do(act)
 
     def survey(self, asker: N, ask: Callable[[N], T]) -> tuple[list[T], bool]:
         """
         Ask the other nodes.
 
-        :return: their answers, and whether one of them gives none
+        :return: their replies, and whether a node did not reply
         """
         member = self._members[asker]
         answering = [
             other
             for other in self.reached(asker)
-            if member.is_heard_by(other) and not self._members[other].paused
+            if member.surveys(other) and not self._members[other].paused
         ]
         return [ask(other) for other in answering], len(answering) < len(self.others(asker))
 
     def _exchange_bans(self, node: N) -> None:
         for other in self.reached(node):
-            self.send(node, other, partial(other.learn, node.bans))
-            self.send(other, node, partial(node.learn, other.bans))
+            self.send(node, other, partial(other.merge_bans, node.bans))
+            self.send(other, node, partial(node.merge_bans, other.bans))

@@ -1,4 +1,4 @@
-"""One client's link: what it sends is worked off in order, what it gets goes to its outbox."""
+"""The connection of a client: its packets are handled in order, and replies are queued."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anyio import (
 from anyio.abc import ByteStream
 from anyio.streams.tls import TLSStream
 
-from ._outbox import ENDED, Outbox
+from ._outbox import STREAM_ERRORS, Outbox
 from ._packets import (
     ConnAck,
     Connect,
@@ -45,35 +45,35 @@ if TYPE_CHECKING:
     from ._exchange import Exchange
     from ._faults import Faults
 
-SILENCE = 120.0
-"""Seconds without a packet after which Emitter closes a link (``internal/broker/conn.go``)."""
-HIGH_WATER = 1024 * 1024
-"""Bytes queued for one client from which on those who publish to it wait for it."""
-PATIENCE = 1.0
-"""Seconds that they wait for a client that takes nothing at all; then it is cut."""
-LINGER = 1.0
-"""Seconds in which a client that left may still take what was queued for it."""
-_CHUNK = 65536
+IDLE_TIMEOUT_SECONDS = 120.0
+"""The time without a packet after which Emitter closes a connection (``broker/conn.go``)."""
+HIGH_WATER_BYTES = 1024 * 1024
+"""The size of a client's queue above which publishers wait for the client."""
+STALL_TIMEOUT_SECONDS = 1.0
+"""The time that publishers wait for a client that reads nothing, before it is disconnected."""
+LINGER_SECONDS = 1.0
+"""The time to write the queue of a client that has disconnected."""
+_CHUNK_BYTES = 65536
 
 logger = logging.getLogger("emitter_anyio.testing")
 
 
-class Crowd:
+class SlowClients:
     """
-    The clients that cannot keep up, of all nodes of a cluster: whoever publishes waits for them.
+    The clients of a cluster whose queues are too large. Publishers wait for them.
 
-    :ivar clients: those that nothing waits for yet
+    :ivar clients: the clients that no publisher waits for yet
     """
 
     def __init__(self) -> None:
         self.clients: set[Client] = set()
 
     def add(self, client: Client) -> None:
-        """Add a client that was just sent too much."""
+        """Add a client whose queue has become too large."""
         self.clients.add(client)
 
-    async def relieve(self, publisher: Client | None = None) -> None:
-        """Wait until those that were just sent too much can take more."""
+    async def wait(self, publisher: Client | None = None) -> None:
+        """Wait until the queues of these clients have shrunk."""
         while self.clients:
             await self.clients.pop().wait_for_space(publisher)
 
@@ -82,14 +82,14 @@ class Client:
     """
     A client that is connected to a :class:`Broker`.
 
-    :ivar client_id: what the client calls itself
+    :ivar client_id: the client id of its CONNECT
     """
 
     def __init__(
         self,
         exchange: Exchange,
         faults: Faults,
-        crowd: Crowd,
+        slow_clients: SlowClients,
         stream: ByteStream,
         *,
         ssl_context: ssl.SSLContext | None = None,
@@ -100,51 +100,51 @@ class Client:
         self.connected: bool = False
         self._exchange = exchange
         self._faults = faults
-        self._crowd = crowd
+        self._slow_clients = slow_clients
         self._stream = stream
         self._ssl_context = ssl_context
         self._wire = Wire()
-        self._outbox = Outbox(coalesce, HIGH_WATER)
+        self._outbox = Outbox(coalesce, HIGH_WATER_BYTES)
         self._scope = CancelScope()
         self._closed = Event()
 
     @property
     def id(self) -> str:
-        """The connection's id, as ``me`` and presence give it."""
+        """The id of the connection, as in ``me()`` and presence."""
         return self.peer.id
 
     @property
     def username(self) -> str:
-        """What presence shows beside the id, or ``""``."""
+        """The user name shown in presence, or ``""``."""
         return self.peer.username
 
     @property
     def subscriptions(self) -> list[str]:
-        """The channels it is subscribed to, a group's with ``$share/…/``, oldest first."""
+        """The channels of its subscriptions, oldest first; a group has ``$share/NAME/``."""
         return self.peer.channels
 
     async def wait_closed(self) -> None:
-        """Wait until the link is closed, and all that it had is given back."""
+        """Wait until the connection is closed and its subscriptions have ended."""
         await self._closed.wait()
 
     def cut(self) -> None:
-        """Close the link now, whatever is still queued."""
+        """Close the connection immediately, and discard its queue."""
         self._scope.cancel()
 
     async def serve(self) -> None:
-        """Serve the link until one side closes it."""
+        """Serve the connection until one side closes it."""
         try:
             with self._scope:
-                self._scope.deadline = current_time() + SILENCE
+                self._scope.deadline = current_time() + IDLE_TIMEOUT_SECONDS
                 await self._faults.wait_resumed()
-                if not await self._begin():
+                if not await self._start_tls():
                     return
                 async with create_task_group() as task_group:
                     task_group.start_soon(self._outbox.write, self._stream)
                     await self._read()
                     await self._faults.wait_resumed()
                     self._leave()
-                    self._scope.deadline = current_time() + LINGER
+                    self._scope.deadline = current_time() + LINGER_SECONDS
                     self._outbox.close()
         finally:
             try:
@@ -155,7 +155,7 @@ class Client:
                 self._outbox.discard()
                 self._closed.set()
 
-    async def _begin(self) -> bool:
+    async def _start_tls(self) -> bool:
         if self._ssl_context is None:
             return True
         try:
@@ -165,8 +165,8 @@ class Client:
                 ssl_context=self._ssl_context,
                 standard_compatible=False,
             )
-        except ENDED as exc:
-            logger.info("no TLS handshake: %s", exc)
+        except STREAM_ERRORS as exc:
+            logger.info("TLS handshake failed: %s", exc)
             return False
         return True
 
@@ -178,57 +178,57 @@ class Client:
         reader = PacketReader()
         while not self._wire.closed:
             try:
-                data = await self._stream.receive(_CHUNK)
+                data = await self._stream.receive(_CHUNK_BYTES)
                 await self._faults.wait_resumed()
                 reader.feed(self._wire.receive(data))
                 if answer := self._wire.answer():
-                    self._put(answer)
-                    await self._crowd.relieve(self)
-                whole = False  # half a packet does not break the silence
+                    self._queue(answer)
+                    await self._slow_clients.wait(self)
+                complete = False  # an incomplete packet does not extend the idle timeout
                 while (packet := reader.next_packet()) is not None:
-                    if not await self._take(packet):
+                    if not await self._handle(packet):
                         return
-                    whole = True
+                    complete = True
                     await self._faults.wait_resumed()
-                    if self._crowd.clients:
-                        await self._crowd.relieve(self)
-                if whole:
-                    self._scope.deadline = current_time() + SILENCE
-            except (MalformedPacketError, *ENDED):
+                    if self._slow_clients.clients:
+                        await self._slow_clients.wait(self)
+                if complete:
+                    self._scope.deadline = current_time() + IDLE_TIMEOUT_SECONDS
+            except (MalformedPacketError, *STREAM_ERRORS):
                 return
 
     def _send(self, kind: Kind, data: bytes) -> None:
-        if not (self._faults.diversions and self._faults.keep(self._send, kind, data)):
-            self._put(self._wire.wrap(data))
+        if not (self._faults.withheld and self._faults.take(self._send, kind, data)):
+            self._queue(self._wire.wrap(data))
 
-    def _put(self, data: bytes) -> None:
+    def _queue(self, data: bytes) -> None:
         self._outbox.put(data)
-        if self._outbox.queued > HIGH_WATER:
-            self._crowd.add(self)
+        if self._outbox.queued > HIGH_WATER_BYTES:
+            self._slow_clients.add(self)
 
     async def wait_for_space(self, publisher: Client | None) -> None:
         """
-        Wait until this client can be sent more.
+        Wait until the queue of this client has shrunk.
 
-        Whoever publishes to a client waits for it as long as it takes anything, so that a flood
-        goes at the pace of the slowest healthy receiver, as with the real broker. One that takes
-        nothing is cut; but a client that waits for itself has its 120 seconds.
+        Like Emitter, publishers wait for a slow client as long as it reads anything. A client that
+        reads nothing for a second is disconnected, unless it is the publisher itself: it then has
+        until the idle timeout.
         """
         idle = 0
         outbox = self._outbox
-        while outbox.queued > HIGH_WATER and not self._closed.is_set():
+        while outbox.queued > HIGH_WATER_BYTES and not self._closed.is_set():
             written = outbox.written
-            # in tenths: a loop that was busy itself must not take that for a client's silence
-            with move_on_after(PATIENCE / 10):
+            # Require ten idle periods in a row, because a busy event loop delays the writes, too.
+            with move_on_after(STALL_TIMEOUT_SECONDS / 10):
                 await outbox.wait_progress()
             idle = 0 if outbox.written > written or self is publisher else idle + 1
             if idle == 10:
-                logger.warning("client %s takes nothing and is cut", self.id)
+                logger.warning("disconnected client %s: it stopped reading", self.id)
                 self.cut()
                 await self._closed.wait()
 
-    async def _take(self, packet: Packet) -> bool:
-        """Work off one packet, and say whether the link goes on."""
+    async def _handle(self, packet: Packet) -> bool:
+        """Handle a packet, and return whether the connection stays open."""
         match packet:
             case Connect():
                 return self._connect(packet)
@@ -245,8 +245,8 @@ class Client:
                 codes = []
                 for topic, qos in packet.filters:
                     codes.append(await self._subscribe(packet.packet_id, topic, qos))
-                    # What one filter replays must be on its way before the next one is.
-                    await self._crowd.relieve(self)
+                    # Bound the queue: wait for the replay of this filter before the next one.
+                    await self._slow_clients.wait(self)
                 self._send("suback", SubAck(packet.packet_id, tuple(codes)).encode())
             case Unsubscribe():
                 for topic in packet.filters:
@@ -259,15 +259,15 @@ class Client:
                 self._send("pingresp", PingResp().encode())
             case PubAck() | PubRec() | PubRel() | PubComp():
                 pass
-            case _:  # DISCONNECT, or what only a broker may send
+            case _:  # DISCONNECT, or a packet that only a broker may send
                 return False
         return True
 
     def _connect(self, packet: Connect) -> bool:
-        # a second CONNECT is taken like the first
+        # Like Emitter, accept a second CONNECT.
         refusal = self._faults.refusal
         self.client_id = packet.client_id
-        self.peer.introduce(packet.username or "", None if refusal else packet.will)
+        self.peer.set_identity(packet.username or "", None if refusal else packet.will)
         self.connected = not refusal
         self._send("connack", ConnAck(refusal).encode())
         return self.connected
@@ -281,7 +281,7 @@ class Client:
         return qos
 
     def _refuse(self, refusal: RefusedError, packet_id: int) -> None:
-        said = {"status": refusal.status, "message": refusal.message}
+        reply = {"status": refusal.status, "message": refusal.message}
         if packet_id:
-            said = {"req": packet_id, **said}
-        deliver((self.peer,), "error", "emitter/error/", to_json(said))
+            reply = {"req": packet_id, **reply}
+        deliver((self.peer,), "error", "emitter/error/", to_json(reply))

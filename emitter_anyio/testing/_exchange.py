@@ -1,6 +1,6 @@
-"""Emitter's semantics: who may do what, and who gets which message. No I/O.
+"""Emitter's semantics: permissions, delivery, presence and storage. Without I/O.
 
-What the recorded conversations leave open was seen in the broker's ``internal/service``.
+Source: recorded conversations with Emitter 3.1 and, for the rest, its ``internal/service``.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from ._keys import EXTEND, LOAD, READ, STORE, WRITE, Key, License, expiry, permi
 from ._matching import Matcher, Subscriptions, Trie
 from ._peer import Peer, Send, connection_id, deliver, to_json
 from ._refusals import EXTEND_KEY, RefusedError
-from ._storage import RETAINED, Storage, Stored, merge
+from ._storage import RETAINED_SECONDS, Storage, Stored, merge
 from ._topics import Topic, Words, parse
 
 if TYPE_CHECKING:
     from ._packets import Publish
 
-PATIENCE = 2.0
-"""Seconds that a node waits for the others' stored messages (``provider/storage/ssd.go``)."""
+SURVEY_TIMEOUT_SECONDS = 2.0
+"""The time that Emitter waits for the replies of other nodes (``provider/storage/ssd.go``)."""
 
 
 class Exchange:
     """
-    The state of a broker, or of one node of a cluster, and what its clients do to it.
+    The state of a broker or of one node of a cluster, and the operations of its clients.
 
-    :param license: whose keys are taken
-    :param matcher: how filters match
-    :param cluster: the other nodes; none unless given
-    :param patience: for how many seconds a node that does not answer about what it stores is waited
-        for; a status of presence, for which no node answers, waits half of it
+    :param license: the licence whose keys are accepted
+    :param matcher: the matcher of subscriptions
+    :param cluster: the cluster to join, or ``None`` for a new one
+    :param patience: the seconds to wait for nodes that do not reply with stored messages; a
+        presence status, for which no node replies, waits half as long
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Exchange:
         license: License,
         matcher: Matcher = "emitter",
         cluster: Cluster[Exchange] | None = None,
-        patience: float = PATIENCE,
+        patience: float = SURVEY_TIMEOUT_SECONDS,
     ) -> None:
         self.license = license
         self.bans: dict[str, Ban] = {}
@@ -56,64 +56,67 @@ class Exchange:
         self.cluster: Cluster[Exchange] = Cluster() if cluster is None else cluster
         self.cluster.join(self)
         self.name: bytes = secrets.token_bytes(8)
-        # Real nodes that start together count their connections from the same number.
+        # Like Emitter nodes that start together, count connections from the same number.
         self._numbers = itertools.count()
         self._patience = patience
-        self._grant = lru_cache(maxsize=4096)(self._find_key)
+        self._find_key_cached = lru_cache(maxsize=4096)(self._find_key)
 
     def now(self) -> float:
-        """Give the broker's time, in unix seconds."""
+        """Return the broker's time in Unix seconds."""
         return time.time() + self.cluster.ahead
 
     def new_peer(self, send: Send) -> Peer:
         """
-        Make the state of a new connection.
+        Create the state of a new connection.
 
-        :param send: queues an encoded packet for it
+        :param send: a function that queues an encoded packet for the client
         """
         return Peer(send, self.name, next(self._numbers))
 
     def publish(self, peer: Peer, topic: Topic, packet: Publish) -> None:
         """
-        Take a message that a client publishes.
+        Handle a message that a client publishes.
 
         :raises RefusedError: if the key does not permit it
         """
-        key = self._entitle(topic, WRITE)
-        ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED * packet.retain
+        key = self._authorize_message(topic, WRITE)
+        ttl = (topic.number("ttl") or 0) & 0xFFFFFFFF or RETAINED_SECONDS * packet.retain
         excluded = peer if topic.number("me") == 0 else None
-        self.spread(topic, packet.payload, ttl * key.allows(STORE), excluded)
+        self.store_and_send(topic, packet.payload, ttl * key.allows(STORE), excluded)
 
-    def spread(
+    def store_and_send(
         self, topic: Topic, payload: bytes, ttl: int = 0, excluded: Peer | None = None
     ) -> None:
         """
-        Keep a message, and send it to all whom its channel reaches.
+        Store a message and send it to its receivers.
 
-        :param ttl: for how many seconds it is kept, if at all
-        :param excluded: who does not get it
+        :param ttl: the seconds to store the message for, or 0 not to store it
+        :param excluded: a connection that does not receive it
         """
         if ttl:
             self.storage.add(self.now(), ttl, topic.channel, topic.words, payload)
-        receivers = self.subscriptions.receivers(topic.words, excluded, self._elsewhere())
+        receivers = self.subscriptions.receivers(topic.words, excluded, self._other_nodes())
         for node in receivers:
             if isinstance(node, Exchange):
-                self.cluster.send(self, node, partial(node.take_over, topic, payload))
+                self.cluster.send(self, node, partial(node.deliver_from_node, topic, payload))
         deliver(_peers(receivers), "message", topic.channel, payload)
 
-    def take_over(self, topic: Topic, payload: bytes) -> None:
-        """Send a message of another node to the clients here: every group draws a member again."""
+    def deliver_from_node(self, topic: Topic, payload: bytes) -> None:
+        """Send a message from another node to the clients of this one.
+
+        Each group chooses a member again, so two members might receive the message.
+        """
         receivers = self.subscriptions.receivers(topic.words)
         deliver(_peers(receivers), "message", topic.channel, payload)
 
     async def subscribe(self, peer: Peer, text: str) -> None:
         """
-        Enter a subscription, and replay what its key may load.
+        Add a subscription, and replay stored messages if its key permits loading.
 
-        :raises RefusedError: when it may not
+        :raises RefusedError: if the key does not permit reading
         """
         topic = parse(text.replace("#", "#/").replace("//", "/"))
-        key = self._entitle(topic, READ)
+        key = self._authorize_message(topic, READ)
         self.add_subscription(peer, topic)
         if key.allows(LOAD):
             for message in await self.query(topic):
@@ -121,54 +124,56 @@ class Exchange:
 
     def unsubscribe(self, peer: Peer, text: str) -> None:
         """
-        End a subscription; one that there is not is fine.
+        End a subscription, if it exists.
 
-        :raises RefusedError: when it may not
+        :raises RefusedError: if the key does not permit reading
         """
         topic = parse(text)
-        self._entitle(topic, READ)
+        self._authorize_message(topic, READ)
         channel = peer.remove_subscription(topic.words)
         if channel is not None:
             self.subscriptions.remove(topic.words, peer)
             self._announce_everywhere("unsubscribe", peer, topic.words, channel)
 
     def add_subscription(self, peer: Peer, topic: Topic) -> None:
-        """Add a subscription; one that exists stays as it is."""
+        """Add a subscription, unless it exists."""
         if peer.add_subscription(topic.words, topic.channel):
             self.subscriptions.add(topic.words, peer)
             self._announce_everywhere("subscribe", peer, topic.words, topic.channel)
 
     def watch(self, peer: Peer, words: Words, wanted: bool) -> None:
-        """Begin or end the feed of presence changes at and below a channel."""
+        """Start or end the feed of presence events at and below a channel."""
         if peer.watch(words, wanted):
             change = self.watchers.add if wanted else self.watchers.remove
             change(words, peer)
 
     def announce(self, words: Words, change: bytes) -> None:
-        """Send a change of presence to those here who watch it."""
+        """Send a presence event to the clients of this node that watch the channel."""
         deliver(self.watchers.match(words), "message", "emitter/presence/", change)
 
     def leave(self, peer: Peer) -> None:
-        """End what a connection had, and publish its will: a clean end is no different here."""
+        """End the subscriptions of a connection and publish its will, also after DISCONNECT."""
         for words, channel in self._remove_all(peer):
             self._announce_everywhere("unsubscribe", peer, words, channel)
         will = peer.take_will()
         if will is not None:
             try:
                 topic = parse(will.topic)
-                key = self._entitle(topic, WRITE)
+                key = self._authorize_message(topic, WRITE)
             except RefusedError:
-                return  # nobody is left to be told
+                return  # the client that would receive the error has disconnected
             if not topic.wild:
-                self.spread(topic, will.payload, RETAINED * (will.retain and key.allows(STORE)))
+                self.store_and_send(
+                    topic, will.payload, RETAINED_SECONDS * (will.retain and key.allows(STORE))
+                )
 
     def abandon(self, peer: Peer) -> None:
         """
-        End what a connection had when this node is killed: its will is lost.
+        End the subscriptions of a connection when this node is killed, and discard its will.
 
-        The other nodes announce that it ended. But as real ones do, each makes the id from its own
-        name, instead of that of the node which is gone. So this is the id of its own connection
-        with the same number, if there is one.
+        The other nodes announce the end. Like Emitter, each computes the id of the connection from
+        its own name instead of the name of the killed node. The result is the id of the connection
+        with the same number on that node, if there is one.
         """
         peer.take_will()
         removed = self._remove_all(peer)
@@ -179,7 +184,7 @@ class Exchange:
                 self.cluster.do(other, partial(other.announce, words, change))
 
     async def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
-        """Find the stored messages for which a topic's options ask: one, unless they say more."""
+        """Return the stored messages that the options of a topic select, by default one."""
         last, since, until = (topic.number(option) for option in ("last", "from", "until"))
         last = 1 if last is None else last
 
@@ -193,19 +198,24 @@ class Exchange:
         return merge([found, *answers], last)
 
     async def members(self, words: Words) -> list[Peer]:
-        """Find who would get a message; those on other nodes are waited for, and never there."""
-        found = self.subscriptions.receivers(words, elsewhere=self._elsewhere())
+        """
+        Return the connections of this node that would receive a message.
+
+        Like Emitter, wait for the replies of other nodes, although they never arrive.
+        """
+        found = self.subscriptions.receivers(words, other_nodes=self._other_nodes())
         if self.cluster.others(self):
             await sleep(self._patience / 2)
         return _peers(found)
 
     def authorize(self, topic: Topic, permission: int) -> Key:
         """
-        Give the key of a topic, if it is good for it.
+        Return the decrypted key of a topic.
 
-        :raises RefusedError: with 401, when it is not
+        :raises RefusedError: with status 401, if the key is invalid, banned or expired, or does not
+            have the permission for the channel
         """
-        key = self._grant(topic.key, topic.channel)
+        key = self._find_key_cached(topic.key, topic.channel)
         if topic.key in self.bans and self.bans[topic.key].banned:
             key = None
         if key is None or not key.allows(permission) or key.expired(self.now()):
@@ -214,40 +224,40 @@ class Exchange:
 
     @property
     def banned(self) -> set[str]:
-        """The keys that are banned."""
+        """The banned keys."""
         return {key for key, ban in self.bans.items() if ban.banned}
 
     def ban(self, key: str, banned: bool = True) -> None:
-        """Ban a key, or lift its ban, on all nodes."""
+        """Ban a key or lift its ban, on all connected nodes."""
         news = {key: self.cluster.new_ban(banned)}
-        self.learn(news)
+        self.merge_bans(news)
         for other in self.cluster.others(self):
-            self.cluster.send(self, other, partial(other.learn, news))
+            self.cluster.send(self, other, partial(other.merge_bans, news))
 
-    def learn(self, bans: Mapping[str, Ban]) -> None:
-        """Take over what another node has been told of keys, if it is newer."""
+    def merge_bans(self, bans: Mapping[str, Ban]) -> None:
+        """Take over newer decisions from another node."""
         for key, ban in bans.items():
             self.bans[key] = max(ban, self.bans.get(key, ban))
 
     def restart(self, forget: bool) -> None:
-        """Store as another process of this node does, which may have lost what was stored."""
+        """Restart the storage like a new process, and delete the messages if ``forget`` is set."""
         self.storage.restart(forget)
 
     def keygen(self, channel: str, letters: str, ttl: int) -> str:
         """
-        Make a channel key.
+        Generate a channel key.
 
-        :raises RefusedError: for a channel that cannot be a target
+        :raises RefusedError: if the channel is not a valid target
         """
-        key = self.license.blank_key().aimed_at(channel)
+        key = self.license.blank_key().with_target(channel)
         granted, expires = permissions(letters), expiry(self.now(), ttl)
         return self.license.encrypt(replace(key, permissions=granted, expires=expires))
 
-    def _elsewhere(self) -> dict[_Receiver, Subscriptions[_Receiver]]:
+    def _other_nodes(self) -> dict[_Receiver, Subscriptions[_Receiver]]:
         return {other: other.subscriptions for other in self.cluster.others(self)}
 
-    def _entitle(self, topic: Topic, permission: int) -> Key:
-        """Authorize what an extend key is no good for."""
+    def _authorize_message(self, topic: Topic, permission: int) -> Key:
+        """Authorize an operation that extend keys do not permit."""
         key = self.authorize(topic, permission)
         if key.allows(EXTEND):
             raise RefusedError(401, EXTEND_KEY)
@@ -261,7 +271,7 @@ class Exchange:
         return key if self.license.made(key) and key.opens(channel) else None
 
     def _remove_all(self, peer: Peer) -> list[tuple[Words, str]]:
-        """Remove all subscriptions of a connection and what it watches, and give the former."""
+        """Remove the subscriptions and presence feeds of a connection, and return the former."""
         for watched in list(peer.watched):
             self.watch(peer, watched, False)
         removed = list(peer.subscribed.items())

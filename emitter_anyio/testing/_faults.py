@@ -1,4 +1,4 @@
-"""The faults of a broker that a test wants: packets that are kept back, refusals, a pause."""
+"""The faults that a test injects into a broker: withheld packets, refusals and pauses."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ if TYPE_CHECKING:
     from ._peer import Kind, Send
 
 
-class Diversion:
+class WithheldPackets:
     """
-    Packets that a test keeps from being sent.
+    The packets that are not sent during one ``hold()`` or ``lose()`` block.
 
-    :param kinds: the kinds of packets that it is about
+    :param kinds: the kinds of packets to withhold
     """
 
     def __init__(self, kinds: tuple[Kind, ...]) -> None:
         self._kinds = kinds
-        self._kept: list[Callable[[], None]] = []
+        self._sends: list[Callable[[], None]] = []
 
-    def keep(self, send: Send, kind: Kind, data: bytes) -> bool:
-        """Keep a packet, if it is of one of the kinds, and return whether it is."""
+    def take(self, send: Send, kind: Kind, data: bytes) -> bool:
+        """Withhold a packet if it is of one of the kinds, and return whether it is."""
         if kind not in self._kinds:
             return False
-        self._kept.append(partial(send, kind, data))
+        self._sends.append(partial(send, kind, data))
         return True
 
     def release(self) -> None:
-        """Send the packets after all."""
-        for send in self._kept:
+        """Send the withheld packets."""
+        for send in self._sends:
             send()
 
 
 class Faults:
     """
-    The faults that a test wants of all links of a broker.
+    The faults of all connections of a broker.
 
-    :ivar diversions: what keeps packets from being sent, the latest first
+    :ivar withheld: the active ``hold()`` and ``lose()`` blocks, innermost first
     """
 
     def __init__(self) -> None:
-        self.diversions: list[Diversion] = []
+        self.withheld: list[WithheldPackets] = []
         self._refusal = 0
         self._resumed: Event | None = None  # while the broker is paused
 
     @property
     def refusal(self) -> int:
-        """The return code of each CONNACK."""
+        """The return code of CONNACK."""
         return self._refusal
 
     @contextmanager
     def refuse(self, code: int) -> Iterator[None]:
-        """Refuse each CONNECT, until the block ends."""
+        """Refuse each CONNECT until the block ends."""
         before, self._refusal = self._refusal, code
         try:
             yield
@@ -64,12 +64,12 @@ class Faults:
             self._refusal = before
 
     def pause(self) -> None:
-        """Take nothing more of what clients send."""
+        """Stop handling packets from clients."""
         if self._resumed is None:
             self._resumed = Event()
 
     def resume(self) -> None:
-        """Take what clients send again."""
+        """Continue handling packets from clients."""
         if self._resumed is not None:
             self._resumed.set()
             self._resumed = None
@@ -80,14 +80,14 @@ class Faults:
             await self._resumed.wait()
 
     @contextmanager
-    def divert(self, diversion: Diversion) -> Iterator[None]:
-        """Keep packets from being sent; of two diversions the later gets them."""
-        self.diversions.insert(0, diversion)
+    def withhold(self, packets: WithheldPackets) -> Iterator[None]:
+        """Withhold packets until the block ends; the innermost of several blocks takes them."""
+        self.withheld.insert(0, packets)
         try:
             yield
         finally:
-            self.diversions.remove(diversion)
+            self.withheld.remove(packets)
 
-    def keep(self, send: Send, kind: Kind, data: bytes) -> bool:
-        """Keep a packet that is to be sent, and return whether one of the diversions does."""
-        return any(diversion.keep(send, kind, data) for diversion in self.diversions)
+    def take(self, send: Send, kind: Kind, data: bytes) -> bool:
+        """Withhold a packet if one of the blocks does, and return whether one does."""
+        return any(packets.take(send, kind, data) for packets in self.withheld)

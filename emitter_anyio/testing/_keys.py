@@ -1,4 +1,4 @@
-"""Licences and channel keys, in the forms that a real broker makes and takes."""
+"""Licences and channel keys in Emitter's formats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ._refusals import TARGET, TARGET_TOO_DEEP, RefusedError
 MASTER, READ, WRITE, STORE, LOAD, PRESENCE, EXTEND, EXECUTE = (1 << bit for bit in range(8))
 
 _LETTERS = dict(zip("rwslpex", (READ, WRITE, STORE, LOAD, PRESENCE, EXTEND, EXECUTE), strict=True))
-_EPOCH = 1262304000  # keys count the seconds of their expiry from 2010 on
+_EPOCH = 1262304000  # 2010 in Unix seconds; the expiry of a key counts from here
 _MAX_DEPTH = 23
 _EXACT = 1 << _MAX_DEPTH
 _FIELDS = Struct(">HHII3sBII")
@@ -25,7 +25,7 @@ _ENCRYPTED = re.compile(r"[A-Za-z0-9_-]{32}")
 
 
 def permissions(letters: str) -> int:
-    """Read permission letters; as in Emitter, an unknown one is passed over."""
+    """Parse permission letters; like Emitter, ignore unknown ones."""
     granted = 0
     for letter in letters:
         granted |= _LETTERS.get(letter, 0)
@@ -34,17 +34,17 @@ def permissions(letters: str) -> int:
 
 def expiry(now: float, ttl: int) -> int:
     """
-    Say when a key expires, as a key has it.
+    Return the expiry of a key in the encoding of keys.
 
-    :param now: unix seconds
-    :param ttl: seconds from now, 0 for never; a negative one makes a key that has expired
+    :param now: the time in Unix seconds
+    :param ttl: the lifetime in seconds, 0 for an unlimited one, negative for an expired key
     """
     return min(max(int(now) + ttl - _EPOCH, 1), 0xFFFFFFFF) if ttl else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a key says, decrypted."""
+    """The decrypted content of a key."""
 
     salt: int
     master: int
@@ -74,7 +74,7 @@ class Key:
         )
 
     @property
-    def is_master(self) -> bool:
+    def is_secret(self) -> bool:
         return self.permissions == MASTER
 
     def allows(self, permission: int) -> bool:
@@ -83,11 +83,11 @@ class Key:
     def expired(self, now: float) -> bool:
         return self.expires != 0 and now > self.expires + _EPOCH
 
-    def aimed_at(self, channel: str) -> Key:
+    def with_target(self, channel: str) -> Key:
         """
-        Give this key for another target.
+        Return a copy of this key for another target.
 
-        :raises RefusedError: for a channel that cannot be a target
+        :raises RefusedError: if the channel is not a valid target
         """
         if not channel.endswith("/"):
             raise RefusedError(400, TARGET)
@@ -102,14 +102,14 @@ class Key:
         return replace(self, path=path, target=level_hash("/".join(parts)))
 
     def opens(self, channel: str) -> bool:
-        """Say whether this key is for that channel, permissions and expiry aside."""
+        """Return whether the target of this key includes a channel."""
         parts = channel.rstrip("/").split("/")
         if self.path == 0:
             return self.target in (level_hash(""), level_hash(parts[0]))
         if parts[-1] == "#":
             del parts[-1]
         literal = self.path & _EXACT - 1
-        # the lowest bit that is set stands for the last literal part
+        # The lowest bit that is set stands for the last literal level.
         depth = _MAX_DEPTH + 1 - (literal & -literal).bit_length() if literal else len(parts)
         exact = self.path & _EXACT != 0
         if len(parts) < depth or (exact and len(parts) != depth):
@@ -125,10 +125,10 @@ class Key:
 @dataclass(frozen=True)
 class License:
     """
-    A broker's licence: whose keys it takes, and how they are encrypted.
+    A licence of Emitter, which encrypts keys.
 
     :param version: 1, 2 or 3
-    :param text: the licence as a broker is given it
+    :param text: the text of the licence, as in the configuration of a broker
     """
 
     version: int
@@ -141,7 +141,7 @@ class License:
 
     @classmethod
     def new(cls) -> License:
-        """Make a licence of version 3, as a new broker does."""
+        """Generate a licence of version 3."""
         key, salt = secrets.token_bytes(32), secrets.token_bytes(16)
         contract, signature = secrets.randbits(32), secrets.randbits(32)
         packed = bytes((len(key),)) + key + bytes((len(salt),)) + salt
@@ -152,9 +152,9 @@ class License:
     @classmethod
     def parse(cls, text: str) -> License:
         """
-        Read a licence.
+        Parse a licence.
 
-        :raises ValueError: when it is none
+        :raises ValueError: if it is malformed
         """
         body, _, version = text.partition(":")
         try:
@@ -168,20 +168,20 @@ class License:
             return cls(int(version), text, *_unpack(_snappy.decode(data), salt_size))
         except (ValueError, KeyError, IndexError):
             raise ValueError(
-                "not a licence of Emitter: copy the whole line that the broker or "
-                "`emitter license new` printed, with its :2 or :3 at the end"
+                "invalid licence: expected the line that Emitter or `emitter license new` prints, "
+                "including :2 or :3 at its end"
             ) from None
 
-    def master_key(self) -> str:
-        """Make a master key, which is what Emitter calls the secret."""
+    def secret_key(self) -> str:
+        """Generate a secret key, which Emitter's source calls a master key."""
         return self.encrypt(self.blank_key())
 
     def blank_key(self) -> Key:
-        """Give a key of this licence with a salt of its own, a master key until it is changed."""
+        """Return a secret key of this licence with a random salt, to derive other keys from."""
         return Key(secrets.randbelow(32767), self.master, self.contract, self.signature)
 
     def made(self, key: Key) -> bool:
-        """Say whether a decrypted key is one of this licence's and not mere noise."""
+        """Return whether a decrypted key belongs to this licence and is not random content."""
         mine = (self.master, self.contract, self.signature)
         return (key.master, key.contract, key.signature) == mine
 
@@ -196,12 +196,12 @@ class License:
     @lru_cache(maxsize=1024)  # noqa: B019 -- a licence lives as long as its broker
     def decrypt(self, text: str) -> Key:
         """
-        Read a key; one of another licence gives a key of random content.
+        Decrypt a key. The key of another licence decrypts to random content.
 
-        :raises ValueError: when it cannot be a key
+        :raises ValueError: if the text is malformed
         """
         if not _ENCRYPTED.fullmatch(text):
-            raise ValueError("not a key: 32 letters, digits, - and _")
+            raise ValueError("invalid key: expected 32 letters, digits, '-' and '_'")
         data = base64.urlsafe_b64decode(text)
         if self.version == 1:
             data = _salted(_xtea.decrypt(self.cipher_key, data))
@@ -220,7 +220,7 @@ class License:
 
 
 def _salted(data: bytes) -> bytes:
-    """Spread a key's salt over the rest of it, or take it off again."""
+    """XOR the rest of a key with its salt."""
     return data[:2] + _salsa20.xor(data[2:], data[:2] * 11)
 
 
@@ -231,11 +231,11 @@ def _from_base64(text: str) -> bytes:
 def _unpack(data: bytes, salt_size: int) -> tuple[bytes, bytes, int, int, int]:
     key, at = data[1:33], 34
     if data[0] != 32 or data[33] != salt_size:
-        raise ValueError("not this version's lengths")
+        raise ValueError("unexpected lengths")
     salt, at = data[at : at + salt_size], at + salt_size
     contract, at = _snappy.read_uvarint(data, at)
     signature, at = _snappy.read_uvarint(data, at)
     master, at = _snappy.read_uvarint(data, at)
     if at != len(data) or max(contract, signature) >> 32 or master >> 16:
-        raise ValueError("not a licence's numbers")
+        raise ValueError("unexpected numbers")
     return key, salt, contract, signature, master

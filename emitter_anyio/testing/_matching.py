@@ -1,4 +1,4 @@
-"""Which subscriptions a channel reaches, under the broker's two matchers."""
+"""The broker's two matchers of channels and subscriptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Node(Generic[T]):
 
     def __init__(self) -> None:
         self.children: dict[str, _Node[T]] = {}
-        self.here: dict[T, None] = {}  # a set that keeps its order
+        self.here: dict[T, None] = {}  # an ordered set
 
     def grandchildren(self, word: str) -> Iterable[tuple[str, _Node[T]]]:
         child = self.children.get(word)
@@ -27,11 +27,11 @@ class _Node(Generic[T]):
 
 class Trie(Generic[T]):
     """
-    Filters, each with those who hold it.
+    A tree of filters and their holders.
 
-    :param matcher: ``"emitter"``: a filter reaches all channels that begin with it, and ``#`` none;
-        ``"mqtt"``: a filter reaches channels of its own length, and ``#`` one or more levels more.
-        ``+`` is one level in both.
+    :param matcher: with ``"emitter"``, a filter matches all channels that begin with it, and ``#``
+        matches nothing; with ``"mqtt"``, a filter matches channels of the same length, and ``#``
+        matches one or more further levels. ``+`` always matches one level
     """
 
     def __init__(self, matcher: Matcher = "emitter") -> None:
@@ -46,7 +46,7 @@ class Trie(Generic[T]):
         node.here[holder] = None
 
     def remove(self, words: Words, holder: T) -> None:
-        """Take a filter from one who holds it."""
+        """Remove an existing filter of a holder."""
         path = [self._root]
         for word in words:
             path.append(path[-1].children[word])
@@ -58,16 +58,16 @@ class Trie(Generic[T]):
             del path[-1].children[word]
 
     def match(self, words: Words) -> dict[T, None]:
-        """Give those whose filters a channel reaches, each once."""
+        """Return the holders of matching filters, each once."""
         found: dict[T, None] = {}
         self._collect(self._root, words, found)
         return found
 
     def match_below(self, word: str, words: Words) -> dict[str, dict[T, None]]:
         """
-        Match the filters that begin with a word and any second one, without these two.
+        Match the filters that begin with a word, ignoring this and the next word.
 
-        :return: by their second word, the holders whose filters a channel reaches, if there are any
+        :return: the holders of matching filters, by the second word of the filters
         """
         found: dict[str, dict[T, None]] = {}
         for name, node in self._root.grandchildren(word):
@@ -80,7 +80,7 @@ class Trie(Generic[T]):
 
 class Subscriptions(Generic[T]):
     """
-    The filters of subscribers. Those below ``$share/group/`` share what reaches them.
+    The filters of subscribers. Filters below ``$share/NAME/`` form a share group.
 
     :param matcher: as for :class:`Trie`
     """
@@ -92,36 +92,37 @@ class Subscriptions(Generic[T]):
         self._filters.add(words, subscriber)
 
     def remove(self, words: Words, subscriber: T) -> None:
-        """Take a filter from a subscriber that holds it."""
+        """Remove an existing filter of a subscriber."""
         self._filters.remove(words, subscriber)
 
     def match(self, words: Words) -> dict[T, None]:
-        """Give the subscribers whose filters a channel reaches, groups aside."""
+        """Return the subscribers with matching filters, without groups."""
         return self._filters.match(words)
 
     def groups(self, words: Words) -> dict[str, dict[T, None]]:
-        """Give each group that has members whose filters a channel reaches, with these members."""
+        """Return the members with matching filters, by group."""
         return self._filters.match_below("$share", words)
 
     def receivers(
         self,
         words: Words,
         excluded: T | None = None,
-        elsewhere: Mapping[T, Subscriptions[T]] | None = None,
+        other_nodes: Mapping[T, Subscriptions[T]] | None = None,
     ) -> list[T]:
         """
-        Give who gets a message, each once: of every group, one member at random.
+        Return the receivers of a message, each once, with one random member of each group.
 
-        :param elsewhere: who else gets it if one of these subscriptions matches: in each group that
-            has members there, it is one member
+        :param excluded: a subscriber that does not receive the message
+        :param other_nodes: further receivers and the subscriptions for which they receive it; for
+            each group in these subscriptions, the receiver is one member
         """
         found, groups = self._filters.match(words), self.groups(words)
-        for holder, subscriptions in (elsewhere or {}).items():
+        for holder, subscriptions in (other_nodes or {}).items():
             if subscriptions.match(words):
                 found[holder] = None
             for name in subscriptions.groups(words):
                 groups.setdefault(name, {})[holder] = None
-        found.pop(excluded, None)  # type: ignore[arg-type]  # None is never there
+        found.pop(excluded, None)  # type: ignore[arg-type]  # None is never a key
         for members in groups.values():
             members.pop(excluded, None)  # type: ignore[arg-type]  # as above
             if members:
@@ -129,7 +130,7 @@ class Subscriptions(Generic[T]):
         return list(found)
 
 
-# Both go down level by level, because a channel may have more levels than Python allows recursion.
+# These functions are iterative, because a channel may have more levels than Python's stack.
 
 
 def _by_prefix(root: _Node[T], words: Words, found: dict[T, None]) -> None:

@@ -1,4 +1,4 @@
-"""What a client is to be sent: queued by whoever has something for it, written by one task."""
+"""The queue of packets to one client, and the task that writes them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from anyio import (
 from anyio.abc import ByteStream
 
 WRITES_PER_SECOND = 60
-"""How often Emitter writes to one client (``limit.flushRate``)."""
-ENDED = (BrokenResourceError, ClosedResourceError, EndOfStream, OSError)
-"""What a stream raises when it is of no further use; OSError is that of TLS."""
-_CHUNK = 65536
+"""The default of Emitter's ``limit.flushRate``: writes to one client per second."""
+STREAM_ERRORS = (BrokenResourceError, ClosedResourceError, EndOfStream, OSError)
+"""The errors that a closed or broken stream raises; TLS raises OSError."""
+_CHUNK_BYTES = 65536
 
 
 class Outbox:
     """
-    Packets on their way to one client.
+    A queue of packets to one client.
 
-    :param coalesce: write as Emitter does (``internal/network/listener/conn.go``): there are 60
-        writes, one for each packet, and 60 more a second; what comes when there are none left waits
-        for the first packet behind it that has one, or for the next of the flushes that come once
-        a second from the link's beginning on, or is lost when the client leaves. Without it, only
-        what comes while another write is under way is joined
-    :param limit: with more bytes than these queued, nothing waits
+    :param coalesce: whether to limit writes like Emitter (``internal/network/listener/conn.go``).
+        Each packet takes one of 60 tokens, which are refilled at 60 per second. A packet without a
+        token waits for the next packet with a token, or for a flush, once per second since the
+        start of the connection. It is lost if the client disconnects before. Without ``coalesce``,
+        packets are joined only if they are queued while a write is in progress
+    :param limit: the number of queued bytes above which packets do not wait for tokens
 
-    :ivar queued: bytes that are not written yet
-    :ivar written: bytes that are
+    :ivar queued: the number of bytes not yet written
+    :ivar written: the number of bytes written
     """
 
     def __init__(self, coalesce: bool = False, limit: float = math.inf) -> None:
@@ -46,51 +46,51 @@ class Outbox:
         self._waiting: list[bytes] = []
         self._wake = Event()
         self._closed = False
-        self._born = self._looked = self._late_since = current_time()
-        self._allowed: float = WRITES_PER_SECOND
+        self._started_at = self._refilled_at = self._waiting_since = current_time()
+        self._tokens: float = WRITES_PER_SECOND
 
     def put(self, data: bytes) -> None:
-        """Queue something."""
+        """Queue a packet."""
         self.queued += len(data)
-        if self._may_write() or self.queued > self._limit:
+        if self._take_token() or self.queued > self._limit:
             self._ready += self._waiting
             self._ready.append(data)
             self._waiting.clear()
         else:
             if not self._waiting:
-                self._late_since = self._looked
+                self._waiting_since = self._refilled_at
             self._waiting.append(data)
         self._wake.set()
 
     def close(self) -> None:
-        """Queue nothing more: the writer ends with what is ready."""
+        """End the writer after it has written the packets that do not wait for a token."""
         self._closed = True
         self._wake.set()
 
     def discard(self) -> None:
-        """Wake those that wait for progress, because nothing more is written."""
+        """Wake the tasks in :meth:`wait_progress`, because nothing more is written."""
         self._progress.set()
 
     async def wait_progress(self) -> None:
-        """Wait until some bytes were written, or until :meth:`discard`."""
+        """Wait until bytes are written, or until :meth:`discard`."""
         await self._progress.wait()
 
     async def write(self, stream: ByteStream) -> None:
-        """Write what is queued, until :meth:`close`, or until the stream takes no more."""
+        """Write queued packets until :meth:`close` or until the stream fails."""
         while True:
             while self._ready:
                 data = b"".join(self._ready)
                 self._ready.clear()
                 try:
-                    for start in range(0, len(data), _CHUNK):
-                        piece = data[start : start + _CHUNK]
+                    for start in range(0, len(data), _CHUNK_BYTES):
+                        piece = data[start : start + _CHUNK_BYTES]
                         await stream.send(piece)
                         self.queued -= len(piece)
                         self.written += len(piece)
                         self._progress.set()
                         self._progress = Event()
-                except ENDED:
-                    return  # the reader still takes what the client sent before it went
+                except STREAM_ERRORS:
+                    return  # the reading task still handles what the client has sent
             if self._closed:
                 return
             self._wake = Event()
@@ -100,18 +100,18 @@ class Outbox:
                 self._ready += self._waiting
                 self._waiting.clear()
 
-    def _may_write(self) -> bool:
+    def _take_token(self) -> bool:
         if not self._coalesce:
             return True
-        before, self._looked = self._looked, current_time()
-        earned = (self._looked - before) * WRITES_PER_SECOND
-        self._allowed = min(WRITES_PER_SECOND, self._allowed + earned)
-        if self._allowed < 1:
+        before, self._refilled_at = self._refilled_at, current_time()
+        earned = (self._refilled_at - before) * WRITES_PER_SECOND
+        self._tokens = min(WRITES_PER_SECOND, self._tokens + earned)
+        if self._tokens < 1:
             return False
-        self._allowed -= 1
+        self._tokens -= 1
         return True
 
     def _next_flush(self) -> float:
         if not self._waiting:
             return math.inf
-        return self._born + math.floor(self._late_since - self._born) + 1
+        return self._started_at + math.floor(self._waiting_since - self._started_at) + 1

@@ -1,7 +1,7 @@
-"""MQTT 3.1.1 packets, written without Paho so that each checks the other: bytes in, packets out.
+"""MQTT 3.1.1 packets, implemented without Paho so that the two implementations check each other.
 
-Every packet is a tuple with an ``encode()``; :class:`PacketReader` gives them back, however the
-bytes were cut. Nothing here knows of sockets or of Emitter.
+Each packet is a tuple with an ``encode()`` method. :class:`PacketReader` decodes packets from
+chunks of any size.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-#: What Emitter takes and sends at most, as MQTT's remaining length.
+#: The largest remaining length that Emitter accepts and sends, in bytes.
 MAX_REMAINING_LENGTH = 65536
 
 
 class MalformedPacketError(ValueError):
-    """The bytes are no MQTT 3.1.1 packet, or one longer than the limit."""
+    """Bytes that are not an MQTT 3.1.1 packet, or a packet above the size limit."""
 
 
 class Will(NamedTuple):
-    """What CONNECT leaves behind, to be published when the client is gone."""
+    """The will of a ``CONNECT``, published when the connection ends."""
 
     topic: str
     payload: bytes
@@ -27,7 +27,7 @@ class Will(NamedTuple):
 
 
 class Connect(NamedTuple):
-    """``CONNECT``. The protocol's name and level are read and, as Emitter does, not judged."""
+    """``CONNECT``. Like Emitter, the reader ignores the name and level of the protocol."""
 
     client_id: str = ""
     username: str | None = None
@@ -51,7 +51,7 @@ class Connect(NamedTuple):
 
 
 class ConnAck(NamedTuple):
-    """``CONNACK``; a code of 0 is yes."""
+    """``CONNACK``; code 0 accepts the connection."""
 
     code: int = 0
 
@@ -60,7 +60,7 @@ class ConnAck(NamedTuple):
 
 
 class Publish(NamedTuple):
-    """``PUBLISH``; it has a packet id when its QoS is not 0."""
+    """``PUBLISH``; the packet id is encoded unless the QoS is 0."""
 
     topic: str
     payload: bytes = b""
@@ -85,7 +85,7 @@ class PubAck(NamedTuple):
 
 
 class PubRec(NamedTuple):
-    """``PUBREC``, which Emitter never sends and passes over."""
+    """``PUBREC``, which Emitter never sends and ignores."""
 
     packet_id: int
 
@@ -94,7 +94,7 @@ class PubRec(NamedTuple):
 
 
 class PubRel(NamedTuple):
-    """``PUBREL``, which Emitter never sends and passes over."""
+    """``PUBREL``, which Emitter never sends and ignores."""
 
     packet_id: int
 
@@ -103,7 +103,7 @@ class PubRel(NamedTuple):
 
 
 class PubComp(NamedTuple):
-    """``PUBCOMP``, which Emitter never sends and passes over."""
+    """``PUBCOMP``, which Emitter never sends and ignores."""
 
     packet_id: int
 
@@ -112,18 +112,18 @@ class PubComp(NamedTuple):
 
 
 class Subscribe(NamedTuple):
-    """``SUBSCRIBE``: filters, each with the QoS that is asked for it."""
+    """``SUBSCRIBE``: filters with the requested QoS."""
 
     packet_id: int
     filters: tuple[tuple[str, int], ...]
 
     def encode(self) -> bytes:
-        asked = b"".join(_text(topic) + bytes((qos,)) for topic, qos in self.filters)
-        return _frame(0x82, _number(self.packet_id) + asked)
+        filters = b"".join(_text(topic) + bytes((qos,)) for topic, qos in self.filters)
+        return _frame(0x82, _number(self.packet_id) + filters)
 
 
 class SubAck(NamedTuple):
-    """``SUBACK``: for each filter the granted QoS, or 128."""
+    """``SUBACK``: the granted QoS of each filter, or 128 if it was refused."""
 
     packet_id: int
     codes: tuple[int, ...]
@@ -192,9 +192,9 @@ Packet: TypeAlias = (
 
 class PacketReader:
     """
-    Cuts a stream of bytes into packets.
+    Decodes packets from chunks of bytes.
 
-    :param limit: the largest remaining length that is taken
+    :param limit: the largest remaining length to accept
     """
 
     def __init__(self, limit: int = MAX_REMAINING_LENGTH) -> None:
@@ -203,28 +203,28 @@ class PacketReader:
         self._at = 0
 
     def feed(self, data: bytes) -> None:
-        """Take what the link brought."""
+        """Add received bytes."""
         del self._buffer[: self._at]
         self._at = 0
         self._buffer += data
 
     def next_packet(self) -> Packet | None:
         """
-        Give the next packet, or ``None`` when its end has not come yet.
+        Return the next packet, or ``None`` if it is incomplete.
 
-        :raises MalformedPacketError: when there can be no packet here; the link is then of no
-            further use
+        :raises MalformedPacketError: if the bytes are not a valid packet; the reader cannot be
+            used afterwards
         """
         buffer, at = self._buffer, self._at
         if at == len(buffer):
             return None
-        # judged before its length is known: other protocols are found out by their first byte
+        # Check the first byte before the length is complete, to detect other protocols early.
         kind, flags = buffer[at] >> 4, buffer[at] & 15
         if kind != 3:
             if kind not in _PARSERS:
-                raise MalformedPacketError(f"packet type {kind} is reserved")
+                raise MalformedPacketError(f"reserved packet type {kind}")
             if flags != _PARSERS[kind][0]:
-                raise MalformedPacketError(f"flags {flags} on packet type {kind}")
+                raise MalformedPacketError(f"invalid flags {flags} for packet type {kind}")
         length = shift = 0
         while True:
             at += 1
@@ -235,9 +235,9 @@ class PacketReader:
                 break
             shift += 7
             if shift > 21:
-                raise MalformedPacketError("a remaining length of more than four bytes")
+                raise MalformedPacketError("remaining length of more than four bytes")
         if length > self._limit:
-            raise MalformedPacketError(f"{length} bytes, and {self._limit} is the limit")
+            raise MalformedPacketError(f"remaining length {length} exceeds {self._limit} bytes")
         start, end = at + 1, at + 1 + length
         if end > len(buffer):
             return None
@@ -247,7 +247,7 @@ class PacketReader:
 
 
 class _Body:
-    """Takes a packet's body apart, field by field."""
+    """Decodes the fields of a packet."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -256,7 +256,7 @@ class _Body:
     def take(self, size: int) -> bytes:
         start, self._at = self._at, self._at + size
         if self._at > len(self._data):
-            raise MalformedPacketError("a field goes beyond the packet's end")
+            raise MalformedPacketError("a field exceeds the packet")
         return self._data[start : self._at]
 
     def byte(self) -> int:
@@ -269,7 +269,7 @@ class _Body:
         return self.take(self.number())
 
     def text(self) -> str:
-        # Emitter judges a topic byte by byte and finds none of this in its alphabet
+        # Like Emitter, accept invalid UTF-8 here. The check of the topic's alphabet rejects it.
         return self.binary().decode(errors="replace")
 
     def rest(self) -> bytes:
@@ -286,12 +286,12 @@ class _Body:
 def _publish(flags: int, body: bytes) -> Publish:
     qos, at = flags >> 1 & 3, 2 + int.from_bytes(body[:2], "big")
     if qos == 3:
-        raise MalformedPacketError("QoS 3")
+        raise MalformedPacketError("invalid QoS 3")
     topic, packet_id = body[2:at], 0
     if qos:
         packet_id, at = int.from_bytes(body[at : at + 2], "big"), at + 2
     if len(body) < at or len(body) < 2:
-        raise MalformedPacketError("a field goes beyond the packet's end")
+        raise MalformedPacketError("a field exceeds the packet")
     return Publish(
         topic.decode(errors="replace"), body[at:], qos, packet_id, flags & 1 != 0, flags & 8 != 0
     )
@@ -322,7 +322,7 @@ def _subscribe(body: _Body) -> Subscribe:
     while body.more() or not filters:
         topic, qos = body.text(), body.byte()
         if qos > 2:
-            raise MalformedPacketError(f"QoS {qos}")
+            raise MalformedPacketError(f"invalid QoS {qos}")
         filters.append((topic, qos))
     return Subscribe(packet_id, tuple(filters))
 
@@ -354,7 +354,7 @@ def _empty(packet: Packet) -> Callable[[_Body], Packet]:
     return parse
 
 
-# by packet type: the flags that MQTT asks for, and how its body reads
+# The required flags and the parser of the body, by packet type.
 _PARSERS: dict[int, tuple[int, Callable[[_Body], Packet]]] = {
     1: (0, _connect),
     2: (0, _connack),

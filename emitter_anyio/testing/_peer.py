@@ -1,4 +1,4 @@
-"""One connection, as far as Emitter's semantics are concerned, and what is sent to it."""
+"""The state of one connection in Emitter's semantics, and the packets sent to it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ._packets import MAX_REMAINING_LENGTH, Publish, Will
 if TYPE_CHECKING:
     from ._topics import Topic, Words
 
-#: What the broker sends, by its use: the acknowledgements, the answer to a request, the refusal of
-#: anything else, and what is delivered: messages and changes of presence.
+#: The kinds of packets that the broker sends: acknowledgements, the reply to a request
+#: (``"answer"``), the refusal of anything else (``"error"``), and messages and presence events.
 Kind: TypeAlias = Literal[
     "connack", "puback", "suback", "unsuback", "pingresp", "answer", "error", "message"
 ]
 
-#: Queues an encoded packet of a kind.
+#: A function that queues an encoded packet of a kind.
 Send: TypeAlias = Callable[[Kind, bytes], None]
 
 
 class Peer:
     """
-    A connection's state.
+    The state of a connection.
 
-    :param send: queues an encoded packet for it
-    :param node: the name of the node that it leads to
-    :param number: its number on that node
+    :param send: a function that queues an encoded packet for the client
+    :param node: the name of the node that the client is connected to
+    :param number: the number of the connection on that node
 
-    :ivar id: what ``me`` answers and presence shows: a new one for every connection
+    :ivar id: the unique id of the connection, as in ``me`` and presence
     """
 
     def __init__(self, send: Send, node: bytes = b"", number: int = 0) -> None:
@@ -46,17 +46,17 @@ class Peer:
 
     @property
     def username(self) -> str:
-        """What presence shows beside the id, or ``""``."""
+        """The user name shown in presence, or ``""``."""
         return self._username
 
     @property
     def links(self) -> Mapping[str, Topic]:
-        """The topics that have a short name here, by this name."""
+        """The topics of the connection's links, by name."""
         return self._links
 
     @property
     def subscribed(self) -> Mapping[Words, str]:
-        """The subscriptions, oldest first: each channel by its words."""
+        """The channels of the subscriptions by their words, oldest first."""
         return self._subscribed
 
     @property
@@ -66,35 +66,35 @@ class Peer:
 
     @property
     def watched(self) -> Set[Words]:
-        """The channels whose presence changes it is sent."""
+        """The channels whose presence events the client receives."""
         return self._watched
 
-    def introduce(self, username: str, will: Will | None) -> None:
-        """Take over what CONNECT says."""
+    def set_identity(self, username: str, will: Will | None) -> None:
+        """Set the user name and the will of a CONNECT."""
         self._username, self._will = username, will
 
     def take_will(self) -> Will | None:
-        """Give the will, and forget it."""
+        """Return the will and remove it."""
         will, self._will = self._will, None
         return will
 
     def link(self, name: str, topic: Topic) -> None:
-        """Give a topic a short name."""
+        """Create or replace a link to a topic."""
         self._links[name] = topic
 
     def add_subscription(self, words: Words, channel: str) -> bool:
-        """Add a subscription, and return whether it is a new one."""
+        """Add a subscription, and return whether it is new."""
         new = words not in self._subscribed
         if new:
             self._subscribed[words] = channel
         return new
 
     def remove_subscription(self, words: Words) -> str | None:
-        """Remove a subscription, and return its channel, or ``None`` if there was none."""
+        """Remove a subscription, and return its channel, or ``None`` if it does not exist."""
         return self._subscribed.pop(words, None)
 
     def watch(self, words: Words, wanted: bool) -> bool:
-        """Begin or end the feed of a channel's presence, and return whether this is a change."""
+        """Start or end the presence feed of a channel, and return whether this is a change."""
         if wanted == (words in self._watched):
             return False
         if wanted:
@@ -104,18 +104,18 @@ class Peer:
         return True
 
     def who(self) -> dict[str, str]:
-        """Give how presence shows this connection."""
+        """Return this connection as presence shows it."""
         return {"id": self.id, "username": self.username} if self.username else {"id": self.id}
 
 
 def connection_id(node: bytes, number: int) -> str:
-    """Make an id as connections have it: of the name of a node, and the number on that node."""
+    """Return the id of a connection with this number on a node."""
     digest = hashlib.sha256(node + number.to_bytes(8, "big")).digest()
     return base64.b32encode(digest[:16]).decode().rstrip("=")
 
 
 def deliver(peers: Iterable[Peer], kind: Kind, topic: str, payload: bytes) -> None:
-    """Send a ``PUBLISH`` to each; as Emitter does, drop in silence what is too large for one."""
+    """Send a ``PUBLISH`` to each connection; like Emitter, drop one that is too large."""
     data = b""
     if 2 + len(topic.encode()) + len(payload) <= MAX_REMAINING_LENGTH:
         data = Publish(topic, payload).encode()
@@ -125,7 +125,7 @@ def deliver(peers: Iterable[Peer], kind: Kind, topic: str, payload: bytes) -> No
 
 
 def to_json(value: dict[str, Any]) -> bytes:
-    """Write JSON as Emitter does: no spaces, and what HTML would mind escaped."""
+    """Serialize to JSON like Go: without spaces, and with HTML's special characters escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""A network that fails when a test says so."""
+"""A TCP proxy that simulates network failures."""
 
 from __future__ import annotations
 
@@ -32,35 +32,38 @@ from emitter_anyio._backend.tasks import Tasks
 from ._service import Service
 from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket
 
-#: One of the two ways through a link.
+#: One direction of a connection.
 Direction: TypeAlias = Literal["to_broker", "to_client"]
 
-_CHUNK = 65536
-#: Chunks that are on their way in one direction of one link, while they wait for the latency.
-_UNDER_WAY = 16
+_CHUNK_BYTES = 65536
+#: The largest number of chunks that wait for the delay, per connection and direction.
+_MAX_DELAYED_CHUNKS = 16
 
 
 class FaultProxy:
     """
-    A proxy between clients and a broker, for tests of what happens when the network fails::
+    A TCP proxy between clients and a broker that simulates network failures::
 
         async with FaultProxy(broker.host, broker.port) as proxy, connect(proxy.url) as emitter:
             proxy.stall("to_client")
 
-    It passes on whatever comes, so that client and broker may be any, and speak TLS or WebSocket
-    through it. It listens on loopback from entering on; leaving cuts every link. What a knob sets
-    is so for all links, those to come included.
+    The proxy forwards bytes unchanged, so it works with any client and broker, with TLS and with
+    WebSocket. Entering it starts listening on a free port of 127.0.0.1; leaving it closes all
+    connections. Each setting applies to all existing and future connections.
 
-    :param host: the broker's host
-    :param port: the broker's port
+    :param host: the host of the broker
+    :param port: the port of the broker
     """
 
     def __init__(self, host: str, port: int) -> None:
         self._broker = host, port
         self._port = 0
         self._listening = ExitStack()
-        self._links: dict[_Link, None] = {}
-        self._lanes: dict[Direction, _Lane] = {"to_broker": _Lane(), "to_client": _Lane()}
+        self._connections: dict[_Connection, None] = {}
+        self._settings: dict[Direction, _DirectionSettings] = {
+            "to_broker": _DirectionSettings(),
+            "to_client": _DirectionSettings(),
+        }
         self._service = Service(type(self).__name__, self._start, self._end)
 
     async def __aenter__(self) -> Self:
@@ -77,9 +80,9 @@ class FaultProxy:
 
     async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
         """
-        Run in a task, until it is cancelled: ``await task_group.start(proxy.run)``.
+        Run the proxy in a task until it is cancelled: ``await task_group.start(proxy.run)``.
 
-        :param task_status: gets this object as soon as it listens
+        :param task_status: receives this object when the proxy is listening
         """
         await self._service.run(partial(task_status.started, self))
 
@@ -95,106 +98,120 @@ class FaultProxy:
 
     @property
     def host(self) -> str:
-        """The address that it listens on."""
+        """The address that the proxy listens on."""
         return "127.0.0.1"
 
     @property
     def port(self) -> int:
-        """The port that it listens on: another one each time it is entered."""
+        """The port that the proxy listens on, a new one each time it is entered."""
         return self._port
 
     @property
     def url(self) -> str:
-        """The URL for a client that speaks MQTT over TCP."""
+        """The URL for MQTT over TCP."""
         return f"mqtt://{self.host}:{self.port}"
 
     async def cut(self, *, reset: bool = True) -> None:
         """
-        Cut all links; new ones are taken. Returns when they are closed.
+        Close all connections, but continue to accept new ones.
 
-        :param reset: tell both sides with a reset, as a crash does, and not with an orderly end
+        Returns when the connections are closed.
+
+        :param reset: ``True`` to reset the connections like a crash, ``False`` to end the streams
         """
-        links = list(self._links)
+        connections = list(self._connections)
         self._cut(reset)
-        for link in links:
-            await link.closed.wait()
+        for connection in connections:
+            await connection.closed.wait()
 
     def cut_after(self, count: int, direction: Direction, *, reset: bool = True) -> None:
         """
-        Cut all links once so many bytes have been passed on.
+        Close all connections, once, after a number of forwarded bytes.
 
-        :param count: how many, from now on and over all links; 0 is when the next one comes
-        :param reset: as for :meth:`cut`; a reset may lose bytes that the receiver has not read yet
+        :param count: the number of bytes from now on, over all connections; with 0, the next byte
+            closes the connections and is not forwarded
+        :param direction: the direction to count in
+        :param reset: as for :meth:`cut`; a reset might discard bytes that the receiver has not read
         :raises ValueError: if ``count`` is negative
         """
-        self._lanes[direction].stop_after(count, lambda: self._cut(reset))
+        self._settings[direction].stop_after(count, lambda: self._cut(reset))
 
     def stall(self, direction: Direction | None = None) -> None:
         """
-        Pass nothing on until :meth:`resume`; what comes is kept, and then not read any more.
+        Stop forwarding until :meth:`resume`.
 
-        :param direction: the one, or both unless given
+        The proxy buffers a small number of chunks, and then stops reading.
+
+        :param direction: the direction to stop, or ``None`` for both
         """
-        for lane in self._chosen(direction):
-            lane.stall()
+        for settings in self._chosen(direction):
+            settings.stall()
 
     def stall_after(self, count: int, direction: Direction) -> None:
         """
-        Pass on so many bytes, and then nothing until :meth:`resume`.
+        Stop forwarding after a number of bytes until :meth:`resume`.
 
-        :param count: how many, from now on and over all links
+        :param count: the number of bytes from now on, over all connections
+        :param direction: the direction to count in and to stop
         :raises ValueError: if ``count`` is negative
         """
-        lane = self._lanes[direction]
-        lane.stop_after(count, lane.stall)
+        settings = self._settings[direction]
+        settings.stop_after(count, settings.stall)
 
     def resume(self, direction: Direction | None = None) -> None:
-        """Undo :meth:`stall`, for one direction or both."""
-        for lane in self._chosen(direction):
-            lane.resume()
+        """
+        Continue forwarding after :meth:`stall` or :meth:`stall_after`.
+
+        :param direction: the direction to continue, or ``None`` for both
+        """
+        for settings in self._chosen(direction):
+            settings.resume()
 
     async def half_close(self, direction: Direction) -> None:
         """
-        Tell the receivers of one direction that nothing more will come; the other goes on.
+        End the streams of one direction, and keep the other direction open.
 
-        What they have not got yet is dropped, as is all that comes later. Links to come are whole.
-        Returns when that is done.
+        The proxy discards the bytes of this direction that it has not forwarded yet and all that
+        follow. New connections are not affected. Returns when the streams have ended.
+
+        :param direction: the direction to end
         """
-        for link in list(self._links):
-            await link.half_close(direction)
+        for connection in list(self._connections):
+            await connection.half_close(direction)
 
     def split(self, size: int | None, direction: Direction | None = None) -> None:
         """
-        Pass bytes on in pieces; whether they arrive so is up to the system that joins them again.
+        Forward bytes in small pieces. The operating system might join them again.
 
-        :param size: the largest piece, or ``None`` for what comes at once
-        :param direction: the one, or both unless given
-        :raises ValueError: if there can be no such piece
+        :param size: the size of the largest piece in bytes, or ``None`` to forward chunks as they
+            arrive
+        :param direction: the direction to split, or ``None`` for both
+        :raises ValueError: if ``size`` is less than 1
         """
         if size is not None and size < 1:
-            raise ValueError(f"a piece has at least one byte, not {size}")
-        for lane in self._chosen(direction):
-            lane.split(size or _CHUNK)
+            raise ValueError(f"invalid size: expected at least 1 byte, got {size}")
+        for settings in self._chosen(direction):
+            settings.split(size or _CHUNK_BYTES)
 
     def delay(self, seconds: float, direction: Direction | None = None) -> None:
         """
-        Pass on what comes from now on that much later, by the backend's clock.
+        Delay bytes that arrive from now on, by the clock of the event loop.
 
-        :param seconds: how much
-        :param direction: the one, or both unless given
-        :raises ValueError: if this is negative
+        :param seconds: the delay in seconds, at least 0
+        :param direction: the direction to delay, or ``None`` for both
+        :raises ValueError: if ``seconds`` is negative
         """
         if seconds < 0:
-            raise ValueError("a proxy cannot pass on what has not come yet")
-        for lane in self._chosen(direction):
-            lane.delay(seconds)
+            raise ValueError(f"invalid seconds: expected at least 0, got {seconds:g}")
+        for settings in self._chosen(direction):
+            settings.delay(seconds)
 
-    def _chosen(self, direction: Direction | None) -> list[_Lane]:
-        return list(self._lanes.values()) if direction is None else [self._lanes[direction]]
+    def _chosen(self, direction: Direction | None) -> list[_DirectionSettings]:
+        return list(self._settings.values()) if direction is None else [self._settings[direction]]
 
     def _cut(self, reset: bool) -> None:
-        for link in self._links:
-            link.cut(reset)
+        for connection in self._connections:
+            connection.cut(reset)
 
     async def _accept(self, sock: socket.socket, tasks: Tasks) -> None:
         tasks.start_soon(self._serve, await accept(sock))
@@ -210,19 +227,19 @@ class FaultProxy:
             await client.aclose()
 
     async def _join(self, client: ByteStream, broker: ByteStream) -> None:
-        link = _Link(client, broker, self._lanes)
-        self._links[link] = None
+        connection = _Connection(client, broker, self._settings)
+        self._connections[connection] = None
         try:
-            await link.run()
+            await connection.run()
         finally:
-            del self._links[link]
+            del self._connections[connection]
 
 
-class _Lane:
-    """What a test wants of one direction."""
+class _DirectionSettings:
+    """The settings of one direction."""
 
     def __init__(self) -> None:
-        self._piece_bytes = _CHUNK
+        self._piece_bytes = _CHUNK_BYTES
         self._latency = 0.0
         self._left = math.inf
         self._stop: Callable[[], None] = lambda: None
@@ -239,7 +256,7 @@ class _Lane:
 
     def stop_after(self, count: int, stop: Callable[[], None]) -> None:
         if count < 0:
-            raise ValueError(f"nothing stops after {count} bytes")
+            raise ValueError(f"invalid count: expected at least 0 bytes, got {count}")
         self._left, self._stop = count, stop
 
     def split(self, piece_bytes: int) -> None:
@@ -249,16 +266,16 @@ class _Lane:
         self._latency = seconds
 
     def due(self) -> float:
-        """Give the moment at which to pass on what comes now."""
+        """Return the time at which to forward bytes that arrive now."""
         return current_time() + self._latency
 
     async def open(self) -> None:
         """Wait while this direction is stalled."""
-        await checkpoint()  # what stops may also have cut
+        await checkpoint()  # the limit might have closed the connection
         while self._stalled is not None:
             await self._stalled.wait()
 
-    async def pass_on(self, data: bytes, sink: ByteStream) -> None:
+    async def forward(self, data: bytes, sink: ByteStream) -> None:
         while data:
             if self._left == 0:
                 self._stop_now()
@@ -275,18 +292,18 @@ class _Lane:
         self._stop()
 
 
-class _Link:
-    """One client's link through the proxy."""
+class _Connection:
+    """A connection of a client through the proxy."""
 
     def __init__(
-        self, client: ByteStream, broker: ByteStream, lanes: dict[Direction, _Lane]
+        self, client: ByteStream, broker: ByteStream, settings: dict[Direction, _DirectionSettings]
     ) -> None:
         self.closed = Event()
         self._reset = False
         self._scope = CancelScope()
-        self._ways: dict[Direction, _Way] = {
-            "to_broker": _Way(client, broker, lanes["to_broker"], self._break),
-            "to_client": _Way(broker, client, lanes["to_client"], self._break),
+        self._relays: dict[Direction, _Relay] = {
+            "to_broker": _Relay(client, broker, settings["to_broker"], self._break),
+            "to_client": _Relay(broker, client, settings["to_client"], self._break),
         }
 
     def cut(self, reset: bool) -> None:
@@ -294,46 +311,50 @@ class _Link:
         self._scope.cancel()
 
     async def half_close(self, direction: Direction) -> None:
-        await self._ways[direction].half_close()
+        await self._relays[direction].half_close()
 
     async def run(self) -> None:
-        """Pass everything on until both directions have ended, or the link is cut."""
+        """Forward bytes until both directions have ended, or until :meth:`cut`."""
         try:
             with self._scope:
                 async with create_task_group() as task_group:
-                    for way in self._ways.values():
-                        task_group.start_soon(way.run)
+                    for relay in self._relays.values():
+                        task_group.start_soon(relay.run)
         finally:
             with CancelScope(shield=True):
-                for way in self._ways.values():
-                    await way.aclose(self._reset)
+                for relay in self._relays.values():
+                    await relay.aclose(self._reset)
             self.closed.set()
 
     def _break(self) -> None:
-        """As the one side has gone, so goes the other."""
+        """Reset the connection, because one of its sides is broken."""
         self.cut(reset=True)
 
 
-class _Way:
-    """One direction of one link."""
+class _Relay:
+    """One direction of one connection."""
 
     def __init__(
-        self, source: ByteStream, sink: ByteStream, lane: _Lane, broken: Callable[[], None]
+        self,
+        source: ByteStream,
+        sink: ByteStream,
+        settings: _DirectionSettings,
+        broken: Callable[[], None],
     ) -> None:
         self._source = source
         self._sink = sink
-        self._lane = lane
+        self._settings = settings
         self._broken = broken
         self._sending = CancelScope()
         self._ended = Event()
 
     async def run(self) -> None:
-        """Pass on what comes, and its end."""
-        came, due = create_memory_object_stream[tuple[float, bytes]](_UNDER_WAY)
+        """Forward bytes and the end of the stream."""
+        received, due = create_memory_object_stream[tuple[float, bytes]](_MAX_DELAYED_CHUNKS)
         try:
             with due:
                 async with create_task_group() as task_group:
-                    task_group.start_soon(self._receive, came)
+                    task_group.start_soon(self._receive, received)
                     await self._send(due)
         finally:
             self._ended.set()
@@ -345,17 +366,17 @@ class _Way:
     async def aclose(self, reset: bool) -> None:
         if not reset:
             await self._send_eof()
-        elif isinstance(self._sink, SocketStream):  # a test may have a link in memory
+        elif isinstance(self._sink, SocketStream):  # tests also use streams in memory
             await self._sink.reset()
         await aclose_forcefully(self._sink)
 
-    async def _receive(self, came: MemoryObjectSendStream[tuple[float, bytes]]) -> None:
-        with came:
+    async def _receive(self, received: MemoryObjectSendStream[tuple[float, bytes]]) -> None:
+        with received:
             try:
                 while True:
-                    await self._lane.open()
-                    data = await self._source.receive(_CHUNK)
-                    await came.send((self._lane.due(), data))
+                    await self._settings.open()
+                    data = await self._source.receive(_CHUNK_BYTES)
+                    await received.send((self._settings.due(), data))
             except EndOfStream:
                 pass
             except BrokenResourceError:
@@ -366,12 +387,12 @@ class _Way:
             try:
                 async for at, data in due:
                     await sleep_until(at)
-                    await self._lane.pass_on(data, self._sink)
+                    await self._settings.forward(data, self._sink)
             except BrokenResourceError:
                 self._broken()
         await self._send_eof()
         self._ended.set()
-        async for _ in due:  # half closed: read on, so that the sender notices nothing
+        async for _ in due:  # after half_close(), read on so that the sender is not blocked
             pass
 
     async def _send_eof(self) -> None:

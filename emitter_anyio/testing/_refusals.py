@@ -1,4 +1,4 @@
-"""What Emitter says when it refuses."""
+"""Emitter's error messages."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TARGET_TOO_DEEP = "channel can not have more than 23 parts"
 
 class RefusedError(Exception):
     """
-    The broker says no.
+    A refusal of the broker.
 
-    :param status: as in HTTP
-    :param message: in the broker's words, those of the status unless given
+    :param status: the status, as in HTTP
+    :param message: the broker's message, or ``None`` for the default of the status
     """
 
     def __init__(self, status: int, message: str | None = None) -> None:

@@ -1,6 +1,6 @@
-"""The requests that are published to ``emitter/…``, and their answers.
+"""The requests that clients publish to ``emitter/…``, and their replies.
 
-Field by field as the broker's handlers under ``internal/service`` have them.
+Source of the fields: the handlers in Emitter's ``internal/service``.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ._exchange import Exchange
     from ._packets import Publish
 
-_Answer: TypeAlias = dict[str, Any]
+_Reply: TypeAlias = dict[str, Any]
 _LINK_NAME = re.compile("[a-zA-Z0-9]{1,2}")
 
 
 async def handle_publish(exchange: Exchange, peer: Peer, packet: Publish) -> None:
     """
-    Take what a client publishes: a message, or a request.
+    Handle a message or a request that a client publishes.
 
-    :raises RefusedError: if the client may not publish it, or its topic is malformed
+    :raises RefusedError: if the key does not permit it, or the topic is malformed
     """
     if len(packet.topic.encode()) > 2:
         topic = parse(packet.topic)
@@ -47,20 +47,20 @@ async def handle_publish(exchange: Exchange, peer: Peer, packet: Publish) -> Non
 
 
 async def _answer_request(exchange: Exchange, peer: Peer, topic: Topic, packet: Publish) -> None:
-    """Handle a request, and send its answer on its own topic, options and all."""
+    """Handle a request, and send the reply on the topic of the request, with its options."""
     try:
         if len(topic.words) != 1 or topic.words[0] not in _HANDLERS:
             raise RefusedError(404)
-        said = await _HANDLERS[topic.words[0]](exchange, peer, packet.payload)
+        reply = await _HANDLERS[topic.words[0]](exchange, peer, packet.payload)
     except RefusedError as refusal:
-        said = {"status": refusal.status, "message": refusal.message}
+        reply = {"status": refusal.status, "message": refusal.message}
     if packet.packet_id:
-        said = {"req": packet.packet_id, **said}
-    deliver((peer,), "answer", f"emitter/{topic.safe}", to_json(said))
+        reply = {"req": packet.packet_id, **reply}
+    deliver((peer,), "answer", f"emitter/{topic.safe}", to_json(reply))
 
 
 class _Fields:
-    """A request's JSON, read as Go reads it into a struct: what is absent or null is zero."""
+    """The JSON fields of a request. As in Go, a missing or null field has the zero value."""
 
     def __init__(self, payload: bytes) -> None:
         try:
@@ -73,7 +73,7 @@ class _Fields:
 
     def text(self, name: str) -> str:
         value = self._get(name, str)
-        # half a surrogate pair is valid in JSON and nowhere else
+        # JSON can contain a lone surrogate, which cannot be encoded in UTF-8.
         return value.encode(errors="replace").decode() if value else ""
 
     def flag(self, name: str) -> bool | None:
@@ -103,7 +103,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-async def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
     fields, license = _Fields(payload), exchange.license
     text, channel = fields.text("key"), fields.text("channel")
     granted, ttl = permissions(fields.text("type")), fields.whole("ttl")
@@ -113,7 +113,7 @@ async def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
         raise RefusedError(401) from None
     if parent.expired(exchange.now()):
         raise RefusedError(401)
-    if parent.is_master:
+    if parent.is_secret:
         if parent.contract != license.contract:
             raise RefusedError(404)
         if not license.made(parent):
@@ -130,15 +130,15 @@ async def _keygen(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     else:
         raise RefusedError(401)
     try:
-        key = key.aimed_at(channel)
+        key = key.with_target(channel)
     except RefusedError as refusal:
-        # too deep for a private channel is, to the real broker, an error of its own
+        # Like Emitter, use another status if a private channel has too many levels.
         raise RefusedError(500 if parent.allows(EXTEND) else 400, refusal.message) from None
     key = replace(key, permissions=granted, expires=expiry(exchange.now(), ttl))
     return {"status": 200, "key": license.encrypt(key), "channel": channel}
 
 
-async def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
     fields = _Fields(payload)
     secret, target = fields.text("secret"), fields.text("target")
     banned = bool(fields.flag("banned"))
@@ -147,7 +147,7 @@ async def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     except ValueError:
         raise RefusedError(401) from None
     if (
-        not master.is_master
+        not master.is_secret
         or master.expired(exchange.now())
         or not exchange.license.made(master)
         or key.contract != master.contract
@@ -157,7 +157,7 @@ async def _keyban(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     return {"status": 200, "banned": banned}
 
 
-async def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
     fields = _Fields(payload)
     name, subscribe = fields.text("name"), fields.flag("subscribe")
     text = f"{fields.text('key')}/{fields.text('channel')}"
@@ -166,20 +166,20 @@ async def _link(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     topic = parse(text)
     peer.link(name, topic)
     if subscribe:
-        with suppress(RefusedError):  # a link is made whatever its key is good for
+        with suppress(RefusedError):  # Emitter creates the link without checking its key
             exchange.authorize(topic, READ)
             exchange.add_subscription(peer, topic)
     return {"status": 200, "name": name, "channel": topic.safe}
 
 
-async def _me(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
-    said: _Answer = {"status": 200, "id": peer.id}
+async def _me(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
+    reply: _Reply = {"status": 200, "id": peer.id}
     if peer.links:
-        said["links"] = {name: topic.safe for name, topic in sorted(peer.links.items())}
-    return said
+        reply["links"] = {name: topic.safe for name, topic in sorted(peer.links.items())}
+    return reply
 
 
-async def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
     fields = _Fields(payload)
     text, channel = fields.text("key"), fields.text("channel")
     status, changes = fields.flag("status"), fields.flag("changes")
@@ -201,7 +201,7 @@ async def _presence(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     }
 
 
-async def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
+async def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Reply:
     fields = _Fields(payload)
     text, after = fields.text("channel"), fields.binary("startFromID")
     topic = parse(text)
@@ -211,7 +211,7 @@ async def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
             {
                 "id": base64.b64encode(message.id).decode(),
                 "channel": message.channel,
-                # Go writes an empty slice that it has just read back as null
+                # Like Go, encode an empty payload as null.
                 "payload": base64.b64encode(message.payload).decode() or None,
             }
             for message in await exchange.query(topic, after)
@@ -219,7 +219,7 @@ async def _history(exchange: Exchange, peer: Peer, payload: bytes) -> _Answer:
     }
 
 
-_HANDLERS: dict[str, Callable[[Exchange, Peer, bytes], Awaitable[_Answer]]] = {
+_HANDLERS: dict[str, Callable[[Exchange, Peer, bytes], Awaitable[_Reply]]] = {
     "keygen": _keygen,
     "keyban": _keyban,
     "link": _link,

@@ -1,6 +1,6 @@
-"""Salsa20 and what is built from its core: the ciphers of version 2 and 3 licences.
+"""Salsa20, HSalsa20 and XSalsa20, which encrypt the keys of version 2 and 3 licences.
 
-A channel key is 24 bytes, so one block of 64 is all the key stream that is ever needed.
+Only the first block of the key stream is implemented: it has 64 bytes, and a key has 24.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import struct
 
 _MASK = 0xFFFFFFFF
 _SIGMA = struct.unpack("<4I", b"expand 32-byte k")
-# a column round and then a row round: the words of each quarter, in turn
+# The words of each quarter round: a column round and then a row round.
 _QUARTERS = (
     (0, 4, 8, 12),
     (5, 9, 13, 1),
@@ -24,7 +24,7 @@ _QUARTERS = (
 
 def block(key: bytes, data: bytes) -> bytes:
     """
-    Give one block of Salsa20's key stream.
+    Return one block of Salsa20's key stream.
 
     :param key: 32 bytes
     :param data: 16 bytes: the nonce and the counter
@@ -36,18 +36,18 @@ def block(key: bytes, data: bytes) -> bytes:
 
 
 def hsalsa20(key: bytes, data: bytes) -> bytes:
-    """Make 32 bytes of key and 16 of input into a key of 32 bytes."""
+    """Derive a key of 32 bytes from a key of 32 bytes and an input of 16 bytes."""
     x = _twenty_rounds(_state(key, data))
     return struct.pack("<8I", *(x[i] for i in (0, 5, 10, 15, 6, 7, 8, 9)))
 
 
 def xsalsa20_block(key: bytes, nonce: bytes) -> bytes:
-    """Give the first block of XSalsa20's key stream, for a nonce of 24 bytes."""
+    """Return the first block of XSalsa20's key stream for a nonce of 24 bytes."""
     return block(hsalsa20(key, nonce[:16]), nonce[16:] + bytes(8))
 
 
 def xor(data: bytes, stream: bytes) -> bytes:
-    """XOR the data with as much of the key stream as it is long."""
+    """XOR data with the beginning of a key stream."""
     return bytes(a ^ b for a, b in zip(data, stream, strict=False))
 
 

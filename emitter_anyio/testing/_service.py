@@ -1,4 +1,4 @@
-"""What runs in background tasks from entering to leaving."""
+"""The background tasks of the broker and of the proxy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from emitter_anyio._backend.tasks import Tasks
 
 class Service:
     """
-    The background tasks of an object that is entered with ``async with``, or run in a task.
+    The background tasks of an object that is entered with ``async with`` or run in a task.
 
     :param name: the name of the object's class, for error messages
-    :param start: starts the tasks
-    :param end: stops the tasks, waits for them, and closes what they have used
+    :param start: a function that starts the tasks
+    :param end: a function that stops the tasks, waits for them, and closes their resources
     """
 
-    # Not AnyIO's mixin: with a generator between the user and the task group, the run of an event
-    # loop in which the block is never left would not end.
+    # Do not use AnyIO's context manager mixin: its generator would stand between the user and the
+    # task group, and an event loop in which the block is never left would not end.
 
     def __init__(
         self,
@@ -42,7 +42,9 @@ class Service:
 
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
-            raise RuntimeError(f"this {self._name} is already entered: leave it first")
+            raise RuntimeError(
+                f"cannot enter this {self._name}: it is already entered; leave it first"
+            )
         self._failure = None
         self._tasks = tasks = Tasks(self._task_failed)
         await tasks.open()
@@ -61,23 +63,22 @@ class Service:
     ) -> None:
         tasks = self._tasks
         if tasks is None:
-            raise RuntimeError(f"this {self._name} is not entered")
+            raise RuntimeError(f"cannot leave this {self._name}: it is not entered")
         await self._leave(tasks)
         if self._failure is not None:
             raise self._failure
         if not (tasks.hosted_here or tasks.host_ended):
             raise RuntimeError(
-                f"the {self._name} was left in another task than the one that entered it, and that "
-                "task still runs: it has ended, but the first task has to leave, too. Use 'async "
-                "with' in one task, or have a task run it: await "
-                f"task_group.start({self._name.lower()}.run)"
+                f"cannot leave this {self._name} completely: another task entered it and is still "
+                "running; use 'async with' in one task, or "
+                f"'await task_group.start({self._name.lower()}.run)'"
             ) from exc
 
     async def run(self, started: Callable[[], None]) -> None:
         """
-        Enter, and leave when the calling task is cancelled.
+        Enter the object, and leave it when the calling task is cancelled.
 
-        :param started: called after entering
+        :param started: a function that is called after entering
         """
         async with self:
             started()

@@ -1,13 +1,13 @@
-"""Snappy's block format, in which version 2 and 3 licences are packed."""
+"""Snappy's block format, which compresses version 2 and 3 licences."""
 
 from __future__ import annotations
 
 
 def decode(data: bytes) -> bytes:
     """
-    Unpack a block.
+    Decompress a block.
 
-    :raises ValueError: when it is none
+    :raises ValueError: if the block is malformed
     """
     try:
         length, at = read_uvarint(data, 0)
@@ -29,18 +29,18 @@ def decode(data: bytes) -> bytes:
                     size, offset = (tag >> 2) + 1, int.from_bytes(data[at : at + wide], "little")
                     at += wide
                 if not 0 < offset <= len(out):
-                    raise ValueError("a copy from before the start")
-                for _ in range(size):  # byte by byte: a copy may run into what it writes
+                    raise ValueError("malformed block: a copy begins before the start")
+                for _ in range(size):  # byte by byte, because a copy may overlap its own output
                     out.append(out[-offset])
     except IndexError:
-        raise ValueError("cut short") from None
+        raise ValueError("malformed block: it is incomplete") from None
     if at != len(data) or len(out) != length:
-        raise ValueError("not as long as it says")
+        raise ValueError("malformed block: its length is wrong")
     return bytes(out)
 
 
 def encode(data: bytes) -> bytes:
-    """Pack into literals only, which every decoder reads."""
+    """Encode data as a block of literals, without compression."""
     out = bytearray(uvarint(len(data)))
     for start in range(0, len(data), 60):
         piece = data[start : start + 60]
@@ -50,7 +50,7 @@ def encode(data: bytes) -> bytes:
 
 
 def uvarint(value: int) -> bytes:
-    """Write an unsigned number, seven bits to a byte, the low ones first."""
+    """Encode an unsigned integer with seven bits per byte, lowest bits first."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -61,10 +61,10 @@ def uvarint(value: int) -> bytes:
 
 def read_uvarint(data: bytes, at: int) -> tuple[int, int]:
     """
-    Read an unsigned number.
+    Decode an unsigned integer.
 
-    :return: the number, and where it ends
-    :raises IndexError: when the data end before it does
+    :return: the integer, and the position after it
+    :raises IndexError: if the data is incomplete
     """
     value = shift = 0
     while True:

@@ -1,4 +1,4 @@
-"""Sockets of our own: AnyIO's say a polite goodbye, also where a test wants none."""
+"""TCP sockets for the proxy. Unlike AnyIO's, they can reset a connection on both backends."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from anyio.abc import ByteStream
 
 T = TypeVar("T")
 
-ACCEPT_PAUSE = 1.0
-"""Seconds to the next try when a connection could not be accepted."""
+ACCEPT_RETRY_SECONDS = 1.0
+"""The delay before the next attempt after accepting a connection has failed."""
 
-#: Closing a socket with this set resets the connection.
+#: The value of SO_LINGER with which closing a socket resets the connection.
 _NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 logger = logging.getLogger("emitter_anyio.testing")
@@ -34,9 +34,9 @@ logger = logging.getLogger("emitter_anyio.testing")
 
 class SocketStream(ByteStream):
     """
-    A TCP socket.
+    A TCP socket as a byte stream.
 
-    :param sock: the socket, which is owned from now on
+    :param sock: the socket, which this stream closes
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -45,13 +45,13 @@ class SocketStream(ByteStream):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        if data := await _patiently(wait_readable, self._sock, self._sock.recv, max_bytes):
+        if data := await _retry_when_ready(wait_readable, self._sock, self._sock.recv, max_bytes):
             return data
         raise EndOfStream
 
     async def send(self, item: bytes) -> None:
         while item:
-            item = item[await _patiently(wait_writable, self._sock, self._sock.send, item) :]
+            item = item[await _retry_when_ready(wait_writable, self._sock, self._sock.send, item) :]
 
     async def send_eof(self) -> None:
         with suppress(OSError):
@@ -62,7 +62,7 @@ class SocketStream(ByteStream):
         self._sock.close()
 
     async def reset(self) -> None:
-        """Close, and tell the other side with a reset."""
+        """Close the socket and reset the connection."""
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         await self.aclose()
 
@@ -88,34 +88,36 @@ def listening(host: str) -> Iterator[socket.socket]:
 
 
 async def accept(sock: socket.socket) -> SocketStream:
-    """Wait for a client of a socket that listens."""
-    client, _ = await _patiently(wait_readable, sock, sock.accept)
+    """Accept a connection of a listening socket."""
+    client, _ = await _retry_when_ready(wait_readable, sock, sock.accept)
     return SocketStream(client)
 
 
 async def keep_accepting(accept: Callable[[], Awaitable[None]]) -> NoReturn:
     """
-    Accept connections until cancelled, and pause where that fails: descriptors may be free later.
+    Accept connections until cancelled. After a failure, wait for free file descriptors.
 
-    :param accept: accepts one connection or many
+    :param accept: a function that accepts one or more connections
     """
     while True:
         try:
             await accept()
         except (OSError, BrokenResourceError) as exc:
-            # AnyIO's socket on Trio, and ours, have the system's error as the cause.
+            # BrokenResourceError has the system's error as its cause.
             cause = exc.__cause__ or exc
-            logger.warning("accepting failed, next try in %g s: %s", ACCEPT_PAUSE, cause)
-            await sleep(ACCEPT_PAUSE)
+            logger.warning(
+                "could not accept a connection, retrying in %g s: %s", ACCEPT_RETRY_SECONDS, cause
+            )
+            await sleep(ACCEPT_RETRY_SECONDS)
 
 
-async def _patiently(
+async def _retry_when_ready(
     wait: Callable[[socket.socket], Awaitable[None]],
     sock: socket.socket,
     call: Callable[..., T],
     *args: Any,
 ) -> T:
-    """Call what may need to wait for a socket first."""
+    """Call a function, and repeat it when the socket is ready if it would block."""
     while True:
         try:
             return call(*args)

@@ -1,4 +1,4 @@
-"""Messages that are kept, for as long as their ttl says, and the ids that history gives them."""
+"""Stored messages, and the ids that history gives them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from emitter_anyio._values.channels import level_hash
 if TYPE_CHECKING:
     from ._topics import Words
 
-#: What one answer replays at most, in bytes of ids, channels and payloads.
-REPLAY_LIMIT = 65536
-#: How long the broker keeps a message whose retain flag is set: 30 days.
-RETAINED = 2592000
+#: The largest total size of the ids, channels and payloads of one reply.
+REPLAY_LIMIT_BYTES = 65536
+#: The time for which Emitter stores a message with the retain flag: 30 days.
+RETAINED_SECONDS = 2592000
 
-_FIRST, _LAST = 1514764800, 3029529600  # 2018 and 2066: a window's bounds, where they mean anything
+_MIN_TIME, _MAX_TIME = (
+    1514764800,
+    3029529600,
+)  # 2018 and 2066: Emitter ignores bounds outside
 _MAX = 0xFFFFFFFF
-_SORTED_BY_INSERTION = 12
+_MAX_STABLE_SORT_ITEMS = 12
 _id = attrgetter("id")
 
 
 class Stored(NamedTuple):
-    """A message that is kept."""
+    """A stored message."""
 
     id: bytes
     time: int
@@ -38,12 +41,12 @@ class Stored(NamedTuple):
 
 class Storage:
     """
-    Keeps messages.
+    The stored messages of a node.
 
-    The ids have the real broker's layout (``message/id.go``), which makes their order that of its
-    answers: the newest second first, and in a second the newest message first.
+    The ids have Emitter's layout (``message/id.go``). Their order is that of Emitter's replies:
+    newest first.
 
-    :param contract: the licence's contract, a part of every id
+    :param contract: the contract of the licence, which is a part of each id
     """
 
     def __init__(self, contract: int) -> None:
@@ -51,19 +54,19 @@ class Storage:
         self.restart(forget=True)
 
     def restart(self, forget: bool) -> None:
-        """Name another node in the ids from now on, and count anew, as each process does."""
+        """Use a new node number in ids and restart their counter, like a new process."""
         self._node = secrets.token_bytes(4)
         self._count = 0
         if forget:
-            self._kept: dict[str, list[Stored]] = {}  # by first level, in the order of the ids
+            self._messages: dict[str, list[Stored]] = {}  # by first level, in the order of the ids
             self._expiries: list[tuple[int, Stored]] = []  # a heap
 
     def add(self, now: float, ttl: int, channel: str, words: Words, payload: bytes) -> None:
         """
-        Keep a message.
+        Store a message.
 
-        :param now: unix seconds
-        :param ttl: seconds; the message is gone once as many whole ones have passed
+        :param now: the time in Unix seconds
+        :param ttl: the whole seconds after which the message expires
         """
         self._expire(now)
         time, self._count = int(now), self._count + 1
@@ -71,14 +74,14 @@ class Storage:
         id = b"".join(
             (
                 (levels[0] ^ levels[1]).to_bytes(4, "big"),
-                (_MAX - (time - _FIRST)).to_bytes(4, "big"),
+                (_MAX - (time - _MIN_TIME)).to_bytes(4, "big"),
                 (_MAX - self._count).to_bytes(4, "big"),
                 self._node,
                 *(level.to_bytes(4, "big") for level in levels),
             )
         )
         message = Stored(id, time, channel, words, payload)
-        insort(self._kept.setdefault(words[0], []), message, key=_id)
+        insort(self._messages.setdefault(words[0], []), message, key=_id)
         heappush(self._expiries, (time + ttl, message))
 
     def query(
@@ -91,20 +94,21 @@ class Storage:
         after: bytes = b"",
     ) -> list[Stored]:
         """
-        Find the newest messages at and below a channel.
+        Return the newest messages at and below a channel.
 
-        :param words: the channel's levels; ``+`` and ``#`` stand for one level, but not the first
-        :param last: how many at most; :data:`REPLAY_LIMIT` bounds them too
-        :param since: unix seconds; out of the range that the broker knows, the window is open
-        :param until: as ``since``
-        :param after: the id of a message: look at older ones only. As in Emitter, the message that
-            is found there is skipped, even if it is not that one but the next older
-        :return: the oldest second first, and in a second the newest first
+        :param words: the levels of the channel; ``+`` and ``#`` match any one level, except the
+            first
+        :param last: the largest number of messages, also limited by :data:`REPLAY_LIMIT_BYTES`
+        :param since: the time of the oldest message in Unix seconds; ignored outside 2018 to 2066
+        :param until: the time of the newest message in Unix seconds; ignored outside 2018 to 2066
+        :param after: the id of a message, to return only older ones; like Emitter, skip the message
+            at its position even if that is already the next older message
+        :return: the messages, with the oldest second first, and the newest first in each second
         """
         self._expire(now)
-        kept = self._kept.get(words[0], [])
-        oldest = since if since is not None and _FIRST <= since <= _LAST else 0
-        newest = until if until is not None and _FIRST <= until <= _LAST else _LAST
+        kept = self._messages.get(words[0], [])
+        oldest = since if since is not None and _MIN_TIME <= since <= _MAX_TIME else 0
+        newest = until if until is not None and _MIN_TIME <= until <= _MAX_TIME else _MAX_TIME
         found: list[Stored] = []
         size = 0
         for message in kept[bisect_left(kept, after, key=_id) + 1 if after else 0 :]:
@@ -113,7 +117,7 @@ class Storage:
             if message.time > newest or not _below(words, message.words):
                 continue
             size += len(message.id) + len(message.channel) + len(message.payload)
-            if size > REPLAY_LIMIT:
+            if size > REPLAY_LIMIT_BYTES:
                 break
             found.append(message)
         return sorted(found, key=attrgetter("time"))
@@ -121,25 +125,25 @@ class Storage:
     def _expire(self, now: float) -> None:
         while self._expiries and self._expiries[0][0] <= now:
             message = heappop(self._expiries)[1]
-            kept = self._kept[message.words[0]]
+            kept = self._messages[message.words[0]]
             del kept[bisect_left(kept, message.id, key=_id)]
             if not kept:
-                del self._kept[message.words[0]]
+                del self._messages[message.words[0]]
 
 
 def merge(answers: Sequence[list[Stored]], last: int) -> list[Stored]:
     """
-    Put the answers of several nodes together, as ``message/message.go`` does.
+    Merge the replies of several nodes like Emitter (``message/message.go``).
 
-    They are sorted by second only, and cut. Go keeps the order of what is equal if there are at
-    most 12; here it is random if there are more.
+    The messages are sorted only by second, and then cut. Go's sort keeps the order of equal items
+    if there are at most 12; for more, the order here is random.
 
-    :param answers: each as :meth:`Storage.query` gives it
-    :param last: how many messages at most, the newest ones
+    :param answers: the results of :meth:`Storage.query`
+    :param last: the largest number of messages; older ones are cut
     """
     found = [message for answer in answers for message in answer]
     if len(answers) > 1:
-        if len(found) > _SORTED_BY_INSERTION:
+        if len(found) > _MAX_STABLE_SORT_ITEMS:
             random.shuffle(found)
         found.sort(key=attrgetter("time"))
     return found[max(len(found) - last, 0) :]

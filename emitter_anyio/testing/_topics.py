@@ -1,7 +1,7 @@
-"""Emitter's topics as the broker reads them: ``key/channel/?option=value&…``.
+"""The broker's parser of topics: ``key/channel/?option=value&…``.
 
-Written independently of the client's grammar, so that each checks the other. What may stand where
-was seen in the broker's ``security/channel.go``.
+It is independent of the client's grammar, so that the two check each other. Source: Emitter's
+``security/channel.go``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 from ._refusals import RefusedError
 
-#: A channel's levels.
+#: The levels of a channel.
 Words: TypeAlias = tuple[str, ...]
 
 _MAX_INT = 2**63 - 1
@@ -25,7 +25,7 @@ _WILDCARDS = frozenset("+#*")
 
 
 class Topic(NamedTuple):
-    """A topic that could be read."""
+    """A parsed topic."""
 
     key: str
     channel: str
@@ -43,10 +43,10 @@ class Topic(NamedTuple):
         return f"{self.channel}?{options}" if options else self.channel
 
     def number(self, name: str) -> int | None:
-        """Give an option's value; one that is no number counts as not given."""
+        """Return the value of an option, or ``None`` if it is missing or not a 64-bit integer."""
         for option, value in self.options:
             if option == name:
-                # more digits than a 64-bit number has are no number there either
+                # Check the length first, because int() of thousands of digits raises.
                 if not value.isdecimal() or len(value) > 19 or int(value) > _MAX_INT:
                     return None
                 return int(value)
@@ -56,9 +56,9 @@ class Topic(NamedTuple):
 @lru_cache(maxsize=512)
 def parse(text: str) -> Topic:
     """
-    Read a topic.
+    Parse a topic.
 
-    :raises RefusedError: with 400, when it is none
+    :raises RefusedError: with status 400, if the topic is malformed
     """
     match = _TOPIC.fullmatch(text)
     if match is None:

@@ -1,4 +1,4 @@
-"""MQTT in the frames of WebSocket, by wsproto. No I/O."""
+"""MQTT in WebSocket frames, with wsproto. Without I/O."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from wsproto.frame_protocol import CloseReason, FrameDecoder, FrameProtocol, Opc
 
 class _TextAsBytes(Extension):
     """
-    Not an extension that anybody is offered: it passes the bytes of text frames on as Latin-1.
+    A private extension that decodes the bytes of text frames as Latin-1.
 
-    Emitter takes text frames and, unlike RFC 6455, any bytes in them.
+    Unlike RFC 6455, Emitter accepts any bytes in text frames. The extension is never offered to
+    clients.
     """
 
     def __init__(self) -> None:
@@ -41,11 +42,11 @@ class _TextAsBytes(Extension):
 
 class WebSocket:
     """
-    The broker's side of a WebSocket, from the handshake on.
+    The broker's side of a WebSocket after the handshake.
 
-    A frame is no packet: what they carry is one stream.
+    The payloads of frames form one stream; a frame may contain a part of a packet, or several.
 
-    :ivar closed: whether the other side has closed, or must be closed because it broke the rules
+    :ivar closed: whether the client has closed the WebSocket or violated the protocol
     """
 
     def __init__(self) -> None:
@@ -54,25 +55,25 @@ class WebSocket:
 
     def receive(self, data: bytes) -> tuple[bytes, bytes]:
         """
-        Take what the link brought.
+        Handle received bytes.
 
-        :return: what the frames carried, and what is to be sent because of them
+        :return: the payload of the frames, and the control frames to send
         """
-        carried, answer = bytearray(), bytearray()
+        payload, answer = bytearray(), bytearray()
         self._connection.receive_data(data)
         for event in self._connection.events():
             match event:
                 case BytesMessage():
-                    carried += event.data
+                    payload += event.data
                 case TextMessage():
-                    carried += event.data.encode("latin-1")
+                    payload += event.data.encode("latin-1")
                 case Ping() | CloseConnection():
                     answer += self._connection.send(event.response())
                     self.closed = isinstance(event, CloseConnection)
-        return bytes(carried), bytes(answer)
+        return bytes(payload), bytes(answer)
 
     def wrap(self, packet: bytes) -> bytes:
-        """Put a packet into a frame of its own, as Emitter does."""
+        """Return a frame with one packet, like Emitter."""
         if self._connection.state is not ConnectionState.OPEN:
             return b""
         return bytes(self._connection.send(BytesMessage(packet)))

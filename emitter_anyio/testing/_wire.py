@@ -1,7 +1,4 @@
-"""What stands between a link's bytes and MQTT: nothing, or HTTP and WebSocket. No I/O.
-
-Emitter serves all of it on one port and tells by the first bytes which it is; so does this.
-"""
+"""MQTT, HTTP and WebSocket on one port, chosen by the first byte like in Emitter. Without I/O."""
 
 from __future__ import annotations
 
@@ -13,10 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._websocket import WebSocket
 
-#: The longest head of an HTTP request that is read, in bytes.
-MAX_HEAD = 16384
-#: The subprotocols of WebSocket that Emitter offers; of those that a client wants, the first here
-#: is taken (``internal/network/websocket``).
+#: The largest head of an HTTP request.
+MAX_HEAD_BYTES = 16384
+#: The WebSocket subprotocols that Emitter accepts, by preference (``internal/network/websocket``).
 SUBPROTOCOLS = ("mqttv3.1", "mqttv3", "mqtt")
 
 _REASONS = {
@@ -30,31 +26,31 @@ _REASONS = {
 _NEWLINE = re.compile(r"\r?\n")
 _END = re.compile(rb"\r?\n\r?\n")
 _KEY = re.compile(r"[+/0-9A-Za-z]{22}==")
-# what a key is hashed with (RFC 6455, section 4.2.2)
+# The constant that is hashed with the key (RFC 6455, section 4.2.2).
 _GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-# what Emitter serves to people, and this broker does not
-_PAGES = re.compile(r"/(keygen|presence|metrics|debug(/.*)?)")
+# The paths of Emitter's web pages, which this broker does not have.
+_PAGE_PATHS = re.compile(r"/(keygen|presence|metrics|debug(/.*)?)")
 
 
 class Wire:
     """
-    A link's bytes, as far as MQTT: whoever begins with a letter speaks HTTP.
+    The decoder of a connection's bytes. A connection that begins with a capital letter is HTTP.
 
-    :ivar closed: whether nothing more is to be read
+    :ivar closed: whether to close the connection without reading more
     """
 
     def __init__(self) -> None:
         self.closed = False
-        self._begun = False
+        self._started = False
         self._head: bytearray | None = None
         self._websocket: WebSocket | None = None
         self._answer = b""
 
     def receive(self, data: bytes) -> bytes:
-        """Take what the link brought, and give what there is of MQTT in it."""
-        if not self._begun:
-            self._begun = True
-            if data[:1].isupper():  # no MQTT packet that may come first does
+        """Return the MQTT bytes in received bytes."""
+        if not self._started:
+            self._started = True
+            if data[:1].isupper():  # CONNECT does not begin with a letter
                 self._head = bytearray()
         if self._head is not None:
             data = self._read_head(self._head, data)
@@ -65,21 +61,21 @@ class Wire:
         return data
 
     def answer(self) -> bytes:
-        """Give what is to be sent because of what was received, beside MQTT, and forget it."""
+        """Return and remove the HTTP and WebSocket bytes to send."""
         answer, self._answer = self._answer, b""
         return answer
 
     def wrap(self, packet: bytes) -> bytes:
-        """Give an MQTT packet as it is to be sent: nothing, if the other side has closed."""
+        """Return the bytes to send for an MQTT packet, or ``b""`` if the WebSocket is closed."""
         return packet if self._websocket is None else self._websocket.wrap(packet)
 
     def _read_head(self, head: bytearray, data: bytes) -> bytes:
-        """Take a part of a request's head, and give what comes behind it."""
+        """Add bytes to the head of the request, and return the bytes after it."""
         start = max(0, len(head) - 3)
         head += data
-        end = _END.search(head, start, MAX_HEAD)
+        end = _END.search(head, start, MAX_HEAD_BYTES)
         if end is None:
-            if len(head) >= MAX_HEAD:
+            if len(head) >= MAX_HEAD_BYTES:
                 self._refuse(_Response(431))
             return b""
         self._head = None
@@ -95,7 +91,7 @@ class Wire:
         self.closed = True
 
     def _upgrade(self, head: str) -> bytes:
-        """Go over to WebSocket, on any path that is not another thing, and give the answer."""
+        """Upgrade to WebSocket and return the response, or raise another response."""
         line, *lines = _NEWLINE.split(head)
         match line.split(" "):
             case [method, target, "HTTP/1.1" | "HTTP/1.0"]:
@@ -106,8 +102,8 @@ class Wire:
         body = method != "HEAD"
         if path == "/health":
             raise _Response(200, body=body)
-        if _PAGES.fullmatch(path):
-            text = "this development broker has no pages: publish requests to emitter/..."
+        if _PAGE_PATHS.fullmatch(path):
+            text = "the development broker has no web pages: publish requests to emitter/..."
             raise _Response(404, text, body=body)
         if (
             "websocket" not in _tokens(headers.get("upgrade"))
@@ -115,16 +111,16 @@ class Wire:
             or headers.get("sec-websocket-version") != "13"
             or "host" not in headers
         ):
-            raise _Response(400, "here is MQTT, by itself or over WebSocket version 13", body=body)
+            raise _Response(400, "expected MQTT, or MQTT over WebSocket version 13", body=body)
         if method != "GET":
             raise _Response(405, body=body)
         key = headers.get("sec-websocket-key", "")
         if not _KEY.fullmatch(key):
-            raise _Response(400, "a Sec-WebSocket-Key is 16 bytes in base64")
+            raise _Response(400, "invalid Sec-WebSocket-Key: expected 16 bytes in base64")
         try:
             from ._websocket import WebSocket
         except ImportError:
-            text = "no WebSocket without wsproto: pip install 'emitter_anyio[websocket]'"
+            text = "WebSocket requires wsproto: pip install 'emitter_anyio[websocket]'"
             raise _Response(501, text) from None
         self._websocket = WebSocket()
         wanted = _tokens(headers.get("sec-websocket-protocol"))
@@ -142,8 +138,8 @@ class Wire:
         ).encode()
 
 
-class _Response(Exception):  # noqa: N818 - an answer is no error
-    """An answer of HTTP that ends the link."""
+class _Response(Exception):  # noqa: N818 - a response is not an error
+    """An HTTP response after which the connection is closed."""
 
     def __init__(self, status: int, text: str = "", *, body: bool = True) -> None:
         super().__init__(status, text)
@@ -164,7 +160,7 @@ class _Response(Exception):  # noqa: N818 - an answer is no error
 
 
 def _parse(lines: list[str]) -> dict[str, str]:
-    """Read header lines; of a name that is there more than once, the values are joined."""
+    """Parse header lines, and join the values of repeated names."""
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")

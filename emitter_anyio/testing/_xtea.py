@@ -1,4 +1,4 @@
-"""XTEA, the cipher of version 1 licences: 64-bit blocks, 128-bit key, 32 cycles."""
+"""XTEA with 32 cycles, which encrypts the keys of version 1 licences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MASK = 0xFFFFFFFF
 
 
 def encrypt(key: bytes, data: bytes) -> bytes:
-    """Encrypt whole blocks of 8 bytes, each by itself."""
+    """Encrypt blocks of 8 bytes independently of each other."""
     k, out = struct.unpack(">4I", key), bytearray()
     for v0, v1 in struct.iter_unpack(">2I", data):
         total = 0
@@ -22,7 +22,7 @@ def encrypt(key: bytes, data: bytes) -> bytes:
 
 
 def decrypt(key: bytes, data: bytes) -> bytes:
-    """Undo :func:`encrypt`."""
+    """Decrypt the result of :func:`encrypt`."""
     k, out = struct.unpack(">4I", key), bytearray()
     for v0, v1 in struct.iter_unpack(">2I", data):
         total = _DELTA * 32 & _MASK

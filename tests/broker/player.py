@@ -1,7 +1,8 @@
-"""A raw MQTT client, and the player of conversations that were recorded from a real Emitter.
+"""A client of MQTT packets, and a player of conversations recorded from an Emitter broker.
 
-Nothing here waits by the clock. A PINGREQ is the barrier: the broker works off a link in order, so
-what is not there before the PINGRESP will not come. A ``wait`` puts the broker's clock forward.
+Nothing waits for time. PINGREQ is a barrier: the broker handles packets in order, so everything
+that it sends because of earlier packets arrives before PINGRESP. ``wait`` advances the broker's
+clock.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from emitter_anyio.testing._connection import Client
 
 
-class Link:
-    """A client's end of a link, spoken to in packets."""
+class PacketConnection:
+    """The client's end of a connection, which sends and receives packets."""
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
@@ -51,22 +52,22 @@ class Link:
         self._reader = PacketReader()
 
     @classmethod
-    async def open(cls, broker: Broker) -> Link:
+    async def open(cls, broker: Broker) -> PacketConnection:
         return cls(await anyio.connect_tcp(broker.host, broker.port))
 
     @classmethod
-    async def connect(cls, broker: Broker, client_id: str = "") -> Link:
-        link = await cls.open(broker)
-        assert await link.ask(Connect(client_id)) == [ConnAck()]
-        return link
+    async def connect(cls, broker: Broker, client_id: str = "") -> PacketConnection:
+        connection = await cls.open(broker)
+        assert await connection.ask(Connect(client_id)) == [ConnAck()]
+        return connection
 
     async def send(self, *packets: Packet) -> None:
-        """Send packets; that the broker has closed the link is seen by reading."""
+        """Send packets. If the broker has closed the connection, only reading shows it."""
         with suppress(anyio.BrokenResourceError):
             await self.stream.send(b"".join(packet.encode() for packet in packets))
 
     async def receive(self) -> Packet | None:
-        """Give the next packet, or ``None`` when the broker has closed the link."""
+        """Return the next packet, or ``None`` if the broker has closed the connection."""
         while (packet := self._reader.next_packet()) is None:
             try:
                 self._reader.feed(await self.stream.receive())
@@ -76,14 +77,14 @@ class Link:
         return packet
 
     async def read_to_end(self) -> list[Packet]:
-        """Give all packets up to the end of the link."""
+        """Return all packets until the connection ends."""
         packets = []
         while (packet := await self.receive()) is not None:
             packets.append(packet)
         return packets
 
     async def ask(self, *packets: Packet) -> list[Packet]:
-        """Send packets, and give all that comes before the answer to a ping behind them."""
+        """Send packets and a ping, and return the packets before the reply to the ping."""
         await self.send(*packets, PingReq())
         answers: list[Packet] = []
         while (packet := await self.receive()) is not None and not isinstance(packet, PingResp):
@@ -91,31 +92,33 @@ class Link:
         return answers
 
     async def request(self, topic: str, **fields: Any) -> dict[str, Any]:
-        """Ask for something under ``emitter/``, and give the answer's JSON."""
+        """Send a request to a topic under ``emitter/``, and return the JSON of the reply."""
         payload = json.dumps(fields).encode()
         answer, ack = await self.ask(Publish(f"emitter/{topic}/", payload, 1, 9))
         assert ack == PubAck(9)
         assert isinstance(answer, Publish)
-        said: dict[str, Any] = json.loads(answer.payload)
-        return said
+        reply: dict[str, Any] = json.loads(answer.payload)
+        return reply
 
 
 class Player:
     """
-    Plays one conversation, and compares every packet.
+    Plays a conversation and compares every packet.
 
-    How one is written, ``conversations/README.md`` says.
+    ``conversations/README.md`` describes the format.
 
-    :param dial: makes each link to the broker
+    :param open_connection: a function that opens a connection to the broker
     """
 
-    def __init__(self, broker: Broker, dial: Callable[[Broker], Awaitable[Link]]) -> None:
+    def __init__(
+        self, broker: Broker, open_connection: Callable[[Broker], Awaitable[PacketConnection]]
+    ) -> None:
         self._broker = broker
-        self._dial = dial
+        self._open = open_connection
         self._ahead = 0.0
         self._known = {"secret": broker.secret_key, "run": secrets.token_hex(4)}
-        self._links: dict[str, Link] = {}
-        self._served: dict[str, Client] = {}  # the broker's ends of these links
+        self._connections: dict[str, PacketConnection] = {}
+        self._clients: dict[str, Client] = {}  # the broker's ends of these connections
 
     async def play(self, script: dict[str, Any]) -> None:
         try:
@@ -125,13 +128,15 @@ class Player:
                     wanted, came = step.get("receives", {}).get(name, []), got.get(name, [])
                     same = self._same_in_any_order if step.get("unordered") else self._same
                     assert same(wanted, came), f"step {number}: {name} wants {wanted}, got {came}"
-                closed = {name for name, link in self._links.items() if link.closed}
+                closed = {
+                    name for name, connection in self._connections.items() if connection.closed
+                }
                 assert closed == set(step.get("closes", [])), f"step {number}: closed {closed}"
                 for name in closed:
-                    await self._links.pop(name).stream.aclose()
+                    await self._connections.pop(name).stream.aclose()
         finally:
-            for link in self._links.values():
-                await anyio.aclose_forcefully(link.stream)
+            for connection in self._connections.values():
+                await anyio.aclose_forcefully(connection.stream)
 
     async def _do(self, step: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         who, do = step.get("client", ""), step["do"]
@@ -140,30 +145,32 @@ class Player:
             self._broker.advance(step["seconds"])
             self._ahead += step["seconds"]
         elif do == "drop":
-            await self._links.pop(who).stream.aclose()
-            await self._served[who].wait_closed()  # only the broker knows when it has noticed
+            await self._connections.pop(who).stream.aclose()
+            await self._clients[
+                who
+            ].wait_closed()  # the other clients receive the effects after this
         else:
-            if who not in self._links:
-                self._links[who] = await self._dial(self._broker)
-            link = self._links[who]
+            if who not in self._connections:
+                self._connections[who] = await self._open(self._broker)
+            connection = self._connections[who]
             if do == "open":
                 got[who] = []
             elif do == "disconnect":
-                await link.send(Disconnect())
-                got[who] = await link.read_to_end()
+                await connection.send(Disconnect())
+                got[who] = await connection.read_to_end()
             elif do == "ping":  # a barrier by itself
-                got[who] = [*await link.ask(), PingResp()]
+                got[who] = [*await connection.ask(), PingResp()]
             else:
-                got[who] = await link.ask(encode(self._filled(step)))
+                got[who] = await connection.ask(encode(self._filled(step)))
             if do == "connect":
-                self._served[who] = self._broker.clients[-1]
-        for name, link in self._links.items():
-            if not link.closed and do != "open":
-                got.setdefault(name, []).extend(await link.ask())
+                self._clients[who] = self._broker.clients[-1]
+        for name, connection in self._connections.items():
+            if not connection.closed and do != "open":
+                got.setdefault(name, []).extend(await connection.ask())
         return {name: [decode(packet) for packet in packets] for name, packets in got.items()}
 
     def _filled(self, value: Any) -> Any:
-        """Put what was captured into what is about to be sent."""
+        """Replace names by captured values."""
         if isinstance(value, str):
             return re.sub(r"\$\{(\w+)\}", lambda match: self._known[match[1]], value)
         if isinstance(value, list):
@@ -173,7 +180,7 @@ class Player:
         return value
 
     def _same(self, wanted: Any, got: Any) -> bool:
-        """Compare what was recorded with what came."""
+        """Return whether a value matches the recorded one, and capture values."""
         match wanted:
             case {"$capture": name}:
                 self._known[name] = got
@@ -215,7 +222,7 @@ class Player:
 
 
 def encode(step: dict[str, Any]) -> Packet:
-    """Make the packet that a step sends."""
+    """Return the packet that a step sends."""
     match step["do"]:
         case "connect":
             will = step.get("will")
@@ -244,7 +251,7 @@ def encode(step: dict[str, Any]) -> Packet:
 
 
 def decode(packet: Packet) -> dict[str, Any]:
-    """Write a packet as the recordings do."""
+    """Return a packet in the format of the recordings."""
     match packet:
         case ConnAck(code):
             return {"type": "connack", "code": code}
@@ -257,22 +264,22 @@ def decode(packet: Packet) -> dict[str, Any]:
         case PingResp():
             return {"type": "pingresp"}
         case Publish(topic, payload, qos, packet_id, retain, dup):
-            said: dict[str, Any] = {"type": "publish", "topic": topic}
+            fields: dict[str, Any] = {"type": "publish", "topic": topic}
             if flags := dup << 3 | qos << 1 | retain:
-                said["flags"] = flags
+                fields["flags"] = flags
             if qos:
-                said["id"] = packet_id
+                fields["id"] = packet_id
             try:
                 if topic.startswith("emitter/"):
-                    return {**said, "json": json.loads(payload)}
-                return {**said, "text": payload.decode()}
+                    return {**fields, "json": json.loads(payload)}
+                return {**fields, "text": payload.decode()}
             except ValueError:
-                return {**said, "base64": base64.b64encode(payload).decode()}
+                return {**fields, "base64": base64.b64encode(payload).decode()}
     raise ValueError(f"a broker does not send {packet}")
 
 
 class MemoryStream(ByteStream):
-    """One end of a link in memory, which holds a few pieces at a time."""
+    """One end of a connection in memory, which buffers four chunks in each direction."""
 
     def __init__(
         self, send: MemoryObjectSendStream[bytes], receive: MemoryObjectReceiveStream[bytes]
@@ -295,8 +302,8 @@ class MemoryStream(ByteStream):
         self._send.close()
         await checkpoint()
 
-    def take_no_more(self) -> None:
-        """Fail whoever sends to this end; what this end sends goes on."""
+    def break_receiving(self) -> None:
+        """Make sends to this end fail, but keep the other direction."""
         self._receive.close()
 
     async def aclose(self) -> None:

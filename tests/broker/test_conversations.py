@@ -1,4 +1,4 @@
-"""Conversations that were recorded from a real Emitter 3.1 broker, each a test of its own."""
+"""Play each conversation that was recorded from an Emitter 3.1 broker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from emitter_anyio.testing import Broker
-from tests.broker.player import Link, Player
+from tests.broker.player import PacketConnection, Player
 from tests.broker.websocket import WebSocketStream
 
 HERE = Path(__file__).parent
@@ -23,25 +23,25 @@ LICENSES = {
 }
 
 
-async def open_websocket(broker: Broker) -> Link:
+async def open_websocket(broker: Broker) -> PacketConnection:
     stream = await anyio.connect_tcp(broker.host, broker.port)
-    return Link(await WebSocketStream.connect(stream))
+    return PacketConnection(await WebSocketStream.connect(stream))
 
 
-def test_all_conversations_are_here() -> None:
+def test_all_conversations_are_loaded() -> None:
     assert len(CONVERSATIONS) == 70
 
 
 @pytest.mark.parametrize("license", LICENSES.values(), ids=[f"v{name}" for name in LICENSES])
 @pytest.mark.parametrize("name", CONVERSATIONS)
-async def test_the_broker_answers_as_recorded(name: str, license: str) -> None:
+async def test_replies_match_the_recording(name: str, license: str) -> None:
     async with Broker(license=license) as broker:
-        await Player(broker, Link.open).play(CONVERSATIONS[name])
+        await Player(broker, PacketConnection.open).play(CONVERSATIONS[name])
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-async def test_and_over_websocket(name: str) -> None:
-    # What is no key reads as another noise under each licence, and now and then as a master key.
+async def test_replies_over_websocket_match_the_recording(name: str) -> None:
+    # Use a fixed licence: a malformed key decrypts to random content, which might be a secret key.
     async with Broker(license=LICENSES["3"]) as broker:
         await Player(broker, open_websocket).play(CONVERSATIONS[name])
 
@@ -55,7 +55,7 @@ async def test_and_over_websocket(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("unordered", [False, True])
-async def test_the_player_notices_another_answer(
+async def test_player_detects_a_different_reply(
     wanted: list[dict[str, object]], unordered: bool
 ) -> None:
     key = "A" * 32
@@ -63,6 +63,6 @@ async def test_the_player_notices_another_answer(
     publish = {"do": "publish", "client": "a", "topic": f"{key}/a/", "qos": 1, "id": 7}
     async with Broker() as broker:
         with pytest.raises(AssertionError, match="step 2: a wants"):
-            await Player(broker, Link.open).play(
+            await Player(broker, PacketConnection.open).play(
                 {"steps": [connect, {**publish, "receives": {"a": wanted}, "unordered": unordered}]}
             )

@@ -1,4 +1,4 @@
-"""What the recorded conversations leave open, as it was seen in the real broker's source."""
+"""Semantics that the recorded conversations do not cover, as in Emitter's source."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from emitter_anyio.testing._packets import MAX_REMAINING_LENGTH, PacketReader, P
 from emitter_anyio.testing._peer import Kind, Peer
 from emitter_anyio.testing._refusals import EXTEND_KEY, RefusedError
 from emitter_anyio.testing._requests import handle_publish
-from emitter_anyio.testing._storage import RETAINED
+from emitter_anyio.testing._storage import RETAINED_SECONDS
 
 UNAUTHORIZED = "the security key provided is not authorized to perform this operation"
 
 
 class Recorder(Peer):
-    """A peer that keeps what it is sent."""
+    """A connection that records its packets."""
 
     def __init__(self, username: str = "") -> None:
         super().__init__(self._record)
-        self.introduce(username, None)
+        self.set_identity(username, None)
         self.kinds: list[Kind] = []
         self._reader = PacketReader(2**20)
 
@@ -36,7 +36,7 @@ class Recorder(Peer):
 
     @property
     def got(self) -> list[tuple[str, bytes]]:
-        """What came since it was last asked for: topics and payloads."""
+        """The topics and payloads received since this was last read."""
         found = []
         while (packet := self._reader.next_packet()) is not None:
             assert isinstance(packet, Publish)
@@ -56,14 +56,14 @@ def peer() -> Recorder:
     return Recorder()
 
 
-def done(work: Coroutine[Any, Any, None]) -> None:
-    """Run what waits for nothing: a broker without other nodes."""
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine that never waits, because the broker has no other nodes."""
     with pytest.raises(StopIteration):
         work.send(None)
 
 
 def ask(exchange: Exchange, peer: Recorder, topic: str, payload: bytes) -> dict[str, Any]:
-    done(handle_publish(exchange, peer, Publish(f"emitter/{topic}/", payload)))
+    run(handle_publish(exchange, peer, Publish(f"emitter/{topic}/", payload)))
     [(said_topic, said)] = peer.got
     assert said_topic == f"emitter/{topic}/"
     answer: dict[str, Any] = json.loads(said)
@@ -82,7 +82,7 @@ def refused(status: int, message: str = "") -> dict[str, Any]:
 def publish(
     exchange: Exchange, peer: Recorder, topic: str, payload: bytes = b"x", *, retain: bool = False
 ) -> None:
-    done(handle_publish(exchange, peer, Publish(topic, payload, retain=retain)))
+    run(handle_publish(exchange, peer, Publish(topic, payload, retain=retain)))
 
 
 class TestJSON:
@@ -106,7 +106,7 @@ class TestJSON:
             b'\xef\xbb\xbf{"key": ""}',
         ],
     )
-    def test_what_is_not_the_request(
+    def test_malformed_request_is_refused(
         self, exchange: Exchange, peer: Recorder, payload: bytes
     ) -> None:
         assert ask(exchange, peer, "keygen", payload) == refused(400)
@@ -114,24 +114,24 @@ class TestJSON:
     @pytest.mark.parametrize(
         "payload", [b"null", b"{}", b'{"key": null, "ttl": null, "more": [1]}', b'{"key": "\xff"}']
     )
-    def test_what_is_absent_is_empty(
+    def test_missing_fields_are_empty(
         self, exchange: Exchange, peer: Recorder, payload: bytes
     ) -> None:
         assert ask(exchange, peer, "keygen", payload) == refused(401)
 
-    def test_names_in_any_case(self, exchange: Exchange, peer: Recorder) -> None:
-        secret = exchange.license.master_key()
+    def test_names_are_case_insensitive(self, exchange: Exchange, peer: Recorder) -> None:
+        secret = exchange.license.secret_key()
         answer = request(exchange, peer, "keygen", KEY=secret, Channel="a/", tYPE="r")
         assert answer["status"] == 200
 
-    def test_half_a_surrogate_pair(self, exchange: Exchange, peer: Recorder) -> None:
-        secret = exchange.license.master_key()
+    def test_lone_surrogate_is_replaced(self, exchange: Exchange, peer: Recorder) -> None:
+        secret = exchange.license.secret_key()
         payload = f'{{"key": "{secret}", "channel": "\\ud800/"}}'.encode()
         assert ask(exchange, peer, "keygen", payload)["channel"] == "?/"
 
-    def test_answers_are_written_as_go_does(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_replies_are_encoded_like_go(self, exchange: Exchange, peer: Recorder) -> None:
         fields = {"name": "a", "key": "k", "channel": "a/?me=0&ttl=5"}
-        done(
+        run(
             handle_publish(
                 exchange, peer, Publish("emitter/link/", json.dumps(fields).encode(), 1, 3)
             )
@@ -141,29 +141,33 @@ class TestJSON:
 
 
 class TestKeygen:
-    def test_a_master_key_of_another_contract(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_secret_key_of_another_contract_is_refused(
+        self, exchange: Exchange, peer: Recorder
+    ) -> None:
         license = exchange.license
         stranger = license.encrypt(replace(license.blank_key(), contract=license.contract ^ 1))
         answer = request(exchange, peer, "keygen", key=stranger, channel="a/")
         assert answer == refused(404, "the resource requested does not exist")
 
-    def test_a_master_key_with_another_signature(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_secret_key_with_another_signature_is_refused(
+        self, exchange: Exchange, peer: Recorder
+    ) -> None:
         license = exchange.license
         forged = license.encrypt(replace(license.blank_key(), signature=license.signature ^ 1))
         assert request(exchange, peer, "keygen", key=forged, channel="a/") == refused(401)
 
-    def test_a_master_key_that_has_expired(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_expired_secret_key_is_refused(self, exchange: Exchange, peer: Recorder) -> None:
         old = exchange.license.encrypt(replace(exchange.license.blank_key(), expires=1))
         assert request(exchange, peer, "keygen", key=old, channel="a/") == refused(401)
 
-    def test_a_key_that_is_neither_master_nor_extends(
+    def test_key_without_extend_permission_is_refused(
         self, exchange: Exchange, peer: Recorder
     ) -> None:
         key = exchange.keygen("a/", "rwslp", 0)
         assert request(exchange, peer, "keygen", key=key, channel="a/") == refused(401)
 
-    def test_a_ttl(self, exchange: Exchange, peer: Recorder) -> None:
-        fields = {"key": exchange.license.master_key(), "channel": "a/", "type": "w"}
+    def test_key_expires_after_its_ttl(self, exchange: Exchange, peer: Recorder) -> None:
+        fields = {"key": exchange.license.secret_key(), "channel": "a/", "type": "w"}
         brief = request(exchange, peer, "keygen", **fields, ttl=10)["key"]
         expired = request(exchange, peer, "keygen", **fields, ttl=-10)["key"]
         publish(exchange, peer, f"{brief}/a/")
@@ -174,7 +178,7 @@ class TestKeygen:
 
 
 @pytest.mark.parametrize("key", ["short", "A" * 32, "é", "k" * 1000])
-def test_what_is_no_key(exchange: Exchange, peer: Recorder, key: str) -> None:
+def test_malformed_key_is_refused(exchange: Exchange, peer: Recorder, key: str) -> None:
     with pytest.raises(RefusedError, match=UNAUTHORIZED):
         publish(exchange, peer, f"{key}/a/")
 
@@ -184,7 +188,9 @@ class TestExtend:
     def key(self, exchange: Exchange) -> str:
         return exchange.keygen("a/#/", "rwe", 0)
 
-    def test_a_private_tree(self, exchange: Exchange, peer: Recorder, key: str) -> None:
+    def test_private_channel_with_subchannels(
+        self, exchange: Exchange, peer: Recorder, key: str
+    ) -> None:
         answer = request(exchange, peer, "keygen", key=key, channel="a/#/", type="rwsle")
         assert answer["channel"] == f"a/{peer.id}/#/"
         made = exchange.license.decrypt(answer["key"])
@@ -205,27 +211,31 @@ class TestExtend:
             ("a/" * 23, refused(500, "channel can not have more than 23 parts")),
         ],
     )
-    def test_what_it_cannot_extend(
+    def test_invalid_private_channel_is_refused(
         self, exchange: Exchange, peer: Recorder, key: str, channel: str, answer: dict[str, Any]
     ) -> None:
         assert request(exchange, peer, "keygen", key=key, channel=channel, type="r") == answer
 
-    def test_once_banned(self, exchange: Exchange, peer: Recorder, key: str) -> None:
+    def test_banned_extend_key_is_refused(
+        self, exchange: Exchange, peer: Recorder, key: str
+    ) -> None:
         exchange.ban(key)
         assert request(exchange, peer, "keygen", key=key, channel="a/") == refused(401)
 
-    def test_it_may_not_see_who_is_there(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_extend_key_does_not_permit_presence(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "pe", 0)
         assert request(exchange, peer, "presence", key=key, channel="a/") == refused(401)
 
-    def test_it_may_not_unsubscribe(self, exchange: Exchange, peer: Recorder, key: str) -> None:
+    def test_extend_key_does_not_permit_unsubscribe(
+        self, exchange: Exchange, peer: Recorder, key: str
+    ) -> None:
         with pytest.raises(RefusedError, match=EXTEND_KEY):
             exchange.unsubscribe(peer, f"{key}/a/")
 
 
 class TestKeyban:
-    def test_an_unban_works_at_once(self, exchange: Exchange, peer: Recorder) -> None:
-        fields = {"secret": exchange.license.master_key(), "target": exchange.keygen("a/", "w", 0)}
+    def test_unban_takes_effect_immediately(self, exchange: Exchange, peer: Recorder) -> None:
+        fields = {"secret": exchange.license.secret_key(), "target": exchange.keygen("a/", "w", 0)}
         for _ in range(2):
             answer = request(exchange, peer, "keyban", **fields, banned=True)
             assert answer == {"status": 200, "banned": True}
@@ -236,7 +246,7 @@ class TestKeyban:
             assert answer == {"status": 200, "banned": False}
             publish(exchange, peer, f"{fields['target']}/a/")
 
-    def test_who_may_not(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_invalid_secret_or_target_is_refused(self, exchange: Exchange, peer: Recorder) -> None:
         license, target = exchange.license, exchange.keygen("a/", "w", 0)
         blank = license.blank_key()
         for secret in (
@@ -249,21 +259,21 @@ class TestKeyban:
             assert answer == refused(401)
         stranger = license.encrypt(replace(blank, contract=license.contract ^ 1))
         for bad in ("short", stranger):
-            secret = license.master_key()
+            secret = license.secret_key()
             answer = request(exchange, peer, "keyban", secret=secret, target=bad, banned=True)
             assert answer == refused(401)
         assert exchange.banned == set()
 
 
 class TestLinks:
-    def test_a_link_may_lead_to_a_request(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_link_to_a_request_topic(self, exchange: Exchange, peer: Recorder) -> None:
         request(exchange, peer, "link", name="m", key="emitter", channel="me/")
         publish(exchange, peer, "m")
         [(topic, said)] = peer.got
         assert topic == "emitter/me/"
         assert json.loads(said) == {"status": 200, "id": peer.id, "links": {"m": "me/"}}
 
-    def test_a_link_to_a_wildcard_is_made_and_no_good(
+    def test_link_to_a_wildcard_is_created_but_refused_on_use(
         self, exchange: Exchange, peer: Recorder
     ) -> None:
         key = exchange.keygen("a/#/", "rw", 0)
@@ -274,7 +284,7 @@ class TestLinks:
             publish(exchange, peer, "w")
         assert info.value.status == 403
 
-    def test_links_are_told_in_order(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_me_lists_links_in_order(self, exchange: Exchange, peer: Recorder) -> None:
         for name in ("b", "a0", "a"):
             request(exchange, peer, "link", name=name, key="k", channel=f"{name}/?ttl=5")
         request(exchange, peer, "link", name="b", key="k", channel="c/")
@@ -285,25 +295,27 @@ class TestLinks:
             ("b", "c/"),
         ]
 
-    def test_subscribing_replays_nothing(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_subscribing_link_does_not_replay(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "rwsl", 0)
         publish(exchange, peer, f"{key}/a/?ttl=60")
         fields = {"name": "a", "key": key, "channel": "a/?last=5", "subscribe": True}
         assert request(exchange, peer, "link", **fields)["channel"] == "a/?last=5"
 
     @pytest.mark.parametrize("name", ["", "abc", "-", "é", "a\n"])
-    def test_no_name(self, exchange: Exchange, peer: Recorder, name: str) -> None:
+    def test_invalid_name_is_refused(self, exchange: Exchange, peer: Recorder, name: str) -> None:
         answer = request(exchange, peer, "link", name=name, key="k", channel="a/")
         assert "alphanumeric string of 1 or 2" in answer["message"]
 
     @pytest.mark.parametrize(("key", "channel"), [("", "a/"), ("k", "a"), ("k", "a b/"), ("k", "")])
-    def test_no_channel(self, exchange: Exchange, peer: Recorder, key: str, channel: str) -> None:
+    def test_invalid_channel_is_refused(
+        self, exchange: Exchange, peer: Recorder, key: str, channel: str
+    ) -> None:
         answer = request(exchange, peer, "link", name="a", key=key, channel=channel)
         assert answer == refused(400)
         assert peer.links == {}
 
     @pytest.mark.parametrize("topic", ["", "a", "zz"])
-    def test_an_unknown_one(self, exchange: Exchange, peer: Recorder, topic: str) -> None:
+    def test_unknown_link_is_refused(self, exchange: Exchange, peer: Recorder, topic: str) -> None:
         with pytest.raises(RefusedError) as info:
             publish(exchange, peer, topic)
         assert info.value.status == 400
@@ -314,26 +326,26 @@ class TestPresence:
     def key(self, exchange: Exchange) -> str:
         return exchange.keygen("#/", "rwslp", 0)
 
-    def test_status_is_whom_a_message_there_would_reach(
+    def test_status_lists_the_receivers_of_a_message(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         there = [Recorder("u1"), Recorder(), Recorder()]
         for each, channel in zip(there, ("a/", "a/b/", "+/b/"), strict=True):
-            done(exchange.subscribe(each, f"{key}/{channel}"))
+            run(exchange.subscribe(each, f"{key}/{channel}"))
         answer = request(exchange, peer, "presence", key=key, channel="a/b")
         assert answer["channel"] == "a/b/"
         assert sorted(answer["who"], key=str) == sorted((each.who() for each in there), key=str)
         assert there[0].who() == {"id": there[0].id, "username": "u1"}
         assert there[1].who() == {"id": there[1].id}
 
-    def test_changes_of_children_and_of_oneself(
+    def test_feed_includes_subchannels_and_the_client_itself(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         for _ in range(2):
             request(exchange, peer, "presence", key=key, channel="a", changes=True, status=False)
-        done(exchange.subscribe(peer, f"{key}/a/b/?last=0"))
-        done(exchange.subscribe(peer, f"{key}/a/b/?last=0"))
-        done(exchange.subscribe(peer, f"{key}/b/?last=0"))
+        run(exchange.subscribe(peer, f"{key}/a/b/?last=0"))
+        run(exchange.subscribe(peer, f"{key}/a/b/?last=0"))
+        run(exchange.subscribe(peer, f"{key}/b/?last=0"))
         exchange.unsubscribe(peer, f"{key}/a/b/")
         exchange.unsubscribe(peer, f"{key}/a/b/")
         told = [(topic, json.loads(said)) for topic, said in peer.got]
@@ -344,22 +356,22 @@ class TestPresence:
             assert said["channel"] == "a/b/"
             assert said["who"] == {"id": peer.id}
 
-    def test_a_feed_ends_with_its_connection(
+    def test_feed_ends_with_its_connection(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         request(exchange, peer, "presence", key=key, channel="a", changes=True)
         exchange.leave(peer)
-        done(exchange.subscribe(Recorder(), f"{key}/a/"))
+        run(exchange.subscribe(Recorder(), f"{key}/a/"))
         assert peer.got == []
 
-    def test_ending_a_feed_that_there_is_not(
+    def test_ending_an_unknown_feed_succeeds(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         fields = {"key": key, "channel": "a", "changes": False, "status": False}
         assert request(exchange, peer, "presence", **fields)["status"] == 200
 
     @pytest.mark.parametrize("fields", [{"channel": "a b"}, {"key": ""}, {"status": 1}])
-    def test_bad_requests(
+    def test_invalid_requests_are_refused(
         self, exchange: Exchange, peer: Recorder, key: str, fields: dict[str, Any]
     ) -> None:
         fields = {"key": key, "channel": "a", **fields}
@@ -381,12 +393,12 @@ class TestStoring:
             ("ttl=0", False, 0),
             ("ttl=5", False, 5),
             ("ttl=5", True, 5),
-            ("", True, RETAINED),
-            ("ttl=x", True, RETAINED),
+            ("", True, RETAINED_SECONDS),
+            ("ttl=x", True, RETAINED_SECONDS),
             ("ttl=4294967301", False, 5),
         ],
     )
-    def test_for_how_long(
+    def test_storage_time(
         self,
         exchange: Exchange,
         peer: Recorder,
@@ -402,13 +414,13 @@ class TestStoring:
         exchange.cluster.advance(2)
         assert self.stored(exchange, peer, key) == []
 
-    def test_an_empty_message_comes_back_as_null(
+    def test_empty_message_is_returned_as_null(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         publish(exchange, peer, f"{key}/a/?ttl=60", b"")
         assert self.stored(exchange, peer, key)[0]["payload"] is None
 
-    def test_pages(self, exchange: Exchange, peer: Recorder, key: str) -> None:
+    def test_pages_return_all_messages(self, exchange: Exchange, peer: Recorder, key: str) -> None:
         for number in range(5):
             publish(exchange, peer, f"{key}/a/?ttl=60", b"%d" % number)
             exchange.cluster.advance(1)
@@ -425,7 +437,7 @@ class TestStoring:
         answer = request(exchange, peer, "history", channel=f"{key}/a/", startFromID="!")
         assert answer == refused(400)
 
-    def test_history_gives_one_unless_told_more(
+    def test_history_returns_one_message_by_default(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         for _ in range(3):
@@ -436,7 +448,7 @@ class TestStoring:
         assert len(self.stored(exchange, peer, key, "last=9223372036854775808")) == 1
         assert self.stored(exchange, peer, key, "last=9&until=1600000000") == []
 
-    def test_an_answer_over_64_kib_is_not_sent(
+    def test_reply_above_64_kib_is_not_sent(
         self, exchange: Exchange, peer: Recorder, key: str
     ) -> None:
         for _ in range(3):
@@ -444,42 +456,42 @@ class TestStoring:
         assert len(self.stored(exchange, peer, key)) == 3
         publish(exchange, peer, f"{key}/a/?ttl=60", bytes(16000))
         payload = json.dumps({"channel": f"{key}/a/?last=4"}).encode()
-        done(handle_publish(exchange, peer, Publish("emitter/history/", payload)))
+        run(handle_publish(exchange, peer, Publish("emitter/history/", payload)))
         assert peer.got == []
 
 
 class TestDelivery:
     @pytest.mark.parametrize(("more", "delivered"), [(-5, True), (0, True), (1, False)])
-    def test_what_is_too_large_for_a_packet_is_dropped(
+    def test_too_large_message_is_dropped(
         self, exchange: Exchange, peer: Recorder, more: int, delivered: bool
     ) -> None:
         key = exchange.keygen("a/", "rw", 0)
-        done(exchange.subscribe(peer, f"{key}/a/"))
+        run(exchange.subscribe(peer, f"{key}/a/"))
         payload = bytes(MAX_REMAINING_LENGTH - 2 - len("a/") + more)
         publish(exchange, peer, f"{key}/a/", payload)
         assert peer.got == ([("a/", payload)] if delivered else [])
 
-    def test_slashes_that_subscribe_repairs(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_subscribe_repairs_slashes(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("#/", "rw", 0)
         for channel in ("a//b/", "a/#", "c/#?last=5"):
-            done(exchange.subscribe(peer, f"{key}/{channel}"))
+            run(exchange.subscribe(peer, f"{key}/{channel}"))
         assert list(peer.subscribed.values()) == ["a/b/", "a/#/", "c/#/"]
         with pytest.raises(RefusedError):
-            done(exchange.subscribe(peer, f"{key}/a///b/"))
+            run(exchange.subscribe(peer, f"{key}/a///b/"))
 
-    def test_under_the_matcher_of_mqtt(self, peer: Recorder) -> None:
+    def test_mqtt_matcher(self, peer: Recorder) -> None:
         exchange = Exchange(License.new(), "mqtt")
         key = exchange.keygen("#/", "rw", 0)
         for channel in ("a/", "b/#/"):
-            done(exchange.subscribe(peer, f"{key}/{channel}"))
+            run(exchange.subscribe(peer, f"{key}/{channel}"))
         for channel in ("a/", "a/b/", "b/", "b/c/d/"):
             publish(exchange, peer, f"{key}/{channel}")
         assert [topic for topic, _ in peer.got] == ["a/", "b/c/d/"]
 
-    def test_each_use_has_its_kind(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_kinds_of_packets(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "rwp", 0)
         request(exchange, peer, "presence", key=key, channel="a/", changes=True)
-        done(exchange.subscribe(peer, f"{key}/a/"))
+        run(exchange.subscribe(peer, f"{key}/a/"))
         publish(exchange, peer, f"{key}/a/")
         assert peer.kinds == ["answer", "message", "message"]
 
@@ -487,13 +499,13 @@ class TestDelivery:
 class TestWills:
     def leave(self, exchange: Exchange, will: Will) -> list[tuple[str, bytes]]:
         watcher, leaver = Recorder(), Recorder()
-        done(exchange.subscribe(watcher, f"{exchange.keygen('#/', 'r', 0)}/a/"))
-        leaver.introduce("", will)
-        for _ in range(2):  # only the first time
+        run(exchange.subscribe(watcher, f"{exchange.keygen('#/', 'r', 0)}/a/"))
+        leaver.set_identity("", will)
+        for _ in range(2):  # the second call has no effect
             exchange.leave(leaver)
         return watcher.got
 
-    def test_options_are_passed_over(self, exchange: Exchange, peer: Recorder) -> None:
+    def test_options_of_the_topic_are_ignored(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "wsl", 0)
         assert self.leave(exchange, Will(f"{key}/a/?ttl=60", b"gone")) == [("a/", b"gone")]
         assert request(exchange, peer, "history", channel=f"{key}/a/")["messages"] == []
@@ -501,7 +513,7 @@ class TestWills:
     def test_retain_stores(self, exchange: Exchange, peer: Recorder) -> None:
         key = exchange.keygen("a/", "wsl", 0)
         assert self.leave(exchange, Will(f"{key}/a/", b"gone", retain=True)) == [("a/", b"gone")]
-        exchange.cluster.advance(RETAINED - 2)
+        exchange.cluster.advance(RETAINED_SECONDS - 2)
         assert len(request(exchange, peer, "history", channel=f"{key}/a/")["messages"]) == 1
 
     def test_retain_stores_nothing_without_the_permission(
@@ -514,7 +526,7 @@ class TestWills:
     @pytest.mark.parametrize(
         ("letters", "channel"), [("r", "a/"), ("we", "a/"), ("w", "a/+/"), ("w", "a"), ("w", "b/")]
     )
-    def test_one_that_is_no_good_is_not_published(
+    def test_refused_will_is_not_published(
         self, exchange: Exchange, letters: str, channel: str
     ) -> None:
         key = exchange.keygen("a/#/", letters, 0)

@@ -1,3 +1,5 @@
+"""The matchers of the development broker, and share groups."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ def by_length(wanted: Words, channel: Words) -> bool:
 
 @pytest.mark.parametrize(("matcher", "reaches"), [("emitter", by_prefix), ("mqtt", by_length)])
 @given(steps=steps, channel=channels)
-def test_a_trie_finds_what_trying_each_finds(
+def test_trie_matches_like_comparing_each_filter(
     matcher: Matcher,
     reaches: Callable[[Words, Words], bool],
     steps: list[tuple[bool, Words, int]],
@@ -40,14 +42,13 @@ def test_a_trie_finds_what_trying_each_finds(
     trie: Trie[int] = Trie(matcher)
     held: set[tuple[Words, int]] = set()
     for adding, wanted, holder in steps:
-        # under "mqtt", what stands behind a # is never looked at
         if adding:
             trie.add(wanted, holder)
             held.add((wanted, holder))
         elif (wanted, holder) in held:
             trie.remove(wanted, holder)
             held.remove((wanted, holder))
-    if matcher == "mqtt":
+    if matcher == "mqtt":  # levels after # are ignored
         held = {(w, h) for w, h in held if "#" not in w[:-1]}
     assert set(trie.match(channel)) == {h for w, h in held if reaches(w, channel)}
     for wanted, holder in list(held):
@@ -55,7 +56,7 @@ def test_a_trie_finds_what_trying_each_finds(
 
 
 @given(held=st.sets(st.tuples(filters, holders)))
-def test_nothing_is_left_of_what_was_removed(held: set[tuple[Words, int]]) -> None:
+def test_removing_all_filters_empties_the_trie(held: set[tuple[Words, int]]) -> None:
     trie: Trie[int] = Trie()
     for wanted, holder in held:
         trie.add(wanted, holder)
@@ -64,14 +65,14 @@ def test_nothing_is_left_of_what_was_removed(held: set[tuple[Words, int]]) -> No
     assert trie._root.children == {}
 
 
-def test_each_gets_one_copy_whatever_matches() -> None:
+def test_subscriber_with_several_matches_receives_one_copy() -> None:
     subscriptions: Subscriptions[str] = Subscriptions()
     for wanted in (("a",), ("a", "b"), ("a", "+"), ("+",)):
         subscriptions.add(wanted, "x")
     assert subscriptions.receivers(("a", "b")) == ["x"]
 
 
-def test_one_member_of_a_group_is_chosen() -> None:
+def test_random_member_of_a_group_is_chosen() -> None:
     subscriptions: Subscriptions[int] = Subscriptions()
     for member in range(3):
         subscriptions.add(("$share", "g", "a"), member)
@@ -81,7 +82,7 @@ def test_one_member_of_a_group_is_chosen() -> None:
     assert subscriptions.receivers(("b",)) == []
 
 
-def test_every_group_gets_its_copy_and_a_member_no_second_one() -> None:
+def test_member_of_a_group_receives_one_copy() -> None:
     subscriptions: Subscriptions[str] = Subscriptions()
     subscriptions.add(("a",), "plain")
     subscriptions.add(("$share", "g", "a"), "plain")
@@ -89,7 +90,7 @@ def test_every_group_gets_its_copy_and_a_member_no_second_one() -> None:
     assert subscriptions.receivers(("a",)) == ["plain", "other"]
 
 
-def test_the_excluded_one_is_passed_over_in_a_group_too() -> None:
+def test_excluded_subscriber_is_skipped_in_groups() -> None:
     subscriptions: Subscriptions[str] = Subscriptions()
     for member in ("me", "you"):
         subscriptions.add(("$share", "g", "a"), member)

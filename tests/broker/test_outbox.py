@@ -1,4 +1,4 @@
-"""How packets are written to one client, by a clock that jumps."""
+"""The writes to one client, in virtual time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ pytestmark = pytest.mark.virtual_time
 
 class Recorder(ByteStream):
     """
-    A stream into memory, which notes when something was sent.
+    A stream that records writes.
 
-    :ivar writes: seconds since it was made, and what was sent then
-    :ivar busy: how long a send takes
+    :ivar writes: the time in seconds since the creation, and the bytes of each write
+    :ivar busy: the duration of a write in seconds
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Recorder(ByteStream):
 
 @asynccontextmanager
 async def writing(stream: Recorder, outbox: Outbox) -> AsyncIterator[None]:
-    """Write what a block puts; at its end the outbox is closed, and the writer must end."""
+    """Run the writer during a block, and close the outbox at its end."""
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(outbox.write, stream)
         yield
@@ -68,8 +68,8 @@ def put(outbox: Outbox, items: list[bytes]) -> None:
         outbox.put(item)
 
 
-class TestAtOnce:
-    async def test_what_is_there_is_joined(self) -> None:
+class TestImmediateWrites:
+    async def test_queued_packets_are_joined(self) -> None:
         stream, outbox = Recorder(), Outbox()
         async with writing(stream, outbox):
             put(outbox, packets(300))
@@ -78,13 +78,13 @@ class TestAtOnce:
         assert stream.writes == [(0, b"".join(packets(300)))]
         assert (outbox.queued, outbox.written) == (0, 1200)
 
-    async def test_much_goes_in_pieces_of_64_kib(self) -> None:
+    async def test_writes_are_limited_to_64_kib(self) -> None:
         stream, outbox = Recorder(), Outbox()
         async with writing(stream, outbox):
             outbox.put(bytes(150000))
         assert [len(data) for _, data in stream.writes] == [65536, 65536, 18928]
 
-    async def test_what_comes_while_one_is_under_way_is_the_next(self) -> None:
+    async def test_packets_queued_during_a_write_are_joined(self) -> None:
         stream, outbox = Recorder(), Outbox()
         stream.busy = 5
         async with writing(stream, outbox):
@@ -94,7 +94,7 @@ class TestAtOnce:
             outbox.put(b"c")
         assert stream.writes == [(0, b"a"), (pytest.approx(5), b"bc")]
 
-    async def test_a_broken_stream_ends_it(self) -> None:
+    async def test_broken_stream_ends_the_writer(self) -> None:
         stream, outbox = Recorder(), Outbox()
         stream.broken = True
         async with anyio.create_task_group() as task_group:
@@ -105,7 +105,7 @@ class TestAtOnce:
 
 
 class TestCoalescing:
-    async def test_sixty_at_once_and_the_others_after_a_second(self) -> None:
+    async def test_sixty_packets_are_written_and_the_rest_after_a_second(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         async with writing(stream, outbox):
             put(outbox, packets(300))
@@ -115,7 +115,7 @@ class TestCoalescing:
         assert second[0] == pytest.approx(1)
         assert second[1] == b"".join(packets(240, 60))
 
-    async def test_the_seconds_count_from_the_beginning_of_the_link(self) -> None:
+    async def test_flushes_count_from_the_start_of_the_connection(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         async with writing(stream, outbox):
             for _ in range(2):
@@ -124,12 +124,12 @@ class TestCoalescing:
         assert [time for time, _ in stream.writes] == pytest.approx([2.75, 3, 5.5])
         assert [len(data) // 4 for _, data in stream.writes] == [60, 1, 60]
 
-    async def test_the_next_that_may_be_written_takes_the_others_along(self) -> None:
+    async def test_next_packet_with_a_token_takes_waiting_packets_along(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         async with writing(stream, outbox):
             put(outbox, packets(100))
             await anyio.sleep(0.5)
-            # thirty more by now
+            # Thirty tokens have been refilled.
             put(outbox, packets(31, 100))
             await anyio.sleep(0.1)
             time, data = stream.writes[1]
@@ -138,7 +138,7 @@ class TestCoalescing:
             await anyio.sleep(1)
         assert [data for _, data in stream.writes[2:]] == packets(1, 130)
 
-    async def test_those_who_send_sixty_a_second_never_wait(self) -> None:
+    async def test_sixty_packets_per_second_do_not_wait(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         async with writing(stream, outbox):
             for packet in packets(600):
@@ -146,7 +146,7 @@ class TestCoalescing:
                 await anyio.sleep(1 / 59)
         assert [data for _, data in stream.writes] == packets(600)
 
-    async def test_one_that_is_slow_to_take_the_first_gets_the_others_behind_it(self) -> None:
+    async def test_waiting_packets_are_written_after_a_slow_write(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         stream.busy = 10
         async with writing(stream, outbox):
@@ -157,7 +157,7 @@ class TestCoalescing:
             (pytest.approx(10), packets(1, 60)[0]),
         ]
 
-    async def test_nothing_waits_when_there_is_much(self) -> None:
+    async def test_packets_above_the_limit_do_not_wait(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True, limit=1000)
         async with writing(stream, outbox):
             put(outbox, packets(70))
@@ -166,7 +166,7 @@ class TestCoalescing:
             assert sum(len(data) for _, data in stream.writes) == 1280
             assert stream.now < 1
 
-    async def test_what_waits_when_it_is_closed_is_lost(self) -> None:
+    async def test_waiting_packets_are_lost_on_close(self) -> None:
         stream, outbox = Recorder(), Outbox(coalesce=True)
         async with writing(stream, outbox):
             put(outbox, packets(61))

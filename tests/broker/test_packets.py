@@ -1,3 +1,5 @@
+"""The MQTT packets of the development broker."""
+
 from __future__ import annotations
 
 from typing import get_args
@@ -71,12 +73,12 @@ def read(*pieces: bytes, limit: int = MAX_REMAINING_LENGTH) -> list[Packet]:
     return found
 
 
-def test_every_packet_of_mqtt_is_here() -> None:
+def test_all_packet_types_are_covered() -> None:
     assert len(get_args(Packet)) == 14
 
 
 @given(st.lists(packets, max_size=5), st.data())
-def test_any_chunking_gives_the_same_packets(sent: list[Packet], data: st.DataObject) -> None:
+def test_chunks_of_any_size_give_the_same_packets(sent: list[Packet], data: st.DataObject) -> None:
     wire = b"".join(packet.encode() for packet in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=9), "cuts"))
     pieces = [wire[a:b] for a, b in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
@@ -85,7 +87,7 @@ def test_any_chunking_gives_the_same_packets(sent: list[Packet], data: st.DataOb
     assert [type(packet) for packet in got] == [type(packet) for packet in sent]
 
 
-def test_one_byte_at_a_time() -> None:
+def test_single_bytes_are_decoded() -> None:
     packet = Publish("a/", bytes(300), 1, 7)
     assert read(*(bytes((byte,)) for byte in packet.encode())) == [packet]
 
@@ -98,12 +100,12 @@ def outcome(*pieces: bytes) -> list[Packet] | None:
 
 
 @given(st.binary(max_size=200))
-def test_garbage_raises_the_documented_error_however_it_is_cut(garbage: bytes) -> None:
+def test_any_bytes_give_the_same_result_in_single_bytes(garbage: bytes) -> None:
     assert outcome(garbage) == outcome(*(bytes((byte,)) for byte in garbage))
 
 
 @given(st.integers(1, 14), st.integers(0, 15), st.binary(max_size=40))
-def test_a_garbled_body_raises_the_documented_error_or_is_read(
+def test_any_body_is_decoded_or_raises_malformed_packet_error(
     kind: int, flags: int, body: bytes
 ) -> None:
     found = outcome(bytes((kind << 4 | flags, len(body))) + body)
@@ -111,7 +113,7 @@ def test_a_garbled_body_raises_the_documented_error_or_is_read(
 
 
 @given(packets, st.data())
-def test_a_packet_cut_short_is_never_read(packet: Packet, data: st.DataObject) -> None:
+def test_incomplete_packet_is_not_decoded(packet: Packet, data: st.DataObject) -> None:
     wire = packet.encode()
     assert read(wire[: data.draw(st.integers(0, len(wire) - 1))]) == []
 
@@ -143,12 +145,12 @@ def test_a_packet_cut_short_is_never_read(packet: Packet, data: st.DataObject) -
         pytest.param("160301020001", id="a TLS hello"),
     ],
 )
-def test_malformed(wire: str) -> None:
+def test_malformed_packet_raises(wire: str) -> None:
     with pytest.raises(MalformedPacketError):
         read(bytes.fromhex(wire))
 
 
-def test_packets_before_a_malformed_one_are_read() -> None:
+def test_packets_before_a_malformed_packet_are_decoded() -> None:
     reader = PacketReader()
     reader.feed(PingReq().encode() + b"\x00\x00")
     assert reader.next_packet() == PingReq()
@@ -156,7 +158,7 @@ def test_packets_before_a_malformed_one_are_read() -> None:
         reader.next_packet()
 
 
-def test_the_limit_is_of_the_remaining_length() -> None:
+def test_limit_applies_to_the_remaining_length() -> None:
     fits = Publish("a/", bytes(MAX_REMAINING_LENGTH - 4))
     assert read(fits.encode()) == [fits]
     with pytest.raises(MalformedPacketError):
@@ -165,8 +167,8 @@ def test_the_limit_is_of_the_remaining_length() -> None:
         read(Publish("a/", b"123").encode(), limit=6)
 
 
-def test_mqtt_as_it_is_written() -> None:
-    """The examples spelt out by hand from the standard, since the other tests are round trips."""
+def test_encoding_of_examples() -> None:
+    """Compare with examples written by hand from the standard; the other tests are round trips."""
     assert Publish("a/b", b"\x00", 1, 10, retain=True).encode().hex() == "33080003612f62000a00"
     assert Subscribe(10, (("a/b", 1), ("c/d", 2))).encode().hex() == (
         "820e000a0003612f62010003632f6402"
@@ -178,6 +180,6 @@ def test_mqtt_as_it_is_written() -> None:
     )
 
 
-def test_text_that_is_no_utf8_is_read() -> None:
+def test_invalid_utf_8_is_replaced() -> None:
     [packet] = read(b"\x30\x04\x00\x02\xff\xfe")
     assert packet == Publish("��")

@@ -1,4 +1,4 @@
-"""The network that fails when a test says so."""
+"""The proxy that simulates network failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from emitter_anyio.testing._packets import (
     Subscribe,
 )
 from emitter_anyio.testing._sockets import SocketStream
-from tests.broker.player import Link, MemoryStream
+from tests.broker.player import MemoryStream, PacketConnection
 from tests.broker.websocket import WebSocketStream
 from tests.support import tls
 from tests.support.descriptors import no_free_descriptors
@@ -35,7 +35,7 @@ DIRECTIONS: list[Direction] = ["to_broker", "to_client"]
 
 @pytest.fixture
 async def streams(anyio_backend: object) -> AsyncIterator[list[ByteStream]]:
-    """What a test puts in here is closed at its end."""
+    """Streams that are closed at the end of the test."""
     streams: list[ByteStream] = []
     yield streams
     for stream in streams:
@@ -55,28 +55,28 @@ async def proxy(broker: Broker) -> AsyncIterator[FaultProxy]:
 
 
 @pytest.fixture
-async def link(proxy: FaultProxy, streams: list[ByteStream]) -> Link:
-    """A link through the proxy, connected."""
+async def connection(proxy: FaultProxy, streams: list[ByteStream]) -> PacketConnection:
+    """A connection through the proxy whose CONNECT was accepted."""
     return await connected(proxy.host, proxy.port, streams)
 
 
-async def test_it_goes_on_after_descriptors_have_run_out(
+async def test_accepting_continues_after_descriptors_run_out(
     proxy: FaultProxy, streams: list[ByteStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sockets, "ACCEPT_PAUSE", 0.01)
+    monkeypatch.setattr(_sockets, "ACCEPT_RETRY_SECONDS", 0.01)
     sock = socket.socket()
     streams.append(SocketStream(sock))
-    with awaiting_log("accepting failed") as failed, no_free_descriptors():
+    with awaiting_log("could not accept a connection") as failed, no_free_descriptors():
         sock.connect_ex((proxy.host, proxy.port))
         await failed.wait()
-    assert await Link(streams[0]).ask(Connect()) == [ConnAck()]
+    assert await PacketConnection(streams[0]).ask(Connect()) == [ConnAck()]
 
 
-async def connected(host: str, port: int, streams: list[ByteStream]) -> Link:
-    link = Link(await anyio.connect_tcp(host, port))
-    streams.append(link.stream)
-    assert await link.ask(Connect()) == [ConnAck()]
-    return link
+async def connected(host: str, port: int, streams: list[ByteStream]) -> PacketConnection:
+    connection = PacketConnection(await anyio.connect_tcp(host, port))
+    streams.append(connection.stream)
+    assert await connection.ask(Connect()) == [ConnAck()]
+    return connection
 
 
 async def read_to_end(stream: ByteStream) -> bytes:
@@ -88,8 +88,8 @@ async def read_to_end(stream: ByteStream) -> bytes:
             return received
 
 
-class RawLink:
-    """A client's socket: it tells a reset from an end, as not every AnyIO does on asyncio."""
+class RawSocket:
+    """A client's socket that detects a reset, which some versions of AnyIO do not on asyncio."""
 
     def __init__(self, proxy: FaultProxy) -> None:
         self._sock = socket.create_connection((proxy.host, proxy.port))
@@ -104,7 +104,7 @@ class RawLink:
         self._sock.sendall(packet.encode())
 
     async def is_reset(self) -> bool:
-        """Read to the end, say how that was, and close."""
+        """Read until the connection ends, and return whether it was reset."""
         with self._sock:
             while True:
                 await anyio.wait_readable(self._sock)
@@ -115,26 +115,30 @@ class RawLink:
                     return True
 
 
-class TestPassing:
-    async def test_where_it_listens(self, proxy: FaultProxy, broker: Broker) -> None:
+class TestForwarding:
+    async def test_host_port_and_url(self, proxy: FaultProxy, broker: Broker) -> None:
         assert proxy.host == "127.0.0.1"
         assert proxy.port not in (0, broker.port)
         assert proxy.url == f"mqtt://127.0.0.1:{proxy.port}"
 
-    async def test_everything_goes_both_ways(self, proxy: FaultProxy, link: Link) -> None:
+    async def test_bytes_are_forwarded_in_both_directions(
+        self, proxy: FaultProxy, connection: PacketConnection
+    ) -> None:
         messages = [Publish("emitter/me/", bytes(60000), 1, each) for each in range(1, 50)]
-        answers = await link.ask(*messages)
+        answers = await connection.ask(*messages)
         assert [packet.packet_id for packet in answers if isinstance(packet, PubAck)] == [
             *range(1, 50)
         ]
 
-    async def test_our_own_client(self, proxy: FaultProxy, broker: Broker) -> None:
+    async def test_emitter_client_through_the_proxy(
+        self, proxy: FaultProxy, broker: Broker
+    ) -> None:
         key = broker.keygen("a/")
         async with connect(proxy.url) as emitter, emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "through")
             assert (await messages.receive()).as_string() == "through"
 
-    async def test_websocket_in_tls(self, streams: list[ByteStream]) -> None:
+    async def test_websocket_over_tls_through_the_proxy(self, streams: list[ByteStream]) -> None:
         async with (
             Broker(ssl_context=tls.server_context()) as broker,
             FaultProxy(broker.host, broker.port) as proxy,
@@ -146,67 +150,65 @@ class TestPassing:
                 standard_compatible=False,
             )
             streams.append(stream)
-            link = Link(await WebSocketStream.connect(stream))
-            assert await link.ask(Connect()) == [ConnAck()]
+            connection = PacketConnection(await WebSocketStream.connect(stream))
+            assert await connection.ask(Connect()) == [ConnAck()]
 
-    async def test_the_end_of_a_client(self, proxy: FaultProxy, broker: Broker, link: Link) -> None:
-        [client] = broker.clients
-        await link.stream.aclose()
-        await client.wait_closed()
-
-    async def test_the_reset_of_a_client(
-        self, proxy: FaultProxy, broker: Broker, link: Link
+    async def test_end_of_a_client_is_forwarded(
+        self, proxy: FaultProxy, broker: Broker, connection: PacketConnection
     ) -> None:
         [client] = broker.clients
-        link.stream.extra(SocketAttribute.raw_socket).setsockopt(
+        await connection.stream.aclose()
+        await client.wait_closed()
+
+    async def test_reset_of_a_client_is_forwarded(
+        self, proxy: FaultProxy, broker: Broker, connection: PacketConnection
+    ) -> None:
+        [client] = broker.clients
+        connection.stream.extra(SocketAttribute.raw_socket).setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
-        await link.stream.aclose()
+        await connection.stream.aclose()
         await client.wait_closed()
 
-    async def test_the_end_of_the_broker(
-        self, proxy: FaultProxy, broker: Broker, link: Link
+    async def test_end_of_the_broker_is_forwarded(
+        self, proxy: FaultProxy, broker: Broker, connection: PacketConnection
     ) -> None:
         await broker.drop()
-        assert await link.read_to_end() == []
+        assert await connection.read_to_end() == []
 
-    async def test_no_broker_is_there(self) -> None:
+    async def test_client_is_reset_without_a_broker(self) -> None:
         async with Broker() as broker:
             gone = broker.port
         async with FaultProxy("127.0.0.1", gone) as proxy:
-            assert await RawLink(proxy).is_reset()
+            assert await RawSocket(proxy).is_reset()
 
 
 class TestEntering:
-    async def test_it_can_be_entered_again(self, broker: Broker, streams: list[ByteStream]) -> None:
+    async def test_entering_again(self, broker: Broker, streams: list[ByteStream]) -> None:
         proxy = FaultProxy(broker.host, broker.port)
         for _ in range(2):
             async with proxy:
-                link = await connected(proxy.host, proxy.port, streams)
+                connection = await connected(proxy.host, proxy.port, streams)
                 [client] = broker.clients
             await client.wait_closed()
-            assert await link.read_to_end() == []
+            assert await connection.read_to_end() == []
 
-    async def test_a_task_runs_it_until_it_is_cancelled(
-        self, broker: Broker, streams: list[ByteStream]
-    ) -> None:
+    async def test_run_until_cancelled(self, broker: Broker, streams: list[ByteStream]) -> None:
         proxy = FaultProxy(broker.host, broker.port)
         async with anyio.create_task_group() as tasks:
             assert await tasks.start(proxy.run) is proxy
-            link = await connected(proxy.host, proxy.port, streams)
+            connection = await connected(proxy.host, proxy.port, streams)
             tasks.cancel_scope.cancel()
-        assert await link.read_to_end() == []
+        assert await connection.read_to_end() == []
 
-    async def test_an_exception_of_the_body_leaves_bare(self, broker: Broker) -> None:
-        group = ExceptionGroup("of the body", [ValueError()])
+    async def test_exception_group_of_the_block_is_not_wrapped(self, broker: Broker) -> None:
+        group = ExceptionGroup("raised in the block", [ValueError()])
         with pytest.raises(ExceptionGroup) as info:
             async with FaultProxy(broker.host, broker.port):
                 raise group
         assert info.value is group
 
-    async def test_the_body_can_be_cancelled(
-        self, broker: Broker, streams: list[ByteStream]
-    ) -> None:
+    async def test_block_can_be_cancelled(self, broker: Broker, streams: list[ByteStream]) -> None:
         with anyio.CancelScope() as scope:
             async with FaultProxy(broker.host, broker.port) as proxy:
                 await connected(proxy.host, proxy.port, streams)
@@ -216,26 +218,30 @@ class TestEntering:
         assert await read_to_end(streams[0]) == b""
 
 
-class TestCutting:
+class TestCut:
     @pytest.mark.parametrize("reset", [True, False])
-    async def test_now(self, proxy: FaultProxy, broker: Broker, reset: bool) -> None:
-        links = [RawLink(proxy), RawLink(proxy)]
-        for link in links:
-            await link.connect()
+    async def test_cut_closes_all_connections(
+        self, proxy: FaultProxy, broker: Broker, reset: bool
+    ) -> None:
+        connections = [RawSocket(proxy), RawSocket(proxy)]
+        for connection in connections:
+            await connection.connect()
         clients = broker.clients
         await proxy.cut(reset=reset)
-        for link in links:
-            assert await link.is_reset() == reset
+        for connection in connections:
+            assert await connection.is_reset() == reset
         for client in clients:
             await client.wait_closed()
 
-    async def test_others_may_come_then(self, proxy: FaultProxy, streams: list[ByteStream]) -> None:
+    async def test_new_connections_are_accepted_after_cut(
+        self, proxy: FaultProxy, streams: list[ByteStream]
+    ) -> None:
         await proxy.cut()
         for _ in range(2):
             await connected(proxy.host, proxy.port, streams)
             await proxy.cut()
 
-    async def test_what_our_own_client_says(self, proxy: FaultProxy) -> None:
+    async def test_emitter_client_raises_connection_lost_error(self, proxy: FaultProxy) -> None:
         with pytest.raises(ConnectionLostError):
             async with connect(proxy.url, reconnect=None):
                 await proxy.cut()
@@ -243,71 +249,79 @@ class TestCutting:
 
     @pytest.mark.parametrize("reset", [True, False])
     @pytest.mark.parametrize("count", [0, 1, 2])
-    async def test_after_some_bytes(
+    async def test_cut_after_bytes(
         self, proxy: FaultProxy, broker: Broker, count: int, reset: bool
     ) -> None:
-        link = RawLink(proxy)
-        await link.connect()
+        connection = RawSocket(proxy)
+        await connection.connect()
         [client] = broker.clients
         proxy.cut_after(count, "to_broker", reset=reset)
-        link.send(PingReq())
-        assert await link.is_reset() == reset
+        connection.send(PingReq())
+        assert await connection.is_reset() == reset
         await client.wait_closed()
 
-    async def test_only_once(self, proxy: FaultProxy, streams: list[ByteStream]) -> None:
+    async def test_cut_after_cuts_once(self, proxy: FaultProxy, streams: list[ByteStream]) -> None:
         proxy.cut_after(0, "to_client")
-        link = RawLink(proxy)
-        link.send(Connect())
-        assert await link.is_reset()
+        connection = RawSocket(proxy)
+        connection.send(Connect())
+        assert await connection.is_reset()
         await connected(proxy.host, proxy.port, streams)
 
 
-class TestHalfClosing:
-    async def test_the_client_may_still_speak(
-        self, proxy: FaultProxy, broker: Broker, link: Link, streams: list[ByteStream]
+class TestHalfClose:
+    async def test_client_can_send_after_its_receive_side_ends(
+        self,
+        proxy: FaultProxy,
+        broker: Broker,
+        connection: PacketConnection,
+        streams: list[ByteStream],
     ) -> None:
         listener = await connected(broker.host, broker.port, streams)
         key = broker.keygen("a/")
         await listener.ask(Subscribe(1, ((f"{key}/a/", 0),)))
         await proxy.half_close("to_client")
-        assert await link.read_to_end() == []
-        await link.send(PingReq(), Publish(f"{key}/a/", b"still here"))
+        assert await connection.read_to_end() == []
+        await connection.send(PingReq(), Publish(f"{key}/a/", b"still here"))
         assert await listener.receive() == Publish("a/", b"still here")
         assert len(broker.clients) == 2
 
-    async def test_the_broker_ends_the_link(
-        self, proxy: FaultProxy, broker: Broker, link: Link
+    async def test_broker_closes_the_connection_after_its_receive_side_ends(
+        self, proxy: FaultProxy, broker: Broker, connection: PacketConnection
     ) -> None:
         [client] = broker.clients
         await proxy.half_close("to_broker")
         await client.wait_closed()
-        assert await link.read_to_end() == []
+        assert await connection.read_to_end() == []
 
-    async def test_it_does_no_harm_twice_or_to_no_link(self, proxy: FaultProxy, link: Link) -> None:
+    async def test_half_close_twice_or_without_connections(
+        self, proxy: FaultProxy, connection: PacketConnection
+    ) -> None:
         for _ in range(2):
             await proxy.half_close("to_client")
         await proxy.cut()
         await proxy.half_close("to_client")
-        assert await link.read_to_end() == []
+        assert await connection.read_to_end() == []
 
 
-class TestWhatCannotBe:
+class TestInvalidArguments:
     @pytest.mark.parametrize(
-        ("set_it", "says"),
+        ("call", "message"),
         [
-            (lambda proxy: proxy.cut_after(-1, "to_client"), "after -1 bytes"),
-            (lambda proxy: proxy.stall_after(-1, "to_client"), "after -1 bytes"),
-            (lambda proxy: proxy.split(0), "at least one byte, not 0"),
-            (lambda proxy: proxy.delay(-1), "has not come yet"),
+            (lambda proxy: proxy.cut_after(-1, "to_client"), "at least 0 bytes, got -1"),
+            (lambda proxy: proxy.stall_after(-1, "to_client"), "at least 0 bytes, got -1"),
+            (lambda proxy: proxy.split(0), "at least 1 byte, got 0"),
+            (lambda proxy: proxy.delay(-1), "at least 0, got -1"),
         ],
     )
-    def test_is_said(self, set_it: Callable[[FaultProxy], None], says: str) -> None:
-        with pytest.raises(ValueError, match=says):
-            set_it(FaultProxy("127.0.0.1", 1))
+    def test_invalid_argument_raises(
+        self, call: Callable[[FaultProxy], None], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            call(FaultProxy("127.0.0.1", 1))
 
 
-class End:
-    """One direction: what is sent into it, and what comes out, with the seconds until then."""
+class Endpoints:
+    """The two ends of one direction. Received bytes have the time since the creation in seconds."""
 
     def __init__(self, source: MemoryStream, sink: MemoryStream) -> None:
         self.source = source
@@ -321,28 +335,28 @@ class End:
 
 @pytest.mark.virtual_time
 class TestTime:
-    """Over links in memory, which keep pieces apart, so that the clock may jump."""
+    """Connections in memory, which do not join pieces, in virtual time."""
 
     @pytest.fixture
     def proxy(self) -> FaultProxy:
         return FaultProxy("nowhere", 0)
 
     @pytest.fixture
-    async def ends(self, proxy: FaultProxy) -> AsyncIterator[dict[Direction, End]]:
-        """Whoever sends and whoever receives in each direction."""
+    async def ends(self, proxy: FaultProxy) -> AsyncIterator[dict[Direction, Endpoints]]:
+        """The ends of each direction."""
         client, near = MemoryStream.pair()
         far, broker = MemoryStream.pair()
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(proxy._join, near, far)
             await anyio.wait_all_tasks_blocked()
-            yield {"to_broker": End(client, broker), "to_client": End(broker, client)}
+            yield {"to_broker": Endpoints(client, broker), "to_client": Endpoints(broker, client)}
             task_group.cancel_scope.cancel()
         for stream in (client, near, far, broker):
             await stream.aclose()
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     async def test_stall_and_resume(
-        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints], direction: Direction
     ) -> None:
         end = ends.pop(direction)
         [other] = ends.values()
@@ -356,8 +370,8 @@ class TestTime:
         proxy.resume(direction)
         assert await end.receive() == (3600, b"held")
 
-    async def test_both_directions_unless_said(
-        self, proxy: FaultProxy, ends: dict[Direction, End]
+    async def test_stall_applies_to_both_directions_by_default(
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints]
     ) -> None:
         proxy.stall()
         for end in ends.values():
@@ -369,8 +383,8 @@ class TestTime:
         proxy.resume()
         assert await ends["to_client"].receive() == (120, b"held")
 
-    async def test_what_is_stalled_is_not_read(
-        self, proxy: FaultProxy, ends: dict[Direction, End]
+    async def test_stalled_direction_stops_reading(
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints]
     ) -> None:
         end = ends["to_broker"]
         proxy.stall("to_broker")
@@ -386,7 +400,7 @@ class TestTime:
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     async def test_stall_after(
-        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints], direction: Direction
     ) -> None:
         proxy.stall_after(5, direction)
         await ends[direction].source.send(b"abc")
@@ -399,7 +413,7 @@ class TestTime:
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     async def test_split(
-        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints], direction: Direction
     ) -> None:
         proxy.split(3, direction)
         for end in ends.values():
@@ -414,7 +428,7 @@ class TestTime:
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     async def test_delay(
-        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints], direction: Direction
     ) -> None:
         proxy.delay(10, direction)
         for data in (b"a", b"b", b"c"):
@@ -424,14 +438,14 @@ class TestTime:
         delayed = ends.pop(direction)
         for data in (b"a", b"b", b"c"):
             for end in ends.values():
-                assert await end.receive() == (3, data)  # has been there for a while
+                assert await end.receive() == (3, data)  # received at the end of the loop above
         for sent, data in enumerate((b"a", b"b", b"c")):
             assert await delayed.receive() == (sent + 10, data)
 
     @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 8])
-    async def test_exactly_so_many_bytes_pass_before_a_cut(
-        self, proxy: FaultProxy, ends: dict[Direction, End], direction: Direction, count: int
+    async def test_exact_number_of_bytes_is_forwarded_before_a_cut(
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints], direction: Direction, count: int
     ) -> None:
         end = ends[direction]
         proxy.cut_after(count, direction, reset=False)
@@ -440,8 +454,8 @@ class TestTime:
         assert await read_to_end(end.source) == b""
         assert await read_to_end(end.sink) == b"abcdefghij"[:count]
 
-    async def test_a_half_closed_direction_is_read_on(
-        self, proxy: FaultProxy, ends: dict[Direction, End]
+    async def test_half_closed_direction_is_still_read(
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints]
     ) -> None:
         end = ends["to_client"]
         await proxy.half_close("to_client")
@@ -452,12 +466,12 @@ class TestTime:
         await end.source.aclose()
         assert await read_to_end(ends["to_broker"].source) == b""
 
-    async def test_a_link_of_which_one_end_breaks(
-        self, proxy: FaultProxy, ends: dict[Direction, End]
+    async def test_broken_side_resets_the_other(
+        self, proxy: FaultProxy, ends: dict[Direction, Endpoints]
     ) -> None:
         end = ends["to_broker"]
-        end.sink.take_no_more()
+        end.sink.break_receiving()
         await end.source.send(b"a")
         assert await read_to_end(end.source) == b""
         await anyio.wait_all_tasks_blocked()
-        assert proxy._links == {}
+        assert proxy._connections == {}

@@ -1,3 +1,5 @@
+"""The background tasks of the broker and of the proxy."""
+
 from __future__ import annotations
 
 import asyncio
@@ -23,13 +25,13 @@ def failing(error: type[BaseException]) -> Service:
     return Service("Failing", start, end)
 
 
-async def test_a_task_that_fails_ends_the_block_and_leaves_bare(anyio_backend: object) -> None:
+async def test_failing_task_ends_the_block_with_its_error_unwrapped(anyio_backend: object) -> None:
     with pytest.raises(ZeroDivisionError):
         async with failing(ZeroDivisionError):
             await anyio.sleep_forever()
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_task_that_is_cancelled_alone_does_not_end_the_block(anyio_backend: object) -> None:
+async def test_cancelled_task_does_not_end_the_block(anyio_backend: object) -> None:
     async with failing(asyncio.CancelledError):
         await anyio.wait_all_tasks_blocked()

@@ -1,3 +1,5 @@
+"""The stored messages of the development broker."""
+
 from __future__ import annotations
 
 import struct
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio._values.channels import level_hash
-from emitter_anyio.testing._storage import REPLAY_LIMIT, Storage
+from emitter_anyio.testing._storage import REPLAY_LIMIT_BYTES, Storage
 from emitter_anyio.testing._topics import Words
 
 NOW = 1_700_000_000.5
@@ -30,7 +32,7 @@ def found(
     return [message.payload.decode() for message in storage.query(now, words, last, since, until)]
 
 
-def test_the_oldest_second_first_and_in_it_the_newest_message() -> None:
+def test_order_is_oldest_second_first_and_newest_message_first_within_it() -> None:
     storage = Storage(1)
     for payload in "01234":
         add(storage, NOW, "a/", payload)
@@ -41,7 +43,7 @@ def test_the_oldest_second_first_and_in_it_the_newest_message() -> None:
     assert found(storage, NOW + 1, "a/", 0) == []
 
 
-def test_a_message_is_gone_once_its_ttl_has_passed() -> None:
+def test_message_expires_after_its_ttl() -> None:
     storage = Storage(1)
     add(storage, NOW, "a/", "brief", 1)
     add(storage, NOW, "b/", "longer", 5)
@@ -49,11 +51,11 @@ def test_a_message_is_gone_once_its_ttl_has_passed() -> None:
     assert found(storage, NOW + 0.5, "a/") == []
     assert found(storage, NOW + 4, "b/") == ["longer"]
     assert found(storage, NOW + 5, "b/") == []
-    assert storage._kept == {}
+    assert storage._messages == {}
     assert storage._expiries == []
 
 
-def test_what_expires_between_others() -> None:
+def test_message_between_others_expires() -> None:
     storage = Storage(1)
     for payload, ttl in (("1", 60), ("2", 1), ("3", 60)):
         add(storage, NOW, "a/", payload, ttl)
@@ -74,7 +76,7 @@ def test_what_expires_between_others() -> None:
         ("z/", ""),
     ],
 )
-def test_a_query_finds_what_is_at_and_below_it(query: str, payloads: str) -> None:
+def test_query_returns_messages_at_and_below_a_channel(query: str, payloads: str) -> None:
     storage = Storage(1)
     for payload, channel in zip("12345", ("a/", "a/b/", "a/b/c/", "a/x/c/", "b/a/"), strict=True):
         add(storage, NOW, channel, payload)
@@ -93,7 +95,7 @@ def test_a_query_finds_what_is_at_and_below_it(query: str, payloads: str) -> Non
         (10**10, 10**10, "0123"),
     ],
 )
-def test_a_window(since: int | None, until: int | None, payloads: str) -> None:
+def test_since_and_until(since: int | None, until: int | None, payloads: str) -> None:
     storage, start = Storage(1), int(NOW)
     for second, payload in enumerate("0123"):
         add(storage, NOW + second, "a/", payload)
@@ -101,7 +103,7 @@ def test_a_window(since: int | None, until: int | None, payloads: str) -> None:
     assert found(storage, NOW + 3, "a/", 100, *window) == list(payloads)
 
 
-def test_behind_an_id_that_is_held_no_more_one_message_is_skipped() -> None:
+def test_start_id_that_has_expired_skips_a_message() -> None:
     storage = Storage(1)
     for payload, ttl in (("1", 60), ("2", 60), ("3", 2), ("4", 60)):
         add(storage, NOW, "a/", payload, ttl)
@@ -112,7 +114,7 @@ def test_behind_an_id_that_is_held_no_more_one_message_is_skipped() -> None:
         assert [message.payload for message in page] == payloads
 
 
-def test_what_is_found_is_at_most_64_kib() -> None:
+def test_result_is_limited_to_64_kib() -> None:
     storage = Storage(1)
     for second in range(5):
         add(storage, NOW + second, "a/", bytes((48 + second,)) * 16000)
@@ -121,13 +123,13 @@ def test_what_is_found_is_at_most_64_kib() -> None:
 
     one = Storage(1)
     overhead = 24 + len("a/")
-    add(one, NOW, "a/", bytes(REPLAY_LIMIT - overhead))
+    add(one, NOW, "a/", bytes(REPLAY_LIMIT_BYTES - overhead))
     assert len(one.query(NOW, ("a",), 1)) == 1
-    add(one, NOW, "a/", bytes(REPLAY_LIMIT - overhead + 1))
+    add(one, NOW, "a/", bytes(REPLAY_LIMIT_BYTES - overhead + 1))
     assert one.query(NOW, ("a",), 1) == []
 
 
-def test_an_id_has_the_layout_of_the_real_broker() -> None:
+def test_id_has_the_layout_of_emitter() -> None:
     storage = Storage(0x01020304)
     add(storage, NOW, "a/b/", "1")
     add(storage, NOW, "a/b/", "2")
@@ -149,7 +151,7 @@ def test_an_id_has_the_layout_of_the_real_broker() -> None:
     st.integers(0, 6),
     st.sampled_from([("a",), ("a", "b"), ("a", "+"), ("b",)]),
 )
-def test_pages_by_id_give_every_message_once(
+def test_pages_return_each_message_once(
     published: list[tuple[int, str, int]], wait: int, query: Words
 ) -> None:
     storage, now, kept = Storage(7), NOW, []

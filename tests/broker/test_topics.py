@@ -1,3 +1,5 @@
+"""The broker's parser of topics, compared with the client's grammar."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,7 +12,7 @@ from emitter_anyio.testing._refusals import RefusedError
 from emitter_anyio.testing._topics import parse
 
 
-def test_a_topic_taken_apart() -> None:
+def test_topic_is_parsed() -> None:
     topic = parse("key/a/b-c.d:e/?ttl=5&x=y&")
     assert topic.key == "key"
     assert topic.channel == "a/b-c.d:e/"
@@ -30,14 +32,14 @@ def test_a_topic_taken_apart() -> None:
         "k/a/?a=1\n",
     ],
 )  # fmt: skip
-def test_no_topic(text: str) -> None:
+def test_malformed_topic_is_refused(text: str) -> None:
     with pytest.raises(RefusedError) as info:
         parse(text)
     assert info.value.status == 400
 
 
 @pytest.mark.parametrize("channel", ["+/", "#/", "*/", "a/+/b/", "a/#/", "a/*/"])
-def test_wildcards(channel: str) -> None:
+def test_wildcards_are_detected(channel: str) -> None:
     assert parse(f"k/{channel}").wild
 
 
@@ -57,7 +59,7 @@ def test_wildcards(channel: str) -> None:
         ("last=" + "9" * 9000, None),
     ],
 )
-def test_an_option_that_is_a_number(options: str, number: int | None) -> None:
+def test_number_of_an_option(options: str, number: int | None) -> None:
     assert parse(f"k/a/?{options}").number("last") == number
 
 
@@ -65,7 +67,7 @@ def test_an_option_that_is_a_number(options: str, number: int | None) -> None:
     st.text(st.sampled_from("ab9$-.:[]^_`\\/+#* @é{}~?&="), max_size=12) | st.text(max_size=12),
     st.booleans(),
 )
-def test_what_the_client_takes_for_a_channel_is_one(text: str, wildcards: bool) -> None:
+def test_broker_accepts_channels_that_the_client_accepts(text: str, wildcards: bool) -> None:
     try:
         channel = check_channel(text, wildcards=wildcards)
     except InvalidChannelError:
@@ -78,7 +80,7 @@ def test_what_the_client_takes_for_a_channel_is_one(text: str, wildcards: bool) 
 
 
 @given(st.text(st.sampled_from("ab9$-.:[]^_`\\/ @é{}~?&="), max_size=12))
-def test_what_the_broker_takes_for_a_channel_the_client_takes(text: str) -> None:
+def test_client_accepts_channels_that_the_broker_accepts(text: str) -> None:
     try:
         topic = parse(f"key/{text}")
     except RefusedError:

@@ -1,4 +1,4 @@
-"""TCP, TLS and WebSocket on one port; and other clients than ours."""
+"""TCP, TLS and WebSocket on one port, and Paho as a client."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from emitter_anyio.testing._packets import (
     SubAck,
     Subscribe,
 )
-from tests.broker.player import Link
+from tests.broker.player import PacketConnection
 from tests.broker.websocket import WebSocketStream
 from tests.support import tls
 from tests.support.logs import logged
 
-PATIENCE = 240
-"""Seconds that a thread waits for what a busy machine may take long to do; pytest waits longer."""
+TIMEOUT_SECONDS = 240
+"""The time that a thread waits for events. It is less than pytest's timeout."""
 
 
 @pytest.fixture(params=["plain", "TLS"])
@@ -48,14 +48,14 @@ async def broker(anyio_backend: object, request: pytest.FixtureRequest) -> Async
 
 @pytest.fixture
 async def streams(anyio_backend: object) -> AsyncIterator[list[ByteStream]]:
-    """What a test puts in here is closed at its end."""
+    """Streams that are closed at the end of the test."""
     streams: list[ByteStream] = []
     yield streams
     for stream in streams:
         await anyio.aclose_forcefully(stream)
 
 
-async def dial(broker: Broker) -> ByteStream:
+async def open_stream(broker: Broker) -> ByteStream:
     stream = await anyio.connect_tcp(broker.host, broker.port)
     if broker.url.startswith("mqtts:"):
         return await TLSStream.wrap(
@@ -77,47 +77,48 @@ async def read_to_end(stream: ByteStream) -> bytes:
 
 
 class TestOnePort:
-    async def test_all_transports_meet_there(
-        self, broker: Broker, streams: list[ByteStream]
-    ) -> None:
-        streams += [await dial(broker), await WebSocketStream.connect(await dial(broker), "/any")]
-        links = [Link(stream) for stream in streams]
+    async def test_transports_share_a_port(self, broker: Broker, streams: list[ByteStream]) -> None:
+        streams += [
+            await open_stream(broker),
+            await WebSocketStream.connect(await open_stream(broker), "/any"),
+        ]
+        connections = [PacketConnection(stream) for stream in streams]
         key = broker.keygen("a/")
-        for link in links:
+        for connection in connections:
             asked = Subscribe(1, ((f"{key}/a/", 0),))
-            assert await link.ask(Connect(), asked) == [ConnAck(), SubAck(1, (0,))]
-        for link in links:
-            await link.send(Publish(f"{key}/a/", bytes(60000)))
-            for receiver in links:
+            assert await connection.ask(Connect(), asked) == [ConnAck(), SubAck(1, (0,))]
+        for connection in connections:
+            await connection.send(Publish(f"{key}/a/", bytes(60000)))
+            for receiver in connections:
                 assert await receiver.receive() == Publish("a/", bytes(60000))
 
     async def test_health(self, broker: Broker, streams: list[ByteStream]) -> None:
-        streams.append(await dial(broker))
+        streams.append(await open_stream(broker))
         await streams[0].send(b"GET /health HTTP/1.1\r\n")
         await streams[0].send(b"Host: localhost\r\n\r\n")
         assert (await read_to_end(streams[0])).startswith(b"HTTP/1.1 200 OK\r\n")
 
     @pytest.mark.parametrize("garbage", [b"GET\r\n\r\n", b"\0\0", b"\xff\xff\xff\xff\xff"])
-    async def test_garbage_closes_one_link_only(
+    async def test_garbage_closes_only_its_connection(
         self, broker: Broker, streams: list[ByteStream], garbage: bytes
     ) -> None:
-        streams += [await dial(broker), await dial(broker)]
-        link = Link(streams[0])
-        assert await link.ask(Connect()) == [ConnAck()]
+        streams += [await open_stream(broker), await open_stream(broker)]
+        connection = PacketConnection(streams[0])
+        assert await connection.ask(Connect()) == [ConnAck()]
         await streams[1].send(garbage)
         await read_to_end(streams[1])
-        assert await link.ask() == []
-        assert not link.closed
+        assert await connection.ask() == []
+        assert not connection.closed
 
-    async def test_a_link_that_has_not_said_what_it_speaks_can_be_dropped(
+    async def test_connection_without_bytes_can_be_dropped(
         self, broker: Broker, streams: list[ByteStream]
     ) -> None:
-        streams += [await anyio.connect_tcp(broker.host, broker.port), await dial(broker)]
+        streams += [await anyio.connect_tcp(broker.host, broker.port), await open_stream(broker)]
         await streams[1].send(b"GET")
-        link = Link(await dial(broker))
-        streams.append(link.stream)
-        # the broker has taken them in the order of their coming
-        assert await link.ask(Connect()) == [ConnAck()]
+        connection = PacketConnection(await open_stream(broker))
+        streams.append(connection.stream)
+        # Because this connection is the newest, the broker has accepted the others, too.
+        assert await connection.ask(Connect()) == [ConnAck()]
         await broker.drop()
         for stream in streams:
             assert await read_to_end(stream) == b""
@@ -126,38 +127,36 @@ class TestOnePort:
 class TestWebSocket:
     @pytest.fixture
     async def websocket(self, broker: Broker, streams: list[ByteStream]) -> WebSocketStream:
-        websocket = await WebSocketStream.connect(await dial(broker))
+        websocket = await WebSocketStream.connect(await open_stream(broker))
         streams.append(websocket)
         return websocket
 
-    async def test_each_packet_comes_in_a_frame_of_its_own(
-        self, websocket: WebSocketStream
-    ) -> None:
+    async def test_each_packet_has_its_own_frame(self, websocket: WebSocketStream) -> None:
         assert websocket.subprotocol == "mqtt"
-        await Link(websocket).ask(Connect(), PingReq())
+        await PacketConnection(websocket).ask(Connect(), PingReq())
         assert websocket.frames == [ConnAck().encode(), PingResp().encode(), PingResp().encode()]
 
-    async def test_a_ping_is_answered(self, websocket: WebSocketStream) -> None:
+    async def test_websocket_ping_gets_a_pong(self, websocket: WebSocketStream) -> None:
         await websocket.send_event(Ping(b"hey"))
-        await Link(websocket).ask(Connect())
+        await PacketConnection(websocket).ask(Connect())
         assert websocket.received == [Pong(b"hey")]
 
-    async def test_a_close_is_answered_and_ends_the_link(
+    async def test_websocket_close_gets_a_close_and_ends_the_connection(
         self, broker: Broker, websocket: WebSocketStream
     ) -> None:
-        assert await Link(websocket).ask(Connect()) == [ConnAck()]
+        assert await PacketConnection(websocket).ask(Connect()) == [ConnAck()]
         [client] = broker.clients
         await websocket.send_event(CloseConnection(1000, "enough"))
         assert await read_to_end(websocket) == b""
         assert websocket.received == [CloseConnection(1000, "enough")]
         await client.wait_closed()
 
-    async def test_after_a_disconnect_the_link_ends_without_a_close(
+    async def test_disconnect_ends_the_connection_without_a_websocket_close(
         self, websocket: WebSocketStream
     ) -> None:
-        link = Link(websocket)
-        await link.send(Connect(), PingReq(), Disconnect())
-        assert await link.read_to_end() == [ConnAck(), PingResp()]
+        connection = PacketConnection(websocket)
+        await connection.send(Connect(), PingReq(), Disconnect())
+        assert await connection.read_to_end() == [ConnAck(), PingResp()]
         assert websocket.received == []
 
 
@@ -167,11 +166,11 @@ class TestTLS:
         async with Broker(ssl_context=tls.server_context()) as broker:
             yield broker
 
-    async def test_the_url(self, broker: Broker) -> None:
+    async def test_url_has_the_scheme_mqtts(self, broker: Broker) -> None:
         assert broker.url == f"mqtts://127.0.0.1:{broker.port}"
 
     @pytest.mark.parametrize("said", [Connect().encode(), b"GET /health HTTP/1.1\r\n\r\n"])
-    async def test_one_that_does_not_speak_it(
+    async def test_client_without_tls_is_disconnected(
         self,
         broker: Broker,
         streams: list[ByteStream],
@@ -180,47 +179,47 @@ class TestTLS:
     ) -> None:
         streams.append(await anyio.connect_tcp(broker.host, broker.port))
         await streams[0].send(said)
-        # at most an alert
+        # The broker sends nothing, or a TLS alert.
         assert (await read_to_end(streams[0]))[:1] in (b"", b"\x15")
         await broker.drop()
         assert logged(caplog, logging.WARNING) == []
 
-    async def test_one_that_says_nothing(
+    async def test_silent_client_is_disconnected(
         self, broker: Broker, streams: list[ByteStream], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_connection, "SILENCE", 0)
+        monkeypatch.setattr(_connection, "IDLE_TIMEOUT_SECONDS", 0)
         streams.append(await anyio.connect_tcp(broker.host, broker.port))
         assert await read_to_end(streams[0]) == b""
 
-    async def test_garbage_behind_the_handshake(
+    async def test_garbage_after_the_handshake(
         self, broker: Broker, streams: list[ByteStream], caplog: pytest.LogCaptureFixture
     ) -> None:
-        streams.append(await dial(broker))
-        link = Link(streams[0])
-        assert await link.ask(Connect()) == [ConnAck()]
+        streams.append(await open_stream(broker))
+        connection = PacketConnection(streams[0])
+        assert await connection.ask(Connect()) == [ConnAck()]
         [client] = broker.clients
-        assert isinstance(link.stream, TLSStream)
-        await link.stream.transport_stream.send(b"\x17\x03\x03\x00\x20" + bytes(32))
+        assert isinstance(connection.stream, TLSStream)
+        await connection.stream.transport_stream.send(b"\x17\x03\x03\x00\x20" + bytes(32))
         await client.wait_closed()
         assert logged(caplog, logging.WARNING) == []
 
 
 class TestPaho:
-    """A client that is not ours, in a thread."""
+    """Paho's client, in a thread."""
 
     @pytest.mark.parametrize("transport", ["tcp", "websockets"])
-    async def test_publishes_and_receives(
+    async def test_paho_publishes_and_receives(
         self, broker: Broker, transport: Literal["tcp", "websockets"]
     ) -> None:
         topic = f"{broker.keygen('a/')}/a/"
         context = tls.client_context() if broker.url.startswith("mqtts:") else None
         received = await to_thread.run_sync(
-            partial(_converse, broker.host, broker.port, transport, context, topic)
+            partial(_publish_and_receive, broker.host, broker.port, transport, context, topic)
         )
         assert received == [("a/", bytes(size)) for size in (0, 1, 100, 1000, 60000)]
 
 
-def _converse(
+def _publish_and_receive(
     host: str,
     port: int,
     transport: Literal["tcp", "websockets"],
@@ -230,25 +229,25 @@ def _converse(
     client = Paho(CallbackAPIVersion.VERSION2, transport=transport)
     if context is not None:
         client.tls_set_context(context)
-    happened: SimpleQueue[Any] = SimpleQueue()
-    client.on_subscribe = lambda *_: happened.put("subscribed")
+    events: SimpleQueue[Any] = SimpleQueue()
+    client.on_subscribe = lambda *_: events.put("subscribed")
 
-    # No callback holds the client: it closes its last sockets when nothing does.
+    # No callback refers to the client, which closes its last sockets when it is deleted.
     def on_connect(client: Paho, *_: object) -> None:
         client.subscribe(topic)
 
     def on_message(client: Paho, userdata: object, message: MQTTMessage) -> None:
-        happened.put((message.topic, message.payload))
+        events.put((message.topic, message.payload))
 
     client.on_connect = on_connect
     client.on_message = on_message
     client.connect(host, port)
     client.loop_start()
     try:
-        assert happened.get(timeout=PATIENCE) == "subscribed"
+        assert events.get(timeout=TIMEOUT_SECONDS) == "subscribed"
         for qos, size in enumerate((0, 1, 100, 1000, 60000)):
             client.publish(topic, bytes(size), qos % 3)
-        return [happened.get(timeout=PATIENCE) for _ in range(5)]
+        return [events.get(timeout=TIMEOUT_SECONDS) for _ in range(5)]
     finally:
         client.disconnect()
         client.loop_stop()

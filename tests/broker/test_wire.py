@@ -1,4 +1,4 @@
-"""What stands between a link's bytes and MQTT, without any link."""
+"""MQTT, HTTP and WebSocket on one port, without I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wsproto.frame_protocol import Opcode
 
 from emitter_anyio.testing._packets import ConnAck, Connect, PingReq, PingResp
 from emitter_anyio.testing._websocket import _TextAsBytes
-from emitter_anyio.testing._wire import MAX_HEAD, Wire
+from emitter_anyio.testing._wire import MAX_HEAD_BYTES, Wire
 
 HEADERS = {
     "Host": "localhost",
@@ -38,7 +38,7 @@ def request(
 def frame(
     opcode: int, data: bytes, *, last: bool = True, mask: bytes | None = b"\1\2\3\4"
 ) -> bytes:
-    """A client's frame, written by hand."""
+    """Encode a client's frame, independently of wsproto."""
     head = bytes((last << 7 | opcode,))
     masked = 128 * (mask is not None)
     if len(data) < 126:
@@ -54,7 +54,7 @@ def frame(
 
 
 def take(*pieces: bytes) -> tuple[bytes, bytes, bool]:
-    """Give what is carried, what is answered, and whether that was all."""
+    """Return the MQTT bytes, the replies, and whether the connection is closed."""
     wire, carried, answer = Wire(), b"", b""
     for piece in pieces:
         if not wire.closed:
@@ -72,23 +72,23 @@ def upgraded() -> Wire:
 
 
 def response(head: bytes) -> tuple[int, bytes]:
-    """Give the status and the body of the answer to a request that is not an upgrade."""
+    """Return the status and the body of the response to a request that is not an upgrade."""
     carried, answer, closed = take(head)
     assert carried == b""
     assert closed
-    said, _, body = answer.partition(b"\r\n\r\n")
-    assert b"Connection: close" in said
+    headers, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Connection: close" in headers
     if not head.startswith(b"HEAD "):
-        assert f"Content-Length: {len(body)}".encode() in said
-    return int(said.split()[1]), body
+        assert f"Content-Length: {len(body)}".encode() in headers
+    return int(headers.split()[1]), body
 
 
 class TestPlain:
     @pytest.mark.parametrize("data", [CONNECT, b"\x10", b"get /", b"\xff", b"\0"])
-    def test_what_begins_with_no_capital_is_passed_on(self, data: bytes) -> None:
+    def test_bytes_without_a_capital_letter_are_mqtt(self, data: bytes) -> None:
         assert take(data, request()) == (data + request(), b"", False)
 
-    def test_packets_are_sent_as_they_are(self) -> None:
+    def test_packets_are_sent_unchanged(self) -> None:
         wire = Wire()
         wire.receive(CONNECT)
         assert wire.wrap(ConnAck().encode()) == ConnAck().encode()
@@ -103,7 +103,7 @@ class TestHTTP:
         assert response(request(target, method="HEAD", headers=headers)) == (200, b"")
 
     @pytest.mark.parametrize("target", ["/keygen", "/presence", "/metrics", "/debug", "/debug/x"])
-    def test_pages_that_are_not_here(self, target: str) -> None:
+    def test_web_pages_are_not_found(self, target: str) -> None:
         status, body = response(request(target))
         assert status == 404
         assert b"publish requests to emitter/..." in body
@@ -130,30 +130,30 @@ class TestHTTP:
             pytest.param(b"A\n\n", id="nonsense"),
         ],
     )
-    def test_bad_requests(self, head: bytes) -> None:
+    def test_invalid_requests_get_status_400(self, head: bytes) -> None:
         assert response(head)[0] == 400
 
-    def test_an_upgrade_is_a_get(self) -> None:
+    def test_upgrade_requires_get(self) -> None:
         assert response(request(method="POST"))[0] == 405
 
-    def test_a_head_that_is_too_long(self) -> None:
-        assert response(b"GET / HTTP/1.1\r\nA: " + bytes(MAX_HEAD))[0] == 431
+    def test_too_long_head_gets_status_431(self) -> None:
+        assert response(b"GET / HTTP/1.1\r\nA: " + bytes(MAX_HEAD_BYTES))[0] == 431
         fits = b"GET /health HTTP/1.1\r\nA: "
-        fits += b"a" * (MAX_HEAD - len(fits) - 4) + b"\r\n\r\n"
+        fits += b"a" * (MAX_HEAD_BYTES - len(fits) - 4) + b"\r\n\r\n"
         assert response(fits)[0] == 200
         assert response(fits.replace(b"A:", b"A: "))[0] == 431
 
-    def test_without_wsproto_it_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_wsproto_gets_status_501(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "emitter_anyio.testing._websocket", None)
         status, body = response(request())
         assert status == 501
-        assert body == b"no WebSocket without wsproto: pip install 'emitter_anyio[websocket]'\n"
+        assert body == b"WebSocket requires wsproto: pip install 'emitter_anyio[websocket]'\n"
         assert response(request("/health")) == (200, b"OK\n")
 
 
 class TestUpgrade:
-    def test_the_answer(self) -> None:
-        # the key is the example of RFC 6455, section 1.3
+    def test_upgrade_response(self) -> None:
+        # The key is the example of RFC 6455, section 1.3.
         for target in ("/", "/any/path?at=all", "/healthy"):
             carried, answer, closed = take(request(target))
             assert (carried, closed) == (b"", False)
@@ -183,12 +183,12 @@ class TestUpgrade:
         lines = [line for line in answer.splitlines() if line.startswith(b"Sec-WebSocket-Protocol")]
         assert lines == [f"Sec-WebSocket-Protocol: {chosen}".encode()] * (chosen is not None)
 
-    def test_header_names_and_tokens_in_any_case_and_in_several_lines(self) -> None:
+    def test_headers_are_case_insensitive_and_may_repeat(self) -> None:
         head = request(headers={name.upper(): HEADERS[name] for name in HEADERS}, newline="\n")
         head = head.replace(b"keep-alive, Upgrade", b"keep-alive\nconnection:UPGRADE ")
         assert take(head)[1].startswith(b"HTTP/1.1 101 ")
 
-    def test_frames_may_come_with_the_request(self) -> None:
+    def test_frames_may_follow_the_request_immediately(self) -> None:
         carried, answer, closed = take(request() + frame(2, CONNECT) + frame(9, b"hey"))
         assert (carried, closed) == (CONNECT, False)
         assert answer.endswith(b"\r\n\r\n\x8a\x03hey")
@@ -197,20 +197,20 @@ class TestUpgrade:
 class TestWebSocket:
     @pytest.mark.parametrize("opcode", [1, 2])
     @pytest.mark.parametrize("size", [0, 2, 125, 126, 65535, 65536])
-    def test_a_frame(self, opcode: int, size: int) -> None:
-        # bytes that are no UTF-8: Emitter takes them in text frames too
+    def test_payload_of_a_frame(self, opcode: int, size: int) -> None:
+        # The bytes are not UTF-8. Emitter accepts them in text frames, too.
         data = (PING * size)[:size]
         assert upgraded().receive(frame(opcode, data)) == data
 
     @pytest.mark.parametrize("opcode", [1, 2])
-    def test_a_message_in_fragments_with_others_between(self, opcode: int) -> None:
+    def test_fragments_with_control_frames_between(self, opcode: int) -> None:
         wire = upgraded()
         data = frame(opcode, CONNECT[:3], last=False) + frame(9, b"\xc0")
         data += frame(0, CONNECT[3:] + PING[:1], last=False) + frame(10, b"") + frame(0, PING[1:])
         assert wire.receive(data + frame(3 - opcode, PING)) == CONNECT + PING + PING
         assert wire.answer() == b"\x8a\x01\xc0"
 
-    def test_each_packet_goes_into_a_frame_of_its_own(self) -> None:
+    def test_each_packet_has_its_own_frame(self) -> None:
         assert upgraded().wrap(PingResp().encode()) == b"\x82\x02\xd0\x00"
 
     @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ class TestWebSocket:
             pytest.param(frame(8, b"\0"), id="a close with half a code"),
         ],
     )
-    def test_what_breaks_the_rules_is_closed(self, data: bytes) -> None:
+    def test_protocol_violation_closes_the_websocket(self, data: bytes) -> None:
         wire = upgraded()
         assert wire.receive(frame(2, CONNECT) + data + frame(2, PING)) == CONNECT
         assert wire.answer()[:1] == b"\x88"
@@ -244,7 +244,7 @@ class TestWebSocket:
         assert wire.closed
         assert wire.wrap(PING) == b""
 
-    def test_nobody_is_offered_our_way_with_text(self) -> None:
+    def test_private_extension_is_not_offered(self) -> None:
         assert not _TextAsBytes().offer()
 
 
@@ -290,7 +290,7 @@ streams = st.one_of(
 
 class TestAnyBytes:
     @given(st.data())
-    def test_come_to_the_same_however_they_are_cut(self, data: st.DataObject) -> None:
+    def test_any_chunks_give_the_same_result(self, data: st.DataObject) -> None:
         stream = data.draw(streams)
         pieces = data.draw(cuts(stream))
         assert b"".join(pieces) == stream
@@ -298,13 +298,13 @@ class TestAnyBytes:
 
     @given(st.lists(valid_frames))
     @example([frame(1, b"\xff"), frame(9, b"\xff")])
-    def test_good_frames_end_nothing(self, good: list[bytes]) -> None:
+    def test_valid_frames_keep_the_websocket_open(self, good: list[bytes]) -> None:
         carried, _, closed = take(request() + b"".join(good))
         assert not closed
         data = [each for each in good if each[0] & 15 in (Opcode.TEXT, Opcode.BINARY)]
         assert len(carried) == sum(len(each) - 6 for each in data)
 
     @given(st.binary(max_size=70000))
-    def test_go_through_frames_unchanged(self, payload: bytes) -> None:
+    def test_payload_is_unchanged(self, payload: bytes) -> None:
         assert take(request(), frame(2, payload))[0] == payload
         assert take(request(), frame(1, payload))[0] == payload

@@ -1,4 +1,4 @@
-"""A WebSocket client on wsproto's own handshake, which the broker does not use."""
+"""A WebSocket client that uses wsproto's handshake, which is independent of the broker's."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from wsproto.events import (
 
 class WebSocketStream(ByteStream):
     """
-    The bytes that frames carry, as a stream.
+    The payloads of frames as a byte stream.
 
-    :ivar subprotocol: what the broker has chosen
-    :ivar frames: the data of every frame so far
-    :ivar received: every other event
+    :ivar subprotocol: the subprotocol that the broker accepted
+    :ivar frames: the payload of each received frame
+    :ivar received: the other received events
     """
 
     def __init__(self, stream: ByteStream) -> None:
@@ -35,7 +35,7 @@ class WebSocketStream(ByteStream):
     async def connect(
         cls, stream: ByteStream, path: str = "/", subprotocols: Sequence[str] = ("mqtt",)
     ) -> WebSocketStream:
-        """Shake hands over a stream."""
+        """Complete the handshake over a stream."""
         self = cls(stream)
         await self.send_event(Request("localhost", path, subprotocols=list(subprotocols)))
         self._websocket.receive_data(await stream.receive())

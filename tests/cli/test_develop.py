@@ -279,7 +279,7 @@ class TestLicense:
         assert (done.returncode, done.stderr) == (0, "")
         match = re.fullmatch(r"license (\S+:3)\nsecret key (\S+)\n", done.stdout)
         assert match is not None
-        assert License.parse(match[1]).decrypt(match[2]).is_master
+        assert License.parse(match[1]).decrypt(match[2]).is_secret
 
     def test_broker_accepts_the_licence(self) -> None:
         license = run("-m", "emitter_anyio", "license").stdout.split()[1]
@@ -316,7 +316,7 @@ INVALID_COMMAND_LINES = {
     "extend key": (["keygen", "a/", "--key", "a b"], "--key: invalid key: it contains"),
     "link name": (["link", "abc", "a/"], "one or two letters or digits"),
     "group": (["sub", "a/", "--group", "a/b"], "must not contain a slash"),
-    "licence": (["broker", "--license", "hush"], "not a licence of Emitter"),
+    "licence": (["broker", "--license", "hush"], "invalid licence"),
 }
 
 

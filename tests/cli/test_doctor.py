@@ -261,7 +261,7 @@ class TestBroker:
     def test_throttling_broker_is_noted(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         # Independently of the clock, so that a slow machine gets no further writes.
         allowed = repeat(True, 60)
-        monkeypatch.setattr(Outbox, "_may_write", lambda self: next(allowed, False))
+        monkeypatch.setattr(Outbox, "_take_token", lambda self: next(allowed, False))
         with background(coalesce=True) as slow:
             done = cli("doctor", "--url", slow.url, "--json", secret=False)
         assert (done.code, result_of(done, "flush")["status"]) == (0, "note")
@@ -413,7 +413,7 @@ class TestTls:
         assert "use --cafile FILE to trust" in result_of(done, "tls")["fix"]
 
     def test_wrong_host_name_fails(self, cli: Cli, cafile: str) -> None:
-        with broker_with_certificate_for("elsewhere.example") as url:
+        with broker_with_certificate_for("other_nodes.example") as url:
             done = cli("doctor", "--url", url, "--cafile", cafile, "--json")
         assert "connect to a host name in the certificate" in result_of(done, "tls")["fix"]
 

@@ -321,7 +321,7 @@ class Session:
 
     def _publish_at_broker(self, channel: str, payload: bytes) -> None:
         # Broker.publish() would have to be awaited, and a fault calls this synchronously.
-        self.broker._exchange.spread(self.broker._topic(channel), payload, _STORAGE_TTL)
+        self.broker._exchange.store_and_send(self.broker._topic(channel), payload, _STORAGE_TTL)
 
     @property
     def _acknowledged_on_r(self) -> set[int]:
@@ -377,7 +377,7 @@ async def broker_in_memory(connectable: MemoryConnectable) -> AsyncGenerator[Bro
     """Run a broker that accepts connections from a connectable."""
     broker = Broker(license=LICENSE)
     # Share the cache of deciphered keys: deciphering takes a tenth of a session's time.
-    broker._exchange._grant = _KEY_BROKER._exchange._grant
+    broker._exchange._find_key_cached = _KEY_BROKER._exchange._find_key_cached
 
     async def accept() -> None:
         while True:
