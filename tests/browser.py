@@ -154,11 +154,11 @@ class Browser:
 
     def wait_for_messages(self, *messages: str) -> None:
         """Wait until exactly these messages are shown as delivered, in this order."""
-        self.wait_for_texts(".message:not(.waiting) p", *messages)
+        self.wait_for_texts(".message:not(.sending) p", *messages)
 
     def wait_for_pending(self, *messages: str) -> None:
         """Wait until exactly these messages are shown as not yet sent, in this order."""
-        self.wait_for_texts(".message.waiting p", *messages)
+        self.wait_for_texts(".message.sending p", *messages)
 
     def console_messages(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]  # type: ignore[no-untyped-call]  # of Selenium
@@ -257,7 +257,7 @@ def test_offline_user_reconnects_and_sends_pending_messages(
     ben.wait_for_messages("In the lift")
 
     ben.set_offline(False)
-    ben.wait_for_status("connected", "Connected again")
+    ben.wait_for_status("connected", "Reconnected")
     for browser in ann_and_ben:
         browser.wait_for_people("Ann", "Ben")
         browser.wait_for_messages("In the lift", "Still there?", "Sent while offline")
@@ -272,12 +272,12 @@ def test_server_restart_delivers_pending_messages(
     ben.wait_for_messages("Before")
     chat.kill("server")
     for browser in ann_and_ben:
-        browser.wait_for_status("lost", "Connection lost. Trying again …")
+        browser.wait_for_status("lost", "Connection lost. Reconnecting …")
     ann.send("Pending")
     ann.wait_for_pending("Pending")
     chat.start_server()
     for browser in ann_and_ben:
-        browser.wait_for_status("connected", "Connected again")
+        browser.wait_for_status("connected", "Reconnected")
         browser.wait_for_people("Ann", "Ben")
         browser.wait_for_messages("Before", "Pending")
         browser.wait_for_pending()
@@ -289,7 +289,7 @@ def test_broker_restart_delivers_pending_messages(
     ann, _ = ann_and_ben
     chat.kill("broker")
     for browser in ann_and_ben:
-        browser.wait_for_status("lost", "The server has lost its broker. Trying again …")
+        browser.wait_for_status("lost", "The server has lost its broker. Reconnecting …")
     ann.send("Pending")
     ann.wait_for_pending("Pending")
     chat.start_broker()

@@ -87,8 +87,8 @@ async def test_a_name_is_there_until_its_last_window_is_closed(its_broker: Broke
     app = load()
     async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
         async with websocket(app, "/chat", name="ann"), websocket(app, "/chat") as nobody:
-            await nobody.receive_json(people("ann", "Somebody"))
-            await ann.receive_json(people("ann", "Somebody"))
+            await nobody.receive_json(people("ann", "Guest"))
+            await ann.receive_json(people("ann", "Guest"))
         await ann.receive_json(people("ann"))
 
 
@@ -142,9 +142,9 @@ async def test_what_others_publish_does_no_harm(its_broker: Broker) -> None:
 async def test_a_name_of_control_characters_is_none(its_broker: Broker, name: str) -> None:
     app = load()
     async with lifespan(app), websocket(app, "/chat", name=name) as nobody:
-        await nobody.receive_json(people("Somebody"))
+        await nobody.receive_json(people("Guest"))
         async with websocket(app, "/chat", name="a\x00nn \t lee") as ann:
-            await ann.receive_json(people("ann lee", "Somebody"))
+            await ann.receive_json(people("ann lee", "Guest"))
 
 
 async def test_many_who_come_together_are_in_one_list(

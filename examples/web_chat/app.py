@@ -1,11 +1,11 @@
 """
-A chat in the browser: one client of Emitter for the server, and a WebSocket to each browser.
+A chat in the browser: one Emitter client for the server, and a WebSocket for each browser.
 
     python -m pip install . starlette uvicorn websockets
-    python -m uvicorn examples.web_chat.app:app    # and open http://127.0.0.1:8000 twice
+    python -m uvicorn examples.web_chat.app:app    # open http://127.0.0.1:8000 in two windows
 
-It has a development broker of its own, or takes yours, named by EMITTER_URL (mqtt://HOST:PORT)
-and EMITTER_SECRET: then any number of servers are one chat.
+The server starts a development broker, unless EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET
+name another one. Several servers with the same broker form one chat.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHANNEL = "webchat/room/"
 
 @asynccontextmanager
 async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Give the URL and the secret key of a broker."""
+    """Yield the URL and the secret key of a broker."""
     if url := os.environ.get("EMITTER_URL"):
         yield url, os.environ["EMITTER_SECRET"]
     else:
@@ -46,8 +46,8 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
     async with broker() as (url, secret), connect(url, username=server) as emitter:
         key = (await emitter.keygen(secret, "webchat/#/", "rwslp")).key
         people = People(server, emitter, key)
-        emitter.on("connect", people.show)
-        emitter.on("disconnect", people.show)
+        emitter.on("connect", people.notify)
+        emitter.on("disconnect", people.notify)
         app.state.emitter, app.state.key, app.state.people = emitter, key, people
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(people.run)
@@ -56,29 +56,29 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 
 
 def same_origin(websocket: WebSocket) -> bool:
-    """Tell whether a page of this server asks: a browser lets any page open a WebSocket to it."""
+    """Return whether this server's page opened the WebSocket: browsers let any page open one."""
     origin = websocket.headers.get("origin")
     return origin is None or origin.partition("://")[2] == websocket.headers.get("host")
 
 
 def printable(text: str) -> str:
-    """Leave out control characters, and all but single spaces between words."""
+    """Remove control characters, and reduce white space to single spaces."""
     return " ".join("".join(each for each in word if each.isprintable()) for word in text.split())
 
 
 async def serve(websocket: WebSocket) -> None:
-    """Serve a browser. Each text from it is 32 letters to know the message by, and the message."""
+    """Serve a browser. It sends texts of 32 characters for the message id, then the message."""
     emitter: Emitter = websocket.app.state.emitter
     key: str = websocket.app.state.key
     people: People = websocket.app.state.people
     if not same_origin(websocket):
         await websocket.close(1008)
         return
-    name = printable(websocket.query_params.get("name", ""))[:24] or "Somebody"
+    name = printable(websocket.query_params.get("name", ""))[:24] or "Guest"
 
     async def send_messages() -> None:
-        # A browser that was away gets what was said meanwhile, and knows by the ids what is new;
-        # what this server itself missed, without its broker, is read back.
+        # A browser that reconnects receives stored messages, and recognizes known ones by their
+        # ids. With resume=True, a server that reconnects reads back what it has missed.
         async with emitter.subscribe(key, CHANNEL, last=50, resume=True) as messages:
             async for message in messages:
                 await websocket.send_text(message.binary.decode(errors="replace"))
@@ -87,9 +87,9 @@ async def serve(websocket: WebSocket) -> None:
         while True:
             changed, live = people.changed, emitter.state == "connected"
             await websocket.send_json({"people": people.names, "live": live})
-            with anyio.move_on_after(10):  # and then again: to a browser, silence is a lost link
+            with anyio.move_on_after(10):  # the browser reconnects after 25 s without data
                 await changed.wait()
-            await people.gather()
+            await people.pause()
 
     await websocket.accept()
     try:
@@ -97,13 +97,13 @@ async def serve(websocket: WebSocket) -> None:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(send_people)
                 tasks.start_soon(send_messages)
-                async for said in websocket.iter_text():
-                    id, text = said[:32], said[32:2032]
+                async for data in websocket.iter_text():
+                    id, text = data[:32], data[32:2032]
                     message = {"id": id, "name": name, "text": text, "at": time.time()}
                     await emitter.publish(key, CHANNEL, message, ttl=86400, qos=1)
                 tasks.cancel_scope.cancel()
     except* (EmitterError, WebSocketDisconnect):
-        pass  # it comes again by itself, and repeats what it has not seen arrive
+        pass  # the browser reconnects, and sends its unconfirmed messages again
 
 
 static = StaticFiles(directory=Path(__file__).parent / "static", html=True)

@@ -1,8 +1,9 @@
 """
-Who is here, on this server and on all others that share the broker.
+The names of all members, on this server and on others that share the broker.
 
-Emitter's presence knows connections, and a server has one for all of its browsers. So each server
-says who is on it, and presence tells when a server has come, which must hear that, or is gone.
+Emitter's presence lists connections, and each server has one connection for all of its browsers.
+So each server publishes the names of its own members, and publishes them again when presence
+shows a new server. When presence shows that a server has left, the others remove its members.
 """
 
 from __future__ import annotations
@@ -17,88 +18,96 @@ import anyio
 from emitter_anyio import Emitter
 
 CHANNEL = "webchat/people/"
-PAUSE = 0.5  # seconds: of those who come within it, everybody gets one list and not one for each
-PART = 200  # names in one message, which has at most 64 KiB
+PAUSE = 0.5  # seconds between two lists of names, which combines changes
+PART = 200  # names in one message, to stay below the limit of 64 KiB
 
 
 class People:
+    """
+    The names of all members.
+
+    :ivar changed: an event that is set, and replaced, after each change
+    """
+
     def __init__(self, server: str, emitter: Emitter, key: str) -> None:
         self.server, self.emitter, self.key = server, emitter, key
-        self.changed, self._news = anyio.Event(), anyio.Event()
-        self._here: Counter[str] = Counter()
-        self._elsewhere: dict[str, list[str]] = {}
+        self.changed, self._publish = anyio.Event(), anyio.Event()
+        self._local: Counter[str] = Counter()
+        self._remote: dict[str, list[str]] = {}
         self._names: list[str] | None = None
 
     @staticmethod
     def new_server() -> str:
-        """Make the user name by which a server is known to the others."""
+        """Return a new user name, by which the other servers identify this one."""
         return uuid.uuid4().hex
 
     @property
     def names(self) -> list[str]:
+        """The sorted names of all members."""
         if self._names is None:
-            everybody = {*+self._here}.union(*self._elsewhere.values())
-            self._names = sorted(everybody, key=str.casefold)
+            names = {*+self._local}.union(*self._remote.values())
+            self._names = sorted(names, key=str.casefold)
         return self._names
 
     @contextmanager
     def visit(self, name: str) -> Iterator[None]:
-        """Have somebody here for as long as the block lasts."""
-        self._here[name] += 1
-        self._note()
+        """Add a member until the block ends."""
+        self._local[name] += 1
+        self._local_changed()
         try:
             yield
         finally:
-            self._here[name] -= 1
-            self._note()
+            self._local[name] -= 1
+            self._local_changed()
 
-    def show(self) -> None:
-        """Wake those who wait for ``changed``."""
+    def notify(self) -> None:
+        """Set ``changed``."""
         self._names = None
         self.changed.set()
         self.changed = anyio.Event()
 
-    async def gather(self) -> None:
-        """Let more changes come, before all of them are told."""
+    async def pause(self) -> None:
+        """Wait for further changes, to send them together."""
         await anyio.sleep(PAUSE)
 
     async def run(self) -> None:
+        """Exchange names with the other servers until cancelled."""
         async with anyio.create_task_group() as tasks:
-            for task in (self._tell_others, self._hear_others, self._watch_others):
+            for task in (self._publish_names, self._receive_names, self._watch_servers):
                 tasks.start_soon(task)
 
-    def _note(self) -> None:
-        self.show()
-        self._news.set()
+    def _local_changed(self) -> None:
+        self.notify()
+        self._publish.set()
 
-    async def _tell_others(self) -> None:
+    async def _publish_names(self) -> None:
         while True:
-            await self._news.wait()
-            self._news = anyio.Event()
-            where = f"{CHANNEL}{self.server}/"
-            names = [*+self._here]
+            await self._publish.wait()
+            self._publish = anyio.Event()
+            channel = f"{CHANNEL}{self.server}/"
+            names = [*+self._local]
             for start in range(0, max(len(names), 1), PART):
                 part = {"start": start, "names": names[start : start + PART]}
-                await self.emitter.publish(self.key, where, part, echo=False)
-            await self.gather()
+                await self.emitter.publish(self.key, channel, part, echo=False)
+            await self.pause()
 
-    async def _hear_others(self) -> None:
+    async def _receive_names(self) -> None:
         async with self.emitter.subscribe(self.key, CHANNEL, last=0) as lists:
             async for message in lists:
-                with suppress(ValueError):  # whoever has a key may publish anything
-                    self._hear(message.channel.split("/")[-2], message.as_object())
+                with suppress(ValueError):  # anyone with a key can publish any bytes
+                    self._update(message.channel.split("/")[-2], message.as_object())
 
-    def _hear(self, server: str, part: object) -> None:
+    def _update(self, server: str, part: object) -> None:
         match part:
             case {"start": int(start), "names": [*names]} if all(isinstance(n, str) for n in names):
-                known = self._elsewhere.setdefault(server, [])
+                known = self._remote.setdefault(server, [])
                 known[start:] = names
-                self.show()
+                self.notify()
 
-    async def _watch_others(self) -> None:
+    async def _watch_servers(self) -> None:
         async with self.emitter.watch_presence(self.key, CHANNEL) as servers:
             async for _ in servers:
-                there = {member.username for member in servers.members.values()}
-                for gone in self._elsewhere.keys() - there:
-                    del self._elsewhere[gone]
-                self._note()
+                present = {member.username for member in servers.members.values()}
+                for server in self._remote.keys() - present:
+                    del self._remote[server]
+                self._local_changed()

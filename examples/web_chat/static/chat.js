@@ -1,96 +1,97 @@
-// The browser's side of the chat: draws what comes, and keeps its WebSocket alive.
+// The browser's side of the chat: shows messages and members, and keeps a WebSocket open.
 
 const $ = (id) => document.getElementById(id);
 const scroll = $("scroll"), messages = $("messages"), text = $("text");
 
-const SILENCE = 25_000; // the server says something every ten seconds, or is not there
-const known = new Map(); // each message that is shown, by its id
-const waiting = new Map(); // what we said, until it has come back
-let name = "", socket = null, tries = 0, away = false, retry = 0, silence = 0;
+const SILENCE_MS = 25_000; // the server sends something every 10 s
+const shown = new Map(); // the list items of all messages, by message id
+const unconfirmed = new Map(); // sent messages that the server has not sent back, by id
+let name = "", socket = null, tries = 0, wasLost = false, retryTimer = 0, silenceTimer = 0;
 
 // The connection
 
 function connect() {
-  clearTimeout(retry);
-  drop();
+  clearTimeout(retryTimer);
+  disconnect();
   const url = new URL("chat", location.href);
   url.protocol = url.protocol.replace("http", "ws");
   url.search = new URLSearchParams({ name });
   socket = new WebSocket(url);
   socket.onopen = () => {
     tries = 0;
-    for (const [id, said] of waiting) socket.send(id + said);
+    for (const [id, content] of unconfirmed) socket.send(id + content);
   };
   socket.onmessage = (event) => {
-    listen();
-    take(event.data);
+    restartSilenceTimer();
+    receive(event.data);
   };
-  socket.onclose = lost;
-  listen();
+  socket.onclose = reconnect;
+  restartSilenceTimer();
 }
 
-// A lost link may take minutes to say so, and an old one must not speak for the new one.
-function drop() {
+// Remove the handlers first: a lost connection may take minutes to close, and its event must not
+// affect the next connection.
+function disconnect() {
   if (!socket) return;
   socket.onopen = socket.onmessage = socket.onclose = null;
   socket.close();
   socket = null;
 }
 
-function listen() {
-  clearTimeout(silence);
-  silence = setTimeout(lost, SILENCE);
+function restartSilenceTimer() {
+  clearTimeout(silenceTimer);
+  silenceTimer = setTimeout(reconnect, SILENCE_MS);
 }
 
-function lost() {
-  clearTimeout(silence);
-  clearTimeout(retry);
-  drop();
-  away = true;
+function reconnect() {
+  clearTimeout(silenceTimer);
+  clearTimeout(retryTimer);
+  disconnect();
+  wasLost = true;
   if (!navigator.onLine) {
-    say("lost", "Offline. Waiting for the network …");
+    showStatus("lost", "Offline. Waiting for the network …");
     return;
   }
-  say("lost", "Connection lost. Trying again …");
+  showStatus("lost", "Connection lost. Reconnecting …");
   const seconds = Math.min(10, 0.5 * 2 ** tries++);
-  retry = setTimeout(connect, 1000 * seconds * (0.5 + Math.random() / 2));
+  retryTimer = setTimeout(connect, 1000 * seconds * (0.5 + Math.random() / 2));
 }
 
-function say(state, words) {
+function showStatus(state, words) {
   document.body.classList.toggle("lost", state === "lost");
   $("status").dataset.state = state;
   if ($("status").textContent !== words) $("status").textContent = words;
 }
 
-addEventListener("offline", () => name && lost());
+addEventListener("offline", () => name && reconnect());
 addEventListener("online", () => name && connect());
-// A page that is kept for the way back is not there meanwhile.
+// The browser may keep a hidden page for its "back" button. The user is not in the chat then.
 addEventListener("pagehide", () => {
-  clearTimeout(retry);
-  clearTimeout(silence);
-  drop();
+  clearTimeout(retryTimer);
+  clearTimeout(silenceTimer);
+  disconnect();
 });
 addEventListener("pageshow", (event) => event.persisted && name && connect());
 
-// What comes
+// Received data
 
-function take(data) {
-  let said;
+function receive(data) {
+  let received;
   try {
-    said = JSON.parse(data);
+    received = JSON.parse(data);
   } catch {
-    return; // whoever has a key may publish anything
+    return; // anyone with a key can publish any bytes
   }
-  if (said && Array.isArray(said.people)) {
-    showPeople(said.people.map(String));
-    if (!said.live) say("lost", "The server has lost its broker. Trying again …");
-    else say("connected", away ? "Connected again" : "Connected");
-  } else if (said && typeof said.text === "string" && typeof said.id === "string") {
-    show(said.id, String(said.name), said.text, Number(said.at) || 0);
+  if (received && Array.isArray(received.people)) {
+    showPeople(received.people.map(String));
+    if (!received.live) showStatus("lost", "The server has lost its broker. Reconnecting …");
+    else showStatus("connected", wasLost ? "Reconnected" : "Connected");
+  } else if (received && typeof received.text === "string" && typeof received.id === "string") {
+    showMessage(received.id, String(received.name), received.text, Number(received.at) || 0);
   }
 }
 
-function make(tag, className, content) {
+function element(tag, className, content) {
   const made = document.createElement(tag);
   made.className = className;
   made.textContent = content; // never as HTML
@@ -103,8 +104,8 @@ function hue(name) {
   return sum;
 }
 
-function face(name) {
-  const made = make("span", "face", ([...name][0] ?? "?").toUpperCase());
+function avatar(name) {
+  const made = element("span", "avatar", ([...name][0] ?? "?").toUpperCase());
   made.ariaHidden = "true";
   return made;
 }
@@ -113,77 +114,82 @@ function showPeople(names) {
   $("count").textContent = `(${names.length})`;
   $("people").replaceChildren(
     ...names.map((each) => {
-      const item = make("li", "", "");
+      const item = element("li", "", "");
       item.style.setProperty("--hue", hue(each));
-      item.append(face(each), make("span", each === name ? "you" : "", each));
+      item.append(avatar(each), element("span", each === name ? "you" : "", each));
       return item;
     }),
   );
 }
 
-function show(id, from, words, at, isWaiting = false) {
-  if (!isWaiting) waiting.delete(id);
-  const old = known.get(id);
-  if (old && (isWaiting || !old.classList.contains("waiting"))) return; // it may come twice
+function showMessage(id, from, content, at, sending = false) {
+  if (!sending) unconfirmed.delete(id);
+  const old = shown.get(id);
+  if (old && (sending || !old.classList.contains("sending"))) return; // replayed messages repeat
   old?.remove();
 
-  const atEnd = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
-  const item = make("li", "message", "");
+  const atEnd = isAtEnd();
+  const item = element("li", "message", "");
   item.classList.toggle("mine", from === name);
-  item.classList.toggle("waiting", isWaiting);
+  item.classList.toggle("sending", sending);
   item.style.setProperty("--hue", hue(from));
-  item.at = isWaiting ? Infinity : at;
+  item.at = sending ? Infinity : at;
   item.from = from;
   const when = new Date(at * 1000);
-  const time = make("time", "", isWaiting ? "sending …" : shortly(when));
-  if (!isWaiting && !isNaN(when)) time.dateTime = when.toISOString();
-  const head = make("header", "", "");
-  head.append(make("b", "", from), time);
-  item.append(head, face(from), make("p", "", words));
+  const time = element("time", "", sending ? "sending …" : formatTime(when));
+  if (!sending && !isNaN(when)) time.dateTime = when.toISOString();
+  const head = element("header", "", "");
+  head.append(element("b", "", from), time);
+  item.append(head, avatar(from), element("p", "", content));
 
-  // In the order of time, whatever the order in which the broker replays.
+  // Sort by time, because the broker replays stored messages in another order.
   let next = null;
   for (let last = messages.lastElementChild; last && last.at > item.at; last = last.previousElementSibling)
     next = last;
   messages.insertBefore(item, next);
-  known.set(id, item);
-  for (const each of [item, item.nextElementSibling]) group(each);
+  shown.set(id, item);
+  for (const each of [item, item.nextElementSibling]) groupWithPrevious(each);
   $("empty").hidden = true;
-  if (atEnd || from === name) toEnd();
+  if (atEnd || from === name) scrollToEnd();
   else $("newer").hidden = false;
 }
 
-function shortly(when) {
+function formatTime(when) {
   return isNaN(when) ? "" : when.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 }
 
-function group(item) {
-  const before = item?.previousElementSibling;
-  item?.classList.toggle("more", !!before && before.from === item.from && item.at - before.at < 120);
+function groupWithPrevious(item) {
+  const previous = item?.previousElementSibling;
+  const grouped = !!previous && previous.from === item.from && item.at - previous.at < 120;
+  item?.classList.toggle("grouped", grouped);
 }
 
-function toEnd() {
+function isAtEnd() {
+  return scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80;
+}
+
+function scrollToEnd() {
   scroll.scrollTop = scroll.scrollHeight;
   $("newer").hidden = true;
 }
 
-$("newer").onclick = toEnd;
+$("newer").onclick = scrollToEnd;
 scroll.onscroll = () => {
-  if (scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 80) $("newer").hidden = true;
+  if (isAtEnd()) $("newer").hidden = true;
 };
 
-// What we say
+// Sending
 
 $("composer").onsubmit = (event) => {
   event.preventDefault();
-  const said = text.value.trim();
-  if (!said) return;
+  const content = text.value.trim();
+  if (!content) return;
   const id = [...crypto.getRandomValues(new Uint8Array(16))]
     .map((byte) => byte.toString(16).padStart(2, "0"))
     .join("");
-  waiting.set(id, said);
-  show(id, name, said, 0, true);
-  if (socket?.readyState === WebSocket.OPEN) socket.send(id + said);
+  unconfirmed.set(id, content);
+  showMessage(id, name, content, 0, true);
+  if (socket?.readyState === WebSocket.OPEN) socket.send(id + content);
   text.value = "";
   text.focus();
 };
@@ -194,10 +200,10 @@ text.onkeydown = (event) => {
   $("composer").requestSubmit();
 };
 
-// The way in
+// Joining
 
-function join(as) {
-  name = as;
+function join(chosenName) {
+  name = chosenName;
   $("welcome").close();
   text.focus();
   connect();
@@ -205,13 +211,13 @@ function join(as) {
 
 $("join").onsubmit = (event) => {
   event.preventDefault();
-  const as = $("name").value.trim().replace(/\s+/g, " ");
-  if (!as) return;
-  sessionStorage.setItem("name", as);
-  join(as);
+  const chosenName = $("name").value.trim().replace(/\s+/g, " ");
+  if (!chosenName) return;
+  sessionStorage.setItem("name", chosenName);
+  join(chosenName);
 };
 $("welcome").oncancel = (event) => event.preventDefault();
 
-const before = sessionStorage.getItem("name");
-if (before) join(before);
+const savedName = sessionStorage.getItem("name");
+if (savedName) join(savedName);
 else $("welcome").showModal();
