@@ -78,7 +78,7 @@ def add_link(commands: Commands) -> None:
         help="create a link and publish through it",
         description=(
             "Create a link, print it, and publish messages through it.\n\n"
-            "A link is a name of one or two letters for a key, a channel and its options. It\n"
+            "A link is a short name for a key, a channel and its options. It\n"
             "exists as long as its connection, so it ends with the command. The broker\n"
             "checks the key when a message is published, not when the link is created."
         ),

@@ -32,7 +32,7 @@ SURVEY_TIMEOUT_SECONDS = 2.0
 
 class Exchange:
     """
-    The state of a broker or of one node of a cluster, and the operations of its clients.
+    The state of a broker or of a cluster node, and the operations of its clients.
 
     :param license: the licence whose keys are accepted
     :param matcher: the matcher of subscriptions

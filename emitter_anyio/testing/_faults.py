@@ -25,7 +25,7 @@ class WithheldPackets:
         self._sends: list[Callable[[], None]] = []
 
     def take(self, send: Send, kind: Kind, data: bytes) -> bool:
-        """Withhold a packet if it is of one of the kinds, and return whether it is."""
+        """Withhold a packet of these kinds, and return whether it is withheld."""
         if kind not in self._kinds:
             return False
         self._sends.append(partial(send, kind, data))

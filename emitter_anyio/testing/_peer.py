@@ -1,4 +1,4 @@
-"""The state of one connection in Emitter's semantics, and the packets sent to it."""
+"""The state of a connection in Emitter's semantics, and the packets sent to it."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class FaultProxy:
 
     async def half_close(self, direction: Direction) -> None:
         """
-        End the streams of one direction, and keep the other direction open.
+        End the streams in a direction, and keep the other direction open.
 
         The proxy discards the bytes of this direction that it has not forwarded yet and all that
         follow. New connections are not affected. Returns when the streams have ended.
@@ -236,7 +236,7 @@ class FaultProxy:
 
 
 class _DirectionSettings:
-    """The settings of one direction."""
+    """The settings of a direction."""
 
     def __init__(self) -> None:
         self._piece_bytes = _CHUNK_BYTES
@@ -332,7 +332,7 @@ class _Connection:
 
 
 class _Relay:
-    """One direction of one connection."""
+    """A direction of a connection."""
 
     def __init__(
         self,

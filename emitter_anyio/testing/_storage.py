@@ -15,7 +15,7 @@ from emitter_anyio._values.channels import level_hash
 if TYPE_CHECKING:
     from ._topics import Words
 
-#: The largest total size of the ids, channels and payloads of one reply.
+#: The largest total size of the ids, channels and payloads in a reply, in bytes.
 REPLAY_LIMIT_BYTES = 65536
 #: The time for which Emitter stores a message with the retain flag: 30 days.
 RETAINED_SECONDS = 2592000

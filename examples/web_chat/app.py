@@ -4,8 +4,8 @@ A chat in the browser: one Emitter client for the server, and a WebSocket for ea
     python -m pip install . starlette uvicorn websockets
     python -m uvicorn examples.web_chat.app:app    # open http://127.0.0.1:8000 in two windows
 
-The server starts a development broker, unless EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET
-name another one. Several servers with the same broker form one chat.
+The server starts a development broker. To use an existing broker instead, set EMITTER_URL
+(mqtt://HOST:PORT) and EMITTER_SECRET. Several servers with the same broker form one chat.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 The names of all members, on this server and on others that share the broker.
 
 Emitter's presence lists connections, and each server has one connection for all of its browsers.
-So each server publishes the names of its own members, and publishes them again when presence
-shows a new server. When presence shows that a server has left, the others remove its members.
+So each server publishes the names of its members, and publishes them again when presence shows a
+new server. When presence shows that a server has left, the others remove its members.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def waited_seconds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def store(node: Broker, second: int, *payloads: bytes | str) -> None:
-    """Store messages of one second on ``a/`` in a node."""
+    """Store messages on ``a/`` in a node, with this second as their time."""
     for payload in payloads:
         data = payload.encode() if isinstance(payload, str) else payload
         node._exchange.storage.add(second, 10**9, "a/", ("a",), data)

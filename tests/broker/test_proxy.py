@@ -321,7 +321,7 @@ class TestInvalidArguments:
 
 
 class Endpoints:
-    """The two ends of one direction. Received bytes have the time since the creation in seconds."""
+    """The two ends of a direction. ``receive()`` adds the seconds since the creation."""
 
     def __init__(self, source: MemoryStream, sink: MemoryStream) -> None:
         self.source = source

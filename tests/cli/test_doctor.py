@@ -413,7 +413,7 @@ class TestTls:
         assert "use --cafile FILE to trust" in result_of(done, "tls")["fix"]
 
     def test_wrong_host_name_fails(self, cli: Cli, cafile: str) -> None:
-        with broker_with_certificate_for("other_nodes.example") as url:
+        with broker_with_certificate_for("elsewhere.example") as url:
             done = cli("doctor", "--url", url, "--cafile", cafile, "--json")
         assert "connect to a host name in the certificate" in result_of(done, "tls")["fix"]
 
