@@ -36,7 +36,7 @@ def add_broker(commands: Commands) -> None:
         ),
         examples=(
             "  %(prog)s\n"
-            "  %(prog)s --port 0              # print the free port that was chosen\n"
+            "  %(prog)s --port 0              # print the chosen free port\n"
             "  %(prog)s --license LICENSE     # accept the keys of an earlier run\n"
             "  %(prog)s --tls-cert cert.pem --tls-key key.pem"
         ),

@@ -65,7 +65,7 @@ def add_doctor(commands: Commands) -> None:
         examples=(
             "  %(prog)s\n"
             "  %(prog)s --url mqtts://broker.example --key KEY --channel chat/\n"
-            "  %(prog)s --channel chat/ --need rw    # fail unless the key has r and w\n"
+            "  %(prog)s --channel chat/ --need rw    # require r and w\n"
             "  %(prog)s --json | jq 'select(.status == \"failed\")'"
         ),
     )

@@ -15,9 +15,9 @@ from ._terminal import make_styler
 FORMATS: Final = ("text", "json", "hex")
 
 FORMAT_HELP: Final = (
-    "Formats: text prints the payload unchanged, hex prints its bytes, and json prints\n"
-    "an object with time, channel and payload (payload_base64 if it is not UTF-8). On a\n"
-    "terminal, text and hex always begin with the channel."
+    "Formats: text prints the payload unchanged, hex prints its bytes, json prints an\n"
+    "object with time, channel and payload (payload_base64 if it is not UTF-8).\n"
+    "On a terminal, text and hex always begin with the channel."
 )
 
 

@@ -27,14 +27,14 @@ def add_history(commands: Commands) -> None:
         arguments="CHANNEL",
         help="print stored messages",
         description=(
-            "Print the stored messages of a channel and of the channels below it, oldest first.\n\n"
+            "Print the stored messages of a channel and of channels below it, oldest first.\n\n"
             "A '+' matches any one level of the channel, except the first.\n\n"
             f"{FORMAT_HELP}\n\n{TIME_HELP}"
         ),
         examples=(
-            "  %(prog)s chat/                           # the newest 100 messages\n"
+            "  %(prog)s chat/                 # the newest 100 messages\n"
             "  %(prog)s chat/ --last 100000 > chat.jsonl\n"
-            "  %(prog)s chat/ --since 2030-01-31 --until 2030-02-01 --format text -v"
+            "  %(prog)s chat/ --since 2030-01-31 --until 2030-02-01 --format hex"
         ),
     )
     parser.add_argument(

@@ -72,7 +72,7 @@ def add_ban(commands: Commands) -> None:
         (
             "ban",
             "ban a channel key",
-            "Clients that subscribed with the key stay subscribed until their connection ends.",
+            "Clients that subscribed with it stay subscribed until their connection ends.",
         ),
         (
             "unban",

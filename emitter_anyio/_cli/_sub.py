@@ -49,11 +49,11 @@ def add_sub(commands: Commands) -> None:
         ),
         examples=(
             "  %(prog)s chat/\n"
-            "  %(prog)s chat/ --last 10 --count 10       # only the newest 10 messages\n"
-            "  %(prog)s chat/ --since 1h --last 1000     # the last hour, then live messages\n"
+            "  %(prog)s chat/ --last 10 --count 10      # only the newest 10\n"
+            "  %(prog)s chat/ --since 1h --last 1000    # also the last hour\n"
             "  %(prog)s chat/ --format json | jq .payload\n"
-            "  %(prog)s jobs/ --group workers            # a share of the messages\n"
-            "  %(prog)s chat/ --stats                    # the rate of messages"
+            "  %(prog)s jobs/ --group workers           # a share of the messages\n"
+            "  %(prog)s chat/ --stats                   # the rate of messages"
         ),
     )
     parser.add_argument(

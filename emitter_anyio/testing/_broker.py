@@ -237,6 +237,8 @@ class Broker:
         :param payload: the message; text is encoded as UTF-8
         :param ttl: the seconds to store the message for, or 0 not to store it
         :raises ValueError: if the channel is invalid
+
+        If cancelled while it waits for slow subscribers, the message is still delivered.
         """
         topic = self._topic(channel)
         self._exchange.store_and_send(
@@ -253,6 +255,8 @@ class Broker:
         :param client: a client, its id, or a client id, which several clients may share; ``None``
             closes all connections
         :raises LookupError: if no such client is connected
+
+        If cancelled, the connections are closed nevertheless.
         """
         chosen = list(self._clients)
         if client is not None:
@@ -286,7 +290,8 @@ class Broker:
         subscribers to those who watch presence. As in Emitter, these events contain ids that are
         not those of the subscribers, and might be those of clients of the other node.
 
-        Returns when the port is free. Stopping the node again has no effect.
+        Returns when the port is free. Stopping the node again has no effect. If cancelled, the node
+        stops nevertheless.
         """
         if ended := self._halt():
             await ended.wait()
@@ -300,7 +305,10 @@ class Broker:
         waits for them until they are restarted too. Emitter behaves like this in most restarts.
 
         :param forget: whether to delete the stored messages, like a node that stores in memory
+        :raises OSError: if the port is in use
         :raises RuntimeError: outside the ``async with`` block
+
+        If cancelled, the node might be stopped; restart it again.
         """
         tasks = self._service.tasks
         if tasks is None:

@@ -118,6 +118,8 @@ class FaultProxy:
         Returns when the connections are closed.
 
         :param reset: ``True`` to reset the connections like a crash, ``False`` to end the streams
+
+        If cancelled, the connections are closed nevertheless.
         """
         connections = list(self._connections)
         self._cut(reset)
@@ -175,6 +177,8 @@ class FaultProxy:
         follow. New connections are not affected. Returns when the streams have ended.
 
         :param direction: the direction to end
+
+        If cancelled, some of the streams might not have ended.
         """
         for connection in list(self._connections):
             await connection.half_close(direction)

@@ -95,7 +95,7 @@ async def accept(sock: socket.socket) -> SocketStream:
 
 async def keep_accepting(accept: Callable[[], Awaitable[None]]) -> NoReturn:
     """
-    Accept connections until cancelled. After a failure, wait for free file descriptors.
+    Accept connections until cancelled. After a failure, such as a lack of descriptors, try again.
 
     :param accept: a function that accepts one or more connections
     """

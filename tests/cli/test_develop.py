@@ -25,6 +25,10 @@ from tests.support import tls
 from tests.support.command import run, running
 
 BACKENDS = ["asyncio", "trio"]
+COMMANDS = [
+    *["demo", "broker", "license", "doctor", "pub", "sub", "presence", "history"],
+    *["keygen", "ban", "unban", "link", "me"],
+]
 DEMO_STEPS = [
     *["connect", "keygen", "publish", "publish", "subscribe", "message", "message"],
     *["publish", "message", "presence", "presence", "message", "presence"],
@@ -444,3 +448,18 @@ class TestUsage:
                 main([*arguments, "--help"])
             assert left.value.code == 0
             assert example in capsys.readouterr().out
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_help_fits_80_columns_with_one_line_per_option(
+        self, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["emitter-anyio"])
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if len(line) > 80] == []
+        options = lines[lines.index("options:") + 1 :]
+        options = options[: options.index("")]
+        assert [line for line in options if not line.startswith("  -")] == []
