@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import trio
 import trio.testing
 
 from tests.support.clock import JumpingEventLoop
+from tests.support.command import clean_environment
 from tests.support.leaks import Leaks, running_tasks
 from tests.support.secrets import SecretWatcher
 from tests.support.server import real_server
@@ -205,7 +205,7 @@ class TestServer:
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "emitter"],
             cwd=Path(__file__).parent.parent,
-            env={**os.environ, "EMITTER_URL": "mqtt://127.0.0.1", "EMITTER_SECRET": ""},
+            env=clean_environment({"EMITTER_URL": "mqtt://127.0.0.1", "EMITTER_SECRET": ""}),
             capture_output=True,
             text=True,
             check=False,

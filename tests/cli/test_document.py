@@ -10,7 +10,7 @@ from pathlib import Path
 
 from emitter_anyio._cli._main import _COMMANDS
 from tests.support.background import Background
-from tests.support.command import ROOT
+from tests.support.command import ROOT, clean_environment
 
 TEXT = (ROOT / "docs/command-line.md").read_text()
 BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
@@ -33,11 +33,8 @@ def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path
     program = tmp_path / "emitter-anyio"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m emitter_anyio "$@"\n')
     program.chmod(0o755)
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("EMITTER_")
-    }
     environment = {
-        **inherited,
+        **clean_environment(),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "EMITTER_URL": server.url,

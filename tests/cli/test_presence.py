@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from anyio.abc import TaskStatus
 from emitter_anyio import connect
 from tests.cli.conftest import Cli
 from tests.support.background import Background
-from tests.support.command import ROOT, running
+from tests.support.command import ROOT, clean_environment, running
 from tests.support.terminal import terminal
 
 
@@ -106,7 +105,7 @@ class TestChanges:
             process = subprocess.Popen(
                 [sys.executable, "-c", program, "presence", unique, "--backend", backend],
                 cwd=ROOT,
-                env={**os.environ, **environment(server)},
+                env=clean_environment(environment(server)),
                 stdin=screen.program_fd,
                 stdout=screen.program_fd,
                 stderr=screen.program_fd,

@@ -16,7 +16,7 @@ from emitter_anyio._cli._output import flush
 from emitter_anyio.testing import _requests
 from tests.cli.conftest import Cli
 from tests.support.background import Background, publishing
-from tests.support.command import ROOT, running
+from tests.support.command import ROOT, clean_environment, running
 
 HOSTILE = "\x1b[2J\x9b\u202e\udcff"
 SHOWN = "\\x1b[2J\\x9b\\u202e\\udcff"
@@ -28,7 +28,7 @@ def shell(server: Background, *arguments: str, redirect: str) -> subprocess.Comp
         ["sh", "-c", f'"$0" -W error -m emitter_anyio "$@" {redirect}', sys.executable, *arguments],
         check=False,
         cwd=ROOT,
-        env={**os.environ, "EMITTER_URL": server.url, "EMITTER_SECRET": server.secret},
+        env=clean_environment({"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}),
         capture_output=True,
         text=True,
     )
@@ -113,7 +113,7 @@ class TestReader:
         with (
             ours,
             subprocess.Popen(
-                line, cwd=ROOT, env={**os.environ, **environment}, stdout=theirs.fileno()
+                line, cwd=ROOT, env=clean_environment(environment), stdout=theirs.fileno()
             ) as process,
         ):
             theirs.close()

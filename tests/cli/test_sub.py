@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ import pytest
 from emitter_anyio.testing import Broker
 from tests.cli.conftest import Cli
 from tests.support.background import Background, publishing, subscriber
-from tests.support.command import ROOT, running
+from tests.support.command import ROOT, clean_environment, running
 from tests.support.terminal import terminal
 
 
@@ -236,7 +235,7 @@ class TestProcess:
                     *("--backend", backend),
                 ],
                 cwd=ROOT,
-                env={**os.environ, **environment(server)},
+                env=clean_environment(environment(server)),
                 stdin=screen.program_fd,
                 stdout=screen.program_fd,
                 stderr=screen.program_fd,

@@ -14,15 +14,20 @@ from anyio.abc import Process
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Without -X dev and PYTHONASYNCIODEBUG: asyncio would log slow steps to stderr on a busy machine.
 _PYTHON = (sys.executable, "-W", "error")
 
 
-def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
+def clean_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """
+    Return the environment of this process without what would change the output of another one.
+
+    :param more: variables to add
+    """
     inherited = {
         name: value
         for name, value in os.environ.items()
-        # Remove PYTHONUNBUFFERED because it would hide a missing flush().
+        # On a busy machine, asyncio's debug mode logs slow steps to stderr, also with -X dev.
+        # PYTHONUNBUFFERED would hide a missing flush().
         if not name.startswith("EMITTER_")
         and name not in ("PYTHONASYNCIODEBUG", "PYTHONUNBUFFERED")
     }
@@ -40,7 +45,7 @@ def start(*arguments: str, environment: Mapping[str, str] | None = None) -> subp
     return subprocess.Popen(
         [*_PYTHON, *arguments],
         cwd=ROOT,
-        env=_environment(environment),
+        env=clean_environment(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -77,7 +82,7 @@ async def open_process(
         [*_PYTHON, *arguments],
         stderr=None,
         cwd=ROOT,
-        env=_environment(environment),
+        env=clean_environment(environment),
     ) as process:
         try:
             yield process
