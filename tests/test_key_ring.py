@@ -31,9 +31,9 @@ async def test_concurrent_renewals_of_refused_key_call_function_once(anyio_backe
     async with anyio.create_task_group() as tasks:
         for _ in range(10):
             tasks.start_soon(ring.renew, keys, REFUSED)
-    assert keys.asked == 2
+    assert keys.calls == 2
     assert await ring.renew(keys, REFUSED) == REFUSED
-    assert keys.asked == 3
+    assert keys.calls == 3
 
 
 async def test_restoration_calls_key_function_although_a_call_is_pending(

@@ -1,6 +1,6 @@
-"""The client suite: what the client promises, towards whichever broker there is.
+"""The client suite: behaviour of the public API against any broker.
 
-It uses the public API alone, and channels of its own, so that the same tests run against a real
+The tests use only public names and a fresh channel each, so that they also run against a real
 Emitter (see the fixture ``server``).
 """
 
@@ -16,19 +16,19 @@ from tests.support.server import Server
 
 @pytest.fixture
 async def emitter(server: Server) -> AsyncIterator[Emitter]:
-    """A client that is connected."""
+    """A connected client."""
     async with connect(server.url) as emitter:
         yield emitter
 
 
 @pytest.fixture
 async def other(server: Server) -> AsyncIterator[Emitter]:
-    """Another client, called bob, that is connected; to another node, if there are several."""
+    """A second connected client, with username bob; on another node if there are several."""
     async with connect(server.other_url, username="bob") as other:
         yield other
 
 
 @pytest.fixture
 async def key(emitter: Emitter, server: Server, unique: str) -> str:
-    """A key that may do everything in ``unique`` and below."""
+    """A key with every permission for ``unique`` and the channels below it."""
     return (await emitter.keygen(server.secret, f"{unique}#/", "rwslp")).key

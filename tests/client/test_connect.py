@@ -11,7 +11,7 @@ import pytest
 from anyio.abc import ByteStream, ByteStreamConnectable
 
 from emitter_anyio import ClosedError, ConnectError, Emitter, Will, connect
-from tests.client.tools import relay, turns
+from tests.client.tools import checkpoints, relay
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -32,13 +32,13 @@ FORMS: dict[str, Callable[[Server], Emitter]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-async def test_connecting_with(form: str, server: Server) -> None:
+async def test_connect_accepts(form: str, server: Server) -> None:
     async with FORMS[form](server) as emitter:
         assert emitter.state == "connected"
         assert (await emitter.me()).id
 
 
-async def test_connecting_to_a_unix_socket_by_url(server: Server, tmp_path: Path) -> None:
+async def test_connect_to_a_unix_socket_by_url(server: Server, tmp_path: Path) -> None:
     path = str(tmp_path / "emitter")
     async with relay(server, path), connect(f"unix://{path}") as emitter:
         assert (await emitter.me()).id
@@ -46,21 +46,19 @@ async def test_connecting_to_a_unix_socket_by_url(server: Server, tmp_path: Path
         assert emitter.connection.server == f"unix://{path}"
 
 
-async def test_connecting_to_a_unix_socket_by_its_path_as_the_host(
-    server: Server, tmp_path: Path
-) -> None:
+async def test_connect_to_a_unix_socket_by_path_as_host(server: Server, tmp_path: Path) -> None:
     path = str(tmp_path / "emitter")
     async with relay(server, path), connect(host=path) as emitter:
         assert (await emitter.me()).id
 
 
-async def test_connecting_through_a_connectable(server: Server) -> None:
+async def test_connect_through_a_connectable(server: Server) -> None:
     connectable = anyio.as_connectable((server.host, server.port), tls=server.secure)
     async with connect(connectable=connectable) as emitter:
         assert (await emitter.me()).id
 
 
-async def test_nothing_happens_until_it_is_entered() -> None:
+async def test_connect_opens_nothing_before_entering() -> None:
     class Never(ByteStreamConnectable):
         async def connect(self) -> ByteStream:
             raise AssertionError
@@ -70,12 +68,12 @@ async def test_nothing_happens_until_it_is_entered() -> None:
     assert emitter.connection is None
 
 
-def test_a_client_is_made_outside_of_an_event_loop_with_the_original_sdks_defaults() -> None:
+def test_connect_outside_an_event_loop_uses_the_original_sdks_defaults() -> None:
     assert "mqtts://api.emitter.io:443" in repr(connect())
     assert "mqtt://api.emitter.io:8080" in repr(connect({"secure": False}))
 
 
-async def test_the_connection_says_where_it_goes_and_since_when(server: Server) -> None:
+async def test_connection_has_server_and_start_time(server: Server) -> None:
     before = datetime.now(UTC)
     async with connect(server.url.replace("://", "://bob:hunter2@")) as emitter:
         connection = emitter.connection
@@ -86,14 +84,14 @@ async def test_the_connection_says_where_it_goes_and_since_when(server: Server) 
     assert emitter.connection is None
 
 
-async def test_the_connection_has_its_id_once_it_was_asked_for(emitter: Emitter) -> None:
+async def test_connection_id_is_set_by_me(emitter: Emitter) -> None:
     assert emitter.connection is not None
     assert emitter.connection.id is None
     me = await emitter.me()
     assert emitter.connection.id == me.id
 
 
-async def test_the_broker_publishes_the_will_when_the_client_has_left(
+async def test_will_is_published_when_the_client_leaves(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -103,50 +101,50 @@ async def test_the_broker_publishes_the_will_when_the_client_has_left(
     assert message.as_string() == "gone"
 
 
-async def test_a_refused_connection_names_the_server_and_emitters_ports() -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and does not listen
-        url = f"mqtt://127.0.0.1:{nobody.getsockname()[1]}"
+async def test_connect_error_names_the_server_and_emitters_ports() -> None:
+    with socket.socket() as unlistened:
+        unlistened.bind(("127.0.0.1", 0))  # bound, but not listening
+        url = f"mqtt://127.0.0.1:{unlistened.getsockname()[1]}"
         with pytest.raises(ConnectError, match="8080") as caught:
             async with connect(url):
-                pytest.fail("it has connected")
+                pytest.fail("connected")
     assert url in str(caught.value)
     assert isinstance(caught.value.causes[url], OSError)
 
 
-async def test_a_client_that_could_not_connect_can_be_entered_again(
+async def test_client_can_be_entered_again_after_connect_error(
     server: Server, tmp_path: Path
 ) -> None:
     path = str(tmp_path / "emitter")
     emitter = connect(host=path)
     with pytest.raises(ConnectError):
         async with emitter:
-            pytest.fail("it has connected")
+            pytest.fail("connected")
     assert emitter.state == "closed"
     async with relay(server, path), emitter:
         assert (await emitter.me()).id
 
 
-async def test_wait_connected_raises_when_there_is_no_connecting() -> None:
+async def test_wait_connected_raises_when_connecting_fails() -> None:
     emitter = connect(host="/there/is/no/such/socket")
 
-    async def waits() -> None:
+    async def wait() -> None:
         with pytest.raises(ClosedError):
             await emitter.wait_connected()
         ended.set()
 
     ended = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(waits)
-        await turns()
+        tasks.start_soon(wait)
+        await checkpoints()
         with pytest.raises(ConnectError):
             async with emitter:
-                pytest.fail("it has connected")
+                pytest.fail("connected")
         await ended.wait()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "pattern"),
     [
         ({"hots": "x"}, "'hots'.*host"),
         ({"port": 65536}, "port.*1 to 65535.*65536"),
@@ -160,15 +158,15 @@ async def test_wait_connected_raises_when_there_is_no_connecting() -> None:
         ({"will": "bye"}, "will.*Will"),
     ],
 )
-def test_a_bad_option_is_named(options: dict[str, Any], words: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
+def test_connect_names_a_bad_option(options: dict[str, Any], pattern: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=pattern):
         connect(options)
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=pattern):
         connect(**options)
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "pattern"),
     [
         ("http://127.0.0.1", "scheme"),
         ("mqtt://", "host"),
@@ -176,11 +174,11 @@ def test_a_bad_option_is_named(options: dict[str, Any], words: str) -> None:
         ("mqtt://127.0.0.1/chat/", "host and port"),
     ],
 )
-def test_a_bad_url_is_explained(url: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_connect_explains_a_bad_url(url: str, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
         connect(url)
 
 
-def test_a_url_that_disagrees_with_a_keyword_is_refused() -> None:
+def test_connect_rejects_a_url_that_contradicts_a_keyword() -> None:
     with pytest.raises(TypeError, match="'port'"):
         connect("mqtt://127.0.0.1:8080", port=8081)

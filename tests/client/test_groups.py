@@ -26,13 +26,13 @@ NO_KEY = "A" * 32
 
 @pytest.fixture
 async def group_key(emitter: Emitter, server: Server, unique: str) -> str:
-    """A key of the group ``g`` of ``unique``, and of all below it."""
+    """A key for the group ``g`` of ``unique`` and of the channels below it."""
     return (await emitter.keygen(server.secret, f"$share/g/{unique}#/", "r")).key
 
 
 @pytest.fixture
 async def any_group_key(emitter: Emitter, server: Server, unique: str) -> str:
-    """A key of every group of ``unique``."""
+    """A key for every group of ``unique``."""
     return (await emitter.keygen(server.secret, f"$share/+/{unique}", "r")).key
 
 
@@ -42,7 +42,7 @@ async def publish(emitter: Emitter, key: str, channel: str, count: int) -> None:
     await emitter.flush()
 
 
-async def test_each_message_goes_to_one_member(
+async def test_each_message_goes_to_one_member_of_a_group(
     server: Server, emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -54,28 +54,28 @@ async def test_each_message_goes_to_one_member(
         await publish(emitter, key, unique, 90)
         found = [await arrived(member, messages) for member, messages in members]
     assert sorted(int(text) for texts in found for text in texts) == list(range(90))
-    # That one of three gets none of ninety happens once in 10¹⁵ runs.
+    # The chance that one of three members gets none of 90 messages is 1 in 10¹⁵.
     assert all(found)
     assert all(texts == sorted(texts, key=int) for texts in found)
 
 
-async def test_each_group_and_those_in_none_get_each_message(
+async def test_each_group_and_each_plain_subscriber_gets_each_message(
     server: Server, emitter: Emitter, other: Emitter, key: str, any_group_key: str, unique: str
 ) -> None:
     async with (
         connect(server.other_url) as third,
         emitter.subscribe(any_group_key, unique, group="g") as one,
         other.subscribe(any_group_key, unique, group="h") as two,
-        third.subscribe(key, unique) as all_of_them,
+        third.subscribe(key, unique) as plain,
     ):
         await publish(emitter, key, unique, 5)
         expected = [str(number) for number in range(5)]
         assert await arrived(emitter, one) == expected
         assert await arrived(other, two) == expected
-        assert await arrived(third, all_of_them) == expected
+        assert await arrived(third, plain) == expected
 
 
-async def test_a_message_comes_from_the_plain_channel(
+async def test_message_of_a_group_has_the_plain_channel(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(group_key, unique, group="g") as messages:
@@ -83,7 +83,7 @@ async def test_a_message_comes_from_the_plain_channel(
         assert (await messages.receive()).channel == f"{unique}a/"
 
 
-async def test_a_group_in_the_channel_itself_is_the_same(
+async def test_group_can_be_given_in_the_channel(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(group_key, f"$share/g/{unique}") as messages:
@@ -91,7 +91,7 @@ async def test_a_group_in_the_channel_itself_is_the_same(
         assert await arrived(emitter, messages) == ["0"]
 
 
-async def test_handlers_share_too_until_they_unsubscribe(
+async def test_handlers_share_until_unsubscribe(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -104,7 +104,7 @@ async def test_handlers_share_too_until_they_unsubscribe(
     assert emitter.statistics().received == 2
 
 
-async def test_who_has_left_the_group_gets_no_share(
+async def test_member_that_left_the_group_gets_no_messages(
     emitter: Emitter, other: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(group_key, unique, group="g") as messages:
@@ -115,7 +115,7 @@ async def test_who_has_left_the_group_gets_no_share(
         assert len(await arrived(emitter, messages)) == 20
 
 
-async def test_streams_of_one_group_on_one_link_get_the_same(
+async def test_streams_of_one_client_in_one_group_get_the_same_messages(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with (
@@ -126,7 +126,7 @@ async def test_streams_of_one_group_on_one_link_get_the_same(
         assert await arrived(emitter, one) == await arrived(emitter, two) == ["0", "1", "2"]
 
 
-async def test_a_wildcard_is_shared(
+async def test_group_of_a_wildcard_channel(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(group_key, f"{unique}+/b/", group="g") as messages:
@@ -135,32 +135,32 @@ async def test_a_wildcard_is_shared(
         assert await arrived(emitter, messages) == ["0"]
 
 
-async def test_without_echo_the_own_share_goes_to_another(
+async def test_publish_without_echo_goes_to_another_member(
     emitter: Emitter, other: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with (
-        emitter.subscribe(group_key, unique, group="g") as mine,
+        emitter.subscribe(group_key, unique, group="g") as own,
         other.subscribe(group_key, unique, group="g") as theirs,
     ):
         for number in range(20):
             await emitter.publish(key, unique, str(number), echo=False)
-        assert await arrived(emitter, mine) == []
+        assert await arrived(emitter, own) == []
         assert len(await arrived(other, theirs)) == 20
 
 
-async def test_nothing_is_replayed_to_a_group(
+async def test_group_gets_no_replay(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    may_load = (await emitter.keygen(server.secret, f"$share/g/{unique}", "rl")).key
+    load_key = (await emitter.keygen(server.secret, f"$share/g/{unique}", "rl")).key
     await emitter.publish(key, unique, "stored", ttl=60, qos=1)
-    async with emitter.subscribe(may_load, unique, group="g") as messages:
+    async with emitter.subscribe(load_key, unique, group="g") as messages:
         assert await arrived(emitter, messages) == []
 
 
-# What the broker cannot keep apart on one link
+# Subscriptions that the broker cannot tell apart on one connection
 
 
-async def test_a_group_beside_an_overlapping_subscription_is_refused(
+async def test_group_conflicts_with_an_overlapping_subscription(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     for plain in (unique, f"{unique}a/", "+/"):
@@ -174,7 +174,7 @@ async def test_a_group_beside_an_overlapping_subscription_is_refused(
             await emitter.subscribe(group_key, f"{unique}a/", group="g")
 
 
-async def test_two_groups_of_one_channel_are_refused_on_one_link(
+async def test_two_groups_of_one_channel_conflict(
     emitter: Emitter, any_group_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(any_group_key, unique, group="g"):
@@ -182,7 +182,7 @@ async def test_two_groups_of_one_channel_are_refused_on_one_link(
             await enter(emitter.subscribe(any_group_key, unique, group="h"))
 
 
-async def test_a_group_beside_another_channel_is_fine(
+async def test_group_does_not_conflict_with_another_channel(
     emitter: Emitter, key: str, group_key: str, unique: str
 ) -> None:
     async with (
@@ -198,7 +198,7 @@ async def test_a_group_beside_another_channel_is_fine(
 # Refusals
 
 
-async def test_a_group_needs_a_key_of_its_own_as_the_hint_says(
+async def test_refusal_hint_says_that_a_group_needs_its_own_key(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     needed = f"a group requires a key for '\\$share/g/{unique}' itself"
@@ -209,7 +209,7 @@ async def test_a_group_needs_a_key_of_its_own_as_the_hint_says(
         await emitter.unsubscribe(key, unique, group="g")
 
 
-async def test_a_key_of_another_group_is_refused(
+async def test_key_for_another_group_is_refused(
     emitter: Emitter, group_key: str, unique: str
 ) -> None:
     with pytest.raises(UnauthorizedError):
@@ -220,7 +220,7 @@ async def test_a_key_of_another_group_is_refused(
     "options",
     [{"last": 1}, {"since": 1700000000}, {"until": 1700000000}, {"last": 5, "until": 2e9}],
 )
-async def test_a_replay_to_a_group_is_refused(
+async def test_subscribe_rejects_replay_options_with_a_group(
     emitter: Emitter, unique: str, options: dict[str, Any]
 ) -> None:
     with pytest.raises(ValueError, match=r"last.*group"):
@@ -228,14 +228,14 @@ async def test_a_replay_to_a_group_is_refused(
 
 
 @pytest.mark.parametrize("group", ["", "a/b", "+", "#", "a b", "/"])
-async def test_a_bad_group_is_refused_before_it_is_sent(
+async def test_subscribe_rejects_a_bad_group_name(
     emitter: Emitter, unique: str, group: str
 ) -> None:
     with pytest.raises(InvalidChannelError):
         emitter.subscribe(NO_KEY, unique, group=group)
 
 
-async def test_a_group_is_a_str(emitter: Emitter, unique: str) -> None:
+async def test_subscribe_rejects_a_group_that_is_not_a_str(emitter: Emitter, unique: str) -> None:
     group: Any = 1
     with pytest.raises(TypeError, match="str"):
         emitter.subscribe(NO_KEY, unique, group=group)

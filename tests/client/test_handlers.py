@@ -1,4 +1,4 @@
-"""on(), off() and stream()."""
+"""``on()``, ``off()`` and ``stream()``."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.emitter
 NO_KEY = "A" * 32
 
 
-class Session:
-    """What makes each event happen once or more."""
+class Trigger:
+    """One method per event, which makes the client emit it once."""
 
     def __init__(self, emitter: Emitter, server: Server, unique: str) -> None:
         self.emitter = emitter
@@ -37,21 +37,21 @@ class Session:
         self.unique = unique
 
     async def message(self) -> None:
-        made = await self.emitter.keygen(self.server.secret, self.unique)
-        await self.emitter.subscribe(made.key, self.unique)
-        await self.emitter.publish(made.key, self.unique, "m", qos=1)
+        created = await self.emitter.keygen(self.server.secret, self.unique)
+        await self.emitter.subscribe(created.key, self.unique)
+        await self.emitter.publish(created.key, self.unique, "m", qos=1)
 
     async def presence(self) -> None:
-        made = await self.emitter.keygen(self.server.secret, self.unique, "p")
-        await self.emitter.presence(made.key, self.unique)
+        created = await self.emitter.keygen(self.server.secret, self.unique, "p")
+        await self.emitter.presence(created.key, self.unique)
 
     async def keygen(self) -> None:
         await self.emitter.keygen(self.server.secret, self.unique)
 
     async def keyban(self) -> None:
-        async with connect(self.server.url) as maker:
-            made = await maker.keygen(self.server.secret, self.unique)
-        await self.emitter.keyban(self.server.secret, made.key)
+        async with connect(self.server.url) as keymaker:
+            created = await keymaker.keygen(self.server.secret, self.unique)
+        await self.emitter.keyban(self.server.secret, created.key)
 
     async def link(self) -> None:
         await self.emitter.link("A" * 32, self.unique, "a1")
@@ -70,7 +70,7 @@ class Session:
     disconnect = connect
 
 
-KINDS: dict[str, type] = {
+VALUE_TYPES: dict[str, type] = {
     "connect": type(None),
     "disconnect": type(None),
     "message": EmitterMessage,
@@ -83,40 +83,40 @@ KINDS: dict[str, type] = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=VALUE_TYPES)
 def event(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 @pytest.fixture
 def client(server: Server) -> Emitter:
-    """A client that is not entered yet."""
+    """A client that has not been entered."""
     return connect(server.url)
 
 
 @pytest.fixture
-def session(client: Emitter, server: Server, unique: str) -> Session:
-    return Session(client, server, unique)
+def trigger(client: Emitter, server: Server, unique: str) -> Trigger:
+    return Trigger(client, server, unique)
 
 
 def check(event: str, values: list[Any]) -> None:
     assert len(values) == 1
-    assert isinstance(values[0], KINDS[event])
+    assert isinstance(values[0], VALUE_TYPES[event])
 
 
-# Each event in each form
+# Every event, in each form of registration
 
 
-async def test_a_function_handles_it(client: Emitter, session: Session, event: Any) -> None:
+async def test_function_handles_each_event(client: Emitter, trigger: Trigger, event: Any) -> None:
     calls = Calls()
     assert client.on(event, calls) is calls
     async with client:
-        await getattr(session, event)()
+        await getattr(trigger, event)()
     check(event, calls.values)
 
 
-async def test_a_coroutine_function_handles_it(
-    client: Emitter, session: Session, event: Any
+async def test_coroutine_function_handles_each_event(
+    client: Emitter, trigger: Trigger, event: Any
 ) -> None:
     calls = Calls()
 
@@ -126,12 +126,12 @@ async def test_a_coroutine_function_handles_it(
 
     client.on(event, handle)
     async with client:
-        await getattr(session, event)()
+        await getattr(trigger, event)()
     check(event, calls.values)
 
 
-async def test_a_decorated_function_handles_it(
-    client: Emitter, session: Session, event: Any
+async def test_decorated_function_handles_each_event(
+    client: Emitter, trigger: Trigger, event: Any
 ) -> None:
     calls = Calls()
 
@@ -141,34 +141,32 @@ async def test_a_decorated_function_handles_it(
 
     assert callable(handle)
     async with client:
-        await getattr(session, event)()
+        await getattr(trigger, event)()
     check(event, calls.values)
 
 
-async def test_a_stream_gives_it(client: Emitter, session: Session, event: Any) -> None:
+async def test_stream_yields_each_event(client: Emitter, trigger: Trigger, event: Any) -> None:
     async with client.stream(event) as stream:
         async with client:
-            await getattr(session, event)()
-        # Left by its client, it ends.
+            await getattr(trigger, event)()
+        # Leaving the client ends the stream.
         check(event, [value async for value in stream])
 
 
-async def test_a_handler_that_was_taken_away_is_not_called(
-    client: Emitter, session: Session, event: Any
+async def test_handler_removed_with_off_is_not_called(
+    client: Emitter, trigger: Trigger, event: Any
 ) -> None:
     calls, others = Calls(), Calls()
     client.on(event, calls)
     client.on(event, others)
     client.off(event, calls)
     async with client:
-        await getattr(session, event)()
+        await getattr(trigger, event)()
     assert calls.values == []
     check(event, others.values)
 
 
-async def test_a_handler_may_be_registered_and_taken_away_while_connected(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_on_and_off_work_while_connected(emitter: Emitter, key: str, unique: str) -> None:
     before, after = Calls(), Calls()
     emitter.on("message", before)
     await emitter.subscribe(key, unique)
@@ -181,7 +179,7 @@ async def test_a_handler_may_be_registered_and_taken_away_while_connected(
     assert texts(before.values) == ["one"]
 
 
-async def test_a_handler_may_take_itself_away(emitter: Emitter, key: str, unique: str) -> None:
+async def test_handler_can_remove_itself(emitter: Emitter, key: str, unique: str) -> None:
     once = []
 
     @emitter.on("message")
@@ -197,7 +195,7 @@ async def test_a_handler_may_take_itself_away(emitter: Emitter, key: str, unique
     assert once == ["one"]
 
 
-async def test_a_handler_registered_twice_is_called_twice(
+async def test_handler_registered_twice_is_called_twice(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -225,7 +223,7 @@ async def test_a_handler_registered_twice_is_called_twice(
     ],
 )
 @pytest.mark.parametrize("form", ["on", "stream"])
-async def test_a_channel_narrows_what_messages_come(
+async def test_channel_filters_messages(
     emitter: Emitter, key: str, unique: str, channel: str, reached: list[str], form: str
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -242,7 +240,7 @@ async def test_a_channel_narrows_what_messages_come(
             assert texts(calls.values) == reached
 
 
-async def test_a_handler_for_a_channel_subscribes_to_nothing(
+async def test_on_with_a_channel_does_not_subscribe(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -252,7 +250,7 @@ async def test_a_handler_for_a_channel_subscribes_to_nothing(
     assert emitter.statistics().received == 0
 
 
-async def test_closing_the_last_end_inside_ends_a_stream_of_events(
+async def test_closing_the_last_end_in_the_block_stops_an_event_stream(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -263,7 +261,7 @@ async def test_closing_the_last_end_inside_ends_a_stream_of_events(
         assert emitter.statistics().unhandled == 1
 
 
-# What on(), off() and stream() refuse
+# Arguments that on(), off() and stream() reject
 
 
 @pytest.mark.parametrize(
@@ -276,32 +274,34 @@ async def test_closing_the_last_end_inside_ends_a_stream_of_events(
     ],
     ids=["on", "decorator", "off", "stream"],
 )
-async def test_an_unknown_event_is_named(client: Emitter, call: Callable[[Any], object]) -> None:
+async def test_unknown_event_is_rejected(client: Emitter, call: Callable[[Any], object]) -> None:
     with pytest.raises(ValueError, match=r"'massage'.*connect, disconnect, message"):
         call(client)
 
 
-async def test_a_channel_goes_with_messages_and_presence_alone(client: Emitter) -> None:
+async def test_channel_is_rejected_for_other_events_than_message_and_presence(
+    client: Emitter,
+) -> None:
     with pytest.raises(ValueError, match=r"'me'.*channel"):
         client.on("me", print, channel="a/")
     with pytest.raises(ValueError, match=r"'connect'.*channel"):
         client.stream("connect", channel="a/")
 
 
-async def test_a_bad_buffer_is_named(client: Emitter) -> None:
+async def test_bad_buffer_and_overflow_are_rejected(client: Emitter) -> None:
     with pytest.raises(ValueError, match=r"buffer.*at least 1"):
         client.on("message", print, buffer=0)
     with pytest.raises(ValueError, match=r"overflow.*'raise'"):
         client.stream("message", overflow="x")  # type: ignore[call-overload]  # on purpose
 
 
-async def test_what_is_no_function_is_no_handler(client: Emitter) -> None:
+async def test_on_rejects_a_handler_that_is_not_callable(client: Emitter) -> None:
     handler: Any = "print"
     with pytest.raises(TypeError, match=r"handler.*str"):
         client.on("message", handler)
 
 
-async def test_taking_away_what_is_not_registered_is_an_error(client: Emitter) -> None:
+async def test_off_rejects_a_handler_that_is_not_registered(client: Emitter) -> None:
     client.on("me", print)
     with pytest.raises(ValueError, match="'message'"):
         client.off("message", print)
@@ -310,37 +310,37 @@ async def test_taking_away_what_is_not_registered_is_an_error(client: Emitter) -
 # How handlers run
 
 
-async def test_a_handler_may_await_any_verb(emitter: Emitter, server: Server, unique: str) -> None:
+async def test_handler_can_await_any_method(emitter: Emitter, server: Server, unique: str) -> None:
     results: dict[str, object] = {}
     done = anyio.Event()
-    made = await emitter.keygen(server.secret, f"{unique}#/", "rwslp")
+    created = await emitter.keygen(server.secret, f"{unique}#/", "rwslp")
     answers = f"{unique}answers/"
 
     @emitter.on("message", channel=f"{unique}questions/")
     async def handle(message: EmitterMessage) -> None:
-        await emitter.publish(made.key, answers, "queued")
-        await emitter.publish(made.key, answers, "accepted", qos=1)
+        await emitter.publish(created.key, answers, "queued")
+        await emitter.publish(created.key, answers, "accepted", qos=1)
         await emitter.flush()
         results["keygen"] = await emitter.keygen(server.secret, unique)
         results["me"] = await emitter.me()
-        results["presence"] = await emitter.presence(made.key, unique)
-        async with emitter.subscribe(made.key, answers) as messages:
-            await emitter.publish(made.key, answers, "heard")
+        results["presence"] = await emitter.presence(created.key, unique)
+        async with emitter.subscribe(created.key, answers) as messages:
+            await emitter.publish(created.key, answers, "received")
             results["subscribe"] = (await messages.receive()).as_string()
-        await emitter.subscribe(made.key, answers)
-        await emitter.unsubscribe(made.key, answers)
+        await emitter.subscribe(created.key, answers)
+        await emitter.unsubscribe(created.key, answers)
         done.set()
 
-    await emitter.subscribe(made.key, f"{unique}questions/")
-    await emitter.publish(made.key, f"{unique}questions/", "?")
+    await emitter.subscribe(created.key, f"{unique}questions/")
+    await emitter.publish(created.key, f"{unique}questions/", "?")
     await done.wait()
-    assert results["subscribe"] == "heard"
+    assert results["subscribe"] == "received"
     assert isinstance(results["keygen"], ChannelKey)
     assert isinstance(results["me"], Me)
     assert isinstance(results["presence"], PresenceStatus)
 
 
-async def test_a_handler_that_returns_an_awaitable_has_it_awaited(
+async def test_awaitable_returned_by_a_handler_is_awaited(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, f"{unique}echo/") as messages:
@@ -354,7 +354,7 @@ async def test_a_handler_that_returns_an_awaitable_has_it_awaited(
         assert (await messages.receive()).as_string() == "again"
 
 
-async def test_the_calls_of_a_handler_come_in_order_and_one_at_a_time(
+async def test_handler_is_called_in_order_and_one_call_at_a_time(
     server: Server, client: Emitter, unique: str
 ) -> None:
     log: list[str] = []
@@ -367,22 +367,22 @@ async def test_the_calls_of_a_handler_come_in_order_and_one_at_a_time(
         log.append(f"end {message.as_object()}")
 
     async with client:
-        made = await client.keygen(server.secret, unique)
-        await client.subscribe(made.key, unique)
+        created = await client.keygen(server.secret, unique)
+        await client.subscribe(created.key, unique)
         for number in range(5):
-            await client.publish(made.key, unique, number)
+            await client.publish(created.key, unique, number)
         await client.flush()
     assert log == [f"{what} {number}" for number in range(5) for what in ("begin", "end")]
 
 
-async def test_a_handler_that_waits_delays_no_other_and_no_answer(
+async def test_waiting_handler_delays_neither_other_handlers_nor_replies(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
     waiting, go_on = anyio.Event(), anyio.Event()
 
     @emitter.on("message")
-    async def waits(message: EmitterMessage) -> None:
+    async def wait(message: EmitterMessage) -> None:
         waiting.set()
         await go_on.wait()
 
@@ -396,7 +396,7 @@ async def test_a_handler_that_waits_delays_no_other_and_no_answer(
     go_on.set()
 
 
-async def test_a_handler_whose_buffer_is_full_has_the_gap_reported(
+async def test_full_handler_buffer_emits_slow_consumer_error(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     errors = Calls()
@@ -423,7 +423,7 @@ async def test_a_handler_whose_buffer_is_full_has_the_gap_reported(
     assert handled == ["handled", "buffered"]
 
 
-async def test_every_message_comes_once_whatever_is_subscribed(
+async def test_handler_gets_each_message_once_with_overlapping_subscriptions(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -448,7 +448,7 @@ def raising(error: Exception) -> Callable[..., None]:
     return handle
 
 
-async def test_what_a_handler_raises_goes_to_the_error_handler(
+async def test_handler_exception_goes_to_the_error_handler(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     errors = Calls()
@@ -463,7 +463,7 @@ async def test_what_a_handler_raises_goes_to_the_error_handler(
     assert error.__cause__ is boom
 
 
-async def test_a_handler_that_has_raised_is_called_again(
+async def test_handler_is_called_again_after_it_raised(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     errors = Calls()
@@ -475,7 +475,9 @@ async def test_a_handler_that_has_raised_is_called_again(
     assert len(await errors.get(3)) == 3
 
 
-async def test_the_error_handler_may_be_a_stream(emitter: Emitter, key: str, unique: str) -> None:
+async def test_error_stream_receives_handler_errors(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     emitter.on("message", raising(ValueError("boom")))
     async with emitter.stream("error") as errors:
         await emitter.subscribe(key, unique)
@@ -483,16 +485,16 @@ async def test_the_error_handler_may_be_a_stream(emitter: Emitter, key: str, uni
         assert isinstance(await errors.receive(), HandlerError)
 
 
-def stop(*values: object) -> None:
+def raise_stop_iteration(*values: object) -> None:
     raise StopIteration
 
 
-async def stop_as_a_coroutine(*values: object) -> None:
+async def raise_stop_iteration_in_coroutine(*values: object) -> None:
     raise StopIteration
 
 
-@pytest.mark.parametrize("handler", [stop, stop_as_a_coroutine])
-async def test_a_handler_that_raises_stopiteration_is_named(
+@pytest.mark.parametrize("handler", [raise_stop_iteration, raise_stop_iteration_in_coroutine])
+async def test_handler_that_raises_stop_iteration_is_named(
     client: Emitter, handler: Callable[..., object]
 ) -> None:
     errors = Calls()
@@ -501,13 +503,13 @@ async def test_a_handler_that_raises_stopiteration_is_named(
     async with client:
         (error,) = await errors.get(1)
     assert str(error) == f"the handler {handler.__name__} of 'connect' raised StopIteration"
-    # No coroutine can raise StopIteration.
+    # Python replaces a StopIteration that leaves a coroutine with a RuntimeError.
     assert isinstance(error.__cause__, RuntimeError)
     assert isinstance(error.__cause__.__cause__, StopIteration)
 
 
-@pytest.mark.parametrize("handler", [stop, stop_as_a_coroutine])
-async def test_stopiteration_that_no_handler_takes_leaves_with_the_handlers_name(
+@pytest.mark.parametrize("handler", [raise_stop_iteration, raise_stop_iteration_in_coroutine])
+async def test_stop_iteration_without_an_error_handler_is_raised_with_the_handlers_name(
     client: Emitter, handler: Callable[..., object]
 ) -> None:
     client.on("connect", handler)
@@ -519,26 +521,26 @@ async def test_stopiteration_that_no_handler_takes_leaves_with_the_handlers_name
 
 
 @pytest.mark.parametrize("event", ["connect", "disconnect", "keygen", "me"])
-async def test_what_it_raises_is_reported_whenever_it_is_called(
-    client: Emitter, session: Session, event: Any
+async def test_handler_exception_is_reported_for_each_event(
+    client: Emitter, trigger: Trigger, event: Any
 ) -> None:
     errors = Calls()
     client.on(event, raising(ValueError("boom")))
     client.on("error", errors)
     async with client:
-        await getattr(session, event)()
+        await getattr(trigger, event)()
     assert [error.event for error in errors.values] == [event]
 
 
 @pytest.mark.parametrize("event", ["connect", "disconnect", "message", "keygen", "me"])
-async def test_without_an_error_handler_it_ends_the_client_and_comes_out_bare(
-    client: Emitter, session: Session, event: Any
+async def test_handler_exception_without_an_error_handler_is_raised_bare(
+    client: Emitter, trigger: Trigger, event: Any
 ) -> None:
     boom = ValueError("boom")
     client.on(event, raising(boom))
     with pytest.raises(ValueError, match="boom") as caught:
         async with client:
-            await getattr(session, event)()
+            await getattr(trigger, event)()
             if event != "disconnect":
                 await anyio.sleep_forever()
     assert caught.value is boom
@@ -546,22 +548,22 @@ async def test_without_an_error_handler_it_ends_the_client_and_comes_out_bare(
     assert client.state == "closed"
 
 
-async def test_what_the_error_handler_raises_ends_the_client_and_comes_out_bare(
-    client: Emitter, session: Session
+async def test_exception_of_the_error_handler_is_raised_bare(
+    client: Emitter, trigger: Trigger
 ) -> None:
     boom = ValueError("boom")
     client.on("error", raising(boom))
     with pytest.raises(ValueError, match="boom") as caught:
         async with client:
-            await session.error()
+            await trigger.error()
             await anyio.sleep_forever()
     assert caught.value is boom
 
 
-async def test_when_the_body_raises_too_the_bodys_wins_and_has_the_other_noted(
+async def test_exception_of_the_block_wins_and_notes_the_handlers(
     client: Emitter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    error = KeyError("the body's")
+    error = KeyError("the block's")
     client.on("connect", raising(ValueError("boom")))
     with pytest.raises(KeyError) as caught:
         async with client:
@@ -575,7 +577,7 @@ async def test_when_the_body_raises_too_the_bodys_wins_and_has_the_other_noted(
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-async def test_an_interrupt_in_a_handler_wins_over_all(
+async def test_interrupt_in_a_handler_wins_over_other_exceptions(
     client: Emitter, kind: type[BaseException]
 ) -> None:
     interrupt = kind()
@@ -590,11 +592,11 @@ async def test_an_interrupt_in_a_handler_wins_over_all(
             try:
                 await anyio.sleep_forever()
             finally:
-                raise ValueError("the body's")
+                raise ValueError("the block's")
     assert caught.value is interrupt
 
 
-async def test_run_raises_it_in_the_callers_group(client: Emitter) -> None:
+async def test_run_raises_a_handlers_exception_in_the_callers_group(client: Emitter) -> None:
     boom = ValueError("boom")
     client.on("connect", raising(boom))
     with pytest.raises(ExceptionGroup) as caught:
@@ -617,7 +619,7 @@ READERS: dict[str, Callable[[EmitterMessage], object]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-async def test_a_message_is_read_by(emitter: Emitter, key: str, unique: str, reader: str) -> None:
+async def test_message_is_decoded_by(emitter: Emitter, key: str, unique: str, reader: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, ["ü"])
         message = await messages.receive()
@@ -626,7 +628,7 @@ async def test_a_message_is_read_by(emitter: Emitter, key: str, unique: str, rea
 
 
 @pytest.mark.parametrize("reader", ["as_string", "asString", "as_object", "asObject"])
-async def test_bytes_that_do_not_decode_are_an_error_that_names_channel_and_length(
+async def test_decoding_bad_utf8_names_channel_and_length(
     emitter: Emitter, key: str, unique: str, reader: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -637,7 +639,7 @@ async def test_bytes_that_do_not_decode_are_an_error_that_names_channel_and_leng
     assert message.binary == message.as_binary() == b"\xff\xfe\xfd"
 
 
-async def test_text_that_is_no_json_is_an_error_that_names_channel_and_length(
+async def test_decoding_bad_json_names_channel_and_length(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:

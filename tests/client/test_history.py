@@ -1,4 +1,4 @@
-"""Reading back what the broker has stored."""
+"""``history()``: reading stored messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ORDERS: tuple[Literal["oldest", "newest"], ...] = ("oldest", "newest")
 
 
 async def store(emitter: Emitter, key: str, channel: str, *messages: bytes | str | int) -> None:
-    """Have messages stored, in this order, as fast as can be: mostly within one second."""
+    """Store messages in this order, quickly, so that most share one second."""
     for message in messages:
         await emitter.publish(key, channel, message, ttl=600)
     await emitter.flush()
@@ -52,19 +52,19 @@ async def seven(emitter: Emitter, key: str, unique: str) -> str:
 # Order
 
 
-async def test_history_is_in_the_order_of_time_within_one_second_too(
+async def test_history_is_in_order_of_time_within_a_second(
     emitter: Emitter, key: str, seven: str
 ) -> None:
     assert await numbers(emitter.history(key, seven)) == list(range(7))
 
 
-async def test_history_from_the_newest(emitter: Emitter, key: str, seven: str) -> None:
+async def test_history_newest_first(emitter: Emitter, key: str, seven: str) -> None:
     newest = emitter.history(key, seven, order="newest")
     assert await numbers(newest) == list(reversed(range(7)))
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 7, 8, 1000, 2**31 - 1])
-async def test_last_counts_from_the_newest_whichever_comes_first(
+async def test_last_selects_the_newest_in_both_orders(
     emitter: Emitter, key: str, seven: str, last: int
 ) -> None:
     expected = list(range(max(0, 7 - last), 7))
@@ -73,7 +73,7 @@ async def test_last_counts_from_the_newest_whichever_comes_first(
     assert await numbers(newest) == expected[::-1]
 
 
-async def test_the_order_holds_from_second_to_second(
+async def test_history_is_in_order_across_seconds(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
     for start in range(0, 12, 4):
@@ -87,7 +87,7 @@ async def test_the_order_holds_from_second_to_second(
 
 
 async def next_second(server: Server) -> None:
-    """Let the broker's clock come to another second; a real one's cannot be put forward."""
+    """Move the broker's clock to the next second; with a real broker, wait a second."""
     if server.broker is not None:
         server.broker.advance(1)
     else:
@@ -95,7 +95,7 @@ async def next_second(server: Server) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-async def test_nothing_is_stored(
+async def test_history_of_an_empty_channel_is_empty(
     emitter: Emitter, key: str, unique: str, order: Literal["oldest", "newest"]
 ) -> None:
     assert await texts(emitter.history(key, unique, order=order)) == []
@@ -113,12 +113,12 @@ async def test_pages_neither_repeat_nor_skip_within_a_second(
     assert found == list(range(1000))[:: 1 if order == "oldest" else -1]
 
 
-async def test_last_holds_over_several_pages(emitter: Emitter, key: str, unique: str) -> None:
+async def test_last_applies_across_pages(emitter: Emitter, key: str, unique: str) -> None:
     await store(emitter, key, unique, *range(400))
     assert await numbers(emitter.history(key, unique, 300)) == list(range(100, 400))
 
 
-async def test_pages_of_several_channels(emitter: Emitter, key: str, unique: str) -> None:
+async def test_pages_contain_several_channels(emitter: Emitter, key: str, unique: str) -> None:
     for number in range(300):
         await emitter.publish(key, f"{unique}{number % 3}/", number, ttl=600)
     await emitter.flush()
@@ -129,7 +129,7 @@ async def test_pages_of_several_channels(emitter: Emitter, key: str, unique: str
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("size", [1000, 16000, 40000])
-async def test_pages_are_halved_until_the_broker_can_send_them(
+async def test_page_size_is_halved_until_the_broker_can_send_the_page(
     emitter: Emitter, key: str, unique: str, size: int, order: Literal["oldest", "newest"]
 ) -> None:
     large = [f"{number:0>{size}}" for number in range(9)]
@@ -138,23 +138,25 @@ async def test_pages_are_halved_until_the_broker_can_send_them(
     assert found == large[:: 1 if order == "oldest" else -1]
 
 
-async def test_small_messages_behind_large_ones(emitter: Emitter, key: str, unique: str) -> None:
+async def test_small_messages_after_large_ones_are_read(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     sizes = [1, 40000, 1, 20000, 20000, 1, 1, 30000, 1]
     await store(emitter, key, unique, *(b"x" * size for size in sizes))
     found = [len(message.binary) async for message in emitter.history(key, unique)]
     assert found == sizes
 
 
-async def read_on(
+async def read_past_errors(
     stored: AsyncIterator[StoredMessage],
 ) -> tuple[list[str], list[HistoryIncompleteError]]:
-    """Read everything, and go on after what cannot be read."""
+    """Read everything, and continue after each error."""
     found: list[str] = []
     errors: list[HistoryIncompleteError] = []
     while True:
         try:
             async for message in stored:
-                found.append(message.as_string())  # noqa: PERF401 - those before an error count
+                found.append(message.as_string())  # noqa: PERF401 - keep the messages before an error
         except HistoryIncompleteError as error:
             found.append("…")
             errors.append(error)
@@ -162,10 +164,10 @@ async def read_on(
             return found, errors
 
 
-async def test_one_message_too_large_for_the_broker_to_send_is_an_error_between_the_others(
+async def test_message_too_large_for_the_broker_to_send_raises_in_its_place(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    """As base64 inside JSON, 60000 bytes are more than 64 KiB."""
+    """60,000 bytes exceed 64 KiB once encoded as base64 inside JSON."""
     await store(emitter, key, unique, "oldest", "older")
     await next_second(server)
     await next_second(server)
@@ -173,46 +175,46 @@ async def test_one_message_too_large_for_the_broker_to_send_is_an_error_between_
     await next_second(server)
     await next_second(server)
     await store(emitter, key, unique, "newer")
-    found, (error,) = await read_on(emitter.history(key, unique))
+    found, (error,) = await read_past_errors(emitter.history(key, unique))
     assert found == ["oldest", "older", "…", "newer"]
     assert (error.status, error.operation, error.channel) == (None, "history", unique)
     assert "too large for the broker to send" in str(error)
     (newer,) = [message async for message in emitter.history(key, unique, 1)]
     assert error.since <= error.until < newer.time
-    found, _ = await read_on(emitter.history(key, unique, order="newest"))
+    found, _ = await read_past_errors(emitter.history(key, unique, order="newest"))
     assert found == ["newer", "…", "older", "oldest"]
     assert await texts(emitter.history(key, unique, 1)) == ["newer"]
 
 
-async def test_a_message_that_hides_all_before_it_is_an_error_between_the_others(
+async def test_message_that_hides_older_ones_raises_in_its_place(
     emitter: Emitter, key: str, unique: str
 ) -> None:
-    """Its id grows with the levels of the channel, so that it is stored with over 64 KiB."""
+    """A stored message's id grows with the channel's levels, so this one exceeds 64 KiB."""
     deep = unique + "a/" * 12
     await store(emitter, key, unique, "older")
     await store(emitter, key, deep, b"x" * (65536 - 2 - 33 - len(deep) - len("?ttl=600")))
     await store(emitter, key, unique, "newer")
-    found, (error,) = await read_on(emitter.history(key, unique))
+    found, (error,) = await read_past_errors(emitter.history(key, unique))
     assert found == ["older", "…", "newer"]
     assert "64 KiB" in str(error)
 
 
-async def test_the_newest_are_asked_for_a_page_at_a_time(
+async def test_history_newest_first_requests_one_page_at_a_time(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     await store(emitter, key, unique, *range(500))
-    async with relay(server) as link:
-        async with connect(host="127.0.0.1", port=link.port, secure=False) as reader:
+    async with relay(server) as proxy:
+        async with connect(host="127.0.0.1", port=proxy.port, secure=False) as reader:
             history = reader.history(key, unique, 500, order="newest")
             async for message in history:
                 if message.as_object() == 400:
                     break
             await reader.flush()
-            # All are of one second: beside two pages, the whole of it was asked for.
-            assert link.packets().count(3) < 6
+            # All messages share one second, so two pages and that whole second were requested.
+            assert proxy.packets().count(3) < 6
 
 
-async def test_history_can_be_read_by_several_at_once(
+async def test_history_can_be_read_by_several_tasks(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await store(emitter, key, unique, *range(200))
@@ -227,7 +229,7 @@ async def test_history_can_be_read_by_several_at_once(
     assert found == {last: list(range(200))[-last:] for last in (1, 50, 199, 1000)}
 
 
-async def test_what_is_stored_while_it_is_read_does_not_move_the_pages(
+async def test_messages_stored_while_reading_do_not_shift_the_pages(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await store(emitter, key, unique, *range(300))
@@ -239,10 +241,12 @@ async def test_what_is_stored_while_it_is_read_does_not_move_the_pages(
     assert found == list(range(300))[::-1]
 
 
-# What is read back
+# Fields of a stored message
 
 
-async def test_a_stored_message_is_as_it_was(emitter: Emitter, key: str, unique: str) -> None:
+async def test_stored_message_has_channel_payload_time_and_id(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     channel, binary = f"{unique}a/b/", bytes(range(256))
     before = datetime.now(UTC).replace(microsecond=0)
     await store(emitter, key, channel, binary)
@@ -254,12 +258,12 @@ async def test_a_stored_message_is_as_it_was(emitter: Emitter, key: str, unique:
     assert len(message.id) >= 16
 
 
-async def test_empty_messages(emitter: Emitter, key: str, unique: str) -> None:
+async def test_empty_messages_are_stored(emitter: Emitter, key: str, unique: str) -> None:
     await store(emitter, key, unique, b"", "m", b"")
     assert await texts(emitter.history(key, unique)) == ["", "m", ""]
 
 
-async def test_the_ids_are_different_and_fall_with_time(
+async def test_ids_are_unique_and_decrease_with_time(
     emitter: Emitter, key: str, seven: str
 ) -> None:
     stored = [message async for message in emitter.history(key, seven)]
@@ -273,7 +277,7 @@ async def test_retained_messages_are_stored(emitter: Emitter, key: str, unique: 
     assert await texts(emitter.history(key, unique)) == ["retained"]
 
 
-async def test_history_reads_the_channel_and_all_below_and_nothing_beside(
+async def test_history_reads_the_channel_and_its_subchannels_only(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     for channel in ("", "a/", "a/b/", "c/b/", "c/"):
@@ -293,18 +297,18 @@ async def test_history_reads_the_channel_and_all_below_and_nothing_beside(
     }
 
 
-# Windows of time
+# since and until
 
 
-async def test_since_and_until_say_from_when_to_when(
+async def test_since_and_until_select_a_window(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
     for number in range(3):
         await store(emitter, key, unique, number)
         await next_second(server)
         await next_second(server)
-    all_of_them = [message async for message in emitter.history(key, unique)]
-    first, second, third = (message.time for message in all_of_them)
+    everything = [message async for message in emitter.history(key, unique)]
+    first, second, third = (message.time for message in everything)
     history = emitter.history
     assert await numbers(history(key, unique, since=second)) == [1, 2]
     assert await numbers(history(key, unique, until=second)) == [0, 1]
@@ -317,7 +321,7 @@ async def test_since_and_until_say_from_when_to_when(
     assert await numbers(newest) == [2, 1, 0]
 
 
-async def test_a_window_holds_over_several_pages(
+async def test_window_applies_across_pages(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
     await store(emitter, key, unique, "before")
@@ -336,26 +340,26 @@ async def test_a_window_holds_over_several_pages(
 # Refusals
 
 
-async def test_a_key_without_the_permission_is_refused_when_it_is_iterated(
+async def test_key_without_load_permission_is_refused_on_iteration(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
-    made = await emitter.keygen(server.secret, unique, "rws")
-    stored = emitter.history(made.key, unique)
+    created = await emitter.keygen(server.secret, unique, "rws")
+    stored = emitter.history(created.key, unique)
     with pytest.raises(UnauthorizedError, match="'l' \\(load\\)") as caught:
         await anext(stored)
     error = caught.value
     assert (error.status, error.operation, error.channel) == (401, "history", unique)
-    assert made.key not in str(error)
+    assert created.key not in str(error)
 
 
 @pytest.mark.parametrize("channel", ["+/", "+/a/", "#/"])
-async def test_the_first_level_is_literal(emitter: Emitter, channel: str) -> None:
+async def test_wildcard_first_level_is_rejected(emitter: Emitter, channel: str) -> None:
     with pytest.raises(InvalidChannelError, match="literal first level"):
         emitter.history(NO_KEY, channel)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "words"),
+    ("arguments", "options", "pattern"),
     [
         ((NO_KEY, "a b/"), {}, "' '"),
         ((NO_KEY, "a/", "5"), {}, "last"),
@@ -369,14 +373,14 @@ async def test_the_first_level_is_literal(emitter: Emitter, channel: str) -> Non
         (("", "a/"), {}, "key.*empty"),
     ],
 )
-async def test_bad_arguments_are_named_at_once(
-    emitter: Emitter, arguments: tuple[Any, ...], options: dict[str, Any], words: str
+async def test_bad_arguments_are_rejected_before_iteration(
+    emitter: Emitter, arguments: tuple[Any, ...], options: dict[str, Any], pattern: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=pattern):
         emitter.history(*arguments, **options)
 
 
-async def test_the_newest_hundred_are_given_unless_more_are_wanted(
+async def test_history_reads_the_newest_100_by_default(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await store(emitter, key, unique, *range(120))
@@ -385,7 +389,7 @@ async def test_the_newest_hundred_are_given_unless_more_are_wanted(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-async def test_it_may_be_left_at_any_time_and_gone_on_with(
+async def test_iteration_can_be_interrupted_and_continued(
     emitter: Emitter, key: str, seven: str, order: Literal["oldest", "newest"]
 ) -> None:
     stored = emitter.history(key, seven, order=order)
@@ -402,7 +406,7 @@ async def test_it_may_be_left_at_any_time_and_gone_on_with(
     assert [message async for message in stored] == []
 
 
-async def test_two_tasks_cannot_iterate_over_the_same_one(
+async def test_two_tasks_cannot_iterate_over_the_same_history(
     emitter: Emitter, key: str, seven: str
 ) -> None:
     stored, started = emitter.history(key, seven), anyio.Event()
@@ -418,7 +422,7 @@ async def test_two_tasks_cannot_iterate_over_the_same_one(
             await anext(stored)
 
 
-async def test_cancelling_it_leaves_the_client_usable(
+async def test_cancelled_history_leaves_the_client_usable(
     emitter: Emitter, key: str, seven: str
 ) -> None:
     with anyio.CancelScope() as scope:

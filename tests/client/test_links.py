@@ -1,4 +1,4 @@
-"""Links: short names for channels, and who this connection is."""
+"""``link()``, ``publish_with_link()`` and ``me()``."""
 
 from __future__ import annotations
 
@@ -29,39 +29,37 @@ async def stored(emitter: Emitter, key: str, channel: str) -> list[str]:
     return [message.as_string() async for message in emitter.history(key, channel)]
 
 
-async def test_what_is_published_through_a_link_reaches_its_channel(
+async def test_publish_with_link_reaches_its_channel(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     assert await emitter.link(key, unique, "a1") == Link("a1", unique)
     async with other.subscribe(key, unique) as messages:
-        await emitter.publish_with_link("a1", "confirmed", qos=1)
-        await emitter.publish_with_link("a1", {"not": "confirmed"})
+        await emitter.publish_with_link("a1", "acknowledged", qos=1)
+        await emitter.publish_with_link("a1", {"not": "acknowledged"})
         await emitter.flush()
-        assert await arrived(other, messages) == ["confirmed", '{"not":"confirmed"}']
+        assert await arrived(other, messages) == ["acknowledged", '{"not":"acknowledged"}']
 
 
 @pytest.mark.parametrize("name", ["a", "Z", "0", "zz", "9A"])
-async def test_names_of_links(emitter: Emitter, key: str, unique: str, name: str) -> None:
+async def test_valid_link_names(emitter: Emitter, key: str, unique: str, name: str) -> None:
     await emitter.link(key, unique, name)
     await emitter.publish_with_link(name, "m", qos=1)
 
 
-async def test_a_link_without_echo_does_not_reach_this_connection(
+async def test_link_without_echo_does_not_reach_its_own_client(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    made = await emitter.link(key, unique, "a", echo=False)
-    assert made == Link("a", f"{unique}?me=0")
-    async with emitter.subscribe(key, unique) as mine, other.subscribe(key, unique) as theirs:
+    created = await emitter.link(key, unique, "a", echo=False)
+    assert created == Link("a", f"{unique}?me=0")
+    async with emitter.subscribe(key, unique) as own, other.subscribe(key, unique) as theirs:
         await emitter.publish_with_link("a", "m", qos=1)
-        assert await arrived(emitter, mine) == []
+        assert await arrived(emitter, own) == []
         assert await arrived(other, theirs) == ["m"]
 
 
-async def test_a_link_stores_what_is_published_through_it(
-    emitter: Emitter, key: str, unique: str
-) -> None:
-    made = await emitter.link(key, unique, "a", ttl=60)
-    assert made.channel == f"{unique}?ttl=60"
+async def test_link_with_a_ttl_stores_its_messages(emitter: Emitter, key: str, unique: str) -> None:
+    created = await emitter.link(key, unique, "a", ttl=60)
+    assert created.channel == f"{unique}?ttl=60"
     await emitter.link(key, unique, "b", ttl=0)
     await emitter.link(key, unique, "c")
     for name in "abc":
@@ -70,7 +68,7 @@ async def test_a_link_stores_what_is_published_through_it(
     assert await stored(emitter, key, unique) == ["a", "retained"]
 
 
-async def test_the_ttl_of_a_link_is_in_seconds(
+async def test_ttl_of_a_link_is_in_seconds(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
     await emitter.link(key, unique, "a", ttl=30)
@@ -81,9 +79,7 @@ async def test_the_ttl_of_a_link_is_in_seconds(
         assert await stored(emitter, key, unique) == []
 
 
-async def test_a_link_may_subscribe_too(
-    emitter: Emitter, other: Emitter, key: str, unique: str
-) -> None:
+async def test_link_can_subscribe(emitter: Emitter, other: Emitter, key: str, unique: str) -> None:
     calls = Calls()
     emitter.on("message", calls)
     await emitter.publish(key, unique, "before", ttl=60, qos=1)
@@ -93,7 +89,7 @@ async def test_a_link_may_subscribe_too(
     assert [message.as_string() for message in await calls.get(2)] == ["m", "theirs"]
 
 
-async def test_what_a_link_has_subscribed_is_unsubscribed_as_usual(
+async def test_subscription_of_a_link_ends_with_unsubscribe(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -104,7 +100,7 @@ async def test_what_a_link_has_subscribed_is_unsubscribed_as_usual(
     assert calls.values == []
 
 
-async def test_a_link_beside_a_stream_takes_nothing_from_it(
+async def test_unsubscribing_a_link_leaves_a_stream_subscribed(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -114,7 +110,7 @@ async def test_a_link_beside_a_stream_takes_nothing_from_it(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_subscribing_with_a_key_that_may_not_read_raises_and_the_link_is_there(
+async def test_link_exists_although_its_subscription_was_refused(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     write_only = (await emitter.keygen(server.secret, unique, "w")).key
@@ -123,9 +119,7 @@ async def test_subscribing_with_a_key_that_may_not_read_raises_and_the_link_is_t
     await emitter.publish_with_link("a", "m", qos=1)
 
 
-async def test_a_name_can_be_given_to_another_channel(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_link_name_can_be_reassigned(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         await emitter.link(key, f"{unique}a/", "a")
         await emitter.link(key, f"{unique}b/", "a")
@@ -134,7 +128,7 @@ async def test_a_name_can_be_given_to_another_channel(
         assert (await messages.receive()).channel == f"{unique}b/"
 
 
-async def test_a_link_is_this_connections_own(
+async def test_link_is_unknown_to_another_connection(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     await emitter.link(key, unique, "a")
@@ -142,7 +136,7 @@ async def test_a_link_is_this_connections_own(
         await other.publish_with_link("a", "m", qos=1)
 
 
-async def test_a_link_ends_with_the_connection(server: Server, key: str, unique: str) -> None:
+async def test_link_ends_with_the_connection(server: Server, key: str, unique: str) -> None:
     emitter = connect(server.url)
     async with emitter:
         await emitter.link(key, unique, "a")
@@ -151,7 +145,7 @@ async def test_a_link_ends_with_the_connection(server: Server, key: str, unique:
             await emitter.publish_with_link("a", "m", qos=1)
 
 
-async def test_the_key_of_a_link_is_looked_at_when_it_is_used(
+async def test_key_of_a_link_is_checked_when_publishing(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     read_only = (await emitter.keygen(server.secret, unique, "r")).key
@@ -163,7 +157,7 @@ async def test_the_key_of_a_link_is_looked_at_when_it_is_used(
     assert read_only not in str(error)
 
 
-async def test_a_link_of_a_bad_key_and_qos_0_is_told_by_flush(
+async def test_flush_raises_the_refusal_of_a_link_with_a_bad_key(
     emitter: Emitter, unique: str
 ) -> None:
     errors = Calls()
@@ -176,10 +170,10 @@ async def test_a_link_of_a_bad_key_and_qos_0_is_told_by_flush(
     assert isinstance(error, UnauthorizedError)
 
 
-# What the broker could not send on
+# Message size
 
 
-async def test_the_largest_message_through_a_link(
+async def test_largest_message_through_a_link(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     await emitter.link(key, unique, "a")
@@ -192,7 +186,7 @@ async def test_the_largest_message_through_a_link(
     await emitter.flush()
 
 
-async def test_what_is_larger_than_a_packet_is_refused_for_an_unknown_link_too(
+async def test_oversized_message_is_rejected_for_an_unknown_link(
     emitter: Emitter,
 ) -> None:
     with pytest.raises(MessageTooLargeError, match="65536"):
@@ -202,7 +196,7 @@ async def test_what_is_larger_than_a_packet_is_refused_for_an_unknown_link_too(
 # me()
 
 
-async def test_me_tells_the_id_and_the_links(emitter: Emitter, key: str, unique: str) -> None:
+async def test_me_returns_id_and_links(emitter: Emitter, key: str, unique: str) -> None:
     me = await emitter.me()
     assert (len(me.id), dict(me.links)) == (26, {})
     await emitter.link(key, unique, "a")
@@ -213,7 +207,7 @@ async def test_me_tells_the_id_and_the_links(emitter: Emitter, key: str, unique:
     assert connection.id == me.id
 
 
-async def test_me_cannot_be_changed(emitter: Emitter) -> None:
+async def test_me_is_immutable(emitter: Emitter) -> None:
     me: Any = await emitter.me()
     with pytest.raises(TypeError):
         me.links["a"] = "b/"
@@ -221,32 +215,34 @@ async def test_me_cannot_be_changed(emitter: Emitter) -> None:
         me.id = "x"
 
 
-async def test_each_connection_has_an_id_of_its_own(
+async def test_each_connection_has_its_own_id(
     server: Server, emitter: Emitter, other: Emitter
 ) -> None:
-    again = connect(server.url)
+    reentered = connect(server.url)
     ids = {(await emitter.me()).id, (await other.me()).id}
     for _ in range(2):
-        async with again:
-            ids.add((await again.me()).id)
+        async with reentered:
+            ids.add((await reentered.me()).id)
     assert len(ids) == 4
 
 
-async def test_the_answers_are_events_too(emitter: Emitter, key: str, unique: str) -> None:
+async def test_replies_are_also_emitted_as_link_and_me(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     links, mes = Calls(), Calls()
     emitter.on("link", links)
     emitter.on("me", mes)
-    made = await emitter.link(key, unique, "a")
+    created = await emitter.link(key, unique, "a")
     me = await emitter.me()
-    assert await links.get(1) == [made]
+    assert await links.get(1) == [created]
     assert await mes.get(1) == [me]
 
 
-# Caught before it leaves
+# Argument checks
 
 
 @pytest.mark.parametrize("name", ["", "abc", "a_", "ä", "a/", "+"])
-async def test_a_bad_name_is_refused_before_it_is_sent(
+async def test_bad_link_name_is_rejected(
     emitter: Emitter, key: str, unique: str, name: str
 ) -> None:
     sent = emitter.statistics().pending
@@ -258,7 +254,7 @@ async def test_a_bad_name_is_refused_before_it_is_sent(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "words"),
+    ("arguments", "options", "pattern"),
     [
         ((NO_KEY, "a/", 1), {}, "name.*int"),
         ((NO_KEY, 1, "a"), {}, "channel.*int"),
@@ -267,20 +263,20 @@ async def test_a_bad_name_is_refused_before_it_is_sent(
         ((NO_KEY, "a/", "a"), {"ttl": "60"}, "ttl.*str"),
     ],
 )
-async def test_bad_arguments_are_named(
-    emitter: Emitter, arguments: tuple[Any, ...], options: dict[str, Any], words: str
+async def test_bad_arguments_are_rejected(
+    emitter: Emitter, arguments: tuple[Any, ...], options: dict[str, Any], pattern: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=pattern):
         await emitter.link(*arguments, **options)
 
 
 @pytest.mark.parametrize("channel", ["a/+/", "a/#/", "a//", "a b/", "", "a/?ttl=5"])
-async def test_a_bad_channel_is_refused_before_it_is_sent(emitter: Emitter, channel: str) -> None:
+async def test_bad_channel_is_rejected(emitter: Emitter, channel: str) -> None:
     with pytest.raises(InvalidChannelError):
         await emitter.link(NO_KEY, channel, "a")
 
 
-async def test_a_publish_to_no_link_and_qos_0_is_told_by_flush(emitter: Emitter) -> None:
+async def test_flush_raises_the_refusal_of_an_unknown_link(emitter: Emitter) -> None:
     emitter.on("error", lambda error: None)
     await emitter.publish_with_link("zz", "m")
     with pytest.raises(RequestError) as caught:

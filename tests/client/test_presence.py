@@ -14,27 +14,27 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
-from tests.client.tools import Calls, enter, turns
+from tests.client.tools import Calls, checkpoints, enter
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
 
 NO_KEY = "A" * 32
 
-a_status_is_of_one_node = pytest.mark.one_node("a status lists only the clients of its own node")
+lists_one_node = pytest.mark.one_node("a status lists only the clients of a single node")
 
 
 @pytest.fixture
 async def bob(other: Emitter) -> Member:
-    """Who the other client is."""
+    """The other client, as presence lists it."""
     return Member((await other.me()).id, "bob")
 
 
 # presence()
 
 
-@a_status_is_of_one_node
-async def test_a_status_tells_who_is_there(
+@lists_one_node
+async def test_status_lists_the_subscribers(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -45,40 +45,40 @@ async def test_a_status_tells_who_is_there(
     assert set(status.who) == {bob, Member((await emitter.me()).id)}
 
 
-async def test_nobody_is_there(emitter: Emitter, key: str, unique: str) -> None:
+async def test_status_of_an_empty_channel_is_empty(emitter: Emitter, key: str, unique: str) -> None:
     assert (await emitter.presence(key, unique)).who == ()
 
 
-@a_status_is_of_one_node
+@lists_one_node
 @pytest.mark.parametrize(
-    ("channel", "there"), [("a/b/", True), ("a/", True), ("a/+/", True), ("a/b/c/", False)]
+    ("channel", "listed"), [("a/b/", True), ("a/", True), ("a/+/", True), ("a/b/c/", False)]
 )
-async def test_a_status_tells_whom_a_message_to_the_channel_would_reach(
+async def test_status_lists_the_clients_that_a_message_would_reach(
     emitter: Emitter,
     other: Emitter,
     bob: Member,
     key: str,
     unique: str,
     channel: str,
-    there: bool,
+    listed: bool,
 ) -> None:
     await other.subscribe(key, unique + channel)
     status = await emitter.presence(key, f"{unique}a/b/")
-    assert status.who == ((bob,) if there else ())
+    assert status.who == ((bob,) if listed else ())
 
 
-async def test_a_key_without_the_permission_is_refused(
+async def test_key_without_presence_permission_is_refused(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
-    made = await emitter.keygen(server.secret, unique, "rw")
+    created = await emitter.keygen(server.secret, unique, "rw")
     with pytest.raises(UnauthorizedError, match="'p' \\(presence\\)") as caught:
-        await emitter.presence(made.key, unique)
+        await emitter.presence(created.key, unique)
     error = caught.value
     assert (error.status, error.operation, error.channel) == (401, "presence", unique)
-    assert made.key not in str(error)
+    assert created.key not in str(error)
 
 
-async def test_a_status_is_an_event_too(emitter: Emitter, key: str, unique: str) -> None:
+async def test_status_is_also_emitted_as_presence(emitter: Emitter, key: str, unique: str) -> None:
     calls = Calls()
     emitter.on("presence", calls)
     status = await emitter.presence(key, unique)
@@ -88,7 +88,7 @@ async def test_a_status_is_an_event_too(emitter: Emitter, key: str, unique: str)
 # presence(changes=…)
 
 
-async def test_changes_tell_of_who_comes_and_goes(
+async def test_changes_report_subscribe_and_unsubscribe(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -96,14 +96,14 @@ async def test_changes_tell_of_who_comes_and_goes(
     await emitter.presence(key, unique, changes=True)
     await other.subscribe(key, unique)
     await other.unsubscribe(key, unique)
-    status, came, left = await calls.get(3)
+    status, joined, left = await calls.get(3)
     assert isinstance(status, PresenceStatus)
-    assert (came.event, came.channel, came.who) == ("subscribe", unique, (bob,))
+    assert (joined.event, joined.channel, joined.who) == ("subscribe", unique, (bob,))
     assert (left.event, left.channel, left.who) == ("unsubscribe", unique, (bob,))
-    assert came.time.tzinfo is UTC
+    assert joined.time.tzinfo is UTC
 
 
-async def test_who_loses_the_link_has_left(
+async def test_changes_report_a_client_that_disconnects(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -111,12 +111,12 @@ async def test_who_loses_the_link_has_left(
     await emitter.presence(key, unique, changes=True)
     async with connect(server.other_url) as other:
         await other.subscribe(key, unique)
-    _, came, left = await calls.get(3)
-    assert (came.event, left.event) == ("subscribe", "unsubscribe")
-    assert came.who == left.who
+    _, joined, left = await calls.get(3)
+    assert (joined.event, left.event) == ("subscribe", "unsubscribe")
+    assert joined.who == left.who
 
 
-async def test_asking_again_leaves_the_changes_on(
+async def test_further_presence_calls_leave_changes_on(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -125,8 +125,8 @@ async def test_asking_again_leaves_the_changes_on(
     await emitter.presence(key, unique, changes=True)
     emitter.on("presence", calls)
     await other.subscribe(key, unique)
-    (came,) = await calls.get(1)
-    assert came.who == (bob,)
+    (joined,) = await calls.get(1)
+    assert joined.who == (bob,)
 
 
 async def test_changes_can_be_turned_off(
@@ -148,13 +148,13 @@ async def test_changes_can_be_turned_off(
     assert errors.values == []
 
 
-async def test_turning_changes_off_that_were_never_on_is_fine(
+async def test_turning_changes_off_without_turning_them_on(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     assert (await emitter.presence(key, unique, changes=False)).who == ()
 
 
-async def test_a_change_that_comes_while_they_are_turned_off_is_no_error(
+async def test_change_that_arrives_while_changes_are_turned_off_is_ignored(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     errors = Calls()
@@ -162,42 +162,42 @@ async def test_a_change_that_comes_while_they_are_turned_off_is_no_error(
     await emitter.presence(key, unique, changes=True)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(subscribe, emitter, key, unique)
-        await turns(2)  # enough for it to ask, and not for the answer
+        await checkpoints(2)  # enough to send the request, not enough for its reply
         await emitter.presence(key, unique, changes=False)
     await emitter.flush()
     assert errors.values == []
 
 
-async def test_the_own_coming_is_told_too(emitter: Emitter, key: str, unique: str) -> None:
+async def test_changes_include_the_client_itself(emitter: Emitter, key: str, unique: str) -> None:
     calls = Calls()
     await emitter.presence(key, unique, changes=True)
     emitter.on("presence", calls)
     await emitter.subscribe(key, unique)
-    (came,) = await calls.get(1)
-    assert came.who == (Member((await emitter.me()).id),)
+    (joined,) = await calls.get(1)
+    assert joined.who == (Member((await emitter.me()).id),)
 
 
 @pytest.mark.parametrize(
-    ("channel", "told"), [("", True), ("+/", True), ("a/", True), ("b/", False)]
+    ("channel", "delivered"), [("", True), ("+/", True), ("a/", True), ("b/", False)]
 )
-async def test_a_handler_may_ask_for_one_channel(
-    emitter: Emitter, other: Emitter, key: str, unique: str, channel: str, told: bool
+async def test_handler_for_a_channel_filters_presence(
+    emitter: Emitter, other: Emitter, key: str, unique: str, channel: str, delivered: bool
 ) -> None:
-    calls, everything = Calls(), Calls()
+    calls, all_events = Calls(), Calls()
     await emitter.presence(key, unique, changes=True)
-    emitter.on("presence", everything)
+    emitter.on("presence", all_events)
     emitter.on("presence", calls, channel=unique + channel)
     await other.subscribe(key, f"{unique}a/")
-    await everything.get(1)
+    await all_events.get(1)
     await emitter.disconnect()
-    assert len(calls.values) == told
+    assert len(calls.values) == delivered
 
 
 # watch_presence()
 
 
-@a_status_is_of_one_node
-async def test_the_feed_begins_with_a_status_of_who_is_there(
+@lists_one_node
+async def test_feed_starts_with_a_status(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     await other.subscribe(key, unique)
@@ -208,14 +208,14 @@ async def test_the_feed_begins_with_a_status_of_who_is_there(
     assert status.who == (bob,)
 
 
-async def test_the_feed_tells_of_who_comes_and_goes(
+async def test_feed_reports_subscribe_and_unsubscribe(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
         assert (await feed.receive()).who == ()
         await other.subscribe(key, unique)
-        came = await feed.receive()
-        assert (came.event, came.channel, came.who) == ("subscribe", unique, (bob,))
+        joined = await feed.receive()
+        assert (joined.event, joined.channel, joined.who) == ("subscribe", unique, (bob,))
         assert dict(feed.members) == {bob.id: bob}
         await other.unsubscribe(key, unique)
         left = await feed.receive()
@@ -223,7 +223,7 @@ async def test_the_feed_tells_of_who_comes_and_goes(
         assert dict(feed.members) == {}
 
 
-async def test_the_feed_tells_of_who_loses_the_link(
+async def test_feed_reports_a_client_that_disconnects(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
@@ -236,17 +236,17 @@ async def test_the_feed_tells_of_who_loses_the_link(
         assert dict(feed.members) == {}
 
 
-async def test_the_feed_tells_of_what_happens_below(
+async def test_feed_includes_subchannels(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
         await other.subscribe(key, f"{unique}a/")
-        _, came = await feed.receive(), await feed.receive()
-        assert (came.event, came.channel, came.who) == ("subscribe", f"{unique}a/", (bob,))
+        _, joined = await feed.receive(), await feed.receive()
+        assert (joined.event, joined.channel, joined.who) == ("subscribe", f"{unique}a/", (bob,))
 
 
-@a_status_is_of_one_node
-async def test_who_leaves_the_channel_and_is_still_reached_is_found_again_by_a_status(
+@lists_one_node
+async def test_member_that_unsubscribes_but_is_still_reached_is_restored_by_a_status(
     emitter: Emitter, other: Emitter, bob: Member, key: str, unique: str
 ) -> None:
     watched = f"{unique}a/"
@@ -262,7 +262,7 @@ async def test_who_leaves_the_channel_and_is_still_reached_is_found_again_by_a_s
         assert dict(feed.members) == {bob.id: bob}
 
 
-async def test_a_fresh_status_does_not_throw_out_who_came_below(
+async def test_fresh_status_keeps_members_of_subchannels(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     await other.subscribe(key, unique)
@@ -271,29 +271,27 @@ async def test_a_fresh_status_does_not_throw_out_who_came_below(
         assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
         carols_id = (await carol.me()).id
         before = carols_id in feed.members
-        # The feed doubts whether bob is gone altogether, so it asks for a fresh status.
-        asked = anyio.Event()
+        # Bob might still be reached through another subscription, so the feed requests a status.
+        refreshed = anyio.Event()
 
         @emitter.on("presence")
         def handle(event: PresenceEvent) -> None:
             if event.event == "status":
-                asked.set()
+                refreshed.set()
 
         await other.unsubscribe(key, unique)
-        await asked.wait()
+        await refreshed.wait()
         assert (carols_id in feed.members) == before
 
 
-async def test_the_members_are_a_view_that_cannot_be_changed(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_members_are_a_read_only_view(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.watch_presence(key, unique) as feed:
         members: Any = feed.members
         with pytest.raises(TypeError):
             members["x"] = Member("x")
 
 
-async def test_two_feeds_of_a_channel_tell_the_same_and_one_goes_on_alone(
+async def test_two_feeds_of_a_channel_get_the_same_events_and_end_independently(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as one:
@@ -305,7 +303,7 @@ async def test_two_feeds_of_a_channel_tell_the_same_and_one_goes_on_alone(
         assert (await one.receive()).event == "unsubscribe"
 
 
-async def test_a_feed_leaves_the_changes_of_presence_on(
+async def test_leaving_a_feed_leaves_changes_on(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -317,7 +315,7 @@ async def test_a_feed_leaves_the_changes_of_presence_on(
     assert (await calls.get(1))[0].event == "subscribe"
 
 
-async def test_turning_changes_off_leaves_the_feed(
+async def test_turning_changes_off_does_not_stop_a_feed(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
@@ -327,14 +325,14 @@ async def test_turning_changes_off_leaves_the_feed(
         assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
 
 
-async def test_leaving_the_feed_closes_it(emitter: Emitter, key: str, unique: str) -> None:
+async def test_leaving_a_feed_closes_it(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.watch_presence(key, unique) as feed:
         pass
     with pytest.raises(anyio.ClosedResourceError):
         await feed.receive()
 
 
-async def test_closing_the_last_end_inside_ends_the_feed(
+async def test_closing_the_last_end_in_the_block_stops_the_feed(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
@@ -348,7 +346,7 @@ async def test_closing_the_last_end_inside_ends_the_feed(
             assert changes.statistics().received == changes.statistics().current_buffer_used == 0
 
 
-async def test_a_change_that_comes_while_the_feed_is_left_is_no_error(
+async def test_change_that_arrives_while_a_feed_is_left_is_ignored(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     errors = Calls()
@@ -356,26 +354,26 @@ async def test_a_change_that_comes_while_the_feed_is_left_is_no_error(
     async with anyio.create_task_group() as tasks:
         async with emitter.watch_presence(key, unique):
             tasks.start_soon(subscribe, emitter, key, unique)
-            await turns(2)  # enough for it to ask, and not for the answer
+            await checkpoints(2)  # enough to send the request, not enough for its reply
     await emitter.flush()
     assert errors.values == []
 
 
-async def test_a_refused_feed_raises_and_leaves_nothing(
+async def test_refused_feed_raises_and_emits_no_error(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
-    made = await emitter.keygen(server.secret, unique, "rw")
+    created = await emitter.keygen(server.secret, unique, "rw")
     errors = Calls()
     emitter.on("error", errors)
     with pytest.raises(UnauthorizedError) as caught:
-        await enter(emitter.watch_presence(made.key, unique))
+        await enter(emitter.watch_presence(created.key, unique))
     assert (caught.value.operation, caught.value.channel) == ("presence", unique)
     await emitter.flush()
-    await turns()
+    await checkpoints()
     assert errors.values == []
 
 
-async def test_disconnecting_ends_the_feed_behind_what_is_buffered(
+async def test_disconnect_ends_a_feed_after_its_buffered_events(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.watch_presence(key, unique) as feed:
@@ -385,13 +383,13 @@ async def test_disconnecting_ends_the_feed_behind_what_is_buffered(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "pattern"),
     [({"buffer": 0}, "buffer"), ({"overflow": "x"}, "overflow"), ({"refresh": 0}, "refresh")],
 )
-async def test_a_bad_option_is_named(
-    emitter: Emitter, unique: str, options: dict[str, Any], words: str
+async def test_bad_option_is_rejected(
+    emitter: Emitter, unique: str, options: dict[str, Any], pattern: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=pattern):
         emitter.watch_presence(NO_KEY, unique, **options)
 
 

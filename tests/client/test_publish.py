@@ -14,7 +14,7 @@ from emitter_anyio import (
     RequestError,
     UnauthorizedError,
 )
-from tests.client.tools import Calls, arrived, turns
+from tests.client.tools import Calls, arrived, checkpoints
 from tests.support.logs import logged
 from tests.support.server import Server
 
@@ -36,7 +36,7 @@ QOS: tuple[Literal[0, 1], ...] = (0, 1)
         pytest.param("", b"", id="no text"),
     ],
 )
-async def test_bytes_and_text_arrive_as_they_are(
+async def test_bytes_and_text_arrive_unchanged(
     emitter: Emitter, key: str, unique: str, message: Any, binary: bytes, qos: Literal[0, 1]
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -47,7 +47,7 @@ async def test_bytes_and_text_arrive_as_they_are(
 
 
 @pytest.mark.parametrize("value", [{"ä": [1, 2.5, None]}, ["x"], 42, True, None], ids=json.dumps)
-async def test_any_other_message_arrives_as_json(
+async def test_other_values_arrive_as_json(
     emitter: Emitter, key: str, unique: str, value: object
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -56,27 +56,27 @@ async def test_any_other_message_arrives_as_json(
 
 
 @pytest.mark.parametrize(
-    ("message", "kind", "words"),
+    ("message", "kind", "pattern"),
     [
         ({1, 2}, TypeError, "set"),
         (float("nan"), ValueError, "JSON"),
         ("\ud800", ValueError, "UTF-8"),
     ],
 )
-async def test_a_message_that_cannot_be_sent_is_refused(
-    emitter: Emitter, unique: str, message: object, kind: type[Exception], words: str
+async def test_message_that_cannot_be_encoded_is_rejected(
+    emitter: Emitter, unique: str, message: object, kind: type[Exception], pattern: str
 ) -> None:
-    with pytest.raises(kind, match=words):
+    with pytest.raises(kind, match=pattern):
         await emitter.publish(NO_KEY, unique, message)
 
 
-async def test_a_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
+async def test_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique.rstrip("/"), "m")
         assert (await messages.receive()).channel == unique
 
 
-async def test_another_client_receives_it(
+async def test_another_client_receives_the_message(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async with other.subscribe(key, unique) as messages:
@@ -84,15 +84,15 @@ async def test_another_client_receives_it(
         assert (await messages.receive()).as_string() == "to the other"
 
 
-async def test_messages_arrive_in_the_order_of_the_calls_whatever_their_qos(
+async def test_messages_of_mixed_qos_arrive_in_the_order_of_the_calls(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     expected = [str(number) for number in range(20)]
     async with emitter.subscribe(key, unique) as messages, anyio.create_task_group() as tasks:
         for number in expected:
-            # A task of its own for each, since the awaited ones would else be one at a time.
+            # One task each, so that a publish with qos=1 does not delay the next call.
             tasks.start_soon(publish, emitter, key, unique, number)
-            await turns()
+            await checkpoints()
         assert [(await messages.receive()).as_string() for _ in expected] == expected
 
 
@@ -103,22 +103,22 @@ async def publish(emitter: Emitter, key: str, channel: str, number: str) -> None
 # ttl, retain, echo
 
 
-async def test_a_message_with_a_ttl_is_stored(emitter: Emitter, key: str, unique: str) -> None:
+async def test_message_with_a_ttl_is_stored(emitter: Emitter, key: str, unique: str) -> None:
     for number in ("1", "2", "3"):
         await emitter.publish(key, unique, number, ttl=60, qos=1)
     async with emitter.subscribe(key, unique, last=10) as messages:
-        # The broker replays the newest of a second first.
+        # Within one second, the broker replays the newest message first.
         assert sorted(await arrived(emitter, messages)) == ["1", "2", "3"]
 
 
-async def test_the_ttl_may_be_given_by_place(emitter: Emitter, key: str, unique: str) -> None:
+async def test_ttl_can_be_positional(emitter: Emitter, key: str, unique: str) -> None:
     await emitter.publish(key, unique, "stored", 60)
     async with emitter.subscribe(key, unique) as messages:
         assert (await messages.receive()).as_string() == "stored"
 
 
 @pytest.mark.parametrize("ttl", [None, 0])
-async def test_a_message_without_a_ttl_is_not_stored(
+async def test_message_without_a_ttl_is_not_stored(
     emitter: Emitter, key: str, unique: str, ttl: int | None
 ) -> None:
     await emitter.publish(key, unique, "passing", ttl, qos=1)
@@ -127,32 +127,30 @@ async def test_a_message_without_a_ttl_is_not_stored(
 
 
 @pytest.mark.parametrize("ttl", [-1, 2**31, 1.5, "60"])
-async def test_a_ttl_that_the_broker_would_not_take_is_named(
-    emitter: Emitter, unique: str, ttl: Any
-) -> None:
+async def test_bad_ttl_is_rejected(emitter: Emitter, unique: str, ttl: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="ttl"):
         await emitter.publish(NO_KEY, unique, "m", ttl)
 
 
-async def test_a_retained_message_is_stored(emitter: Emitter, key: str, unique: str) -> None:
+async def test_retained_message_is_stored(emitter: Emitter, key: str, unique: str) -> None:
     await emitter.publish(key, unique, "kept", retain=True, qos=1)
     async with emitter.subscribe(key, unique) as messages:
         assert (await messages.receive()).as_string() == "kept"
 
 
-async def test_without_the_permission_to_store_it_is_delivered_and_not_stored(
+async def test_message_without_store_permission_is_delivered_and_not_stored(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    made = await emitter.keygen(server.secret, unique, "rwl")
-    async with emitter.subscribe(made.key, unique) as messages:
-        await emitter.publish(made.key, unique, "m", ttl=60, qos=1)
+    created = await emitter.keygen(server.secret, unique, "rwl")
+    async with emitter.subscribe(created.key, unique) as messages:
+        await emitter.publish(created.key, unique, "m", ttl=60, qos=1)
         assert await arrived(emitter, messages) == ["m"]
-    async with emitter.subscribe(made.key, unique, last=10) as messages:
+    async with emitter.subscribe(created.key, unique, last=10) as messages:
         assert await arrived(emitter, messages) == []
 
 
 @pytest.mark.parametrize("qos", QOS)
-async def test_without_echo_it_is_delivered_to_others_alone(
+async def test_message_without_echo_reaches_only_other_clients(
     emitter: Emitter, other: Emitter, key: str, unique: str, qos: Literal[0, 1]
 ) -> None:
     async with emitter.subscribe(key, unique) as own, other.subscribe(key, unique) as theirs:
@@ -164,7 +162,7 @@ async def test_without_echo_it_is_delivered_to_others_alone(
 # Refusals
 
 
-async def test_a_refused_publish_with_qos_1_raises(emitter: Emitter, unique: str) -> None:
+async def test_refused_publish_with_qos_1_raises(emitter: Emitter, unique: str) -> None:
     with pytest.raises(UnauthorizedError) as caught:
         await emitter.publish(NO_KEY, unique, "m", qos=1)
     error = caught.value
@@ -174,26 +172,26 @@ async def test_a_refused_publish_with_qos_1_raises(emitter: Emitter, unique: str
     assert NO_KEY not in f"{error} {error!r} {error.hint}"
 
 
-async def test_a_key_that_cannot_be_one_is_hinted_at(emitter: Emitter, unique: str) -> None:
+async def test_key_of_the_wrong_length_gets_a_hint(emitter: Emitter, unique: str) -> None:
     with pytest.raises(UnauthorizedError, match="32") as caught:
         await emitter.publish("shortkey", unique, "m", qos=1)
     assert "shortkey" not in str(caught.value)
 
 
-async def test_a_key_without_the_permission_to_write_is_refused(
+async def test_key_without_write_permission_is_refused(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
-    made = await emitter.keygen(server.secret, unique, "r")
+    created = await emitter.keygen(server.secret, unique, "r")
     with pytest.raises(UnauthorizedError, match="'w' \\(write\\)"):
-        await emitter.publish(made.key, unique, "m", qos=1)
+        await emitter.publish(created.key, unique, "m", qos=1)
 
 
-async def test_a_key_of_another_channel_is_refused(emitter: Emitter, key: str, unique: str) -> None:
+async def test_key_for_another_channel_is_refused(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(UnauthorizedError, match="channel"):
         await emitter.publish(key, f"not{unique}", "m", qos=1)
 
 
-async def test_the_client_works_on_after_a_refusal(emitter: Emitter, key: str, unique: str) -> None:
+async def test_client_works_after_a_refusal(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(RequestError):
         await emitter.publish(NO_KEY, unique, "m", qos=1)
     async with emitter.subscribe(key, unique) as messages:
@@ -201,13 +199,13 @@ async def test_the_client_works_on_after_a_refusal(emitter: Emitter, key: str, u
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_qos_2_is_a_value_error(emitter: Emitter, key: str, unique: str) -> None:
+async def test_qos_2_raises_value_error(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(ValueError, match=r"qos.*0 or 1.*2"):
         await emitter.publish(key, unique, "m", qos=2)  # type: ignore[arg-type]  # on purpose
 
 
 @pytest.mark.parametrize(
-    ("channel", "words"),
+    ("channel", "pattern"),
     [
         ("", "empty"),
         ("/", "empty"),
@@ -220,14 +218,16 @@ async def test_qos_2_is_a_value_error(emitter: Emitter, key: str, unique: str) -
         ("a/#/", "wildcard '#'"),
     ],
 )
-async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words: str) -> None:
-    with pytest.raises(InvalidChannelError, match=words) as caught:
+async def test_bad_channel_is_rejected_with_a_reason(
+    emitter: Emitter, channel: str, pattern: str
+) -> None:
+    with pytest.raises(InvalidChannelError, match=pattern) as caught:
         await emitter.publish(NO_KEY, channel, "m")
     assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize("bad", ["", "with/slash", "with space", "with#hash", "ä"])
-async def test_a_key_that_cannot_stand_in_a_topic_is_refused_and_not_shown(
+async def test_key_that_is_invalid_in_a_topic_is_rejected_and_not_shown(
     emitter: Emitter, unique: str, bad: str
 ) -> None:
     with pytest.raises(ValueError, match="key") as caught:
@@ -236,21 +236,21 @@ async def test_a_key_that_cannot_stand_in_a_topic_is_refused_and_not_shown(
 
 
 @pytest.mark.parametrize("qos", QOS)
-async def test_a_message_too_large_is_refused_and_the_largest_arrives(
+async def test_largest_message_arrives_and_a_larger_one_is_rejected(
     emitter: Emitter, key: str, unique: str, qos: Literal[0, 1]
 ) -> None:
-    room = 65536 - 2 - len(f"{key}/{unique}") - 2 * qos
+    largest = 65536 - 2 - len(f"{key}/{unique}") - 2 * qos
     with pytest.raises(MessageTooLargeError, match="65537 bytes"):
-        await emitter.publish(key, unique, bytes(room + 1), qos=qos)
+        await emitter.publish(key, unique, bytes(largest + 1), qos=qos)
     async with emitter.subscribe(key, unique) as messages:
-        await emitter.publish(key, unique, bytes(room), qos=qos)
-        assert len((await messages.receive()).binary) == room
+        await emitter.publish(key, unique, bytes(largest), qos=qos)
+        assert len((await messages.receive()).binary) == largest
 
 
-# flush(), and what becomes of a refused publish with qos=0
+# flush() and refused publishes with qos=0
 
 
-async def test_flush_returns_the_round_trip_when_the_broker_has_taken_everything(
+async def test_flush_returns_the_round_trip_after_the_broker_read_everything(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -260,7 +260,7 @@ async def test_flush_returns_the_round_trip_when_the_broker_has_taken_everything
         assert messages.statistics().current_buffer_used == 5
 
 
-async def test_flush_raises_the_first_refusal_since_the_last_one_and_once(
+async def test_flush_raises_the_first_refusal_since_the_last_flush_once(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await emitter.publish(key, unique, "fine")
@@ -272,15 +272,13 @@ async def test_flush_raises_the_first_refusal_since_the_last_one_and_once(
     assert await emitter.flush() >= 0
 
 
-async def test_flush_says_nothing_of_refusals_that_were_raised(
-    emitter: Emitter, unique: str
-) -> None:
+async def test_flush_does_not_raise_a_refusal_again(emitter: Emitter, unique: str) -> None:
     with pytest.raises(UnauthorizedError):
         await emitter.publish(NO_KEY, unique, "m", qos=1)
     assert await emitter.flush() >= 0
 
 
-async def test_a_refused_publish_with_qos_0_goes_to_the_error_handler(
+async def test_refused_publish_with_qos_0_goes_to_the_error_handler(
     emitter: Emitter, unique: str
 ) -> None:
     errors = Calls()
@@ -291,7 +289,7 @@ async def test_a_refused_publish_with_qos_0_goes_to_the_error_handler(
     assert error.operation == "publish"
 
 
-async def test_without_an_error_handler_it_is_a_warning_that_names_the_ways_to_learn_which(
+async def test_refused_publish_with_qos_0_is_logged_with_advice_without_an_error_handler(
     emitter: Emitter, unique: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await emitter.publish(NO_KEY, unique, "m")

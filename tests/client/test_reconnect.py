@@ -1,4 +1,4 @@
-"""A lost link comes back: what a real broker then has of the client."""
+"""Reconnecting: the client's state on a real broker after the connection was replaced."""
 
 from __future__ import annotations
 
@@ -14,92 +14,94 @@ pytestmark = pytest.mark.emitter
 
 
 @pytest.fixture
-async def link(server: Server) -> AsyncIterator[Relay]:
-    async with relay(server) as link:
-        yield link
+async def proxy(server: Server) -> AsyncIterator[Relay]:
+    async with relay(server) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-async def lost(link: Relay) -> AsyncIterator[Emitter]:
-    """A client whose link a test may cut."""
-    options = {"host": "127.0.0.1", "port": link.port, "secure": False}
-    async with connect(options, username="lost", reconnect=Backoff(0.01, 0.1)) as lost:
-        yield lost
+async def client(proxy: Relay) -> AsyncIterator[Emitter]:
+    """A client whose connection the test can cut."""
+    options = {"host": "127.0.0.1", "port": proxy.port, "secure": False}
+    async with connect(options, username="client", reconnect=Backoff(0.01, 0.1)) as client:
+        yield client
 
 
-async def cut(link: Relay, lost: Emitter) -> None:
-    async with lost.stream("connect") as connected:
-        link.cut()
+async def reconnect(proxy: Relay, client: Emitter) -> None:
+    async with client.stream("connect") as connected:
+        proxy.cut()
         await connected.receive()
 
 
-async def test_subscriptions_are_there_again(
-    link: Relay, lost: Emitter, emitter: Emitter, key: str, unique: str
+async def test_subscriptions_are_restored(
+    proxy: Relay, client: Emitter, emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
-    lost.on("message", calls, channel=f"{unique}handled/")
-    await lost.subscribe(key, f"{unique}handled/", 0)
-    async with lost.subscribe(key, f"{unique}streamed/", 0) as messages:
-        await cut(link, lost)
+    client.on("message", calls, channel=f"{unique}handled/")
+    await client.subscribe(key, f"{unique}handled/", 0)
+    async with client.subscribe(key, f"{unique}streamed/", 0) as messages:
+        await reconnect(proxy, client)
         await emitter.publish(key, f"{unique}streamed/", "x", qos=1)
         await emitter.publish(key, f"{unique}handled/", "y", qos=1)
         assert (await messages.receive()).as_string() == "x"
         assert texts(await calls.get(1)) == ["y"]
 
 
-async def test_what_is_stored_is_not_replayed_again(
-    link: Relay, lost: Emitter, key: str, unique: str
+async def test_stored_messages_are_not_replayed_again(
+    proxy: Relay, client: Emitter, key: str, unique: str
 ) -> None:
-    await lost.publish(key, unique, "old", 60, qos=1)
-    async with lost.subscribe(key, unique, 5) as messages:
+    await client.publish(key, unique, "old", 60, qos=1)
+    async with client.subscribe(key, unique, 5) as messages:
         assert (await messages.receive()).as_string() == "old"
-        await cut(link, lost)
-        assert await arrived(lost, messages) == []
+        await reconnect(proxy, client)
+        assert await arrived(client, messages) == []
 
 
-async def test_groups_are_there_again(
-    link: Relay, lost: Emitter, emitter: Emitter, server: Server, key: str, unique: str
+async def test_groups_are_restored(
+    proxy: Relay, client: Emitter, emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    made = await lost.keygen(server.secret, f"$share/g/{unique}", "r")
-    async with lost.subscribe(made.key, unique, group="g") as messages:
-        await cut(link, lost)
+    created = await client.keygen(server.secret, f"$share/g/{unique}", "r")
+    async with client.subscribe(created.key, unique, group="g") as messages:
+        await reconnect(proxy, client)
         await emitter.publish(key, unique, "x", qos=1)
         assert (await messages.receive()).as_string() == "x"
 
 
-async def test_short_links_are_there_again(
-    link: Relay, lost: Emitter, emitter: Emitter, key: str, unique: str
+async def test_links_are_restored(
+    proxy: Relay, client: Emitter, emitter: Emitter, key: str, unique: str
 ) -> None:
-    await lost.link(key, unique, "x")
+    await client.link(key, unique, "x")
     async with emitter.subscribe(key, unique, 0) as messages:
-        await cut(link, lost)
-        await lost.publish_with_link("x", "through", qos=1)
+        await reconnect(proxy, client)
+        await client.publish_with_link("x", "through", qos=1)
         assert (await messages.receive()).as_string() == "through"
 
 
-@pytest.mark.one_node("who comes on another node meanwhile is in no status, and the event is lost")
-async def test_a_watched_room_is_right_again(
-    link: Relay, lost: Emitter, server: Server, key: str, unique: str
+@pytest.mark.one_node(
+    "a client that joins on another node during the outage is in no status and no event"
+)
+async def test_presence_feed_is_restored(
+    proxy: Relay, client: Emitter, server: Server, key: str, unique: str
 ) -> None:
     async with connect(server.url, username="old") as old, connect(server.other_url) as new:
         await old.subscribe(key, unique, 0)
-        async with lost.watch_presence(key, unique) as feed:
+        async with client.watch_presence(key, unique) as feed:
             assert (await feed.receive()).event == "status"
             old_id, new_id = (await old.me()).id, (await new.me()).id
-            async with lost.stream("connect") as connected:
-                async with lost.stream("disconnect") as gone:
-                    link.cut()
-                    await gone.receive()
+            async with client.stream("connect") as connected:
+                async with client.stream("disconnect") as disconnected:
+                    proxy.cut()
+                    await disconnected.receive()
                 await old.unsubscribe(key, unique)
                 await new.subscribe(key, unique, 0)
                 await connected.receive()
-            # Nobody has told this connection that the old one has left.
+            # No event reports that the old client left, so it stays an unconfirmed member.
             while feed.members[old_id].confirmed or new_id not in feed.members:
                 await feed.receive()
 
 
-async def test_what_was_stored_meanwhile_is_resumed(
-    link: Relay, lost: Emitter, emitter: Emitter, key: str, unique: str
+async def test_messages_stored_during_the_outage_are_resumed(
+    proxy: Relay, client: Emitter, emitter: Emitter, key: str, unique: str
 ) -> None:
     numbers = iter(range(1000))
     received: set[int] = set()
@@ -109,9 +111,9 @@ async def test_what_was_stored_meanwhile_is_resumed(
             await emitter.publish(key, unique, str(next(numbers)), 60)
         await emitter.flush()
 
-    async with lost.subscribe(key, unique, 0, resume=True, mark_gaps=True) as messages:
+    async with client.subscribe(key, unique, 0, resume=True, mark_gaps=True) as messages:
 
-        async def take_up_to(last: int) -> None:
+        async def receive_until(last: int) -> None:
             while last not in received:
                 item = await messages.receive()
                 if isinstance(item, Gap):
@@ -121,40 +123,43 @@ async def test_what_was_stored_meanwhile_is_resumed(
 
         for round in range(1, 4):
             await publish(5)
-            async with lost.stream("disconnect") as gone:
-                link.cut()
-                await gone.receive()
+            async with client.stream("disconnect") as disconnected:
+                proxy.cut()
+                await disconnected.receive()
             await publish(5)
-            await take_up_to(10 * round - 1)
+            await receive_until(10 * round - 1)
             assert received == set(range(10 * round))
-            await lost.wait_connected()
+            await client.wait_connected()
 
 
-async def test_what_may_no_more_raises_in_its_own_stream(
-    link: Relay, lost: Emitter, emitter: Emitter, server: Server, key: str, unique: str
+async def test_refused_restore_raises_in_its_own_stream(
+    proxy: Relay, client: Emitter, emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    bad = (await emitter.keygen(server.secret, f"{unique}bad/", "r")).key
-    async with lost.subscribe(key, unique, 0) as good, lost.subscribe(bad, f"{unique}bad/") as one:
-        await emitter.keyban(server.secret, bad)
-        await cut(link, lost)
+    banned_key = (await emitter.keygen(server.secret, f"{unique}bad/", "r")).key
+    async with (
+        client.subscribe(key, unique, 0) as good,
+        client.subscribe(banned_key, f"{unique}bad/") as refused,
+    ):
+        await emitter.keyban(server.secret, banned_key)
+        await reconnect(proxy, client)
         with pytest.raises(UnauthorizedError):
-            await one.receive()
+            await refused.receive()
         await emitter.publish(key, unique, "x", qos=1)
         assert (await good.receive()).as_string() == "x"
 
 
-async def test_keys_that_are_made_by_the_client_itself(
-    link: Relay, lost: Emitter, emitter: Emitter, server: Server, key: str, unique: str
+async def test_key_function_that_uses_the_client(
+    proxy: Relay, client: Emitter, emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
-    made: list[str] = []
+    created: list[str] = []
 
     async def provide() -> str:
-        made.append((await lost.keygen(server.secret, unique, "r")).key)
-        return made[-1]
+        created.append((await client.keygen(server.secret, unique, "r")).key)
+        return created[-1]
 
-    async with lost.subscribe(provide, unique) as messages:
-        await emitter.keyban(server.secret, made[0])
-        await cut(link, lost)
+    async with client.subscribe(provide, unique) as messages:
+        await emitter.keyban(server.secret, created[0])
+        await reconnect(proxy, client)
         await emitter.publish(key, unique, "x", qos=1)
         assert (await messages.receive()).as_string() == "x"
-    assert len(made) == 2
+    assert len(created) == 2

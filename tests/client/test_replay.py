@@ -1,4 +1,4 @@
-"""What is stored, replayed to one subscriber beside others."""
+"""Replay of stored messages to a second subscriber of a channel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emitter_anyio import (
     EventStream,
     SubscriptionConflictError,
 )
-from tests.client.tools import Calls, arrived, enter, texts, turns
+from tests.client.tools import Calls, arrived, checkpoints, enter, texts
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -29,16 +29,16 @@ async def nine(emitter: Emitter, key: str, unique: str) -> str:
     return unique
 
 
-def answers_held(server: Server) -> AbstractContextManager[None]:
-    """Keep back what answers the history request, where the broker can be told to."""
+def hold_history_replies(server: Server) -> AbstractContextManager[None]:
+    """Hold the reply to the history request, if the broker is the development broker."""
     return nullcontext() if server.broker is None else server.broker.hold("answer", "puback")
 
 
-# To it alone
+# Only that subscriber gets the replay
 
 
 @pytest.mark.parametrize("last", [0, 1, 4, 9, 50])
-async def test_a_further_subscriber_is_replayed_so_many_in_the_order_of_time(
+async def test_second_subscriber_gets_the_last_messages_in_order_of_time(
     emitter: Emitter, key: str, nine: str, last: int
 ) -> None:
     async with emitter.subscribe(key, nine, last=0) as first:
@@ -48,7 +48,7 @@ async def test_a_further_subscriber_is_replayed_so_many_in_the_order_of_time(
         assert await arrived(emitter, first) == []
 
 
-async def test_several_further_subscribers_are_replayed_each_its_own(
+async def test_several_subscribers_get_their_own_replay(
     emitter: Emitter, key: str, nine: str
 ) -> None:
     async with (
@@ -61,9 +61,7 @@ async def test_several_further_subscribers_are_replayed_each_its_own(
         assert found == [[], ["9"], ["8", "9"], ["7", "8", "9"]]
 
 
-async def test_a_window_holds_for_a_further_subscriber(
-    emitter: Emitter, key: str, nine: str
-) -> None:
+async def test_window_applies_to_a_second_subscriber(emitter: Emitter, key: str, nine: str) -> None:
     (newest,) = [message async for message in emitter.history(key, nine, 1)]
     now = newest.time.timestamp()
     async with emitter.subscribe(key, nine, last=0):
@@ -74,12 +72,12 @@ async def test_a_window_holds_for_a_further_subscriber(
             ({"until": now - 60, "last": 9}, []),
             ({"since": now + 60, "last": 9}, []),
         ]:
-            given: dict[str, Any] = options
-            async with emitter.subscribe(key, nine, **given) as messages:
+            arguments: dict[str, Any] = options
+            async with emitter.subscribe(key, nine, **arguments) as messages:
                 assert await arrived(emitter, messages) == expected, options
 
 
-async def test_what_a_wildcard_is_replayed_does_not_reach_what_it_overlaps(
+async def test_replay_of_a_wildcard_does_not_reach_an_overlapping_stream(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     for channel in ("a/", "b/", "b/c/"):
@@ -90,7 +88,7 @@ async def test_what_a_wildcard_is_replayed_does_not_reach_what_it_overlaps(
         assert await arrived(emitter, narrow) == []
 
 
-async def test_what_the_first_one_is_replayed_does_not_reach_those_who_come_meanwhile(
+async def test_replay_of_the_first_subscriber_does_not_reach_concurrent_ones(
     emitter: Emitter, key: str, nine: str
 ) -> None:
     found: dict[str, list[str]] = {}
@@ -107,61 +105,63 @@ async def test_what_the_first_one_is_replayed_does_not_reach_those_who_come_mean
     assert found == {"first": ["7", "8", "9"], "same": [], "below": [], "two": ["8", "9"]}
 
 
-async def test_a_replay_comes_before_what_is_live(
+async def test_replay_comes_before_live_messages(
     server: Server, emitter: Emitter, other: Emitter, key: str, nine: str
 ) -> None:
     async with emitter.subscribe(key, nine, last=0) as first, anyio.create_task_group() as tasks:
 
         async def subscribe() -> None:
             async with emitter.subscribe(key, nine, last=2) as second:
-                assert await until(second, "live") == ["8", "9", "live"]
+                assert await receive_until(second, "live") == ["8", "9", "live"]
 
-        with answers_held(server):
+        with hold_history_replies(server):
             tasks.start_soon(subscribe)
             await emitter.flush()
             await other.publish(key, nine, "live")
-            assert await until(first, "live") == ["live"]
+            assert await receive_until(first, "live") == ["live"]
 
 
-async def test_what_is_stored_meanwhile_may_come_twice_and_none_is_missed(
+async def test_messages_stored_during_the_replay_might_repeat_but_none_is_missed(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    """Messages are stored and sent before, while and after the replay is asked for."""
+    """Messages are stored and sent before, during and after the history request."""
     found: list[list[str]] = []
 
     async def subscribe() -> None:
-        async with emitter.subscribe(key, unique, last=100) as further:
-            found.append(await until(further, "59"))
+        async with emitter.subscribe(key, unique, last=100) as messages:
+            found.append(await receive_until(messages, "59"))
 
     async def publish(start: int, stop: int) -> None:
         for number in range(start, stop):
             await other.publish(key, unique, str(number), ttl=600)
-            await turns(1)
+            await checkpoints(1)
 
     async with emitter.subscribe(key, unique, last=0) as first:
         await publish(0, 20)
         async with anyio.create_task_group() as tasks:
-            with answers_held(server):
+            with hold_history_replies(server):
                 for _ in range(3):
                     tasks.start_soon(subscribe)
                 await publish(20, 40)
                 await other.flush()
                 await emitter.flush()
             await publish(40, 60)
-            assert await until(first, "59") == [str(number) for number in range(60)]
+            assert await receive_until(first, "59") == [str(number) for number in range(60)]
     assert len(found) == 3
-    for each in found:
-        assert list(dict.fromkeys(each)) == [str(number) for number in range(60)]
+    for received in found:
+        assert list(dict.fromkeys(received)) == [str(number) for number in range(60)]
 
 
-async def until(messages: EventStream[EmitterMessage], last: str) -> list[str]:
+async def receive_until(messages: EventStream[EmitterMessage], last: str) -> list[str]:
     found: list[str] = []
     while last not in found:
         found += texts([await messages.receive()])
     return found
 
 
-async def test_a_replay_to_handlers_beside_a_stream(emitter: Emitter, key: str, nine: str) -> None:
+async def test_replay_to_handlers_does_not_reach_a_stream(
+    emitter: Emitter, key: str, nine: str
+) -> None:
     calls = Calls()
     emitter.on("message", calls, channel=nine)
     async with emitter.subscribe(key, nine, last=0) as messages:
@@ -171,21 +171,21 @@ async def test_a_replay_to_handlers_beside_a_stream(emitter: Emitter, key: str, 
         assert texts(await calls.get(4)) == ["7", "8", "9", "live"]
 
 
-async def test_cancelled_while_it_is_replayed_it_is_given_back(
+async def test_subscription_cancelled_during_its_replay_is_undone(
     server: Server, emitter: Emitter, key: str, nine: str
 ) -> None:
     async with emitter.subscribe(key, nine, last=0) as first:
-        with answers_held(server):
+        with hold_history_replies(server):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(enter, emitter.subscribe(key, nine, last=9))
-                await turns()
+                await checkpoints()
                 tasks.cancel_scope.cancel()
         async with emitter.subscribe(key, nine, last=1) as again:
             assert await arrived(emitter, again) == ["9"]
         assert await arrived(emitter, first) == []
 
 
-async def test_more_than_the_broker_can_send_is_replayed_in_part_the_newest(
+async def test_replay_too_large_to_send_keeps_the_newest_messages(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     for number in range(9):
@@ -197,7 +197,7 @@ async def test_more_than_the_broker_can_send_is_replayed_in_part_the_newest(
     assert found == list(range(9))[-len(found) :]
 
 
-async def test_one_too_large_for_the_broker_to_send_as_history_is_not_replayed(
+async def test_message_too_large_for_history_is_not_replayed(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await emitter.publish(key, unique, b"x" * 60000, ttl=600, qos=1)
@@ -207,11 +207,11 @@ async def test_one_too_large_for_the_broker_to_send_as_history_is_not_replayed(
             assert await arrived(emitter, messages) == ["live"]
 
 
-# What cannot be replayed so
+# Channels without such a replay
 
 
 @pytest.mark.parametrize("options", [{"last": 1}, {"since": 1700000000}, {"until": 1700000000}])
-async def test_a_first_level_that_is_a_plus_says_that_it_cannot_be_replayed(
+async def test_wildcard_first_level_cannot_be_replayed_to_a_second_subscriber(
     emitter: Emitter, server: Server, unique: str, options: dict[str, Any]
 ) -> None:
     wide = (await emitter.keygen(server.secret, f"+/{unique}", "rwl")).key
@@ -221,15 +221,15 @@ async def test_a_first_level_that_is_a_plus_says_that_it_cannot_be_replayed(
             await enter(emitter.subscribe(wide, f"+/{unique}", **options))
         with pytest.raises(SubscriptionConflictError):
             await emitter.subscribe(wide, f"+/{unique}", **options)
-        for fine in ({}, {"last": 0}):
-            given: dict[str, Any] = fine
-            async with emitter.subscribe(wide, f"+/{unique}", **given) as everything:
+        for live_only in ({}, {"last": 0}):
+            arguments: dict[str, Any] = live_only
+            async with emitter.subscribe(wide, f"+/{unique}", **arguments) as everything:
                 await emitter.publish(narrow, f"a/{unique}", "live")
                 assert await arrived(emitter, everything) == ["live"]
                 assert await arrived(emitter, messages) == ["live"]
 
 
-async def test_a_hash_is_replayed_its_history_and_nothing_live(
+async def test_hash_channel_gets_its_history_and_no_live_messages(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     for channel in ("", "a/", "a/b/"):

@@ -1,4 +1,4 @@
-"""Keys, passwords, and what carries them, are in no log, repr or exception."""
+"""Keys, passwords, and topics and URLs that contain them, are in no log, repr or exception."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_no_secret_is_shown_anywhere(
     def show(*values: object) -> None:
         shown.extend(f"{value} {value!r}" for value in values)
 
-    async def fails(call: Awaitable[object]) -> None:
+    async def check_failure(call: Awaitable[object]) -> None:
         with pytest.raises((EmitterError, ValueError)) as caught:
             await call
         error = caught.value
@@ -40,11 +40,11 @@ async def test_no_secret_is_shown_anywhere(
         shown.extend(traceback.format_exception(error))
 
     url = server.url.replace("://", f"://bob:{PASSWORD}@")
-    async with connect(server.url) as maker:
-        made = await maker.keygen(server.secret, f"{unique}#/", "rwslp")
-        weak = await maker.keygen(server.secret, f"{unique}#/", "s")
-    secrets += [made.key, weak.key]
-    key = made.key
+    async with connect(server.url) as keymaker:
+        created = await keymaker.keygen(server.secret, f"{unique}#/", "rwslp")
+        weak = await keymaker.keygen(server.secret, f"{unique}#/", "s")
+    secrets += [created.key, weak.key]
+    key = created.key
 
     emitter = connect(url, will=Will(key, unique, "gone"))
     calls, errors = Calls(), Calls()
@@ -55,9 +55,9 @@ async def test_no_secret_is_shown_anywhere(
         raise ValueError("boom")
 
     emitter.on("error", errors)
-    show(made, weak, Will(key, unique, "gone"), emitter, emitter.statistics())
-    await fails(emitter.publish(key, unique, "before"))
-    await fails(enter(connect(url.replace(str(server.port), "1"))))
+    show(created, weak, Will(key, unique, "gone"), emitter, emitter.statistics())
+    await check_failure(emitter.publish(key, unique, "before"))
+    await check_failure(enter(connect(url.replace(str(server.port), "1"))))
     async with emitter:
         show(emitter, emitter.connection, await emitter.me())
         subscribing = emitter.subscribe(key, unique)
@@ -71,22 +71,22 @@ async def test_no_secret_is_shown_anywhere(
             show(messages, messages.statistics(), await messages.receive())
             show(feed, feed.members, await feed.receive(), await emitter.presence(key, unique))
         for bad in (NO_KEY, SHORT, BROKEN, weak.key):
-            await fails(emitter.publish(bad, unique, "m", qos=1))
-            await fails(subscribe(emitter, bad, unique))
-            await fails(emitter.keygen(bad, unique))
-            await fails(emitter.presence(bad, unique))
-            await fails(watch(emitter, bad, unique))
-            await fails(emitter.unsubscribe(bad, f"x{unique}"))
+            await check_failure(emitter.publish(bad, unique, "m", qos=1))
+            await check_failure(subscribe(emitter, bad, unique))
+            await check_failure(emitter.keygen(bad, unique))
+            await check_failure(emitter.presence(bad, unique))
+            await check_failure(watch(emitter, bad, unique))
+            await check_failure(emitter.unsubscribe(bad, f"x{unique}"))
         await emitter.publish(NO_KEY, unique, "m")
-        await fails(emitter.flush())
-        await fails(emitter.publish(key, "a b/", "m"))
-        await fails(emitter.publish(key, unique, bytes(65536)))
-        await fails(emitter.publish(key, unique, "m", qos=2))  # type: ignore[arg-type]  # on purpose
-        await fails(emitter.keygen(server.secret, "a/" * 24))
-        await fails(emitter.keygen(server.secret, unique, "z"))
-        await fails(emitter.publish(key, f"{unique}p/q/", "m", ttl=-1))
+        await check_failure(emitter.flush())
+        await check_failure(emitter.publish(key, "a b/", "m"))
+        await check_failure(emitter.publish(key, unique, bytes(65536)))
+        await check_failure(emitter.publish(key, unique, "m", qos=2))  # type: ignore[arg-type]  # on purpose
+        await check_failure(emitter.keygen(server.secret, "a/" * 24))
+        await check_failure(emitter.keygen(server.secret, unique, "z"))
+        await check_failure(emitter.publish(key, f"{unique}p/q/", "m", ttl=-1))
         await emitter.subscribe(key, f"{unique}p/q/")
-        await fails(subscribe(emitter, key, f"{unique}q/p/"))
+        await check_failure(subscribe(emitter, key, f"{unique}q/p/"))
         with pytest.warns(RuntimeWarning) as warned:
             emitter.subscribe(key, unique)
         show(warned[0].message)
@@ -96,15 +96,15 @@ async def test_no_secret_is_shown_anywhere(
     show(*calls.values, *errors.values, emitter)
     for error in errors.values:
         shown.extend(traceback.format_exception(error))
-    await fails(emitter.me())
+    await check_failure(emitter.me())
 
-    async with relay(server) as link:
+    async with relay(server) as proxy:
         with pytest.raises(EmitterError) as caught:
             async with connect_once(
-                host="127.0.0.1", port=link.port, secure=False, username="bob", password=PASSWORD
+                host="127.0.0.1", port=proxy.port, secure=False, username="bob", password=PASSWORD
             ) as lost:
                 async with lost.subscribe(key, unique):
-                    link.cut()
+                    proxy.cut()
                     await anyio.sleep_forever()
     shown.extend(traceback.format_exception(caught.value))
 

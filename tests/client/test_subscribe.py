@@ -17,7 +17,7 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
-from tests.client.tools import Calls, arrived, enter, texts, turns
+from tests.client.tools import Calls, arrived, checkpoints, enter, texts
 from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
@@ -28,7 +28,7 @@ NO_KEY = "A" * 32
 # Entered
 
 
-async def test_an_entered_subscription_is_a_stream(emitter: Emitter, key: str, unique: str) -> None:
+async def test_entered_subscription_is_a_stream(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, "one")
         await emitter.publish(key, unique, "two")
@@ -40,7 +40,7 @@ async def test_an_entered_subscription_is_a_stream(emitter: Emitter, key: str, u
     assert received == ["one", "two"]
 
 
-async def test_leaving_the_stream_ends_the_delivery(
+async def test_leaving_the_stream_unsubscribes_and_closes_it(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -52,7 +52,7 @@ async def test_leaving_the_stream_ends_the_delivery(
         await messages.receive()
 
 
-async def test_a_task_that_waits_in_a_stream_that_is_left_raises(
+async def test_task_waiting_in_a_stream_raises_when_it_is_left(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async def receive(messages: EventStream[EmitterMessage]) -> None:
@@ -65,7 +65,7 @@ async def test_a_task_that_waits_in_a_stream_that_is_left_raises(
             await anyio.wait_all_tasks_blocked()
 
 
-async def test_closing_the_last_end_inside_unsubscribes(
+async def test_closing_the_last_end_in_the_block_unsubscribes(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique, buffer=1) as messages:
@@ -76,14 +76,14 @@ async def test_closing_the_last_end_inside_unsubscribes(
         await emitter.flush()
         assert (await clone.receive()).as_string() == "one"
         await clone.aclose()
-        assert emitter.statistics().dropped == 1, "it is counted before the block is left"
+        assert emitter.statistics().dropped == 1, "drops are counted before the block is left"
         await emitter.publish(key, unique, "late")
         await emitter.flush()
         assert emitter.statistics().received == 2
     assert emitter.statistics().dropped == 1
 
 
-async def test_clones_of_a_stream_that_was_left_get_what_is_buffered(
+async def test_clone_of_a_left_stream_gets_the_buffered_messages(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -98,14 +98,14 @@ async def test_clones_of_a_stream_that_was_left_get_what_is_buffered(
             await clone.receive()
 
 
-async def test_a_stream_can_be_had_again(emitter: Emitter, key: str, unique: str) -> None:
+async def test_channel_can_be_subscribed_again(emitter: Emitter, key: str, unique: str) -> None:
     for text in ("one", "two"):
         async with emitter.subscribe(key, unique) as messages:
             await emitter.publish(key, unique, text)
             assert await arrived(emitter, messages) == [text]
 
 
-async def test_a_subscription_gets_what_is_published_below_it(
+async def test_subscription_gets_messages_of_subchannels(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as messages:
@@ -114,7 +114,7 @@ async def test_a_subscription_gets_what_is_published_below_it(
     assert (message.channel, message.as_string()) == (f"{unique}a/b/", "below")
 
 
-async def test_a_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
+async def test_missing_slash_is_added(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, unique.rstrip("/")) as messages:
         await emitter.publish(key, unique, "m")
         assert await arrived(emitter, messages) == ["m"]
@@ -123,7 +123,7 @@ async def test_a_missing_slash_is_added(emitter: Emitter, key: str, unique: str)
 # Awaited
 
 
-async def test_messages_of_an_awaited_subscription_go_to_the_handlers(
+async def test_messages_of_an_awaited_subscription_go_to_handlers(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -133,9 +133,7 @@ async def test_messages_of_an_awaited_subscription_go_to_the_handlers(
     assert texts(await calls.get(1)) == ["m"]
 
 
-async def test_an_awaited_subscription_is_idempotent(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_awaited_subscription_is_idempotent(emitter: Emitter, key: str, unique: str) -> None:
     await emitter.publish(key, unique, "stored", ttl=60, qos=1)
     async with emitter.stream("message") as messages:
         await emitter.subscribe(key, unique, last=1)
@@ -147,7 +145,7 @@ async def test_an_awaited_subscription_is_idempotent(
         assert await arrived(emitter, messages) == []
 
 
-async def test_two_tasks_may_await_the_same_subscription(
+async def test_two_tasks_can_await_the_same_subscription(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async def subscribe() -> None:
@@ -164,7 +162,7 @@ async def test_two_tasks_may_await_the_same_subscription(
         assert await arrived(emitter, messages) == []
 
 
-async def test_it_can_be_subscribed_again_after_unsubscribing(
+async def test_channel_can_be_subscribed_again_after_unsubscribe(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.stream("message") as messages:
@@ -176,22 +174,20 @@ async def test_it_can_be_subscribed_again_after_unsubscribing(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_unsubscribing_what_was_never_subscribed_is_fine(
+async def test_unsubscribe_without_a_subscription_succeeds(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await emitter.unsubscribe(key, unique)
     assert await emitter.flush() >= 0
 
 
-async def test_unsubscribing_with_a_key_that_opens_nothing_raises(
-    emitter: Emitter, unique: str
-) -> None:
+async def test_unsubscribe_with_a_bad_key_raises(emitter: Emitter, unique: str) -> None:
     with pytest.raises(UnauthorizedError) as caught:
         await emitter.unsubscribe(NO_KEY, unique)
     assert (caught.value.operation, caught.value.channel) == ("unsubscribe", unique)
 
 
-# What is replayed
+# Replay
 
 
 @pytest.fixture
@@ -206,17 +202,15 @@ async def stored(emitter: Emitter, key: str, unique: str) -> str:
     ("last", "replayed"),
     [(None, ["3"]), (0, []), (1, ["3"]), (2, ["2", "3"]), (10, ["1", "2", "3"])],
 )
-async def test_last_says_how_many_stored_messages_are_replayed(
+async def test_last_limits_the_replayed_messages(
     emitter: Emitter, key: str, stored: str, last: int | None, replayed: list[str]
 ) -> None:
     async with emitter.subscribe(key, stored, last) as messages:
-        # Within a second the broker replays the newest first.
+        # Within one second, the broker replays the newest message first.
         assert sorted(await arrived(emitter, messages)) == replayed
 
 
-async def test_what_is_replayed_comes_before_what_is_live(
-    emitter: Emitter, key: str, stored: str
-) -> None:
+async def test_replay_comes_before_live_messages(emitter: Emitter, key: str, stored: str) -> None:
     async with emitter.subscribe(key, stored, last=2) as messages:
         await emitter.publish(key, stored, "live")
         *replayed, live = await arrived(emitter, messages)
@@ -224,15 +218,13 @@ async def test_what_is_replayed_comes_before_what_is_live(
     assert live == "live"
 
 
-async def test_what_is_replayed_needs_no_room_in_the_buffer(
-    emitter: Emitter, key: str, stored: str
-) -> None:
+async def test_replay_is_not_limited_by_the_buffer(emitter: Emitter, key: str, stored: str) -> None:
     async with emitter.subscribe(key, stored, last=3, buffer=1) as messages:
         await emitter.publish(key, stored, "live")
         assert len(await arrived(emitter, messages)) == 4
 
 
-async def test_an_awaited_subscription_replays_to_the_handlers(
+async def test_awaited_subscription_replays_to_handlers(
     emitter: Emitter, key: str, stored: str
 ) -> None:
     calls = Calls()
@@ -241,7 +233,7 @@ async def test_an_awaited_subscription_replays_to_the_handlers(
     assert sorted(texts(await calls.get(3))) == ["1", "2", "3"]
 
 
-async def test_a_key_without_the_permission_to_load_replays_nothing(
+async def test_key_without_load_permission_gets_no_replay(
     emitter: Emitter, server: Server, stored: str
 ) -> None:
     made = await emitter.keygen(server.secret, stored, "r")
@@ -257,7 +249,7 @@ HOUR = timedelta(hours=1)
     [(-HOUR, None, 3), (HOUR, None, 0), (None, -HOUR, 0), (None, HOUR, 3), (-HOUR, HOUR, 3)],
 )
 @pytest.mark.parametrize("form", ["datetime", "unix seconds"])
-async def test_since_and_until_bound_what_is_replayed(
+async def test_since_and_until_limit_the_replay(
     emitter: Emitter,
     key: str,
     stored: str,
@@ -280,7 +272,7 @@ async def test_since_and_until_bound_what_is_replayed(
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "pattern"),
     [
         ({"last": -1}, "last"),
         ({"last": "1"}, "last"),
@@ -290,31 +282,31 @@ async def test_since_and_until_bound_what_is_replayed(
         ({"overflow": "explode"}, "overflow.*'raise'"),
     ],
 )
-async def test_a_bad_option_is_named(
-    emitter: Emitter, unique: str, options: dict[str, Any], words: str
+async def test_bad_option_is_rejected(
+    emitter: Emitter, unique: str, options: dict[str, Any], pattern: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=pattern):
         emitter.subscribe(NO_KEY, unique, **options)
 
 
 # Wildcards
 
 
-async def test_a_plus_stands_for_one_level(emitter: Emitter, key: str, unique: str) -> None:
+async def test_plus_matches_one_level(emitter: Emitter, key: str, unique: str) -> None:
     async with emitter.subscribe(key, f"{unique}+/c/") as messages:
         for channel in ("a/c/", "b/c/d/", "a/b/", "c/"):
             await emitter.publish(key, unique + channel, channel)
         assert await arrived(emitter, messages) == ["a/c/", "b/c/d/"]
 
 
-async def test_a_plus_goes_with_options(emitter: Emitter, key: str, unique: str) -> None:
+async def test_plus_can_have_options(emitter: Emitter, key: str, unique: str) -> None:
     await emitter.publish(key, f"{unique}a/c/", "stored", ttl=60, qos=1)
     async with emitter.subscribe(key, f"{unique}+/c/", last=5) as messages:
         await emitter.publish(key, f"{unique}b/c/", "live")
         assert await arrived(emitter, messages) == ["stored", "live"]
 
 
-async def test_a_plus_at_the_start_goes_with_options(
+async def test_plus_at_the_start_can_have_options(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     made = await emitter.keygen(server.secret, "#/", "rwslp")
@@ -323,25 +315,27 @@ async def test_a_plus_at_the_start_goes_with_options(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_a_hash_goes_with_options(emitter: Emitter, key: str, unique: str) -> None:
+async def test_hash_can_have_options(emitter: Emitter, key: str, unique: str) -> None:
     await emitter.publish(key, f"{unique}a/", "stored", ttl=60, qos=1)
     async with emitter.subscribe(key, f"{unique}#/", last=5) as messages:
         assert await arrived(emitter, messages) == ["stored"]
 
 
-async def test_the_channel_may_be_a_hash_alone(emitter: Emitter, server: Server) -> None:
+async def test_channel_can_be_a_single_hash(emitter: Emitter, server: Server) -> None:
     made = await emitter.keygen(server.secret, "#/", "r")
     async with emitter.subscribe(made.key, "#/", last=0) as messages:
-        # With the broker's default matcher it receives nothing.
+        # The broker's default matcher delivers nothing to it.
         assert await arrived(emitter, messages) == []
 
 
 @pytest.mark.parametrize(
-    ("channel", "words"),
+    ("channel", "pattern"),
     [("", "empty"), ("a//b/", "empty level"), ("a b/", "' '"), ("a/#/b/", "'#'")],
 )
-async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words: str) -> None:
-    with pytest.raises(InvalidChannelError, match=words):
+async def test_bad_channel_is_rejected_with_a_reason(
+    emitter: Emitter, channel: str, pattern: str
+) -> None:
+    with pytest.raises(InvalidChannelError, match=pattern):
         emitter.subscribe(NO_KEY, channel)
 
 
@@ -349,7 +343,7 @@ async def test_a_bad_channel_is_explained(emitter: Emitter, channel: str, words:
 
 
 @pytest.mark.parametrize("form", ["awaited", "entered"])
-async def test_a_refused_subscription_raises_and_leaves_nothing(
+async def test_refused_subscription_raises_and_has_no_effect(
     emitter: Emitter, server: Server, key: str, unique: str, form: str
 ) -> None:
     write_only = (await emitter.keygen(server.secret, unique, "w")).key
@@ -363,7 +357,7 @@ async def test_a_refused_subscription_raises_and_leaves_nothing(
     assert (caught.value.status, caught.value.operation) == (401, "subscribe")
     assert caught.value.channel == unique
     assert write_only not in str(caught.value)
-    # The channel is as though nothing had happened.
+    # The channel can be used as before.
     async with emitter.subscribe(key, unique) as messages:
         await emitter.publish(key, unique, "m")
         assert await arrived(emitter, messages) == ["m"]
@@ -371,7 +365,7 @@ async def test_a_refused_subscription_raises_and_leaves_nothing(
     assert errors.values == []
 
 
-async def test_a_key_whose_target_ends_in_a_plus_opens_nothing_as_the_hint_says(
+async def test_key_for_a_target_ending_in_plus_is_refused_with_a_hint(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     made = await emitter.keygen(server.secret, f"{unique}+/", "r")
@@ -379,9 +373,7 @@ async def test_a_key_whose_target_ends_in_a_plus_opens_nothing_as_the_hint_says(
         await emitter.subscribe(made.key, f"{unique}a/")
 
 
-async def test_channels_that_the_broker_takes_for_one_are_a_conflict(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_channels_with_equal_hashes_conflict(emitter: Emitter, key: str, unique: str) -> None:
     one, two = f"{unique}p/q/", f"{unique}q/p/"
     async with emitter.subscribe(key, one) as messages:
         with pytest.raises(SubscriptionConflictError, match="second Emitter") as caught:
@@ -390,13 +382,13 @@ async def test_channels_that_the_broker_takes_for_one_are_a_conflict(
         assert two in str(caught.value)
         await emitter.publish(key, one, "m")
         assert await arrived(emitter, messages) == ["m"]
-    # The first one is gone, so nothing is in the way of the second.
+    # The first subscription has ended, so the second no longer conflicts.
     async with emitter.subscribe(key, two) as messages:
         await emitter.publish(key, two, "m")
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_conflicts_can_be_allowed(server: Server, key: str, unique: str) -> None:
+async def test_allow_collisions_permits_equal_hashes(server: Server, key: str, unique: str) -> None:
     async with connect(server.url, allow_collisions=True) as emitter:
         async with emitter.subscribe(key, f"{unique}p/q/") as messages:
             await emitter.subscribe(key, f"{unique}q/p/")
@@ -407,7 +399,7 @@ async def test_conflicts_can_be_allowed(server: Server, key: str, unique: str) -
 # subscribe() itself
 
 
-async def test_it_is_used_once(emitter: Emitter, key: str, unique: str) -> None:
+async def test_subscribe_object_can_be_used_once(emitter: Emitter, key: str, unique: str) -> None:
     subscribing = emitter.subscribe(key, unique)
     await subscribing
     with pytest.raises(RuntimeError, match="twice"):
@@ -416,7 +408,7 @@ async def test_it_is_used_once(emitter: Emitter, key: str, unique: str) -> None:
         await enter(subscribing)
 
 
-async def test_neither_awaited_nor_entered_it_warns_with_both_forms(
+async def test_unused_subscribe_object_warns_and_names_both_forms(
     emitter: Emitter, unique: str
 ) -> None:
     subscribing = emitter.subscribe(NO_KEY, unique)
@@ -427,7 +419,7 @@ async def test_neither_awaited_nor_entered_it_warns_with_both_forms(
     assert len(warned) == 1
 
 
-async def test_cancelled_while_being_entered_it_is_given_back(
+async def test_subscription_cancelled_while_entering_is_undone(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async def subscribe() -> None:
@@ -437,9 +429,9 @@ async def test_cancelled_while_being_entered_it_is_given_back(
     for count in range(10):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(subscribe)
-            await turns(count)
+            await checkpoints(count)
             tasks.cancel_scope.cancel()
-        await emitter.publish(key, unique, "nobody")
+        await emitter.publish(key, unique, "unsubscribed")
         await emitter.flush()
     assert emitter.statistics().received == 0
 
@@ -447,7 +439,7 @@ async def test_cancelled_while_being_entered_it_is_given_back(
 # A full buffer
 
 
-async def test_a_full_buffer_raises_at_the_place_of_the_gap(
+async def test_full_buffer_raises_in_place_of_the_dropped_messages(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique, buffer=2) as messages:
@@ -457,8 +449,8 @@ async def test_a_full_buffer_raises_at_the_place_of_the_gap(
         assert texts([await messages.receive(), await messages.receive()]) == ["0", "1"]
         with pytest.raises(SlowConsumerError, match="3 ") as caught:
             await messages.receive()
-        await emitter.publish(key, unique, "behind the gap")
-        assert (await messages.receive()).as_string() == "behind the gap"
+        await emitter.publish(key, unique, "after the gap")
+        assert (await messages.receive()).as_string() == "after the gap"
     assert caught.value.dropped == 3
     assert unique in str(caught.value)
 
@@ -466,7 +458,7 @@ async def test_a_full_buffer_raises_at_the_place_of_the_gap(
 @pytest.mark.parametrize(
     ("overflow", "kept"), [("drop_oldest", ["3", "4"]), ("drop_newest", ["0", "1"])]
 )
-async def test_a_full_buffer_drops_and_counts(
+async def test_full_buffer_drops_and_counts(
     emitter: Emitter, key: str, unique: str, overflow: Any, kept: list[str]
 ) -> None:
     async with emitter.subscribe(key, unique, buffer=2, overflow=overflow) as messages:
@@ -477,7 +469,7 @@ async def test_a_full_buffer_drops_and_counts(
     assert (figures.dropped, figures.received, figures.current_buffer_used) == (3, 2, 0)
 
 
-async def test_a_full_buffer_blocks_the_link(
+async def test_full_buffer_blocks_the_connection(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async with other.subscribe(key, unique, buffer=1, overflow="block") as messages:
@@ -489,7 +481,7 @@ async def test_a_full_buffer_blocks_the_link(
     assert numbers == list(range(20))
 
 
-async def test_a_consumer_that_is_merely_busy_loses_nothing(
+async def test_busy_consumer_loses_nothing(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     received: list[object] = []
@@ -509,7 +501,7 @@ async def test_a_consumer_that_is_merely_busy_loses_nothing(
     assert received == list(range(500))
 
 
-async def test_several_tasks_may_share_a_stream(emitter: Emitter, key: str, unique: str) -> None:
+async def test_several_tasks_can_share_a_stream(emitter: Emitter, key: str, unique: str) -> None:
     received: list[object] = []
 
     async def consume() -> None:

@@ -1,4 +1,4 @@
-"""What several of the tests need."""
+"""Helpers for the client suite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.server import Server
 
 
 class Calls:
-    """A handler that notes what it is called with, and lets a test wait for it."""
+    """A handler that records its calls and lets a test wait for them."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -34,7 +34,7 @@ class Calls:
         self._called.set()
 
     async def get(self, count: int) -> list[Any]:
-        """Wait until there have been so many calls; all of them."""
+        """Wait for ``count`` calls, and return the values of all calls so far."""
         while len(self.values) < count:
             self._called = anyio.Event()
             await self._called.wait()
@@ -43,18 +43,18 @@ class Calls:
 
 class Keys:
     """
-    A function that stands for a key.
+    A key function that counts its calls.
 
-    :param keys: what it answers, one after another, the last one for ever; an exception is raised
+    :param keys: the keys to return in turn, repeating the last one; an exception is raised instead
     """
 
     def __init__(self, *keys: str | Exception) -> None:
-        self.asked = 0
+        self.calls = 0
         self._keys = list(keys)
 
     async def __call__(self) -> str:
         await checkpoint()
-        self.asked += 1
+        self.calls += 1
         key = self._keys.pop(0) if len(self._keys) > 1 else self._keys[0]
         if isinstance(key, Exception):
             raise key
@@ -66,7 +66,7 @@ def texts(messages: Iterable[EmitterMessage]) -> list[str]:
 
 
 async def arrived(emitter: Emitter, stream: EventStream[EmitterMessage]) -> list[str]:
-    """Everything in a stream: flush() is a barrier, behind which nothing is under way."""
+    """Return everything in a stream, after a flush() that waits for messages in transit."""
     await emitter.flush()
     found = []
     with suppress(anyio.WouldBlock, anyio.EndOfStream):
@@ -75,8 +75,8 @@ async def arrived(emitter: Emitter, stream: EventStream[EmitterMessage]) -> list
     return texts(found)
 
 
-async def turns(count: int = 5) -> None:
-    """Let every other task run that can."""
+async def checkpoints(count: int = 5) -> None:
+    """Let the other tasks run, ``count`` times."""
     for _ in range(count):
         await anyio.lowlevel.checkpoint()
 
@@ -87,7 +87,7 @@ async def enter(manager: AbstractAsyncContextManager[object]) -> None:
 
 
 class Relay:
-    """Stands between a client and the broker, notes what the client sends, and can be cut."""
+    """A proxy in front of the broker that records the client's bytes and can cut connections."""
 
     def __init__(self, server: Server) -> None:
         self.port = 0
@@ -96,12 +96,12 @@ class Relay:
         self._scopes: list[anyio.CancelScope] = []
 
     def cut(self) -> None:
-        """Cut what goes through; what comes later is let through again."""
+        """Cut the open connections. Later ones are relayed again."""
         for scope in self._scopes:
             scope.cancel()
 
     def packets(self) -> list[int]:
-        """The types of the MQTT packets that the client has sent."""
+        """Return the types of the MQTT packets that the client has sent."""
         kinds = []
         at = 0
         while at < len(self.sent):
@@ -129,13 +129,13 @@ class Relay:
         tasks: TaskGroup,
         source: ByteReceiveStream,
         sink: ByteSendStream,
-        noted: bytearray | None = None,
+        record: bytearray | None = None,
     ) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             while True:
                 data = await source.receive()
-                if noted is not None:
-                    noted += data
+                if record is not None:
+                    record += data
                 await sink.send(data)
         tasks.cancel_scope.cancel()
 
@@ -146,17 +146,17 @@ async def _open(server: Server) -> ByteStream:
 
 @asynccontextmanager
 async def relay(server: Server, path: str | None = None) -> AsyncGenerator[Relay]:
-    """Relay from a port on loopback, or from a Unix socket."""
-    made = Relay(server)
+    """Relay from a port on loopback, or from a Unix socket at ``path``."""
+    proxy = Relay(server)
     listener: Listener[SocketStream]
     if path is None:
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-        made.port = listener.extra(SocketAttribute.local_port)
+        proxy.port = listener.extra(SocketAttribute.local_port)
     else:
         listener = await anyio.create_unix_listener(path)
     async with listener, anyio.create_task_group() as tasks:
-        tasks.start_soon(listener.serve, made.serve)
+        tasks.start_soon(listener.serve, proxy.serve)
         try:
-            yield made
+            yield proxy
         finally:
             tasks.cancel_scope.cancel()

@@ -1,4 +1,4 @@
-"""What a client does when its link is lost, towards the development broker."""
+"""Reconnecting, tested with the development broker."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.support.connections import connect_reconnecting
 
 @pytest.fixture
 async def emitter(broker: Broker) -> AsyncIterator[Emitter]:
-    """A client whose link is soon back."""
+    """A client that reconnects immediately."""
     async with connect_reconnecting(broker.url) as emitter:
         yield emitter
 
 
 @pytest.fixture
 def key(broker: Broker) -> str:
-    """A key for everything."""
+    """A key with every permission for every channel."""
     return broker.keygen("#/", "rwlsp")

@@ -1,4 +1,4 @@
-"""How long a client waits before it tries again, how often, and where."""
+"""``Backoff``: how long, how often and to which server a client tries to reconnect."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.support.peer import Peer, memory_peer
 # The value
 
 
-def test_the_ceiling_doubles_up_to_the_maximum() -> None:
+def test_ceiling_doubles_up_to_the_maximum() -> None:
     backoff = Backoff(initial=0.5, maximum=3)
     assert [backoff.longest(attempt) for attempt in range(5)] == [0.5, 1, 2, 3, 3]
 
 
-def test_a_client_that_has_tried_for_years_still_waits_no_longer() -> None:
+def test_ceiling_of_a_huge_attempt_number_is_the_maximum() -> None:
     assert Backoff().longest(10**9) == 30
 
 
-def test_any_time_up_to_the_ceiling_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delay_is_drawn_between_0_and_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
@@ -37,85 +37,85 @@ def test_any_time_up_to_the_ceiling_is_drawn(monkeypatch: pytest.MonkeyPatch) ->
     assert drawn == [(0, 1), (0, 2), (0, 4), (0, 4)]
 
 
-def test_clients_do_not_come_back_as_a_crowd() -> None:
+def test_delays_are_spread_over_the_whole_range() -> None:
     delays = {Backoff().delay(3) for _ in range(100)}
     assert len(delays) > 90
     assert all(0 <= delay <= 0.8 for delay in delays)
 
 
-def test_no_wait_at_all_is_possible() -> None:
+def test_delay_can_be_0() -> None:
     assert Backoff(initial=0, maximum=0).delay(7) == 0
 
 
-@pytest.mark.parametrize("wrong", ["1", None, True, 1j])
-def test_a_time_that_is_no_number_is_a_type_error(wrong: Any) -> None:
+@pytest.mark.parametrize("value", ["1", None, True, 1j])
+def test_time_that_is_not_a_number_raises_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match=r"initial.*seconds"):
-        Backoff(initial=wrong)
+        Backoff(initial=value)
     with pytest.raises(TypeError, match=r"maximum.*seconds"):
-        Backoff(maximum=wrong)
+        Backoff(maximum=value)
     with pytest.raises(TypeError, match=r"spread.*seconds"):
-        Backoff(spread=wrong)
+        Backoff(spread=value)
 
 
-@pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
-def test_a_time_out_of_range_is_a_value_error(wrong: float) -> None:
+@pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
+def test_time_out_of_range_raises_value_error(value: float) -> None:
     with pytest.raises(ValueError, match=r"initial.* 0"):
-        Backoff(initial=wrong)
+        Backoff(initial=value)
 
 
-def test_a_maximum_below_the_beginning_is_a_value_error() -> None:
+def test_maximum_below_initial_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"initial.*2.*1"):
         Backoff(initial=2, maximum=1)
 
 
-@pytest.mark.parametrize("wrong", [1.5, "3", True])
-def test_tries_that_are_no_whole_number_are_a_type_error(wrong: Any) -> None:
+@pytest.mark.parametrize("value", [1.5, "3", True])
+def test_tries_that_are_not_an_int_raise_type_error(value: Any) -> None:
     with pytest.raises(TypeError, match=r"tries.*None"):
-        Backoff(tries=wrong)
+        Backoff(tries=value)
 
 
-@pytest.mark.parametrize("wrong", [0, -1])
-def test_no_tries_at_all_are_said_otherwise(wrong: int) -> None:
+@pytest.mark.parametrize("value", [0, -1])
+def test_tries_below_1_suggest_reconnect_none(value: int) -> None:
     with pytest.raises(ValueError, match="reconnect=None"):
-        Backoff(tries=wrong)
+        Backoff(tries=value)
 
 
-def test_it_is_a_value() -> None:
+def test_backoff_is_a_value() -> None:
     assert Backoff(1, 2, 3, 4) == Backoff(initial=1, maximum=2, spread=3, tries=4)
     assert repr(Backoff()) == "Backoff(initial=0.1, maximum=30, spread=0, tries=None)"
 
 
-# A row of tries
+# A series of tries
 
 
-class Line:
+class Attempts:
     """
-    A connectable that notes when it is asked for a link.
+    A script for a memory peer that records when the client tries to connect.
 
-    :param lives: for how long each link lives; ``None`` is one that cannot be opened
+    :param lifetimes: the seconds that each connection lasts; ``None`` makes the try fail
     """
 
-    def __init__(self, *lives: float | None) -> None:
+    def __init__(self, *lifetimes: float | None) -> None:
         self.times: list[float] = []
-        self._lives = [float("inf") if life is None else life for life in lives]
-        self._opens = [life is not None for life in lives]
+        self._lifetimes = [float("inf") if lifetime is None else lifetime for lifetime in lifetimes]
+        self._opens = [lifetime is not None for lifetime in lifetimes]
         self._played = 0
 
     async def before(self, attempt: int) -> None:
         self.times.append(anyio.current_time())
         if not self._opens[attempt - 1]:
             self._played += 1
-            raise OSError("nobody is there")
+            raise OSError("refused")
 
     async def play(self, peer: Peer) -> None:
-        life = self._lives[self._played]
+        lifetime = self._lifetimes[self._played]
         self._played += 1
-        with anyio.move_on_after(life):
+        with anyio.move_on_after(lifetime):
             await peer.serve()
 
     @property
     def waits(self) -> list[float]:
-        """The times between two tries."""
+        """The seconds between two tries."""
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
@@ -128,13 +128,13 @@ def longest_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exactly(*seconds: float) -> Any:
-    # asyncio's virtual clock goes a hair beyond each deadline.
+    # asyncio's virtual clock overshoots each deadline a little.
     return pytest.approx(list(seconds), abs=1e-6)
 
 
-async def run(line: Line, backoff: Backoff) -> EmitterError | None:
-    """Sleep inside a client, and return what comes out of it."""
-    async with memory_peer(line.play, before=line.before) as connectable:
+async def run_client(attempts: Attempts, backoff: Backoff) -> EmitterError | None:
+    """Sleep in a client's block, and return the exception that ends it."""
+    async with memory_peer(attempts.play, before=attempts.before) as connectable:
         try:
             async with connect(connectable=connectable, reconnect=backoff):
                 await anyio.sleep_forever()
@@ -145,16 +145,16 @@ async def run(line: Line, backoff: Backoff) -> EmitterError | None:
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_tries_that_are_used_up_end_the_client(
+async def test_client_ends_when_the_tries_are_used_up(
     anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "emitter_anyio")
-    line = Line(100, None, None, None)
-    lost = await run(line, Backoff(1, 3, tries=3))
-    assert line.waits == exactly(101, 2, 3)
+    attempts = Attempts(100, None, None, None)
+    lost = await run_client(attempts, Backoff(1, 3, tries=3))
+    assert attempts.waits == exactly(101, 2, 3)
     assert isinstance(lost, ConnectionLostError)
     assert isinstance(lost.__cause__, ConnectError)
-    assert str(lost.__cause__.__cause__) == "nobody is there"
+    assert str(lost.__cause__.__cause__) == "refused"
     assert "3 tries" in str(lost)
     levels = [record.levelname for record in caplog.records]
     assert levels == ["INFO", "WARNING", "INFO", "INFO", "INFO", "ERROR"]
@@ -167,34 +167,34 @@ async def test_tries_that_are_used_up_end_the_client(
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_a_connection_that_was_good_for_ten_seconds_restarts_the_row(
+async def test_connection_that_lasted_10_seconds_resets_the_backoff(
     anyio_backend: object,
 ) -> None:
-    line = Line(100, None, None, 10.1, None, None, None)
-    assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
-    assert line.waits == exactly(101, 2, 4, 11.1, 2, 4)
+    attempts = Attempts(100, None, None, 10.1, None, None, None)
+    assert "3 tries" in str(await run_client(attempts, Backoff(1, 30, tries=3)))
+    assert attempts.waits == exactly(101, 2, 4, 11.1, 2, 4)
 
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_a_connection_that_is_lost_within_ten_seconds_belongs_to_the_row(
+async def test_connection_lost_within_10_seconds_does_not_reset_the_backoff(
     anyio_backend: object,
 ) -> None:
-    line = Line(100, 0.25, 9.9, 0.25)
-    assert "3 tries" in str(await run(line, Backoff(1, 30, tries=3)))
-    assert line.waits == exactly(101, 2.25, 13.9)
+    attempts = Attempts(100, 0.25, 9.9, 0.25)
+    assert "3 tries" in str(await run_client(attempts, Backoff(1, 30, tries=3)))
+    assert attempts.waits == exactly(101, 2.25, 13.9)
 
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_the_spread_is_waited_for_once_after_each_loss(anyio_backend: object) -> None:
-    line = Line(100, None, None, 100, None, None, None)
-    assert "3 tries" in str(await run(line, Backoff(1, 30, spread=5, tries=3)))
-    assert line.waits == exactly(106, 2, 4, 106, 2, 4)
+async def test_spread_is_waited_for_once_after_each_loss(anyio_backend: object) -> None:
+    attempts = Attempts(100, None, None, 100, None, None, None)
+    assert "3 tries" in str(await run_client(attempts, Backoff(1, 30, spread=5, tries=3)))
+    assert attempts.waits == exactly(106, 2, 4, 106, 2, 4)
 
 
 @pytest.mark.virtual_time
-async def test_a_permanent_failure_is_a_warning_once_for_each_cause(
+async def test_permanent_failure_is_logged_as_a_warning_once_per_cause(
     anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "emitter_anyio")
@@ -213,24 +213,24 @@ async def test_a_permanent_failure_is_a_warning_once_for_each_cause(
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_without_a_number_it_tries_for_ever(anyio_backend: object) -> None:
-    line = Line(100, *[None] * 50, 1000)
+async def test_tries_none_never_gives_up(anyio_backend: object) -> None:
+    attempts = Attempts(100, *[None] * 50, 1000)
     with anyio.move_on_after(1600):
-        await run(line, Backoff(1, 30))
-    assert line.waits == exactly(101, 2, 4, 8, 16, *[30] * 46)
+        await run_client(attempts, Backoff(1, 30))
+    assert attempts.waits == exactly(101, 2, 4, 8, 16, *[30] * 46)
 
 
 @pytest.mark.virtual_time
-async def test_entering_tries_once_only(anyio_backend: object) -> None:
-    line = Line(None)
-    assert type(await run(line, Backoff(1, 30))) is ConnectError
-    assert len(line.times) == 1
+async def test_entering_tries_once(anyio_backend: object) -> None:
+    attempts = Attempts(None)
+    assert type(await run_client(attempts, Backoff(1, 30))) is ConnectError
+    assert len(attempts.times) == 1
 
 
 # Several servers
 
 
-async def test_the_server_behind_the_lost_one_is_tried_first(anyio_backend: object) -> None:
+async def test_next_server_is_tried_first(anyio_backend: object) -> None:
     async with Broker() as one, Broker() as two, Broker() as three:
         urls = [broker.url for broker in (one, two, three)]
         seen = []
@@ -246,7 +246,7 @@ async def test_the_server_behind_the_lost_one_is_tried_first(anyio_backend: obje
         assert seen == [*urls, urls[0]]
 
 
-async def test_a_server_that_is_down_is_passed_over(anyio_backend: object) -> None:
+async def test_server_that_is_down_is_skipped(anyio_backend: object) -> None:
     async with Broker() as one, Broker() as two, Broker() as three:
         urls = [broker.url for broker in (one, two, three)]
         async with (
@@ -261,7 +261,7 @@ async def test_a_server_that_is_down_is_passed_over(anyio_backend: object) -> No
             assert isinstance(emitter.connection.last_error, EOFError | OSError)
 
 
-async def test_with_all_servers_down_every_cause_is_told(anyio_backend: object) -> None:
+async def test_error_with_all_servers_down_has_every_cause(anyio_backend: object) -> None:
     async with Broker() as one, Broker() as two:
         with pytest.raises(ConnectionLostError) as caught:
             async with connect(

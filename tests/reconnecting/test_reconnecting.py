@@ -1,4 +1,4 @@
-"""A lost link comes back, with all that was on it, before ``connect`` is emitted."""
+"""Reconnecting restores everything before ``connect`` is emitted."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from tests.support.connections import (
 from tests.support.memory import MemoryConnectable
 from tests.support.peer import DISCONNECT, Peer, memory_peer
 
-# What is restored
+# Restored state
 
 
-async def test_streams_go_on_with_what_comes_then(
+async def test_streams_continue_on_the_next_connection(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/") as one, emitter.subscribe(key, "b/") as two:
@@ -46,7 +46,7 @@ async def test_streams_go_on_with_what_comes_then(
     assert emitter.statistics().links == 4
 
 
-async def test_nothing_is_replayed_a_second_time(broker: Broker, key: str) -> None:
+async def test_stored_messages_are_not_replayed_again(broker: Broker, key: str) -> None:
     async with connect_reconnecting(broker.url) as emitter:
         await emitter.publish(key, "a/", "old", 60, qos=1)
         async with emitter.subscribe(key, "a/", last=5) as messages:
@@ -56,7 +56,7 @@ async def test_nothing_is_replayed_a_second_time(broker: Broker, key: str) -> No
             assert (await messages.receive()).as_string() == "new"
 
 
-async def test_awaited_subscriptions_reach_the_handlers_again(
+async def test_awaited_subscriptions_are_restored(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     calls = Calls()
@@ -72,7 +72,7 @@ async def test_awaited_subscriptions_reach_the_handlers_again(
     assert subscribed_channels(broker) == []
 
 
-async def test_every_key_of_a_channel_is_confirmed(broker: Broker, emitter: Emitter) -> None:
+async def test_every_key_of_a_channel_is_restored(broker: Broker, emitter: Emitter) -> None:
     keys = [broker.keygen("a/"), broker.keygen("a/#/")]
     async with emitter.subscribe(keys[0], "a/") as one, emitter.subscribe(keys[1], "a/") as two:
         await force_reconnect(emitter, broker)
@@ -82,7 +82,7 @@ async def test_every_key_of_a_channel_is_confirmed(broker: Broker, emitter: Emit
     assert subscribed_channels(broker) == []
 
 
-async def test_groups_come_back_as_groups(broker: Broker, emitter: Emitter) -> None:
+async def test_groups_are_restored_as_groups(broker: Broker, emitter: Emitter) -> None:
     key = broker.keygen("$share/g/a/", "r")
     async with emitter.subscribe(key, "a/", group="g") as messages:
         await force_reconnect(emitter, broker)
@@ -95,7 +95,7 @@ def confirmed_names(feed: PresenceFeed) -> list[str | None]:
     return [member.username for member in feed.members.values() if member.confirmed]
 
 
-async def test_a_presence_feed_learns_who_came_and_went_meanwhile(
+async def test_presence_feed_is_updated_after_the_outage(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with connect(broker.url, username="old") as old:
@@ -108,13 +108,13 @@ async def test_a_presence_feed_learns_who_came_and_went_meanwhile(
                 async with new.stream("connect") as connected:
                     await force_reconnect(emitter, broker)
                     await connected.receive()
-                # The ids of the connections before are not confirmed, and not removed either.
+                # Members known from earlier connections stay, but unconfirmed.
                 while confirmed_names(feed) != ["new"]:
                     await anyio.lowlevel.checkpoint()
                 assert feed.statistics().gaps == 1
 
 
-async def test_a_presence_feed_does_not_confirm_who_left_below_it_meanwhile(
+async def test_presence_feed_does_not_confirm_a_subchannel_member_that_left_during_the_outage(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.watch_presence(key, "a/", refresh=None) as feed:
@@ -124,22 +124,22 @@ async def test_a_presence_feed_does_not_confirm_who_left_below_it_meanwhile(
             assert (await feed.receive()).event == "subscribe"
             async with while_disconnected(emitter, broker):
                 await guest.disconnect()
-        # No status lists who is below the channel, so that only an event could remove the guest.
+        # A status does not list subchannels, so only an event could remove the guest.
         while confirmed_names(feed):
             await anyio.lowlevel.checkpoint()
         assert [member.username for member in feed.members.values()] == ["guest"]
 
 
-async def test_a_presence_feed_that_was_being_looked_at_goes_on(broker: Broker) -> None:
+async def test_presence_feed_continues_after_a_loss_during_its_refresh(broker: Broker) -> None:
     key = broker.keygen("a/", "rp")
     async with connect_reconnecting(broker.url) as emitter, emitter.stream("error") as errors:
         async with emitter.watch_presence(key, "a/", refresh=0.01) as feed:
             with broker.hold("answer", "puback"):
                 while not emitter.statistics().pending:
                     await anyio.lowlevel.checkpoint()
-                async with emitter.stream("disconnect") as gone:
+                async with emitter.stream("disconnect") as disconnected:
                     await broker.drop()
-                    await gone.receive()
+                    await disconnected.receive()
             await emitter.wait_connected()
             async with emitter.subscribe(key, "a/"):
                 async for event in feed:
@@ -148,27 +148,23 @@ async def test_a_presence_feed_that_was_being_looked_at_goes_on(broker: Broker) 
             assert errors.statistics().current_buffer_used == 0
 
 
-async def test_changes_of_presence_are_told_again(
-    broker: Broker, emitter: Emitter, key: str
-) -> None:
+async def test_changes_are_restored(broker: Broker, emitter: Emitter, key: str) -> None:
     calls = Calls()
     emitter.on("presence", calls)
     await emitter.presence(key, "a/", changes=True)
     await calls.get(1)
     await force_reconnect(emitter, broker)
-    came = len(calls.values)
+    count = len(calls.values)
     async with connect(broker.url, username="guest") as guest:
         await guest.subscribe(key, "a/b/")
-        last = (await calls.get(came + 1))[-1]
+        last = (await calls.get(count + 1))[-1]
         assert [member.username for member in last.who] == ["guest"]
     await emitter.presence(key, "a/", changes=False)
     await force_reconnect(emitter, broker)
     assert not any(client.peer.watched for client in broker.clients)
 
 
-async def test_changes_of_presence_are_asked_for_with_the_last_key(
-    broker: Broker, emitter: Emitter
-) -> None:
+async def test_changes_are_restored_with_the_last_key(broker: Broker, emitter: Emitter) -> None:
     old, new = broker.keygen("a/", "p"), broker.keygen("a/#/", "rp")
     await emitter.presence(old, "a/", changes=True)
     await emitter.presence(new, "a/", changes=True)
@@ -179,7 +175,7 @@ async def test_changes_of_presence_are_asked_for_with_the_last_key(
         assert (await changes.receive()).event == "subscribe"
 
 
-async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_links_are_restored(broker: Broker, emitter: Emitter, key: str) -> None:
     await emitter.link(key, "a/", "x", subscribe=True, ttl=60)
     calls = Calls()
     emitter.on("message", calls)
@@ -190,9 +186,7 @@ async def test_links_have_their_names_again(broker: Broker, emitter: Emitter, ke
     assert stored == ["through"]
 
 
-async def test_requests_and_those_who_serve_them_go_on(
-    broker: Broker, emitter: Emitter, key: str
-) -> None:
+async def test_request_and_serve_continue(broker: Broker, emitter: Emitter, key: str) -> None:
     async def double(message: EmitterMessage) -> int:
         return 2 * int(message.as_object())
 
@@ -207,7 +201,7 @@ async def test_requests_and_those_who_serve_them_go_on(
         tasks.cancel_scope.cancel()
 
 
-async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker, key: str) -> None:
+async def test_everything_is_restored_before_connect_is_emitted(broker: Broker, key: str) -> None:
     found: list[list[str]] = []
     emitter = connect_reconnecting(broker.url)
     emitter.on("connect", lambda: found.append(subscribed_channels(broker)))
@@ -236,7 +230,7 @@ async def test_everything_is_confirmed_before_connect_is_emitted(broker: Broker,
     assert found == [[], ["a/", "b/"]]
 
 
-async def test_the_connection_is_another_one(broker: Broker, emitter: Emitter) -> None:
+async def test_connection_is_replaced(broker: Broker, emitter: Emitter) -> None:
     first = await emitter.me()
     before = emitter.connection
     assert before is not None
@@ -252,7 +246,7 @@ async def test_the_connection_is_another_one(broker: Broker, emitter: Emitter) -
     assert (await emitter.me()).id != first.id
 
 
-async def test_each_event_is_a_line_of_the_log(
+async def test_each_event_is_logged(
     broker: Broker, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "emitter_anyio")
@@ -268,11 +262,11 @@ async def test_each_event_is_a_line_of_the_log(
     assert "2" in lines[2].replace(broker.url, "")
 
 
-# Brokers that do badly
+# Brokers that answer late or never
 
 
 @pytest.mark.virtual_time
-async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
+async def test_broker_that_acknowledges_nothing_is_left_after_request_timeout(
     anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     connectable = MemoryConnectable()
@@ -283,7 +277,7 @@ async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
         async with emitter.subscribe(broker.keygen("a/", "r"), "a/") as messages:
             with broker.lose("suback"):
                 await broker.drop()
-                # The next link is there by then, and waits for the rest of the 5 s.
+                # The next connection is open by then, and waits for the rest of the 5 s.
                 await anyio.sleep(1)
                 assert emitter.connection is None
                 assert subscribed_channels(broker) == ["a/"]
@@ -299,11 +293,12 @@ async def test_a_broker_that_confirms_nothing_is_left_for_another_try(
     assert " 5 s" in caplog.text
 
 
-async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
-    broker: Broker, key: str
-) -> None:
+async def test_connection_lost_while_restoring_emits_no_events(broker: Broker, key: str) -> None:
     async with connect_reconnecting(broker.url) as emitter, emitter.stream("connect") as connected:
-        async with emitter.stream("disconnect") as gone, emitter.subscribe(key, "a/") as messages:
+        async with (
+            emitter.stream("disconnect") as disconnected,
+            emitter.subscribe(key, "a/") as messages,
+        ):
             for _ in range(3):
                 with broker.hold("suback"):
                     await broker.drop()
@@ -313,22 +308,22 @@ async def test_a_link_that_is_lost_while_it_is_restored_is_no_link(
             await broker.publish("a/", "x")
             assert (await messages.receive()).binary == b"x"
             assert messages.statistics().gaps == 1
-            assert gone.statistics().current_buffer_used == 1
+            assert disconnected.statistics().current_buffer_used == 1
             assert emitter.statistics().links == 2
 
 
-class Slow:
-    """A broker that takes its time for each answer on every link but the first, or gives none."""
+class SlowPeer:
+    """A peer that answers late, or never, on every connection except the first."""
 
     def __init__(self, seconds: float | None) -> None:
-        self.links = 0
+        self.connections = 0
         self.lost = anyio.Event()
         self._seconds = seconds
 
     async def play(self, peer: Peer) -> None:
-        self.links += 1
+        self.connections += 1
         await peer.accept()
-        if self.links == 1:
+        if self.connections == 1:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(peer.answer_all)
                 await self.lost.wait()
@@ -345,14 +340,14 @@ class Slow:
     ("seconds", "subscriptions"),
     [
         (3, 6),
-        # The first time it has twice as long.
+        # The first reply may take twice the timeout.
         (7, 2),
     ],
 )
-async def test_a_slow_broker_has_time_as_long_as_it_goes_on(
+async def test_restoring_continues_while_the_broker_keeps_answering(
     anyio_backend: object, seconds: float, subscriptions: int
 ) -> None:
-    slow = Slow(seconds)
+    slow = SlowPeer(seconds)
     async with memory_peer(slow.play) as connectable:
         async with (
             connect_reconnecting(connectable=connectable, request_timeout=5) as emitter,
@@ -364,14 +359,14 @@ async def test_a_slow_broker_has_time_as_long_as_it_goes_on(
             start = anyio.current_time()
             await connected.receive()
             assert anyio.current_time() - start == pytest.approx(subscriptions * seconds, abs=0.1)
-    assert slow.links == 2
+    assert slow.connections == 2
 
 
 @pytest.mark.virtual_time
-async def test_links_that_nothing_can_be_restored_on_use_up_the_tries(
+async def test_connections_that_cannot_be_restored_use_up_the_tries(
     anyio_backend: object,
 ) -> None:
-    slow = Slow(None)
+    slow = SlowPeer(None)
     backoff = Backoff(initial=1, maximum=2, tries=3)
     async with memory_peer(slow.play) as connectable:
         with pytest.raises(ConnectionLostError, match="3 tries"):
@@ -381,11 +376,13 @@ async def test_links_that_nothing_can_be_restored_on_use_up_the_tries(
                 await emitter.subscribe("k", "c/", 0)
                 slow.lost.set()
                 await anyio.sleep_forever()
-    assert slow.links == 4
+    assert slow.connections == 4
 
 
 @pytest.mark.virtual_time
-async def test_a_broker_that_accepts_and_never_speaks_is_given_up(anyio_backend: object) -> None:
+async def test_broker_that_never_answers_connect_is_left_after_connect_timeout(
+    anyio_backend: object,
+) -> None:
     scripts = [Peer.accept, Peer.packet, Peer.serve]
 
     async def play(peer: Peer) -> None:
@@ -404,7 +401,7 @@ async def test_a_broker_that_accepts_and_never_speaks_is_given_up(anyio_backend:
             assert "no answer within 7 s" in str(emitter.connection.last_error)
 
 
-async def test_all_that_is_needed_to_come_back_may_come_in_single_bytes(
+async def test_reconnecting_works_when_data_arrives_in_single_bytes(
     broker: Broker, key: str
 ) -> None:
     async with (

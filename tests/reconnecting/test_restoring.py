@@ -1,4 +1,4 @@
-"""What is refused when a link is restored, and what comes and goes meanwhile."""
+"""Restoring a connection: refusals, and subscriptions that start or end at the same time."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ from tests.support.connections import (
 
 @pytest.fixture
 async def other(broker: Broker) -> AsyncIterator[Emitter]:
-    """Another client, to do something while the first one has no link."""
+    """Another client, which acts while the first one is disconnected."""
     async with connect(broker.url, reconnect=Backoff(0, 0)) as other:
         yield other
 
 
 async def ban(broker: Broker, *keys: str) -> None:
-    async with connect(broker.url) as banner:
+    async with connect(broker.url) as banning_client:
         for key in keys:
-            assert await banner.keyban(broker.secret_key, key)
+            assert await banning_client.keyban(broker.secret_key, key)
 
 
 async def until_subscribed(broker: Broker) -> None:
-    """Wait until the broker has been told of a subscription."""
+    """Wait until the broker has a subscription."""
     while not subscribed_channels(broker):
         await checkpoint()
 
 
-# What is refused
+# Refusals
 
 
-async def test_a_banned_key_raises_in_its_own_stream_alone(
+async def test_banned_key_raises_only_in_its_own_stream(
     broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
 ) -> None:
     good, bad = broker.keygen("a/"), broker.keygen("b/")
@@ -77,7 +77,7 @@ async def test_a_banned_key_raises_in_its_own_stream_alone(
     assert bad not in caplog.text
 
 
-async def test_of_two_keys_of_a_channel_the_good_one_goes_on(
+async def test_stream_with_a_valid_key_continues_beside_one_with_a_banned_key(
     broker: Broker, emitter: Emitter
 ) -> None:
     good, bad = broker.keygen("a/"), broker.keygen("a/#/")
@@ -93,7 +93,7 @@ async def test_of_two_keys_of_a_channel_the_good_one_goes_on(
         assert subscribed_channels(broker) == []
 
 
-async def test_a_refused_awaited_subscription_is_an_error_once(
+async def test_refused_awaited_subscription_emits_error_once(
     broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("a/")
@@ -110,7 +110,7 @@ async def test_a_refused_awaited_subscription_is_an_error_once(
     assert len(errors.values) == 1
 
 
-async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
+async def test_refusal_without_an_error_handler_is_logged_once(
     broker: Broker, emitter: Emitter, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("#/", "rp")
@@ -118,13 +118,13 @@ async def test_a_refusal_that_nobody_handles_is_one_line_of_the_log(
     await emitter.presence(key, "p/", changes=True)
     await ban(broker, key)
     await force_reconnect(emitter, broker)
-    said = [text for text in caplog.messages if "401" in text]
-    assert len(said) == 2
-    assert any("presence 'p/': 401" in text for text in said)
-    assert any("subscribe 'a/': 401" in text for text in said)
+    lines = [text for text in caplog.messages if "401" in text]
+    assert len(lines) == 2
+    assert any("presence 'p/': 401" in text for text in lines)
+    assert any("subscribe 'a/': 401" in text for text in lines)
 
 
-async def test_a_refused_presence_feed_raises_in_its_own_stream(
+async def test_refused_presence_feed_raises_in_its_own_stream(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     bad = broker.keygen("b/", "p")
@@ -140,7 +140,7 @@ async def test_a_refused_presence_feed_raises_in_its_own_stream(
         assert (await one.receive()).event == "subscribe"
 
 
-async def test_refused_changes_of_presence_are_an_error(broker: Broker, emitter: Emitter) -> None:
+async def test_refused_changes_emit_error(broker: Broker, emitter: Emitter) -> None:
     bad = broker.keygen("b/", "p")
     errors = Calls()
     emitter.on("error", errors)
@@ -153,14 +153,14 @@ async def test_refused_changes_of_presence_are_an_error(broker: Broker, emitter:
     assert len(errors.values) == 1
 
 
-async def test_a_link_that_cannot_be_made_again_is_an_error(
+async def test_link_that_cannot_be_restored_emits_error(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
-    asked = 0
+    calls = 0
 
     async def provide() -> str:
-        nonlocal asked
-        asked += 1
+        nonlocal calls
+        calls += 1
         return key
 
     errors = Calls()
@@ -172,10 +172,10 @@ async def test_a_link_that_cannot_be_made_again_is_an_error(
     assert "acknowledged" in str(error)
     await force_reconnect(emitter, broker)
     assert len(errors.values) == 1
-    assert asked == 1
+    assert calls == 1
 
 
-async def test_replies_that_are_refused_are_asked_for_again(
+async def test_request_subscribes_to_its_replies_again_after_a_refusal(
     broker: Broker, emitter: Emitter
 ) -> None:
     key = broker.keygen("double/#/")
@@ -193,9 +193,7 @@ async def test_replies_that_are_refused_are_asked_for_again(
         tasks.cancel_scope.cancel()
 
 
-async def test_those_who_serve_learn_that_they_may_no_more(
-    broker: Broker, emitter: Emitter
-) -> None:
+async def test_serve_raises_when_its_restore_is_refused(broker: Broker, emitter: Emitter) -> None:
     key = broker.keygen("double/#/")
     with pytest.raises(ExceptionGroup) as caught:
         async with anyio.create_task_group() as tasks:
@@ -206,7 +204,7 @@ async def test_those_who_serve_learn_that_they_may_no_more(
     assert [type(exc) for exc in caught.value.exceptions] == [UnauthorizedError]
 
 
-async def test_a_broker_with_another_licence_refuses_all_of_it(anyio_backend: object) -> None:
+async def test_broker_with_another_licence_refuses_everything(anyio_backend: object) -> None:
     async with AsyncExitStack() as stack, anyio.create_task_group() as tasks:
         async with Broker() as old:
             emitter: Emitter = await tasks.start(connect_reconnecting(old.url).run)
@@ -221,25 +219,25 @@ async def test_a_broker_with_another_licence_refuses_all_of_it(anyio_backend: ob
             for receive in (one.receive, two.receive, feed.receive):
                 with pytest.raises(UnauthorizedError):
                     await receive()
-            # The client itself is as good as ever.
+            # The client itself still works.
             async with emitter.subscribe(new.keygen("a/"), "a/") as fresh:
                 await new.publish("a/", "x")
                 assert (await fresh.receive()).binary == b"x"
             await emitter.disconnect()
 
 
-# What comes and goes meanwhile
+# Subscriptions that start or end during the outage
 
 
-async def test_a_subscription_entered_while_down_is_made_once(
+async def test_subscription_entered_while_down_subscribes_once(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
-    got = []
+    received = []
 
     async def subscribe() -> None:
         async with emitter.subscribe(key, "a/") as messages:
             assert messages.statistics().gaps == 0
-            got.append((await messages.receive()).binary)
+            received.append((await messages.receive()).binary)
 
     async with anyio.create_task_group() as tasks:
         async with while_disconnected(emitter, broker):
@@ -248,12 +246,12 @@ async def test_a_subscription_entered_while_down_is_made_once(
                 await checkpoint()
         await until_subscribed(broker)
         await broker.publish("a/", "x")
-    assert got == [b"x"]
+    assert received == [b"x"]
     await emitter.flush()
     assert subscribed_channels(broker) == []
 
 
-async def test_a_subscription_left_while_down_is_not_made_again(
+async def test_subscription_left_while_down_is_not_restored(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     await emitter.subscribe(key, "b/")
@@ -264,7 +262,7 @@ async def test_a_subscription_left_while_down_is_not_made_again(
     assert not any(client.peer.watched for client in broker.clients)
 
 
-async def test_leaving_in_the_middle_of_the_restoration(
+async def test_subscriptions_left_while_restoring_are_unsubscribed(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     leave = anyio.Event()
@@ -291,7 +289,7 @@ async def test_leaving_in_the_middle_of_the_restoration(
         assert not any(client.peer.watched for client in broker.clients)
 
 
-async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
+async def test_subscription_interrupted_while_entering_is_not_restored(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async def enter() -> None:
@@ -315,7 +313,9 @@ async def test_a_subscription_whose_entering_is_interrupted_is_not_restored(
     assert not any(client.peer.watched for client in broker.clients)
 
 
-async def test_unsubscribing_waits_for_the_link(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_unsubscribe_waits_for_the_next_connection(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
     calls = Calls()
     emitter.on("message", calls)
     await emitter.subscribe(key, "a/")
@@ -330,12 +330,12 @@ async def test_unsubscribing_waits_for_the_link(broker: Broker, emitter: Emitter
     assert texts(await calls.get(1)) == ["x"]
 
 
-async def test_subscribers_who_come_and_go_leave_nothing_behind(
+async def test_short_subscriptions_across_losses_leave_nothing_behind(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
-    """Whatever the moment at which the link is cut."""
+    """The connection is cut at many different moments."""
 
-    async def come_and_go(channel: str) -> None:
+    async def subscribe_repeatedly(channel: str) -> None:
         for _ in range(10):
             try:
                 async with emitter.subscribe(key, channel), emitter.subscribe(key, "c/"):
@@ -345,7 +345,7 @@ async def test_subscribers_who_come_and_go_leave_nothing_behind(
 
     async with anyio.create_task_group() as tasks:
         for channel in ("a/", "b/", "c/"):
-            tasks.start_soon(come_and_go, channel)
+            tasks.start_soon(subscribe_repeatedly, channel)
         for _ in range(8):
             await force_reconnect(emitter, broker)
     await emitter.flush()
@@ -353,32 +353,32 @@ async def test_subscribers_who_come_and_go_leave_nothing_behind(
     assert emitter.statistics().pending == 0
 
 
-async def test_what_is_replayed_to_a_handler_outlives_the_link(broker: Broker) -> None:
+async def test_replay_to_a_handler_continues_after_the_connection_is_lost(broker: Broker) -> None:
     key = broker.keygen("a/#/", "rwl")
-    begun, gate, done = anyio.Event(), anyio.Event(), anyio.Event()
-    taken: list[bytes] = []
+    started, gate, done = anyio.Event(), anyio.Event(), anyio.Event()
+    handled: list[bytes] = []
     for number in range(4):
         await broker.publish("a/b/", str(number), ttl=1000)
     async with connect_reconnecting(broker.url) as emitter:
 
-        async def take(message: EmitterMessage) -> None:
-            begun.set()
+        async def handle(message: EmitterMessage) -> None:
+            started.set()
             await gate.wait()
-            taken.append(message.binary)
-            if len(taken) == 4:
+            handled.append(message.binary)
+            if len(handled) == 4:
                 done.set()
 
         async def subscribe() -> None:
             await emitter.subscribe(key, "a/b/", last=4)
 
-        emitter.on("message", take, buffer=1, overflow="block")
+        emitter.on("message", handle, buffer=1, overflow="block")
         await emitter.subscribe(key, "a/", last=0)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(subscribe)
-            await begun.wait()
+            await started.wait()
             await anyio.wait_all_tasks_blocked()
-            assert taken == []
+            assert handled == []
             await force_reconnect(emitter, broker)
             gate.set()
         await done.wait()
-    assert taken == [b"0", b"1", b"2", b"3"]
+    assert handled == [b"0", b"1", b"2", b"3"]

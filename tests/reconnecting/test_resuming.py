@@ -1,4 +1,4 @@
-"""Gaps, and what was stored meanwhile."""
+"""Gaps, and resuming the messages stored during an outage."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.support.connections import connect_reconnecting, force_reconnect, whi
 Items = EventStream[EmitterMessage | Gap]
 
 
-def shown(item: EmitterMessage | Gap) -> str:
-    """A message with a ``*`` where it was replayed; a gap with how much was."""
+def describe(item: EmitterMessage | Gap) -> str:
+    """Describe a message, with ``*`` if it was replayed, or a gap and what was resumed."""
     if isinstance(item, Gap):
         return f"gap of {item.resumed}{'' if item.complete else ', and more'}"
     assert item.replayed == (item.id is not None)
@@ -40,7 +40,7 @@ def shown(item: EmitterMessage | Gap) -> str:
 
 
 async def take(stream: EventStream[EmitterMessage] | Items, count: int) -> list[str]:
-    return [shown(await stream.receive()) for _ in range(count)]
+    return [describe(await stream.receive()) for _ in range(count)]
 
 
 async def store(broker: Broker, *texts: str, channel: str = "a/") -> None:
@@ -49,12 +49,12 @@ async def store(broker: Broker, *texts: str, channel: str = "a/") -> None:
 
 
 @asynccontextmanager
-async def answers_held(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]:
-    """Cut the link, store ``meanwhile``, and let the next one come; but it answers nothing."""
+async def restored_but_unanswered(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]:
+    """Store a message during an outage, and reconnect to a broker that holds its replies."""
     async with emitter.stream("connect") as connected:
         with broker.hold("answer", "puback"):
             async with while_disconnected(emitter, broker):
-                await store(broker, "meanwhile")
+                await store(broker, "missed")
             while not emitter.statistics().pending:
                 await checkpoint()
             yield
@@ -64,7 +64,7 @@ async def answers_held(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]
 # Gaps
 
 
-async def test_a_gap_is_marked_at_its_place(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_gap_is_marked_in_its_place(broker: Broker, emitter: Emitter, key: str) -> None:
     async with emitter.subscribe(key, "a/", mark_gaps=True) as messages:
         await store(broker, "before")
         await emitter.flush()
@@ -78,14 +78,16 @@ async def test_a_gap_is_marked_at_its_place(broker: Broker, emitter: Emitter, ke
         assert messages.statistics().gaps == 1
 
 
-async def test_gaps_are_not_for_handlers(emitter: Emitter, key: str, broker: Broker) -> None:
+async def test_mark_gaps_is_rejected_for_an_awaited_subscription(
+    emitter: Emitter, key: str, broker: Broker
+) -> None:
     with pytest.raises(ValueError, match="mark_gaps"):
         await emitter.subscribe(key, "a/", mark_gaps=True)
     await emitter.flush()
     assert broker.clients[0].subscriptions == []
 
 
-async def test_a_gap_needs_no_room(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_gap_needs_no_space_in_the_buffer(broker: Broker, emitter: Emitter, key: str) -> None:
     async with emitter.subscribe(key, "a/", buffer=1, mark_gaps=True) as messages:
         await store(broker, "one")
         await emitter.flush()
@@ -93,10 +95,10 @@ async def test_a_gap_needs_no_room(broker: Broker, emitter: Emitter, key: str) -
         assert await take(messages, 2) == ["one", "gap of 0, and more"]
 
 
-# What is resumed
+# Resumed messages
 
 
-async def test_what_was_stored_comes_before_what_is_live(
+async def test_resumed_messages_come_before_live_ones(
     broker: Broker, emitter: Emitter, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "emitter_anyio")
@@ -109,14 +111,14 @@ async def test_what_was_stored_comes_before_what_is_live(
         await store(broker, "4")
         assert await take(messages, 1) == ["4"]
         await force_reconnect(emitter, broker)
-        # What has been replayed is known to have come; what was live is not, yet.
+        # The resume position includes replayed messages immediately, live ones after a renewal.
         assert await take(messages, 2) == ["gap of 1", "4*"]
         await force_reconnect(emitter, broker)
         assert await take(messages, 1) == ["gap of 0"]
     assert any("'a/'" in text and "stored messages: 3" in text for text in caplog.messages)
 
 
-async def test_channels_below_are_resumed_too(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_subchannels_are_resumed(broker: Broker, emitter: Emitter, key: str) -> None:
     async with emitter.subscribe(key, "a/", resume=True) as messages:
         async with while_disconnected(emitter, broker):
             await store(broker, "1", channel="a/b/")
@@ -130,16 +132,16 @@ async def test_channels_below_are_resumed_too(broker: Broker, emitter: Emitter, 
         assert (message.channel, message.as_string()) == ("a/c/d/", "2")
 
 
-async def test_handlers_get_what_was_stored_first(
+async def test_handlers_get_resumed_messages_first(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     calls, elsewhere = Calls(), Calls()
     emitter.on("message", calls)
     emitter.on("message", elsewhere, channel="b/")
     await emitter.subscribe(key, "a/", resume=True)
-    async with answers_held(emitter, broker):
+    async with restored_but_unanswered(emitter, broker):
         await broker.publish("a/", "live")
-    assert [shown(message) for message in await calls.get(2)] == ["meanwhile*", "live"]
+    assert [describe(message) for message in await calls.get(2)] == ["missed*", "live"]
     assert not elsewhere.values
     await emitter.unsubscribe(key, "a/")
     await force_reconnect(emitter, broker)
@@ -148,13 +150,13 @@ async def test_handlers_get_what_was_stored_first(
     assert len(calls.values) == 2
 
 
-async def test_overlapping_subscriptions_resume_each_for_itself(
+async def test_overlapping_subscriptions_resume_independently(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with (
         emitter.subscribe(key, "a/", resume=True) as wide,
         emitter.subscribe(key, "a/b/", resume=True) as narrow,
-        emitter.subscribe(key, "a/b/") as forgetful,
+        emitter.subscribe(key, "a/b/") as plain,
     ):
         async with while_disconnected(emitter, broker):
             await store(broker, "1", channel="a/b/")
@@ -162,11 +164,11 @@ async def test_overlapping_subscriptions_resume_each_for_itself(
         assert await take(wide, 2) == ["1*", "2*"]
         assert await take(narrow, 1) == ["1*"]
         await store(broker, "3", channel="a/b/")
-        for stream in (wide, narrow, forgetful):
+        for stream in (wide, narrow, plain):
             assert await take(stream, 1) == ["3"]
 
 
-async def test_more_than_a_page_is_resumed_in_order(
+async def test_several_pages_are_resumed_in_order(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True) as messages:
@@ -184,7 +186,7 @@ async def test_large_messages_are_resumed(broker: Broker, emitter: Emitter, key:
 
 
 @pytest.mark.parametrize("ahead", [3600, -3600])
-async def test_the_brokers_clock_may_be_wrong(
+async def test_resuming_works_when_the_brokers_clock_is_wrong(
     broker: Broker, emitter: Emitter, key: str, ahead: float
 ) -> None:
     broker._exchange.cluster.advance(ahead)
@@ -196,10 +198,10 @@ async def test_the_brokers_clock_may_be_wrong(
             assert await take(messages, 1) == [f"{text}*"]
 
 
-# Not all of it
+# Incomplete resumption
 
 
-async def test_no_more_than_the_limit_is_resumed(
+async def test_resume_limit_limits_the_resumed_messages(
     broker: Broker, emitter: Emitter, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with emitter.subscribe(
@@ -219,7 +221,7 @@ async def test_no_more_than_the_limit_is_resumed(
     assert any("'a/'" in text and "resume_limit=3" in text for text in caplog.messages)
 
 
-async def test_a_message_too_large_to_be_read_back_leaves_a_gap(
+async def test_message_too_large_for_history_makes_the_gap_incomplete(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
@@ -235,7 +237,7 @@ async def test_a_message_too_large_to_be_read_back_leaves_a_gap(
 
 
 @pytest.mark.parametrize("older", [["older"], []])
-async def test_a_newest_message_that_is_too_large_is_no_hindrance(
+async def test_newest_message_too_large_for_history_does_not_prevent_resuming(
     broker: Broker, emitter: Emitter, key: str, older: list[str]
 ) -> None:
     await store(broker, *older)
@@ -247,7 +249,7 @@ async def test_a_newest_message_that_is_too_large_is_no_hindrance(
         assert await take(messages, 1) == ["1*"]
 
 
-async def test_what_is_stored_before_a_message_too_large_is_resumed(
+async def test_messages_older_than_one_too_large_for_history_are_resumed(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
@@ -258,7 +260,7 @@ async def test_what_is_stored_before_a_message_too_large_is_resumed(
         assert await take(messages, 3) == ["gap of 2, and more", "1*", "2*"]
 
 
-async def test_resuming_from_a_message_that_has_expired_is_incomplete(
+async def test_resuming_from_an_expired_message_is_incomplete(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     await store(broker, "known")
@@ -271,13 +273,15 @@ async def test_resuming_from_a_message_that_has_expired_is_incomplete(
         assert (gap.resumed, gap.complete) == (1, False)
         assert "has expired" in str(gap.reason)
         assert await take(messages, 1) == ["1*"]
-        # This one is known to have come.
+        # The resume position is now the replayed message, so the next gap is complete.
         async with while_disconnected(emitter, broker):
             await store(broker, "2")
         assert await take(messages, 2) == ["gap of 1", "2*"]
 
 
-async def test_a_key_that_may_not_load_is_refused_at_once(broker: Broker, emitter: Emitter) -> None:
+async def test_key_without_load_permission_is_refused_when_subscribing(
+    broker: Broker, emitter: Emitter
+) -> None:
     key = broker.keygen("a/", "rw")
     with pytest.raises(UnauthorizedError, match="history"):
         async with emitter.subscribe(key, "a/", resume=True):
@@ -287,7 +291,7 @@ async def test_a_key_that_may_not_load_is_refused_at_once(broker: Broker, emitte
     assert broker.clients[0].subscriptions == []
 
 
-async def test_what_cannot_be_resumed_is_refused_at_once(emitter: Emitter, key: str) -> None:
+async def test_subscribe_rejects_options_that_cannot_be_resumed(emitter: Emitter, key: str) -> None:
     with pytest.raises(ValueError, match=r"resume.*group"):
         emitter.subscribe(key, "a/", group="g", resume=True)
     with pytest.raises(InvalidChannelError, match="literal first level"):
@@ -296,18 +300,18 @@ async def test_what_cannot_be_resumed_is_refused_at_once(emitter: Emitter, key: 
         emitter.subscribe(key, "a/", resume=True, resume_limit=-1)
 
 
-# What happens meanwhile
+# Events during resumption
 
 
 @pytest.mark.parametrize(
     ("overflow", "left"),
     [("raise", "01"), ("drop_oldest", "89"), ("drop_newest", "01"), ("block", "01")],
 )
-async def test_what_is_held_back_stays_within_the_buffer_and_stops_no_reading(
+async def test_messages_held_during_resumption_are_limited_by_the_buffer(
     broker: Broker, emitter: Emitter, key: str, overflow: Any, left: str
 ) -> None:
     async with emitter.subscribe(key, "a/", buffer=2, overflow=overflow, resume=True) as messages:
-        async with answers_held(emitter, broker):
+        async with restored_but_unanswered(emitter, broker):
             for text in "0123456789":
                 await broker.publish("a/", text)
             while messages.statistics().dropped < 8:
@@ -315,7 +319,7 @@ async def test_what_is_held_back_stays_within_the_buffer_and_stops_no_reading(
             assert messages.statistics().current_buffer_used == 2
             with pytest.raises(anyio.WouldBlock):
                 messages.receive_nowait()
-        assert await take(messages, 3) == ["meanwhile*", *left]
+        assert await take(messages, 3) == ["missed*", *left]
         if overflow in ("raise", "block"):
             with pytest.raises(SlowConsumerError) as caught:
                 await messages.receive()
@@ -324,7 +328,7 @@ async def test_what_is_held_back_stays_within_the_buffer_and_stops_no_reading(
         assert await take(messages, 1) == ["on"]
 
 
-async def test_what_was_dropped_before_and_after_the_gap_is_missed_on_its_own_side(
+async def test_overflow_is_reported_on_its_own_side_of_the_gap(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", buffer=1, resume=True) as messages:
@@ -332,20 +336,20 @@ async def test_what_was_dropped_before_and_after_the_gap_is_missed_on_its_own_si
             await broker.publish("a/", text)
         while messages.statistics().dropped < 1:
             await checkpoint()
-        async with answers_held(emitter, broker):
+        async with restored_but_unanswered(emitter, broker):
             await broker.publish("a/", "after")
             while messages.statistics().dropped < 2:
                 await checkpoint()
-        got = []
+        received = []
         for _ in range(4):
             try:
-                got += await take(messages, 1)
+                received += await take(messages, 1)
             except SlowConsumerError as error:
-                got.append(f"{error.dropped} missing")
-        assert got == ["before", "1 missing", "meanwhile*", "1 missing"]
+                received.append(f"{error.dropped} missing")
+        assert received == ["before", "1 missing", "missed*", "1 missing"]
 
 
-async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
+async def test_unread_resumed_messages_count_towards_resume_limit(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(
@@ -362,7 +366,7 @@ async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
         assert isinstance(second, Gap)
         assert not first.complete
         assert not second.complete
-        # Nothing is lost by it: the next time there is room.
+        # Nothing is lost: there is space at the next resumption.
         await force_reconnect(emitter, broker)
         gap = await messages.receive()
         assert isinstance(gap, Gap)
@@ -370,12 +374,12 @@ async def test_what_an_earlier_gap_left_unread_counts_to_the_limit(
         assert await take(messages, 3) == ["4*", "5*", "6*"]
 
 
-async def test_what_is_resumed_weighs_no_more_than_a_buffer(
+async def test_resumed_messages_are_limited_to_8_mib(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
         async with while_disconnected(emitter, broker):
-            # 8 MiB are some 209 of these.
+            # 8 MiB hold about 209 of these messages.
             await store(broker, *("x" * 40_000 for _ in range(215)))
         gap = await messages.receive()
         assert isinstance(gap, Gap)
@@ -385,13 +389,13 @@ async def test_what_is_resumed_weighs_no_more_than_a_buffer(
 
 
 @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])
-async def test_too_many_bytes_that_are_held_back_are_dropped_as_ever(
+async def test_bytes_held_during_resumption_overflow_as_usual(
     broker: Broker, emitter: Emitter, key: str, overflow: Any
 ) -> None:
-    # 8 MiB are held back, so some 139 of these.
+    # 8 MiB are held, so about 139 of these messages.
     sent = [str(number).ljust(60_000) for number in range(150)]
     async with emitter.subscribe(key, "a/", overflow=overflow, resume=True) as messages:
-        async with answers_held(emitter, broker):
+        async with restored_but_unanswered(emitter, broker):
             for number, text in enumerate(sent):
                 await broker.publish("a/", text)
                 while (
@@ -402,48 +406,51 @@ async def test_too_many_bytes_that_are_held_back_are_dropped_as_ever(
         dropped = messages.statistics().dropped
         assert 0 < dropped < 20
         left = sent[dropped:] if overflow == "drop_oldest" else sent[:-dropped]
-        assert await take(messages, 1 + len(left)) == ["meanwhile*", *left]
+        assert await take(messages, 1 + len(left)) == ["missed*", *left]
         if overflow == "raise":
             with pytest.raises(SlowConsumerError) as caught:
                 await messages.receive()
             assert caught.value.dropped == dropped
 
 
-async def test_a_link_lost_in_the_middle_begins_all_over(
+async def test_connection_lost_while_resuming_resumes_again(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True, mark_gaps=True) as messages:
-        async with answers_held(emitter, broker):
+        async with restored_but_unanswered(emitter, broker):
             await store(broker, "held")
             while messages.statistics().current_buffer_used < 1:
                 await checkpoint()
             async with emitter.stream("connect") as connected:
                 await broker.drop()
                 await connected.receive()
-        assert await take(messages, 4) == ["gap of 2", "meanwhile*", "held*", "held"]
-        # The place of the second loss, whose stored messages are among those of the first gap.
+        assert await take(messages, 4) == ["gap of 2", "missed*", "held*", "held"]
+        # The gap of the second loss: its stored messages were resumed with the first gap.
         assert await messages.receive() == Gap("a/", complete=True)
         assert messages.statistics().gaps == 2
 
 
-async def test_a_subscription_left_in_the_middle_holds_up_nobody(
+async def test_subscription_left_while_resuming_delays_no_other(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     calls = Calls()
     emitter.on("message", calls)
     await emitter.subscribe(key, "b/")
     with ExitStack() as stack:
-        async with emitter.subscribe(key, "a/", resume=True), emitter.stream("connect") as came:
+        async with (
+            emitter.subscribe(key, "a/", resume=True),
+            emitter.stream("connect") as connected,
+        ):
             stack.enter_context(broker.hold("answer", "puback"))
             await broker.drop()
-            await came.receive()
+            await connected.receive()
         await emitter.publish(key, "b/", "live")
-        assert [shown(message) for message in await calls.get(1)] == ["live"]
+        assert [describe(message) for message in await calls.get(1)] == ["live"]
         await emitter.unsubscribe(key, "b/")
         assert broker.clients[0].subscriptions == []
 
 
-async def test_a_subscription_left_as_its_resuming_begins(
+async def test_subscription_left_as_resuming_starts_is_unsubscribed(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.stream("connect") as connected:
@@ -455,7 +462,7 @@ async def test_a_subscription_left_as_its_resuming_begins(
     assert broker.clients[0].subscriptions == []
 
 
-async def test_leaving_a_subscription_at_once_leaves_no_task(
+async def test_leaving_a_subscription_immediately_leaves_no_task(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with emitter.subscribe(key, "a/", resume=True):
@@ -464,8 +471,8 @@ async def test_leaving_a_subscription_at_once_leaves_no_task(
         await checkpoint()
 
 
-async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) -> None:
-    got: list[str] = []
+async def test_client_can_be_left_while_resuming(broker: Broker, key: str) -> None:
+    received: list[str] = []
     async with connect_reconnecting(broker.url, disconnect_timeout=0.05) as emitter:
         async with emitter.subscribe(key, "a/", resume=True) as messages:
             async with emitter.stream("connect") as connected:
@@ -475,11 +482,11 @@ async def test_the_client_may_be_left_in_the_middle(broker: Broker, key: str) ->
                     await store(broker, "live")
                     await emitter.flush()
                     await emitter.disconnect()
-            got += [shown(message) async for message in messages]
-    assert got == ["live"]
+            received += [describe(message) async for message in messages]
+    assert received == ["live"]
 
 
-async def test_what_comes_first_of_all_comes_before_what_is_held(anyio_backend: object) -> None:
+async def test_sender_orders_resumed_replayed_and_held_messages(anyio_backend: object) -> None:
     send: Sender[int] = Sender("test", 10, "raise")
     send.push(2)
     send.hold()
@@ -491,12 +498,12 @@ async def test_what_comes_first_of_all_comes_before_what_is_held(anyio_backend: 
         assert [stream.receive_nowait() for _ in range(5)] == [0, 1, 2, 3, 4]
 
 
-# Nothing stored is lost
+# Random losses
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -> None:
-    chance = random.Random(seed)
+async def test_every_stored_message_is_received(broker: Broker, key: str, seed: int) -> None:
+    rng = random.Random(seed)
     count = 150
     received: list[EmitterMessage | Gap] = []
 
@@ -509,7 +516,7 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
                 received.append(item)
                 if isinstance(item, EmitterMessage) and item.binary == b"end":
                     return
-                if chance.random() < 0.1:
+                if rng.random() < 0.1:
                     await checkpoint()
 
     options = {"client_id": "subscriber", "reconnect": Backoff(0, 0.002)}
@@ -517,32 +524,32 @@ async def test_every_stored_message_comes(broker: Broker, key: str, seed: int) -
         async with anyio.create_task_group() as tasks:
             await tasks.start(lambda task_status: consume(emitter, task_status=task_status))
             for number in range(count):
-                await publisher.publish(key, "a/", str(number), 60, qos=chance.choice([0, 1]))
-                if chance.random() < 0.1:
+                await publisher.publish(key, "a/", str(number), 60, qos=rng.choice([0, 1]))
+                if rng.random() < 0.1:
                     await publisher.flush()
                     while not any(client.client_id == "subscriber" for client in broker.clients):
                         await checkpoint()
-                    # While it connects, restores, resumes or receives.
-                    for _ in range(chance.randrange(400)):
+                    # The next loss might come while it connects, restores, resumes or receives.
+                    for _ in range(rng.randrange(400)):
                         await checkpoint()
                     await broker.drop("subscriber")
-                while chance.random() < 0.3:
+                while rng.random() < 0.3:
                     await checkpoint()
             await publisher.publish(key, "a/", "end", 60, qos=1)
 
-    lives: list[list[EmitterMessage]] = [[]]
+    connections: list[list[EmitterMessage]] = [[]]
     for item in received:
         if isinstance(item, Gap):
             assert item.complete
-            lives.append([])
+            connections.append([])
         elif item.binary != b"end":
-            lives[-1].append(item)
-    assert len(lives) > 3
-    numbers = [int(message.as_string()) for life in lives for message in life]
+            connections[-1].append(item)
+    assert len(connections) > 3
+    numbers = [int(message.as_string()) for connection in connections for message in connection]
     assert set(numbers) == set(range(count))
-    live = [int(m.as_string()) for life in lives for m in life if not m.replayed]
+    live = [int(m.as_string()) for connection in connections for m in connection if not m.replayed]
     assert live == sorted(set(live))
-    for life in lives:
-        replayed = [int(message.as_string()) for message in life if message.replayed]
+    for connection in connections:
+        replayed = [int(message.as_string()) for message in connection if message.replayed]
         assert replayed == sorted(set(replayed))
-        assert all(message.replayed for message in life[: len(replayed)])
+        assert all(message.replayed for message in connection[: len(replayed)])

@@ -1,4 +1,4 @@
-"""Publishes of QoS 0 around a lost link: sent later, uncertain, or never sent, and always told."""
+"""QoS 0 publishes around a lost connection: sent later, uncertain or unsent, and counted."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.support.peer import DISCONNECT, PUBLISH, SUBSCRIBE, Peer, memory_peer
 
 KEY = "k" * 32
 
-# On the next link
+# Sent on the next connection
 
 
-class Stuck:
-    """Peers of which the first takes CONNECT and no byte more, and the later ones are brokers."""
+class StalledPeers:
+    """Peers: the first reads CONNECT and nothing more, the later ones behave as brokers."""
 
     def __init__(self) -> None:
         self.cut = anyio.Event()
@@ -35,7 +35,7 @@ class Stuck:
 
     async def before(self, attempt: int) -> None:
         if attempt > 1 and not self.open:
-            raise OSError("nobody is there")
+            raise OSError("refused")
 
     async def play(self, peer: Peer) -> None:
         self.peers.append(peer)
@@ -46,37 +46,39 @@ class Stuck:
         await self.cut.wait()
 
     def payloads(self) -> list[str]:
-        """What was published on the last link."""
-        return [one.payload.decode() for one in self.peers[-1].received if one.kind == PUBLISH]
+        """Return what was published on the last connection."""
+        return [
+            packet.payload.decode() for packet in self.peers[-1].received if packet.kind == PUBLISH
+        ]
 
     async def fill(self, emitter: Emitter, *texts: str) -> None:
-        """Publish what gets stuck on the way, and behind it what no link has had a byte of."""
+        """Publish a message that is sent in part, then ``texts``, which stay in the queue."""
         await emitter.publish(KEY, "a/", "stuck" * 100)
         await anyio.wait_all_tasks_blocked()
         for text in texts:
             await emitter.publish(KEY, "a/", text)
 
 
-async def test_what_no_link_has_had_goes_out_first_on_the_next(anyio_backend: object) -> None:
-    stuck = Stuck()
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+async def test_unsent_publishes_go_out_first_on_the_next_connection(anyio_backend: object) -> None:
+    stalled = StalledPeers()
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         async with connect_reconnecting(connectable=connectable) as emitter:
-            await stuck.fill(emitter, *"123")
+            await stalled.fill(emitter, *"123")
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(emitter.publish, KEY, "a/", "4")
                 async with emitter.stream("connect") as connected:
-                    stuck.cut.set()
+                    stalled.cut.set()
                     await connected.receive()
             await emitter.publish(KEY, "a/", "5")
             await emitter.flush()
-            assert stuck.payloads() == [*"12345"]
+            assert stalled.payloads() == [*"12345"]
             assert emitter.statistics().uncertain == 1
     assert emitter.statistics().unsent == 0
 
 
-async def test_the_task_that_sends_ends_with_its_link(anyio_backend: object) -> None:
-    class Deaf(MemoryStream):
-        """Does not tell who sends that it is closed."""
+async def test_sending_task_ends_with_its_connection(anyio_backend: object) -> None:
+    class StallingStream(MemoryStream):
+        """A stream whose ``send()`` never returns for some data, even after closing."""
 
         async def send(self, item: bytes) -> None:
             if b"stuck" in item:
@@ -91,80 +93,80 @@ async def test_the_task_that_sends_ends_with_its_link(anyio_backend: object) -> 
         await cuts[-1].wait()
 
     async with (
-        memory_peer(script, kind=Deaf) as connectable,
+        memory_peer(script, kind=StallingStream) as connectable,
         connect_reconnecting(connectable=connectable, disconnect_timeout=0) as emitter,
         emitter.stream("connect") as connected,
     ):
         await anyio.wait_all_tasks_blocked()
-        at_rest = len(running_tasks())
+        idle_count = len(running_tasks())
         for number in range(20):
             await emitter.publish(KEY, "a/", "stuck")
             if not number:
                 await anyio.wait_all_tasks_blocked()
-                assert len(running_tasks()) == at_rest + 1
-            # Trio runs the tasks of a turn in either order: it may not have begun by then.
+                assert len(running_tasks()) == idle_count + 1
+            # Trio runs ready tasks in random order, so the task might not have started yet.
             cuts[-1].set()
             await connected.receive()
         await anyio.wait_all_tasks_blocked()
-        assert len(running_tasks()) <= at_rest + 1
+        assert len(running_tasks()) <= idle_count + 1
         cuts[-1].set()
 
 
-async def test_confirmed_publishes_are_never_sent_again(anyio_backend: object) -> None:
-    stuck = Stuck()
+async def test_publishes_with_qos_1_are_never_resent(anyio_backend: object) -> None:
+    stalled = StalledPeers()
 
     async def publish() -> None:
         with pytest.raises(ConnectionLostError):
             await emitter.publish(KEY, "a/", "confirmed", qos=1)
 
-    async with memory_peer(stuck.play, capacity=200) as connectable:
+    async with memory_peer(stalled.play, capacity=200) as connectable:
         async with connect_reconnecting(connectable=connectable) as emitter:
-            await stuck.fill(emitter, "1")
+            await stalled.fill(emitter, "1")
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(publish)
                 await anyio.wait_all_tasks_blocked()
                 await emitter.publish(KEY, "a/", "2")
-                stuck.cut.set()
+                stalled.cut.set()
             await emitter.flush()
-            assert stuck.payloads() == [*"12"]
+            assert stalled.payloads() == [*"12"]
 
 
-async def test_a_link_that_is_not_restored_is_given_none_of_them(anyio_backend: object) -> None:
-    stuck = Stuck()
+async def test_unsent_publishes_wait_for_a_restored_connection(anyio_backend: object) -> None:
+    stalled = StalledPeers()
     lost = 0
 
     async def play(peer: Peer) -> None:
         nonlocal lost
-        if len(stuck.peers) in (1, 2):
-            stuck.peers.append(peer)
+        if len(stalled.peers) in (1, 2):
+            stalled.peers.append(peer)
             await peer.accept()
             await peer.until(SUBSCRIBE)
             lost += 1
-        elif stuck.peers:
-            await stuck.play(peer)
+        elif stalled.peers:
+            await stalled.play(peer)
         else:
-            # The first link takes a subscription before it gets stuck.
-            stuck.peers.append(peer)
+            # The first connection takes a subscription before it stalls.
+            stalled.peers.append(peer)
             await peer.accept()
             await peer.answer(await peer.until(SUBSCRIBE))
-            await stuck.cut.wait()
+            await stalled.cut.wait()
 
     async with memory_peer(play, capacity=200) as connectable:
         async with connect_reconnecting(connectable=connectable) as emitter:
             await emitter.subscribe(KEY, "s/", 0)
-            await stuck.fill(emitter, *"123")
+            await stalled.fill(emitter, *"123")
             async with emitter.stream("connect") as connected:
-                stuck.cut.set()
+                stalled.cut.set()
                 await connected.receive()
             await emitter.publish(KEY, "a/", "4")
             await emitter.flush()
             assert lost == 2
-            assert stuck.payloads() == [*"1234"]
+            assert stalled.payloads() == [*"1234"]
             assert emitter.statistics().uncertain == 1
 
 
 async def overfill(emitter: Emitter, key: str) -> int:
-    """Publish numbers until many wait for a socket that takes no more; returns how many."""
+    """Publish numbers until a full socket makes many wait, and return their count."""
     count = 0
     while emitter.statistics().queued_bytes < 50000:
         await emitter.publish(key, "a/", str(count).ljust(8000))
@@ -174,7 +176,7 @@ async def overfill(emitter: Emitter, key: str) -> int:
     return count
 
 
-async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
+async def test_unsent_publishes_over_sockets_arrive_once_and_in_order(
     anyio_backend: object,
 ) -> None:
     async with Broker() as broker, FaultProxy(broker.host, broker.port) as proxy:
@@ -191,15 +193,15 @@ async def test_over_sockets_what_was_not_handed_over_arrives_once_and_in_order(
             proxy.resume("to_broker")
             await connected.receive()
             await emitter.publish(key, "a/", "end", qos=1)
-            arrived = []
+            received = []
             while (message := await messages.receive()).binary != b"end":
-                arrived.append(int(message.as_string()))
+                received.append(int(message.as_string()))
             uncertain = emitter.statistics().uncertain
             assert 0 < uncertain < count
-            assert arrived == list(range(uncertain, count))
+            assert received == list(range(uncertain, count))
 
 
-async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
+async def test_publishes_waiting_for_a_full_socket_are_unsent_when_the_peer_closes(
     anyio_backend: object,
 ) -> None:
     peers: list[Peer] = []
@@ -217,7 +219,7 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
             pass
 
     def numbers(peer: Peer) -> list[int]:
-        return [int(one.payload) for one in peer.received if one.kind == PUBLISH]
+        return [int(packet.payload) for packet in peer.received if packet.kind == PUBLISH]
 
     async with serving("unix", script) as options:
         async with (
@@ -230,7 +232,7 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
             await emitter.flush()
             uncertain = emitter.statistics().uncertain
     assert 0 < uncertain < count
-    # Of one the peer may have a part.
+    # The peer might hold an incomplete packet at the end.
     assert numbers(peers[0]) == list(range(uncertain - bool(peers[0].unparsed)))
     assert numbers(peers[1]) == list(range(uncertain, count))
 
@@ -238,7 +240,7 @@ async def test_what_waits_for_a_full_socket_when_the_peer_hangs_up_is_untouched(
 # Uncertain
 
 
-async def test_only_what_the_broker_has_not_confirmed_is_uncertain(
+async def test_only_unacknowledged_publishes_are_uncertain(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("a/")
@@ -255,7 +257,7 @@ async def test_only_what_the_broker_has_not_confirmed_is_uncertain(
     assert len([text for text in caplog.messages if "2 publishes" in text]) == 1
 
 
-async def test_what_is_published_while_down_is_certain(broker: Broker) -> None:
+async def test_publishes_made_while_down_are_not_uncertain(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with (
         connect_reconnecting(broker.url) as emitter,
@@ -279,18 +281,18 @@ async def test_what_is_published_while_down_is_certain(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("backoff", [None, Backoff(0.001, 0.001, tries=3)])
-async def test_without_a_next_link_they_are_told(
+async def test_unsent_publishes_are_reported_without_a_next_connection(
     anyio_backend: object, backoff: Backoff | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stuck, errors = Stuck(), Calls()
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+    stalled, errors = StalledPeers(), Calls()
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         emitter = connect(connectable=connectable, reconnect=backoff)
         emitter.on("error", errors)
         with pytest.raises(ConnectionLostError, match="lost"):
             async with emitter:
-                await stuck.fill(emitter, *"123")
-                stuck.open = False
-                stuck.cut.set()
+                await stalled.fill(emitter, *"123")
+                stalled.open = False
+                stalled.cut.set()
                 await anyio.sleep_forever()
     assert emitter.statistics().unsent == 3
     assert emitter.statistics().uncertain == 1
@@ -301,20 +303,22 @@ async def test_without_a_next_link_they_are_told(
 
 
 def exactly(seconds: float) -> object:
-    # asyncio's virtual clock goes a hair beyond each deadline.
+    # asyncio's virtual clock overshoots each deadline a little.
     return pytest.approx(seconds, abs=1e-3)
 
 
 @pytest.mark.virtual_time
-async def test_leaving_while_down_tries_on_until_the_time_is_up(anyio_backend: object) -> None:
-    stuck = Stuck()
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+async def test_leaving_while_down_keeps_trying_until_disconnect_timeout(
+    anyio_backend: object,
+) -> None:
+    stalled = StalledPeers()
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
-        async with emitter, emitter.stream("disconnect") as gone:
-            await stuck.fill(emitter, *"123")
-            stuck.open = False
-            stuck.cut.set()
-            await gone.receive()
+        async with emitter, emitter.stream("disconnect") as disconnected:
+            await stalled.fill(emitter, *"123")
+            stalled.open = False
+            stalled.cut.set()
+            await disconnected.receive()
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(7)
         assert connectable.attempts > 10
@@ -323,15 +327,15 @@ async def test_leaving_while_down_tries_on_until_the_time_is_up(anyio_backend: o
 
 
 @pytest.mark.virtual_time
-async def test_leaving_while_down_takes_no_more_tries_than_there_are(anyio_backend: object) -> None:
-    stuck = Stuck()
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+async def test_leaving_while_down_stops_when_the_tries_are_used_up(anyio_backend: object) -> None:
+    stalled = StalledPeers()
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         emitter = connect(connectable=connectable, reconnect=Backoff(0.5, 0.5, tries=2))
-        async with emitter, emitter.stream("disconnect") as gone:
-            await stuck.fill(emitter, *"123")
-            stuck.open = False
-            stuck.cut.set()
-            await gone.receive()
+        async with emitter, emitter.stream("disconnect") as disconnected:
+            await stalled.fill(emitter, *"123")
+            stalled.open = False
+            stalled.cut.set()
+            await disconnected.receive()
             start = anyio.current_time()
         assert anyio.current_time() - start <= 1.1
         assert connectable.attempts == 3
@@ -340,93 +344,97 @@ async def test_leaving_while_down_takes_no_more_tries_than_there_are(anyio_backe
 
 
 @pytest.mark.virtual_time
-@pytest.mark.parametrize("leave", ["body", "disconnect"])
-async def test_leaving_while_down_sends_them_if_a_link_comes_in_time(
+@pytest.mark.parametrize("leave", ["block", "disconnect"])
+async def test_leaving_while_down_sends_unsent_publishes_if_it_reconnects_in_time(
     anyio_backend: object, leave: str
 ) -> None:
-    stuck = Stuck()
+    stalled = StalledPeers()
 
     async def open_later() -> None:
         await anyio.sleep(5)
-        stuck.open = True
+        stalled.open = True
 
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with anyio.create_task_group() as tasks:
-            async with emitter, emitter.stream("disconnect") as gone:
-                await stuck.fill(emitter, *"123")
-                stuck.open = False
-                stuck.cut.set()
-                await gone.receive()
+            async with emitter, emitter.stream("disconnect") as disconnected:
+                await stalled.fill(emitter, *"123")
+                stalled.open = False
+                stalled.cut.set()
+                await disconnected.receive()
                 tasks.start_soon(open_later)
                 start = anyio.current_time()
                 if leave == "disconnect":
                     await emitter.disconnect()
                     assert emitter.state == "closed"
             assert anyio.current_time() - start == pytest.approx(5, abs=0.1)
-    assert stuck.payloads() == [*"123"]
-    assert stuck.peers[-1].received[-1].kind == DISCONNECT
+    assert stalled.payloads() == [*"123"]
+    assert stalled.peers[-1].received[-1].kind == DISCONNECT
     assert emitter.statistics().unsent == 0
 
 
 @pytest.mark.virtual_time
-async def test_a_link_that_is_lost_while_leaving_is_made_up_for(anyio_backend: object) -> None:
-    stuck = Stuck()
+async def test_connection_lost_while_leaving_is_replaced_to_send_the_rest(
+    anyio_backend: object,
+) -> None:
+    stalled = StalledPeers()
 
     async def cut_later() -> None:
         await anyio.sleep(1)
-        stuck.cut.set()
+        stalled.cut.set()
 
-    async with memory_peer(stuck.play, capacity=200) as connectable:
+    async with memory_peer(stalled.play, capacity=200) as connectable:
         emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with anyio.create_task_group() as tasks, emitter:
-            await stuck.fill(emitter, *"123")
+            await stalled.fill(emitter, *"123")
             tasks.start_soon(cut_later)
-    assert stuck.payloads() == [*"123"]
+    assert stalled.payloads() == [*"123"]
     assert emitter.statistics().unsent == 0
     assert emitter.statistics().uncertain == 1
 
 
 @pytest.mark.virtual_time
-async def test_a_link_that_takes_nothing_holds_the_goodbye_for_the_timeout_only(
+async def test_stalled_connection_delays_leaving_for_disconnect_timeout_only(
     anyio_backend: object,
 ) -> None:
-    stuck = Stuck()
-    async with memory_peer(stuck.play, capacity=200) as connectable:
+    stalled = StalledPeers()
+    async with memory_peer(stalled.play, capacity=200) as connectable:
         emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=7)
         async with emitter:
-            await stuck.fill(emitter, *"123")
+            await stalled.fill(emitter, *"123")
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(7)
-        stuck.cut.set()
+        stalled.cut.set()
     assert emitter.statistics().unsent == 3
     assert emitter.statistics().links == 1
 
 
 @pytest.mark.parametrize("down", [False, True])
-async def test_cancelling_counts_them_at_once(
+async def test_cancelling_counts_unsent_publishes_immediately(
     anyio_backend: object, down: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stuck = Stuck()
-    async with memory_peer(stuck.play, capacity=200, before=stuck.before) as connectable:
+    stalled = StalledPeers()
+    async with memory_peer(stalled.play, capacity=200, before=stalled.before) as connectable:
         emitter = connect_reconnecting(connectable=connectable)
         with anyio.CancelScope() as scope:
-            async with emitter, emitter.stream("disconnect") as gone:
-                await stuck.fill(emitter, *"123")
-                stuck.open = False
+            async with emitter, emitter.stream("disconnect") as disconnected:
+                await stalled.fill(emitter, *"123")
+                stalled.open = False
                 if down:
-                    stuck.cut.set()
-                    await gone.receive()
+                    stalled.cut.set()
+                    await disconnected.receive()
                 scope.cancel()
                 await checkpoint()
         assert scope.cancelled_caught
-        stuck.cut.set()
+        stalled.cut.set()
     assert emitter.statistics().unsent == 3
     assert "3 publishes" in caplog.text
 
 
-async def test_what_waits_for_room_was_not_accepted(anyio_backend: object) -> None:
-    stuck = Stuck()
+async def test_publish_waiting_for_queue_space_is_not_counted_as_unsent(
+    anyio_backend: object,
+) -> None:
+    stalled = StalledPeers()
     accepted = 0
     raised: list[type[BaseException]] = []
 
@@ -439,15 +447,15 @@ async def test_what_waits_for_room_was_not_accepted(anyio_backend: object) -> No
         except ConnectionLostError as exc:
             raised.append(type(exc))
 
-    async with memory_peer(stuck.play, capacity=200) as connectable:
+    async with memory_peer(stalled.play, capacity=200) as connectable:
         emitter = connect_once(connectable=connectable)
         with pytest.raises(ConnectionLostError):
             async with emitter, anyio.create_task_group() as tasks:
-                await stuck.fill(emitter)
+                await stalled.fill(emitter)
                 tasks.start_soon(publish)
                 await anyio.wait_all_tasks_blocked()
                 assert accepted > 1
-                stuck.cut.set()
+                stalled.cut.set()
                 await anyio.sleep_forever()
     assert raised == [ConnectionLostError]
     assert emitter.statistics().unsent == accepted

@@ -1,4 +1,4 @@
-"""What calls, handlers and leaving do while there is no link."""
+"""Calls, handlers and leaving while the client is disconnected."""
 
 from __future__ import annotations
 
@@ -66,20 +66,22 @@ def calls_of(emitter: Emitter, broker: Broker, key: str) -> list[Callable[[], Aw
 # Calls
 
 
-async def test_calls_wait_for_the_next_link(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_calls_wait_for_the_next_connection(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
     await emitter.subscribe(key, "a/")
     await emitter.link(key, "a/", "x")
     done: list[int] = []
 
-    async def call(number: int, one: Callable[[], Awaitable[object]]) -> None:
-        await one()
+    async def call(number: int, method: Callable[[], Awaitable[object]]) -> None:
+        await method()
         done.append(number)
 
     async with anyio.create_task_group() as tasks:
         async with while_disconnected(emitter, broker):
             calls = calls_of(emitter, broker, key)
-            for number, one in enumerate(calls):
-                tasks.start_soon(call, number, one)
+            for number, method in enumerate(calls):
+                tasks.start_soon(call, number, method)
             for _ in range(10):
                 await checkpoint()
             assert not done
@@ -88,7 +90,7 @@ async def test_calls_wait_for_the_next_link(broker: Broker, emitter: Emitter, ke
     assert sorted(done) == list(range(len(calls)))
 
 
-async def test_calls_raise_at_once_if_that_is_wanted(broker: Broker, key: str) -> None:
+async def test_calls_raise_with_while_down_raise(broker: Broker, key: str) -> None:
     async with connect_reconnecting(broker.url, while_down="raise") as emitter:
         await emitter.subscribe(key, "a/")
         async with while_disconnected(emitter, broker):
@@ -99,7 +101,7 @@ async def test_calls_raise_at_once_if_that_is_wanted(broker: Broker, key: str) -
         assert subscribed_channels(broker) == ["a/"]
 
 
-async def test_a_call_waits_no_longer_than_its_caller_would(
+async def test_waiting_call_respects_its_callers_deadline(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     async with while_disconnected(emitter, broker):
@@ -113,22 +115,22 @@ async def test_a_call_waits_no_longer_than_its_caller_would(
     assert emitter.statistics().uncertain == 0
 
 
-async def test_pending_calls_raise_and_the_client_goes_on(
+async def test_pending_calls_raise_and_the_client_continues(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     lost: list[ConnectionLostError] = []
 
-    async def call(one: Callable[[], Awaitable[object]]) -> None:
+    async def call(method: Callable[[], Awaitable[object]]) -> None:
         with pytest.raises(ConnectionLostError, match="unknown") as exc:
-            await one()
+            await method()
         lost.append(exc.value)
 
     async with anyio.create_task_group() as tasks:
         with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
             calls = calls_of(emitter, broker, key)
-            del calls[2], calls[0]  # a publish of QoS 0 is done as soon as it is queued
-            for one in calls:
-                tasks.start_soon(call, one)
+            del calls[2], calls[0]  # a publish with qos=0 returns once it is queued
+            for method in calls:
+                tasks.start_soon(call, method)
             await anyio.wait_all_tasks_blocked()
             await broker.drop()
     assert len(lost) == len(calls)
@@ -138,7 +140,7 @@ async def test_pending_calls_raise_and_the_client_goes_on(
     assert not any(client.peer.watched for client in broker.clients)
 
 
-async def test_waiting_to_be_connected(broker: Broker) -> None:
+async def test_wait_connected_while_down(broker: Broker) -> None:
     emitter = connect_reconnecting(broker.url)
     connected: list[str] = []
 
@@ -162,7 +164,7 @@ async def test_waiting_to_be_connected(broker: Broker) -> None:
             await emitter.wait_connected()
 
 
-async def test_who_waits_learns_that_the_link_is_gone_for_good(broker: Broker, key: str) -> None:
+async def test_waiting_calls_raise_when_reconnecting_is_given_up(broker: Broker, key: str) -> None:
     emitter = connect(broker.url, reconnect=Backoff(0, 0, tries=3))
     waiting: list[Callable[[], Awaitable[object]]] = [
         emitter.wait_connected,
@@ -171,25 +173,25 @@ async def test_who_waits_learns_that_the_link_is_gone_for_good(broker: Broker, k
     ]
     lost: list[BaseException | None] = []
 
-    async def wait(one: Callable[[], Awaitable[object]]) -> None:
+    async def wait(method: Callable[[], Awaitable[object]]) -> None:
         with pytest.raises(ConnectionLostError, match="3 tries") as exc:
-            await one()
+            await method()
         lost.append(exc.value.__cause__)
 
     async with anyio.create_task_group() as tasks:
         with pytest.raises(ConnectionLostError, match="3 tries"):
-            async with emitter, emitter.stream("disconnect") as gone:
+            async with emitter, emitter.stream("disconnect") as disconnected:
                 with broker.refuse():
                     await broker.drop()
-                    await gone.receive()
-                    for one in waiting:
-                        tasks.start_soon(wait, one)
+                    await disconnected.receive()
+                    for method in waiting:
+                        tasks.start_soon(wait, method)
                     await anyio.sleep_forever()
     assert len(lost) == len(waiting)
     assert all(isinstance(cause, ConnectError) for cause in lost)
 
 
-async def test_streams_are_read_to_the_end_when_the_link_is_gone_for_good(
+async def test_streams_can_be_read_to_the_end_after_reconnecting_is_given_up(
     broker: Broker, key: str
 ) -> None:
     emitter = connect(broker.url, reconnect=Backoff(0, 0, tries=1))
@@ -210,7 +212,7 @@ async def test_streams_are_read_to_the_end_when_the_link_is_gone_for_good(
 # Leaving
 
 
-async def test_disconnecting_while_down_is_at_once(broker: Broker, key: str) -> None:
+async def test_disconnect_while_down_returns_immediately(broker: Broker, key: str) -> None:
     async with (
         connect_reconnecting(broker.url) as emitter,
         emitter.subscribe(key, "a/") as messages,
@@ -224,8 +226,8 @@ async def test_disconnecting_while_down_is_at_once(broker: Broker, key: str) -> 
                 await emitter.me()
 
 
-@pytest.mark.parametrize("error", [None, KeyError("body")])
-async def test_the_body_may_end_while_down(broker: Broker, error: Exception | None) -> None:
+@pytest.mark.parametrize("error", [None, KeyError("block")])
+async def test_block_can_end_while_down(broker: Broker, error: Exception | None) -> None:
     emitter = connect_reconnecting(broker.url)
     raised = None
     async with AsyncExitStack() as stack:
@@ -240,7 +242,7 @@ async def test_the_body_may_end_while_down(broker: Broker, error: Exception | No
     assert raised is error
 
 
-async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: str) -> None:
+async def test_waiting_calls_raise_closed_error_on_disconnect(broker: Broker, key: str) -> None:
     emitter = connect_reconnecting(broker.url)
 
     async def publish() -> None:
@@ -255,23 +257,23 @@ async def test_waiting_calls_learn_that_the_client_is_left(broker: Broker, key: 
             await emitter.disconnect()
 
 
-@pytest.mark.parametrize("links", [1, 2])
-async def test_a_handler_may_disconnect_while_down(broker: Broker, links: int) -> None:
+@pytest.mark.parametrize("losses", [1, 2])
+async def test_handler_can_disconnect_while_down(broker: Broker, losses: int) -> None:
     emitter = connect_reconnecting(broker.url)
     states = []
-    lost = 0
+    lost_count = 0
 
     @emitter.on("disconnect")
     async def leave() -> None:
-        nonlocal lost
-        lost += 1
-        if lost == links:
+        nonlocal lost_count
+        lost_count += 1
+        if lost_count == losses:
             states.append(emitter.state)
             await emitter.disconnect()
             states.append(emitter.state)
 
     async with emitter:
-        for opened in range(1, links):
+        for opened in range(1, losses):
             await broker.drop()
             while emitter.statistics().links == opened:
                 await checkpoint()
@@ -281,7 +283,7 @@ async def test_a_handler_may_disconnect_while_down(broker: Broker, links: int) -
     assert states == ["connecting", "closed"]
 
 
-async def test_another_task_may_disconnect_while_down(broker: Broker) -> None:
+async def test_another_task_can_disconnect_while_down(broker: Broker) -> None:
     emitter = connect_reconnecting(broker.url)
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
@@ -320,7 +322,7 @@ async def test_native_cancellation_while_down(broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("kind", ["answer", "suback"])
-async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: str) -> None:
+async def test_leaving_while_restoring(broker: Broker, key: str, kind: str) -> None:
     emitter = connect_reconnecting(broker.url, disconnect_timeout=0.05)
     async with emitter:
         await emitter.subscribe(key, "a/")
@@ -339,7 +341,7 @@ async def test_leaving_while_a_link_is_restored(broker: Broker, key: str, kind: 
     assert emitter.statistics().links == 1
 
 
-async def test_a_client_that_is_left_as_its_link_is_restored_waits_for_that(
+async def test_leaving_while_restoring_waits_for_the_subscriptions(
     broker: Broker, key: str
 ) -> None:
     emitter = connect_reconnecting(broker.url)
@@ -360,7 +362,7 @@ async def test_a_client_that_is_left_as_its_link_is_restored_waits_for_that(
 # Handlers
 
 
-async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, key: str) -> None:
+async def test_connection_lost_in_a_handlers_call_emits_error(broker: Broker, key: str) -> None:
     emitter = connect_reconnecting(broker.url)
     errors = Calls()
     emitter.on("error", errors)
@@ -387,14 +389,14 @@ async def test_a_handlers_lost_call_is_reported_and_not_fatal(broker: Broker, ke
     assert isinstance(error.__cause__, ConnectionLostError)
 
 
-async def test_without_a_handler_of_errors_it_is_logged(
+async def test_connection_lost_in_a_handlers_call_is_logged_without_an_error_handler(
     broker: Broker, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     emitter = connect_reconnecting(broker.url)
 
     @emitter.on("message")
     async def handle(message: EmitterMessage) -> None:
-        # A task group of the handler's own makes a group of it.
+        # The task group wraps the exception in a group.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.me)
 
@@ -409,7 +411,7 @@ async def test_without_a_handler_of_errors_it_is_logged(
     assert "ExceptionGroup" in caplog.text
 
 
-async def test_another_exception_of_a_handler_is_fatal_while_down(broker: Broker) -> None:
+async def test_other_exception_in_a_handler_ends_the_client_while_down(broker: Broker) -> None:
     emitter = connect_reconnecting(broker.url)
     error = KeyError("handler")
 
@@ -426,7 +428,7 @@ async def test_another_exception_of_a_handler_is_fatal_while_down(broker: Broker
     assert emitter.state == "closed"
 
 
-async def test_with_one_link_only_a_handlers_lost_call_is_the_loss(
+async def test_connection_lost_in_a_handlers_call_without_reconnect_ends_the_client(
     broker: Broker, key: str
 ) -> None:
     emitter = connect_once(broker.url)

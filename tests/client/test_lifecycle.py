@@ -16,7 +16,7 @@ from tests.support.server import Server
 
 pytestmark = pytest.mark.emitter
 
-VERBS: dict[str, Callable[[Emitter], Awaitable[object]]] = {
+METHODS: dict[str, Callable[[Emitter], Awaitable[object]]] = {
     "publish": lambda emitter: emitter.publish("key", "a/", "m"),
     "publish with qos=1": lambda emitter: emitter.publish("key", "a/", "m", qos=1),
     "flush": lambda emitter: emitter.flush(),
@@ -33,34 +33,34 @@ VERBS: dict[str, Callable[[Emitter], Awaitable[object]]] = {
 }
 
 
-class Slow(ByteStreamConnectable):
-    """Reaches the broker when it is allowed to."""
+class GatedConnectable(ByteStreamConnectable):
+    """A connectable that connects to the broker after ``allowed`` is set."""
 
     def __init__(self, server: Server) -> None:
-        self.asked = anyio.Event()
+        self.attempted = anyio.Event()
         self.allowed = anyio.Event()
         self._server = server
 
     async def connect(self) -> ByteStream:
-        self.asked.set()
+        self.attempted.set()
         await self.allowed.wait()
-        place = (self._server.host, self._server.port)
-        return await anyio.as_connectable(place, tls=self._server.secure).connect()
+        address = (self._server.host, self._server.port)
+        return await anyio.as_connectable(address, tls=self._server.secure).connect()
 
 
 # Entering and leaving
 
 
-async def test_the_state_follows_its_life(server: Server) -> None:
-    slow = Slow(server)
-    emitter = connect(connectable=slow)
+async def test_state_follows_the_life_cycle(server: Server) -> None:
+    gated = GatedConnectable(server)
+    emitter = connect(connectable=gated)
     states: list[str] = [emitter.state]
     emitter.on("disconnect", lambda: states.append(emitter.state))
 
     async def allow() -> None:
-        await slow.asked.wait()
+        await gated.attempted.wait()
         states.append(emitter.state)
-        slow.allowed.set()
+        gated.allowed.set()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(allow)
@@ -70,7 +70,7 @@ async def test_the_state_follows_its_life(server: Server) -> None:
     assert states == ["closed", "connecting", "connected", "closing", "closed"]
 
 
-async def test_it_can_be_entered_again_after_it_ended(server: Server) -> None:
+async def test_client_can_be_entered_again_after_it_ended(server: Server) -> None:
     emitter = connect(server.url)
     calls = Calls()
     emitter.on("connect", calls)
@@ -82,50 +82,50 @@ async def test_it_can_be_entered_again_after_it_ended(server: Server) -> None:
     assert len(calls.values) == 2
 
 
-async def test_entering_it_twice_at_once_is_an_error_that_names_the_way_out(
+async def test_entering_an_entered_client_raises_and_suggests_connect(
     server: Server,
 ) -> None:
     async with connect(server.url) as emitter:
         with pytest.raises(RuntimeError, match=r"entered.*connect\(\)"):
             async with emitter:
-                pytest.fail("it was entered twice")
+                pytest.fail("entered twice")
         assert (await emitter.me()).id
 
 
-async def test_run_while_it_is_entered_is_an_error(emitter: Emitter) -> None:
+async def test_run_of_an_entered_client_raises(emitter: Emitter) -> None:
     with pytest.raises(RuntimeError, match="entered"):
         await emitter.run()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-async def test_using_it_before_entering(verb: str, server: Server) -> None:
+@pytest.mark.parametrize("method", METHODS)
+async def test_method_called_before_entering_raises(method: str, server: Server) -> None:
     emitter = connect(server.url)
     with pytest.raises(ClosedError, match=r"async with connect"):
-        await VERBS[verb](emitter)
+        await METHODS[method](emitter)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-async def test_using_it_after_leaving(verb: str, server: Server) -> None:
+@pytest.mark.parametrize("method", METHODS)
+async def test_method_called_after_leaving_raises(method: str, server: Server) -> None:
     async with connect(server.url) as emitter:
         pass
     with pytest.raises(ClosedError, match="closed") as caught:
-        await VERBS[verb](emitter)
+        await METHODS[method](emitter)
     assert isinstance(caught.value, anyio.ClosedResourceError)
 
 
-async def test_what_was_published_before_leaving_arrives(
+async def test_messages_published_before_leaving_arrive(
     server: Server, other: Emitter, unique: str
 ) -> None:
-    made = await other.keygen(server.secret, unique)
-    async with other.subscribe(made.key, unique) as messages:
+    created = await other.keygen(server.secret, unique)
+    async with other.subscribe(created.key, unique) as messages:
         async with connect(server.url) as emitter:
             for number in range(20):
-                await emitter.publish(made.key, unique, number)
+                await emitter.publish(created.key, unique, number)
         numbers = [(await messages.receive()).as_object() for _ in range(20)]
     assert numbers == list(range(20))
 
 
-async def test_handlers_finish_what_waits_for_them_before_it_is_left(
+async def test_leaving_waits_for_handlers_to_finish_their_buffered_messages(
     server: Server, unique: str
 ) -> None:
     handled = []
@@ -137,15 +137,15 @@ async def test_handlers_finish_what_waits_for_them_before_it_is_left(
         handled.append(message.as_object())
 
     async with emitter:
-        made = await emitter.keygen(server.secret, unique)
-        await emitter.subscribe(made.key, unique)
+        created = await emitter.keygen(server.secret, unique)
+        await emitter.subscribe(created.key, unique)
         for number in range(10):
-            await emitter.publish(made.key, unique, number)
+            await emitter.publish(created.key, unique, number)
         await emitter.flush()
     assert handled == list(range(10))
 
 
-async def test_the_exception_of_the_body_comes_out_as_the_same_object(server: Server) -> None:
+async def test_exception_of_the_block_is_raised_as_the_same_object(server: Server) -> None:
     cause, error = KeyError("cause"), ValueError("error")
     with pytest.raises(ValueError, match="error") as caught:
         async with connect(server.url):
@@ -158,7 +158,7 @@ async def test_the_exception_of_the_body_comes_out_as_the_same_object(server: Se
     assert isinstance(error.__context__, LookupError)
 
 
-async def test_a_group_that_the_body_raised_stays_that_group(server: Server) -> None:
+async def test_exception_group_of_the_block_is_not_wrapped(server: Server) -> None:
     group = ExceptionGroup("mine", [ValueError("one")])
     with pytest.raises(ExceptionGroup) as caught:
         async with connect(server.url):
@@ -167,7 +167,7 @@ async def test_a_group_that_the_body_raised_stays_that_group(server: Server) -> 
     assert len(group.exceptions) == 1
 
 
-async def test_cancelling_the_body_leaves(server: Server) -> None:
+async def test_cancelling_the_block_leaves_the_client(server: Server) -> None:
     emitter = connect(server.url)
     with anyio.CancelScope() as scope:
         async with emitter:
@@ -177,12 +177,12 @@ async def test_cancelling_the_body_leaves(server: Server) -> None:
     assert emitter.state == "closed"
 
 
-async def test_cancelling_it_while_it_connects(server: Server) -> None:
-    slow = Slow(server)
-    emitter = connect(connectable=slow)
+async def test_cancelling_while_connecting(server: Server) -> None:
+    gated = GatedConnectable(server)
+    emitter = connect(connectable=gated)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(emitter.run)
-        await slow.asked.wait()
+        await gated.attempted.wait()
         tasks.cancel_scope.cancel()
     assert emitter.state == "closed"
 
@@ -190,7 +190,7 @@ async def test_cancelling_it_while_it_connects(server: Server) -> None:
 # run()
 
 
-async def test_running_in_a_task_group(server: Server) -> None:
+async def test_run_in_a_task_group(server: Server) -> None:
     emitter = connect(server.url)
     async with anyio.create_task_group() as tasks:
         assert await tasks.start(emitter.run) is emitter
@@ -199,7 +199,7 @@ async def test_running_in_a_task_group(server: Server) -> None:
     assert emitter.state == "closed"
 
 
-async def test_running_in_a_task_group_that_is_cancelled(server: Server) -> None:
+async def test_run_in_a_cancelled_task_group(server: Server) -> None:
     emitter = connect(server.url)
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
@@ -208,7 +208,7 @@ async def test_running_in_a_task_group_that_is_cancelled(server: Server) -> None
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
-async def test_running_in_a_nursery(server: Server) -> None:
+async def test_run_in_a_trio_nursery(server: Server) -> None:
     emitter = connect(server.url)
     async with trio.open_nursery() as nursery:
         assert await nursery.start(emitter.run) is emitter
@@ -218,7 +218,7 @@ async def test_running_in_a_nursery(server: Server) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
-async def test_running_in_a_nursery_that_is_cancelled(server: Server) -> None:
+async def test_run_in_a_cancelled_trio_nursery(server: Server) -> None:
     emitter = connect(server.url)
     async with trio.open_nursery() as nursery:
         await nursery.start(emitter.run)
@@ -227,7 +227,7 @@ async def test_running_in_a_nursery_that_is_cancelled(server: Server) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_running_in_a_task_group_of_asyncio(server: Server) -> None:
+async def test_run_in_an_asyncio_task_group(server: Server) -> None:
     emitter = connect(server.url)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(emitter.run())
@@ -238,7 +238,7 @@ async def test_running_in_a_task_group_of_asyncio(server: Server) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_native_cancellation_ends_run(server: Server) -> None:
+async def test_native_cancellation_ends_run(server: Server) -> None:
     emitter = connect(server.url)
     task = asyncio.create_task(emitter.run())
     await emitter.wait_connected()
@@ -248,40 +248,42 @@ async def test_a_native_cancellation_ends_run(server: Server) -> None:
     assert emitter.state == "closed"
 
 
-async def test_start_raises_what_kept_run_from_connecting() -> None:
+async def test_start_of_run_raises_connect_error() -> None:
     async with anyio.create_task_group() as tasks:
         with pytest.raises(ConnectError):
             await tasks.start(connect(host="/there/is/no/such/socket").run)
 
 
-async def awaited(main: Callable[[], Awaitable[str]]) -> str:
+async def await_main(main: Callable[[], Awaitable[str]]) -> str:
     return await main()
 
 
-RUNS: dict[str, Callable[[Callable[[], Awaitable[str]]], str]] = {
+RUNNERS: dict[str, Callable[[Callable[[], Awaitable[str]]], str]] = {
     "trio.run": trio.run,
-    "asyncio.run": lambda main: asyncio.run(awaited(main)),
+    "asyncio.run": lambda main: asyncio.run(await_main(main)),
     "anyio.run": anyio.run,
     "anyio.run on Trio": lambda main: anyio.run(main, backend="trio"),
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
-async def test_the_program_runs_by(run: str, server: Server, unique: str) -> None:
+@pytest.mark.parametrize("runner", RUNNERS)
+async def test_program_runs_with(runner: str, server: Server, unique: str) -> None:
     async def main() -> str:
         async with connect(server.url) as emitter:
-            made = await emitter.keygen(server.secret, unique)
-            async with emitter.subscribe(made.key, unique) as messages:
-                await emitter.publish(made.key, unique, "hello")
+            created = await emitter.keygen(server.secret, unique)
+            async with emitter.subscribe(created.key, unique) as messages:
+                await emitter.publish(created.key, unique, "hello")
                 return (await messages.receive()).as_string()
 
-    assert await anyio.to_thread.run_sync(RUNS[run], main) == "hello"
+    assert await anyio.to_thread.run_sync(RUNNERS[runner], main) == "hello"
 
 
 # disconnect()
 
 
-async def test_disconnecting_from_the_body_ends_the_link_and_not_the_body(server: Server) -> None:
+async def test_disconnect_in_the_block_closes_the_connection_and_continues_the_block(
+    server: Server,
+) -> None:
     async with connect(server.url) as emitter:
         await emitter.disconnect()
         assert emitter.state == "closed"
@@ -291,7 +293,7 @@ async def test_disconnecting_from_the_body_ends_the_link_and_not_the_body(server
         await emitter.disconnect()
 
 
-async def test_disconnecting_before_entering_and_after_leaving_is_nothing(server: Server) -> None:
+async def test_disconnect_before_entering_and_after_leaving_does_nothing(server: Server) -> None:
     emitter = connect(server.url)
     await emitter.disconnect()
     async with emitter:
@@ -300,13 +302,11 @@ async def test_disconnecting_before_entering_and_after_leaving_is_nothing(server
     assert emitter.state == "closed"
 
 
-async def test_disconnecting_from_another_task_ends_the_streams(
-    server: Server, unique: str
-) -> None:
+async def test_disconnect_from_another_task_ends_the_streams(server: Server, unique: str) -> None:
     async with connect(server.url) as emitter, anyio.create_task_group() as tasks:
-        made = await emitter.keygen(server.secret, unique)
-        async with emitter.subscribe(made.key, unique) as messages:
-            await emitter.publish(made.key, unique, "buffered")
+        created = await emitter.keygen(server.secret, unique)
+        async with emitter.subscribe(created.key, unique) as messages:
+            await emitter.publish(created.key, unique, "buffered")
             await emitter.flush()
             tasks.start_soon(emitter.disconnect)
             tasks.start_soon(emitter.disconnect)
@@ -317,7 +317,7 @@ async def test_disconnecting_from_another_task_ends_the_streams(
 
 
 @pytest.mark.parametrize("form", ["a plain handler that returns it", "a handler that awaits it"])
-async def test_disconnecting_from(form: str, server: Server, unique: str) -> None:
+async def test_disconnect_from(form: str, server: Server, unique: str) -> None:
     emitter = connect(server.url)
     if form.startswith("a plain"):
         emitter.on("message", lambda message: emitter.disconnect())
@@ -329,53 +329,53 @@ async def test_disconnecting_from(form: str, server: Server, unique: str) -> Non
             assert emitter.state == "closed"
 
     async with emitter:
-        made = await emitter.keygen(server.secret, unique)
-        await emitter.subscribe(made.key, unique)
-        await emitter.publish(made.key, unique, "go")
+        created = await emitter.keygen(server.secret, unique)
+        await emitter.subscribe(created.key, unique)
+        await emitter.publish(created.key, unique, "go")
         await emitter.wait_closed()
     assert emitter.state == "closed"
 
 
-async def test_disconnecting_while_it_connects(server: Server) -> None:
-    slow = Slow(server)
-    emitter = connect(connectable=slow)
+async def test_disconnect_while_connecting(server: Server) -> None:
+    gated = GatedConnectable(server)
+    emitter = connect(connectable=gated)
 
     async def disconnect() -> None:
-        await slow.asked.wait()
+        await gated.attempted.wait()
         await emitter.disconnect()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(disconnect)
         with pytest.raises(ClosedError, match="connecting"):
             async with emitter:
-                pytest.fail("it has connected")
+                pytest.fail("connected")
     assert emitter.state == "closed"
 
 
-async def test_an_answer_that_is_awaited_comes_before_the_goodbye(server: Server) -> None:
-    answers = []
+async def test_disconnect_waits_for_a_pending_reply(server: Server) -> None:
+    replies = []
 
     async def ask() -> None:
-        answers.append(await emitter.me())
+        replies.append(await emitter.me())
 
     async with connect(server.url) as emitter, anyio.create_task_group() as tasks:
         tasks.start_soon(ask)
         while not emitter.statistics().pending:
             await anyio.lowlevel.checkpoint()
         await emitter.disconnect()
-    assert len(answers) == 1
+    assert len(replies) == 1
 
 
-# Waiting, and figures
+# wait_connected(), wait_closed() and statistics()
 
 
-async def test_wait_connected_waits_for_a_client_that_is_not_entered_yet(server: Server) -> None:
-    slow = Slow(server)
-    emitter = connect(connectable=slow)
+async def test_wait_connected_waits_until_the_client_is_entered(server: Server) -> None:
+    gated = GatedConnectable(server)
+    emitter = connect(connectable=gated)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(emitter.run)
-        await slow.asked.wait()
-        slow.allowed.set()
+        await gated.attempted.wait()
+        gated.allowed.set()
         await emitter.wait_connected()
         assert emitter.state == "connected"
         await emitter.wait_connected()
@@ -389,7 +389,7 @@ async def test_wait_connected_raises_after_leaving(server: Server) -> None:
         await emitter.wait_connected()
 
 
-async def test_wait_closed_returns_when_the_link_is_closed(server: Server) -> None:
+async def test_wait_closed_returns_when_the_client_is_closed(server: Server) -> None:
     emitter = connect(server.url)
     await emitter.wait_closed()
     closed = Calls()
@@ -406,7 +406,9 @@ async def test_wait_closed_returns_when_the_link_is_closed(server: Server) -> No
         assert await closed.get(1) == ["closed"]
 
 
-async def test_statistics_count_what_came(emitter: Emitter, key: str, unique: str) -> None:
+async def test_statistics_count_received_and_dropped_messages(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     async with emitter.subscribe(key, unique, buffer=1, overflow="drop_newest") as messages:
         for _ in range(3):
             await emitter.publish(key, unique, "m")
@@ -418,7 +420,7 @@ async def test_statistics_count_what_came(emitter: Emitter, key: str, unique: st
     assert emitter.statistics().dropped == 2
 
 
-async def test_a_message_that_nobody_takes_is_counted_with_one_warning(
+async def test_unhandled_messages_are_counted_with_one_warning(
     emitter: Emitter, key: str, unique: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -430,45 +432,43 @@ async def test_a_message_that_nobody_takes_is_counted_with_one_warning(
     assert [unique in record.getMessage() for record in warnings] == [True]
 
 
-# The link is lost
+# Losing the connection
 
 
-async def test_when_the_link_is_lost_the_block_raises_it_bare(server: Server) -> None:
-    async with relay(server) as link:
-        emitter = connect_once(host="127.0.0.1", port=link.port, secure=False)
+async def test_lost_connection_is_raised_bare_from_the_block(server: Server) -> None:
+    async with relay(server) as proxy:
+        emitter = connect_once(host="127.0.0.1", port=proxy.port, secure=False)
         calls = Calls()
         emitter.on("disconnect", calls)
-        with pytest.raises(ConnectionLostError, match=f"127.0.0.1:{link.port}") as caught:
+        with pytest.raises(ConnectionLostError, match=f"127.0.0.1:{proxy.port}") as caught:
             async with emitter:
-                link.cut()
+                proxy.cut()
                 await anyio.sleep_forever()
     assert isinstance(caught.value, anyio.BrokenResourceError)
     assert calls.values == [None]
     assert emitter.state == "closed"
 
 
-async def test_when_the_link_is_lost_what_was_not_read_is_on_the_error(
-    server: Server, unique: str
-) -> None:
-    async with relay(server) as link:
+async def test_connection_lost_error_has_the_unread_messages(server: Server, unique: str) -> None:
+    async with relay(server) as proxy:
         with pytest.raises(ConnectionLostError) as caught:
-            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as emitter:
-                made = await emitter.keygen(server.secret, unique)
-                async with emitter.subscribe(made.key, unique):
-                    await emitter.publish(made.key, unique, "unread")
+            async with connect_once(host="127.0.0.1", port=proxy.port, secure=False) as emitter:
+                created = await emitter.keygen(server.secret, unique)
+                async with emitter.subscribe(created.key, unique):
+                    await emitter.publish(created.key, unique, "unread")
                     await emitter.flush()
-                    link.cut()
+                    proxy.cut()
                     await anyio.sleep_forever()
     assert [message.as_string() for message in caught.value.unread] == ["unread"]
 
 
-async def test_when_the_link_is_lost_run_raises_it(server: Server) -> None:
-    async with relay(server) as link:
-        emitter = connect_once(host="127.0.0.1", port=link.port, secure=False)
+async def test_run_raises_connection_lost_error(server: Server) -> None:
+    async with relay(server) as proxy:
+        emitter = connect_once(host="127.0.0.1", port=proxy.port, secure=False)
         with pytest.raises(ExceptionGroup) as caught:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(emitter.run)
-                link.cut()
+                proxy.cut()
     assert isinstance(caught.value.exceptions[0], ConnectionLostError)
     with pytest.raises(ConnectionLostError):
         await emitter.me()

@@ -1,4 +1,4 @@
-"""What the soak has found, each in the smallest form that shows it."""
+"""Bugs that the soak test found, each in its smallest form."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from tests.support.peer import Peer, memory_peer
 KEY = "k" * 32
 
 
-def said(item: EmitterMessage | Gap) -> str:
+def text_of(item: EmitterMessage | Gap) -> str:
     return "gap" if isinstance(item, Gap) else item.as_string()
 
 
-async def test_a_link_lost_before_it_was_restored_leaves_a_gap_behind_what_it_brought() -> None:
-    links = 0
+async def test_connection_lost_before_restoring_leaves_a_gap_after_its_messages() -> None:
+    connections = 0
 
     async def script(broker: Peer) -> None:
-        nonlocal links
-        links += 1
+        nonlocal connections
+        connections += 1
         await broker.accept()
         first = await broker.until(peer.SUBSCRIBE)
         await broker.send(packets.suback(first.packet_id, 0))
-        if links == 2:
-            # The other subscription is not restored yet.
+        if connections == 2:
+            # Lose the connection before the second subscription is restored.
             await broker.send(packets.publish("a/", b"between"))
             return
         second = await broker.until(peer.SUBSCRIBE)
         await broker.send(packets.suback(second.packet_id, 0))
-        if links == 3:
+        if connections == 3:
             await broker.send(packets.publish("a/", b"at last"))
             await broker.answer_all()
 
@@ -38,36 +38,36 @@ async def test_a_link_lost_before_it_was_restored_leaves_a_gap_behind_what_it_br
             emitter.subscribe(KEY, "a/", 0, mark_gaps=True) as messages,
             emitter.subscribe(KEY, "b/", 0),
         ):
-            assert [said(await messages.receive()) for _ in range(4)] == [
+            assert [text_of(await messages.receive()) for _ in range(4)] == [
                 *("gap", "between"),
                 *("gap", "at last"),
             ]
             assert messages.statistics().gaps == 2
 
 
-async def test_a_link_lost_while_resuming_leaves_a_gap_behind_what_it_brought() -> None:
+async def test_connection_lost_while_resuming_leaves_a_gap_after_its_messages() -> None:
     async with Broker() as broker, connect(broker.url) as emitter:
         key = broker.keygen("a/", "rl")
         async with (
             emitter.subscribe(key, "a/", 0, resume=True, mark_gaps=True) as messages,
-            emitter.stream("message") as coming,
+            emitter.stream("message") as received,
             emitter.stream("connect") as connected,
         ):
             with broker.hold("answer"):
                 await broker.drop()
                 await connected.receive()
                 await broker.publish("a/", "between")
-                await coming.receive()
+                await received.receive()
                 await broker.drop()
             await connected.receive()
             await broker.publish("a/", "at last")
             items = [await messages.receive() for _ in range(4)]
-            assert list(map(said, items)) == ["gap", "between", "gap", "at last"]
-            # What was stored in either gap has been read back, at the place of the first.
+            assert list(map(text_of, items)) == ["gap", "between", "gap", "at last"]
+            # The messages stored during both gaps were read back in place of the first.
             assert [item.complete for item in items if isinstance(item, Gap)] == [True, True]
 
 
-async def test_what_was_under_way_when_a_goodbye_was_not_answered_is_uncertain() -> None:
+async def test_publish_before_an_unanswered_disconnect_is_uncertain() -> None:
     async with Broker() as broker, FaultProxy(broker.host, broker.port) as proxy:
         key = broker.keygen("a/", "w")
         async with connect(proxy.url, disconnect_timeout=0.1) as emitter:
@@ -78,7 +78,7 @@ async def test_what_was_under_way_when_a_goodbye_was_not_answered_is_uncertain()
         assert emitter.statistics().uncertain == 1
 
 
-async def test_what_was_under_way_when_a_goodbye_was_answered_is_not() -> None:
+async def test_publish_before_an_answered_disconnect_is_not_uncertain() -> None:
     async with Broker() as broker:
         async with connect(broker.url) as emitter:
             await emitter.publish(broker.keygen("a/", "w"), "a/", "in time")

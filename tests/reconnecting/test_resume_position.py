@@ -1,4 +1,4 @@
-"""How far a subscription has come, so that a gap brings little of what has come before."""
+"""Renewing the resume position, so that a gap repeats few messages already received."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.memory import MemoryConnectable
 
 KEYS = "rwls"
 
-RENEWED = 10.0
-"""So many seconds after a message has come, the client looks at what is stored."""
+RENEWAL_DELAY = 10.0
+"""Seconds from a message to the client's request for the newest stored message."""
 
 
 @asynccontextmanager
-async def in_memory() -> AsyncGenerator[tuple[Broker, MemoryConnectable]]:
-    """A broker behind links in memory, for whom virtual time is real."""
+async def broker_on_virtual_time() -> AsyncGenerator[tuple[Broker, MemoryConnectable]]:
+    """A broker with in-memory connections, so that virtual time applies to it."""
     broker, connectable = Broker(), MemoryConnectable()
 
     async def serve() -> None:
@@ -49,8 +49,8 @@ async def publish(broker: Broker, *texts: str) -> None:
 
 
 @pytest.mark.virtual_time
-async def test_what_came_long_ago_does_not_come_again(anyio_backend: object) -> None:
-    async with in_memory() as (broker, connectable):
+async def test_messages_received_long_ago_are_not_repeated(anyio_backend: object) -> None:
+    async with broker_on_virtual_time() as (broker, connectable):
         async with (
             connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter,
             emitter.subscribe(
@@ -58,9 +58,9 @@ async def test_what_came_long_ago_does_not_come_again(anyio_backend: object) -> 
             ) as messages,
         ):
             await publish(broker, "1", "2")
-            await anyio.sleep(3 * RENEWED)
+            await anyio.sleep(3 * RENEWAL_DELAY)
             await publish(broker, "3")
-            await anyio.sleep(RENEWED / 2)
+            await anyio.sleep(RENEWAL_DELAY / 2)
             await another_link(emitter, broker)
             assert await take(messages, 5) == ["1", "2", "3", "gap of 1", "3*"]
             await another_link(emitter, broker)
@@ -68,10 +68,10 @@ async def test_what_came_long_ago_does_not_come_again(anyio_backend: object) -> 
 
 
 @pytest.mark.virtual_time
-async def test_without_a_renewal_yet_all_since_the_beginning_comes_again(
+async def test_all_messages_are_repeated_before_the_first_confirmed_renewal(
     anyio_backend: object,
 ) -> None:
-    async with in_memory() as (broker, connectable):
+    async with broker_on_virtual_time() as (broker, connectable):
         await publish(broker, "0")
         async with (
             connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter,
@@ -80,31 +80,31 @@ async def test_without_a_renewal_yet_all_since_the_beginning_comes_again(
             ) as messages,
         ):
             await publish(broker, "1", "2")
-            await anyio.sleep(RENEWED * 1.5)
-            # Once the newest one is known, and not believed yet.
+            await anyio.sleep(RENEWAL_DELAY * 1.5)
+            # The newest message was requested once, which does not confirm the position yet.
             await another_link(emitter, broker)
             assert await take(messages, 5) == ["1", "2", "gap of 2", "1*", "2*"]
 
 
 @pytest.mark.virtual_time
-async def test_nobody_asks_while_nothing_comes(anyio_backend: object) -> None:
-    async with in_memory() as (broker, connectable):
+async def test_no_renewal_without_messages(anyio_backend: object) -> None:
+    async with broker_on_virtual_time() as (broker, connectable):
         async with connect(connectable=connectable, keepalive=60) as emitter:
             async with emitter.subscribe(broker.keygen("a/", KEYS), "a/", 0, resume=True):
                 with broker.hold("answer", "puback"):
                     await anyio.sleep(3590)
                     assert emitter.statistics().pending == 0
                     await publish(broker, "1")
-                    await anyio.sleep(RENEWED * 1.1)
+                    await anyio.sleep(RENEWAL_DELAY * 1.1)
                     assert emitter.statistics().pending == 1
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("while_down", ["wait", "raise"])
-async def test_a_renewal_that_meets_no_link_is_made_up_for(
+async def test_renewal_due_while_disconnected_happens_later(
     anyio_backend: object, while_down: str
 ) -> None:
-    async with in_memory() as (broker, connectable):
+    async with broker_on_virtual_time() as (broker, connectable):
         async with (
             connect(
                 connectable=connectable, reconnect=Backoff(1, 1), while_down=while_down
@@ -114,14 +114,14 @@ async def test_a_renewal_that_meets_no_link_is_made_up_for(
             ) as messages,
         ):
             await publish(broker, "1")
-            await anyio.sleep(RENEWED / 2)
+            await anyio.sleep(RENEWAL_DELAY / 2)
             async with emitter.stream("connect") as connected:
                 with broker.refuse():
                     await broker.drop()
-                    await anyio.sleep(RENEWED)
+                    await anyio.sleep(RENEWAL_DELAY)
                 await connected.receive()
             assert await take(messages, 3) == ["1", "gap of 1", "1*"]
             await publish(broker, "2")
-            await anyio.sleep(3 * RENEWED)
+            await anyio.sleep(3 * RENEWAL_DELAY)
             await another_link(emitter, broker)
             assert await take(messages, 2) == ["2", "gap of 0"]

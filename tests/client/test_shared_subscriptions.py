@@ -1,4 +1,4 @@
-"""Many subscriptions on one link."""
+"""Several subscriptions on one connection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUBSCRIBE, UNSUBSCRIBE = 8, 10
 
 @pytest.fixture
 async def second_key(emitter: Emitter, server: Server, unique: str) -> str:
-    """Another key of the same channels, which may read, write and load."""
+    """Another key for the same channels, with permissions to read, write and load."""
     return (await emitter.keygen(server.secret, f"{unique}#/", "rwl")).key
 
 
@@ -30,7 +30,7 @@ async def test_each_stream_of_a_channel_gets_each_message_once(
         assert await arrived(emitter, two) == ["a", "b"]
 
 
-async def test_streams_under_two_keys_get_each_message_once(
+async def test_streams_with_two_keys_get_each_message_once(
     emitter: Emitter, key: str, second_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(key, unique) as one, emitter.subscribe(second_key, unique) as two:
@@ -39,7 +39,7 @@ async def test_streams_under_two_keys_get_each_message_once(
         assert await arrived(emitter, two) == ["m"]
 
 
-async def test_a_stream_and_the_handlers_get_each_message_once(
+async def test_stream_and_handlers_get_each_message_once(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -52,7 +52,7 @@ async def test_a_stream_and_the_handlers_get_each_message_once(
         assert texts(await calls.get(2)) == ["a", "b"]
 
 
-async def test_handlers_get_the_messages_of_streams_too(
+async def test_handlers_also_get_the_messages_of_streams(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     calls = Calls()
@@ -62,11 +62,11 @@ async def test_handlers_get_the_messages_of_streams_too(
         assert texts(await calls.get(1)) == ["m"]
 
 
-async def test_the_broker_is_asked_once_for_each_key_and_told_when_the_last_user_has_left(
+async def test_one_subscribe_per_key_and_one_unsubscribe_after_the_last_user(
     server: Server, key: str, second_key: str, unique: str
 ) -> None:
-    async with relay(server) as link:
-        async with connect(host="127.0.0.1", port=link.port, secure=False) as emitter:
+    async with relay(server) as proxy:
+        async with connect(host="127.0.0.1", port=proxy.port, secure=False) as emitter:
             async with emitter.subscribe(key, unique, last=0):
                 async with (
                     emitter.subscribe(key, unique, last=0),
@@ -76,13 +76,13 @@ async def test_the_broker_is_asked_once_for_each_key_and_told_when_the_last_user
                     await emitter.subscribe(key, unique, last=0)
                 await emitter.unsubscribe(key, unique)
                 await emitter.flush()
-                assert link.packets().count(SUBSCRIBE) == 2
-                assert link.packets().count(UNSUBSCRIBE) == 0
+                assert proxy.packets().count(SUBSCRIBE) == 2
+                assert proxy.packets().count(UNSUBSCRIBE) == 0
             await emitter.flush()
-            assert link.packets().count(UNSUBSCRIBE) == 1
+            assert proxy.packets().count(UNSUBSCRIBE) == 1
 
 
-async def test_leaving_one_stream_leaves_the_others(
+async def test_leaving_a_stream_does_not_end_others(
     emitter: Emitter, key: str, second_key: str, unique: str
 ) -> None:
     async with emitter.subscribe(second_key, unique) as last:
@@ -94,7 +94,7 @@ async def test_leaving_one_stream_leaves_the_others(
         assert await arrived(emitter, last) == ["m"]
 
 
-async def test_leaving_the_first_key_leaves_the_second(
+async def test_unsubscribing_the_first_key_does_not_end_the_second(
     emitter: Emitter, key: str, second_key: str, unique: str
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -104,7 +104,7 @@ async def test_leaving_the_first_key_leaves_the_second(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_unsubscribing_leaves_the_streams_and_leaving_them_the_handlers(
+async def test_handlers_and_streams_of_a_channel_unsubscribe_independently(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with emitter.stream("message") as all_messages:
@@ -119,7 +119,7 @@ async def test_unsubscribing_leaves_the_streams_and_leaving_them_the_handlers(
             assert await arrived(emitter, messages) == ["stream"]
 
 
-async def test_leaving_the_last_one_ends_the_delivery(
+async def test_delivery_ends_after_the_last_subscriber_left(
     emitter: Emitter, key: str, second_key: str, unique: str
 ) -> None:
     await emitter.subscribe(key, unique)
@@ -130,7 +130,7 @@ async def test_leaving_the_last_one_ends_the_delivery(
     assert emitter.statistics().received == 0
 
 
-async def test_a_second_key_that_is_refused_leaves_the_first_working(
+async def test_refused_second_key_does_not_affect_the_first(
     emitter: Emitter, server: Server, key: str, unique: str
 ) -> None:
     write_only = (await emitter.keygen(server.secret, unique, "w")).key
@@ -141,7 +141,7 @@ async def test_a_second_key_that_is_refused_leaves_the_first_working(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_a_refusal_reaches_everyone_who_waits_for_it(
+async def test_refusal_is_raised_in_every_waiting_subscriber(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     write_only = (await emitter.keygen(server.secret, unique, "w")).key
@@ -166,7 +166,7 @@ async def test_a_refusal_reaches_everyone_who_waits_for_it(
 
 
 @pytest.mark.parametrize("order", ["parent first", "child first"])
-async def test_parent_and_child_get_what_reaches_them_once(
+async def test_parent_and_child_get_matching_messages_once(
     emitter: Emitter, key: str, unique: str, order: str
 ) -> None:
     parent, child = unique, f"{unique}a/"
@@ -179,7 +179,7 @@ async def test_parent_and_child_get_what_reaches_them_once(
         assert await arrived(emitter, of_child) == ["child"]
 
 
-async def test_a_wildcard_beside_its_channel_gets_each_message_once(
+async def test_wildcard_and_its_channel_get_each_message_once(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     async with (
@@ -191,7 +191,9 @@ async def test_a_wildcard_beside_its_channel_gets_each_message_once(
         assert [await arrived(emitter, stream) for stream in (wide, narrow, parent)] == [["m"]] * 3
 
 
-async def test_leaving_the_child_leaves_the_parent(emitter: Emitter, key: str, unique: str) -> None:
+async def test_leaving_the_child_does_not_end_the_parent(
+    emitter: Emitter, key: str, unique: str
+) -> None:
     async with emitter.subscribe(key, unique) as messages:
         async with emitter.subscribe(key, f"{unique}a/"):
             pass
@@ -199,7 +201,7 @@ async def test_leaving_the_child_leaves_the_parent(emitter: Emitter, key: str, u
         assert await arrived(emitter, messages) == ["m"]
 
 
-# What is replayed
+# Replay
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ async def stored(emitter: Emitter, key: str, unique: str) -> str:
     return unique
 
 
-async def test_a_further_subscribers_replay_goes_to_it_alone(
+async def test_replay_goes_only_to_the_second_subscriber(
     emitter: Emitter, key: str, stored: str
 ) -> None:
     async with emitter.subscribe(key, stored, last=0) as first:
@@ -219,7 +221,7 @@ async def test_a_further_subscribers_replay_goes_to_it_alone(
         assert await arrived(emitter, first) == []
 
 
-async def test_a_further_keys_replay_goes_to_it_alone(
+async def test_replay_goes_only_to_the_subscriber_with_a_second_key(
     emitter: Emitter, key: str, second_key: str, stored: str
 ) -> None:
     async with emitter.subscribe(key, stored, last=0) as first:
@@ -228,7 +230,7 @@ async def test_a_further_keys_replay_goes_to_it_alone(
         assert await arrived(emitter, first) == []
 
 
-async def test_a_childs_replay_does_not_reach_the_parent(
+async def test_replay_of_a_child_does_not_reach_the_parent(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     child = f"{unique}a/"
@@ -239,7 +241,7 @@ async def test_a_childs_replay_does_not_reach_the_parent(
         assert await arrived(emitter, parent) == []
 
 
-async def test_a_further_subscriber_is_replayed_the_newest_one_unless_it_says_otherwise(
+async def test_second_subscriber_gets_the_newest_message_by_default(
     emitter: Emitter, key: str, stored: str
 ) -> None:
     async with (
@@ -251,7 +253,7 @@ async def test_a_further_subscriber_is_replayed_the_newest_one_unless_it_says_ot
         assert await arrived(emitter, nothing) == []
 
 
-async def test_a_further_key_without_the_permission_to_load_is_replayed_nothing(
+async def test_second_key_without_load_permission_gets_no_replay(
     emitter: Emitter, server: Server, key: str, stored: str
 ) -> None:
     read_only = (await emitter.keygen(server.secret, stored, "r")).key
@@ -263,7 +265,7 @@ async def test_a_further_key_without_the_permission_to_load_is_replayed_nothing(
         assert await arrived(emitter, messages) == ["live"]
 
 
-async def test_an_awaited_subscription_beside_a_stream_replays_to_the_handlers_alone(
+async def test_replay_of_an_awaited_subscription_goes_only_to_the_handlers(
     emitter: Emitter, key: str, stored: str
 ) -> None:
     calls = Calls()
@@ -274,7 +276,7 @@ async def test_an_awaited_subscription_beside_a_stream_replays_to_the_handlers_a
         assert await arrived(emitter, messages) == []
 
 
-async def test_subscribers_at_the_same_time_get_their_own_replay(
+async def test_concurrent_subscribers_get_their_own_replay(
     emitter: Emitter, key: str, stored: str
 ) -> None:
     found: dict[int, list[str]] = {}
@@ -289,10 +291,10 @@ async def test_subscribers_at_the_same_time_get_their_own_replay(
     assert found == {0: [], 1: ["3"], 2: ["2", "3"], 3: ["1", "2", "3"]}
 
 
-async def test_a_further_subscriber_misses_nothing_that_is_live(
+async def test_second_subscriber_misses_no_live_message(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    """One that is stored meanwhile may come twice, none is missed."""
+    """A message stored during the replay might arrive twice, but none is missed."""
 
     async def publish() -> None:
         for number in range(20):
@@ -303,11 +305,11 @@ async def test_a_further_subscriber_misses_nothing_that_is_live(
             tasks.start_soon(publish)
             await first.receive()
             async with emitter.subscribe(key, unique, last=20) as second:
-                assert sorted(set(await until(second, 19))) == list(range(20))
-        assert await until(first, 19) == list(range(1, 20))
+                assert sorted(set(await receive_until(second, 19))) == list(range(20))
+        assert await receive_until(first, 19) == list(range(1, 20))
 
 
-async def until(messages: EventStream[EmitterMessage], last: int) -> list[int]:
+async def receive_until(messages: EventStream[EmitterMessage], last: int) -> list[int]:
     found: list[int] = []
     while last not in found:
         found.append((await messages.receive()).as_object())

@@ -1,4 +1,4 @@
-"""Request and reply between clients."""
+"""``request()`` and ``serve()``: request and reply between clients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from emitter_anyio import (
     UnauthorizedError,
     connect,
 )
-from tests.client.tools import Calls, arrived, relay, turns
+from tests.client.tools import Calls, arrived, checkpoints, relay
 from tests.support.connections import connect_once
 from tests.support.logs import logged
 from tests.support.server import Server
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.emitter
 NO_KEY = "A" * 32
 
 
-def shout(request: EmitterMessage) -> str:
+def upper_case(request: EmitterMessage) -> str:
     return request.as_string().upper()
 
 
@@ -53,20 +53,20 @@ async def serving(
 # Replies
 
 
-async def test_a_request_is_replied_to(
+async def test_request_returns_the_reply(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    async with serving(other, key, unique, shout):
+    async with serving(other, key, unique, upper_case):
         reply = await emitter.request(key, unique, "hello")
     assert isinstance(reply, EmitterMessage)
     assert reply.as_string() == "HELLO"
 
 
-async def test_a_handler_may_be_asynchronous(
+async def test_handler_can_be_a_coroutine_function(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async def handler(request: EmitterMessage) -> dict[str, Any]:
-        await turns()
+        await checkpoints()
         return {"asked": request.as_object(), "by": (await other.me()).id}
 
     async with serving(other, key, unique, handler):
@@ -74,7 +74,7 @@ async def test_a_handler_may_be_asynchronous(
     assert reply.as_object() == {"asked": [1, 2], "by": (await other.me()).id}
 
 
-async def test_what_a_handler_returns_is_awaited_if_it_can_be(
+async def test_awaitable_returned_by_a_handler_is_awaited(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async def later() -> bytes:
@@ -88,27 +88,27 @@ async def test_what_a_handler_returns_is_awaited_if_it_can_be(
     ("returned", "replied"),
     [(b"\x00\xff", b"\x00\xff"), ("é", "é".encode()), ({"a": 1}, b'{"a":1}'), (None, b"null")],
 )
-async def test_a_reply_is_what_could_be_published(
+async def test_reply_is_encoded_like_a_published_message(
     emitter: Emitter, other: Emitter, key: str, unique: str, returned: object, replied: bytes
 ) -> None:
     async with serving(other, key, unique, lambda request: returned):
         assert (await emitter.request(key, unique, "")).binary == replied
 
 
-async def test_an_empty_request_has_an_empty_reply(
+async def test_empty_request_gets_an_empty_reply(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     async with serving(other, key, unique, lambda request: request.binary):
         assert (await emitter.request(key, unique, b"")).binary == b""
 
 
-async def test_a_client_may_ask_itself(emitter: Emitter, key: str, unique: str) -> None:
-    async with serving(emitter, key, unique, shout):
+async def test_client_can_send_requests_to_itself(emitter: Emitter, key: str, unique: str) -> None:
+    async with serving(emitter, key, unique, upper_case):
         for text in ("one", "two"):
             assert (await emitter.request(key, unique, text)).as_string() == text.upper()
 
 
-async def test_several_requests_at_once_have_their_own_replies_in_any_order(
+async def test_concurrent_requests_get_their_own_replies_in_any_order(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     all_there = anyio.Event()
@@ -119,7 +119,7 @@ async def test_several_requests_at_once_have_their_own_replies_in_any_order(
         if len(waiting) == 20:
             all_there.set()
         await all_there.wait()
-        await turns(20 - request.as_object())
+        await checkpoints(20 - request.as_object())
         return 2 * int(request.as_object())
 
     found: dict[int, int] = {}
@@ -133,7 +133,7 @@ async def test_several_requests_at_once_have_their_own_replies_in_any_order(
     assert found == {number: 2 * number for number in range(20)}
 
 
-async def test_requests_under_two_keys_have_their_own_replies(
+async def test_requests_with_two_keys_get_their_own_replies(
     emitter: Emitter, server: Server, other: Emitter, key: str, unique: str
 ) -> None:
     second = (await emitter.keygen(server.secret, f"{unique}#/", "rw")).key
@@ -142,21 +142,21 @@ async def test_requests_under_two_keys_have_their_own_replies(
     async def ask(key: str, text: str) -> None:
         found[text] = (await emitter.request(key, unique, text)).as_string()
 
-    async with serving(other, key, unique, shout), anyio.create_task_group() as tasks:
+    async with serving(other, key, unique, upper_case), anyio.create_task_group() as tasks:
         tasks.start_soon(ask, key, "one")
         tasks.start_soon(ask, second, "two")
     assert found == {"one": "ONE", "two": "TWO"}
 
 
-async def test_two_clients_ask_one(
+async def test_two_clients_use_the_same_service(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    async with connect(server.other_url) as third, serving(other, key, unique, shout):
+    async with connect(server.other_url) as third, serving(other, key, unique, upper_case):
         assert (await emitter.request(key, unique, "a")).as_string() == "A"
         assert (await third.request(key, unique, "b")).as_string() == "B"
 
 
-async def test_services_on_channels_of_one_client_are_apart(
+async def test_one_client_can_serve_two_channels(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     a, b = f"{unique}a/", f"{unique}b/"
@@ -165,7 +165,7 @@ async def test_services_on_channels_of_one_client_are_apart(
         assert (await emitter.request(key, b, "")).as_string() == "b"
 
 
-async def test_a_service_below_a_service_does_not_hear_what_is_not_its_own(
+async def test_services_on_parent_and_child_channels_get_only_their_own_requests(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     below = f"{unique}below/"
@@ -175,7 +175,7 @@ async def test_a_service_below_a_service_does_not_hear_what_is_not_its_own(
             assert (await emitter.request(key, below, "")).as_string() == "below"
 
 
-async def test_of_two_that_serve_the_first_reply_counts(
+async def test_first_reply_wins_when_two_clients_serve_a_channel(
     server: Server, emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     go = anyio.Event()
@@ -185,7 +185,7 @@ async def test_of_two_that_serve_the_first_reply_counts(
         return "slow"
 
     async with connect(server.other_url) as third, emitter.stream("error") as errors:
-        async with serving(third, key, unique, slow), serving(other, key, unique, shout):
+        async with serving(third, key, unique, slow), serving(other, key, unique, upper_case):
             assert (await emitter.request(key, unique, "quick")).as_string() == "QUICK"
             async with emitter.subscribe(key, unique, last=0) as everything:
                 go.set()
@@ -197,10 +197,10 @@ async def test_of_two_that_serve_the_first_reply_counts(
             errors.receive_nowait()
 
 
-async def test_a_second_reply_to_one_request_is_dropped(
+async def test_second_reply_to_a_request_is_dropped(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    """The peer is another library's, by hand: it replies twice, and to what nobody asked."""
+    """The replies are published by hand, as another library might: twice, and for no request."""
     async with other.subscribe(key, unique) as requests, anyio.create_task_group() as tasks:
 
         async def reply_by_hand() -> None:
@@ -225,7 +225,7 @@ class OutOfOrderError(Exception):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_what_the_handler_raises_is_raised_where_it_was_asked(
+async def test_handler_exception_is_raised_as_reply_error_by_request(
     emitter: Emitter,
     other: Emitter,
     key: str,
@@ -252,7 +252,7 @@ async def test_what_the_handler_raises_is_raised_where_it_was_asked(
 
 
 @pytest.mark.parametrize("text", ["\ud800", "é" * 10000, ""], ids=["no UTF-8", "long", "empty"])
-async def test_words_of_any_kind_cross(
+async def test_any_exception_text_reaches_the_requester(
     emitter: Emitter, other: Emitter, key: str, unique: str, text: str
 ) -> None:
     def handler(request: EmitterMessage) -> str:
@@ -264,24 +264,24 @@ async def test_words_of_any_kind_cross(
 
 
 @pytest.mark.parametrize(
-    ("returned", "words"),
+    ("returned", "pattern"),
     [(b"x" * 65536, "MessageTooLargeError"), (object(), "TypeError"), ("\ud800", "ValueError")],
     ids=["too large", "no JSON", "no UTF-8"],
 )
-async def test_a_reply_that_cannot_be_sent_is_an_error(
-    emitter: Emitter, other: Emitter, key: str, unique: str, returned: object, words: str
+async def test_reply_that_cannot_be_sent_raises_reply_error(
+    emitter: Emitter, other: Emitter, key: str, unique: str, returned: object, pattern: str
 ) -> None:
     async with serving(other, key, unique, lambda request: returned):
-        with pytest.raises(ReplyError, match=words):
+        with pytest.raises(ReplyError, match=pattern):
             await emitter.request(key, unique, "")
 
 
-async def test_nobody_serves(emitter: Emitter, key: str, unique: str) -> None:
+async def test_request_without_a_service_times_out(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(RequestTimeoutError, match=r"0\.05 s"):
         await emitter.request(key, unique, "", timeout=0.05)
 
 
-async def test_the_time_is_the_clients_request_timeout_unless_said(
+async def test_request_uses_the_clients_request_timeout_by_default(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     async with connect(server.other_url, request_timeout=0.06) as impatient:
@@ -290,7 +290,7 @@ async def test_the_time_is_the_clients_request_timeout_unless_said(
             await impatient.request(key, unique, "")
 
 
-async def test_a_key_that_may_not_read_is_refused(
+async def test_request_and_serve_with_a_write_only_key_are_refused(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     write_only = (await emitter.keygen(server.secret, f"{unique}#/", "w")).key
@@ -298,10 +298,10 @@ async def test_a_key_that_may_not_read_is_refused(
         await emitter.request(write_only, unique, "")
     assert caught.value.operation == "subscribe"
     with pytest.raises(UnauthorizedError):
-        await emitter.serve(write_only, unique, shout)
+        await emitter.serve(write_only, unique, upper_case)
 
 
-async def test_a_key_that_may_not_write_is_refused_once(
+async def test_request_with_a_read_only_key_raises_and_emits_no_error(
     emitter: Emitter, server: Server, unique: str
 ) -> None:
     errors = Calls()
@@ -311,17 +311,17 @@ async def test_a_key_that_may_not_write_is_refused_once(
         await emitter.request(read_only, unique, "")
     assert caught.value.operation == "publish"
     await emitter.flush()
-    await turns()
+    await checkpoints()
     assert errors.values == []
 
 
-async def test_who_serves_without_the_permission_to_write_is_told(
+async def test_serving_with_a_read_only_key_emits_error(
     emitter: Emitter, other: Emitter, server: Server, key: str, unique: str
 ) -> None:
     errors = Calls()
     other.on("error", errors)
     read_only = (await emitter.keygen(server.secret, f"{unique}#/", "r")).key
-    async with serving(other, read_only, unique, shout):
+    async with serving(other, read_only, unique, upper_case):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.request, key, unique, "")
             (error,) = await errors.get(1)
@@ -329,15 +329,13 @@ async def test_who_serves_without_the_permission_to_write_is_told(
     assert isinstance(error, UnauthorizedError)
 
 
-async def test_a_request_too_large_is_refused_before_it_is_sent(
-    emitter: Emitter, key: str, unique: str
-) -> None:
+async def test_oversized_request_is_rejected(emitter: Emitter, key: str, unique: str) -> None:
     with pytest.raises(MessageTooLargeError):
         await emitter.request(key, unique, b"x" * 65536)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "pattern"),
     [
         ((1, "a/", ""), "key.*int"),
         ((NO_KEY, "a/+/", ""), "wildcard"),
@@ -346,30 +344,30 @@ async def test_a_request_too_large_is_refused_before_it_is_sent(
         ((NO_KEY, "a/", object()), "object"),
     ],
 )
-async def test_bad_arguments_are_named(
-    emitter: Emitter, arguments: tuple[Any, ...], words: str
+async def test_request_names_a_bad_argument(
+    emitter: Emitter, arguments: tuple[Any, ...], pattern: str
 ) -> None:
-    with pytest.raises((TypeError, ValueError), match=words):
+    with pytest.raises((TypeError, ValueError), match=pattern):
         await emitter.request(*arguments)
 
 
-async def test_bad_channels_to_serve_are_named(emitter: Emitter) -> None:
+async def test_serve_rejects_a_wildcard_channel(emitter: Emitter) -> None:
     with pytest.raises(InvalidChannelError):
-        await emitter.serve(NO_KEY, "a/+/", shout)
+        await emitter.serve(NO_KEY, "a/+/", upper_case)
 
 
 # Cancellation
 
 
-class Handling:
-    """A handler that never replies, and notes how it ends."""
+class PendingHandler:
+    """A handler that never replies and records its cancellation."""
 
     def __init__(self) -> None:
-        self.began = anyio.Event()
+        self.started = anyio.Event()
         self.cancelled = anyio.Event()
 
     async def __call__(self, request: EmitterMessage) -> str:
-        self.began.set()
+        self.started.set()
         try:
             await anyio.sleep_forever()
         finally:
@@ -380,35 +378,35 @@ class Handling:
 async def test_cancelling_a_request_cancels_its_handler(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
-    async with serving(other, key, unique, handling):
+    pending = PendingHandler()
+    async with serving(other, key, unique, pending):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.request, key, unique, "")
-            await handling.began.wait()
+            await pending.started.wait()
             tasks.cancel_scope.cancel()
-        await handling.cancelled.wait()
-    async with serving(other, key, unique, shout):
+        await pending.cancelled.wait()
+    async with serving(other, key, unique, upper_case):
         assert (await emitter.request(key, unique, "still")).as_string() == "STILL"
 
 
-async def test_a_timeout_cancels_the_handler(
+async def test_request_timeout_cancels_the_handler(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
-    async with serving(other, key, unique, handling):
+    pending = PendingHandler()
+    async with serving(other, key, unique, pending):
         with pytest.raises(RequestTimeoutError):
-            # Time enough for the handler to begin on a busy machine.
+            # Long enough for the handler to start on a busy machine.
             await emitter.request(key, unique, "", timeout=2)
-        await handling.cancelled.wait()
+        await pending.cancelled.wait()
 
 
-async def test_cancelling_one_request_leaves_the_others(
+async def test_cancelling_a_request_does_not_cancel_others(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handlings = {"a": Handling(), "b": Handling()}
+    pending_by_text = {"a": PendingHandler(), "b": PendingHandler()}
 
     async def handler(request: EmitterMessage) -> str:
-        return await handlings[request.as_string()](request)
+        return await pending_by_text[request.as_string()](request)
 
     async with serving(other, key, unique, handler), anyio.create_task_group() as tasks:
         scope = anyio.CancelScope()
@@ -419,44 +417,44 @@ async def test_cancelling_one_request_leaves_the_others(
 
         tasks.start_soon(ask)
         tasks.start_soon(emitter.request, key, unique, "b")
-        for handling in handlings.values():
-            await handling.began.wait()
+        for pending in pending_by_text.values():
+            await pending.started.wait()
         scope.cancel()
-        await handlings["a"].cancelled.wait()
+        await pending_by_text["a"].cancelled.wait()
         await other.flush()
-        assert not handlings["b"].cancelled.is_set()
+        assert not pending_by_text["b"].cancelled.is_set()
         tasks.cancel_scope.cancel()
 
 
-async def test_no_more_serving_cancels_the_handlers(
+async def test_cancelling_serve_cancels_its_handlers(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
+    pending = PendingHandler()
     async with anyio.create_task_group() as tasks:
-        async with serving(other, key, unique, handling):
+        async with serving(other, key, unique, pending):
             tasks.start_soon(emitter.request, key, unique, "")
-            await handling.began.wait()
-        assert handling.cancelled.is_set()
+            await pending.started.wait()
+        assert pending.cancelled.is_set()
         tasks.cancel_scope.cancel()
 
 
-async def test_serving_is_given_back_and_can_be_begun_again(
+async def test_serve_unsubscribes_when_it_ends_and_can_be_called_again(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     for _ in range(3):
-        async with serving(other, key, unique, shout):
+        async with serving(other, key, unique, upper_case):
             assert (await emitter.request(key, unique, "a")).as_string() == "A"
-    # The broker has taken the last UNSUBSCRIBE, which nobody waits for.
+    # serve() does not wait for its UNSUBSCRIBE, so make sure that the broker has read it.
     await other.flush()
-    await emitter.publish(key, f"{unique}x/1/", "to nobody", qos=1)
+    await emitter.publish(key, f"{unique}x/1/", "unserved", qos=1)
     await other.flush()
     assert other.statistics().received == 3
 
 
-# What reaches a service without being a request
+# Other messages on a served channel
 
 
-async def test_other_messages_are_no_requests(
+async def test_serve_ignores_messages_that_are_not_requests(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     asked: list[str] = []
@@ -472,7 +470,7 @@ async def test_other_messages_are_no_requests(
     assert len(asked) == 1
 
 
-async def test_one_request_that_comes_twice_is_served_once_at_a_time(
+async def test_duplicate_request_is_ignored_while_the_first_is_handled(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     served = anyio.Event()
@@ -490,7 +488,7 @@ async def test_one_request_that_comes_twice_is_served_once_at_a_time(
         for text in ("one", "two"):
             await emitter.publish(key, f"{unique}x/1/", text, qos=1)
         await other.flush()
-        await turns()
+        await checkpoints()
         served.set()
         await replies.receive()
         await emitter.publish(key, f"{unique}x/1/", "three", qos=1)
@@ -498,22 +496,22 @@ async def test_one_request_that_comes_twice_is_served_once_at_a_time(
     assert asked == ["one", "three"]
 
 
-async def test_the_requests_of_others_are_not_messages_of_the_asker(
+async def test_request_is_not_echoed_to_the_requesters_streams(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    async with serving(other, key, unique, shout):
+    async with serving(other, key, unique, upper_case):
         async with emitter.subscribe(key, unique) as messages:
             await emitter.request(key, unique, "a")
-            assert await arrived(emitter, messages) == ["A"], "its own request has no echo"
+            assert await arrived(emitter, messages) == ["A"], "the request itself was echoed"
 
 
-# The end of the link
+# Losing the connection, and disconnecting
 
 
-async def test_a_request_under_way_when_the_link_is_lost_raises(
+async def test_pending_request_raises_when_the_connection_is_lost(
     server: Server, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
+    pending = PendingHandler()
     caught: list[Exception] = []
 
     async def ask(emitter: Emitter) -> None:
@@ -523,43 +521,43 @@ async def test_a_request_under_way_when_the_link_is_lost_raises(
             caught.append(exc)
 
     async with (
-        relay(server) as link,
-        serving(other, key, unique, handling),
+        relay(server) as proxy,
+        serving(other, key, unique, pending),
         anyio.create_task_group() as tasks,
     ):
         with pytest.raises(ConnectionLostError):
-            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as emitter:
+            async with connect_once(host="127.0.0.1", port=proxy.port, secure=False) as emitter:
                 tasks.start_soon(ask, emitter)
-                await handling.began.wait()
-                link.cut()
+                await pending.started.wait()
+                proxy.cut()
                 await anyio.sleep_forever()
     assert len(caught) == 1
 
 
-async def test_serving_ends_bare_when_the_link_is_lost(
+async def test_serve_raises_connection_lost_error_without_a_group(
     server: Server, emitter: Emitter, key: str, unique: str
 ) -> None:
     caught: list[BaseException] = []
 
     async def serve(*, task_status: Any) -> None:
         try:
-            await other.serve(key, unique, shout, task_status=task_status)
+            await other.serve(key, unique, upper_case, task_status=task_status)
         except ConnectionLostError as exc:
             caught.append(exc)
 
-    async with relay(server) as link, anyio.create_task_group() as tasks:
+    async with relay(server) as proxy, anyio.create_task_group() as tasks:
         with pytest.raises(ConnectionLostError):
-            async with connect_once(host="127.0.0.1", port=link.port, secure=False) as other:
+            async with connect_once(host="127.0.0.1", port=proxy.port, secure=False) as other:
                 await tasks.start(serve)
-                link.cut()
+                proxy.cut()
                 await anyio.sleep_forever()
     assert len(caught) == 1
 
 
-async def test_a_request_under_way_when_the_client_disconnects_raises(
+async def test_pending_request_raises_when_the_client_disconnects(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
+    pending = PendingHandler()
     caught: list[Exception] = []
 
     async def ask() -> None:
@@ -568,60 +566,60 @@ async def test_a_request_under_way_when_the_client_disconnects_raises(
         except ClosedError as exc:
             caught.append(exc)
 
-    async with serving(other, key, unique, handling), anyio.create_task_group() as tasks:
+    async with serving(other, key, unique, pending), anyio.create_task_group() as tasks:
         tasks.start_soon(ask)
-        await handling.began.wait()
+        await pending.started.wait()
         await emitter.disconnect()
     assert len(caught) == 1
 
 
-async def test_serving_ends_when_the_client_disconnects(
+async def test_serve_ends_when_the_client_disconnects(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    handling = Handling()
+    pending = PendingHandler()
     async with anyio.create_task_group() as asking:
         async with anyio.create_task_group() as tasks:
 
             async def serve(*, task_status: Any) -> None:
-                await other.serve(key, unique, handling, task_status=task_status)
+                await other.serve(key, unique, pending, task_status=task_status)
 
             await tasks.start(serve)
             asking.start_soon(emitter.request, key, unique, "")
-            await handling.began.wait()
+            await pending.started.wait()
             await other.disconnect()
-        assert handling.cancelled.is_set()
+        assert pending.cancelled.is_set()
         asking.cancel_scope.cancel()
 
 
-async def test_a_client_asks_again_in_its_next_life(
+async def test_request_works_after_the_client_is_entered_again(
     server: Server, other: Emitter, key: str, unique: str
 ) -> None:
-    again = connect(server.other_url)
-    async with serving(other, key, unique, shout):
+    client = connect(server.other_url)
+    async with serving(other, key, unique, upper_case):
         for text in ("one", "two"):
-            async with again:
-                assert (await again.request(key, unique, text)).as_string() == text.upper()
+            async with client:
+                assert (await client.request(key, unique, text)).as_string() == text.upper()
 
 
-async def test_a_client_that_is_not_entered_asks_nobody() -> None:
+async def test_request_before_entering_raises() -> None:
     emitter = connect("mqtt://127.0.0.1:1")
     with pytest.raises(ClosedError, match="entered"):
         await emitter.request(NO_KEY, "a/", "")
 
 
-# How many requests are served at the same time
+# Concurrency and buffering
 
 
-async def test_no_more_requests_are_handled_at_the_same_time_than_the_limit(
+async def test_concurrency_limits_the_running_handlers(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    running = most = 0
+    running = peak = 0
 
     async def handler(request: EmitterMessage) -> bytes:
-        nonlocal running, most
+        nonlocal running, peak
         running += 1
-        most = max(most, running)
-        await turns(10)
+        peak = max(peak, running)
+        await checkpoints(10)
         running -= 1
         return request.binary
 
@@ -635,82 +633,82 @@ async def test_no_more_requests_are_handled_at_the_same_time_than_the_limit(
             for number in range(20):
                 tasks.start_soon(ask, str(number))
     assert sorted(map(int, replies)) == list(range(20))
-    assert most == 3
+    assert peak == 3
 
 
-class Busy:
-    """A handler that notes what it is asked, and is done when the test says so."""
+class GatedHandler:
+    """A handler that records its requests and replies after the test sets ``gate``."""
 
     def __init__(self) -> None:
-        self.asked = Calls()
-        self.free = anyio.Event()
+        self.requests = Calls()
+        self.gate = anyio.Event()
 
     async def __call__(self, request: EmitterMessage) -> str:
-        self.asked(request.as_string())
-        await self.free.wait()
+        self.requests(request.as_string())
+        await self.gate.wait()
         return "done"
 
 
-async def came(emitter: Emitter, other: Emitter) -> None:
-    """Wait until another client has taken in what this one has sent."""
+async def wait_delivered(emitter: Emitter, other: Emitter) -> None:
+    """Wait until ``other`` has handled everything that ``emitter`` sent."""
     await emitter.flush()
     await other.flush()
     await anyio.wait_all_tasks_blocked()
 
 
-async def test_a_request_cancelled_while_it_waits_is_never_handled(
+async def test_request_cancelled_while_buffered_is_never_handled(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    busy = Busy()
-    async with serving(other, key, unique, busy, concurrency=1):
+    gated = GatedHandler()
+    async with serving(other, key, unique, gated, concurrency=1):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.request, key, unique, "first")
-            await busy.asked.get(1)
+            await gated.requests.get(1)
             with pytest.raises(RequestTimeoutError):
                 await emitter.request(key, unique, "cancelled", timeout=0.01)
             tasks.start_soon(emitter.request, key, unique, "last")
-            await came(emitter, other)
-            busy.free.set()
-    assert busy.asked.values == ["first", "last"]
+            await wait_delivered(emitter, other)
+            gated.gate.set()
+    assert gated.requests.values == ["first", "last"]
 
 
-async def test_a_request_cancelled_makes_room_for_one_that_waits(
+async def test_cancelled_request_frees_its_slot_for_a_buffered_one(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
-    busy = Busy()
-    async with serving(other, key, unique, busy, concurrency=1):
+    gated = GatedHandler()
+    async with serving(other, key, unique, gated, concurrency=1):
         async with anyio.create_task_group() as tasks, anyio.create_task_group() as first:
             first.start_soon(emitter.request, key, unique, "first")
-            await busy.asked.get(1)
+            await gated.requests.get(1)
             tasks.start_soon(emitter.request, key, unique, "second")
-            await came(emitter, other)
+            await wait_delivered(emitter, other)
             first.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
-                await busy.asked.get(2)
-            busy.free.set()
-    assert busy.asked.values == ["first", "second"]
+                await gated.requests.get(2)
+            gated.gate.set()
+    assert gated.requests.values == ["first", "second"]
 
 
-async def test_requests_are_dropped_when_as_many_wait_as_may(
+async def test_requests_beyond_the_buffer_are_dropped_with_a_warning(
     emitter: Emitter,
     other: Emitter,
     key: str,
     unique: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    busy = Busy()
-    async with serving(other, key, unique, busy, concurrency=1, buffer=1):
+    gated = GatedHandler()
+    async with serving(other, key, unique, gated, concurrency=1, buffer=1):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.request, key, unique, "first")
-            await busy.asked.get(1)
+            await gated.requests.get(1)
             tasks.start_soon(emitter.request, key, unique, "second")
-            await came(emitter, other)
+            await wait_delivered(emitter, other)
             for _ in range(2):
                 with pytest.raises(RequestTimeoutError):
                     await emitter.request(key, unique, "too many", timeout=0.01)
-            await came(emitter, other)
-            busy.free.set()
-    assert busy.asked.values == ["first", "second"]
+            await wait_delivered(emitter, other)
+            gated.gate.set()
+    assert gated.requests.values == ["first", "second"]
     (record,) = logged(caplog, logging.WARNING)
     assert "dropped requests" in record.getMessage()
 
@@ -719,17 +717,17 @@ async def test_requests_are_dropped_when_as_many_wait_as_may(
     ("concurrency", "error"),
     [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)],
 )
-async def test_a_concurrency_that_is_none(
+async def test_serve_rejects_a_bad_concurrency(
     emitter: Emitter, key: str, unique: str, concurrency: Any, error: type[Exception]
 ) -> None:
     with pytest.raises(error, match="concurrency must be"):
-        await emitter.serve(key, unique, shout, concurrency=concurrency)
+        await emitter.serve(key, unique, upper_case, concurrency=concurrency)
 
 
-# What others have written in an error
+# Error text from another client
 
 
-async def test_the_words_of_a_reply_are_cut(
+async def test_reply_error_text_is_truncated_and_printable(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
     def fails(request: EmitterMessage) -> str:

@@ -1,4 +1,4 @@
-"""Functions that stand for keys: asked once, and again when the broker has refused the answer."""
+"""Key functions: called once, and again after the broker refused the key that they returned."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.connections import (
 from tests.support.memory import MemoryConnectable
 
 EXPIRED = "A" * 32
-READS_IT_AS_A_SECRET = (
+LICENSE_WITH_EXPIRED_AS_A_SECRET = (
     "PewgNdBoivX6QbKD8uy1HbBsGF_EUUJj7tN2ZI9zT6Lawo8QI4ZoHIWDSnZA7oNs4B8gKJ_bhLIMiZbsxQgAAQ:3"
 )
-"""A licence under which ``EXPIRED`` is, until 2066, a secret key of another contract."""
+"""With this licence, ``EXPIRED`` decodes to a secret key of another contract, until 2066."""
 
 
-def verbs(emitter: Emitter, broker: Broker) -> Iterable[Callable[[Keys], Awaitable[object]]]:
+def methods(emitter: Emitter, broker: Broker) -> Iterable[Callable[[Keys], Awaitable[object]]]:
     async def enter(keys: Keys) -> None:
         async with emitter.subscribe(keys, "a/"):
             pass
@@ -67,58 +67,58 @@ def verbs(emitter: Emitter, broker: Broker) -> Iterable[Callable[[Keys], Awaitab
     ]
 
 
-# Live
+# While connected
 
 
-async def test_every_verb_asks_for_a_key_once(broker: Broker, emitter: Emitter, key: str) -> None:
+async def test_methods_call_a_key_function_once(broker: Broker, emitter: Emitter, key: str) -> None:
     keys = Keys(key)
-    for verb in verbs(emitter, broker):
-        await verb(keys)
-    assert keys.asked == 1
+    for method in methods(emitter, broker):
+        await method(keys)
+    assert keys.calls == 1
 
 
-async def test_every_verb_asks_again_when_the_key_is_refused(
+async def test_methods_call_a_key_function_again_after_a_refusal(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
-    for verb in verbs(emitter, broker):
+    for method in methods(emitter, broker):
         keys = Keys(EXPIRED, key)
-        await verb(keys)
-        assert keys.asked == 2
+        await method(keys)
+        assert keys.calls == 2
 
 
-async def test_every_verb_raises_if_the_next_key_is_the_same(
+async def test_methods_raise_if_the_key_function_returns_the_refused_key_again(
     broker: Broker, emitter: Emitter
 ) -> None:
-    for verb in verbs(emitter, broker):
+    for method in methods(emitter, broker):
         keys = Keys(EXPIRED)
         with pytest.raises((UnauthorizedError, ExceptionGroup)):
-            await verb(keys)
-        assert keys.asked == 2
+            await method(keys)
+        assert keys.calls == 2
         await emitter.flush()
     assert broker.clients[0].subscriptions == []
 
 
-async def test_the_secret_may_be_a_function_too(broker: Broker, emitter: Emitter) -> None:
+async def test_secret_and_target_can_be_key_functions(broker: Broker, emitter: Emitter) -> None:
     secret = Keys(EXPIRED, broker.secret_key)
     target = Keys((await emitter.keygen(secret, "a/")).key)
-    assert secret.asked == 2
+    assert secret.calls == 2
     assert await emitter.keyban(secret, target)
-    assert (secret.asked, target.asked) == (2, 1)
+    assert (secret.calls, target.calls) == (2, 1)
 
 
-async def test_a_secret_of_a_contract_that_is_not_found_is_no_better(anyio_backend: object) -> None:
+async def test_secret_of_an_unknown_contract_is_requested_again(anyio_backend: object) -> None:
     async with (
-        Broker(license=READS_IT_AS_A_SECRET) as broker,
+        Broker(license=LICENSE_WITH_EXPIRED_AS_A_SECRET) as broker,
         connect_reconnecting(broker.url) as emitter,
     ):
         with pytest.raises(NotFoundError):
             await emitter.keygen(EXPIRED, "a/")
         secret = Keys(EXPIRED, broker.secret_key)
         assert (await emitter.keygen(secret, "a/")).channel == "a/"
-        assert secret.asked == 2
+        assert secret.calls == 2
 
 
-async def test_a_refused_publish_of_qos_0_makes_it_ask_again(
+async def test_refused_publish_with_qos_0_makes_the_next_call_request_a_key(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     errors, calls = Calls(), Calls()
@@ -131,10 +131,10 @@ async def test_a_refused_publish_of_qos_0_makes_it_ask_again(
     assert isinstance(error, UnauthorizedError)
     await emitter.publish(keys, "a/", "taken")
     assert texts(await calls.get(1)) == ["taken"]
-    assert keys.asked == 2
+    assert keys.calls == 2
 
 
-async def test_a_key_that_is_refused_later_is_asked_for_again(
+async def test_key_banned_later_is_requested_again(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     bad = broker.keygen("a/")
@@ -142,10 +142,10 @@ async def test_a_key_that_is_refused_later_is_asked_for_again(
     await emitter.publish(keys, "a/", "x", qos=1)
     await emitter.keyban(broker.secret_key, bad)
     await emitter.publish(keys, "a/", "x", qos=1)
-    assert keys.asked == 2
+    assert keys.calls == 2
 
 
-async def test_many_subscribers_share_one_answer(
+async def test_concurrent_subscribers_share_one_key_request(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     keys = Keys(EXPIRED, key)
@@ -162,14 +162,14 @@ async def test_many_subscribers_share_one_answer(
             tasks.start_soon(subscribe, number)
         while len(entered) < 30:
             await checkpoint()
-        assert keys.asked == 2
+        assert keys.calls == 2
         assert len(broker.clients[0].subscriptions) == 3
         leave.set()
     await emitter.flush()
     assert broker.clients[0].subscriptions == []
 
 
-async def test_what_the_function_raises_comes_out_where_it_was_needed(
+async def test_exception_of_a_key_function_is_raised_by_the_method(
     emitter: Emitter, key: str
 ) -> None:
     keys = Keys(OSError("no token today"), key)
@@ -178,15 +178,15 @@ async def test_what_the_function_raises_comes_out_where_it_was_needed(
     await emitter.publish(keys, "a/", "x", qos=1)
 
 
-async def test_a_function_that_is_cancelled_is_asked_by_the_next_one(
+async def test_cancelled_key_function_is_called_by_the_next_waiter(
     emitter: Emitter, key: str
 ) -> None:
-    asked = 0
+    calls = 0
 
     async def provide() -> str:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
             await anyio.sleep_forever()
         return key
 
@@ -194,16 +194,16 @@ async def test_a_function_that_is_cancelled_is_asked_by_the_next_one(
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as inner:
                 inner.start_soon(emitter.publish, provide, "a/", "x")
-                while not asked:
+                while not calls:
                     await checkpoint()
                 tasks.start_soon(emitter.publish, provide, "a/", "x")
                 for _ in range(5):
                     await checkpoint()
                 scope.cancel()
-    assert asked == 2
+    assert calls == 2
 
 
-async def test_what_is_no_key_is_a_type_error(emitter: Emitter) -> None:
+async def test_value_that_is_not_a_key_raises(emitter: Emitter) -> None:
     async def number() -> str:
         return 1  # type: ignore[return-value]  # the fault in question
 
@@ -217,25 +217,25 @@ async def test_what_is_no_key_is_a_type_error(emitter: Emitter) -> None:
         await emitter.publish(Keys(""), "a/", "x")
 
 
-async def test_a_function_may_ask_the_client_itself(broker: Broker, emitter: Emitter) -> None:
-    asked = []
+async def test_key_function_can_use_the_client(broker: Broker, emitter: Emitter) -> None:
+    returned_keys = []
 
     async def provide() -> str:
-        made = await emitter.keygen(broker.secret_key, "a/", "rw")
-        asked.append(made.key)
-        return made.key
+        created = await emitter.keygen(broker.secret_key, "a/", "rw")
+        returned_keys.append(created.key)
+        return created.key
 
     async with emitter.subscribe(provide, "a/") as messages:
         for _ in range(2):
             await emitter.publish(provide, "a/", "x", qos=1)
             assert (await messages.receive()).binary == b"x"
-            await emitter.keyban(broker.secret_key, asked[-1])
-            # Restoring asks it, too, while all others wait.
+            await emitter.keyban(broker.secret_key, returned_keys[-1])
+            # Restoring calls it too, while all other calls wait.
             await force_reconnect(emitter, broker)
-    assert len(asked) == 3
+    assert len(returned_keys) == 3
 
 
-async def test_the_key_of_a_link_is_asked_for_again_when_the_link_is_used(
+async def test_refused_publish_with_link_requests_the_key_again(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     calls = Calls()
@@ -243,19 +243,19 @@ async def test_the_key_of_a_link_is_asked_for_again_when_the_link_is_used(
     await emitter.subscribe(key, "a/")
     keys = Keys(EXPIRED, EXPIRED + "B", key)
     await emitter.link(keys, "a/", "x")
-    assert keys.asked == 1
+    assert keys.calls == 1
     with pytest.raises(UnauthorizedError):
         await emitter.publish_with_link("x", "refused twice", qos=1)
     await emitter.publish_with_link("x", "taken", qos=1)
     await emitter.publish_with_link("x", "too")
     assert texts(await calls.get(2)) == ["taken", "too"]
-    assert keys.asked == 3
+    assert keys.calls == 3
 
 
-# On the next link
+# On the next connection
 
 
-async def test_all_that_is_refused_on_the_next_link_is_asked_for_again(
+async def test_keys_refused_while_restoring_are_requested_again(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     first = broker.keygen("#/", "rwlsp")
@@ -269,7 +269,7 @@ async def test_all_that_is_refused_on_the_next_link_is_asked_for_again(
     ):
         await emitter.presence(keys, "p/", changes=True)
         await emitter.link(keys, "a/", "x")
-        async with connect(broker.url, reconnect=QUICK_BACKOFF) as banner:
+        async with connect(broker.url, reconnect=QUICK_BACKOFF) as banning_client:
             await emitter.keyban(broker.secret_key, first)
             async with while_disconnected(emitter, broker):
                 await broker.publish("a/", "stored", ttl=60)
@@ -279,18 +279,20 @@ async def test_all_that_is_refused_on_the_next_link_is_asked_for_again(
             await broker.publish("b/", "too")
             assert (await others.receive()).binary == b"too"
             assert (await feed.receive()).event == "status"
-            came = len(presences.values)
-            await banner.subscribe(key, "w/")
-            await banner.subscribe(key, "p/")
-            await presences.get(came + 1)
+            count = len(presences.values)
+            await banning_client.subscribe(key, "w/")
+            await banning_client.subscribe(key, "p/")
+            await presences.get(count + 1)
             while not feed.members:
                 await feed.receive()
-        assert keys.asked == 2
+        assert keys.calls == 2
     await emitter.flush()
     assert broker.clients[0].subscriptions == []
 
 
-async def test_the_same_refused_key_ends_the_stream(broker: Broker, emitter: Emitter) -> None:
+async def test_stream_ends_if_the_key_function_returns_the_refused_key_again(
+    broker: Broker, emitter: Emitter
+) -> None:
     first = broker.keygen("a/")
     keys = Keys(first)
     async with emitter.subscribe(keys, "a/") as messages:
@@ -298,10 +300,10 @@ async def test_the_same_refused_key_ends_the_stream(broker: Broker, emitter: Emi
         await force_reconnect(emitter, broker)
         with pytest.raises(UnauthorizedError):
             await messages.receive()
-        assert keys.asked == 2
+        assert keys.calls == 2
 
 
-async def test_a_function_that_raises_on_the_next_link_ends_the_stream_alone(
+async def test_key_function_that_raises_while_restoring_ends_only_its_streams(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     first = broker.keygen("#/", "rp")
@@ -321,18 +323,18 @@ async def test_a_function_that_raises_on_the_next_link_ends_the_stream_alone(
         assert (await others.receive()).binary == b"x"
 
 
-async def test_a_subscription_left_while_its_key_is_asked_for(
+async def test_subscription_left_during_its_key_request_is_not_restored(
     broker: Broker, emitter: Emitter, key: str
 ) -> None:
     first = broker.keygen("a/")
-    asking, answer, leave = anyio.Event(), anyio.Event(), anyio.Event()
-    given = [first]
+    requested, proceed, leave = anyio.Event(), anyio.Event(), anyio.Event()
+    keys = [first]
 
     async def provide() -> str:
-        if given:
-            return given.pop()
-        asking.set()
-        await answer.wait()
+        if keys:
+            return keys.pop()
+        requested.set()
+        await proceed.wait()
         return key
 
     async def subscribe() -> None:
@@ -345,24 +347,24 @@ async def test_a_subscription_left_while_its_key_is_asked_for(
             await checkpoint()
         await emitter.keyban(broker.secret_key, first)
         await broker.drop()
-        await asking.wait()
+        await requested.wait()
         leave.set()
         await anyio.wait_all_tasks_blocked()
-        answer.set()
+        proceed.set()
     await emitter.flush()
     assert broker.clients[0].subscriptions == []
 
 
 @pytest.mark.virtual_time
-async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscription_only(
+async def test_key_function_that_hangs_while_restoring_delays_only_its_subscription(
     anyio_backend: object,
 ) -> None:
-    given: list[str] = []
+    keys: list[str] = []
 
     async def provide() -> str:
-        if not given:
+        if not keys:
             await anyio.sleep_forever()
-        return given.pop()
+        return keys.pop()
 
     connectable = MemoryConnectable()
     async with (
@@ -370,15 +372,15 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
         connect_reconnecting(connectable=connectable, request_timeout=5) as client,
     ):
         first, key = broker.keygen("a/", "r"), broker.keygen("b/", "rw")
-        given.append(first)
+        keys.append(first)
         async with (
-            client.subscribe(provide, "a/") as silent,
+            client.subscribe(provide, "a/") as waiting,
             client.subscribe(key, "b/") as other,
         ):
             await client.keyban(broker.secret_key, first)
             await force_reconnect(client, broker)
             with pytest.raises(TimeoutError, match=r"key.* 5 s"):
-                await silent.receive()
+                await waiting.receive()
             await client.publish(key, "b/", "x")
             assert (await other.receive()).binary == b"x"
 
@@ -386,21 +388,21 @@ async def test_one_that_does_not_answer_on_restoring_holds_up_its_own_subscripti
 # Wills
 
 
-async def test_a_will_takes_a_function(broker: Broker, key: str) -> None:
+async def test_will_accepts_a_key_function(broker: Broker, key: str) -> None:
     keys = Keys(key)
     will = Will(keys, "a/", "gone")
     assert repr(will) == "Will(key=…, channel='a/', retain=False)"
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
-        async with connect_reconnecting(broker.url, will=will, client_id="mortal") as emitter:
+        async with connect_reconnecting(broker.url, will=will, client_id="with-will") as emitter:
             async with emitter.stream("connect") as connected:
-                await broker.drop("mortal")
+                await broker.drop("with-will")
                 assert (await messages.receive()).binary == b"gone"
                 await connected.receive()
         assert (await messages.receive()).binary == b"gone"
-    assert keys.asked == 1
+    assert keys.calls == 1
 
 
-async def test_a_will_without_a_key_opens_no_link(broker: Broker) -> None:
+async def test_will_whose_key_function_raises_fails_the_connect(broker: Broker) -> None:
     with pytest.raises(ConnectError, match=r"will.*no token today") as caught:
         async with connect_reconnecting(
             broker.url, will=Will(Keys(OSError("no token today")), "a/", "x")
@@ -409,33 +411,33 @@ async def test_a_will_without_a_key_opens_no_link(broker: Broker) -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-async def test_a_will_whose_function_needs_the_link_does_not_keep_it_away(
+async def test_key_function_of_a_will_is_not_called_while_reconnecting(
     broker: Broker, key: str
 ) -> None:
-    asked = 0
+    calls = 0
 
     async def provide() -> str:
-        nonlocal asked
-        asked += 1
-        if asked > 1:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
             await client.flush()
         return key
 
     async with connect(broker.url) as other, other.subscribe(key, "a/") as messages:
         errors = Calls()
         client = connect_reconnecting(
-            broker.url, will=Will(provide, "a/", "gone"), client_id="mortal"
+            broker.url, will=Will(provide, "a/", "gone"), client_id="with-will"
         )
         client.on("error", errors)
         async with client, client.stream("connect") as connected:
-            # Some key or other was refused, so all are asked for again, but for the will's.
+            # After a refusal without a known key, every key is requested again except the will's.
             await client.publish(EXPIRED, "a/", "x")
             await errors.get(1)
-            await broker.drop("mortal")
+            await broker.drop("with-will")
             assert (await messages.receive()).binary == b"gone"
             await connected.receive()
         assert (await messages.receive()).binary == b"gone"
-    assert asked == 1
+    assert calls == 1
 
 
 # Secrets
@@ -457,11 +459,11 @@ async def test_no_key_is_shown(broker: Broker, key: str, caplog: pytest.LogCaptu
         assert secret not in " ".join([*shown, caplog.text])
 
 
-# At a bad moment
+# Failures while restoring
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-async def test_a_function_may_end_the_program_while_the_link_is_restored(
+async def test_interrupt_in_a_key_function_while_restoring_propagates(
     broker: Broker, kind: type[BaseException]
 ) -> None:
     first, stop = broker.keygen("a/"), kind("stop")
@@ -482,17 +484,17 @@ async def test_a_function_may_end_the_program_while_the_link_is_restored(
     assert emitter.state == "closed"
 
 
-async def test_a_function_may_still_be_asked_when_that_link_is_lost_too(broker: Broker) -> None:
+async def test_connection_lost_during_a_key_request_while_restoring(broker: Broker) -> None:
     first, second = broker.keygen("a/"), broker.keygen("#/", "r")
-    asked = 0
+    calls = 0
 
     async def keys() -> str:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
             await broker.drop()
             await anyio.sleep_forever()
-        return first if asked == 1 else second
+        return first if calls == 1 else second
 
     async with connect_reconnecting(broker.url) as emitter:
         async with emitter.subscribe(keys, "a/") as messages:
@@ -500,4 +502,4 @@ async def test_a_function_may_still_be_asked_when_that_link_is_lost_too(broker: 
             await force_reconnect(emitter, broker)
             await broker.publish("a/", "x")
             assert (await messages.receive()).binary == b"x"
-    assert asked == 3
+    assert calls == 3
