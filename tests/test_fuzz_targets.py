@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import ASKED, TARGETS, feed
+from tests.fuzz.targets import SYSTEM_TOPICS, TARGETS, feed
 
 CORPUS = Path(__file__).parent / "fuzz" / "corpus"
 
@@ -95,7 +95,7 @@ json_values = st.recursive(
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, len(ASKED) - 1),
+            st.integers(0, len(SYSTEM_TOPICS) - 1),
             st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=6),
             st.integers(0, 10),
         ),

@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing: ``python -m tests.fuzz [TARGET …] [options of libFuzzer …]``.
 
-What breaks a target is left in its corpus, which the ordinary suite replays: mend it, and commit
-the file. Every target in turn is given a minute, unless ``-max_total_time`` or ``-runs`` says how
-long.
+An input that breaks a target is written to its corpus, which the ordinary suite replays: fix the
+bug and commit the file. Each target runs for one minute unless ``-max_total_time`` or ``-runs`` is
+given.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# Not by an import statement: it is there only in the session that fuzzes.
+# Imported by name because Atheris is installed only in the nox session that fuzzes.
 atheris = importlib.import_module("atheris")
 
 with atheris.instrument_imports(include=["emitter_anyio", "paho", "wsproto", "h11"]):
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     if not any(option.startswith(("-max_total_time=", "-runs=")) for option in options):
         options.append("-max_total_time=60")
     if len(names) > 1:
-        # libFuzzer ends the process that it runs in.
+        # libFuzzer ends its process, so each target needs a separate one.
         for name in names:
             sys.stderr.write(f"fuzzing {name}\n")
             subprocess.run([sys.executable, "-m", "tests.fuzz", name, *options], check=True)
@@ -42,7 +42,7 @@ def fuzz(name: str, options: list[str]) -> None:
     with TemporaryDirectory() as found, TemporaryDirectory() as seeds:
         for number, seed in enumerate(target.seeds()):
             Path(seeds, str(number)).write_bytes(seed)
-        # What is new goes to the first directory, and what fails to the corpus.
+        # libFuzzer writes new inputs to the first directory; failing ones go to the corpus.
         arguments = [found, str(corpus), seeds, f"-artifact_prefix={corpus}/", "-timeout=10"]
         atheris.Setup([sys.argv[0], *arguments, *options], target.check)
         atheris.Fuzz()

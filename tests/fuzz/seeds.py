@@ -1,4 +1,4 @@
-"""What a fuzzer begins with: what real brokers have said, and URLs."""
+"""Initial inputs for the fuzzer: recorded packets of real brokers, frames, handshakes and URLs."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ _OPERATIONS = ("keygen", "keyban", "link", "me", "presence", "history", "error")
 
 
 def recorded() -> Iterator[list[dict[str, Any]]]:
-    """What the broker has said on each link of each recorded conversation."""
+    """Yield the broker's packets on each connection of each recorded conversation."""
     for path in sorted(RECORDED.glob("*.json")):
-        said: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        by_client: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         for step in json.loads(path.read_text())["steps"]:
             for client, received in step.get("receives", {}).items():
-                said[client] += received
-        yield from said.values()
+                by_client[client] += received
+        yield from by_client.values()
 
 
 def conversations() -> Iterator[bytes]:
-    """Recorded conversations as the codec is fed them, at once and in pieces of 5 bytes."""
-    for said in recorded():
-        wire = b"".join(map(_encode, said))
+    """Yield recorded conversations as inputs of ``codec``, whole and in pieces of 5 bytes."""
+    for connection in recorded():
+        wire = b"".join(map(_encode, connection))
         yield b"\0" + wire
         yield b"\x14" + wire
 
 
 def answers() -> Iterator[bytes]:
-    """What was answered in them, to what is outstanding, and the same with absurd numbers."""
-    said = {
+    """Yield recorded answers to outstanding requests, with their numbers and with absurd ones."""
+    recorded_answers = {
         (packet["topic"].split("/")[1], _payload(packet))
-        for link in recorded()
-        for packet in link
+        for connection in recorded()
+        for packet in connection
         if packet["type"] == "publish" and packet["topic"].startswith("emitter/")
     }
-    for operation, payload in sorted(said):
+    for operation, payload in sorted(recorded_answers):
         number = _OPERATIONS.index(operation) if operation in _OPERATIONS else len(_OPERATIONS)
         answer = json.loads(payload)
         absurd = {name: 10**30 for name in answer if isinstance(answer[name], int)}
-        asked = {name: answer[name] for name in ("req", "status") if name in answer}
+        replaced = {name: answer[name] for name in ("req", "status") if name in answer}
         if "req" in answer:
-            # The requests have the first ids; a refusal is of the publish behind all seven.
-            asked["req"] = 8 if operation == "error" else number + 1
-        for more in ({}, absurd):
-            line = json.dumps({**answer, **more, **asked}, separators=(",", ":"))
+            # The seven requests have ids 1 to 7; a refusal is for the publish after them.
+            replaced["req"] = 8 if operation == "error" else number + 1
+        for changed in ({}, absurd):
+            line = json.dumps({**answer, **changed, **replaced}, separators=(",", ":"))
             yield bytes((number,)) + line.encode()
 
 
 def frames() -> Iterator[bytes]:
-    """Frames of every kind, in one piece and in small ones."""
+    """Yield frames of every kind, in one piece and in small pieces."""
     whole = [frame(2, b"MQTT"), frame(9, b"ping"), frame(10, b""), frame(8, b"\x03\xe8bye")]
     parts = [frame(2, b"MQ", final=False), frame(9, b"?"), frame(0, b"TT")]
     bad = [frame(1, b"text"), frame(2, bytes(2000)), frame(3, b""), frame(9, bytes(126))]
@@ -66,14 +66,14 @@ def frames() -> Iterator[bytes]:
 
 
 def frame(opcode: int, payload: bytes, *, final: bool = True) -> bytes:
-    """A frame as a server sends it."""
+    """Build a frame as a server sends it."""
     size = len(payload)
     head = bytes((opcode | (0x80 if final else 0), min(126, size)))
     return head + (b"" if size < 126 else size.to_bytes(2, "big")) + payload
 
 
 def handshakes() -> Iterator[bytes]:
-    """Answers of servers to a handshake, none of which can know its key."""
+    """Yield servers' answers to a handshake; none can match its random key."""
     upgraded = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     yield upgraded + b"Sec-WebSocket-Accept: AAAA\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n\x82\0"
     yield b"HTTP/1.1 404 Not Found\r\nContent-Length: 9\r\n\r\nnot here\n"
@@ -84,7 +84,7 @@ def handshakes() -> Iterator[bytes]:
 
 
 def urls() -> Iterator[bytes]:
-    """URLs of every scheme, the places for a password marked by the end of a line."""
+    """Yield URLs of every scheme, with a newline where a password is inserted."""
     yield from (
         *(b"mqtt://h", b"mqtts://h:8443/", b"mqtt://[::1]:8080", b"unix:///tmp/a%20b"),
         *(b"mqtt://ann\nh:8080", b"mqtts://ann%40x\n[::1]", b"mqtt://ann\nh:x", b"http://ann\nh"),
@@ -92,39 +92,39 @@ def urls() -> Iterator[bytes]:
     )
 
 
-def _encode(said: dict[str, Any]) -> bytes:
-    match said["type"]:
+def _encode(packet: dict[str, Any]) -> bytes:
+    match packet["type"]:
         case "connack":
-            return packets.connack(said["code"])
+            return packets.connack(packet["code"])
         case "puback":
-            return packets.puback(said["id"])
+            return packets.puback(packet["id"])
         case "suback":
-            return packets.suback(said["id"], *said["codes"])
+            return packets.suback(packet["id"], *packet["codes"])
         case "unsuback":
-            return packets.unsuback(said["id"])
+            return packets.unsuback(packet["id"])
         case "pingresp":
             return packets.PINGRESP
         case "publish":
-            # None was recorded above QoS 0: the broker delivers at no other.
-            return packets.publish(said["topic"], _payload(said), flags=said.get("flags", 0))
-    raise ValueError(said["type"])
+            # The broker delivers at QoS 0 only.
+            return packets.publish(packet["topic"], _payload(packet), flags=packet.get("flags", 0))
+    raise ValueError(packet["type"])
 
 
-def _payload(said: dict[str, Any]) -> bytes:
-    if "json" in said:
-        return json.dumps(_plain(said["json"]), separators=(",", ":")).encode()
-    if "base64" in said:
-        return base64.b64decode(said["base64"])
-    return str(said["text"]).encode()
+def _payload(packet: dict[str, Any]) -> bytes:
+    if "json" in packet:
+        return json.dumps(_plain(packet["json"]), separators=(",", ":")).encode()
+    if "base64" in packet:
+        return base64.b64decode(packet["base64"])
+    return str(packet["text"]).encode()
 
 
 def _plain(value: Any) -> Any:
-    """Put something in the place of what was new in each conversation."""
+    """Replace the placeholders for values that differ between conversations."""
     match value:
         case {"$time": _}:
             return 1600000000
         case {"$capture": str(name)} | {"$ref": str(name)} | {"$any": str(name)}:
-            # An id of a stored message has to be base64 of 16 bytes, and does for a key as well.
+            # 32 characters serve both as a key and as the id of a stored message.
             return (name * 32)[:32]
         case dict():
             return {name: _plain(each) for name, each in value.items()}

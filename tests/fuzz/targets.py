@@ -1,6 +1,6 @@
-"""What is fuzzed: each target takes any bytes, and raises what nobody has promised.
+"""The fuzz targets: each takes any bytes and raises if the library breaks a promise.
 
-To add one, write the function, give it some seeds, and name both in :data:`TARGETS`.
+To add a target, write the function and its seeds, and add both to :data:`TARGETS`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tests.support.events import unbatch
 from tests.support.secrets import visible_text
 
 LIMIT: Final = 1024
-"""So small that a fuzzer soon finds what happens at it."""
+"""A packet size limit small enough for a fuzzer to reach quickly."""
 
-KEY: Final = "aKeyOf32CharactersThatNobodyMade"
+KEY: Final = "aKeyOf32CharactersThatIsNotValid"
 PASSWORD: Final = "a-secret-password"
 
 MAX_CONTROL_FRAME: Final = 125 + 14
-"""A control frame has so many bytes at most, its head with a mask included."""
+"""Bytes of the largest control frame, with its masked header."""
 
 _BEGUN: Final = 1
 _LEAVING: Final = 2
@@ -40,10 +40,10 @@ _LEAVING: Final = 2
 
 class Target(NamedTuple):
     """
-    Something that has to cope with any bytes.
+    Code that must handle any bytes.
 
-    :ivar check: raises if it does not
-    :ivar seeds: gives inputs to begin with
+    :ivar check: a function that raises if it does not
+    :ivar seeds: a function that yields initial inputs
     """
 
     check: Callable[[bytes], None]
@@ -52,45 +52,45 @@ class Target(NamedTuple):
 
 def codec(data: bytes) -> None:
     """
-    Bytes from a peer: the first says how to feed the rest.
+    Decode bytes from a peer; the first byte is a header that configures the run.
 
-    Its lowest bit stands for a CONNACK in front, the next one for a DISCONNECT that we have sent,
-    and the others for the size of the pieces, where 0 is all at once.
+    Its lowest bit prepends a CONNACK, the next stands for a DISCONNECT that the client sent, and
+    the others are the size of the pieces, where 0 means one piece.
     """
     head, wire = data[0] if data else 0, data[1:]
     size = head >> 2 or len(wire) + 1
     places = [*range(0, len(wire), size), len(wire)]
     in_pieces = feed(head, [wire[a:b] for a, b in pairwise(places)])
-    assert in_pieces == feed(head, [wire]), "what comes out depends on how it is cut"
+    assert in_pieces == feed(head, [wire]), "the result depends on the pieces"
 
 
 def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
     """
-    Let a codec decode pieces, and hold it to its promises.
+    Decode pieces, and check the codec's promises.
 
-    :return: the events, written so that they can be compared
+    :return: the events, as text that can be compared
     """
-    made = Codec(Connect(), LIMIT)
-    made.connect()
+    codec = Codec(Connect(), LIMIT)
+    codec.connect()
     events: list[Answer] = []
     if head & _BEGUN:
-        events += unbatch(made.decode(b"\x20\2\0\0"))
+        events += unbatch(codec.decode(b"\x20\2\0\0"))
     if head & _LEAVING:
-        made.encode(Disconnect())
+        codec.encode(Disconnect())
     broken = False
     for piece in pieces:
-        more = made.decode(piece)
-        while made.turn_over:
-            more += made.decode(b"")
-        assert not (broken and more), "something comes out behind an error"
-        *before, last = more or (None,)
+        new = codec.decode(piece)
+        while codec.turn_over:
+            new += codec.decode(b"")
+        assert not (broken and new), "an event follows an error"
+        *before, last = new or (None,)
         assert not any(isinstance(event, RemoteProtocolError) for event in before)
         broken = broken or isinstance(last, RemoteProtocolError)
-        events += unbatch(more)
-        made.take_written()
-        assert held(made) <= LIMIT + 5, "more is held than a packet"
-        assert not made._engine._reported, "an event is kept for later"
-        assert not (broken and made._framing._kept), "what a broken connection has sent is kept"
+        events += unbatch(new)
+        codec.take_written()
+        assert buffered_bytes(codec) <= LIMIT + 5, "more than a packet is buffered"
+        assert not codec._engine._reported, "an event is retained"
+        assert not (broken and codec._framing._kept), "bytes of a broken connection are retained"
     return [
         f"message {event.channel!r} {event.binary!r}"
         if isinstance(event, EmitterMessage)
@@ -99,28 +99,28 @@ def feed(head: int, pieces: Iterable[bytes]) -> list[str]:
     ]
 
 
-def held(made: Codec) -> int:
-    """How many bytes from the peer and to it a codec holds: its own, and what Paho has."""
-    client, socket = made._engine._client, made._engine._socket
+def buffered_bytes(codec: Codec) -> int:
+    """Count the bytes in both directions that a codec buffers, including those in Paho."""
+    client, socket = codec._engine._client, codec._engine._socket
     paho = (client._in_packet["packet"], *client._out_packet, *client._in_messages)
-    own = len(made._framing._kept) + len(socket._inbound) + len(socket._outbound)
+    own = len(codec._framing._kept) + len(socket._inbound) + len(socket._outbound)
     return own + sum(len(item) if isinstance(item, bytes | bytearray) else 1 for item in paho)
 
 
-ASKED: Final = ("keygen", "keyban", "link", "me", "presence", "history", "error", "nothing")
-"""What the messages for :func:`answers` may be on, below ``emitter/``."""
+SYSTEM_TOPICS: Final = ("keygen", "keyban", "link", "me", "presence", "history", "error", "nothing")
+"""The last levels of the topics of messages for :func:`answers`."""
 
 
 def answers(data: bytes) -> None:
     """
-    Answers from a broker, or from somebody who plays one: a message for each line.
+    Handle answers from a broker, or from a client that imitates one: one message per line.
 
-    The first byte of a line says what it is on; the rest is the payload.
+    The first byte of a line selects the topic; the rest is the payload.
     """
     sent: list[Packet] = []
     wants, written = Wants("emitter"), list[bytes]()
     session = Session(wants, sent.append, written.append, encode_publish)
-    asked: tuple[requests.Request[Any], ...] = (
+    requested: tuple[requests.Request[Any], ...] = (
         requests.keygen(KEY, "a/", "rw", 0),
         requests.keyban(KEY, KEY, True),
         requests.link(KEY, "a/", "l", ()),
@@ -129,16 +129,18 @@ def answers(data: bytes) -> None:
         requests.history(KEY, "a/", last=5),
         requests.presence(KEY, "a/", status=False, changes=False),
     )
-    pending: list[Pending[Any]] = [session.request(request) for request in asked]
+    pending: list[Pending[Any]] = [session.request(request) for request in requested]
     pending.append(session.publish_qos_1(b"k/a/", b"x", KEY, "a/"))
     pending.append(session.subscribe(KEY, KEY, "a/", Replay())[0].asked)
     session.publish(b"k/a/", b"x")
     wants.watch("a/")
     for line in data.split(b"\n"):
-        where = ASKED[line[0] % len(ASKED)] if line else ""
-        tell(session, EmitterMessage(f"emitter/{where}/", line[1:]))
+        where = SYSTEM_TOPICS[line[0] % len(SYSTEM_TOPICS)] if line else ""
+        receive(session, EmitterMessage(f"emitter/{where}/", line[1:]))
     for packet_id in range(1, len(pending) + 1):
-        tell(session, SubAck(packet_id, (0,)) if packet_id == len(pending) else PubAck(packet_id))
+        receive(
+            session, SubAck(packet_id, (0,)) if packet_id == len(pending) else PubAck(packet_id)
+        )
     for one in pending:
         assert one.done, f"{one.operation} is acknowledged and not done"
         with suppress(EmitterError):
@@ -146,79 +148,82 @@ def answers(data: bytes) -> None:
     assert not session.pending
 
 
-def tell(session: Session, event: Answer) -> None:
-    """Let a session hear something; no message is a reason to end the link."""
+def receive(session: Session, event: Answer) -> None:
+    """Let a session receive an event, which must not end the connection."""
     for emission in session.receive(event):
-        assert emission.event in (*ASKED, "message")
+        assert emission.event in (*SYSTEM_TOPICS, "message")
         assert repr(emission.value)
         assert KEY not in repr(emission.value)
 
 
 def options(data: bytes) -> None:
-    """A URL, with a password put in where a line ends, if one does."""
+    """Parse a URL; a newline in it is replaced by a password."""
     text = data.decode(errors="surrogateescape")
     before, line, after = text.partition("\n")
     url = f"{before}:{PASSWORD}@{after}" if line else text
-    made, words = None, ""
+    parsed, shown_text = None, ""
     try:
-        made = make_options(url, {})
+        parsed = make_options(url, {})
     except (TypeError, ValueError) as exc:
-        words = " ".join(visible_text(exc))
-    if made is None:
-        assert words
-    elif PASSWORD in (made.password or ""):
-        words = f"{made!r} {made.servers} {made.servers[0]}"
-    assert PASSWORD not in words
+        shown_text = " ".join(visible_text(exc))
+    if parsed is None:
+        assert shown_text
+    elif PASSWORD in (parsed.password or ""):
+        shown_text = f"{parsed!r} {parsed.servers} {parsed.servers[0]}"
+    assert PASSWORD not in shown_text
 
 
 def websocket(data: bytes) -> None:
-    """Frames from a peer: the first byte says in how large pieces, where 0 is all at once."""
+    """Unwrap frames from a peer; the first byte is the size of the pieces, 0 for one piece."""
     size, wire = data[0] if data else 0, data[1:]
     size = size or len(wire) + 1
     in_pieces = unwrap([wire[at : at + size] for at in range(0, len(wire), size)])
-    assert in_pieces == unwrap([wire]), "what comes out depends on how it is cut"
+    assert in_pieces == unwrap([wire]), "the result depends on the pieces"
 
 
 def unwrap(pieces: Iterable[bytes]) -> tuple[bytes, str]:
     """
-    Take frames apart, and hold the reader to its promises.
+    Unwrap frames, and check the reader's promises.
 
-    :return: what they carried, and how it ended
+    :return: their payload, and how it ended
     """
-    made = WebSocket(LIMIT)
-    carried = bytearray()
+    reader = WebSocket(LIMIT)
+    payload = bytearray()
     for piece in pieces:
-        ended = made.end is not None
-        more = made.receive(piece)
-        while made.turn_over and made.end is None:
-            more += made.receive(b"")
-        assert not (ended and more), "something comes out behind the end"
-        carried += more
-        assert len(made.pong) <= MAX_CONTROL_FRAME, "more than one ping is kept"
-        if made.end is None:
-            assert len(made._connection._proto._frame_decoder.buffer) <= MAX_CONTROL_FRAME
-    assert made.end is None or isinstance(made.end, EOFError | RemoteProtocolError)
-    assert made.end is None or (not made.open and made.wrap(b"x") == b"")
-    return bytes(carried), repr(made.end)
+        ended = reader.end is not None
+        new = reader.receive(piece)
+        while reader.turn_over and reader.end is None:
+            new += reader.receive(b"")
+        assert not (ended and new), "data follows the end"
+        payload += new
+        assert len(reader.pong) <= MAX_CONTROL_FRAME, "more than one ping is retained"
+        if reader.end is None:
+            assert len(reader._connection._proto._frame_decoder.buffer) <= MAX_CONTROL_FRAME
+    assert reader.end is None or isinstance(reader.end, EOFError | RemoteProtocolError)
+    assert reader.end is None or (not reader.open and reader.wrap(b"x") == b"")
+    return bytes(payload), repr(reader.end)
 
 
 def upgrade(data: bytes) -> None:
-    """The answer to a handshake, at once and byte for byte."""
-    shaken = {shake([data]), shake([data[at : at + 1] for at in range(len(data))])}
-    assert len(shaken) == 1, "what comes out depends on how it is cut"
+    """Handle a server's answer to a handshake, in one piece and byte by byte."""
+    outcomes = {
+        perform_handshake([data]),
+        perform_handshake([data[at : at + 1] for at in range(len(data))]),
+    }
+    assert len(outcomes) == 1, "the result depends on the pieces"
 
 
-def shake(pieces: Iterable[bytes]) -> str:
-    """Go on with a handshake until it is over; tells by what, but for a refusal's cut words."""
-    made = Upgrade("localhost", "/")
+def perform_handshake(pieces: Iterable[bytes]) -> str:
+    """Continue a handshake to its end; return how it ended, without the text of a refusal."""
+    handshake = Upgrade("localhost", "/")
     try:
         for piece in pieces:
-            if made.receive(piece) is not None:
+            if handshake.receive(piece) is not None:
                 return "accepted"
-        made.receive(b"")
+        handshake.receive(b"")
     except (ConnectError, EOFError, RemoteProtocolError) as exc:
         return type(exc).__name__
-    raise AssertionError("the link has ended, and nobody says so")
+    raise AssertionError("the connection ended without an error")
 
 
 TARGETS: Final = {

@@ -1,11 +1,11 @@
 """
-Many clients, a network that fails and a broker that dies: what is lost, and what grows?
+Run many clients against a failing network and broker; check for lost messages and leaks.
 
-``python -m tests.soak --help`` tells of its options. The broker is a process of its own that is
-killed at random and returns at once or seconds later, without what it had stored. Between it and
-the clients are proxies, each with its share of them, that cut and stall. Every client subscribes to
-the channel of a few, in three ways, and publishes to it. What happens is written to a journal, and
-the end works out from it what had to arrive: see ``accounting.py``.
+``python -m tests.soak --help`` lists the options. The broker runs in a separate process that is
+killed at random times and restarts immediately or seconds later, without its stored messages. The
+clients connect through proxies that cut and stall connections. A few clients share each channel;
+every client publishes to its channel and subscribes to it in three ways. The run writes a journal,
+from which ``accounting.py`` works out which messages had to arrive.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from .accounting import Account, Accounting
 from .client import Client, Run
 from .processes import BrokerProcess, NetworkProcess
 
-WAYS: Final = 8
-TOGETHER: Final = 4
-"""So many clients share a channel; they come by different ways."""
-RSS_GROWTH: Final = 1.25
-"""The memory may grow to so much of what it was: the allocator's holes fill for a while."""
-BLOCKS_GROWTH: Final = 1.1
-"""The blocks that Python holds may grow to so many, which no holes excuse."""
-LONG: Final = 60.0
-"""Seconds below which nothing is said of the memory: a run is over before it is warm."""
-WARM: Final = 0.3
-"""For this part of a run the memory may grow: caches fill, and the worst has yet to happen."""
+PROXIES: Final = 8
+CLIENTS_PER_CHANNEL: Final = 4
+"""The clients of a channel connect through different proxies."""
+MAX_RSS_RATIO: Final = 1.25
+"""The allowed ratio of RSS at the end to RSS when warm; fragmentation needs some margin."""
+MAX_BLOCKS_RATIO: Final = 1.1
+"""The allowed ratio of Python's memory blocks, which fragmentation does not affect."""
+MEMORY_CHECK_SECONDS: Final = 60.0
+"""The length of a run from which memory is checked; a shorter one ends before it is warm."""
+WARM_UP_FRACTION: Final = 0.3
+"""The first part of a run, in which memory grows while caches fill and faults first occur."""
 if sys.platform == "win32":
     _PAGE: Final = 4096
 else:
@@ -53,20 +53,20 @@ else:
 
 
 class Sample(NamedTuple):
-    """What the process has at a time."""
+    """The resources of this process at one moment."""
 
     time: float
     rss: float
     """In MiB."""
     blocks: int
-    """Those of memory that Python holds."""
+    """Memory blocks that Python has allocated."""
     descriptors: int
     tasks: int
     connected: int
 
 
-class _Incomplete(logging.Handler):
-    """Notes what only the log says: that a resuming for handlers is not complete."""
+class _IncompleteResumptions(logging.Handler):
+    """Record incomplete resumptions for handlers, which only the log reports."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(logging.WARNING)
@@ -86,7 +86,7 @@ class Soak:
         self.run = run
         self.faults: dict[str, int] = {}
         self.samples: list[Sample] = []
-        self.links = 0
+        self.connections = 0
         self._seconds: float = options.seconds
         self._broker = broker
         self._network = network
@@ -97,55 +97,55 @@ class Soak:
         self._clients = [Client(run, i, members[i % run.rooms]) for i in range(options.clients)]
 
     async def __call__(self) -> None:
-        """Run, from before the first client until after the last one."""
-        # What is opened once for all, such as the threads that look up names.
+        """Run all clients to their end, and check what they leave behind."""
+        # Create what a process creates once, such as the worker threads for name look-ups.
         await to_thread.run_sync(int)
         before = self._sample()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch, tasks.cancel_scope)
+            tasks.start_soon(self._watch_resources, tasks.cancel_scope)
             async with anyio.create_task_group() as clients:
                 for client in self._clients:
                     clients.start_soon(client.live, name=f"client {client.index}")
-                await self._fail()
+                await self._inject_faults()
                 self.run.quiet.set()
                 await self._wait_steady()
                 self.samples.append(self._sample())
                 self.run.steady.set()
             tasks.cancel_scope.cancel()
-        self.links = sum(client.emitter.statistics().links for client in self._clients)
+        self.connections = sum(client.emitter.statistics().links for client in self._clients)
         for client in self._clients:
             figures = client.emitter.statistics()
             if figures.pending or figures.queued_bytes or figures.nonsense:
                 self.run.breach(f"client {client.index} ends with {figures}")
         gc.collect()
         after = self._sample()
-        for what, was, is_now in (
+        for what, was, now in (
             ("descriptors", before.descriptors, after.descriptors),
             ("tasks", before.tasks, after.tasks),
         ):
-            if is_now != was:
-                self.run.breach(f"there were {was} {what} before, and are {is_now} behind")
-        self._look_at_memory()
+            if now != was:
+                self.run.breach(f"{what}: {was} before the run, {now} after it")
+        self._check_memory()
 
-    # What fails
+    # Faults
 
-    async def _fail(self) -> None:
+    async def _inject_faults(self) -> None:
         with anyio.move_on_after(self._seconds):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._kill)
+                tasks.start_soon(self._kill_broker)
                 while True:
                     await anyio.sleep(self._random.expovariate(1 / 3))
-                    tasks.start_soon(self._fail_once, self._random.randrange(WAYS))
-        for way in range(WAYS):
-            self._network.tell(way, "resume")
+                    tasks.start_soon(self._inject_fault, self._random.randrange(PROXIES))
+        for proxy in range(PROXIES):
+            self._network.send(proxy, "resume")
         await to_thread.run_sync(self._broker.start)
 
-    async def _kill(self) -> None:
-        # The first time early, so that the memory has seen the worst when it is warm.
-        patience = 2.0
+    async def _kill_broker(self) -> None:
+        # Kill the broker early, so that the warm-up includes this fault.
+        delay = 2.0
         while True:
-            await anyio.sleep(patience)
-            patience = self._random.uniform(5, 25)
+            await anyio.sleep(delay)
+            delay = self._random.uniform(5, 25)
             self._count("broker killed")
             began = monotonic()
             await to_thread.run_sync(self._broker.kill)
@@ -153,26 +153,26 @@ class Soak:
             await anyio.sleep(self._random.choice((0, self._random.uniform(0.2, 4))))
             await to_thread.run_sync(self._broker.start)
 
-    async def _fail_once(self, way: int) -> None:
+    async def _inject_fault(self, proxy: int) -> None:
         direction = self._random.choice(("to_broker", "to_client"))
         kind = self._random.choices(
             ("cut", "cut after some bytes", "half closed", "stalled", "stalled and cut", "silent"),
             (6, 4, 1, 3, 5, 1),
         )[0]
         self._count(kind)
-        tell = partial(self._network.tell, way)
+        send = partial(self._network.send, proxy)
         if kind == "cut":
-            tell("cut")
+            send("cut")
         elif kind == "cut after some bytes":
-            tell("cut_after", self._random.randrange(4000), direction)
+            send("cut_after", self._random.randrange(4000), direction)
         elif kind == "half closed":
-            tell("half_close", direction)
+            send("half_close", direction)
         else:
-            tell("stall", self._random.choice((None, direction)))
+            send("stall", self._random.choice((None, direction)))
             await anyio.sleep(12 if kind == "silent" else self._random.uniform(0.2, 3))
             if kind == "stalled and cut":
-                tell("cut")
-            tell("resume")
+                send("cut")
+            send("resume")
 
     def _count(self, fault: str) -> None:
         self.faults[fault] = self.faults.get(fault, 0) + 1
@@ -181,18 +181,18 @@ class Soak:
         quiet_since = monotonic()
         while monotonic() < quiet_since + 2:
             await anyio.sleep(0.1)
-            if not all(c.inside and c.emitter.state == "connected" for c in self._clients):
+            if not all(c.subscribed and c.emitter.state == "connected" for c in self._clients):
                 quiet_since = monotonic()
 
-    # What grows
+    # Resources
 
-    async def _watch(self, scope: anyio.CancelScope) -> None:
-        patience = self._seconds + 300
+    async def _watch_resources(self, scope: anyio.CancelScope) -> None:
+        delay = self._seconds + 300
         began = monotonic()
-        while monotonic() < began + patience:
+        while monotonic() < began + delay:
             self.samples.append(self._sample())
             await anyio.sleep(1)
-        self.run.breach(f"the run is not over after {patience:g} s")
+        self.run.breach(f"the run has not ended after {delay:g} s")
         scope.cancel()
 
     def _sample(self) -> Sample:
@@ -206,29 +206,29 @@ class Soak:
             connected,
         )
 
-    def _look_at_memory(self) -> None:
+    def _check_memory(self) -> None:
         warm, end = self.memory()
-        grown = end[0] > RSS_GROWTH * warm[0] or end[1] > BLOCKS_GROWTH * warm[1]
-        if grown and self._seconds >= LONG:
-            self.run.breach(f"the memory has grown from {_memory(warm)} to {_memory(end)}")
+        grown = end[0] > MAX_RSS_RATIO * warm[0] or end[1] > MAX_BLOCKS_RATIO * warm[1]
+        if grown and self._seconds >= MEMORY_CHECK_SECONDS:
+            self.run.breach(f"memory grew from {_memory(warm)} to {_memory(end)}")
         most = max(sample.descriptors for sample in self.samples)
-        # Each has one socket; a link that is opened again has closed the last one.
+        # Each client has one socket: it closes the old one before it reconnects.
         allowed = self.samples[0].descriptors + len(self._clients)
         if most > allowed:
-            self.run.breach(f"there were up to {most} descriptors, not {allowed}")
+            self.run.breach(f"up to {most} descriptors were open, instead of {allowed}")
 
     def memory(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Give the MiB and the blocks behind the warming up, and those at the end."""
+        """Return RSS in MiB and the blocks, after the warm-up and at the end."""
         began = self.samples[0].time
 
         def over(first: float, last: float) -> tuple[float, float]:
-            # In a failure, what waits for its end takes memory, too: the calmer half is compared.
+            # Calls that wait during a fault take memory, so compare the half with more connections.
             chosen = [s for s in self.samples if first <= (s.time - began) / self._seconds < last]
             chosen.sort(key=lambda sample: sample.connected)
             calm = chosen[len(chosen) // 2 :]
             return median(s.rss for s in calm), median(s.blocks for s in calm)
 
-        return over(WARM, WARM + 0.2), over(0.8, 1)
+        return over(WARM_UP_FRACTION, WARM_UP_FRACTION + 0.2), over(0.8, 1)
 
 
 def _memory(figures: tuple[float, float]) -> str:
@@ -251,14 +251,14 @@ def _descriptors() -> int:
 
 
 def soak(options: argparse.Namespace, backend: str) -> bool:
-    """Run on one backend; tells whether all was well."""
+    """Run on one backend, and return whether it had no breaches."""
     keys = Broker()
     random.seed(options.seed)
     with ExitStack() as stack:
         broker = BrokerProcess(keys.license)
         stack.callback(broker.kill)
         broker.start()
-        network = NetworkProcess(broker.port, WAYS)
+        network = NetworkProcess(broker.port, PROXIES)
         stack.callback(network.end)
         path = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
         journal = Path(path, f"{backend}.journal")
@@ -268,13 +268,13 @@ def soak(options: argparse.Namespace, backend: str) -> bool:
             keys.secret_key,
             options.seed,
             network.ports,
-            max(1, options.clients // TOGETHER),
+            max(1, options.clients // CLIENTS_PER_CHANNEL),
             options.pace,
             stack.enter_context(journal.open("w")),
         )
         log = logging.getLogger("emitter_anyio")
         log.propagate = False
-        handler = _Incomplete(run)
+        handler = _IncompleteResumptions(run)
         log.addHandler(handler)
         stack.callback(log.removeHandler, handler)
         soak = Soak(options, run, broker, network)
@@ -288,7 +288,8 @@ def soak(options: argparse.Namespace, backend: str) -> bool:
 def _report(options: argparse.Namespace, backend: str, soak: Soak, account: Account) -> bool:
     print(f"{backend}: {options.clients} clients, {options.seconds:g} s, --seed {options.seed}")
     _table("faults", soak.faults.items())
-    print(f"  links: {soak.links}, so {soak.links - options.clients} besides the first")
+    replaced = soak.connections - options.clients
+    print(f"  connections: {soak.connections}, of which {replaced} replaced a lost one")
     _table("calls", ((f"{name}: {end}", n) for (name, end), n in sorted(soak.run.calls.items())))
     _table("messages", account.figures.items())
     print("  over time: seconds, MiB, blocks, descriptors, tasks, connected")
@@ -314,14 +315,16 @@ def _table(title: str, rows: Iterable[tuple[str, int]]) -> None:
 
 
 def main() -> int:
-    """Run on the backends asked for."""
+    """Run on the selected backends."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=120, help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--pace", type=float, default=2, help="seconds between two bursts")
+    parser.add_argument(
+        "--pace", type=float, default=2, help="seconds between two bursts of a client"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: any")
     parser.add_argument("--backend", choices=["asyncio", "trio", "both"], default="both")
-    parser.add_argument("--journal", help="a directory to keep the journals in")
+    parser.add_argument("--journal", help="the directory in which to keep the journals")
     options = parser.parse_args()
     backends = ["asyncio", "trio"] if options.backend == "both" else [options.backend]
     print(f"--seed {options.seed}", flush=True)

@@ -1,24 +1,24 @@
 """
-What must have arrived, worked out from the journal of a run.
+Work out from the journal of a run which messages had to arrive.
 
 A line of the journal is the time in seconds, a letter, and fields:
 
 ====  ==========================================  ==================================================
-``P``  publisher, number, qos, stored             a publish is called
-``A``  publisher, number, outcome                 it has ended: ``ok``, ``cancelled``, or an error
-``L``  publisher, uncertain, unsent               its figures, when it has lost a link or has left
-``O``  stream, kind, channel                      a subscriber begins: ``kept`` (``resume=True``),
+``P``  publisher, number, qos, stored             ``publish()`` is called
+``A``  publisher, number, outcome                 it ended: ``ok``, ``cancelled``, or an error
+``L``  publisher, uncertain, unsent               its statistics, after a lost connection or leaving
+``O``  stream, kind, channel                      a subscriber starts: ``kept`` (``resume=True``),
                                                   ``plain``, or ``heard`` (handlers, resumed too)
-``R``  stream, publisher, number, replayed        it has got a message
-``G``  stream, complete                           it has got a ``Gap``, or the place of an overflow
-``W``  channel                                    the log says that a resuming is not complete
-``K``  when it began                              the broker is dead, and with it all that it stored
+``R``  stream, publisher, number, replayed        it received a message
+``G``  stream, complete                           it received a ``Gap``, or an overflow error
+``W``  channel                                    the log reports an incomplete resumption
+``K``  start                                      the broker was killed and lost its stored messages
 ====  ==========================================  ==================================================
 
-Every publisher calls in turn, and its numbers have no holes, so that no clock is needed to know
-that a message is missing: a subscriber got one before it and one behind it. Neither is anything
-said of what came before a subscriber's first live message; the last one is always got, since a run
-ends in peace.
+A publisher makes one call at a time and numbers its messages consecutively, so a message is missing
+if a subscriber received one before it and one after it; no clock is needed. Messages before a
+subscriber's first live one are not checked. The last one is always received, because the faults end
+before a run does.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class _Publish:
 
 
 @dataclass(slots=True)
-class _Got:
-    """What one subscriber has got of one publisher."""
+class _Received:
+    """The messages that one subscriber received from one publisher."""
 
     live: dict[int, int] = field(default_factory=dict)
-    """By number, behind how many gaps."""
+    """By number: the count of gaps before the message."""
     all: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """By number, when it first came and behind how many gaps."""
+    """By number: when the message first arrived, and the count of gaps before it."""
     first_live: int = 0
     last_live: int = 0
     last_replayed: tuple[int, int] = (0, 0)
@@ -57,12 +57,12 @@ class _Stream:
     channel: str
     gaps: int = 0
     incomplete: list[int] = field(default_factory=list)
-    got: defaultdict[int, _Got] = field(default_factory=lambda: defaultdict(_Got))
+    received: defaultdict[int, _Received] = field(default_factory=lambda: defaultdict(_Received))
 
 
 @dataclass(slots=True)
 class _Loss:
-    """A link that a publisher has lost, with so many publishes of which nobody knows."""
+    """A connection that a publisher lost, and how many publishes became uncertain or unsent."""
 
     time: float
     uncounted: int
@@ -71,10 +71,10 @@ class _Loss:
 @dataclass
 class Account:
     """
-    What a journal comes to.
+    The result of reading a journal.
 
-    :ivar breaches: what must not be
-    :ivar figures: what there was
+    :ivar breaches: violations of what the client promises
+    :ivar figures: counts of messages by kind
     """
 
     breaches: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Account:
 
 
 class Accounting:
-    """Reads a journal and draws up the account."""
+    """Reads a journal and produces an :class:`Account`."""
 
     def __init__(self) -> None:
         self._account = Account()
@@ -95,15 +95,15 @@ class Accounting:
         self._lost: dict[int, set[int]] = defaultdict(set)
 
     def read(self, lines: Iterable[str]) -> Account:
-        """Read all of it."""
+        """Read a whole journal."""
         for line in lines:
             time, letter, *fields = line.split()
             self._take(float(time), letter, fields)
         for stream in self._streams.values():
-            for publisher, got in stream.got.items():
-                self._look_for_holes(stream, publisher, got)
+            for publisher, received in stream.received.items():
+                self._find_missing(stream, publisher, received)
         for publisher, lost in self._lost.items():
-            self._settle(publisher, sorted(lost))
+            self._check_lost(publisher, sorted(lost))
         self._count_publishes()
         return self._account
 
@@ -139,11 +139,11 @@ class Accounting:
             case "K", [began]:
                 self._kills.append((float(began), time))
             case _:
-                raise ValueError(f"no line of a journal: {letter} {fields}")
+                raise ValueError(f"invalid journal line: {letter} {fields}")
 
     def _receive(self, time: float, name: str, publisher: int, number: int, replayed: bool) -> None:
         stream = self._streams[name]
-        got = stream.got[publisher]
+        received = stream.received[publisher]
         what = f"{stream.kind} {name}: message {publisher}/{number}"
         published = self._publishes[publisher].get(number)
         self._account.figures["replayed" if replayed else "live"] += 1
@@ -151,39 +151,39 @@ class Accounting:
             self._breach(f"{what} was never published")
             return
         published.seen = True
-        got.all.setdefault(number, (time, stream.gaps))
+        received.all.setdefault(number, (time, stream.gaps))
         if replayed:
-            if got.last_replayed >= (stream.gaps, number):
-                self._breach(f"{what} was replayed behind {got.last_replayed[1]}")
-            got.last_replayed = stream.gaps, number
+            if received.last_replayed >= (stream.gaps, number):
+                self._breach(f"{what} was replayed after {received.last_replayed[1]}")
+            received.last_replayed = stream.gaps, number
             return
-        if number in got.live:
-            self._breach(f"{what} came twice")
-        elif number < got.last_live:
-            self._breach(f"{what} came behind {got.last_live}")
-        got.live[number] = stream.gaps
-        got.first_live = got.first_live or number
-        got.last_live = max(number, got.last_live)
+        if number in received.live:
+            self._breach(f"{what} arrived twice")
+        elif number < received.last_live:
+            self._breach(f"{what} arrived after {received.last_live}")
+        received.live[number] = stream.gaps
+        received.first_live = received.first_live or number
+        received.last_live = max(number, received.last_live)
 
-    def _look_for_holes(self, stream: _Stream, publisher: int, got: _Got) -> None:
-        if not got.first_live:
+    def _find_missing(self, stream: _Stream, publisher: int, received: _Received) -> None:
+        if not received.first_live:
             return
-        missing = set(range(got.first_live, max(got.all))) - got.all.keys()
-        all_got, live = sorted(got.all), sorted(got.live)
+        missing = set(range(received.first_live, max(received.all))) - received.all.keys()
+        all_received, live = sorted(received.all), sorted(received.live)
         for number in sorted(missing):
             published = self._publishes[publisher][number]
             if published.outcome != "ok":
                 continue
-            after = all_got[bisect_left(all_got, number)]
-            before = all_got[bisect_left(all_got, number) - 1]
+            after = all_received[bisect_left(all_received, number)]
+            before = all_received[bisect_left(all_received, number) - 1]
             if stream.kind != "plain" and published.stored:
-                excused = self._is_resuming_excused(stream, published.called, got, before, after)
+                excused = self._is_excused(stream, published.called, received, before, after)
             elif stream.kind == "heard":
-                # Handlers are told of no gaps, but by events that are in no order with messages.
+                # Handlers learn of a gap only by events, which are not ordered with messages.
                 excused = True
             else:
                 at = bisect_left(live, number)
-                excused = at == len(live) or got.live[live[at - 1]] < got.live[live[at]]
+                excused = at == len(live) or received.live[live[at - 1]] < received.live[live[at]]
             if excused:
                 self._account.figures["missed in a gap"] += 1
             elif published.qos == 0 and not published.seen:
@@ -192,27 +192,28 @@ class Accounting:
                 self._breach(
                     f"{stream.kind} on {stream.channel}: message {publisher}/{number} (qos="
                     f"{published.qos}, stored={published.stored}, called at {published.called}) "
-                    f"is missing, between {before} and {after}, got at {got.all[after][0]}"
+                    f"is missing between {before} and {after}, the latter received at "
+                    f"{received.all[after][0]}"
                 )
 
-    def _is_resuming_excused(
-        self, stream: _Stream, called: float, got: _Got, before: int, after: int
+    def _is_excused(
+        self, stream: _Stream, called: float, received: _Received, before: int, after: int
     ) -> bool:
-        """Tell whether the storage has died too, or the subscriber was told of something left."""
-        until, gaps = got.all[after]
+        """Return whether the broker lost its storage, or the subscriber saw an incomplete gap."""
+        until, gaps = received.all[after]
         if any(began <= until and called <= dead for began, dead in self._kills):
             return True
         if stream.kind == "heard":
             return any(called <= time <= until for time in self._warnings[stream.channel])
-        return any(got.all[before][1] < gap <= gaps for gap in stream.incomplete)
+        return any(received.all[before][1] < gap <= gaps for gap in stream.incomplete)
 
-    def _settle(self, publisher: int, lost: list[int]) -> None:
+    def _check_lost(self, publisher: int, lost: list[int]) -> None:
         """
-        See whether what was accepted at ``qos=0`` and got nowhere is what the publisher counts.
+        Check that lost ``qos=0`` messages are among those that the publisher counted.
 
-        What is uncertain when a link is lost are calls that follow each other: behind the last one
-        that the broker is known to have taken, and before the first one that is sent again. So the
-        lost ones must lie close enough, and not just be few enough.
+        The publishes that are uncertain after a lost connection are consecutive: they follow the
+        last one that the broker is known to have read and precede the first one that is sent
+        again. So the lost ones must be close together, not just few enough.
         """
         publishes = self._publishes[publisher]
         accepted = [n for n, one in publishes.items() if one.qos == 0 and one.outcome == "ok"]
@@ -227,7 +228,7 @@ class Accounting:
         for number in left:
             self._breach(
                 f"message {publisher}/{number} (qos=0, called at {publishes[number].called}) was "
-                "accepted, has got nowhere, and is neither uncertain nor unsent"
+                "accepted, was never received, and is counted neither as uncertain nor as unsent"
             )
 
     def _count_publishes(self) -> None:

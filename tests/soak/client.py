@@ -1,4 +1,4 @@
-"""One of many clients: it publishes, subscribes, asks, leaves and comes back, and notes it all."""
+"""A client of the soak test: it publishes, subscribes, makes requests, leaves and returns."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from emitter_anyio import (
     connect,
 )
 
-HUNG: Final = 90.0
-"""No call may take longer, whatever happens: every fault ends long before."""
+HUNG_SECONDS: Final = 90.0
+"""A call that takes longer counts as hung; every fault ends long before."""
 TTL: Final = 600
-_LAST: Final = "last"
+_LAST_MARK: Final = "last"
 _DOCUMENTED: Final = (ConnectionLostError, RequestTimeoutError)
-"""What a call may raise that asks for nothing wrong, when the link or the broker fails."""
+"""The errors that a valid call may raise when the connection or the broker fails."""
 
 
 class JammedStream(ByteStream):
-    """A link that at times takes nothing for seconds, so that packets wait for it."""
+    """A stream that sometimes blocks in ``send()`` for seconds, so that packets queue up."""
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
@@ -55,11 +55,11 @@ class JammedStream(ByteStream):
         await self._stream.aclose()
 
 
-class JammedLink(ByteStreamConnectable):
+class JammedConnectable(ByteStreamConnectable):
     """
-    Opens such links.
+    Opens jammed streams.
 
-    :param port: where they go
+    :param port: the port to connect to
     """
 
     def __init__(self, port: int) -> None:
@@ -72,11 +72,11 @@ class JammedLink(ByteStreamConnectable):
 @dataclass
 class Run:
     """
-    What the clients of a run share.
+    The state that all clients of a run share.
 
-    :ivar key: for all the channels
-    :ivar ports: those of the ways to the broker
-    :ivar pace: the seconds between two bursts of a client, on average
+    :ivar key: a key for all channels
+    :ivar ports: the ports of the proxies
+    :ivar pace: the mean number of seconds between two bursts of a client
     """
 
     key: str
@@ -91,17 +91,17 @@ class Run:
     messages: int = 0
     numbers: count[int] = field(default_factory=count)
     quiet: anyio.Event = field(default_factory=anyio.Event)
-    """No more is published, and nobody leaves."""
+    """Set when clients should stop publishing and leaving."""
     steady: anyio.Event = field(default_factory=anyio.Event)
-    """Everybody is connected, and stays so."""
+    """Set when all clients are connected and stay so."""
 
     def note(self, letter: str, *fields: object) -> None:
-        """Write a line of the journal."""
+        """Write a line to the journal."""
         words = " ".join(map(str, (letter, *fields)))
         self.journal.write(f"{monotonic():.4f} {words}\n")
 
     def breach(self, text: str) -> None:
-        """Note what must not be."""
+        """Record a violation of what the client promises."""
         self.breaches.append(text)
 
 
@@ -110,21 +110,22 @@ class Client:
     A client of the run.
 
     :param index: its number, from 0
+    :param members: the number of clients that share its channel
     """
 
     def __init__(self, run: Run, index: int, members: int) -> None:
         self.run = run
         self.index = index
-        self.inside = False
-        """Whether it is subscribed to all that it wants."""
-        self.settled = False
+        self.subscribed = False
+        """Whether all of its subscriptions are active."""
+        self.finished = False
         port = run.ports[index % len(run.ports)]
         self._jammed = index % 5 == 3
         self.emitter: Emitter = connect(
             host="127.0.0.1",
             port=port,
             secure=False,
-            connectable=JammedLink(port) if self._jammed else None,
+            connectable=JammedConnectable(port) if self._jammed else None,
             username=f"client-{index}",
             keepalive=5,
             connect_timeout=5,
@@ -144,19 +145,19 @@ class Client:
         self.emitter.on("error", self._note_error)
 
     async def live(self) -> None:
-        """Live until the run is over and everything has come."""
-        while not self.settled:
+        """Run until everything has arrived, entering the client again after each end."""
+        while not self.finished:
             try:
                 async with self.emitter:
-                    await self._be_inside()
+                    await self._stay_subscribed()
             except EmitterError as exc:
                 self._count("connect", exc)
                 await anyio.sleep(self._random.uniform(0.1, 0.5))
             finally:
-                self.inside = False
+                self.subscribed = False
                 self._note_figures()
 
-    async def _be_inside(self) -> None:
+    async def _stay_subscribed(self) -> None:
         kept_as, plain_as, self._heard = (f"{self.index}.{next(self.run.numbers)}" for _ in "123")
         self._lasts = {kept_as: set(), plain_as: set(), self._heard: set()}
         for name, kind in ((kept_as, "kept"), (plain_as, "plain"), (self._heard, "heard")):
@@ -172,14 +173,14 @@ class Client:
         ):
             tasks.start_soon(self._read, kept, kept_as)
             tasks.start_soon(self._read, plain, plain_as)
-            tasks.start_soon(self._do_chores)
-            self.inside = True
+            tasks.start_soon(self._make_other_calls)
+            self.subscribed = True
             stay = self._random.expovariate(1 / 60) if self._random.random() < 0.5 else 1e9
             with anyio.move_on_after(stay):
                 await self._publish_until_quiet()
             if self.run.quiet.is_set():
-                await self._settle()
-            # Who leaves waits for no resuming, and handlers get what was held back for it.
+                await self._receive_last()
+            # Leaving does not wait for a resumption, so handlers get the held messages without it.
             self._heard = ""
             tasks.cancel_scope.cancel()
 
@@ -213,18 +214,18 @@ class Client:
             self.run.note("A", self.index, number, outcome)
         return outcome
 
-    async def _settle(self) -> None:
+    async def _receive_last(self) -> None:
         await self.run.steady.wait()
-        while await self._publish(1, TTL, _LAST) != "ok":
+        while await self._publish(1, TTL, _LAST_MARK) != "ok":
             pass
-        with anyio.move_on_after(HUNG):
+        with anyio.move_on_after(HUNG_SECONDS):
             await self._all_last.wait()
-            self.settled = True
+            self.finished = True
             return
-        self.settled = True
+        self.finished = True
         for name, seen in self._lasts.items():
             if len(seen) < self._members:
-                self.run.breach(f"stream {name} has got no last message but of {sorted(seen)}")
+                self.run.breach(f"stream {name} received last messages only from {sorted(seen)}")
 
     # Receiving
 
@@ -254,33 +255,33 @@ class Client:
         publisher, number, mark, *_ = message.as_string().split(" ")
         self.run.messages += 1
         self.run.note("R", name, publisher, number, int(message.replayed))
-        if mark == _LAST:
+        if mark == _LAST_MARK:
             self._lasts[name].add(int(publisher))
             if all(len(seen) == self._members for seen in self._lasts.values()):
                 self._all_last.set()
 
-    # What else a client does
+    # Other calls
 
-    async def _do_chores(self) -> None:
+    async def _make_other_calls(self) -> None:
         emitter, key, room = self.emitter, self.run.key, self._room
-        chores: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        calls: list[tuple[str, Callable[[], Awaitable[object]]]] = [
             ("flush", emitter.flush),
             ("me", emitter.me),
             ("presence", partial(emitter.presence, key, room)),
             ("keygen", partial(emitter.keygen, self.run.secret, room, "r")),
-            ("history", self._look_back),
+            ("history", self._read_history),
             ("watch_presence", self._watch),
-            ("subscribe", self._look_in),
+            ("subscribe", self._subscribe_briefly),
         ]
         while not self.run.quiet.is_set():
             with anyio.move_on_after(self._random.expovariate(1 / 10)):
                 await self.run.quiet.wait()
-            name, chore = self._random.choice(chores)
+            name, call = self._random.choice(calls)
             patience = self._random.random() * 0.02 if self._random.random() < 0.1 else 1e9
             with anyio.move_on_after(patience):
-                await self._call(name, chore)
+                await self._call(name, call)
 
-    async def _look_back(self) -> None:
+    async def _read_history(self) -> None:
         async for _ in self.emitter.history(self.run.key, self._room, 10):
             pass
 
@@ -290,20 +291,20 @@ class Client:
                 async for _ in feed:
                     pass
 
-    async def _look_in(self) -> None:
+    async def _subscribe_briefly(self) -> None:
         async with self.emitter.subscribe(self.run.key, f"{self._room}aside/", 1):
             await anyio.sleep(1)
 
     async def _call(self, name: str, call: Callable[[], Awaitable[object]]) -> str:
-        """Call something, and tell how it ended."""
+        """Make a call, and return how it ended."""
         outcome = "cancelled"
         try:
-            with anyio.move_on_after(HUNG) as scope:
+            with anyio.move_on_after(HUNG_SECONDS) as scope:
                 await call()
                 outcome = "ok"
             if scope.cancelled_caught:
                 outcome = "hung"
-                self.run.breach(f"{name} of client {self.index} took more than {HUNG:g} s")
+                self.run.breach(f"{name} of client {self.index} took more than {HUNG_SECONDS:g} s")
         except EmitterError as exc:
             outcome = type(exc).__name__
             if not isinstance(exc, _DOCUMENTED):

@@ -1,4 +1,4 @@
-"""The network between the clients and the broker, in a process of its own: it fails when told."""
+"""The faulty network between clients and broker, run as a separate process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from emitter_anyio.testing import FaultProxy
 
 async def main(port: int, count: int) -> None:
     """
-    Serve so many proxies to a port of loopback, until the input ends.
+    Serve ``count`` proxies to a port on loopback, until the input ends.
 
-    The first line out has their ports. Each line in has the number of one, the name of a method of
-    :class:`FaultProxy`, and its arguments.
+    The first output line lists their ports. Each input line is the number of a proxy, the name of
+    a method of :class:`FaultProxy`, and its arguments.
     """
     async with AsyncExitStack() as stack:
         proxies = [
@@ -27,12 +27,12 @@ async def main(port: int, count: int) -> None:
         tasks = await stack.enter_async_context(anyio.create_task_group())
         print(json.dumps([proxy.port for proxy in proxies]), flush=True)
         async for line in anyio.wrap_file(sys.stdin):
-            number, verb, *arguments = json.loads(line)
-            tasks.start_soon(_do, proxies[number], verb, arguments)
+            number, method, *arguments = json.loads(line)
+            tasks.start_soon(_call, proxies[number], method, arguments)
 
 
-async def _do(proxy: FaultProxy, verb: str, arguments: list[Any]) -> None:
-    result = getattr(proxy, verb)(*arguments)
+async def _call(proxy: FaultProxy, method: str, arguments: list[Any]) -> None:
+    result = getattr(proxy, method)(*arguments)
     if isawaitable(result):
         await result
 

@@ -1,4 +1,4 @@
-"""The broker, which dies and returns, and the network in front of it: processes of their own."""
+"""The processes of the soak test: the broker and the network in front of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.support import command
 
 class BrokerProcess:
     """
-    A development broker that can be killed, and started again as the same one.
+    A development broker that can be killed and restarted with the same port and licence.
 
     :param license: its licence
     """
 
     def __init__(self, license: str) -> None:
-        self.port = _port_of_our_own()
+        self.port = _pick_port()
         self._license = license
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start it, unless it runs; returns when it listens."""
+        """Start it unless it is running, and return when it listens."""
         if self._process is not None:
             return
         self._process = command.start(
@@ -33,10 +33,10 @@ class BrokerProcess:
         )
         assert self._process.stdout is not None
         for _ in range(2):
-            assert self._process.stdout.readline(), "the broker has not started"
+            assert self._process.stdout.readline(), "the broker did not start"
 
     def kill(self) -> None:
-        """Kill it as a crash does; returns when it is dead."""
+        """Kill it without a clean shutdown, and return when it has ended."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -45,10 +45,10 @@ class BrokerProcess:
 
 class NetworkProcess:
     """
-    Some proxies to a port, each of which can fail.
+    Proxies to a port, each of which can be made to fail.
 
-    :param port: the port
-    :param count: how many
+    :param port: the broker's port
+    :param count: the number of proxies
     """
 
     def __init__(self, port: int, count: int) -> None:
@@ -62,22 +62,22 @@ class NetworkProcess:
         assert self._process.stdout is not None
         self.ports: list[int] = json.loads(self._process.stdout.readline())
 
-    def tell(self, number: int, verb: str, *arguments: object) -> None:
-        """Have a proxy do something."""
+    def send(self, number: int, method: str, *arguments: object) -> None:
+        """Make a proxy call a method of :class:`FaultProxy`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([number, verb, *arguments]) + "\n")
+        self._process.stdin.write(json.dumps([number, method, *arguments]) + "\n")
         self._process.stdin.flush()
 
     def end(self) -> None:
-        """End all of them."""
+        """End the proxies."""
         self._process.kill()
         self._process.communicate()
 
 
-def _port_of_our_own() -> int:
-    # Not drawn by the seed, which two runs may share, nor one that the system hands out: while the
-    # broker is dead, who connects from that very port would connect to itself, and the broker
-    # could not return.
+def _pick_port() -> int:
+    # The port does not depend on the seed, which two runs might share. It lies outside the range of
+    # ephemeral ports: while the broker is down, a client that is given its port as local port would
+    # connect to itself, and the broker could not bind it again.
     while True:
         port = 20000 + secrets.randbelow(10000)
         with socket.socket() as sock:
