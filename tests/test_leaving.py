@@ -1,4 +1,4 @@
-"""Leaving: what is queued is sent, what is asked is answered, in a bounded time."""
+"""Leaving sends queued packets and waits for replies, within ``disconnect_timeout``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ KEY = "k" * 32
 pytestmark = pytest.mark.virtual_time
 
 
-class Slow:
-    """A peer that begins to read after some seconds, and then notes all that comes."""
+class SlowPeer:
+    """A peer that starts to read after some seconds and records what it receives."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -32,12 +32,12 @@ class Slow:
 
 
 def exactly(seconds: float) -> object:
-    # asyncio's virtual clock goes a hair beyond each deadline.
+    # asyncio's virtual clock overshoots each deadline a little.
     return pytest.approx(seconds, abs=1e-3)
 
 
-async def test_all_that_is_queued_is_sent_before_the_goodbye(anyio_backend: object) -> None:
-    slow = Slow(3)
+async def test_queued_packets_are_sent_before_disconnect(anyio_backend: object) -> None:
+    slow = SlowPeer(3)
     async with memory_peer(slow.play, capacity=100) as connectable:
         async with connect_reconnecting(connectable=connectable) as emitter:
             for number in range(50):
@@ -52,8 +52,8 @@ async def test_all_that_is_queued_is_sent_before_the_goodbye(anyio_backend: obje
     assert emitter.statistics().unsent == 0
 
 
-async def test_answers_are_waited_for_before_the_goodbye(anyio_backend: object) -> None:
-    slow = Slow(3)
+async def test_replies_are_awaited_before_disconnect(anyio_backend: object) -> None:
+    slow = SlowPeer(3)
     done: list[str] = []
 
     async def call(emitter: Emitter) -> None:
@@ -63,18 +63,20 @@ async def test_answers_are_waited_for_before_the_goodbye(anyio_backend: object) 
     async with memory_peer(slow.play) as connectable:
         async with (
             anyio.create_task_group() as tasks,
-            connect_reconnecting(connectable=connectable) as one,
+            connect_reconnecting(connectable=connectable) as emitter,
         ):
-            tasks.start_soon(call, one)
+            tasks.start_soon(call, emitter)
             await checkpoint()
-            while not one.statistics().pending:
+            while not emitter.statistics().pending:
                 await checkpoint()
         assert done == ["published"]
     assert slow.peers[0].received[-1].kind == DISCONNECT
 
 
-async def test_a_peer_that_does_nothing_is_waited_for_no_longer(anyio_backend: object) -> None:
-    slow = Slow(100)
+async def test_unresponsive_peer_delays_leaving_for_disconnect_timeout_only(
+    anyio_backend: object,
+) -> None:
+    slow = SlowPeer(100)
     async with memory_peer(slow.play, capacity=100) as connectable:
         async with connect_reconnecting(connectable=connectable, disconnect_timeout=4) as emitter:
             for _ in range(50):
@@ -85,8 +87,8 @@ async def test_a_peer_that_does_nothing_is_waited_for_no_longer(anyio_backend: o
         assert emitter.state == "closed"
 
 
-async def test_under_cancellation_nothing_is_waited_for(anyio_backend: object) -> None:
-    slow = Slow(100)
+async def test_cancelled_leaving_does_not_wait(anyio_backend: object) -> None:
+    slow = SlowPeer(100)
     async with memory_peer(slow.play, capacity=100) as connectable:
         with anyio.CancelScope() as scope:
             async with connect_reconnecting(connectable=connectable) as emitter:
@@ -99,10 +101,10 @@ async def test_under_cancellation_nothing_is_waited_for(anyio_backend: object) -
 
 
 @pytest.mark.parametrize("timeout", [0, 0.5])
-async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float) -> None:
+async def test_leaving_does_not_wait_for_the_backoff(anyio_backend: object, timeout: float) -> None:
     async def refuse(attempt: int) -> None:
         if attempt > 1:
-            raise OSError("nobody is there")
+            raise OSError("refused")
 
     cut = anyio.Event()
 
@@ -112,9 +114,9 @@ async def test_a_backoff_is_not_waited_for(anyio_backend: object, timeout: float
 
     async with memory_peer(play, before=refuse) as connectable:
         emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=timeout)
-        async with emitter, emitter.stream("disconnect") as gone:
+        async with emitter, emitter.stream("disconnect") as disconnected:
             cut.set()
-            await gone.receive()
+            await disconnected.receive()
             start = anyio.current_time()
         assert anyio.current_time() - start == exactly(0)
 
@@ -124,13 +126,13 @@ async def serve(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("event", ["connect", "error"])
-async def test_a_handler_that_waits_for_the_end_does_not_delay_it(
+async def test_handler_awaiting_wait_closed_does_not_delay_leaving(
     event: Literal["connect", "error"], anyio_backend: object
 ) -> None:
     steps: list[str] = []
 
     async def wait(*values: object) -> None:
-        steps.append("waits")
+        steps.append("waiting")
         await emitter.wait_closed()
         steps.append(emitter.state)
 
@@ -141,13 +143,13 @@ async def test_a_handler_that_waits_for_the_end_does_not_delay_it(
             emitter.on("connect", lambda: 1 / 0)
         async with emitter:
             await anyio.wait_all_tasks_blocked()
-            assert steps == ["waits"]
+            assert steps == ["waiting"]
             start = anyio.current_time()
     assert anyio.current_time() - start == exactly(0)
-    assert steps == ["waits", "closed"]
+    assert steps == ["waiting", "closed"]
 
 
-async def test_a_handler_that_no_longer_waits_for_the_end_is_waited_for(
+async def test_handler_that_stopped_awaiting_wait_closed_is_awaited(
     anyio_backend: object,
 ) -> None:
     steps: list[str] = []

@@ -17,21 +17,21 @@ from emitter_anyio._net.options import _OTHER_CHECKS, Options, Server, make_opti
 from emitter_anyio._values.will import Will
 
 
-def made(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Options:
+def make(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Options:
     return make_options(options, keywords)
 
 
 def server_of(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Server:
-    (server,) = made(options, **keywords).servers
+    (server,) = make(options, **keywords).servers
     return server
 
 
 class TestDefaults:
-    def test_are_those_of_the_hosted_emitter(self) -> None:
+    def test_default_server_is_the_hosted_emitter(self) -> None:
         assert server_of() == Server("mqtts", "api.emitter.io", 443)
 
-    def test_of_all_the_rest(self) -> None:
-        options = made()
+    def test_other_defaults(self) -> None:
+        options = make()
         assert options.keepalive == 30
         assert (options.username, options.password, options.client_id) == (None, None, "")
         assert (options.connect_timeout, options.request_timeout) == (10, 10)
@@ -44,34 +44,34 @@ class TestDefaults:
         for name in ("will", "ssl_context", "connectable"):
             assert getattr(options, name) is None
 
-    def test_the_port_follows_the_scheme(self) -> None:
+    def test_default_port_follows_the_scheme(self) -> None:
         assert server_of(secure=False) == Server("mqtt", "api.emitter.io", 8080)
         assert server_of(secure=False, port=5) == Server("mqtt", "api.emitter.io", 5)
 
 
-class TestTheMapping:
-    def test_is_the_original_form(self) -> None:
+class TestMapping:
+    def test_mapping_of_the_original_sdk(self) -> None:
         given = {"host": "h", "port": 8080, "secure": False, "keepalive": 20}
-        options = made(given)
+        options = make(given)
         assert options.servers == (Server("mqtt", "h", 8080),)
         assert options.keepalive == 20
         assert given == {"host": "h", "port": 8080, "secure": False, "keepalive": 20}
 
-    def test_keywords_are_added(self) -> None:
-        options = made({"host": "h"}, secure=False, username="ann")
+    def test_keywords_are_added_to_a_mapping(self) -> None:
+        options = make({"host": "h"}, secure=False, username="ann")
         assert options.servers == (Server("mqtt", "h", 8080),)
         assert options.username == "ann"
 
-    def test_the_same_may_be_said_twice(self) -> None:
+    def test_keyword_can_repeat_the_mapping(self) -> None:
         assert server_of({"host": "h"}, host="h").host == "h"
 
     @pytest.mark.parametrize("options", [5, b"mqtt://h", ["mqtt://h"], None])
-    def test_of_another_kind(self, options: Any) -> None:
+    def test_options_of_another_type_raise_type_error(self, options: Any) -> None:
         if options is None:
             assert server_of(options) == server_of()
         else:
             with pytest.raises(TypeError, match=f"not {type(options).__name__}$"):
-                made(options)
+                make(options)
 
 
 class TestUrls:
@@ -92,20 +92,20 @@ class TestUrls:
             ("ws://h/a%20b/é c;d/", Server("ws", "h", 8080, "/a%20b/%C3%A9%20c;d/")),
         ],
     )
-    def test_say_where_the_broker_is(self, url: str, server: Server) -> None:
+    def test_url_gives_the_server(self, url: str, server: Server) -> None:
         assert server_of(url) == server
 
-    def test_carry_user_and_password(self) -> None:
-        options = made("mqtt://ann%40x:p%2Fw@h")
+    def test_url_can_have_user_and_password(self) -> None:
+        options = make("mqtt://ann%40x:p%2Fw@h")
         assert (options.username, options.password) == ("ann@x", "p/w")
-        assert made("mqtt://ann@h").password is None
+        assert make("mqtt://ann@h").password is None
 
-    def test_of_websocket_carry_them_too(self) -> None:
-        options = made("wss://ann:p@h/mqtt")
+    def test_websocket_url_can_have_user_and_password(self) -> None:
+        options = make("wss://ann:p@h/mqtt")
         assert (options.username, options.password) == ("ann", "p")
         assert "ann" not in str(options.servers)
 
-    def test_a_path_as_the_host_is_a_unix_socket(self) -> None:
+    def test_path_as_host_is_a_unix_socket(self) -> None:
         assert server_of(host="/tmp/x") == Server("unix", "/tmp/x", 0)
 
     @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ class TestUrls:
             "wss://[::1]:443/mqtt/",
         ],
     )
-    def test_come_back_as_they_were(self, url: str) -> None:
+    def test_str_of_a_server_is_its_url(self, url: str) -> None:
         assert str(server_of(url)) == url
 
     @given(
@@ -127,12 +127,12 @@ class TestUrls:
         st.integers(1, 65535),
         st.from_regex(r"/([a-zA-Z0-9;:@!$&'()*+,=~_./-]|%[0-9A-F]{2}){0,20}", fullmatch=True),
     )
-    def test_round_trip(self, scheme: str, host: str, port: int, path: str) -> None:
+    def test_url_round_trip(self, scheme: str, host: str, port: int, path: str) -> None:
         server = Server(scheme, host, port, path if scheme.startswith("ws") else "")
         assert server_of(str(server)) == server
 
     @pytest.mark.parametrize(
-        ("url", "why"),
+        ("url", "pattern"),
         [
             ("h:8080", "scheme 'h'"),
             ("h", "scheme.*mqtt, mqtts, ws, wss or unix"),
@@ -157,9 +157,9 @@ class TestUrls:
             ("unix:///path#fragment", r"unix:///path"),
         ],
     )
-    def test_that_are_none(self, url: str, why: str) -> None:
-        with pytest.raises(ValueError, match=why):
-            made(url)
+    def test_invalid_value_raises(self, url: str, pattern: str) -> None:
+        with pytest.raises(ValueError, match=pattern):
+            make(url)
 
     @pytest.mark.parametrize(
         "url",
@@ -176,9 +176,9 @@ class TestUrls:
             "unix://ann:password@h/x",
         ],
     )
-    def test_never_show_a_password(self, url: str) -> None:
+    def test_url_error_never_shows_a_password(self, url: str) -> None:
         with pytest.raises(ValueError, match=r".") as caught:
-            made(url)
+            make(url)
         error: BaseException | None = caught.value
         while error is not None:
             assert "password" not in repr(error)
@@ -194,66 +194,66 @@ class TestUrls:
             {"password": "other"},
         ],
     )
-    def test_that_disagree_with_a_keyword(self, keywords: dict[str, Any]) -> None:
+    def test_url_that_contradicts_a_keyword_raises(self, keywords: dict[str, Any]) -> None:
         (name,) = keywords
         with pytest.raises(TypeError, match=f"'{name}' in the URL"):
-            made("mqtt://ann:word@h:8080", **keywords)
+            make("mqtt://ann:word@h:8080", **keywords)
 
     @pytest.mark.parametrize("scheme", ["ws", "wss"])
-    def test_of_websocket_that_disagree_with_a_keyword(self, scheme: str) -> None:
+    def test_websocket_url_that_contradicts_a_keyword_raises(self, scheme: str) -> None:
         secure = scheme == "wss"
         for name, value in (("host", "other"), ("port", 1), ("secure", not secure)):
             with pytest.raises(TypeError, match=f"'{name}' in the URL"):
-                made(f"{scheme}://h:2/mqtt", **{name: value})
+                make(f"{scheme}://h:2/mqtt", **{name: value})
         agreed = server_of(f"{scheme}://h:2/mqtt", host="h", port=2, secure=secure)
         assert agreed == Server(scheme, "h", 2, "/mqtt")
 
     @pytest.mark.parametrize("keywords", [{"secure": 0}, {"port": 8080.0}])
-    def test_a_keyword_of_another_kind_is_none(self, keywords: dict[str, Any]) -> None:
+    def test_keyword_of_another_type_raises_type_error(self, keywords: dict[str, Any]) -> None:
         with pytest.raises(TypeError, match=next(iter(keywords))):
-            made("ws://h", **keywords)
+            make("ws://h", **keywords)
 
-    def test_a_mapping_that_disagrees(self) -> None:
+    def test_mapping_that_contradicts_a_keyword_raises(self) -> None:
         with pytest.raises(TypeError, match="'host' in the mapping"):
-            made({"host": "a"}, host="b")
+            make({"host": "a"}, host="b")
 
 
-class TestAConnectable:
-    def test_knows_the_way_itself(self) -> None:
+class TestConnectable:
+    def test_connectable_needs_no_host(self) -> None:
         connectable = anyio.as_connectable(("127.0.0.1", 1))
         server = server_of(connectable=connectable)
         assert server == Server("connectable", "", 0)
         assert str(server) == "the connectable"
 
-    def test_may_have_a_name(self) -> None:
+    def test_connectable_can_have_a_url(self) -> None:
         connectable = anyio.as_connectable(("127.0.0.1", 1))
         assert str(server_of("mqtt://h", connectable=connectable)) == "mqtt://h:8080"
 
-    def test_none_is_no_connectable(self) -> None:
+    def test_connectable_can_be_none(self) -> None:
         assert server_of(connectable=None) == server_of()
 
 
 class TestServers:
-    def test_are_tried_in_turn(self) -> None:
-        options = made(servers=["mqtt://a", "mqtt://b:1"])
+    def test_servers_keep_their_order(self) -> None:
+        options = make(servers=["mqtt://a", "mqtt://b:1"])
         assert options.servers == (Server("mqtt", "a", 8080), Server("mqtt", "b", 1))
 
-    def test_may_be_of_websocket_each_with_its_path(self) -> None:
-        options = made(servers=["wss://a/mqtt", "wss://b"])
+    def test_websocket_servers_have_their_own_paths(self) -> None:
+        options = make(servers=["wss://a/mqtt", "wss://b"])
         assert options.servers == (
             Server("wss", "a", 443, "/mqtt"),
             Server("wss", "b", 443, "/"),
         )
 
     @pytest.mark.parametrize("other", [{"host": "h"}, {"port": 1}, {"secure": True}])
-    def test_stand_instead_of_the_rest(self, other: dict[str, Any]) -> None:
+    def test_servers_conflict_with_host_port_and_secure(self, other: dict[str, Any]) -> None:
         with pytest.raises(TypeError, match=f"servers.*{next(iter(other))}"):
-            made(servers=["mqtt://a"], **other)
+            make(servers=["mqtt://a"], **other)
         with pytest.raises(TypeError, match=r"servers.*host, port, secure"):
-            made("mqtt://h", servers=["mqtt://a"])
+            make("mqtt://h", servers=["mqtt://a"])
 
     @pytest.mark.parametrize(
-        ("servers", "error", "why"),
+        ("servers", "error", "pattern"),
         [
             ([], ValueError, "servers.*empty"),
             ("mqtt://a", TypeError, "sequence of URLs"),
@@ -265,14 +265,14 @@ class TestServers:
             (["http://a"], ValueError, "scheme.*'http'"),
         ],
     )
-    def test_that_are_none(self, servers: Any, error: type[Exception], why: str) -> None:
-        with pytest.raises(error, match=why) as caught:
-            made(servers=servers)
+    def test_invalid_value_raises(self, servers: Any, error: type[Exception], pattern: str) -> None:
+        with pytest.raises(error, match=pattern) as caught:
+            make(servers=servers)
         assert "ann" not in str(caught.value)
 
 
-class TestEachOption:
-    def test_is_checked(self) -> None:
+class TestOptions:
+    def test_every_option_has_a_check(self) -> None:
         assert {"servers", *_OTHER_CHECKS} == {field.name for field in fields(Options)}
 
     @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ class TestEachOption:
             ("while_down", "raise"),
         ],
     )
-    def test_is_taken(self, name: str, value: Any) -> None:
-        assert getattr(made({name: value}), name) == value
+    def test_valid_value_is_accepted(self, name: str, value: Any) -> None:
+        assert getattr(make({name: value}), name) == value
 
     @pytest.mark.parametrize(
         ("name", "value", "error"),
@@ -346,38 +346,40 @@ class TestEachOption:
             ("while_down", "queue", ValueError),
         ],
     )
-    def test_is_refused_by_its_name(self, name: str, value: Any, error: type[Exception]) -> None:
+    def test_error_for_an_invalid_value_starts_with_the_option(
+        self, name: str, value: Any, error: type[Exception]
+    ) -> None:
         with pytest.raises(error, match=f"^{name} "):
-            made({name: value})
+            make({name: value})
 
-    def test_the_limits_are_named(self) -> None:
+    def test_error_names_the_limits(self) -> None:
         with pytest.raises(ValueError, match=r"keepalive.*1 to 60.*61"):
-            made(keepalive=61)
+            make(keepalive=61)
         with pytest.raises(ValueError, match=r"connect_timeout.* 0 .*-1"):
-            made(connect_timeout=-1)
+            make(connect_timeout=-1)
 
     @pytest.mark.parametrize("name", ["keepAlive", "hostname", "", 5])
-    def test_that_nobody_knows(self, name: Any) -> None:
+    def test_unknown_option_raises_type_error(self, name: Any) -> None:
         known = r"^unknown option .*; known options are .*keepalive, .*will$"
         with pytest.raises(TypeError, match=known) as caught:
-            made({name: 1})
+            make({name: 1})
         assert repr(name) in str(caught.value)
 
-    def test_a_password_needs_a_username(self) -> None:
+    def test_password_needs_a_username(self) -> None:
         with pytest.raises(TypeError, match=r"password.*username") as caught:
-            made(password="hush")
+            make(password="hush")
         assert "hush" not in str(caught.value)
-        assert made(username="ann", password="hush").password == "hush"
+        assert make(username="ann", password="hush").password == "hush"
 
     @pytest.mark.parametrize("bad", ["x" * 65536, "hush\ud800", b"hush"])
-    def test_a_bad_password_is_not_shown(self, bad: Any) -> None:
+    def test_bad_password_is_not_shown(self, bad: Any) -> None:
         with pytest.raises((TypeError, ValueError), match=r"^password ") as caught:
-            made(username="ann", password=bad)
+            make(username="ann", password=bad)
         assert "hush" not in repr(caught.value)
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
-    def test_an_ssl_context_needs_tls(self, tmp_path: Path) -> None:
+    def test_ssl_context_needs_tls(self, tmp_path: Path) -> None:
         context = ssl.create_default_context()
         connectable = anyio.as_connectable(("127.0.0.1", 1))
         for place in (
@@ -388,25 +390,25 @@ class TestEachOption:
             {"connectable": connectable},
         ):
             with pytest.raises(TypeError, match=r"ssl_context.*TLS"):
-                made(place, ssl_context=context)
+                make(place, ssl_context=context)
         for url in ("mqtts://h", "wss://h"):
-            assert made(url, ssl_context=context).ssl_context is context
+            assert make(url, ssl_context=context).ssl_context is context
 
-    def test_an_ssl_context_is_for_clients(self) -> None:
+    def test_ssl_context_for_servers_is_rejected(self) -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         with pytest.raises(ValueError, match=r"ssl_context.*server"):
-            made(ssl_context=context)
+            make(ssl_context=context)
 
-    def test_one_that_trusts_everybody_is_taken_with_a_warning(
+    def test_ssl_context_without_checks_logs_a_warning(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         context = ssl.create_default_context()
-        made(ssl_context=context)
+        make(ssl_context=context)
         assert caplog.records == []
         context.check_hostname = False
         for option, mode in (("check_hostname", ssl.CERT_REQUIRED), ("CERT_NONE", ssl.CERT_NONE)):
             context.verify_mode = mode
-            assert made("wss://h", ssl_context=context).ssl_context is context
+            assert make("wss://h", ssl_context=context).ssl_context is context
             record = caplog.records[-1]
             assert (record.name, record.levelname) == ("emitter_anyio", "WARNING")
             assert "not verified" in record.getMessage()
@@ -419,15 +421,15 @@ class TestEachOption:
     ) -> None:
         monkeypatch.setitem(sys.modules, "wsproto", None)
         with pytest.raises(ImportError, match=r"pip install 'emitter_anyio\[websocket\]'"):
-            made(place)
-        made("mqtt://h")
+            make(place)
+        make("mqtt://h")
 
-    def test_no_secret_is_shown(self) -> None:
-        options = made("mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden")
+    def test_repr_shows_no_secret(self) -> None:
+        options = make("mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden")
         for secret in ("password", "private", "hidden"):
             assert secret not in repr(options)
             assert secret not in str(options.servers)
 
 
-def test_no_servers_is_the_same_as_none_given() -> None:
+def test_servers_can_be_none() -> None:
     assert server_of(servers=None) == server_of()

@@ -1,4 +1,4 @@
-"""Each object owns its state: what the syntax trees of the library show."""
+"""Each object owns its state, as checked in the syntax trees of the library."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import emitter_anyio
 LIBRARY: Final = Path(emitter_anyio.__file__).parent
 
 EXCEPTIONS: Final = {
-    "*.__cause__": "Python documents that a program sets it",
+    "*.__cause__": "Python documents that programs may set it",
     "*.__context__": "as __cause__",
     "*.__module__": "where users import a class from, which its definition cannot state",
     "*scope.deadline": "AnyIO moves the deadline of a cancel scope by assignment",
     "patience.deadline": "as above",
     "self._retrying.deadline": "as above",
-    "self._group.cancel_scope.cancel": "AnyIO documents that a task group is cancelled so",
-    "error.strerror": "an OSError shows this attribute",
+    "self._group.cancel_scope.cancel": "AnyIO documents that a task group is cancelled this way",
+    "error.strerror": "an OSError displays this attribute",
     "message.channel": "making a message without calling its class takes a third less",
     "message.binary": "as above",
-    "arguments.source": "argparse fills its namespace by assignment, and so do its callers",
+    "arguments.source": "argparse fills its namespace by assignment, and so may its callers",
 }
-"""Expressions that the checks permit, and why."""
+"""Expressions that the checks permit, with the reasons."""
 
 MODULES: Final = sorted(LIBRARY.rglob("*.py"))
 TREES: Final = {path: ast.parse(path.read_text()) for path in sorted(LIBRARY.rglob("*.py"))}
@@ -56,7 +56,7 @@ def foreign_assignments(tree: ast.Module) -> Iterator[ast.expr]:
 
 
 def inherited_private_names(tree: ast.Module) -> Iterator[ast.expr | ast.stmt]:
-    """Yield each use of a private name that the class itself does not define, or a base also."""
+    """Yield each use of a private name that the class does not define, or that a base defines."""
     for class_ in ast.walk(tree):
         if not isinstance(class_, ast.ClassDef):
             continue
@@ -110,7 +110,7 @@ def stores(node: ast.Attribute | ast.Name) -> bool:
 
 
 def body(class_: ast.ClassDef) -> Iterator[ast.AST]:
-    """Yield all nodes of a class, but not those of classes in it."""
+    """Yield all nodes of a class, without those of nested classes."""
     left: list[ast.AST] = [*class_.body]
     while left:
         node = left.pop(0)
@@ -139,7 +139,7 @@ def private_names(class_: ast.ClassDef) -> set[str]:
 
 
 def inherited_names(class_: ast.ClassDef) -> set[str]:
-    """Return the private names that the bases of a class define, as far as they are ours."""
+    """Return the private names that bases of a class define, if these are in the library."""
     names = set()
     for base in class_.bases:
         while isinstance(base, ast.Subscript):
@@ -203,7 +203,7 @@ BASE = "class Base:\n def __init__(self):\n  self._a = 1\n def _b(self): ...\n"
         (inherited_private_names, "class C:\n _x: int\n _y = 1\n def f(self): self._x", []),
     ],
 )
-def test_a_check_finds(check: Check, source: str, found: list[str]) -> None:
+def test_check_finds_violations(check: Check, source: str, found: list[str]) -> None:
     shown = [text.partition(": ")[2] for text in violations(check, ast.parse(source))]
     assert shown == found
 
@@ -217,7 +217,7 @@ def test_a_check_finds(check: Check, source: str, found: list[str]) -> None:
         ("def f(self): self._c = 2", []),
     ],
 )
-def test_a_base_keeps_its_private_names(
+def test_private_names_of_a_base_are_off_limits(
     monkeypatch: pytest.MonkeyPatch, source: str, found: list[str]
 ) -> None:
     [base] = ast.parse(BASE).body

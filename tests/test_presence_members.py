@@ -22,11 +22,11 @@ def members() -> Members:
     return Members("a/")
 
 
-def came(id: str, channel: str = "a/", username: str | None = None) -> PresenceEvent:
+def subscribed(id: str, channel: str = "a/", username: str | None = None) -> PresenceEvent:
     return PresenceEvent(NOW, "subscribe", channel, (Member(id, username),))
 
 
-def went(id: str, channel: str = "a/", username: str | None = None) -> PresenceEvent:
+def unsubscribed(id: str, channel: str = "a/", username: str | None = None) -> PresenceEvent:
     return PresenceEvent(NOW, "unsubscribe", channel, (Member(id, username),))
 
 
@@ -34,8 +34,8 @@ def status(*ids: str, channel: str = "a/") -> PresenceStatus:
     return PresenceStatus(NOW, "status", channel, tuple(Member(id) for id in ids))
 
 
-def asked(members: Members, *ids: str, channel: str = "a/") -> bool:
-    """Ask for a status and take it in, with nothing in between."""
+def apply_new_status(members: Members, *ids: str, channel: str = "a/") -> bool:
+    """Request a status and apply it, with no event in between."""
     members.begin_status()
     return members.apply_status(channel, status(*ids, channel=channel))
 
@@ -45,251 +45,253 @@ def is_stale(members: Members) -> bool:
 
 
 class TestMembers:
-    def test_at_first_nobody_is_known(self, members: Members) -> None:
+    def test_new_members_are_empty(self, members: Members) -> None:
         assert dict(members.view) == {}
         assert not is_stale(members)
 
-    def test_the_first_status_says_who_is_there(self, members: Members) -> None:
-        assert asked(members, "X", "Y")
+    def test_first_status_sets_the_members(self, members: Members) -> None:
+        assert apply_new_status(members, "X", "Y")
         assert dict(members.view) == {"X": Member("X"), "Y": Member("Y")}
 
-    def test_a_status_that_is_no_news(self, members: Members) -> None:
-        assert not asked(members)
-        asked(members, "X", "Y")
-        assert not asked(members, "Y", "X")
-        assert asked(members, "X")
+    def test_status_returns_whether_it_changed_members(self, members: Members) -> None:
+        assert not apply_new_status(members)
+        apply_new_status(members, "X", "Y")
+        assert not apply_new_status(members, "Y", "X")
+        assert apply_new_status(members, "X")
         assert list(members.view) == ["X"]
 
-    def test_another_name_is_news(self, members: Members) -> None:
-        asked(members, "X")
+    def test_changed_username_is_a_change(self, members: Members) -> None:
+        apply_new_status(members, "X")
         members.begin_status()
         named = PresenceStatus(NOW, "status", "a/", (Member("X", "ann"),))
         assert members.apply_status("a/", named)
         assert members.view["X"].username == "ann"
 
-    def test_who_comes_and_goes(self, members: Members) -> None:
-        asked(members)
-        members.push(came("X", username="ann"))
+    def test_member_joins_and_leaves(self, members: Members) -> None:
+        apply_new_status(members)
+        members.push(subscribed("X", username="ann"))
         assert dict(members.view) == {"X": Member("X", "ann")}
         assert not is_stale(members)
-        members.push(went("X", username="ann"))
+        members.push(unsubscribed("X", username="ann"))
         assert dict(members.view) == {}
 
-    def test_who_comes_twice_is_there_once(self, members: Members) -> None:
-        members.push(came("X"))
-        members.push(came("X", username="ann"))
+    def test_member_that_joins_twice_is_listed_once(self, members: Members) -> None:
+        members.push(subscribed("X"))
+        members.push(subscribed("X", username="ann"))
         assert dict(members.view) == {"X": Member("X", "ann")}
-        members.push(went("X", username="ann"))
+        members.push(unsubscribed("X", username="ann"))
         assert dict(members.view) == {}
 
-    def test_it_is_a_view(self, members: Members) -> None:
+    def test_view_is_read_only_and_up_to_date(self, members: Members) -> None:
         view = members.view
-        members.push(came("X"))
+        members.push(subscribed("X"))
         assert list(view) == ["X"]
-        asked(members)
-        members.push(came("Y"))
+        apply_new_status(members)
+        members.push(subscribed("Y"))
         assert "Y" in view
         with pytest.raises(TypeError):
-            view["Z"] = Member("Z")  # type: ignore[index]  # that is the point
+            view["Z"] = Member("Z")  # type: ignore[index]  # on purpose
 
 
-class TestBelow:
-    """A status of the channel names those whom a message to it would reach, and so nobody below."""
+class TestSubchannels:
+    """A status lists only the clients that a message to the channel reaches."""
 
-    def test_who_comes_and_goes_there(self, members: Members) -> None:
-        asked(members)
-        members.push(came("X", "a/b/"))
+    def test_member_of_a_subchannel_joins_and_leaves(self, members: Members) -> None:
+        apply_new_status(members)
+        members.push(subscribed("X", "a/b/"))
         assert list(members.view) == ["X"]
         assert members.next_channels() == ["a/b/"]
-        members.push(went("X", "a/b/"))
+        members.push(unsubscribed("X", "a/b/"))
         assert dict(members.view) == {}
 
-    def test_who_is_in_two_places_is_there_until_it_has_left_both(self, members: Members) -> None:
-        asked(members)
-        members.push(came("X", "a/"))
-        members.push(came("X", "a/b/"))
-        members.push(went("X", "a/"))
+    def test_member_of_two_channels_stays_until_it_left_both(self, members: Members) -> None:
+        apply_new_status(members)
+        members.push(subscribed("X", "a/"))
+        members.push(subscribed("X", "a/b/"))
+        members.push(unsubscribed("X", "a/"))
         assert list(members.view) == ["X"]
-        members.push(went("X", "a/b/"))
+        members.push(unsubscribed("X", "a/b/"))
         assert dict(members.view) == {}
 
-    def test_a_status_of_the_channel_says_nothing_of_them(self, members: Members) -> None:
-        asked(members)
-        members.push(came("X", "a/b/"))
-        assert not asked(members)
+    def test_status_of_the_channel_keeps_members_of_subchannels(self, members: Members) -> None:
+        apply_new_status(members)
+        members.push(subscribed("X", "a/b/"))
+        assert not apply_new_status(members)
         assert list(members.view) == ["X"]
 
-    def test_a_status_of_their_own_channel_does(self, members: Members) -> None:
-        asked(members)
-        members.push(came("X", "a/b/"))
-        assert not asked(members, "X", channel="a/b/")
-        assert asked(members, "Y", channel="a/b/")
+    def test_status_of_a_subchannel_updates_its_members(self, members: Members) -> None:
+        apply_new_status(members)
+        members.push(subscribed("X", "a/b/"))
+        assert not apply_new_status(members, "X", channel="a/b/")
+        assert apply_new_status(members, "Y", channel="a/b/")
         assert list(members.view) == ["Y"]
-        assert asked(members, channel="a/b/")
+        assert apply_new_status(members, channel="a/b/")
         assert dict(members.view) == {}
 
-    def test_it_names_those_above_too(self, members: Members) -> None:
-        asked(members, "X")
-        members.push(came("Y", "a/b/"))
-        assert not asked(members, "X", "Y", channel="a/b/")
-        members.push(went("Y", "a/b/"))
-        assert asked(members)
-        assert dict(members.view) == {}, "X is not held by the channel below"
+    def test_status_of_a_subchannel_includes_members_of_the_parent(self, members: Members) -> None:
+        apply_new_status(members, "X")
+        members.push(subscribed("Y", "a/b/"))
+        assert not apply_new_status(members, "X", "Y", channel="a/b/")
+        members.push(unsubscribed("Y", "a/b/"))
+        assert apply_new_status(members)
+        assert dict(members.view) == {}, "X should not be a member of the subchannel"
 
-    def test_all_channels_are_looked_at_each_in_its_turn(self, members: Members) -> None:
+    def test_next_channels_rotates_through_all_subchannels(self, members: Members) -> None:
         assert members.next_channels() == []
         channels = [f"a/{number}/" for number in range(100)]
         for channel in channels:
-            members.push(came("X", channel))
+            members.push(subscribed("X", channel))
         assert members.next_channels() == channels[:64]
-        members.push(came("Y", "a/new/"))
+        members.push(subscribed("Y", "a/new/"))
         assert members.next_channels() == [*channels[64:], *channels[:28]]
         assert members.next_channels() == [*channels[28:64], "a/new/", *channels[64:91]]
 
-    def test_one_that_everybody_has_left_is_remembered(self, members: Members) -> None:
-        """Somebody may come back, and no event tell of it."""
-        members.push(came("X", "a/b/"))
-        members.push(went("X", "a/b/"))
-        assert not asked(members, channel="a/b/")
+    def test_empty_subchannel_is_remembered(self, members: Members) -> None:
+        """A member might join it again without an event."""
+        members.push(subscribed("X", "a/b/"))
+        members.push(unsubscribed("X", "a/b/"))
+        assert not apply_new_status(members, channel="a/b/")
         assert members.next_channels() == ["a/b/"]
-        assert asked(members, "Y", channel="a/b/")
+        assert apply_new_status(members, "Y", channel="a/b/")
         assert list(members.view) == ["Y"]
 
-    def test_of_those_that_everybody_has_left_the_latest_are_remembered(
-        self, members: Members
-    ) -> None:
-        members.push(came("X", "a/stays/"))
+    def test_latest_empty_subchannels_are_remembered(self, members: Members) -> None:
+        members.push(subscribed("X", "a/stays/"))
         for number in range(2000):
-            members.push(came("Y", f"a/{number}/"))
-            members.push(went("Y", f"a/{number}/"))
+            members.push(subscribed("Y", f"a/{number}/"))
+            members.push(unsubscribed("Y", f"a/{number}/"))
         below = {channel for _ in range(40) for channel in members.next_channels()}
         assert below == {"a/stays/"} | {f"a/{number}/" for number in range(2000 - 1023, 2000)}
 
-    def test_all_in_which_somebody_is_are_remembered(self, members: Members) -> None:
+    def test_all_subchannels_with_members_are_remembered(self, members: Members) -> None:
         for number in range(1100):
-            members.push(came("X", f"a/{number}/"))
+            members.push(subscribed("X", f"a/{number}/"))
         assert len({channel for _ in range(20) for channel in members.next_channels()}) == 1100
 
 
-class TestDoubts:
-    def test_who_was_there_before_us_may_be_reached_otherwise_still(self, members: Members) -> None:
-        asked(members, "X")
-        members.push(went("X"))
-        assert dict(members.view) == {}
-        assert is_stale(members)
-        assert asked(members, "X"), "and so it is"
-        assert list(members.view) == ["X"]
-        assert not is_stale(members)
-
-    def test_who_was_there_before_us_and_leaves_a_place_below(self, members: Members) -> None:
-        asked(members, "X")
-        members.push(came("X", "a/b/"))
-        members.push(went("X", "a/b/"))
-        assert list(members.view) == ["X"]
-        assert is_stale(members)
-
-    def test_who_leaves_and_was_never_there(self, members: Members) -> None:
-        members.push(went("X"))
-        members.push(went("Y", "a/b/"))
-        assert dict(members.view) == {}
-        assert is_stale(members)
-
-    def test_who_comes_is_beyond_doubt(self, members: Members) -> None:
-        members.push(came("X"))
-        members.push(came("X", "a/b/"))
-        assert not is_stale(members)
-
-    def test_a_member_that_another_node_reports_as_gone_is_restored_by_a_status(
+class TestStale:
+    def test_leaving_member_from_the_first_status_might_still_be_reached(
         self, members: Members
     ) -> None:
-        """A dead node's members are reported with ids that others may have."""
-        members.push(came("X"))
-        members.push(went("X"))
+        apply_new_status(members, "X")
+        members.push(unsubscribed("X"))
+        assert dict(members.view) == {}
         assert is_stale(members)
-        assert asked(members, "X")
+        assert apply_new_status(members, "X"), "the status should restore X"
+        assert list(members.view) == ["X"]
+        assert not is_stale(members)
+
+    def test_member_from_the_first_status_that_leaves_a_subchannel_stays(
+        self, members: Members
+    ) -> None:
+        apply_new_status(members, "X")
+        members.push(subscribed("X", "a/b/"))
+        members.push(unsubscribed("X", "a/b/"))
+        assert list(members.view) == ["X"]
+        assert is_stale(members)
+
+    def test_unknown_member_that_leaves_makes_members_stale(self, members: Members) -> None:
+        members.push(unsubscribed("X"))
+        members.push(unsubscribed("Y", "a/b/"))
+        assert dict(members.view) == {}
+        assert is_stale(members)
+
+    def test_joining_member_does_not_make_members_stale(self, members: Members) -> None:
+        members.push(subscribed("X"))
+        members.push(subscribed("X", "a/b/"))
+        assert not is_stale(members)
+
+    def test_member_reported_as_gone_by_another_node_is_restored_by_a_status(
+        self, members: Members
+    ) -> None:
+        """The ids reported for a dead node's members might belong to other clients."""
+        members.push(subscribed("X"))
+        members.push(unsubscribed("X"))
+        assert is_stale(members)
+        assert apply_new_status(members, "X")
         assert list(members.view) == ["X"]
 
-    def test_an_event_with_another_user_name_removes_no_member(self, members: Members) -> None:
-        members.push(came("X", username="ann"))
-        members.push(came("Y", "a/b/", username="ann"))
-        members.push(went("X", username="bob"))
-        members.push(went("Y", "a/b/"))
+    def test_event_with_another_username_removes_no_member(self, members: Members) -> None:
+        members.push(subscribed("X", username="ann"))
+        members.push(subscribed("Y", "a/b/", username="ann"))
+        members.push(unsubscribed("X", username="bob"))
+        members.push(unsubscribed("Y", "a/b/"))
         assert sorted(members.view) == ["X", "Y"]
         assert is_stale(members)
 
 
 class TestOtherNodes:
-    """A status names those on one node of a cluster; events come from all of them."""
+    """A status lists the clients of one node of a cluster; events come from all nodes."""
 
-    def test_who_is_on_another_node_stays(self, members: Members) -> None:
-        asked(members, "X")
-        members.push(came("Y"))
-        members.push(came("Z", "a/b/"))
-        assert not asked(members, "X")
-        assert not asked(members, "X", channel="a/b/")
+    def test_member_on_another_node_stays(self, members: Members) -> None:
+        apply_new_status(members, "X")
+        members.push(subscribed("Y"))
+        members.push(subscribed("Z", "a/b/"))
+        assert not apply_new_status(members, "X")
+        assert not apply_new_status(members, "X", channel="a/b/")
         assert sorted(members.view) == ["X", "Y", "Z"]
-        members.push(went("Y"))
-        members.push(went("Z", "a/b/"))
+        members.push(unsubscribed("Y"))
+        members.push(unsubscribed("Z", "a/b/"))
         assert list(members.view) == ["X"]
 
-    def test_who_was_named_once_may_be_missed_in_any_channel(self, members: Members) -> None:
-        members.push(came("X", "a/b/"))
-        asked(members, "X", channel="a/b/")
-        members.push(came("X", "a/c/"))
-        assert asked(members, channel="a/b/") is False
-        assert asked(members, channel="a/c/")
+    def test_member_listed_once_is_removed_by_a_status_without_it(self, members: Members) -> None:
+        members.push(subscribed("X", "a/b/"))
+        apply_new_status(members, "X", channel="a/b/")
+        members.push(subscribed("X", "a/c/"))
+        assert apply_new_status(members, channel="a/b/") is False
+        assert apply_new_status(members, channel="a/c/")
         assert dict(members.view) == {}
 
-    def test_those_of_another_connection_stay_unconfirmed(self, members: Members) -> None:
-        asked(members, "W", "X")
-        members.push(came("Y", username="ann"))
-        members.push(came("Z"))
+    def test_members_from_another_connection_stay_unconfirmed(self, members: Members) -> None:
+        apply_new_status(members, "W", "X")
+        members.push(subscribed("Y", username="ann"))
+        members.push(subscribed("Z"))
         members.note_gap()
         assert {member.confirmed for member in members.view.values()} == {False}
-        assert not asked(members, "X"), "nobody has come or gone"
-        assert not asked(members, "X"), "nor have those whom another node may have"
-        members.push(came("Z"))
+        assert not apply_new_status(members, "X"), "no member joined or left"
+        assert not apply_new_status(members, "X"), "members on another node might still be there"
+        members.push(subscribed("Z"))
         assert dict(members.view) == {
             "W": Member("W", confirmed=False),
             "X": Member("X"),
             "Y": Member("Y", "ann", confirmed=False),
             "Z": Member("Z"),
         }
-        members.push(went("Y", username="ann"))
-        assert asked(members), "X has been named since"
+        members.push(unsubscribed("Y", username="ann"))
+        assert apply_new_status(members), "X was listed since, so the status removes it"
         assert sorted(members.view) == ["W", "Z"]
 
 
-class TestChangesWhileAskingForAStatus:
-    """The answer is from before or after the change: nobody knows, so the change counts."""
+class TestChangesDuringAStatusRequest:
+    """The reply might be older or newer than the change, so the change counts."""
 
-    def test_who_came(self, members: Members) -> None:
+    def test_member_that_joined_is_kept(self, members: Members) -> None:
         members.begin_status()
-        members.push(came("X"))
+        members.push(subscribed("X"))
         assert not members.apply_status("a/", status())
         assert list(members.view) == ["X"]
-        assert is_stale(members), "another status is to tell"
+        assert is_stale(members), "another status is needed"
 
-    def test_who_went(self, members: Members) -> None:
-        members.push(came("X"))
+    def test_member_that_left_stays_removed(self, members: Members) -> None:
+        members.push(subscribed("X"))
         members.begin_status()
-        members.push(went("X"))
+        members.push(unsubscribed("X"))
         assert not members.apply_status("a/", status("X"))
         assert dict(members.view) == {}
         assert is_stale(members)
 
-    def test_the_others_are_corrected(self, members: Members) -> None:
-        asked(members, "X", "Y")
+    def test_other_members_are_corrected(self, members: Members) -> None:
+        apply_new_status(members, "X", "Y")
         members.begin_status()
-        members.push(came("Z"))
+        members.push(subscribed("Z"))
         assert members.apply_status("a/", status("X"))
         assert sorted(members.view) == ["X", "Z"]
 
-    def test_asking_again_without_changes_settles_it(self, members: Members) -> None:
+    def test_next_status_without_changes_is_final(self, members: Members) -> None:
         members.begin_status()
-        members.push(came("X"))
+        members.push(subscribed("X"))
         members.apply_status("a/", status())
-        assert not asked(members, "X")
+        assert not apply_new_status(members, "X")
         assert not is_stale(members)
 
     @given(
@@ -299,35 +301,33 @@ class TestChangesWhileAskingForAStatus:
         ),
         st.sets(st.sampled_from("XYZ")),
     )
-    def test_a_status_with_nothing_in_between_is_the_truth(
-        self, changes: list[tuple[Literal["subscribe", "unsubscribe"], str]], there: set[str]
+    def test_status_without_changes_sets_the_members(
+        self, changes: list[tuple[Literal["subscribe", "unsubscribe"], str]], listed: set[str]
     ) -> None:
         members = Members("a/")
         for event, id in changes:
             members.push(PresenceEvent(NOW, event, "a/", (Member(id),)))
         before = set(members.view)
-        # It removes nobody, who may be on another node, before it has named him once.
-        assert asked(members, *there) == (not there <= before)
-        assert set(members.view) == there | before
-        asked(members, *"XYZ")
-        assert asked(members, *there) == (there != set("XYZ"))
-        assert set(members.view) == there
+        # A status removes only members that it listed before: others might be on another node.
+        assert apply_new_status(members, *listed) == (not listed <= before)
+        assert set(members.view) == listed | before
+        apply_new_status(members, *"XYZ")
+        assert apply_new_status(members, *listed) == (listed != set("XYZ"))
+        assert set(members.view) == listed
         assert not is_stale(members)
 
     @given(st.lists(st.tuples(st.sampled_from("XYZ"), st.sampled_from(["a/", "a/b/", "a/c/"]))))
-    def test_who_comes_under_our_eyes_is_followed_exactly(
-        self, moves: list[tuple[str, str]]
-    ) -> None:
+    def test_events_of_new_members_are_followed_exactly(self, moves: list[tuple[str, str]]) -> None:
         members = Members("a/")
         places: set[tuple[str, str]] = set()
         for place in moves:
-            # The broker tells of each place once.
-            members.push(went(*place) if place in places else came(*place))
+            # The broker emits one event per change.
+            members.push(unsubscribed(*place) if place in places else subscribed(*place))
             places ^= {place}
             assert set(members.view) == {id for id, _ in places}
 
 
-class TestTheFeed:
+class TestFeed:
     @pytest.fixture
     def watch(self) -> Watch:
         return Watch("a/", Sender("watch_presence('a/')", 10, "raise"))
@@ -337,8 +337,8 @@ class TestTheFeed:
         with PresenceFeed(watch.send, "a/", watch.members.view) as feed:
             yield feed
 
-    def test_the_status_comes_first(self, watch: Watch, feed: PresenceFeed) -> None:
-        event = came("X")
+    def test_status_comes_first(self, watch: Watch, feed: PresenceFeed) -> None:
+        event = subscribed("X")
         watch.send.push(event)
         first = status("X")
         watch.send.put_in_front([first])
@@ -347,59 +347,59 @@ class TestTheFeed:
     def test_members_stay_up_to_date_and_cannot_be_changed(
         self, watch: Watch, feed: PresenceFeed
     ) -> None:
-        watch.members.push(came("X"))
+        watch.members.push(subscribed("X"))
         assert list(feed.members) == ["X"]
         assert not hasattr(feed.members, "clear")
 
-    def test_a_gap_is_counted_and_leaves_members_unconfirmed(
+    def test_gap_is_counted_and_makes_members_unconfirmed(
         self, watch: Watch, feed: PresenceFeed
     ) -> None:
-        watch.members.push(came("X"))
+        watch.members.push(subscribed("X"))
         watch.note_gap()
         assert feed.statistics().gaps == 1
         assert not feed.members["X"].confirmed
 
-    def test_a_clone_shares_the_events(self, watch: Watch, feed: PresenceFeed) -> None:
-        event = came("X")
+    def test_clone_shares_the_events(self, watch: Watch, feed: PresenceFeed) -> None:
+        event = subscribed("X")
         watch.send.push(event)
         with feed.clone() as clone:
             assert clone.receive_nowait() is event
 
-    def test_says_what_it_is(self, feed: PresenceFeed) -> None:
+    def test_repr(self, feed: PresenceFeed) -> None:
         assert repr(feed) == "<PresenceFeed watch_presence('a/'), open, 0 buffered>"
 
 
 @pytest.mark.virtual_time
-class TestWaitingForDoubts:
-    async def waited(self, members: Members, seconds: float) -> tuple[bool, float]:
-        """Whether the members are stale, and how long that took."""
+class TestWaitStale:
+    async def time_wait_stale(self, members: Members, seconds: float) -> tuple[bool, float]:
+        """Wait until the members are stale or ``seconds`` passed; return which, and the time."""
         start = anyio.current_time()
         stale = await members.wait_stale(seconds)
         return stale, round(anyio.current_time() - start, 6)
 
-    async def later(self, seconds: float, act: Callable[[], object]) -> None:
+    async def call_later(self, seconds: float, function: Callable[[], object]) -> None:
         await anyio.sleep(seconds)
-        act()
+        function()
 
-    async def test_a_status_is_wanted_now_and_then(self, members: Members) -> None:
-        assert await self.waited(members, 60) == (False, 60)
+    async def test_wait_stale_times_out(self, members: Members) -> None:
+        assert await self.time_wait_stale(members, 60) == (False, 60)
 
-    async def test_doubts_are_gathered_for_a_little_while(self, members: Members) -> None:
+    async def test_stale_marks_are_batched_for_a_tenth_of_a_second(self, members: Members) -> None:
         members.mark_stale()
         members.mark_stale()
-        assert await self.waited(members, 60) == (True, 0.1)
+        assert await self.time_wait_stale(members, 60) == (True, 0.1)
 
-    async def test_a_doubt_that_comes_later(self, members: Members) -> None:
+    async def test_stale_mark_during_the_wait(self, members: Members) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.later, 5, members.mark_stale)
-            assert await self.waited(members, math.inf) == (True, 5.1)
+            tasks.start_soon(self.call_later, 5, members.mark_stale)
+            assert await self.time_wait_stale(members, math.inf) == (True, 5.1)
 
-    async def test_a_doubt_puts_nothing_off(self, members: Members) -> None:
+    async def test_stale_mark_does_not_extend_the_wait(self, members: Members) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.later, 59.95, members.mark_stale)
-            assert await self.waited(members, 60) == (True, 60)
+            tasks.start_soon(self.call_later, 59.95, members.mark_stale)
+            assert await self.time_wait_stale(members, 60) == (True, 60)
 
-    async def test_asking_settles_the_doubts(self, members: Members) -> None:
+    async def test_requesting_a_status_clears_the_stale_mark(self, members: Members) -> None:
         members.mark_stale()
         members.begin_status()
-        assert await self.waited(members, 60) == (False, 60)
+        assert await self.time_wait_stale(members, 60) == (False, 60)

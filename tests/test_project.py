@@ -1,4 +1,4 @@
-"""What the project as a whole promises: its version, its surface, what importing it loads."""
+"""The project as a whole: version, public names, imports and code comments."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ ERRORS = [
     *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
     *["ForbiddenError", "NotFoundError", "ServerError", "HistoryIncompleteError"],
 ]
-SURFACE = [*CALLS, *VALUES, *ERRORS]
+PUBLIC_NAMES = [*CALLS, *VALUES, *ERRORS]
 
-# The rows of the map that hold values, rules and the session: no I/O, no clock.
+# Modules without I/O and without a clock.
 PACKAGES = ("_values", "_backend", "_protocol", "_streams", "_net", "_runtime", "_features")
 
-PURE = [
+SANS_IO_MODULES = [
     str(path.relative_to(LIBRARY).with_suffix(""))
     for package in ("_values", "_protocol")
     for path in sorted((LIBRARY / package).glob("[a-z]*.py"))
@@ -67,23 +67,23 @@ def public_names() -> dict[str, object]:
 
 
 class TestVersion:
-    def test_the_changelog_begins_with_it(self) -> None:
+    def test_changelog_starts_with_the_version(self) -> None:
         headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
         assert headings[0] in (
             f"Unreleased: {emitter_anyio.__version__}",
             emitter_anyio.__version__,
         )
 
-    def test_the_package_is_built_with_it(self) -> None:
+    def test_package_has_the_version(self) -> None:
         assert metadata.version("emitter_anyio") == emitter_anyio.__version__
 
-    def test_no_other_file_holds_it(self) -> None:
-        holding = [
+    def test_version_is_in_one_file(self) -> None:
+        files = [
             path.name
             for path in (*LIBRARY.rglob("*.py"), ROOT / "pyproject.toml", ROOT / "noxfile.py")
             if f'"{emitter_anyio.__version__}"' in path.read_text()
         ]
-        assert holding == ["_version.py"]
+        assert files == ["_version.py"]
 
 
 class TestWorkflows:
@@ -99,17 +99,17 @@ class TestWorkflows:
             assert re.fullmatch(r"(- )?uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
 
 
-class TestSurface:
-    def test_is_what_is_documented(self) -> None:
-        assert sorted(public_names()) == sorted(SURFACE)
+class TestPublicNames:
+    def test_public_names_are_the_documented_ones(self) -> None:
+        assert sorted(public_names()) == sorted(PUBLIC_NAMES)
 
-    @pytest.mark.parametrize("name", SURFACE)
-    def test_each_name_shows_where_users_import_it_from(self, name: str) -> None:
+    @pytest.mark.parametrize("name", PUBLIC_NAMES)
+    def test_each_name_has_the_public_module(self, name: str) -> None:
         value = getattr(emitter_anyio, name)
         assert value.__module__ == "emitter_anyio"
         assert value.__qualname__ == name
 
-    @pytest.mark.parametrize("name", SURFACE)
+    @pytest.mark.parametrize("name", PUBLIC_NAMES)
     def test_each_name_has_a_docstring(self, name: str) -> None:
         value = getattr(emitter_anyio, name)
         assert value.__doc__
@@ -123,7 +123,7 @@ class TestSurface:
             ]
             assert not undocumented
 
-    def test_it_is_typed(self) -> None:
+    def test_package_has_py_typed(self) -> None:
         assert resources.files("emitter_anyio").joinpath("py.typed").is_file()
 
     @pytest.mark.parametrize("name", ERRORS)
@@ -156,46 +156,46 @@ def requirements_of(distribution: str) -> set[str]:
 
 
 class TestImports:
-    def test_importing_the_library_loads_what_it_needs_and_no_more(self) -> None:
+    def test_import_loads_only_required_modules(self) -> None:
         loaded = modules_loaded_by("import emitter_anyio")
         assert {"anyio", "paho.mqtt.client", "emitter_anyio._client"} <= loaded
         unwanted = {"trio", "wsproto", "rich", "emitter_anyio.testing"}
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
-        ours = {name for name in loaded if name.startswith("emitter_anyio")}
+        own_modules = {name for name in loaded if name.startswith("emitter_anyio")}
         files = [path for name in PACKAGES for path in LIBRARY.glob(f"{name}/*.py")]
-        later = ("_backend/trio.py", "_net/websocket.py", "__main__.py")
-        assert ours == {
+        loaded_on_demand = ("_backend/trio.py", "_net/websocket.py", "__main__.py")
+        assert own_modules == {
             ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             for path in (*LIBRARY.glob("_*.py"), *files)
-            if str(path.relative_to(LIBRARY)) not in later
+            if str(path.relative_to(LIBRARY)) not in loaded_on_demand
         }
         started = modules_loaded_by("")
-        # AnyIO and Paho import sniffio and PySocks where something else has installed them.
+        # AnyIO and Paho import sniffio and PySocks if another package has installed them.
         allowed = {"emitter-anyio", "anyio", "paho-mqtt", "sniffio", "pysocks"}
         allowed |= requirements_of("anyio") | requirements_of("paho-mqtt")
         owners = metadata.packages_distributions()
         for module in {name.split(".")[0] for name in loaded - started} & owners.keys():
             assert {normalized(owner) for owner in owners[module]} & allowed, module
 
-    @pytest.mark.parametrize("module", PURE)
-    def test_pure_modules_take_only_exceptions_from_anyio(self, module: str) -> None:
-        # The other rules about imports are import-linter's, which does not see names.
+    @pytest.mark.parametrize("module", SANS_IO_MODULES)
+    def test_sans_io_modules_import_only_exceptions_from_anyio(self, module: str) -> None:
+        # import-linter checks the other import rules, but does not see imported names.
         tree = ast.parse((LIBRARY / f"{module}.py").read_text())
-        taken: set[str] = set()
+        imported: set[str] = set()
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anyio":
                 assert node.module == "anyio"
-                taken.update(alias.name for alias in node.names)
+                imported.update(alias.name for alias in node.names)
             elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "anyio":
-                taken.add(node.attr)
+                imported.add(node.attr)
 
-        for name in taken:
+        for name in imported:
             assert issubclass(getattr(anyio, name), Exception)
 
 
 class TestCode:
-    def test_at_most_ten_lines_are_not_covered_each_with_its_reason(self) -> None:
+    def test_at_most_10_lines_are_excluded_from_coverage_with_a_reason(self) -> None:
         marked = [
             (path.name, line.strip())
             for path in LIBRARY.rglob("*.py")
@@ -206,7 +206,7 @@ class TestCode:
         for _, line in marked:
             assert re.search(r"# pragma: no (cover|branch) - \w", line), line
 
-    def test_every_ignore_gives_its_reason(self) -> None:
+    def test_every_ignore_comment_has_a_reason(self) -> None:
         for path in (*LIBRARY.rglob("*.py"), *ROOT.glob("examples/*.py")):
             for line in path.read_text().splitlines():
                 if re.search(r"# (type: ignore|noqa|pyright:)", line):

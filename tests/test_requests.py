@@ -61,17 +61,17 @@ answers = st.dictionaries(
 )
 
 
-def number(seconds: int, counter: int = 0, node: int = 7) -> str:
-    """The id of a stored message, as the broker makes it, in base64."""
+def encode_id(seconds: int, counter: int = 0, node: int = 7) -> str:
+    """Build the id of a stored message as the broker does, in base64."""
     fields = (0x1234, 0xFFFFFFFF - (seconds - 1514764800), 0xFFFFFFFF - counter, node, 0x9999)
     return base64.b64encode(b"".join(field.to_bytes(4, "big") for field in fields)).decode()
 
 
-def base(text: str) -> str:
+def encode_base64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-class TestWhatIsAsked:
+class TestRequests:
     def test_keygen(self) -> None:
         request = requests.keygen(SECRET, "a/#/", "rw", 60)
         assert request.topic == "emitter/keygen/"
@@ -88,9 +88,7 @@ class TestWhatIsAsked:
 
     @pytest.mark.parametrize("status", [True, False])
     @pytest.mark.parametrize("changes", [True, False, None])
-    def test_presence_leaves_changes_out_where_nothing_is_to_change(
-        self, status: bool, changes: bool | None
-    ) -> None:
+    def test_presence_omits_changes_if_it_is_none(self, status: bool, changes: bool | None) -> None:
         request = requests.presence(KEY, "a/", status=status, changes=changes)
         expected: dict[str, object] = {"key": KEY, "channel": "a/", "status": status}
         if changes is not None:
@@ -98,7 +96,7 @@ class TestWhatIsAsked:
         assert request.topic == "emitter/presence/"
         assert json.loads(request.body) == expected
 
-    def test_history_has_the_key_inside_the_channel(self) -> None:
+    def test_history_has_the_key_in_the_channel(self) -> None:
         request = requests.history(KEY, "a/b/", last=5, since=1600000000, until=1700000000)
         assert request.topic == "emitter/history/"
         assert json.loads(request.body) == {
@@ -106,7 +104,7 @@ class TestWhatIsAsked:
         }
         assert (request.key, request.channel) == (KEY, "a/b/")
 
-    def test_history_goes_on_before_a_message(self) -> None:
+    def test_history_can_start_before_a_message(self) -> None:
         request = requests.history(KEY, "a/", last=5, before=b"\xff" * 16)
         assert json.loads(request.body) == {
             "channel": f"{KEY}/a/?last=5",
@@ -132,32 +130,32 @@ class TestWhatIsAsked:
         }
         assert (request.key, request.channel) == (KEY, "a/")
 
-    def test_all_but_history_are_events_too(self) -> None:
+    def test_all_requests_except_history_emit_events(self) -> None:
         emitted = {request.operation for request in REQUESTS if request.emits}
         assert emitted == {"keygen", "me", "presence", "keyban", "link"}
 
     @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: request.operation)
-    def test_no_key_is_shown(self, request_: Request[Any]) -> None:
+    def test_repr_shows_no_key(self, request_: Request[Any]) -> None:
         assert SECRET not in repr(request_)
         assert KEY not in repr(request_)
 
 
-class TestGoodAnswers:
+class TestValidReplies:
     def test_keygen(self) -> None:
         answer = {"req": 1, "status": 200, "key": KEY, "channel": "a/"}
         assert requests.keygen(SECRET, "a/", "rw", 0).parse(answer) == ChannelKey(KEY, "a/")
 
     def test_me(self) -> None:
         assert requests.me().parse({"id": "X"}) == Me("X")
-        made = requests.me().parse({"id": "X", "links": {"a1": "a/?me=0"}})
-        assert made == Me("X", {"a1": "a/?me=0"})
+        parsed = requests.me().parse({"id": "X", "links": {"a1": "a/?me=0"}})
+        assert parsed == Me("X", {"a1": "a/?me=0"})
         with pytest.raises(TypeError):
-            made.links["b"] = "b/"  # type: ignore[index]  # that is the point
+            parsed.links["b"] = "b/"  # type: ignore[index]  # on purpose
         with pytest.raises(TypeError):
-            made.links.clear()  # type: ignore[attr-defined]  # that is the point
-        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-            assert copied == made
-        assert json.loads(json.dumps(asdict(made))) == {"id": "X", "links": {"a1": "a/?me=0"}}
+            parsed.links.clear()  # type: ignore[attr-defined]  # on purpose
+        for copied in (copy.deepcopy(parsed), pickle.loads(pickle.dumps(parsed))):
+            assert copied == parsed
+        assert json.loads(json.dumps(asdict(parsed))) == {"id": "X", "links": {"a1": "a/?me=0"}}
 
     @pytest.mark.parametrize("banned", [True, False])
     def test_keyban(self, banned: bool) -> None:
@@ -171,8 +169,8 @@ class TestGoodAnswers:
     def test_presence(self) -> None:
         who = [{"id": "X", "username": "ann"}, {"id": "Y"}]
         answer = {"time": 1600000000, "event": "status", "channel": "a/", "who": who}
-        made = requests.presence(KEY, "a/", status=True, changes=None).parse(answer)
-        assert made == PresenceStatus(
+        parsed = requests.presence(KEY, "a/", status=True, changes=None).parse(answer)
+        assert parsed == PresenceStatus(
             datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC),
             "status",
             "a/",
@@ -180,26 +178,26 @@ class TestGoodAnswers:
         )
 
     def test_presence_without_a_status(self) -> None:
-        # What the broker answers then says nothing: no time, no channel, and nobody.
+        # The broker's reply then contains nothing: no time, no channel and no members.
         request = requests.presence(KEY, "a/", status=False, changes=False)
         assert request.parse({"time": 0, "event": "", "channel": "", "who": None}) is None
 
     @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
-    def test_a_change_of_presence(self, event: str) -> None:
+    def test_presence_event(self, event: str) -> None:
         answer = {"time": 1600000000, "event": event, "channel": "a/b/", "who": {"id": "X"}}
-        made = parse_presence_event(answer)
-        assert (made.event, made.channel, made.who) == (event, "a/b/", (Member("X"),))
-        assert made.time.timestamp() == 1600000000
-        assert made.time.tzinfo is UTC
-        assert not isinstance(made, PresenceStatus)
+        parsed = parse_presence_event(answer)
+        assert (parsed.event, parsed.channel, parsed.who) == (event, "a/b/", (Member("X"),))
+        assert parsed.time.timestamp() == 1600000000
+        assert parsed.time.tzinfo is UTC
+        assert not isinstance(parsed, PresenceStatus)
 
-    def test_history_in_the_order_of_time(self) -> None:
-        # As the broker sends it: by the second, and the newest first within one.
+    def test_history_is_sorted_by_time(self) -> None:
+        # In the broker's order: by second, and the newest first within a second.
         sent = [("c", 1600000000, 3), ("b", 1600000000, 2), ("a", 1600000000, 1)]
         sent += [("e", 1600000001, 5), ("d", 1600000001, 4)]
         answer = {
             "messages": [
-                {"id": number(when, count), "channel": "a/", "payload": base(text)}
+                {"id": encode_id(when, count), "channel": "a/", "payload": encode_base64(text)}
                 for text, when, count in sent
             ]
         }
@@ -207,36 +205,36 @@ class TestGoodAnswers:
         assert [message.as_string() for message in found] == ["a", "b", "c", "d", "e"]
         assert found[0].time == datetime(2020, 9, 13, 12, 26, 40, tzinfo=UTC)
         assert found[4].time == datetime(2020, 9, 13, 12, 26, 41, tzinfo=UTC)
-        assert found[0].id == base64.b64decode(number(1600000000, 1))
+        assert found[0].id == base64.b64decode(encode_id(1600000000, 1))
         assert found[0].channel == "a/"
 
     @given(st.integers(1514764800, 1514764800 + 0xFFFFFFFF))
-    def test_the_time_of_an_id(self, seconds: int) -> None:
-        stored = {"id": number(seconds), "channel": "a/", "payload": ""}
+    def test_time_of_an_id(self, seconds: int) -> None:
+        stored = {"id": encode_id(seconds), "channel": "a/", "payload": ""}
         (found,) = requests.history(KEY, "a/", last=1).parse({"messages": [stored]})
         assert found.time.timestamp() == seconds
 
     @pytest.mark.parametrize("rest", [{}, {"payload": None}, {"payload": ""}])
-    def test_an_empty_payload_is_left_out(self, rest: dict[str, object]) -> None:
-        stored = {"id": number(1600000000), "channel": "a/", **rest}
+    def test_missing_payload_is_empty(self, rest: dict[str, object]) -> None:
+        stored = {"id": encode_id(1600000000), "channel": "a/", **rest}
         (found,) = requests.history(KEY, "a/", last=1).parse({"messages": [stored]})
         assert found.binary == b""
 
-    def test_no_history(self) -> None:
+    def test_empty_history(self) -> None:
         assert requests.history(KEY, "a/", last=1).parse({"messages": []}) == []
 
 
 def stored(**fields: object) -> dict[str, object]:
-    return {"messages": [{"id": number(1600000000), "channel": "a/", "payload": ""} | fields]}
+    return {"messages": [{"id": encode_id(1600000000), "channel": "a/", "payload": ""} | fields]}
 
 
 def status(**fields: object) -> dict[str, object]:
     return {"time": 1600000000, "channel": "a/", "who": []} | fields
 
 
-class TestNonsense:
+class TestInvalidReplies:
     @pytest.mark.parametrize(
-        ("binary", "why"),
+        ("binary", "pattern"),
         [
             (b"", "JSON"),
             (b"{", "JSON"),
@@ -250,15 +248,15 @@ class TestNonsense:
             (b'"text"', "JSON object"),
         ],
     )
-    def test_what_is_no_object(self, binary: bytes, why: str) -> None:
-        with pytest.raises(InvalidReplyError, match=why):
+    def test_payload_that_is_not_a_json_object_raises(self, binary: bytes, pattern: str) -> None:
+        with pytest.raises(InvalidReplyError, match=pattern):
             parse_object(binary)
 
-    def test_an_object(self) -> None:
+    def test_json_object_is_parsed(self) -> None:
         assert parse_object(b'{"req":1}') == {"req": 1}
 
     @pytest.mark.parametrize(
-        ("request_", "answer", "why"),
+        ("request_", "answer", "pattern"),
         [
             (REQUESTS[0], {"channel": "a/"}, "key"),
             (REQUESTS[0], {"key": 5, "channel": "a/"}, "key"),
@@ -299,14 +297,14 @@ class TestNonsense:
             (REQUESTS[5], {"name": 1, "channel": "a/"}, "name"),
         ],
     )
-    def test_fields_of_another_kind(
-        self, request_: Request[Any], answer: dict[str, object], why: str
+    def test_invalid_field_raises(
+        self, request_: Request[Any], answer: dict[str, object], pattern: str
     ) -> None:
-        with pytest.raises(InvalidReplyError, match=why):
+        with pytest.raises(InvalidReplyError, match=pattern):
             request_.parse(answer)
 
     @pytest.mark.parametrize(
-        ("answer", "why"),
+        ("answer", "pattern"),
         [
             ({}, "subscribe"),
             (status(event="status", who={"id": "X"}), "subscribe"),
@@ -317,12 +315,12 @@ class TestNonsense:
             (status(event="subscribe", who={"id": "X"}, channel=1), "channel"),
         ],
     )
-    def test_no_change_of_presence(self, answer: dict[str, object], why: str) -> None:
-        with pytest.raises(InvalidReplyError, match=why):
+    def test_invalid_presence_event_raises(self, answer: dict[str, object], pattern: str) -> None:
+        with pytest.raises(InvalidReplyError, match=pattern):
             parse_presence_event(answer)
 
     @given(answers)
-    def test_of_any_object_comes_a_value_or_nonsense(self, answer: dict[str, Any]) -> None:
+    def test_any_object_gives_a_value_or_invalid_reply_error(self, answer: dict[str, Any]) -> None:
         for parse in (
             *(request.parse for request in REQUESTS),
             parse_presence_event,
@@ -334,14 +332,14 @@ class TestNonsense:
 
 class TestRefusals:
     @pytest.mark.parametrize("answer", [{}, {"status": 200}, {"status": 200, "message": 5}])
-    def test_a_yes(self, answer: dict[str, object]) -> None:
+    def test_success_is_no_refusal(self, answer: dict[str, object]) -> None:
         assert parse_refusal(answer) is None
 
-    def test_a_no(self) -> None:
+    def test_refusal_has_status_and_message(self) -> None:
         assert parse_refusal({"req": 1, "status": 401, "message": "no"}) == (401, "no")
 
     @pytest.mark.parametrize(
-        ("answer", "why"),
+        ("answer", "pattern"),
         [
             ({"status": "401", "message": "no"}, "status"),
             ({"status": 401.0, "message": "no"}, "status"),
@@ -352,8 +350,10 @@ class TestRefusals:
             ({"status": 401, "message": {}}, "message"),
         ],
     )
-    def test_neither(self, answer: dict[str, object], why: str) -> None:
-        with pytest.raises(InvalidReplyError, match=why):
+    def test_invalid_status_or_message_raises(
+        self, answer: dict[str, object], pattern: str
+    ) -> None:
+        with pytest.raises(InvalidReplyError, match=pattern):
             parse_refusal(answer)
 
 
@@ -371,10 +371,10 @@ class TestValues:
         ],
         ids=lambda value: type(value).__name__,
     )
-    def test_are_frozen_and_slotted(self, value: Any) -> None:
+    def test_values_are_frozen_and_slotted(self, value: Any) -> None:
         with pytest.raises(FrozenInstanceError):
             setattr(value, fields(value)[0].name, "other")
         assert not hasattr(value, "__dict__")
 
-    def test_the_key_of_a_channel_key_is_hidden(self) -> None:
+    def test_repr_of_a_channel_key_hides_the_key(self) -> None:
         assert repr(ChannelKey(KEY, "a/")) == "ChannelKey(key=…, channel='a/')"

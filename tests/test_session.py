@@ -52,21 +52,21 @@ KEY = "k" * 32
 OTHER = "o" * 32
 BAD = "b" * 32
 
-ANY = Replay()
-NONE = Replay(last=0)
+DEFAULT_REPLAY = Replay()
+NO_REPLAY = Replay(last=0)
 
 
 def answer(operation: str, /, **fields: object) -> EmitterMessage:
     return EmitterMessage(f"emitter/{operation}/", json.dumps(fields).encode())
 
 
-def no(req: int | None = None, status: int = 401, operation: str = "error") -> EmitterMessage:
+def refusal(req: int | None = None, status: int = 401, operation: str = "error") -> EmitterMessage:
     fields: dict[str, object] = {} if req is None else {"req": req}
-    return answer(operation, **fields, status=status, message="the broker's words")
+    return answer(operation, **fields, status=status, message="message from the broker")
 
 
-class Link:
-    """A session with nobody at the other end: what it sends is kept, what it emits too."""
+class SessionHarness:
+    """A session without a broker, which records what it sends and emits."""
 
     def __init__(self, matcher: Matcher = "emitter", *, allow_collisions: bool = False) -> None:
         self.sent: list[Packet] = []
@@ -75,8 +75,8 @@ class Link:
         self.written: list[bytes] = []
         self.session = Session(self.wants, self.sent.append, self.written.append, encode_publish)
 
-    def hear(self, *events: Answer) -> list[Emission]:
-        """Take events in; gives what they emit."""
+    def receive(self, *events: Answer) -> list[Emission]:
+        """Receive events, and return what they emit."""
         emitted = [emission for event in events for emission in self.session.receive(event)]
         self.emitted += emitted
         return emitted
@@ -87,7 +87,7 @@ class Link:
         self.sent.append(Publish(topic, b"x", self.session._last_id))
         return pending
 
-    def publish_at_0(self) -> None:
+    def publish_qos_0(self) -> None:
         self.session.publish(b"k/a/", b"x")
 
     def release(self, grant: Grant) -> Pending[None] | None:
@@ -98,17 +98,19 @@ class Link:
         self.session.leave_feed(channel)
 
     def lose(self) -> None:
-        """Lose the connection; the next one has a session of its own."""
+        """Lose the connection, and start the session of the next one."""
         self.wants.keep_accepted()
         self.session.lost(lambda: ConnectionLostError("gone"))
         self.session = Session(self.wants, self.sent.append, self.written.append, encode_publish)
 
-    def subscribe(self, key: str = KEY, channel: str = "a/", replay: Replay = ANY) -> Grant:
+    def subscribe(
+        self, key: str = KEY, channel: str = "a/", replay: Replay = DEFAULT_REPLAY
+    ) -> Grant:
         return self.session.subscribe(key, key, channel, replay)[0]
 
-    def granted(self, key: str = KEY, channel: str = "a/") -> Grant:
+    def subscribe_accepted(self, key: str = KEY, channel: str = "a/") -> Grant:
         grant = self.subscribe(key, channel)
-        self.hear(SubAck(self.last_id, (0,)))
+        self.receive(SubAck(self.last_id, (0,)))
         grant.asked.result()
         return grant
 
@@ -121,134 +123,136 @@ class Link:
 
 
 @pytest.fixture
-def link() -> Link:
-    return Link()
+def harness() -> SessionHarness:
+    return SessionHarness()
 
 
 class TestPacketIds:
-    def test_begin_with_1(self, link: Link) -> None:
-        link.publish()
-        link.subscribe()
-        link.session.unsubscribe(KEY, "b/")
-        link.session.request(requests.me())
-        ids = [packet.packet_id for packet in link.sent if not isinstance(packet, PingReq)]  # type: ignore[union-attr]  # no DISCONNECT among them
+    def test_packet_ids_start_at_1(self, harness: SessionHarness) -> None:
+        harness.publish()
+        harness.subscribe()
+        harness.session.unsubscribe(KEY, "b/")
+        harness.session.request(requests.me())
+        ids = [packet.packet_id for packet in harness.sent if not isinstance(packet, PingReq)]  # type: ignore[union-attr]  # no DISCONNECT among them
         assert ids == [1, 2, 3, 4]
 
-    def test_a_publish_of_qos_0_and_a_ping_have_none(self, link: Link) -> None:
-        link.publish_at_0()
-        link.session.ping()
-        assert link.sent == [PingReq()]
+    def test_qos_0_publish_and_ping_have_no_packet_id(self, harness: SessionHarness) -> None:
+        harness.publish_qos_0()
+        harness.session.ping()
+        assert harness.sent == [PingReq()]
 
-    def test_go_round_and_pass_over_what_is_pending(self, link: Link) -> None:
-        link.publish()
-        link.session._last_id = 65534
-        link.publish()
-        assert link.last_id == 65535
-        link.publish()
-        assert link.last_id == 2
+    def test_packet_ids_wrap_around_and_skip_pending_ones(self, harness: SessionHarness) -> None:
+        harness.publish()
+        harness.session._last_id = 65534
+        harness.publish()
+        assert harness.last_id == 65535
+        harness.publish()
+        assert harness.last_id == 2
 
-    def test_an_id_is_taken_until_the_broker_has_acknowledged(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        link.hear(answer("me", req=1, status=200, id="X"))
+    def test_packet_id_is_in_use_until_acknowledged(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        harness.receive(answer("me", req=1, status=200, id="X"))
         assert pending.done
-        link.session._last_id = 0
-        link.publish()
-        assert link.last_id == 2
-        link.hear(PubAck(1))
-        link.session._last_id = 0
-        link.publish()
-        assert link.last_id == 1
+        harness.session._last_id = 0
+        harness.publish()
+        assert harness.last_id == 2
+        harness.receive(PubAck(1))
+        harness.session._last_id = 0
+        harness.publish()
+        assert harness.last_id == 1
 
-    def test_one_whose_caller_is_gone_is_taken_too(self, link: Link) -> None:
-        link.publish().awaited = False
-        link.session._last_id = 0
-        link.publish()
-        assert link.last_id == 2
+    def test_packet_id_of_a_cancelled_call_stays_in_use(self, harness: SessionHarness) -> None:
+        harness.publish().awaited = False
+        harness.session._last_id = 0
+        harness.publish()
+        assert harness.last_id == 2
 
-    def test_some_are_kept_for_what_cannot_wait(self, link: Link) -> None:
+    def test_some_packet_ids_are_reserved_for_packets_that_cannot_wait(
+        self, harness: SessionHarness
+    ) -> None:
         for _ in range(65535 - 4096):
-            assert not link.session.full
-            link.publish()
-        assert link.session.full
+            assert not harness.session.full
+            harness.publish()
+        assert harness.session.full
         called = []
-        link.session.call_when_free(lambda: called.append("first"))
-        grant = link.subscribe()
-        link.release(grant)
+        harness.session.call_when_free(lambda: called.append("first"))
+        grant = harness.subscribe()
+        harness.release(grant)
         assert called == []
-        link.hear(PubAck(100))
+        harness.receive(PubAck(100))
         assert called == ["first"]
-        link.hear(PubAck(101))
-        assert called == ["first"], "a waker is called once"
+        harness.receive(PubAck(101))
+        assert called == ["first"], "the callback was called twice"
 
-    def test_the_loss_of_the_link_frees_them(self, link: Link) -> None:
+    def test_lost_connection_frees_packet_ids(self, harness: SessionHarness) -> None:
         for _ in range(10):
-            link.publish()
+            harness.publish()
         called = []
-        link.session.call_when_free(lambda: called.append("freed"))
-        link.lose()
+        harness.session.call_when_free(lambda: called.append("freed"))
+        harness.lose()
         assert called == ["freed"]
-        assert link.session.pending == 0
+        assert harness.session.pending == 0
 
-    def test_more_than_there_are_is_an_error_and_no_endless_search(
-        self, link: Link, monkeypatch: pytest.MonkeyPatch
+    def test_running_out_of_packet_ids_raises(
+        self, harness: SessionHarness, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(_session, "_MAX_PACKET_IDS", 3)
         for _ in range(3):
-            link.publish()
+            harness.publish()
         with pytest.raises(RuntimeError, match="packet id"):
-            link.publish()
-        link.hear(PubAck(2))
-        link.publish()
-        assert link.last_id == 2
+            harness.publish()
+        harness.receive(PubAck(2))
+        harness.publish()
+        assert harness.last_id == 2
 
-    def test_whether_what_was_published_is_settled(self, link: Link) -> None:
-        assert not link.session.uncertain
-        link.session.request(requests.me())
-        assert not link.session.uncertain
-        link.publish()
-        assert link.session.uncertain
-        link.hear(PubAck(2))
-        assert not link.session.uncertain
-        link.publish_at_0()
-        assert link.session.uncertain
-        link.session.ping()
-        link.hear(PingResp())
-        assert not link.session.uncertain
+    def test_uncertain_while_publishes_are_unacknowledged(self, harness: SessionHarness) -> None:
+        assert not harness.session.uncertain
+        harness.session.request(requests.me())
+        assert not harness.session.uncertain
+        harness.publish()
+        assert harness.session.uncertain
+        harness.receive(PubAck(2))
+        assert not harness.session.uncertain
+        harness.publish_qos_0()
+        assert harness.session.uncertain
+        harness.session.ping()
+        harness.receive(PingResp())
+        assert not harness.session.uncertain
 
-    def test_how_many_are_outstanding(self, link: Link) -> None:
-        link.publish()
-        link.session.ping()
-        assert link.session.pending == 2
-        link.hear(PingResp())
-        assert link.session.pending == 1
-        link.hear(PubAck(1))
-        assert link.session.pending == 0
+    def test_pending_counts_outstanding_packets(self, harness: SessionHarness) -> None:
+        harness.publish()
+        harness.session.ping()
+        assert harness.session.pending == 2
+        harness.receive(PingResp())
+        assert harness.session.pending == 1
+        harness.receive(PubAck(1))
+        assert harness.session.pending == 0
 
 
 class TestPublishing:
-    def test_accepted(self, link: Link) -> None:
-        pending = link.session.publish_qos_1(b"k/a/", b"x", KEY, "a/")
+    def test_accepted_publish(self, harness: SessionHarness) -> None:
+        pending = harness.session.publish_qos_1(b"k/a/", b"x", KEY, "a/")
         assert not pending.done
-        assert link.hear(PubAck(1)) == []
+        assert harness.receive(PubAck(1)) == []
         assert pending.done
         pending.result()
 
-    def test_refused(self, link: Link) -> None:
-        pending = link.publish()
-        assert link.hear(no(1)) == []
-        assert not pending.done, "the acknowledgement comes behind it"
-        assert link.hear(PubAck(1)) == []
+    def test_refused_publish(self, harness: SessionHarness) -> None:
+        pending = harness.publish()
+        assert harness.receive(refusal(1)) == []
+        assert not pending.done, "done before the acknowledgement"
+        assert harness.receive(PubAck(1)) == []
         with pytest.raises(UnauthorizedError) as caught:
             pending.result()
         error = caught.value
         assert (error.operation, error.channel, error.status) == ("publish", "a/", 401)
-        assert error.message == "the broker's words"
+        assert error.message == "message from the broker"
         assert error.hint is not None
         assert KEY not in str(error)
 
-    def test_everyone_who_waits_gets_an_error_of_its_own(self, link: Link) -> None:
-        pending = link.publish()
-        link.hear(no(1), PubAck(1))
+    def test_each_result_call_raises_its_own_error(self, harness: SessionHarness) -> None:
+        pending = harness.publish()
+        harness.receive(refusal(1), PubAck(1))
         caught = []
         for _ in range(2):
             with pytest.raises(UnauthorizedError) as info:
@@ -256,33 +260,33 @@ class TestPublishing:
             caught.append(info.value)
         assert caught[0] is not caught[1]
 
-    def test_the_first_refusal_counts(self, link: Link) -> None:
-        pending = link.publish()
-        link.hear(no(1, 400), no(1, 401), PubAck(1))
+    def test_first_refusal_is_raised(self, harness: SessionHarness) -> None:
+        pending = harness.publish()
+        harness.receive(refusal(1, 400), refusal(1, 401), PubAck(1))
         with pytest.raises(BadRequestError):
             pending.result()
 
-    def test_an_error_of_status_200_is_none(self, link: Link) -> None:
-        pending = link.publish()
-        link.hear(no(1, 200), PubAck(1))
+    def test_error_with_status_200_is_not_a_refusal(self, harness: SessionHarness) -> None:
+        pending = harness.publish()
+        harness.receive(refusal(1, 200), PubAck(1))
         pending.result()
 
-    def test_refused_when_nobody_waits_any_more(self, link: Link) -> None:
-        link.publish().awaited = False
-        (emission,) = link.hear(no(1), PubAck(1))
+    def test_refusal_without_a_waiting_caller_emits_error(self, harness: SessionHarness) -> None:
+        harness.publish().awaited = False
+        (emission,) = harness.receive(refusal(1), PubAck(1))
         assert emission.event == "error"
         assert isinstance(emission.value, UnauthorizedError)
 
-    def test_the_waker_is_called_once_there_is_an_outcome(self, link: Link) -> None:
-        pending = link.publish()
+    def test_callbacks_are_called_when_done(self, harness: SessionHarness) -> None:
+        pending = harness.publish()
         called = []
         pending.call_when_done(lambda: called.append("one"))
         pending.call_when_done(lambda: called.append("two"))
         assert called == []
-        link.hear(PubAck(1))
+        harness.receive(PubAck(1))
         assert called == ["one", "two"]
 
-    def test_what_is_settled_stays_as_it_is(self, link: Link) -> None:
+    def test_first_outcome_is_final(self, harness: SessionHarness) -> None:
         pending: Pending[int] = Pending("x")
         pending.succeed(1)
         pending.fail(ZeroDivisionError)
@@ -297,364 +301,380 @@ class TestPublishing:
 
 
 class TestRequests:
-    def test_a_good_answer(self, link: Link) -> None:
+    def test_reply_completes_the_request(self, harness: SessionHarness) -> None:
         request = requests.keygen(KEY, "a/", "rw", 0)
-        pending = link.session.request(request)
-        assert link.sent == [Publish(b"emitter/keygen/", request.body, 1)]
+        pending = harness.session.request(request)
+        assert harness.sent == [Publish(b"emitter/keygen/", request.body, 1)]
         made = ChannelKey(OTHER, "a/")
-        emitted = link.hear(answer("keygen", req=1, status=200, key=OTHER, channel="a/"))
+        emitted = harness.receive(answer("keygen", req=1, status=200, key=OTHER, channel="a/"))
         assert emitted == [Emission("keygen", made)]
         assert pending.result() == made
-        assert link.hear(PubAck(1)) == []
+        assert harness.receive(PubAck(1)) == []
         assert pending.result() == made
-        assert link.session.nonsense == 0
+        assert harness.session.nonsense == 0
 
-    def test_an_answer_has_the_options_of_its_topic(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        link.hear(EmitterMessage("emitter/me/?id=7", b'{"req":1,"id":"X"}'))
+    def test_reply_topic_can_have_options(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        harness.receive(EmitterMessage("emitter/me/?id=7", b'{"req":1,"id":"X"}'))
         assert pending.result() == Me("X")
 
-    def test_a_refusal_comes_on_the_topic_of_the_request(self, link: Link) -> None:
-        pending = link.session.request(requests.keygen(KEY, "a/", "rw", 0))
-        assert link.hear(no(1, operation="keygen")) == []
+    def test_refusal_on_the_topic_of_the_request(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.keygen(KEY, "a/", "rw", 0))
+        assert harness.receive(refusal(1, operation="keygen")) == []
         with pytest.raises(UnauthorizedError) as caught:
             pending.result()
         assert (caught.value.operation, caught.value.channel) == ("keygen", "a/")
-        link.hear(PubAck(1))
-        assert link.session.pending == 0
+        harness.receive(PubAck(1))
+        assert harness.session.pending == 0
 
-    def test_nobody_waits_for_the_answer(self, link: Link) -> None:
-        link.session.request(requests.me(), awaited=False)
-        assert link.hear(answer("me", req=1, id="X"), PubAck(1)) == []
-        link.session.request(requests.me(), awaited=False)
-        (emission,) = link.hear(no(2, 500, "me"), PubAck(2))
+    def test_unawaited_request_emits_only_a_refusal(self, harness: SessionHarness) -> None:
+        harness.session.request(requests.me(), awaited=False)
+        assert harness.receive(answer("me", req=1, id="X"), PubAck(1)) == []
+        harness.session.request(requests.me(), awaited=False)
+        (emission,) = harness.receive(refusal(2, 500, "me"), PubAck(2))
         assert isinstance(emission.value, ServerError)
 
-    def test_what_is_no_event_is_not_emitted(self, link: Link) -> None:
-        pending = link.session.request(requests.history(KEY, "a/", last=1))
-        assert link.hear(answer("history", req=1, messages=[])) == []
+    def test_reply_that_is_not_an_event_is_not_emitted(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.history(KEY, "a/", last=1))
+        assert harness.receive(answer("history", req=1, messages=[])) == []
         assert pending.result() == []
 
-    def test_an_answer_that_says_nothing_is_not_emitted(self, link: Link) -> None:
+    def test_empty_presence_reply_is_not_emitted(self, harness: SessionHarness) -> None:
         request = requests.presence(KEY, "a/", status=False, changes=True)
-        pending = link.session.request(request)
-        emitted = link.hear(
+        pending = harness.session.request(request)
+        emitted = harness.receive(
             answer("presence", req=1, status=200, time=0, event="", channel="", who=None)
         )
         assert emitted == []
         assert pending.done
         assert pending.result() is None
 
-    def test_acknowledged_without_an_answer(self, link: Link) -> None:
-        pending = link.session.request(requests.history(KEY, "a/", last=1000))
-        assert link.hear(PubAck(1)) == []
+    def test_acknowledgement_without_a_reply_raises(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.history(KEY, "a/", last=1000))
+        assert harness.receive(PubAck(1)) == []
         with pytest.raises(RequestError, match=r"history 'a/'.*64 KiB") as caught:
             pending.result()
         assert caught.value.status is None
 
-    def test_a_nonsensical_answer_before_the_acknowledgement(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        (emission,) = link.hear(answer("me", req=1, id=5))
+    def test_invalid_reply_raises_after_the_acknowledgement(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        (emission,) = harness.receive(answer("me", req=1, id=5))
         assert isinstance(emission.value, RemoteProtocolError)
-        assert not pending.done, "the true answer may come yet"
-        link.hear(PubAck(1))
+        assert not pending.done, "done before a valid reply could arrive"
+        harness.receive(PubAck(1))
         with pytest.raises(RemoteProtocolError, match=r"me: .*id"):
             pending.result()
 
-    def test_the_true_answer_behind_a_nonsensical_one(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        link.hear(answer("me", req=1, id=5), answer("me", req=1, id="X"), PubAck(1))
+    def test_valid_reply_after_an_invalid_one_counts(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        harness.receive(answer("me", req=1, id=5), answer("me", req=1, id="X"), PubAck(1))
         assert pending.result() == Me("X")
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
 
-    def test_the_first_answer_counts(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        emitted = link.hear(answer("me", req=1, id="X"), answer("me", req=1, id="Y"))
+    def test_first_reply_counts(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        emitted = harness.receive(answer("me", req=1, id="X"), answer("me", req=1, id="Y"))
         assert len(emitted) == 1
         assert pending.result() == Me("X")
 
-    def test_the_answers_may_come_in_any_order(self, link: Link) -> None:
-        first = link.session.request(requests.me())
-        second = link.session.request(requests.me())
-        link.hear(answer("me", req=2, id="Y"), answer("me", req=1, id="X"))
+    def test_replies_can_arrive_in_any_order(self, harness: SessionHarness) -> None:
+        first = harness.session.request(requests.me())
+        second = harness.session.request(requests.me())
+        harness.receive(answer("me", req=2, id="Y"), answer("me", req=1, id="X"))
         assert (first.result(), second.result()) == (Me("X"), Me("Y"))
 
-    def test_me_tells_the_id_of_the_connection(self, link: Link) -> None:
-        assert link.session.connection_id is None
-        link.session.request(requests.me())
-        link.hear(answer("me", req=1, id="X"))
-        assert link.session.connection_id == "X"
-        link.lose()
-        assert link.session.connection_id is None
+    def test_me_sets_the_connection_id(self, harness: SessionHarness) -> None:
+        assert harness.session.connection_id is None
+        harness.session.request(requests.me())
+        harness.receive(answer("me", req=1, id="X"))
+        assert harness.session.connection_id == "X"
+        harness.lose()
+        assert harness.session.connection_id is None
 
 
 class TestFlush:
-    def test_without_a_refusal(self, link: Link) -> None:
-        pending = link.session.ping()
-        assert link.hear(PingResp()) == []
+    def test_flush_without_a_refusal(self, harness: SessionHarness) -> None:
+        pending = harness.session.ping()
+        assert harness.receive(PingResp()) == []
         assert pending.result() is None
 
-    def test_the_first_refusal_among_the_publishes_of_qos_0(self, link: Link) -> None:
+    def test_flush_returns_the_first_refusal_of_a_qos_0_publish(
+        self, harness: SessionHarness
+    ) -> None:
         for _ in range(3):
-            link.publish_at_0()
-        pending = link.session.ping()
-        emitted = link.hear(no(status=400), no(status=401), PingResp())
+            harness.publish_qos_0()
+        pending = harness.session.ping()
+        emitted = harness.receive(refusal(status=400), refusal(status=401), PingResp())
         assert [type(emission.value) for emission in emitted] == [
             BadRequestError,
             UnauthorizedError,
         ]
-        refusal = pending.result()
-        assert isinstance(refusal, BadRequestError)
-        assert refusal.operation == "publish"
-        assert "flush()" in str(refusal)
-        assert "qos=1" in str(refusal)
+        error = pending.result()
+        assert isinstance(error, BadRequestError)
+        assert error.operation == "publish"
+        assert "flush()" in str(error)
+        assert "qos=1" in str(error)
 
-    def test_each_refusal_is_told_by_one_flush(self, link: Link) -> None:
-        link.publish_at_0()
-        first = link.session.ping()
-        second = link.session.ping()
-        link.hear(no(), PingResp(), PingResp())
+    def test_each_refusal_is_returned_by_one_flush(self, harness: SessionHarness) -> None:
+        harness.publish_qos_0()
+        first = harness.session.ping()
+        second = harness.session.ping()
+        harness.receive(refusal(), PingResp(), PingResp())
         assert isinstance(first.result(), UnauthorizedError)
         assert second.result() is None
 
-    def test_a_ping_of_the_keepalive_keeps_it_for_the_next_flush(self, link: Link) -> None:
-        link.publish_at_0()
-        link.session.ping(awaited=False)
-        link.hear(no(), PingResp())
-        pending = link.session.ping()
-        link.hear(PingResp())
+    def test_keepalive_ping_leaves_the_refusal_for_the_next_flush(
+        self, harness: SessionHarness
+    ) -> None:
+        harness.publish_qos_0()
+        harness.session.ping(awaited=False)
+        harness.receive(refusal(), PingResp())
+        pending = harness.session.ping()
+        harness.receive(PingResp())
         assert isinstance(pending.result(), UnauthorizedError)
 
-    def test_behind_what_settles_them_no_more_refusals_count(self, link: Link) -> None:
-        for settle in ("ping", "publish", "request"):
-            link.publish_at_0()
-            if settle == "ping":
-                link.session.ping()
-                link.hear(PingResp())
+    def test_refusal_after_a_later_acknowledgement_is_nonsense(
+        self, harness: SessionHarness
+    ) -> None:
+        for barrier in ("ping", "publish", "request"):
+            harness.publish_qos_0()
+            if barrier == "ping":
+                harness.session.ping()
+                harness.receive(PingResp())
             else:
-                link.publish() if settle == "publish" else link.session.request(requests.me())
-                link.hear(PubAck(link.last_id))
-            link.emitted.clear()
-            before = link.session.nonsense
-            link.hear(no())
-            assert link.session.nonsense == before + 1
+                harness.publish() if barrier == "publish" else harness.session.request(
+                    requests.me()
+                )
+                harness.receive(PubAck(harness.last_id))
+            harness.emitted.clear()
+            before = harness.session.nonsense
+            harness.receive(refusal())
+            assert harness.session.nonsense == before + 1
             assert not any(
-                isinstance(emission.value, UnauthorizedError) for emission in link.emitted
+                isinstance(emission.value, UnauthorizedError) for emission in harness.emitted
             )
 
-    def test_what_was_asked_before_the_publish_does_not_settle_it(self, link: Link) -> None:
-        link.publish()
-        link.publish_at_0()
-        (emission,) = link.hear(PubAck(1), no())
+    def test_earlier_packet_does_not_settle_a_later_publish(self, harness: SessionHarness) -> None:
+        harness.publish()
+        harness.publish_qos_0()
+        (emission,) = harness.receive(PubAck(1), refusal())
         assert isinstance(emission.value, UnauthorizedError)
 
-    def test_an_error_of_status_200_is_no_refusal(self, link: Link) -> None:
-        link.publish_at_0()
-        pending = link.session.ping()
-        link.hear(no(status=200), PingResp())
+    def test_flush_ignores_an_error_with_status_200(self, harness: SessionHarness) -> None:
+        harness.publish_qos_0()
+        pending = harness.session.ping()
+        harness.receive(refusal(status=200), PingResp())
         assert pending.result() is None
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
 
 
 class TestSubscriptions:
     @pytest.mark.parametrize(
         ("replay", "options"),
         [
-            (ANY, ""),
-            (NONE, "?last=0"),
+            (DEFAULT_REPLAY, ""),
+            (NO_REPLAY, "?last=0"),
             (Replay(last=5), "?last=5"),
             (Replay(5, 1600000000, 1700000000), "?last=5&from=1600000000&until=1700000000"),
         ],
     )
-    def test_the_broker_is_asked_with_the_options(
-        self, link: Link, replay: Replay, options: str
+    def test_subscribe_packet_has_the_replay_options(
+        self, harness: SessionHarness, replay: Replay, options: str
     ) -> None:
-        grant, by_history = link.session.subscribe(KEY, KEY, "a/", replay)
-        assert link.sent == [Subscribe(1, f"{KEY}/a/{options}")]
+        grant, by_history = harness.session.subscribe(KEY, KEY, "a/", replay)
+        assert harness.sent == [Subscribe(1, f"{KEY}/a/{options}")]
         assert not by_history
         assert not grant.asked.done
-        assert link.hear(SubAck(1, (0,))) == []
+        assert harness.receive(SubAck(1, (0,))) == []
         grant.asked.result()
-        assert link.wants.is_subscribed("a/")
-        assert not link.wants.is_subscribed("b/")
+        assert harness.wants.is_subscribed("a/")
+        assert not harness.wants.is_subscribed("b/")
 
-    def test_it_is_asked_once_for_each_key_and_channel(self, link: Link) -> None:
-        first = link.subscribe()
-        assert link.subscribe() is first
-        other = link.subscribe(OTHER)
+    def test_one_subscribe_packet_per_key_and_channel(self, harness: SessionHarness) -> None:
+        first = harness.subscribe()
+        assert harness.subscribe() is first
+        other = harness.subscribe(OTHER)
         assert other is not first
-        assert link.subscribe(OTHER) is other
-        assert link.sent == [
+        assert harness.subscribe(OTHER) is other
+        assert harness.sent == [
             Subscribe(1, f"{KEY}/a/"),
             Subscribe(2, f"{OTHER}/a/?last=0"),
         ]
 
-    def test_the_replay_of_one_more_comes_from_history(self, link: Link) -> None:
-        assert link.session.subscribe(KEY, KEY, "a/", ANY)[1] is False
-        assert link.session.subscribe(KEY, KEY, "a/", ANY)[1] is True
-        assert link.session.subscribe(KEY, KEY, "a/", NONE)[1] is False
-        assert link.session.subscribe(KEY, KEY, "a/b/", Replay(5))[1] is True
-        assert link.session.subscribe(KEY, KEY, "+/b/", ANY)[1] is True
-        assert link.session.subscribe(KEY, KEY, "b/", ANY)[1] is True, "it overlaps +/b/"
-        assert link.session.subscribe(KEY, KEY, "c/d/", ANY)[1] is False
+    def test_replay_of_an_overlapping_subscription_comes_from_history(
+        self, harness: SessionHarness
+    ) -> None:
+        assert harness.session.subscribe(KEY, KEY, "a/", DEFAULT_REPLAY)[1] is False
+        assert harness.session.subscribe(KEY, KEY, "a/", DEFAULT_REPLAY)[1] is True
+        assert harness.session.subscribe(KEY, KEY, "a/", NO_REPLAY)[1] is False
+        assert harness.session.subscribe(KEY, KEY, "a/b/", Replay(5))[1] is True
+        assert harness.session.subscribe(KEY, KEY, "+/b/", DEFAULT_REPLAY)[1] is True
+        assert harness.session.subscribe(KEY, KEY, "b/", DEFAULT_REPLAY)[1] is True, (
+            "it overlaps +/b/"
+        )
+        assert harness.session.subscribe(KEY, KEY, "c/d/", DEFAULT_REPLAY)[1] is False
 
-    def test_under_the_other_matcher_less_overlaps(self) -> None:
-        link = Link("mqtt")
-        link.subscribe()
-        assert link.session.subscribe(KEY, KEY, "a/b/", ANY)[1] is False
-        assert link.session.subscribe(KEY, KEY, "a/#/", ANY)[1] is True
-        assert link.wants.overlaps("a/b/c/")
-        assert not link.wants.overlaps("c/")
+    def test_fewer_channels_overlap_with_the_mqtt_matcher(self) -> None:
+        harness = SessionHarness("mqtt")
+        harness.subscribe()
+        assert harness.session.subscribe(KEY, KEY, "a/b/", DEFAULT_REPLAY)[1] is False
+        assert harness.session.subscribe(KEY, KEY, "a/#/", DEFAULT_REPLAY)[1] is True
+        assert harness.wants.overlaps("a/b/c/")
+        assert not harness.wants.overlaps("c/")
 
-    def test_it_is_given_back_when_the_last_user_has_left(self, link: Link) -> None:
-        grant = link.granted()
-        link.subscribe()
-        link.sent.clear()
-        assert link.release(grant) is None
-        pending = link.release(grant)
-        assert link.sent == [Unsubscribe(2, f"{KEY}/a/")]
+    def test_unsubscribe_after_the_last_user_left(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe_accepted()
+        harness.subscribe()
+        harness.sent.clear()
+        assert harness.release(grant) is None
+        pending = harness.release(grant)
+        assert harness.sent == [Unsubscribe(2, f"{KEY}/a/")]
         assert pending is not None
         assert not pending.awaited
-        assert link.hear(UnsubAck(2)) == []
+        assert harness.receive(UnsubAck(2)) == []
         pending.result()
-        assert not link.wants.is_subscribed("a/")
+        assert not harness.wants.is_subscribed("a/")
 
-    def test_the_last_user_of_the_channel_under_any_key(self, link: Link) -> None:
-        first, second = link.granted(), link.granted(OTHER)
-        link.sent.clear()
-        assert link.release(first) is None
-        assert link.wants.is_subscribed("a/")
-        assert link.release(second) is not None
-        assert len(link.sent) == 1
+    def test_unsubscribe_after_the_last_user_with_any_key_left(
+        self, harness: SessionHarness
+    ) -> None:
+        first, second = harness.subscribe_accepted(), harness.subscribe_accepted(OTHER)
+        harness.sent.clear()
+        assert harness.release(first) is None
+        assert harness.wants.is_subscribed("a/")
+        assert harness.release(second) is not None
+        assert len(harness.sent) == 1
 
-    def test_whoever_comes_back_meanwhile_need_not_ask_again(self, link: Link) -> None:
-        first, second = link.granted(), link.granted(OTHER)
-        link.release(first)
-        link.sent.clear()
-        assert link.subscribe() is first
-        assert link.sent == []
-        link.release(second)
-        assert link.sent == []
+    def test_grant_is_reused_while_the_channel_is_subscribed(self, harness: SessionHarness) -> None:
+        first, second = harness.subscribe_accepted(), harness.subscribe_accepted(OTHER)
+        harness.release(first)
+        harness.sent.clear()
+        assert harness.subscribe() is first
+        assert harness.sent == []
+        harness.release(second)
+        assert harness.sent == []
 
-    def test_asked_again_after_it_was_given_back(self, link: Link) -> None:
-        first = link.granted()
-        link.release(first)
-        second = link.subscribe()
+    def test_subscribing_again_after_unsubscribe(self, harness: SessionHarness) -> None:
+        first = harness.subscribe_accepted()
+        harness.release(first)
+        second = harness.subscribe()
         assert second is not first
-        assert isinstance(link.sent[-1], Subscribe)
-        link.hear(UnsubAck(2), SubAck(3, (0,)))
+        assert isinstance(harness.sent[-1], Subscribe)
+        harness.receive(UnsubAck(2), SubAck(3, (0,)))
         second.asked.result()
-        assert link.wants.is_subscribed("a/")
+        assert harness.wants.is_subscribed("a/")
 
     @pytest.mark.parametrize("codes", [(128,), (), (255,), (128, 0)])
-    def test_refused(self, link: Link, codes: tuple[int, ...]) -> None:
-        grant = link.subscribe()
-        assert link.hear(no(1), SubAck(1, codes)) == []
+    def test_refused_subscription(self, harness: SessionHarness, codes: tuple[int, ...]) -> None:
+        grant = harness.subscribe()
+        assert harness.receive(refusal(1), SubAck(1, codes)) == []
         with pytest.raises(UnauthorizedError) as caught:
             grant.asked.result()
         assert (caught.value.operation, caught.value.channel) == ("subscribe", "a/")
-        assert not link.wants.is_subscribed("a/")
-        assert link.release(grant) is None
-        assert len(link.sent) == 1, "what was refused is not unsubscribed"
+        assert not harness.wants.is_subscribed("a/")
+        assert harness.release(grant) is None
+        assert len(harness.sent) == 1, "a refused subscription was unsubscribed"
 
-    def test_refused_without_a_word(self, link: Link) -> None:
-        grant = link.subscribe()
-        link.hear(SubAck(1, (128,)))
+    def test_suback_failure_without_an_error_message(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe()
+        harness.receive(SubAck(1, (128,)))
         with pytest.raises(RequestError, match="subscribe 'a/'") as e:
             grant.asked.result()
         assert e.value.status is None
 
     @pytest.mark.parametrize("code", [0, 1, 2])
-    def test_only_its_acknowledgement_says_that_it_was_refused(self, link: Link, code: int) -> None:
-        grant = link.subscribe()
-        link.hear(no(1), SubAck(1, (code,)))
+    def test_error_message_without_a_failure_code_is_no_refusal(
+        self, harness: SessionHarness, code: int
+    ) -> None:
+        grant = harness.subscribe()
+        harness.receive(refusal(1), SubAck(1, (code,)))
         grant.asked.result()
 
-    def test_all_who_wait_for_it_are_refused(self, link: Link) -> None:
-        first, second = link.subscribe(), link.subscribe()
-        link.hear(no(1), SubAck(1, (128,)))
+    def test_all_waiting_users_are_refused(self, harness: SessionHarness) -> None:
+        first, second = harness.subscribe(), harness.subscribe()
+        harness.receive(refusal(1), SubAck(1, (128,)))
         for grant in (first, second):
             with pytest.raises(UnauthorizedError):
                 grant.asked.result()
-            assert link.release(grant) is None
-        assert len(link.sent) == 1
+            assert harness.release(grant) is None
+        assert len(harness.sent) == 1
 
-    def test_another_key_of_the_channel_stays(self, link: Link) -> None:
-        good = link.granted()
-        bad = link.subscribe(BAD)
-        link.hear(no(2), SubAck(2, (128,)))
-        link.release(bad)
-        assert link.wants.is_subscribed("a/")
-        assert len(link.sent) == 2
-        assert link.release(good) is not None
+    def test_refused_key_does_not_affect_another_key(self, harness: SessionHarness) -> None:
+        good = harness.subscribe_accepted()
+        bad = harness.subscribe(BAD)
+        harness.receive(refusal(2), SubAck(2, (128,)))
+        harness.release(bad)
+        assert harness.wants.is_subscribed("a/")
+        assert len(harness.sent) == 2
+        assert harness.release(good) is not None
 
-    def test_the_users_of_the_good_key_have_left_when_the_other_is_refused(
-        self, link: Link
+    def test_unsubscribe_when_the_last_pending_key_is_refused(
+        self, harness: SessionHarness
     ) -> None:
-        good = link.granted()
-        bad = link.subscribe(BAD)
-        assert link.release(good) is None, "the other one may be granted"
-        link.hear(no(2), SubAck(2, (128,)))
-        assert link.sent[2:] == [Unsubscribe(3, f"{KEY}/a/")]
-        assert link.release(bad) is None
-        assert not link.wants.is_subscribed("a/")
+        good = harness.subscribe_accepted()
+        bad = harness.subscribe(BAD)
+        assert harness.release(good) is None, "the other key might still be accepted"
+        harness.receive(refusal(2), SubAck(2, (128,)))
+        assert harness.sent[2:] == [Unsubscribe(3, f"{KEY}/a/")]
+        assert harness.release(bad) is None
+        assert not harness.wants.is_subscribed("a/")
 
-    def test_a_refusal_of_one_that_was_asked_anew(self, link: Link) -> None:
-        first = link.subscribe()
-        link.release(first)
-        second = link.subscribe()
-        link.hear(SubAck(1, (128,)), UnsubAck(2))
-        assert link.wants.is_subscribed("a/")
-        link.hear(SubAck(3, (0,)))
+    def test_late_refusal_of_a_replaced_subscription(self, harness: SessionHarness) -> None:
+        first = harness.subscribe()
+        harness.release(first)
+        second = harness.subscribe()
+        harness.receive(SubAck(1, (128,)), UnsubAck(2))
+        assert harness.wants.is_subscribed("a/")
+        harness.receive(SubAck(3, (0,)))
         second.asked.result()
 
-    def test_left_before_it_was_granted(self, link: Link) -> None:
-        grant = link.subscribe()
+    def test_subscription_left_before_it_was_accepted(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe()
         grant.asked.awaited = False
-        pending = link.release(grant)
-        assert link.sent[1:] == [Unsubscribe(2, f"{KEY}/a/")]
+        pending = harness.release(grant)
+        assert harness.sent[1:] == [Unsubscribe(2, f"{KEY}/a/")]
         assert pending is not None
-        assert link.hear(SubAck(1, (0,)), UnsubAck(2)) == []
+        assert harness.receive(SubAck(1, (0,)), UnsubAck(2)) == []
         pending.result()
 
-    def test_left_before_it_was_refused(self, link: Link) -> None:
-        grant = link.subscribe(BAD)
-        link.release(grant)
-        emitted = link.hear(no(1), SubAck(1, (128,)), no(2), UnsubAck(2))
-        # The caller of the subscription is told; that the UNSUBSCRIBE fails too is no news.
+    def test_subscription_left_before_it_was_refused(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe(BAD)
+        harness.release(grant)
+        emitted = harness.receive(refusal(1), SubAck(1, (128,)), refusal(2), UnsubAck(2))
+        # subscribe() raises the refusal, so that of the UNSUBSCRIBE is not reported as well.
         assert emitted == []
         with pytest.raises(UnauthorizedError):
             grant.asked.result()
 
-    def test_two_keys_left_before_the_first_was_refused(self, link: Link) -> None:
-        bad, good = link.subscribe(BAD), link.subscribe(KEY)
-        link.release(bad)
-        link.release(good)
-        # The broker takes an UNSUBSCRIBE only with a key that it has taken.
-        assert Unsubscribe(link.last_id, f"{KEY}/a/") in link.sent
+    def test_unsubscribe_uses_a_key_that_might_be_accepted(self, harness: SessionHarness) -> None:
+        bad, good = harness.subscribe(BAD), harness.subscribe(KEY)
+        harness.release(bad)
+        harness.release(good)
+        # The broker accepts an UNSUBSCRIBE only with a key that it accepts.
+        assert Unsubscribe(harness.last_id, f"{KEY}/a/") in harness.sent
 
-    def test_an_unsubscribe_that_is_refused(self, link: Link) -> None:
-        pending = link.session.unsubscribe(KEY, "a/")
-        link.hear(no(1), UnsubAck(1))
+    def test_refused_unsubscribe_raises(self, harness: SessionHarness) -> None:
+        pending = harness.session.unsubscribe(KEY, "a/")
+        harness.receive(refusal(1), UnsubAck(1))
         with pytest.raises(UnauthorizedError) as caught:
             pending.result()
         assert caught.value.operation == "unsubscribe"
 
-    def test_giving_back_that_is_refused_is_told(self, link: Link) -> None:
-        link.release(link.granted())
-        (emission,) = link.hear(no(2), UnsubAck(2))
+    def test_refused_automatic_unsubscribe_emits_error(self, harness: SessionHarness) -> None:
+        harness.release(harness.subscribe_accepted())
+        (emission,) = harness.receive(refusal(2), UnsubAck(2))
         assert isinstance(emission.value, UnauthorizedError)
 
 
 class TestGroups:
-    def test_a_group_is_part_of_what_is_asked_for(self, link: Link) -> None:
-        grant = link.granted(channel="$share/g/a/")
+    def test_group_is_part_of_the_filter(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe_accepted(channel="$share/g/a/")
         assert (grant.filter, grant.channel) == ("$share/g/a/", "a/")
-        assert link.sent == [Subscribe(1, f"{KEY}/$share/g/a/")]
-        assert link.wants.is_subscribed("$share/g/a/")
-        assert not link.wants.is_subscribed("a/")
-        link.release(grant)
-        assert link.sent[1:] == [Unsubscribe(2, f"{KEY}/$share/g/a/")]
+        assert harness.sent == [Subscribe(1, f"{KEY}/$share/g/a/")]
+        assert harness.wants.is_subscribed("$share/g/a/")
+        assert not harness.wants.is_subscribed("a/")
+        harness.release(grant)
+        assert harness.sent[1:] == [Unsubscribe(2, f"{KEY}/$share/g/a/")]
 
     @pytest.mark.parametrize(
         ("first", "second"),
@@ -666,132 +686,136 @@ class TestGroups:
             ("$share/g/+/b/", "a/b/"),
         ],
     )
-    def test_it_cannot_be_kept_apart_from_what_overlaps(
-        self, link: Link, first: str, second: str
+    def test_group_conflicts_with_overlapping_subscriptions(
+        self, harness: SessionHarness, first: str, second: str
     ) -> None:
-        link.subscribe(channel=first)
+        harness.subscribe(channel=first)
         with pytest.raises(SubscriptionConflictError, match="second Emitter"):
-            link.subscribe(channel=second)
-        assert len(link.sent) == 1
-        assert not link.wants.is_subscribed(second)
+            harness.subscribe(channel=second)
+        assert len(harness.sent) == 1
+        assert not harness.wants.is_subscribed(second)
 
-    def test_what_does_not_overlap(self, link: Link) -> None:
-        link.subscribe(channel="$share/g/a/")
-        link.subscribe(channel="$share/g/a/")
-        link.subscribe(OTHER, "$share/g/a/")
-        link.subscribe(channel="$share/h/b/")
-        link.subscribe(channel="c/")
-        assert len(link.sent) == 4
+    def test_group_does_not_conflict_with_other_channels(self, harness: SessionHarness) -> None:
+        harness.subscribe(channel="$share/g/a/")
+        harness.subscribe(channel="$share/g/a/")
+        harness.subscribe(OTHER, "$share/g/a/")
+        harness.subscribe(channel="$share/h/b/")
+        harness.subscribe(channel="c/")
+        assert len(harness.sent) == 4
 
-    def test_its_replay(self, link: Link) -> None:
-        grant = link.subscribe(channel="$share/g/a/")
-        assert link.session.replaying("a/b/") is grant.asked
-        assert link.session.in_replay(EmitterMessage("a/b/", b"x"))
+    def test_group_replay(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe(channel="$share/g/a/")
+        assert harness.session.replaying("a/b/") is grant.asked
+        assert harness.session.in_replay(EmitterMessage("a/b/", b"x"))
 
-    def test_a_wide_one_gets_what_its_users_publish_below_emitter(self, link: Link) -> None:
-        link.granted(channel="$share/g/+/")
+    def test_wildcard_group_receives_messages_published_below_emitter(
+        self, harness: SessionHarness
+    ) -> None:
+        harness.subscribe_accepted(channel="$share/g/+/")
         forged = answer("me", req=77, id="forged")
-        assert link.hear(forged) == [Emission("message", forged)]
+        assert harness.receive(forged) == [Emission("message", forged)]
 
 
 class TestCollisions:
-    def test_of_two_subscriptions(self, link: Link) -> None:
-        link.subscribe(channel="p/q/")
+    def test_subscriptions_with_equal_hashes_conflict(self, harness: SessionHarness) -> None:
+        harness.subscribe(channel="p/q/")
         with pytest.raises(SubscriptionConflictError, match=r"'q/p/'.*'p/q/'.*second Emitter"):
-            link.subscribe(channel="q/p/")
-        assert len(link.sent) == 1
-        assert not link.wants.is_subscribed("q/p/")
+            harness.subscribe(channel="q/p/")
+        assert len(harness.sent) == 1
+        assert not harness.wants.is_subscribed("q/p/")
 
-    def test_of_two_presence_feeds(self, link: Link) -> None:
-        link.wants.watch("d/d/")
+    def test_presence_feeds_with_equal_hashes_conflict(self, harness: SessionHarness) -> None:
+        harness.wants.watch("d/d/")
         with pytest.raises(SubscriptionConflictError, match=r"presence.*'g/g/'"):
-            link.wants.watch("g/g/")
-        assert not link.wants.is_watched("g/g/")
+            harness.wants.watch("g/g/")
+        assert not harness.wants.is_watched("g/g/")
 
-    def test_a_subscription_and_a_feed_are_apart(self, link: Link) -> None:
-        link.subscribe(channel="p/q/")
-        link.wants.watch("q/p/")
-        assert link.wants.is_watched("q/p/")
+    def test_subscription_and_feed_do_not_conflict(self, harness: SessionHarness) -> None:
+        harness.subscribe(channel="p/q/")
+        harness.wants.watch("q/p/")
+        assert harness.wants.is_watched("q/p/")
 
-    def test_a_channel_is_in_no_ones_way_but_others(self, link: Link) -> None:
-        link.subscribe(channel="p/q/")
-        link.subscribe(channel="p/q/")
-        link.subscribe(OTHER, "p/q/")
-        link.subscribe(channel="p/q/r/")
+    def test_channel_does_not_conflict_with_itself(self, harness: SessionHarness) -> None:
+        harness.subscribe(channel="p/q/")
+        harness.subscribe(channel="p/q/")
+        harness.subscribe(OTHER, "p/q/")
+        harness.subscribe(channel="p/q/r/")
 
-    def test_it_is_over_when_the_first_has_left(self, link: Link) -> None:
-        link.release(link.granted(channel="p/q/"))
-        link.subscribe(channel="q/p/")
-        assert link.sent[-1] == Subscribe(3, f"{KEY}/q/p/")
+    def test_conflict_ends_with_the_first_subscription(self, harness: SessionHarness) -> None:
+        harness.release(harness.subscribe_accepted(channel="p/q/"))
+        harness.subscribe(channel="q/p/")
+        assert harness.sent[-1] == Subscribe(3, f"{KEY}/q/p/")
 
-    def test_allowed_for_brokers_without_the_fault(self) -> None:
-        link = Link(allow_collisions=True)
-        link.subscribe(channel="p/q/")
-        link.subscribe(channel="q/p/")
-        link.wants.watch("d/d/")
-        link.wants.watch("g/g/")
-        assert len(link.sent) == 2
+    def test_collisions_can_be_allowed(self) -> None:
+        harness = SessionHarness(allow_collisions=True)
+        harness.subscribe(channel="p/q/")
+        harness.subscribe(channel="q/p/")
+        harness.wants.watch("d/d/")
+        harness.wants.watch("g/g/")
+        assert len(harness.sent) == 2
 
-    def test_the_key_is_not_shown(self, link: Link) -> None:
-        link.subscribe(channel="p/q/")
+    def test_conflict_error_does_not_show_keys(self, harness: SessionHarness) -> None:
+        harness.subscribe(channel="p/q/")
         with pytest.raises(SubscriptionConflictError) as caught:
-            link.subscribe(OTHER, "q/p/")
+            harness.subscribe(OTHER, "q/p/")
         assert KEY not in str(caught.value)
         assert OTHER not in str(caught.value)
 
 
 class TestReplays:
-    def test_are_under_way_until_the_acknowledgement(self, link: Link) -> None:
-        grant = link.subscribe()
-        assert link.session.replays
-        assert link.session.replaying("a/") is grant.asked
-        assert link.session.replaying("a/b/") is grant.asked
-        assert link.session.replaying("b/") is None
-        link.hear(SubAck(1, (0,)))
-        assert not link.session.replays
-        assert link.session.replaying("a/") is None
+    def test_replay_lasts_until_the_acknowledgement(self, harness: SessionHarness) -> None:
+        grant = harness.subscribe()
+        assert harness.session.replays
+        assert harness.session.replaying("a/") is grant.asked
+        assert harness.session.replaying("a/b/") is grant.asked
+        assert harness.session.replaying("b/") is None
+        harness.receive(SubAck(1, (0,)))
+        assert not harness.session.replays
+        assert harness.session.replaying("a/") is None
 
     @pytest.mark.parametrize("codes", [(128,), ()])
-    def test_end_with_a_refusal(self, link: Link, codes: tuple[int, ...]) -> None:
-        link.subscribe()
-        link.hear(SubAck(1, codes))
-        assert not link.session.replays
+    def test_replay_ends_with_a_refusal(
+        self, harness: SessionHarness, codes: tuple[int, ...]
+    ) -> None:
+        harness.subscribe()
+        harness.receive(SubAck(1, codes))
+        assert not harness.session.replays
 
-    def test_end_with_the_link(self, link: Link) -> None:
-        link.subscribe()
-        link.lose()
-        assert not link.session.replays
+    def test_replay_ends_with_the_connection(self, harness: SessionHarness) -> None:
+        harness.subscribe()
+        harness.lose()
+        assert not harness.session.replays
 
-    def test_there_are_none_where_none_is_asked_for(self, link: Link) -> None:
-        link.subscribe(replay=NONE)
-        link.subscribe(OTHER)
-        assert not link.session.replays
+    def test_no_replay_if_none_is_requested(self, harness: SessionHarness) -> None:
+        harness.subscribe(replay=NO_REPLAY)
+        harness.subscribe(OTHER)
+        assert not harness.session.replays
 
-    def test_are_64_kib_at_most(self, link: Link) -> None:
-        link.subscribe()
+    def test_replay_is_limited_to_64_kib(self, harness: SessionHarness) -> None:
+        harness.subscribe()
         big = EmitterMessage("a/b/", b"x" * 32767)
-        assert not link.session.in_replay(EmitterMessage("b/", b"x"))
-        assert link.session.in_replay(big)
-        assert link.session.in_replay(big)
-        assert not link.session.in_replay(EmitterMessage("a/", b""))
+        assert not harness.session.in_replay(EmitterMessage("b/", b"x"))
+        assert harness.session.in_replay(big)
+        assert harness.session.in_replay(big)
+        assert not harness.session.in_replay(EmitterMessage("a/", b""))
 
-    def test_empty_messages_count_too(self, link: Link) -> None:
-        link.subscribe()
+    def test_empty_replayed_messages_count(self, harness: SessionHarness) -> None:
+        harness.subscribe()
         empty = EmitterMessage("a/", b"")
-        assert sum(link.session.in_replay(empty) for _ in range(70_000)) == 65536
+        assert sum(harness.session.in_replay(empty) for _ in range(70_000)) == 65536
 
     @pytest.mark.parametrize(
-        ("replay", "nothing", "is_explicit"),
+        ("replay", "is_empty", "is_explicit"),
         [
-            (ANY, False, False),
-            (NONE, True, False),
+            (DEFAULT_REPLAY, False, False),
+            (NO_REPLAY, True, False),
             (Replay(last=1), False, True),
             (Replay(since=1600000000), False, True),
             (Replay(last=0, since=1600000000), True, False),
         ],
     )
-    def test_what_is_asked_for(self, replay: Replay, nothing: bool, is_explicit: bool) -> None:
-        assert (replay.is_empty, replay.is_explicit) == (nothing, is_explicit)
+    def test_replay_properties(self, replay: Replay, is_empty: bool, is_explicit: bool) -> None:
+        assert (replay.is_empty, replay.is_explicit) == (is_empty, is_explicit)
 
 
 def change(channel: str = "a/", event: str = "subscribe") -> EmitterMessage:
@@ -801,51 +825,57 @@ def change(channel: str = "a/", event: str = "subscribe") -> EmitterMessage:
 class TestPresence:
     @pytest.mark.parametrize("event", ["subscribe", "unsubscribe"])
     @pytest.mark.parametrize("channel", ["a/", "a/b/c/"])
-    def test_a_change_of_what_is_watched(self, link: Link, channel: str, event: str) -> None:
-        link.wants.watch("a/")
-        (emission,) = link.hear(change(channel, event))
+    def test_change_in_a_watched_channel_is_emitted(
+        self, harness: SessionHarness, channel: str, event: str
+    ) -> None:
+        harness.wants.watch("a/")
+        (emission,) = harness.receive(change(channel, event))
         assert emission.event == "presence"
         assert (emission.value.channel, emission.value.event) == (channel, event)
 
-    def test_of_what_nobody_watches(self, link: Link) -> None:
-        link.wants.watch("a/")
-        (emission,) = link.hear(change("b/"))
+    def test_change_in_an_unwatched_channel_is_nonsense(self, harness: SessionHarness) -> None:
+        harness.wants.watch("a/")
+        (emission,) = harness.receive(change("b/"))
         assert isinstance(emission.value, RemoteProtocolError)
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
 
-    def test_a_change_with_a_req_is_none(self, link: Link) -> None:
-        link.wants.watch("a/")
+    def test_change_with_a_req_is_nonsense(self, harness: SessionHarness) -> None:
+        harness.wants.watch("a/")
         forged = json.loads(change().binary) | {"req": 5}
-        link.hear(answer("presence", **forged))
-        assert link.session.nonsense == 1
+        harness.receive(answer("presence", **forged))
+        assert harness.session.nonsense == 1
 
-    def test_one_that_was_on_its_way_when_the_feed_was_left(self, link: Link) -> None:
-        link.wants.watch("a/")
-        link.unwatch("a/")
-        assert link.hear(change("a/b/")) == []
-        assert link.session.nonsense == 0
-        link.lose()
-        link.hear(change("a/b/"))
-        assert link.session.nonsense == 1, "it cannot come from the link before"
+    def test_change_in_transit_when_the_feed_was_left_is_ignored(
+        self, harness: SessionHarness
+    ) -> None:
+        harness.wants.watch("a/")
+        harness.unwatch("a/")
+        assert harness.receive(change("a/b/")) == []
+        assert harness.session.nonsense == 0
+        harness.lose()
+        harness.receive(change("a/b/"))
+        assert harness.session.nonsense == 1, "the new connection cannot have changes in transit"
 
-    def test_none_is_on_its_way_when_the_broker_has_ended_the_feed(self, link: Link) -> None:
-        link.wants.watch("a/")
-        link.unwatch("a/")
-        link.session.feed_ended("a/")
-        link.session.feed_ended("b/")
-        link.hear(change())
-        assert link.session.nonsense == 1
+    def test_change_after_the_broker_ended_the_feed_is_nonsense(
+        self, harness: SessionHarness
+    ) -> None:
+        harness.wants.watch("a/")
+        harness.unwatch("a/")
+        harness.session.feed_ended("a/")
+        harness.session.feed_ended("b/")
+        harness.receive(change())
+        assert harness.session.nonsense == 1
 
-    def test_a_feed_ends_with_its_last_user(self, link: Link) -> None:
-        link.wants.watch("a/")
-        link.wants.watch("a/")
-        assert link.wants.is_watched("a/")
-        assert link.wants.unwatch("a/") is False
-        assert link.wants.is_watched("a/")
-        assert link.wants.unwatch("a/") is True
-        assert not link.wants.is_watched("a/")
-        assert link.wants.unwatch("a/") is False
-        assert link.sent == []
+    def test_feed_ends_with_its_last_user(self, harness: SessionHarness) -> None:
+        harness.wants.watch("a/")
+        harness.wants.watch("a/")
+        assert harness.wants.is_watched("a/")
+        assert harness.wants.unwatch("a/") is False
+        assert harness.wants.is_watched("a/")
+        assert harness.wants.unwatch("a/") is True
+        assert not harness.wants.is_watched("a/")
+        assert harness.wants.unwatch("a/") is False
+        assert harness.sent == []
 
 
 DEEP = b'{"a":' * 13_000
@@ -867,8 +897,8 @@ HOSTILE: list[EmitterMessage] = [
     answer("error", req=1, status=401, message="forged"),
     answer("nothing", req=1, status=200, id="forged"),
     answer("me/deeper", req=1, status=200, id="forged"),
-    no(),
-    no(5),
+    refusal(),
+    refusal(5),
     EmitterMessage("emitter/", b'{"req":1,"id":"forged"}'),
     EmitterMessage("emitter/me/", b'[{"req":1,"id":"forged"}]'),
     EmitterMessage("emitter/me/", b""),
@@ -888,7 +918,7 @@ HOSTILE: list[EmitterMessage] = [
     answer("error", status="401", message={}),
 ]
 
-# These name the request, and are nonsense: the true answer still counts.
+# Invalid replies with the right packet id; a valid reply still counts after them.
 NONSENSE: list[EmitterMessage] = [
     answer("me", req=1, status=200),
     answer("me", req=1, status=200, id=5),
@@ -904,163 +934,169 @@ NONSENSE: list[EmitterMessage] = [
 
 class TestHostileAnswers:
     @pytest.mark.parametrize("forged", [*HOSTILE, *NONSENSE], ids=lambda it: repr(it)[:90])
-    def test_are_dropped_and_counted(self, link: Link, forged: EmitterMessage) -> None:
-        pending = link.session.request(requests.me())
-        (emission,) = link.hear(forged)
+    def test_forged_message_is_dropped_and_counted(
+        self, harness: SessionHarness, forged: EmitterMessage
+    ) -> None:
+        pending = harness.session.request(requests.me())
+        (emission,) = harness.receive(forged)
         assert emission.event == "error"
         assert isinstance(emission.value, RemoteProtocolError)
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
         assert not pending.done
-        assert link.hear(forged) == [], "it is reported once"
-        assert link.session.nonsense == 2
-        link.hear(answer("me", req=1, status=200, id="true"), PubAck(1))
+        assert harness.receive(forged) == [], "reported twice"
+        assert harness.session.nonsense == 2
+        harness.receive(answer("me", req=1, status=200, id="true"), PubAck(1))
         assert pending.result() == Me("true")
 
-    def test_the_answer_to_another_call(self, link: Link) -> None:
-        asked = link.session.request(requests.me())
-        published = link.publish()
-        link.hear(answer("me", req=2, id="forged"), PubAck(2))
+    def test_reply_of_the_wrong_kind_is_nonsense(self, harness: SessionHarness) -> None:
+        asked = harness.session.request(requests.me())
+        published = harness.publish()
+        harness.receive(answer("me", req=2, id="forged"), PubAck(2))
         published.result()
         assert not asked.done
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
 
     @pytest.mark.parametrize(
-        "late", [answer("me", req=1, id="late"), no(1, operation="me"), no(1), PubAck(1)]
+        "late", [answer("me", req=1, id="late"), refusal(1, operation="me"), refusal(1), PubAck(1)]
     )
-    def test_a_late_one(self, link: Link, late: Answer) -> None:
-        pending = link.session.request(requests.me())
-        link.hear(answer("me", req=1, id="X"), PubAck(1))
-        link.hear(late)
-        assert link.session.nonsense == 1
+    def test_late_reply_is_nonsense(self, harness: SessionHarness, late: Answer) -> None:
+        pending = harness.session.request(requests.me())
+        harness.receive(answer("me", req=1, id="X"), PubAck(1))
+        harness.receive(late)
+        assert harness.session.nonsense == 1
         assert pending.result() == Me("X")
 
-    def test_the_answer_to_a_caller_that_is_gone(self, link: Link) -> None:
-        link.session.request(requests.me()).awaited = False
-        assert link.hear(answer("me", req=1, id="X"), PubAck(1)) == []
-        assert link.session.nonsense == 0
+    def test_reply_to_a_cancelled_call_is_ignored(self, harness: SessionHarness) -> None:
+        harness.session.request(requests.me()).awaited = False
+        assert harness.receive(answer("me", req=1, id="X"), PubAck(1)) == []
+        assert harness.session.nonsense == 0
 
     @pytest.mark.parametrize(
         "event", [PubAck(5), UnsubAck(5), SubAck(5, (0,)), PingResp(), Undecodable(12)]
     )
-    def test_acknowledgements_of_nothing(self, link: Link, event: Answer) -> None:
-        (emission,) = link.hear(event)
+    def test_unexpected_acknowledgement_is_nonsense(
+        self, harness: SessionHarness, event: Answer
+    ) -> None:
+        (emission,) = harness.receive(event)
         assert isinstance(emission.value, RemoteProtocolError)
-        assert link.hear(event) == []
-        assert link.session.nonsense == 2
+        assert harness.receive(event) == []
+        assert harness.session.nonsense == 2
 
-    @pytest.mark.parametrize("ask", ["publish", "request", "subscribe", "unsubscribe"])
-    def test_acknowledgements_of_another_kind(self, link: Link, ask: str) -> None:
+    @pytest.mark.parametrize("operation", ["publish", "request", "subscribe", "unsubscribe"])
+    def test_acknowledgement_of_the_wrong_kind_is_nonsense(
+        self, harness: SessionHarness, operation: str
+    ) -> None:
         pending: Pending[Any]
-        if ask == "publish":
-            pending = link.publish()
-        elif ask == "request":
-            pending = link.session.request(requests.me())
-        elif ask == "subscribe":
-            pending = link.subscribe().asked
+        if operation == "publish":
+            pending = harness.publish()
+        elif operation == "request":
+            pending = harness.session.request(requests.me())
+        elif operation == "subscribe":
+            pending = harness.subscribe().asked
         else:
-            pending = link.session.unsubscribe(KEY, "a/")
+            pending = harness.session.unsubscribe(KEY, "a/")
         kinds: list[Answer] = [PubAck(1), SubAck(1, (128,)), UnsubAck(1)]
-        own = {"subscribe": 1, "unsubscribe": 2}.get(ask, 0)
+        own = {"subscribe": 1, "unsubscribe": 2}.get(operation, 0)
         right = kinds.pop(own)
-        link.hear(*kinds)
-        assert link.session.nonsense == 2
+        harness.receive(*kinds)
+        assert harness.session.nonsense == 2
         assert not pending.done
-        assert link.session.pending == 1
-        link.hear(right)
+        assert harness.session.pending == 1
+        harness.receive(right)
         assert pending.done
 
-    def test_a_second_connack(self, link: Link) -> None:
+    def test_second_connack_raises(self, harness: SessionHarness) -> None:
         with pytest.raises(RemoteProtocolError, match="CONNACK"):
-            link.session.receive(ConnAck(0))
+            harness.session.receive(ConnAck(0))
 
-    def test_what_the_codec_found_malformed(self, link: Link) -> None:
+    def test_error_of_the_codec_is_raised(self, harness: SessionHarness) -> None:
         error = RemoteProtocolError("malformed")
         with pytest.raises(RemoteProtocolError) as caught:
-            link.session.receive(error)
+            harness.session.receive(error)
         assert caught.value is error
 
-    def test_the_report_is_short_and_says_what_came(self, link: Link) -> None:
-        (emission,) = link.hear(EmitterMessage("emitter/" + "x" * 60_000 + "/", b"{}"))
+    def test_report_is_short_and_names_the_message(self, harness: SessionHarness) -> None:
+        (emission,) = harness.receive(EmitterMessage("emitter/" + "x" * 60_000 + "/", b"{}"))
         assert "no request is waiting for it" in str(emission.value)
         assert len(str(emission.value)) < 200
-        link = Link()
-        (emission,) = link.hear(Undecodable(12))
+        harness = SessionHarness()
+        (emission,) = harness.receive(Undecodable(12))
         assert "a message of 12 bytes whose topic is not UTF-8" in str(emission.value)
 
     @pytest.mark.parametrize("forged", [*HOSTILE, *NONSENSE], ids=lambda it: repr(it)[:90])
-    def test_a_wide_subscription_gets_what_its_users_publish_there(
-        self, link: Link, forged: EmitterMessage
+    def test_wildcard_subscription_receives_messages_published_below_emitter(
+        self, harness: SessionHarness, forged: EmitterMessage
     ) -> None:
-        link.granted(channel="+/")
-        link.session._last_id = 0
-        pending = link.session.request(requests.me())
-        (emission,) = link.hear(forged)
+        harness.subscribe_accepted(channel="+/")
+        harness.session._last_id = 0
+        pending = harness.session.request(requests.me())
+        (emission,) = harness.receive(forged)
         assert emission.event == "message"
         assert emission.value is forged
-        assert link.session.nonsense == 0
+        assert harness.session.nonsense == 0
         assert not pending.done
 
     @given(st.sampled_from(["me", "error", "presence", "keygen", "history", ""]), st.binary())
     def test_any_bytes_do_no_harm(self, operation: str, binary: bytes) -> None:
-        link = Link()
-        pending = link.session.request(requests.me())
-        link.wants.watch("a/")
-        link.hear(EmitterMessage(f"emitter/{operation}/", binary))
+        harness = SessionHarness()
+        pending = harness.session.request(requests.me())
+        harness.wants.watch("a/")
+        harness.receive(EmitterMessage(f"emitter/{operation}/", binary))
         assert not pending.done
-        assert link.session.nonsense == 1
+        assert harness.session.nonsense == 1
 
 
-class TestTheLossOfTheLink:
-    def test_ends_all_that_is_pending(self, link: Link) -> None:
+class TestConnectionLoss:
+    def test_loss_fails_all_pending_calls(self, harness: SessionHarness) -> None:
         pending: list[Pending[Any]] = [
-            link.publish(),
-            link.session.request(requests.me()),
-            link.session.ping(),
-            link.subscribe().asked,
-            link.session.unsubscribe(KEY, "b/"),
+            harness.publish(),
+            harness.session.request(requests.me()),
+            harness.session.ping(),
+            harness.subscribe().asked,
+            harness.session.unsubscribe(KEY, "b/"),
         ]
         called = []
         for one in pending:
             one.call_when_done(lambda: called.append(True))
-        link.lose()
+        harness.lose()
         assert len(called) == 5
         for one in pending:
             with pytest.raises(ConnectionLostError, match="gone"):
                 one.result()
-        assert link.session.pending == 0
+        assert harness.session.pending == 0
 
-    def test_leaves_alone_what_has_been_answered(self, link: Link) -> None:
-        pending = link.session.request(requests.me())
-        link.hear(answer("me", req=1, id="X"))
-        link.lose()
+    def test_loss_does_not_affect_answered_calls(self, harness: SessionHarness) -> None:
+        pending = harness.session.request(requests.me())
+        harness.receive(answer("me", req=1, id="X"))
+        harness.lose()
         assert pending.result() == Me("X")
 
-    def test_an_answer_from_before_counts_no_more(self, link: Link) -> None:
-        link.publish_at_0()
-        link.lose()
-        link.hear(no())
-        assert link.session.nonsense == 1
+    def test_refusal_from_an_earlier_connection_is_nonsense(self, harness: SessionHarness) -> None:
+        harness.publish_qos_0()
+        harness.lose()
+        harness.receive(refusal())
+        assert harness.session.nonsense == 1
 
-    def test_who_still_waits(self, link: Link) -> None:
-        first, second = link.publish(), link.publish()
-        third, ping = link.session.request(requests.me()), link.session.ping()
-        link.session.ping(awaited=False)
+    def test_awaited_lists_calls_that_still_wait(self, harness: SessionHarness) -> None:
+        first, second = harness.publish(), harness.publish()
+        third, ping = harness.session.request(requests.me()), harness.session.ping()
+        harness.session.ping(awaited=False)
         second.begin_wait()
         second.end_wait()
-        link.hear(answer("me", req=3, id="X"))
-        assert link.session.awaited() == [first, ping]
+        harness.receive(answer("me", req=3, id="X"))
+        assert harness.session.awaited() == [first, ping]
         assert third.done
 
 
 class Broker:
-    """A small model of the broker: it takes packets in order, and acknowledges last."""
+    """A small model of the broker: it handles packets in order and acknowledges last."""
 
     def __init__(self) -> None:
         self.packets: list[Packet] = []
         self.subscriptions: set[str] = set()
 
-    def work(self) -> list[Answer]:
-        """Work off the next packet."""
+    def handle_next(self) -> list[Answer]:
+        """Handle the next packet."""
         packet = self.packets.pop(0)
         match packet:
             case PingReq():
@@ -1068,18 +1104,18 @@ class Broker:
             case Subscribe(packet_id, topic):
                 key, channel = split(topic)
                 if key == BAD:
-                    return [no(packet_id), SubAck(packet_id, (128,))]
+                    return [refusal(packet_id), SubAck(packet_id, (128,))]
                 self.subscriptions.add(channel)
                 return [SubAck(packet_id, (0,))]
             case Unsubscribe(packet_id, topic):
                 key, channel = split(topic)
                 if key == BAD:
-                    return [no(packet_id), UnsubAck(packet_id)]
+                    return [refusal(packet_id), UnsubAck(packet_id)]
                 self.subscriptions.discard(channel)
                 return [UnsubAck(packet_id)]
             case Publish(topic, payload, packet_id):
-                said = self.publish(topic.decode(), payload, packet_id)
-                return [*said, PubAck(packet_id)] if packet_id else said
+                replies = self.publish(topic.decode(), payload, packet_id)
+                return [*replies, PubAck(packet_id)] if packet_id else replies
         raise AssertionError(packet)
 
     def publish(self, topic: str, payload: bytes, packet_id: int | None) -> list[Answer]:
@@ -1091,11 +1127,11 @@ class Broker:
             if asked.get("ttl") == 2:
                 return [answer("keygen", req=packet_id, status=200, key=5)]
             if asked.get("key") == BAD:
-                return [no(packet_id, operation="keygen")]
+                return [refusal(packet_id, operation="keygen")]
             if not asked:
                 return [answer("me", req=packet_id, status=200, id=f"id{packet_id}")]
             return [answer("keygen", req=packet_id, status=200, key=f"{packet_id}", channel="a/")]
-        return [no(packet_id)] if split(topic)[0] == BAD else []
+        return [refusal(packet_id)] if split(topic)[0] == BAD else []
 
 
 def split(topic: str) -> tuple[str, str]:
@@ -1104,24 +1140,24 @@ def split(topic: str) -> tuple[str, str]:
 
 
 FILTERS = ["a/", "a/b/", "+/b/", "c/", "c/d/", "#/", "$share/g/c/", "$share/h/c/d/"]
-keys = st.sampled_from([KEY, OTHER, BAD])
+key_strategy = st.sampled_from([KEY, OTHER, BAD])
 
 
 class Conversation(RuleBasedStateMachine):
-    """A session and the model of a broker, whose answers come whenever it likes."""
+    """A session and a model broker, whose packets arrive at any time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.constants = _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS
-        # So few that they come round again and again.
-        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = 60, 30  # type: ignore[misc]  # put back below
-        self.begin()
+        # Few enough to wrap around repeatedly.
+        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = 60, 30  # type: ignore[misc]  # restored in teardown()
+        self.start()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         self.broker = Broker()
         self.wants = Wants("emitter")
         self.session = Session(self.wants, self.send, lambda packet: None, encode_publish)
-        self.coming: list[Answer] = []
+        self.in_transit: list[Answer] = []
         self.outstanding: dict[int, str] = {}
         self.pings = 0
         self.users: list[Grant] = []
@@ -1134,7 +1170,7 @@ class Conversation(RuleBasedStateMachine):
         self.all: list[Pending[Any]] = []
 
     def teardown(self) -> None:
-        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = self.constants  # type: ignore[misc]  # as they were
+        _session._MAX_PACKET_IDS, _session._RESERVED_PACKET_IDS = self.constants  # type: ignore[misc]  # restored
 
     # The wire
 
@@ -1147,34 +1183,34 @@ class Conversation(RuleBasedStateMachine):
                 self.outstanding[packet.packet_id] = type(packet).__name__
         if isinstance(packet, Subscribe):
             pair = split(packet.topic)
-            assert pair not in self.asked, "the broker is asked twice"
+            assert pair not in self.asked, "subscribed twice"
             self.asked.add(pair)
             self.ended.discard(pair)
         elif isinstance(packet, Unsubscribe):
             pair = split(packet.topic)
             used = {grant.filter for grant in self.users if grant not in self.refused}
-            assert pair[1] not in used, "somebody still uses it"
-            assert pair in self.asked | self.ended, "what was refused, or not asked for"
+            assert pair[1] not in used, "the channel still has users"
+            assert pair in self.asked | self.ended, "never subscribed, or refused"
             self.ended |= {one for one in self.asked if one[1] == pair[1]}
             self.asked -= self.ended
         self.broker.packets.append(packet)
 
     @precondition(lambda self: self.broker.packets)
     @rule(count=st.integers(1, 4))
-    def the_broker_works(self, count: int) -> None:
+    def broker_handles_packets(self, count: int) -> None:
         for _ in range(min(count, len(self.broker.packets))):
-            self.coming += self.broker.work()
+            self.in_transit += self.broker.handle_next()
 
-    @precondition(lambda self: self.coming)
+    @precondition(lambda self: self.in_transit)
     @rule(count=st.integers(1, 6))
-    def we_hear(self, count: int) -> None:
-        for event in self.coming[:count]:
-            self.hear(event)
-        del self.coming[:count]
+    def packets_arrive(self, count: int) -> None:
+        for event in self.in_transit[:count]:
+            self.receive(event)
+        del self.in_transit[:count]
 
-    def hear(self, event: Answer) -> None:
+    def receive(self, event: Answer) -> None:
         if isinstance(event, SubAck) and event.codes == (128,):
-            # From here on it may be asked for again.
+            # From here on, the same key and channel may be subscribed again.
             grant = self.session._pending[event.packet_id].grant
             assert grant is not None
             self.refused.add(grant)
@@ -1200,7 +1236,7 @@ class Conversation(RuleBasedStateMachine):
             assert isinstance(emission.value, UnauthorizedError)
             self.refusal_before_flush = True
 
-    # What users do
+    # Actions of users
 
     def expect(self, pending: Pending[Any], expected: object) -> None:
         self.all.append(pending)
@@ -1210,20 +1246,20 @@ class Conversation(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: not self.session.full)
-    @rule(key=keys)
+    @rule(key=key_strategy)
     def publish(self, key: str) -> None:
         topic = f"{key}/a/".encode()
         pending = self.session.publish_qos_1(topic, b"x", key, "a/")
         self.send(Publish(topic, b"x", self.session._last_id, False))
         self.expect(pending, UnauthorizedError if key == BAD else None)
 
-    @rule(key=keys)
-    def publish_at_0(self, key: str) -> None:
+    @rule(key=key_strategy)
+    def publish_qos_0(self, key: str) -> None:
         self.session.publish(f"{key}/a/".encode(), b"x")
         self.send(Publish(f"{key}/a/".encode(), b"x", None, False))
 
     @precondition(lambda self: not self.session.full)
-    @rule(key=keys, kind=st.sampled_from(["good", "too large", "nonsense", "me"]))
+    @rule(key=key_strategy, kind=st.sampled_from(["good", "too large", "nonsense", "me"]))
     def request(self, key: str, kind: str) -> None:
         ttl = {"too large": 1, "nonsense": 2}.get(kind, 0)
         asked: Request[Any] = (
@@ -1249,10 +1285,14 @@ class Conversation(RuleBasedStateMachine):
         self.flushes.append(pending if awaited else None)
 
     @precondition(lambda self: not self.session.full)
-    @rule(key=keys, channel=st.sampled_from(FILTERS), replay=st.sampled_from([ANY, NONE]))
+    @rule(
+        key=key_strategy,
+        channel=st.sampled_from(FILTERS),
+        replay=st.sampled_from([DEFAULT_REPLAY, NO_REPLAY]),
+    )
     def subscribe(self, key: str, channel: str, replay: Replay) -> None:
         before = len(self.broker.packets)
-        # Nothing is delivered to "#", so that what the broker replays would reach nobody.
+        # The broker delivers nothing to "#", so its replay would be lost.
         overlapped = self.wants.overlaps(channel) or channel == "#/"
         group, plain = unshare(channel)
         held = {grant.filter for grant in self.users if grant not in self.refused} - {channel}
@@ -1262,13 +1302,13 @@ class Conversation(RuleBasedStateMachine):
             assert len(self.broker.packets) == before
             return
         grant, by_history = self.session.subscribe(key, key, channel, replay)
-        assert by_history == (overlapped and replay is ANY)
+        assert by_history == (overlapped and replay is DEFAULT_REPLAY)
         self.users.append(grant)
         if len(self.broker.packets) > before:
             packet = self.broker.packets[-1]
             assert isinstance(packet, Subscribe)
-            quiet = overlapped or replay is NONE
-            assert packet.topic.endswith("?last=0") == quiet
+            without_replay = overlapped or replay is NO_REPLAY
+            assert packet.topic.endswith("?last=0") == without_replay
             self.expect(grant.asked, UnauthorizedError if key == BAD else None)
 
     @precondition(lambda self: self.users and len(self.outstanding) < 58)
@@ -1278,70 +1318,72 @@ class Conversation(RuleBasedStateMachine):
         self.session.unsubscribe_unused(self.wants.leave(grant))
 
     @rule(which=st.integers(0))
-    def give_up(self, which: int) -> None:
-        # The caller is gone; what it asked goes its way.
+    def cancel_call(self, which: int) -> None:
+        # The caller stops waiting, but its packet stays outstanding.
         waiting = [pending for pending, _ in self.expected.values()]
         if waiting:
             waiting[which % len(waiting)].begin_wait()
             waiting[which % len(waiting)].end_wait()
 
-    # What others do
+    # Actions of other clients
 
     @rule(
         operation=st.sampled_from(["me", "keygen", "error", "history", "x"]),
         req=st.sampled_from([0, -1, 61, "1", [1], 1.5, True, 10**20]),
     )
-    def somebody_forges(self, operation: str, req: object) -> None:
-        self.dropped(answer(operation, req=req, status=200, id="forged", key="f", channel="f/"))
+    def forged_reply_arrives(self, operation: str, req: object) -> None:
+        self.check_dropped(
+            answer(operation, req=req, status=200, id="forged", key="f", channel="f/")
+        )
 
     @rule(binary=st.sampled_from([b"", b"[]", b"{", b"\xff", b"5", b"[" * 3000]))
-    def somebody_sends_nonsense(self, binary: bytes) -> None:
-        self.dropped(EmitterMessage("emitter/keygen/", binary))
+    def invalid_reply_arrives(self, binary: bytes) -> None:
+        self.check_dropped(EmitterMessage("emitter/keygen/", binary))
 
     @precondition(lambda self: self.outstanding)
     @rule(which=st.integers(0))
-    def somebody_answers_another_question(self, which: int) -> None:
+    def reply_of_the_wrong_kind_arrives(self, which: int) -> None:
         number = sorted(self.outstanding)[which % len(self.outstanding)]
-        self.dropped(answer("history", req=number, messages=[]))
+        self.check_dropped(answer("history", req=number, messages=[]))
 
     @rule(id=st.integers(61, 65535))
-    def an_acknowledgement_comes_late(self, id: int) -> None:
+    def unexpected_acknowledgement_arrives(self, id: int) -> None:
         for event in (PubAck(id), SubAck(id, (128,)), UnsubAck(id)):
-            self.dropped(event)
+            self.check_dropped(event)
 
-    def dropped(self, event: Answer) -> None:
+    def check_dropped(self, event: Answer) -> None:
         before = self.session.nonsense, self.session.pending
         for emission in self.session.receive(event):
-            wide = emission.event == "message" and self.wants.is_subscribed("#/") is not None
-            assert wide or isinstance(emission.value, RemoteProtocolError)
+            delivered = emission.event == "message" and self.wants.is_subscribed("#/") is not None
+            assert delivered or isinstance(emission.value, RemoteProtocolError)
         assert self.session.nonsense == before[0] + 1
         assert self.session.pending == before[1]
 
     @rule()
-    def the_link_is_lost(self) -> None:
+    def connection_is_lost(self) -> None:
         self.session.lost(lambda: ConnectionLostError("gone"))
         assert self.session.pending == 0
         assert all(pending.done for pending in self.all)
-        self.begin()
+        self.start()
 
-    # What always holds
+    # Invariants
 
     @invariant()
-    def as_much_is_pending_as_is_unacknowledged(self) -> None:
+    def pending_equals_unacknowledged(self) -> None:
         assert self.session.pending == len(self.outstanding) + len(self.flushes)
 
     @invariant()
-    def nothing_is_done_before_it_is_answered(self) -> None:
+    def no_call_is_done_before_its_reply(self) -> None:
         for pending, _ in self.expected.values():
             assert pending.request is not None or not pending.done
 
     @rule()
-    def in_the_end_the_broker_has_what_is_used(self) -> None:
-        while self.broker.packets or self.coming:
-            if self.coming:
-                self.hear(self.coming.pop(0))
+    def broker_has_exactly_the_used_subscriptions(self) -> None:
+        while self.broker.packets or self.in_transit:
+            if self.in_transit:
+                self.receive(self.in_transit.pop(0))
             else:
-                self.coming += self.broker.work()
+                self.in_transit += self.broker.handle_next()
         assert self.broker.subscriptions == {
             grant.filter for grant in self.users if grant.key != BAD
         }
@@ -1350,7 +1392,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 def outcome(pending: Pending[Any]) -> object:
-    """The value, or the type of the error."""
+    """Return the result, or the type of the error."""
     try:
         return pending.result()
     except EmitterError as exc:
@@ -1361,7 +1403,7 @@ TestConversation = Conversation.TestCase
 TestConversation.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def test_who_asks_when_it_is_done_is_called_at_once() -> None:
+def test_callback_added_when_done_is_called_immediately() -> None:
     called: list[str] = []
     pending: Pending[int] = Pending("me")
     pending.call_when_done(lambda: called.append("before"))

@@ -1,4 +1,4 @@
-"""The states of a client and of a connection, in every pair of state and step."""
+"""The state tables of clients and connections, for every state and step."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from emitter_anyio.testing import Broker
 from tests.support.connections import connect_reconnecting, while_disconnected
 
 
-class Link:
-    """Stands for a connection, of which a slot only keeps a reference."""
+class StubConnection:
+    """A substitute for a connection, which the slot only stores."""
 
     session = None
 
 
-LINK: Any = Link()
+STUB: Any = StubConnection()
 
 STEPS: dict[Step, Callable[[Slot], object]] = {
     Step.ENTER: Slot.enter,
-    Step.OPEN: lambda slot: slot.open(LINK),
+    Step.OPEN: lambda slot: slot.open(STUB),
     Step.RESTORE: Slot.restore,
     Step.LOSE: lambda slot: slot.lose(EndOfStream(), None),
     Step.LEAVE: Slot.leave,
     Step.END: Slot.end,
 }
 
-WAYS: dict[ClientState, tuple[Step, ...]] = {
+PATHS: dict[ClientState, tuple[Step, ...]] = {
     ClientState.CLOSED: (),
     ClientState.CONNECTING: (Step.ENTER,),
     ClientState.RESTORING: (Step.ENTER, Step.OPEN),
@@ -45,30 +45,30 @@ WAYS: dict[ClientState, tuple[Step, ...]] = {
 
 @pytest.mark.parametrize("step", Step, ids=lambda step: step.name)
 @pytest.mark.parametrize("state", ClientState, ids=lambda state: state.name)
-async def test_every_step_in_every_state_of_a_client(
+async def test_client_step_in_each_state(
     anyio_backend: object, state: ClientState, step: Step
 ) -> None:
     slot = Slot(make_options("mqtt://127.0.0.1", {}))
-    for way in WAYS[state]:
-        STEPS[way](slot)
+    for step_before in PATHS[state]:
+        STEPS[step_before](slot)
     assert slot.state is state
     STEPS[step](slot)
     assert slot.state is TRANSITIONS.get((state, step), state)
 
 
-def test_every_state_of_a_client_can_end() -> None:
+def test_client_can_end_from_every_state() -> None:
     for state in set(ClientState) - {ClientState.CLOSED}:
         assert TRANSITIONS[state, Step.END] is ClientState.CLOSED
 
 
-def test_a_connection_that_has_ended_changes_no_more() -> None:
+def test_ended_connection_does_not_change() -> None:
     for step in ConnectionStep:
         assert (ConnectionState.ENDED, step) not in CONNECTION_TRANSITIONS
     for state in set(ConnectionState) - {ConnectionState.ENDED}:
         assert CONNECTION_TRANSITIONS[state, ConnectionStep.END] is ConnectionState.ENDED
 
 
-async def test_what_users_see_of_the_states(broker: Broker) -> None:
+async def test_state_as_users_see_it(broker: Broker) -> None:
     emitter: Emitter = connect_reconnecting(broker.url)
     seen: list[str] = [emitter.state]
     async with emitter:
@@ -80,7 +80,7 @@ async def test_what_users_see_of_the_states(broker: Broker) -> None:
     assert seen == ["closed", "connected", "connecting", "connected", "closed"]
 
 
-async def test_a_client_that_cannot_connect_says_why_later(anyio_backend: object) -> None:
+async def test_closed_error_after_a_failed_connect_has_the_cause(anyio_backend: object) -> None:
     emitter = connect("mqtt://127.0.0.1:1", reconnect=None)
     with pytest.raises(Exception, match="could not connect") as caught:
         async with emitter:

@@ -40,23 +40,23 @@ MakeStream = Callable[..., Ends]
 
 @pytest.fixture
 def make() -> Iterator[MakeStream]:
-    """Makes streams, and closes their receive ends after the test."""
-    made: list[EventStream[Any]] = []
+    """A function that creates streams, whose receive ends are closed after the test."""
+    created: list[EventStream[Any]] = []
 
     def make(
         buffer: int = 3, overflow: Overflow = "raise", decode: Callable[[Any], Any] | None = None
     ) -> Ends:
         send: Sender[Any] = Sender("subscribe('a/')", buffer, overflow)
-        made.append(EventStream(send, decode))
-        return send, made[-1]
+        created.append(EventStream(send, decode))
+        return send, created[-1]
 
     yield make
-    for stream in made:
+    for stream in created:
         stream.close()
 
 
 def fill(send: Sender[Any], *items: object) -> None:
-    """Put items in, and do as the policy says with those that have no space."""
+    """Push items, applying the overflow policy to those that have no space."""
     for item in items:
         send.push_or_drop(item)
 
@@ -67,7 +67,7 @@ def filled(ends: Ends, *items: object) -> Ends:
 
 
 def read(stream: EventStream[Any]) -> list[object]:
-    """Take out all that can be taken; a gap shows as the text of its size."""
+    """Receive everything available; a gap becomes a text with its size."""
     items: list[object] = []
     while True:
         try:
@@ -78,8 +78,8 @@ def read(stream: EventStream[Any]) -> list[object]:
             return items
 
 
-async def give_up_turns(send: Sender[Any]) -> None:
-    """Have it wait for its consumer, so that from now on it gives it no turns before it waits."""
+async def use_up_turns(send: Sender[Any]) -> None:
+    """Let it wait for its consumer, after which it yields no more turns before waiting."""
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(send.wait_for_space)
         await anyio.wait_all_tasks_blocked()
@@ -103,49 +103,51 @@ def figures(stream: EventStream[Any]) -> tuple[int, int, int, int]:
 
 
 class TestReceiving:
-    async def test_what_is_buffered(self, make: MakeStream) -> None:
+    async def test_buffered_items_are_received(self, make: MakeStream) -> None:
         _send, stream = filled(make(), 1, 2, 3)
         assert [await stream.receive() for _ in range(3)] == [1, 2, 3]
 
-    def test_nothing_is_there_yet(self, make: MakeStream) -> None:
+    def test_receive_nowait_of_an_empty_stream_raises_would_block(self, make: MakeStream) -> None:
         with pytest.raises(WouldBlock):
             make()[1].receive_nowait()
 
-    async def test_it_waits_for_what_comes(self, make: MakeStream) -> None:
+    async def test_receive_waits_for_an_item(self, make: MakeStream) -> None:
         send, stream = make()
-        got = []
+        received = []
 
         async def receive() -> None:
-            got.append(await stream.receive())
-            got.append(await stream.receive())
+            received.append(await stream.receive())
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(receive)
             await anyio.wait_all_tasks_blocked()
-            assert got == []
+            assert received == []
             send.push("first")
             await anyio.wait_all_tasks_blocked()
-            assert got == ["first"]
+            assert received == ["first"]
             send.push("second")
-        assert got == ["first", "second"]
+        assert received == ["first", "second"]
 
-    async def test_it_is_an_object_stream_and_an_iterator(self, make: MakeStream) -> None:
+    async def test_stream_is_an_object_receive_stream_and_an_iterator(
+        self, make: MakeStream
+    ) -> None:
         send, stream = filled(make(), 1, 2, 3)
         send.end()
         assert isinstance(stream, ObjectReceiveStream)
         assert [item async for item in stream] == [1, 2, 3]
 
-    async def test_several_tasks_share_one_stream(self, make: MakeStream) -> None:
+    async def test_several_tasks_can_share_a_stream(self, make: MakeStream) -> None:
         send, stream = make(buffer=1000)
-        got: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+        received: dict[str, list[int]] = {"a": [], "b": [], "c": []}
 
         async def receive(name: str) -> None:
             async for item in stream:
-                got[name].append(item)
+                received[name].append(item)
                 await checkpoint()
 
         async with anyio.create_task_group() as tasks:
-            for name in got:
+            for name in received:
                 tasks.start_soon(receive, name)
             await anyio.wait_all_tasks_blocked()
             for number in range(300):
@@ -153,19 +155,19 @@ class TestReceiving:
                 if number % 7 == 0:
                     await checkpoint()
             send.end()
-        assert sorted(item for items in got.values() for item in items) == list(range(300))
-        assert all(items == sorted(items) for items in got.values())
-        assert all(got.values()), "each of them got something"
+        assert sorted(item for items in received.values() for item in items) == list(range(300))
+        assert all(items == sorted(items) for items in received.values())
+        assert all(received.values()), "a task received nothing"
 
     @pytest.mark.parametrize("count", [1, 2])
-    async def test_one_item_wakes_those_who_wait_and_one_gets_it(
+    async def test_each_item_goes_to_one_of_the_waiting_tasks(
         self, make: MakeStream, count: int
     ) -> None:
         send, stream = make()
-        got = []
+        received = []
 
         async def receive() -> None:
-            got.append(await stream.receive())
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
             for _ in range(3):
@@ -173,10 +175,10 @@ class TestReceiving:
             await anyio.wait_all_tasks_blocked()
             fill(send, *range(count))
             await anyio.wait_all_tasks_blocked()
-            assert sorted(got) == list(range(count))
+            assert sorted(received) == list(range(count))
             tasks.cancel_scope.cancel()
 
-    async def test_it_yields_at_least_at_every_64th_item(self, make: MakeStream) -> None:
+    async def test_receive_yields_at_least_every_64_items(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1000), *range(1000))
         send.end()
         turns = 0
@@ -187,39 +189,41 @@ class TestReceiving:
                 turns += 1
                 await checkpoint()
 
-        got: list[int] = []
+        received: list[int] = []
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(other)
-            got += [item async for item in stream]
+            received += [item async for item in stream]
             tasks.cancel_scope.cancel()
-        assert len(got) == 1000
-        # Trio runs those who are ready in any order: the last turn may come too late.
+        assert len(received) == 1000
+        # Trio runs ready tasks in random order, so the last turn might come too late.
         assert turns >= 1000 // 64 - 1
 
-    async def test_it_may_be_cancelled_at_least_at_every_64th_item(self, make: MakeStream) -> None:
+    async def test_receive_checks_for_cancellation_at_least_every_64_items(
+        self, make: MakeStream
+    ) -> None:
         _send, stream = filled(make(buffer=1000), *range(1000))
-        got = []
+        received = []
         with anyio.CancelScope() as scope:
             scope.cancel()
             async for item in stream:
-                got.append(item)  # noqa: PERF401 - a list that is cancelled leaves nothing
-        assert len(got) <= 64
-        assert read(stream) == list(range(len(got), 1000)), "nothing is lost"
+                received.append(item)  # noqa: PERF401 - a cancelled comprehension would return nothing
+        assert len(received) <= 64
+        assert read(stream) == list(range(len(received), 1000)), "an item was lost"
 
 
-class TestCancelling:
+class TestCancellation:
     """An item stays in the stream until its receiver runs."""
 
     @pytest.mark.parametrize("order", ["item, cancel", "cancel, item"])
     @pytest.mark.parametrize("natively", [False, True])
-    async def test_in_the_turn_in_which_an_item_comes(
+    async def test_cancelled_in_the_turn_in_which_an_item_arrives(
         self, make: MakeStream, order: str, natively: bool
     ) -> None:
         send, stream = make()
-        got = []
+        received = []
 
         async def receive() -> None:
-            got.append(await stream.receive())
+            received.append(await stream.receive())
 
         def put() -> None:
             send.push("item")
@@ -233,23 +237,25 @@ class TestCancelling:
         async with anyio.create_task_group() as tasks:
             if natively and sniffio.current_async_library() == "asyncio":
                 cancel: Callable[[], object] = asyncio.ensure_future(receive()).cancel
-            else:  # on Trio there are only scopes
+            else:  # Trio has cancel scopes only
                 tasks.start_soon(in_scope)
                 cancel = scope.cancel
             await anyio.wait_all_tasks_blocked()
-            for act in (put, cancel) if order == "item, cancel" else (cancel, put):
-                act()
+            for action in (put, cancel) if order == "item, cancel" else (cancel, put):
+                action()
             await anyio.wait_all_tasks_blocked()
-        assert got + read(stream) == ["item"]
+        assert received + read(stream) == ["item"]
 
     @pytest.mark.parametrize("turns", range(4))
-    async def test_some_turns_after_it_came(self, make: MakeStream, turns: int) -> None:
+    async def test_cancelled_some_turns_after_an_item_arrived(
+        self, make: MakeStream, turns: int
+    ) -> None:
         send, stream = make()
-        got = []
+        received = []
         async with anyio.create_task_group() as tasks:
 
             async def receive() -> None:
-                got.append(await stream.receive())
+                received.append(await stream.receive())
 
             tasks.start_soon(receive)
             await anyio.wait_all_tasks_blocked()
@@ -257,12 +263,14 @@ class TestCancelling:
             for _ in range(turns):
                 await checkpoint()
             tasks.cancel_scope.cancel()
-        assert got + read(stream) == ["item"]
+        assert received + read(stream) == ["item"]
 
     @pytest.mark.parametrize("turns", range(4))
-    async def test_natively_some_turns_after_it_came(self, make: MakeStream, turns: int) -> None:
+    async def test_natively_cancelled_some_turns_after_an_item_arrived(
+        self, make: MakeStream, turns: int
+    ) -> None:
         if sniffio.current_async_library() != "asyncio":
-            return  # Trio has no other cancellation than that of scopes
+            return  # Trio has cancel scopes only
         send, stream = make()
         task = asyncio.ensure_future(stream.receive())
         await anyio.wait_all_tasks_blocked()
@@ -271,39 +279,39 @@ class TestCancelling:
             await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
-        got = [] if task.cancelled() else [task.result()]
-        assert got + read(stream) == ["item"]
+        received = [] if task.cancelled() else [task.result()]
+        assert received + read(stream) == ["item"]
 
-    async def test_one_who_gives_up_wakes_no_other_and_leaves_nothing(
+    async def test_cancelled_receiver_wakes_no_other_and_leaves_nothing_behind(
         self, make: MakeStream
     ) -> None:
         send, stream = make()
-        got = []
+        received = []
 
-        async def patient() -> None:
-            got.append(await stream.receive())
+        async def receive_patiently() -> None:
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(patient)
+            tasks.start_soon(receive_patiently)
             await anyio.wait_all_tasks_blocked()
             for _ in range(3):
                 with anyio.CancelScope() as scope:
                     tasks.start_soon(cancel_when_blocked, scope)
                     await stream.receive()
-            assert got == []
+            assert received == []
             assert stream.statistics().tasks_waiting_receive == 1
             send.push("item")
-        assert got == ["item"]
+        assert received == ["item"]
         assert stream.statistics().tasks_waiting_receive == 0
 
-    async def test_a_task_that_is_cancelled_in_the_turn_of_its_item_passes_it_on(
+    async def test_receiver_cancelled_in_the_turn_of_its_item_passes_it_on(
         self, make: MakeStream
     ) -> None:
         send, stream = make()
-        got = []
+        received = []
 
         async def receive() -> None:
-            got.append(await stream.receive())
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
             if sniffio.current_async_library() == "asyncio":
@@ -318,36 +326,34 @@ class TestCancelling:
             send.push("item")
             cancel()
             await anyio.wait_all_tasks_blocked()
-            assert got == ["item"]
+            assert received == ["item"]
             tasks.cancel_scope.cancel()
 
-    async def test_another_receiver_gets_what_the_cancelled_one_did_not(
-        self, make: MakeStream
-    ) -> None:
+    async def test_item_of_a_cancelled_receiver_goes_to_another(self, make: MakeStream) -> None:
         send, stream = make()
-        got = []
+        received = []
         scope = anyio.CancelScope()
 
-        async def cancelled() -> None:
+        async def receive_and_be_cancelled() -> None:
             with scope:
-                got.append(await stream.receive())
+                received.append(await stream.receive())
 
-        async def patient() -> None:
-            got.append(await stream.receive())
+        async def receive_patiently() -> None:
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(cancelled)
+            tasks.start_soon(receive_and_be_cancelled)
             await anyio.wait_all_tasks_blocked()
-            tasks.start_soon(patient)
+            tasks.start_soon(receive_patiently)
             await anyio.wait_all_tasks_blocked()
             send.push("item")
             scope.cancel()
             with anyio.CancelScope(shield=True):
                 await anyio.wait_all_tasks_blocked()
-            # Had the first one got it after all, the second one would wait for the next.
+            # If the first task received the item after all, the second needs another one.
             send.push("next")
-        assert got[0] == "item"
-        assert len(got) + len(read(stream)) == 2
+        assert received[0] == "item"
+        assert len(received) + len(read(stream)) == 2
 
 
 class TestOverflow:
@@ -357,23 +363,27 @@ class TestOverflow:
             ("raise", [1, 2, 3, "2 missing"]),
             ("drop_newest", [1, 2, 3]),
             ("drop_oldest", [3, 4, 5]),
-            # Where nobody waits.
+            # push_or_drop() does not wait, so it acts like "raise".
             ("block", [1, 2, 3, "2 missing"]),
         ],
     )
-    def test_by_policy(self, make: MakeStream, overflow: Overflow, left: list[object]) -> None:
+    def test_full_buffer_by_policy(
+        self, make: MakeStream, overflow: Overflow, left: list[object]
+    ) -> None:
         send, stream = filled(make(overflow=overflow), 1, 2, 3, 4, 5)
         assert send.dropped == stream.statistics().dropped == 2
         assert read(stream) == left
         received = sum(isinstance(item, int) for item in left)
         assert figures(stream) == (0, 0, received, 2)
 
-    def test_push_says_whether_there_was_room(self, make: MakeStream) -> None:
+    def test_push_returns_whether_there_was_space(self, make: MakeStream) -> None:
         send, stream = make(buffer=2)
         assert [send.push(number) for number in range(3)] == [True, True, False]
         assert read(stream) == [0, 1]
 
-    def test_a_gap_is_where_the_messages_are_missing(self, make: MakeStream) -> None:
+    def test_slow_consumer_error_is_raised_in_place_of_the_missing_messages(
+        self, make: MakeStream
+    ) -> None:
         send, stream = filled(make(buffer=2), 1, 2, 3)
         assert stream.receive_nowait() == 1
         fill(send, 4)
@@ -386,65 +396,63 @@ class TestOverflow:
         fill(send, 5, 6, 7)
         assert read(stream) == [4, 5, "2 missing"]
 
-    def test_what_is_dropped_while_the_gap_is_at_the_end_belongs_to_it(
-        self, make: MakeStream
-    ) -> None:
+    def test_messages_dropped_at_the_end_extend_the_last_gap(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1), 1, 2)
         assert stream.receive_nowait() == 1
         fill(send, 3)
         fill(send, 4, 5)
         assert read(stream) == ["1 missing", 3, "2 missing"]
 
-    def test_a_gap_that_was_read_is_over(self, make: MakeStream) -> None:
+    def test_gap_that_was_read_is_not_extended(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1), 1, 2)
         assert read(stream) == [1, "1 missing"]
         fill(send, 3, 4, 5)
         assert read(stream) == [3, "2 missing"]
 
-    def test_nothing_is_counted_in_a_gap_that_was_read(self, make: MakeStream) -> None:
+    def test_message_dropped_after_a_read_gap_starts_a_new_gap(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1), 1, 2)
         assert read(stream) == [1, "1 missing"]
         big = EmitterMessage("a/", bytes(MAX_BYTES))
         fill(send, big, 3)
         assert read(stream) == [big, "1 missing"]
 
-    async def test_a_new_loop_goes_on_after_the_gap(self, make: MakeStream) -> None:
+    async def test_iteration_can_continue_after_a_gap(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, 2, 3, 4)
-        got = []
+        received = []
         with pytest.raises(SlowConsumerError):
             async for item in stream:
-                got.append(item)  # noqa: PERF401 - what came before the error is to be seen
+                received.append(item)  # noqa: PERF401 - keep the items before the error
         fill(send, 5)
         send.end()
-        got += [item async for item in stream]
-        assert got == [1, 2, 3, 5]
+        received += [item async for item in stream]
+        assert received == [1, 2, 3, 5]
 
     @pytest.mark.parametrize("overflow", get_args(Overflow))
     @given(
         buffer=st.integers(1, 4),
-        acts=st.lists(st.sampled_from(["push"] * 4 + ["take"] * 3 + ["extra"]), max_size=40),
+        actions=st.lists(st.sampled_from(["push"] * 4 + ["take"] * 3 + ["extra"]), max_size=40),
     )
     def test_every_message_is_received_or_counted(
-        self, overflow: Overflow, buffer: int, acts: list[str]
+        self, overflow: Overflow, buffer: int, actions: list[str]
     ) -> None:
         send: Sender[int] = Sender("x", buffer, overflow)
         stream = EventStream[int](send)
         pushed = 0
         taken: list[int] = []
-        told = 0
+        reported = 0
 
         def take() -> bool:
-            nonlocal told
+            nonlocal reported
             try:
                 item = stream.receive_nowait()
             except WouldBlock:
                 return False
             except SlowConsumerError as exc:
-                told += exc.dropped
+                reported += exc.dropped
                 missing.append((taken[-1] if taken else -1, exc.dropped))
                 return True
             if missing and missing[-1][0] == (taken[-1] if taken else -1):
-                # Just so many as are missing at this place.
+                # The gap has exactly the size of what is missing here.
                 assert item == missing[-1][0] + missing[-1][1] + 1
             elif overflow in ("raise", "block"):
                 assert item == (taken[-1] if taken else -1) + 1
@@ -452,23 +460,23 @@ class TestOverflow:
             return True
 
         missing: list[tuple[int, int]] = []
-        for act in acts:
-            if act == "push":
+        for action in actions:
+            if action == "push":
                 send.push_or_drop(pushed)
                 pushed += 1
-            elif act == "extra":
+            elif action == "extra":
                 assert send.push(pushed, extra=True)
                 pushed += 1
             else:
                 take()
-            assert stream.statistics().current_buffer_used <= buffer + acts.count("extra")
+            assert stream.statistics().current_buffer_used <= buffer + actions.count("extra")
             assert stream.statistics().received == len(taken)
         newest = pushed - 1
         while take():
             pass
         assert taken == sorted(set(taken))
         assert len(taken) + send.dropped == pushed
-        assert told == (send.dropped if overflow in ("raise", "block") else 0)
+        assert reported == (send.dropped if overflow in ("raise", "block") else 0)
         if overflow == "drop_oldest" and taken:
             assert taken[-1] == newest
         assert figures(stream) == (0, 0, len(taken), send.dropped)
@@ -476,7 +484,7 @@ class TestOverflow:
 
 
 class TestBytes:
-    def test_a_buffer_is_full_with_8_mib(self, make: MakeStream) -> None:
+    def test_buffer_is_limited_to_8_mib(self, make: MakeStream) -> None:
         send, stream = make(buffer=1000)
         # A message weighs its payload, its channel and 128 bytes.
         half = EmitterMessage("a/", bytes(MAX_BYTES // 2 - len("a/") - 128))
@@ -489,7 +497,7 @@ class TestBytes:
         assert figures(stream) == (1, MAX_BYTES // 2, 1, 0)
         assert send.push(EmitterMessage("a/", b""))
 
-    def test_the_oldest_go_until_there_is_room(self, make: MakeStream) -> None:
+    def test_drop_oldest_drops_until_there_is_space(self, make: MakeStream) -> None:
         send, stream = make(buffer=1000, overflow="drop_oldest")
         small = [EmitterMessage("a/", b"x") for _ in range(3)]
         big = EmitterMessage("a/", bytes(MAX_BYTES))
@@ -499,22 +507,22 @@ class TestBytes:
         assert read(stream) == [last]
         assert send.dropped == 4
 
-    def test_an_empty_message_weighs_something(self, make: MakeStream) -> None:
+    def test_empty_message_has_a_weight(self, make: MakeStream) -> None:
         send, stream = make(buffer=10**6)
         taken = send.push_many([EmitterMessage("a/", b"")] * 10**5)
         assert taken == -(-MAX_BYTES // 130)
         assert stream.statistics().buffered_bytes == 130 * taken
 
-    def test_what_is_no_message_weighs_128_bytes(self, make: MakeStream) -> None:
+    def test_other_items_weigh_128_bytes(self, make: MakeStream) -> None:
         _send, stream = filled(make(), "text", EmitterMessage("a/", b"x"))
         assert figures(stream) == (2, 2 * 128 + 3, 0, 0)
 
-    def test_a_change_of_presence_weighs_what_it_says(self, make: MakeStream) -> None:
+    def test_presence_event_weighs_its_members(self, make: MakeStream) -> None:
         who = (Member("id", "ann"), Member("id", None))
         event = PresenceEvent(datetime.now(UTC), "subscribe", "a/", who)
         assert figures(filled(make(), event)[1]) == (1, 3 * 128 + 7, 0, 0)
 
-    def test_what_stands_beside_the_buffer_leaves_it_its_bytes(self, make: MakeStream) -> None:
+    def test_items_put_in_front_do_not_use_the_buffers_bytes(self, make: MakeStream) -> None:
         send, stream = make(buffer=1000)
         big = EmitterMessage("a/", bytes(MAX_BYTES))
         send.put_in_front([big])
@@ -527,7 +535,7 @@ class TestBytes:
 
 
 class TestExtraItems:
-    def test_stand_beside_the_buffer(self, make: MakeStream) -> None:
+    def test_extra_items_do_not_use_the_buffer(self, make: MakeStream) -> None:
         send, stream = make(buffer=2)
         for number in range(5):
             assert send.push(number, extra=True)
@@ -537,22 +545,20 @@ class TestExtraItems:
         assert stream.statistics().current_buffer_used == 7
         assert read(stream) == list(range(7))
 
-    def test_the_room_is_that_of_the_buffer_again_when_they_are_read(
-        self, make: MakeStream
-    ) -> None:
+    def test_buffer_has_its_size_after_extra_items_are_read(self, make: MakeStream) -> None:
         send, stream = make(buffer=2)
         for number in range(3):
             send.push(number, extra=True)
         assert read(stream) == [0, 1, 2]
         assert [send.push(number) for number in range(3)] == [True, True, False]
 
-    def test_come_in_when_it_is_full(self, make: MakeStream) -> None:
+    def test_extra_item_is_accepted_by_a_full_buffer(self, make: MakeStream) -> None:
         send, _stream = filled(make(buffer=1), 1)
         assert send.push(2, extra=True)
         assert not send.push(3)
 
     @pytest.mark.parametrize("count", [3, 5000])
-    def test_one_overflow_drops_one_of_them(self, make: MakeStream, count: int) -> None:
+    def test_one_overflow_drops_one_extra_item(self, make: MakeStream, count: int) -> None:
         send, stream = make(buffer=1, overflow="drop_oldest")
         for number in range(count):
             send.push(number, extra=True)
@@ -561,26 +567,26 @@ class TestExtraItems:
         assert read(stream) == [*range(1, count), "one", "two"]
 
 
-class TestPuttingInFront:
-    def test_before_what_is_buffered(self, make: MakeStream) -> None:
+class TestPutInFront:
+    def test_items_come_before_buffered_ones(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, 2, 3)
         send.put_in_front(["a", "b"])
         assert stream.statistics().current_buffer_used == 5
-        assert not send.push(4), "they stand beside the buffer, which is full"
+        assert not send.push(4), "an item was pushed into a full buffer"
         assert read(stream) == ["a", "b", 1, 2, 3]
 
-    def test_of_nothing(self, make: MakeStream) -> None:
+    def test_no_items(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1)
         send.put_in_front([])
         assert read(stream) == [1]
 
-    def test_the_gap_keeps_its_place(self, make: MakeStream) -> None:
+    def test_gap_keeps_its_place(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1), 1, 2)
         send.put_in_front(["a"])
         fill(send, 3)
         assert read(stream) == ["a", 1, "2 missing"]
 
-    def test_of_an_ended_stream_changes_nothing(self, make: MakeStream) -> None:
+    def test_put_in_front_of_an_ended_stream_does_nothing(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1)
         send.end()
         send.put_in_front(["a"])
@@ -588,51 +594,49 @@ class TestPuttingInFront:
         stream.close()
         send.put_in_front(["a"])
 
-    async def test_wakes_the_receiver(self, make: MakeStream) -> None:
+    async def test_put_in_front_wakes_a_receiver(self, make: MakeStream) -> None:
         send, stream = make()
-        got = []
+        received = []
 
         async def receive() -> None:
-            got.append(await stream.receive())
+            received.append(await stream.receive())
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(receive)
             await anyio.wait_all_tasks_blocked()
             send.put_in_front(["a"])
-        assert got == ["a"]
+        assert received == ["a"]
 
 
-@pytest.mark.parametrize("each", [None, 3 + len("a/") + 128])
-def test_what_is_known_of_the_size_is_counted_as_what_is_weighed(
-    make: MakeStream, each: int | None
-) -> None:
+@pytest.mark.parametrize("weight", [None, 3 + len("a/") + 128])
+def test_given_weight_counts_like_a_computed_one(make: MakeStream, weight: int | None) -> None:
     send, stream = make(buffer=2)
-    assert send.push_many([EmitterMessage("a/", b"one")] * 3, each) == 2
+    assert send.push_many([EmitterMessage("a/", b"one")] * 3, weight) == 2
     assert stream.statistics().buffered_bytes == 2 * 133
     assert len(read(stream)) == 2
     assert stream.statistics().buffered_bytes == 0
 
 
-class TestMakingRoom:
-    async def test_there_is_room(self, make: MakeStream) -> None:
+class TestWaitForSpace:
+    async def test_returns_immediately_when_there_is_space(self, make: MakeStream) -> None:
         send, _stream = make(overflow="block")
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await send.wait_for_space()  # it would be cancelled if it waited
+            await send.wait_for_space()  # would be cancelled if it waited
             assert not send.blocks
         assert not scope.cancelled_caught
 
     @pytest.mark.parametrize("pauses", [0, 1, 2])
     @pytest.mark.parametrize("overflow", get_args(Overflow))
-    async def test_a_busy_consumer_loses_nothing(
+    async def test_busy_consumer_loses_nothing(
         self, make: MakeStream, overflow: Overflow, pauses: int
     ) -> None:
         send, stream = make(buffer=5, overflow=overflow)
-        got = []
+        received = []
 
         async def consume() -> None:
             async for item in stream:
-                got.append(item)
+                received.append(item)
                 for _ in range(pauses):
                     await checkpoint()
 
@@ -643,11 +647,11 @@ class TestMakingRoom:
                     await send.wait_for_space()
                     send.push_or_drop(number)
             send.end()
-        assert got == list(range(500))
+        assert received == list(range(500))
         assert send.dropped == 0
 
     @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])
-    async def test_a_consumer_that_waits_for_something_else_holds_nobody_up(
+    async def test_consumer_that_awaits_something_else_delays_no_other(
         self, make: MakeStream, overflow: Overflow
     ) -> None:
         send, stream = filled(make(overflow=overflow), 1, 2, 3)
@@ -655,7 +659,7 @@ class TestMakingRoom:
         await send.wait_for_space()
         with anyio.CancelScope() as scope:
             scope.cancel()
-            # Once it has not come in its turns, it gets no more of them.
+            # A consumer that did not receive in its turns gets no more of them.
             await send.wait_for_space()
         assert not scope.cancelled_caught
         stream.receive_nowait()
@@ -663,12 +667,12 @@ class TestMakingRoom:
         with anyio.CancelScope() as scope:
             scope.cancel()
             await send.wait_for_space()
-        assert scope.cancelled_caught, "it has come back, and gets its turns again"
+        assert scope.cancelled_caught, "a consumer that receives again gets its turns again"
 
     @pytest.mark.parametrize(
         "take", [EventStream.receive_nowait, EventStream.receive, EventStream.__anext__]
     )
-    async def test_under_block_it_takes_as_long_as_it_takes(
+    async def test_block_waits_until_the_consumer_receives(
         self, make: MakeStream, take: Callable[[EventStream[int]], Any]
     ) -> None:
         send, stream = filled(make(overflow="block"), 1, 2, 3)
@@ -690,7 +694,7 @@ class TestMakingRoom:
         assert not send.blocks
 
     @pytest.mark.parametrize("take", [EventStream.receive, EventStream.__anext__])
-    async def test_who_gives_others_a_turn_makes_room_after_it(
+    async def test_receiver_that_yields_first_makes_space_afterwards(
         self, make: MakeStream, take: Callable[[EventStream[int]], Any]
     ) -> None:
         send, stream = make(buffer=2, overflow="block")
@@ -698,7 +702,7 @@ class TestMakingRoom:
             fill(send, number)
             await take(stream)
         fill(send, 64, 65)
-        await give_up_turns(send)
+        await use_up_turns(send)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
@@ -707,7 +711,7 @@ class TestMakingRoom:
         assert not send.blocks
         assert stream.statistics().tasks_waiting_send == 0
 
-    async def test_who_comes_too_late_waits_on(self, make: MakeStream) -> None:
+    async def test_sender_that_finds_the_space_taken_waits_again(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=1, overflow="block"), 1)
         done = []
 
@@ -728,16 +732,16 @@ class TestMakingRoom:
         assert stream.receive_nowait() == done[1]
 
     @pytest.mark.parametrize("end", ["end", "close"])
-    async def test_the_end_lets_go_those_who_wait(self, make: MakeStream, end: str) -> None:
+    async def test_end_releases_waiting_senders(self, make: MakeStream, end: str) -> None:
         send, stream = filled(make(overflow="block"), 1, 2, 3)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send.wait_for_space)
             await anyio.wait_all_tasks_blocked()
             (send.end if end == "end" else stream.close)()
         assert not send.blocks
-        assert send.push(4), "what comes after the end is dealt with"
+        assert send.push(4), "items after the end are discarded"
 
-    async def test_it_may_be_cancelled(self, make: MakeStream) -> None:
+    async def test_waiting_can_be_cancelled(self, make: MakeStream) -> None:
         send, stream = filled(make(overflow="block"), 1, 2, 3)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(send.wait_for_space)
@@ -751,8 +755,8 @@ class TestMakingRoom:
             stream.receive_nowait()
 
 
-class TestTheEnd:
-    async def test_comes_behind_what_is_buffered(self, make: MakeStream) -> None:
+class TestEnd:
+    async def test_end_of_stream_comes_after_buffered_items(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, 2, 3, 4)
         send.end()
         assert send.push(5)
@@ -765,7 +769,7 @@ class TestTheEnd:
             with pytest.raises(EndOfStream):
                 stream.receive_nowait()
 
-    async def test_with_an_error_behind_what_is_buffered(self, make: MakeStream) -> None:
+    async def test_final_error_comes_after_buffered_items(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1)
         send.end(lambda: ConnectionLostError("gone"))
         send.end(ZeroDivisionError)
@@ -775,11 +779,11 @@ class TestTheEnd:
             with pytest.raises(ConnectionLostError, match="gone") as info:
                 await stream.receive()
             caught.append(info.value)
-        assert caught[0] is not caught[1], "each one who receives has an error of its own"
+        assert caught[0] is not caught[1], "the same error object was raised twice"
         assert caught[0].__context__ is None
 
     @pytest.mark.parametrize("error", [None, lambda: ConnectionLostError("gone")])
-    async def test_wakes_all_who_wait(self, make: MakeStream, error: Any) -> None:
+    async def test_end_wakes_all_receivers(self, make: MakeStream, error: Any) -> None:
         send, stream = make()
         ended = []
 
@@ -795,7 +799,9 @@ class TestTheEnd:
             send.end(error)
         assert ended == [EndOfStream if error is None else ConnectionLostError] * 3
 
-    async def test_comes_behind_what_others_may_still_take(self, make: MakeStream) -> None:
+    async def test_end_comes_after_items_that_waiting_receivers_take(
+        self, make: MakeStream
+    ) -> None:
         send, stream = make()
         taken: list[object] = []
 
@@ -812,25 +818,25 @@ class TestTheEnd:
 
 
 class TestClosing:
-    """Closing an end, and what its clones and the client get then."""
+    """Closing an end, and the effect on its clones and on the client."""
 
-    @pytest.mark.parametrize("how", ["close", "aclose", "with", "async with"])
-    async def test_an_end_that_was_closed_raises(self, make: MakeStream, how: str) -> None:
+    @pytest.mark.parametrize("method", ["close", "aclose", "with", "async with"])
+    async def test_closed_end_raises(self, make: MakeStream, method: str) -> None:
         _, stream = filled(make(), 1, 2)
         with anyio.CancelScope() as scope:
             scope.cancel()
-            if how == "close":
+            if method == "close":
                 stream.close()
-            elif how == "aclose":
+            elif method == "aclose":
                 await stream.aclose()
-            elif how == "with":
+            elif method == "with":
                 with stream as entered:
                     assert entered is stream
             else:
                 async with stream as entered:
                     assert entered is stream
             stream.close()
-        assert not scope.cancelled_caught, "closing never waits"
+        assert not scope.cancelled_caught, "closing waited"
         for _ in range(2):
             with pytest.raises(ClosedResourceError, match=r"subscribe\('a/'\).*closed"):
                 await stream.receive()
@@ -842,7 +848,7 @@ class TestClosing:
                 stream.clone()
 
     @pytest.mark.parametrize("clones", [0, 1])
-    async def test_a_task_that_waits_in_it_raises(self, make: MakeStream, clones: int) -> None:
+    async def test_task_waiting_in_a_closed_end_raises(self, make: MakeStream, clones: int) -> None:
         send, stream = make()
         others = [stream.clone() for _ in range(clones)]
         raised = []
@@ -863,7 +869,7 @@ class TestClosing:
             assert other.receive_nowait() == 1
             other.close()
 
-    async def test_a_task_that_gives_others_a_turn_in_it_raises(self, make: MakeStream) -> None:
+    async def test_task_yielding_in_a_closed_end_raises(self, make: MakeStream) -> None:
         _, stream = filled(make(buffer=100), *range(100))
         clone = stream.clone()
         for _ in range(64):
@@ -879,29 +885,29 @@ class TestClosing:
         assert read(clone) == list(range(64, 100))
         clone.close()
 
-    async def test_clones_get_what_is_buffered_and_what_comes(self, make: MakeStream) -> None:
+    async def test_clones_get_buffered_and_later_items(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, 2)
         clone = stream.clone()
-        another = clone.clone()
+        other = clone.clone()
         stream.close()
         fill(send, 3)
-        assert [await clone.receive(), another.receive_nowait()] == [1, 2]
+        assert [await clone.receive(), other.receive_nowait()] == [1, 2]
         clone.close()
         send.end()
-        assert [item async for item in another] == [3]
+        assert [item async for item in other] == [3]
         with pytest.raises(EndOfStream):
-            await another.receive()
-        another.close()
+            await other.receive()
+        other.close()
 
-    async def test_what_one_clone_waits_for_another_gets(self, make: MakeStream) -> None:
-        """An end that is closed in the turn in which an item comes for it passes the item on."""
+    async def test_item_for_a_closed_end_goes_to_a_clone(self, make: MakeStream) -> None:
+        """The end is closed in the turn in which the item arrives for it."""
         send, stream = make()
         clone = stream.clone()
-        got = []
+        received = []
 
         async def receive(end: EventStream[Any]) -> None:
             with suppress(ClosedResourceError):
-                got.append(await end.receive())
+                received.append(await end.receive())
 
         async with anyio.create_task_group() as tasks:
             for end in (stream, clone):
@@ -909,10 +915,12 @@ class TestClosing:
                 await anyio.wait_all_tasks_blocked()
             send.push("item")
             stream.close()
-        assert got == ["item"]
+        assert received == ["item"]
         clone.close()
 
-    async def test_each_error_goes_to_the_end_that_receives_next(self, make: MakeStream) -> None:
+    async def test_slow_consumer_error_goes_to_the_end_that_receives_next(
+        self, make: MakeStream
+    ) -> None:
         _, stream = filled(make(buffer=1), 1, 2)
         with stream.clone() as clone:
             assert stream.receive_nowait() == 1
@@ -921,7 +929,7 @@ class TestClosing:
             with pytest.raises(WouldBlock):
                 stream.receive_nowait()
 
-    async def test_the_final_error_is_raised_at_every_end_each_time(self, make: MakeStream) -> None:
+    async def test_final_error_is_raised_at_every_end_each_time(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1)
         send.end(lambda: ConnectionLostError("gone"))
         with stream.clone() as clone:
@@ -934,7 +942,7 @@ class TestClosing:
                 with pytest.raises(ConnectionLostError):
                     await anext(end)
 
-    def test_closing_the_last_end_leaves_the_stream_once(self) -> None:
+    def test_closing_the_last_end_calls_back_once(self) -> None:
         unread = []
 
         def left(send: Sender[Any]) -> None:
@@ -947,12 +955,12 @@ class TestClosing:
         fill(send, 1, 2, 3, 4)
         stream.close()
         assert unread == []
-        assert send.drain() == [], "a clone can still receive it"
+        assert send.drain() == [], "a clone could still receive the items"
         clone.close()
         send.leave()
         assert unread == [[1, 2, 3]]
 
-    def test_leaving_does_not_take_from_the_clones_what_is_buffered(self) -> None:
+    def test_leaving_keeps_buffered_items_for_clones(self) -> None:
         unread = []
         send: Sender[Any] = Sender("x", 3, "raise", lambda send: unread.append(send.drain()))
         with EventStream[Any](send) as stream:
@@ -965,7 +973,7 @@ class TestClosing:
             clone.receive_nowait()
         clone.close()
 
-    def test_of_a_stream_that_was_left_nothing_is_kept(self, make: MakeStream) -> None:
+    def test_left_stream_keeps_nothing(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, EmitterMessage("a/", b"xy"), 3, 4)
         assert figures(stream) == (3, 3 * 128 + len("a/xy"), 0, 1)
         stream.close()
@@ -975,23 +983,23 @@ class TestClosing:
         assert figures(stream) == (0, 0, 0, 1)
         assert repr(stream) == "<EventStream subscribe('a/'), closed, 0 buffered>"
 
-    def test_an_end_that_is_never_closed_warns(self) -> None:
+    def test_unclosed_end_warns(self) -> None:
         send: Sender[Any] = Sender("x", 3, "raise")
         stream = EventStream[Any](send)
         with pytest.warns(ResourceWarning, match="unclosed.*EventStream x, open"):
             del stream
 
 
-class TestDecoding:
-    async def test_each_item_as_it_is_taken(self, make: MakeStream) -> None:
-        seen = []
+class TestDecode:
+    async def test_items_are_decoded_when_received(self, make: MakeStream) -> None:
+        decoded = []
 
         def decode(item: int) -> str:
-            seen.append(item)
+            decoded.append(item)
             return str(item)
 
         send, stream = filled(make(decode=decode), 1, 2, 3, 4)
-        assert seen == [], "not before"
+        assert decoded == [], "decoded too early"
         assert [await stream.receive(), stream.receive_nowait(), await anext(stream)] == [*"123"]
         with pytest.raises(SlowConsumerError):
             await stream.receive()
@@ -999,7 +1007,7 @@ class TestDecoding:
         with stream.clone() as clone:
             assert await clone.receive() == "5"
 
-    async def test_what_cannot_be_decoded_raises_in_its_place(self, make: MakeStream) -> None:
+    async def test_decode_error_is_raised_in_place_of_the_message(self, make: MakeStream) -> None:
         bad = EmitterMessage("a/", b"bad")
         send, stream = filled(
             make(decode=EmitterMessage.as_object), EmitterMessage("a/", b"1"), bad
@@ -1014,13 +1022,13 @@ class TestDecoding:
 
 
 class TestStatistics:
-    def test_begin_with_those_of_anyio(self) -> None:
+    def test_first_fields_are_those_of_anyio(self) -> None:
         send, receive = anyio.create_memory_object_stream[int](3)
         with send, receive:
             names = receive.statistics()._fields
         assert tuple(field.name for field in fields(StreamStatistics))[: len(names)] == names
 
-    async def test_of_an_open_and_an_ended_stream(self, make: MakeStream) -> None:
+    async def test_statistics_of_an_open_and_an_ended_stream(self, make: MakeStream) -> None:
         send, stream = filled(make(buffer=2), 1, 2, 3)
         stream.receive_nowait()
         send.note_gap()
@@ -1030,7 +1038,7 @@ class TestStatistics:
             send.end()
             assert clone.statistics() == replace(expected, open_send_streams=0)
 
-    async def test_of_tasks_that_wait(self, make: MakeStream) -> None:
+    async def test_statistics_count_waiting_tasks(self, make: MakeStream) -> None:
         _, stream = make()
         async with anyio.create_task_group() as tasks:
             for _ in range(2):
@@ -1040,42 +1048,42 @@ class TestStatistics:
             tasks.cancel_scope.cancel()
         assert stream.statistics().tasks_waiting_receive == 0
 
-    def test_a_user_finds_no_method_of_the_send_end(self) -> None:
+    def test_public_methods_are_those_of_anyio(self) -> None:
         names = {name for name in dir(EventStream) if not name.startswith("_")}
         theirs = {name for name in dir(MemoryObjectReceiveStream) if not name.startswith("_")}
         assert names == theirs
 
 
 class TestEntering:
-    async def test_once(self) -> None:
-        made = []
+    async def test_block_can_be_entered_once(self) -> None:
+        created = []
 
         @asynccontextmanager
         async def make() -> AsyncGenerator[str]:
-            made.append("in")
+            created.append("in")
             yield "value"
-            made.append("out")
+            created.append("out")
 
         entering = Entering(Owner(), make)
-        assert made == [], "nothing happens before"
+        assert created == [], "the block started too early"
         async with entering as value:
             assert value == "value"
-            assert made == ["in"]
-        assert made == ["in", "out"]
+            assert created == ["in"]
+        assert created == ["in", "out"]
         with pytest.raises(RuntimeError, match="cannot enter this object twice"):
             async with entering:
-                made.append("never")
-        assert made == ["in", "out"]
+                created.append("never")
+        assert created == ["in", "out"]
 
-    async def test_exceptions_pass(self) -> None:
-        seen = []
+    async def test_exceptions_propagate(self) -> None:
+        decoded = []
 
         @asynccontextmanager
         async def make() -> AsyncGenerator[None]:
             try:
                 yield
             except ZeroDivisionError as exc:
-                seen.append(exc)
+                decoded.append(exc)
                 raise
 
         boom = ZeroDivisionError()
@@ -1083,10 +1091,10 @@ class TestEntering:
             async with Entering(Owner(), make):
                 raise boom
         assert caught.value is boom
-        assert seen == [boom]
+        assert decoded == [boom]
 
 
-class TestSayingWhatItIs:
+class TestReprAndOptions:
     def test_repr(self, make: MakeStream) -> None:
         send, stream = filled(make(), 1, 2)
         assert repr(stream) == "<EventStream subscribe('a/'), open, 2 buffered>"
@@ -1094,12 +1102,12 @@ class TestSayingWhatItIs:
         assert repr(stream) == "<EventStream subscribe('a/'), ended, 2 buffered>"
 
     @pytest.mark.parametrize("overflow", get_args(Overflow))
-    def test_buffers_that_make_sense(self, overflow: Overflow) -> None:
+    def test_valid_buffers(self, overflow: Overflow) -> None:
         check_buffer(1, overflow)
         check_buffer(10**9, overflow)
 
     @pytest.mark.parametrize(
-        ("buffer", "overflow", "error", "why"),
+        ("buffer", "overflow", "error", "pattern"),
         [
             (0, "raise", ValueError, "buffer.*at least 1.* 0"),
             (-1, "raise", ValueError, "buffer.*-1"),
@@ -1110,14 +1118,14 @@ class TestSayingWhatItIs:
             (1, None, ValueError, "overflow.*None"),
         ],
     )
-    def test_buffers_that_do_not(
-        self, buffer: Any, overflow: Any, error: type[Exception], why: str
+    def test_invalid_buffers(
+        self, buffer: Any, overflow: Any, error: type[Exception], pattern: str
     ) -> None:
-        with pytest.raises(error, match=why):
+        with pytest.raises(error, match=pattern):
             check_buffer(buffer, overflow)
 
 
-def test_what_two_hold_back_waits_for_both(make: MakeStream) -> None:
+def test_items_held_twice_wait_for_both_releases(make: MakeStream) -> None:
     send, stream = make()
     send.hold()
     send.hold()
@@ -1128,7 +1136,7 @@ def test_what_two_hold_back_waits_for_both(make: MakeStream) -> None:
     assert read(stream) == ["item"]
 
 
-def test_a_message_weighs_the_same_among_other_items(make: MakeStream) -> None:
+def test_message_weighs_the_same_among_other_items(make: MakeStream) -> None:
     message = EmitterMessage("a/", b"xyz")
     send, stream = make()
     send.push_many([message, Gap("a/"), message])
@@ -1136,7 +1144,7 @@ def test_a_message_weighs_the_same_among_other_items(make: MakeStream) -> None:
     assert weight_of(message) == ITEM_OVERHEAD_BYTES + 5
 
 
-def test_what_is_held_is_replaced_by_identity(make: MakeStream) -> None:
+def test_held_item_is_replaced_by_identity(make: MakeStream) -> None:
     send, stream = make()
     gap, equal, new = Gap("a/"), Gap("a/"), Gap("a/", 1)
     send.hold()
@@ -1146,7 +1154,7 @@ def test_what_is_held_is_replaced_by_identity(make: MakeStream) -> None:
     assert list(map(id, read(stream))) == list(map(id, (new, equal, new)))
 
 
-def test_what_is_held_needs_its_space(make: MakeStream) -> None:
+def test_held_items_use_buffer_space(make: MakeStream) -> None:
     send, stream = filled(make(buffer=3), 0)
     send.hold()
     assert send.push_many([EmitterMessage("a/", b"x")] * 3, 131) == 2
@@ -1159,7 +1167,7 @@ def test_what_is_held_needs_its_space(make: MakeStream) -> None:
     assert [type(item) for item in read(stream)] == [int, EmitterMessage, EmitterMessage, str]
 
 
-def test_the_oldest_of_what_is_held_are_dropped(make: MakeStream) -> None:
+def test_oldest_held_items_are_dropped(make: MakeStream) -> None:
     send, stream = make(buffer=2, overflow="drop_oldest")
     send.hold()
     fill(send, EmitterMessage("a/", b"x"), 2, 3)
@@ -1168,7 +1176,7 @@ def test_the_oldest_of_what_is_held_are_dropped(make: MakeStream) -> None:
     assert read(stream) == [2, 3]
 
 
-def test_the_weights_are_right_after_everything(make: MakeStream) -> None:
+def test_buffered_bytes_stay_correct(make: MakeStream) -> None:
     send, stream = make(buffer=100)
     sent = [EmitterMessage("a/", bytes(n)) for n in range(12)]
     weights = list(map(weight_of, sent))
@@ -1186,8 +1194,8 @@ def test_the_weights_are_right_after_everything(make: MakeStream) -> None:
     assert stream.statistics().buffered_bytes == 0
 
 
-def test_a_receiver_that_keeps_nothing_is_never_full() -> None:
-    class Counting(Receiver[int]):
+def test_receiver_without_a_buffer_is_never_full() -> None:
+    class CountingReceiver(Receiver[int]):
         def __init__(self) -> None:
             self.count = 0
 
@@ -1195,7 +1203,7 @@ def test_a_receiver_that_keeps_nothing_is_never_full() -> None:
             self.count += 1
             return True
 
-    receiver = Counting()
+    receiver = CountingReceiver()
     assert receiver.push_many([1, 2, 3]) == 3
     receiver.push_or_drop(4)
     receiver.note_gap()

@@ -24,8 +24,8 @@ LEAKS = 15
 """The number of tests in ``secret_leak_samples.py`` that show a secret."""
 
 
-def verdicts_of(name: str) -> set[tuple[str, str]]:
-    """Run deliberately bad tests; gives what pytest says of each."""
+def run_bad_tests(name: str) -> set[tuple[str, str]]:
+    """Run deliberately bad tests, and return pytest's verdict on each."""
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA"),
@@ -49,7 +49,7 @@ def verdicts_of(name: str) -> set[tuple[str, str]]:
 
 class TestVirtualTime:
     @pytest.mark.virtual_time
-    async def test_the_clock_jumps_to_each_deadline_in_turn(self) -> None:
+    async def test_clock_jumps_to_each_deadline_in_turn(self) -> None:
         woken = []
 
         async def sleeper(seconds: float) -> None:
@@ -65,7 +65,7 @@ class TestVirtualTime:
         assert [slept for _, slept in woken] == pytest.approx([3.0, 60.0, YEAR])
 
     @pytest.mark.virtual_time
-    async def test_a_deadline_cancels(self) -> None:
+    async def test_deadline_cancels(self) -> None:
         start = anyio.current_time()
         with pytest.raises(TimeoutError):
             with anyio.fail_after(3600):
@@ -74,8 +74,8 @@ class TestVirtualTime:
         assert anyio.current_time() - start == pytest.approx(3600)
 
     @pytest.mark.virtual_time
-    async def test_the_clock_stands_still_while_a_task_can_run(self) -> None:
-        # A hundred turns come before a deadline, however near, if they need no waiting.
+    async def test_clock_does_not_advance_while_a_task_can_run(self) -> None:
+        # A hundred turns without waiting come before any deadline, however near.
         send, receive = anyio.create_memory_object_stream[int](0)
         start = anyio.current_time()
         with anyio.fail_after(0.001):
@@ -99,12 +99,12 @@ class TestVirtualTime:
 
 
 class TestLeaks:
-    async def test_a_task_left_behind_is_seen(self) -> None:
+    async def test_leaked_task_is_detected(self) -> None:
         leaks = Leaks()
         async with anyio.create_task_group() as group:
-            group.start_soon(anyio.sleep_forever, name="the forgotten one")
+            group.start_soon(anyio.sleep_forever, name="the leaked task")
             await anyio.wait_all_tasks_blocked()
-            with pytest.raises(AssertionError, match=r"tasks left behind.*the forgotten one"):
+            with pytest.raises(AssertionError, match=r"tasks left behind.*the leaked task"):
                 leaks.check()
 
             group.cancel_scope.cancel()
@@ -112,7 +112,7 @@ class TestLeaks:
         leaks.check()
 
     @pytest.mark.parametrize("anyio_backend", ["trio"])
-    async def test_a_system_task_left_behind_is_seen(self) -> None:
+    async def test_leaked_system_task_is_detected(self) -> None:
         leaks = Leaks()
         stop = trio.Event()
         task = trio.lowlevel.spawn_system_task(stop.wait)
@@ -124,15 +124,15 @@ class TestLeaks:
             await anyio.lowlevel.checkpoint()
 
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-    async def test_a_socket_left_open_is_seen(self) -> None:
+    async def test_open_socket_is_detected(self) -> None:
         leaks = Leaks()
         with socket.socket(), pytest.raises(AssertionError, match="sockets left open"):
             leaks.check()
 
         leaks.check()
 
-    def test_whatever_a_test_leaves_behind_fails_that_test(self) -> None:
-        verdicts = verdicts_of("resource_leak_samples.py")
+    def test_leak_fails_the_test_that_caused_it(self) -> None:
+        verdicts = run_bad_tests("resource_leak_samples.py")
         both = ("asyncio", "trio")
         assert {verdict for verdict in verdicts if verdict[0] != "PASSED"} == {
             *(("ERROR", f"test_leaking_a_task[{backend}]") for backend in both),
@@ -143,16 +143,16 @@ class TestLeaks:
 
 
 class TestSecrets:
-    def test_a_secret_that_is_shown_fails_the_test_that_uses_it(self) -> None:
-        verdicts = verdicts_of("secret_leak_samples.py")
-        # They pass, and what fails is the look at them that follows.
+    def test_shown_secret_fails_the_test_that_uses_it(self) -> None:
+        verdicts = run_bad_tests("secret_leak_samples.py")
+        # The tests pass; the check in their teardown fails.
         failed = {name for verdict, name in verdicts if verdict == "ERROR"}
         assert len(failed) == 2 * LEAKS
         clean = {f"test_without_a_secret[{backend}]" for backend in ("asyncio", "trio")}
         assert {name for verdict, name in verdicts if verdict == "PASSED"} == failed | clean
         assert "FAILED" not in {verdict for verdict, _ in verdicts}
 
-    def test_the_secret_is_not_shown_once_more(self) -> None:
+    def test_report_does_not_show_the_secret(self) -> None:
         watcher = SecretWatcher()
         watcher.add_secrets("a-secret-key", "short", None)
         watcher.record("a log line", "subscribed to a-secret-key/a/ with short")
@@ -162,7 +162,7 @@ class TestSecrets:
 
 
 class TestServer:
-    def test_none_without_the_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_real_server_without_the_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("EMITTER_URL", raising=False)
         monkeypatch.delenv("EMITTER_SECRET", raising=False)
         assert real_server() is None
@@ -175,7 +175,7 @@ class TestServer:
             ("wss://example.org", "example.org", 443, True),
         ],
     )
-    def test_the_real_one(
+    def test_real_server_from_the_variables(
         self, monkeypatch: pytest.MonkeyPatch, url: str, host: str, port: int, secure: bool
     ) -> None:
         monkeypatch.setenv("EMITTER_URL", url)
@@ -192,7 +192,7 @@ class TestServer:
         assert server.other_url == "mqtt://127.0.0.1:8081"
 
     @pytest.mark.parametrize("name", ["EMITTER_URL", "EMITTER_SECRET"])
-    def test_half_of_the_variables(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_one_missing_variable_raises(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setenv("EMITTER_URL", "mqtt://127.0.0.1")
         monkeypatch.setenv("EMITTER_SECRET", "s3cret")
         monkeypatch.delenv(name)
@@ -201,7 +201,7 @@ class TestServer:
 
         assert "s3cret" not in str(caught.value)
 
-    def test_a_run_with_half_of_the_variables_stops(self) -> None:
+    def test_run_with_one_missing_variable_stops(self) -> None:
         run = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "emitter"],
             cwd=Path(__file__).parent.parent,

@@ -26,12 +26,12 @@ async def serve(peer: Peer) -> None:
 
 
 def timers() -> list[Any]:
-    """The tasks of timers."""
+    """Return the tasks of all timers."""
     names = ((task, getattr(task, "name", None) or task.get_name()) for task in running_tasks())
     return [task for task, name in names if name == "emitter_anyio timer"]
 
 
-async def test_each_connection_has_one_which_ends_with_it(anyio_backend: object) -> None:
+async def test_each_connection_has_a_timer_that_ends_with_it(anyio_backend: object) -> None:
     async with memory_peer(serve) as connectable:
         for _ in range(2):
             async with AsyncExitStack() as stack:
@@ -42,7 +42,7 @@ async def test_each_connection_has_one_which_ends_with_it(anyio_backend: object)
             assert not timers()
 
 
-async def test_one_that_ends_before_its_task_begins_ends_it(anyio_backend: object) -> None:
+async def test_timer_ended_before_its_task_starts(anyio_backend: object) -> None:
     timer = Timer(anyio.current_time)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, fail_with, int)
@@ -53,8 +53,8 @@ def fail_with(error: Exception) -> None:
     raise error
 
 
-class Noted(TimerEntry):
-    """Something that notes when it falls due."""
+class RecordingEntry(TimerEntry):
+    """An entry that records when it falls due."""
 
     needs_reader: ClassVar = False
 
@@ -69,41 +69,41 @@ class Noted(TimerEntry):
         self.times.append(anyio.current_time())
 
 
-async def test_what_is_added_while_it_sleeps_falls_due_at_its_time(anyio_backend: object) -> None:
-    timer, noted = Timer(anyio.current_time), Noted()
+async def test_entry_added_while_the_timer_sleeps_falls_due_on_time(anyio_backend: object) -> None:
+    timer, recording = Timer(anyio.current_time), RecordingEntry()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, fail_with, int)
         await anyio.wait_all_tasks_blocked()
         start = anyio.current_time()
-        for late in (2, 1):
-            timer.add(start + late, noted)
+        for delay in (2, 1):
+            timer.add(start + delay, recording)
         await anyio.sleep(5)
         timer.end()
-    assert noted.times == [pytest.approx(start + late, abs=1e-6) for late in (1, 2)]
+    assert recording.times == [pytest.approx(start + delay, abs=1e-6) for delay in (1, 2)]
 
 
-class Judging(Noted):
-    """Something that falls due only after the reader."""
+class JudgingEntry(RecordingEntry):
+    """An entry that falls due only after the reader has read what has arrived."""
 
     needs_reader: ClassVar = True
 
 
-@pytest.mark.parametrize(("reads", "fewest"), [([0], 10), ([0, 1, None, 2, 2, None, 3], 16)])
-async def test_one_that_judges_waits_for_the_reader_others_do_not(
-    anyio_backend: object, reads: list[int | None], fewest: int
+@pytest.mark.parametrize(("reads", "minimum"), [([0], 10), ([0, 1, None, 2, 2, None, 3], 16)])
+async def test_only_judging_entries_wait_for_the_reader(
+    anyio_backend: object, reads: list[int | None], minimum: int
 ) -> None:
-    timer, noted, judging = Timer(anyio.current_time), Noted(), Judging()
+    timer, recording, judging = Timer(anyio.current_time), RecordingEntry(), JudgingEntry()
     start = anyio.current_time()
     timer.add(start + 1, judging)
-    timer.add(start + 0.5, noted)
-    asked = 0
+    timer.add(start + 0.5, recording)
+    calls = 0
 
     def count() -> int | None:
-        nonlocal asked
-        asked += 1
-        assert len(noted.times) == 1
+        nonlocal calls
+        calls += 1
+        assert len(recording.times) == 1
         assert not judging.times
-        return reads[min(asked, len(reads)) - 1]
+        return reads[min(calls, len(reads)) - 1]
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, fail_with, count)
@@ -112,11 +112,11 @@ async def test_one_that_judges_waits_for_the_reader_others_do_not(
         await anyio.sleep(1)
         timer.end()
     assert len(judging.times) == 1
-    assert asked > fewest
+    assert calls > minimum
 
 
-async def test_a_reader_that_is_never_quiet_has_a_second(anyio_backend: object) -> None:
-    timer, judging = Timer(anyio.current_time), Judging()
+async def test_judging_entry_waits_at_most_a_second_for_the_reader(anyio_backend: object) -> None:
+    timer, judging = Timer(anyio.current_time), JudgingEntry()
     start = anyio.current_time()
     timer.add(start + 1, judging)
     async with anyio.create_task_group() as tasks:
@@ -128,16 +128,18 @@ async def test_a_reader_that_is_never_quiet_has_a_second(anyio_backend: object) 
     assert judging.times == [pytest.approx(start + 2, abs=0.03)]
 
 
-class Failing(Noted):
+class FailingEntry(RecordingEntry):
     def expire(self, now: float) -> None:
         raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-async def test_nothing_falls_due_after_what_fails(seconds: float, anyio_backend: object) -> None:
+async def test_nothing_falls_due_after_an_entry_fails(
+    seconds: float, anyio_backend: object
+) -> None:
     timer, failed = Timer(anyio.current_time), list[Exception]()
     for _ in range(2):
-        timer.add(timer.clock() + seconds, Failing())
+        timer.add(timer.clock() + seconds, FailingEntry())
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(timer.run, failed.append, int)
         await anyio.sleep(5)
@@ -149,30 +151,30 @@ async def test_nothing_falls_due_after_what_fails(seconds: float, anyio_backend:
 
 
 @pytest.fixture
-def woken(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """When timers have begun to sleep."""
+def wake_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times at which timers started to sleep."""
     times: list[float] = []
 
-    async def noted() -> None:
+    async def recording() -> None:
         times.append(anyio.current_time())
         await anyio.sleep_forever()
 
-    monkeypatch.setattr("emitter_anyio._net.timer.sleep_forever", noted)
+    monkeypatch.setattr("emitter_anyio._net.timer.sleep_forever", recording)
     return times
 
 
 @pytest.mark.parametrize(
-    ("options", "most"),
+    ("options", "maximum"),
     [
-        # For every second one of the times by which there was to be an answer, which finds it done.
+        # A wake-up at every second deadline, which then finds its reply done.
         ({}, 249),
         ({"timeout": 10}, 249),
         ({"timeout": math.inf}, 60),
         ({"timeout": None}, 60),
     ],
 )
-async def test_the_timer_of_a_busy_link_wakes_for_few(
-    anyio_backend: object, woken: list[float], options: dict[str, Any], most: int
+async def test_timer_of_a_busy_connection_wakes_rarely(
+    anyio_backend: object, wake_times: list[float], options: dict[str, Any], maximum: int
 ) -> None:
     async with memory_peer(serve) as connectable:
         async with connect_once(connectable=connectable, keepalive=60) as emitter:
@@ -180,27 +182,27 @@ async def test_the_timer_of_a_busy_link_wakes_for_few(
                 await emitter.publish("k", "a/", "x", qos=1, **options)
                 await anyio.sleep(7.2)
             assert emitter._slot.connection is not None
-            # The keepalive, and a few that are done.
+            # The keepalive, and some entries that are done.
             assert len(emitter._slot.connection.timer._heap) < 70
-    assert 50 < len(woken) <= most + 10
+    assert 50 < len(wake_times) <= maximum + 10
 
 
-async def test_the_timer_wakes_twice_for_a_ping_that_is_answered(
-    anyio_backend: object, woken: list[float]
+async def test_timer_wakes_twice_per_answered_ping(
+    anyio_backend: object, wake_times: list[float]
 ) -> None:
     async with memory_peer(serve) as connectable:
         async with connect_once(connectable=connectable, keepalive=30):
             await anyio.sleep(HOUR + 1)
-    # To send it, and to find it answered.
-    assert len(woken) <= 2 * 120 + 1
+    # Once to send the ping, once to find it answered.
+    assert len(wake_times) <= 2 * 120 + 1
 
 
-async def test_the_timer_of_a_link_that_has_ended_wakes_no_more(
-    anyio_backend: object, woken: list[float]
+async def test_timer_of_a_closed_connection_does_not_wake(
+    anyio_backend: object, wake_times: list[float]
 ) -> None:
     async with memory_peer(serve) as connectable:
         async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await emitter.publish("k", "a/", "x", qos=1)
-        before = len(woken)
+        before = len(wake_times)
         await anyio.sleep(HOUR)
-    assert len(woken) == before
+    assert len(wake_times) == before

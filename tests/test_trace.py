@@ -1,4 +1,4 @@
-"""The trace hook."""
+"""The ``trace=`` hook."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from emitter_anyio.testing import Broker
 from tests.support.connections import connect_once, connect_reconnecting, while_disconnected
 
 
-class Traced:
-    """A hook that keeps what it gets."""
+class RecordingHook:
+    """A hook that records its calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, Mapping[str, object]]] = []
@@ -31,8 +31,8 @@ class Traced:
         return [values for each, values in self.events if each == name]
 
 
-async def test_connecting_publishing_and_delivering(broker: Broker) -> None:
-    trace, key = Traced(), broker.keygen("a/", "rw")
+async def test_connect_publish_and_deliver_are_traced(broker: Broker) -> None:
+    trace, key = RecordingHook(), broker.keygen("a/", "rw")
     async with connect_reconnecting(broker.url, trace=trace) as emitter:
         async with emitter.subscribe(key, "a/") as messages:
             await emitter.publish(key, "a/", "four")
@@ -52,8 +52,8 @@ async def test_connecting_publishing_and_delivering(broker: Broker) -> None:
     assert key not in repr(trace.events)
 
 
-async def test_reconnecting(broker: Broker) -> None:
-    trace = Traced()
+async def test_reconnect_is_traced(broker: Broker) -> None:
+    trace = RecordingHook()
     async with connect_reconnecting(broker.url, trace=trace) as emitter:
         async with while_disconnected(emitter, broker):
             pass
@@ -61,8 +61,8 @@ async def test_reconnecting(broker: Broker) -> None:
     assert trace.names.count("reconnect.complete") == 1
 
 
-async def test_a_connection_that_fails(anyio_backend: object) -> None:
-    trace = Traced()
+async def test_failed_connect_is_traced(anyio_backend: object) -> None:
+    trace = RecordingHook()
     with suppress(ConnectError):
         async with connect_once("mqtt://127.0.0.1:1", trace=trace):
             raise AssertionError("entered")
@@ -70,8 +70,8 @@ async def test_a_connection_that_fails(anyio_backend: object) -> None:
     assert isinstance(trace.values("connect.failed")[0]["error"], ConnectError)
 
 
-async def test_refusals(broker: Broker) -> None:
-    trace = Traced()
+async def test_refusals_are_traced(broker: Broker) -> None:
+    trace = RecordingHook()
     async with connect_once(broker.url, trace=trace) as emitter:
         with pytest.raises(UnauthorizedError):
             await emitter.publish("x" * 32, "a/", "x", qos=1)
@@ -83,8 +83,8 @@ async def test_refusals(broker: Broker) -> None:
     assert [values["operation"] for values in refused] == ["publish", "publish"]
 
 
-async def test_dropped_messages(broker: Broker) -> None:
-    trace, key = Traced(), broker.keygen("a/", "rw")
+async def test_dropped_messages_are_traced(broker: Broker) -> None:
+    trace, key = RecordingHook(), broker.keygen("a/", "rw")
     async with connect_once(broker.url, trace=trace) as emitter:
         async with emitter.subscribe(key, "a/", buffer=1, overflow="drop_newest") as messages:
             for _ in range(3):
@@ -94,7 +94,7 @@ async def test_dropped_messages(broker: Broker) -> None:
     assert len(trace.values("dropped")) == 2
 
 
-async def test_a_hook_that_raises_is_logged(
+async def test_exception_of_the_hook_is_logged(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     def trace(name: str, values: Mapping[str, object]) -> None:
@@ -106,8 +106,8 @@ async def test_a_hook_that_raises_is_logged(
     assert any("connect.started" in record.getMessage() for record in errors)
 
 
-async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
-    trace, key = Traced(), broker.keygen("a/", "rw")
+async def test_cancelled_publish_is_traced_as_failed(broker: Broker) -> None:
+    trace, key = RecordingHook(), broker.keygen("a/", "rw")
     async with connect_once(broker.url, trace=trace) as emitter:
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -121,12 +121,12 @@ async def test_it_is_cancelled_as_without_a_hook(broker: Broker) -> None:
     ]
 
 
-async def test_none_is_no_hook(broker: Broker) -> None:
+async def test_trace_can_be_none(broker: Broker) -> None:
     async with connect_once(broker.url, trace=None) as emitter:
         await emitter.flush()
 
 
 @pytest.mark.parametrize("hook", [1, "trace"])
-def test_it_must_be_a_function(hook: object) -> None:
+def test_trace_must_be_callable(hook: object) -> None:
     with pytest.raises(TypeError, match="trace"):
         connect_once("mqtt://h", trace=hook)

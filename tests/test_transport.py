@@ -1,4 +1,4 @@
-"""How a link is opened, and what closes it again when it is not wanted any more."""
+"""Transports: opening connections over TCP, TLS and Unix sockets, and closing them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def serve(peer: Peer) -> None:
 
 
 def refusing_port(host: str = "127.0.0.1") -> int:
-    """A port on which nobody listens."""
+    """Return a port that refuses connections."""
     with socket.socket() as sock:
         sock.bind((host, 0))
         port: int = sock.getsockname()[1]
@@ -65,7 +65,7 @@ def refusing_port(host: str = "127.0.0.1") -> int:
 
 @contextmanager
 def blackhole() -> Iterator[int]:
-    """A port that answers nobody: its queue is full."""
+    """Yield a port that answers no connection attempt, because its queue is full."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -79,7 +79,7 @@ def blackhole() -> Iterator[int]:
 
 @pytest.fixture
 def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has the name ``broker.example`` stand for these ports of 127.0.0.1, in this order."""
+    """A function that makes ``broker.example`` resolve to ports of 127.0.0.1, in order."""
     look_up = socket.getaddrinfo
 
     def known(*ports: int) -> None:
@@ -96,17 +96,17 @@ def resolve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return known
 
 
-# The socket of our own
+# SocketTransport
 
 
 def socket_pair() -> tuple[SocketTransport, socket.socket]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+    own_end, theirs = socket.socketpair()
+    own_end.setblocking(False)
     theirs.setblocking(False)
-    return SocketTransport(ours), theirs
+    return SocketTransport(own_end), theirs
 
 
-async def test_a_socket_gives_bytes_and_none_at_the_end(anyio_backend: object) -> None:
+async def test_socket_receives_bytes_and_empty_bytes_at_the_end(anyio_backend: object) -> None:
     transport, peer = socket_pair()
     with peer:
         peer.send(b"ab")
@@ -116,10 +116,10 @@ async def test_a_socket_gives_bytes_and_none_at_the_end(anyio_backend: object) -
     await transport.aclose()
 
 
-async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) -> None:
-    ours, peer = socket.socketpair()
-    ours.setblocking(False)
-    transports = (SocketTransport(ours), SocketTransport(ours.dup()))
+async def test_reader_that_finds_no_data_waits_again(anyio_backend: object) -> None:
+    own_end, peer = socket.socketpair()
+    own_end.setblocking(False)
+    transports = (SocketTransport(own_end), SocketTransport(own_end.dup()))
     received = []
 
     async def receive(transport: SocketTransport) -> None:
@@ -131,7 +131,7 @@ async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) ->
             for transport in transports:
                 tasks.start_soon(receive, transport)
             await anyio.wait_all_tasks_blocked()
-            # Both wake up for the first byte, and one of them gets it.
+            # Both readers wake up for the first byte, and one of them gets it.
             peer.send(b"a")
             while not received:
                 await checkpoint()
@@ -141,7 +141,7 @@ async def test_a_reader_that_finds_nothing_waits_again(anyio_backend: object) ->
     assert received == [b"a", b"b"]
 
 
-async def test_a_full_socket_takes_nothing_and_is_waited_for(anyio_backend: object) -> None:
+async def test_send_waits_for_a_full_socket(anyio_backend: object) -> None:
     transport, peer = socket_pair()
     with peer:
         while transport.try_send(bytes(65536)):
@@ -164,7 +164,7 @@ async def test_a_full_socket_takes_nothing_and_is_waited_for(anyio_backend: obje
 
 
 @pytest.mark.parametrize("sends", [False, True])
-async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object, sends: bool) -> None:
+async def test_closing_a_socket_wakes_waiting_tasks(anyio_backend: object, sends: bool) -> None:
     transport, peer = socket_pair()
     woken = []
 
@@ -185,12 +185,12 @@ async def test_closing_a_socket_wakes_who_waits_for_it(anyio_backend: object, se
         assert sends or peer.recv(1) == b""
 
 
-# Streams
+# StreamTransport
 
 
-async def test_a_stream_gives_bytes_and_none_at_the_end(anyio_backend: object) -> None:
-    ours, peer = memory_stream_pair()
-    transport = StreamTransport(ours)
+async def test_stream_receives_bytes_and_empty_bytes_at_the_end(anyio_backend: object) -> None:
+    own_end, peer = memory_stream_pair()
+    transport = StreamTransport(own_end)
     assert transport.try_send(b"x") == 0
     assert await transport.send(b"abc") == 3
     assert await peer.receive() == b"abc"
@@ -199,26 +199,26 @@ async def test_a_stream_gives_bytes_and_none_at_the_end(anyio_backend: object) -
     await peer.send_eof()
     assert await transport.receive() == b""
     await transport.aclose()
-    assert ours.closed
+    assert own_end.closed
 
 
-async def test_a_broken_stream_says_why(anyio_backend: object) -> None:
-    class Broken(MemoryStream):
+async def test_broken_stream_raises_the_cause(anyio_backend: object) -> None:
+    class BrokenStream(MemoryStream):
         async def receive(self, max_bytes: int = 65536) -> bytes:
-            raise anyio.BrokenResourceError from ConnectionResetError("reset by the moon")
+            raise anyio.BrokenResourceError from ConnectionResetError("reset by peer")
 
-    ours, peer = memory_stream_pair()
-    transport = StreamTransport(ours)
+    own_end, peer = memory_stream_pair()
+    transport = StreamTransport(own_end)
     await peer.aclose()
     with pytest.raises(OSError, match="the connection broke"):
         await transport.send(b"x")
-    ours.__class__ = Broken
-    with pytest.raises(OSError, match="reset by the moon"):
+    own_end.__class__ = BrokenStream
+    with pytest.raises(OSError, match="reset by peer"):
         await transport.receive()
     await transport.aclose()
 
 
-async def test_the_end_may_be_told_where_the_link_can(anyio_backend: object) -> None:
+async def test_send_eof_is_sent_if_the_transport_supports_it(anyio_backend: object) -> None:
     transport, peer = socket_pair()
     with peer:
         await transport.send_eof()
@@ -227,15 +227,15 @@ async def test_the_end_may_be_told_where_the_link_can(anyio_backend: object) -> 
         assert await transport.receive() == b"still"
     await transport.aclose()
     await transport.send_eof()
-    ours, memory_peer = memory_stream_pair()
-    await StreamTransport(ours).send_eof()
+    own_end, memory_peer = memory_stream_pair()
+    await StreamTransport(own_end).send_eof()
     with pytest.raises(anyio.EndOfStream):
         await memory_peer.receive()
-    # TLS has no half of an end.
+    # TLS cannot be closed in one direction.
     await StreamTransport(_SocketStream(transport)).send_eof()
 
 
-async def test_two_tasks_may_send_below_tls(anyio_backend: object) -> None:
+async def test_two_tasks_can_send_below_tls(anyio_backend: object) -> None:
     transport, peer = socket_pair()
     stream = _SocketStream(transport)
     received = bytearray()
@@ -252,7 +252,7 @@ async def test_two_tasks_may_send_below_tls(anyio_backend: object) -> None:
     await stream.aclose()
 
 
-async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
+async def test_part_of_a_tls_record_counts_as_received(anyio_backend: object) -> None:
     begun, over = anyio.Event(), anyio.Event()
 
     async def script(peer: Peer) -> None:
@@ -272,11 +272,11 @@ async def test_a_part_of_a_tls_record_is_heard(anyio_backend: object) -> None:
         over.set()
 
 
-# Addresses in turn
+# Several addresses
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_the_next_address_is_tried_when_one_refuses(
+async def test_next_address_is_tried_after_a_refusal(
     resolve: Callable[..., None], secure: bool
 ) -> None:
     context = tls.server_context("broker.example") if secure else None
@@ -287,7 +287,7 @@ async def test_the_next_address_is_tried_when_one_refuses(
             await emitter.flush()
 
 
-async def test_every_reason_is_told_once_when_no_address_can_be_reached(
+async def test_error_names_each_reason_once_when_no_address_can_be_reached(
     resolve: Callable[..., None],
 ) -> None:
     resolve(refusing_port(), refusing_port())
@@ -301,7 +301,7 @@ async def test_every_reason_is_told_once_when_no_address_can_be_reached(
     assert len(cause.__cause__.exceptions) == 2
 
 
-async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
+async def test_unanswered_addresses_time_out_without_a_hint(
     resolve: Callable[..., None],
 ) -> None:
     with blackhole() as hole:
@@ -312,7 +312,7 @@ async def test_only_swallowed_packets_are_a_timeout_without_a_hint(
     assert HINT not in str(caught.value)
 
 
-async def test_an_address_that_swallows_packets_delays_the_next_one_without_a_timeout_too(
+async def test_next_address_is_tried_while_one_is_unanswered_without_a_timeout(
     resolve: Callable[..., None],
 ) -> None:
     async with tcp_peer(serve) as port:
@@ -325,7 +325,7 @@ async def test_an_address_that_swallows_packets_delays_the_next_one_without_a_ti
 async def test_addresses_that_answer_in_the_same_turn_leave_one_connection(
     resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Both attempts have begun, and both sockets become writable together.
+    # Both attempts have started, and both sockets become writable in the same turn.
     both = anyio.Event()
     waiting = []
     wait_writable = anyio.wait_writable
@@ -348,7 +348,7 @@ async def test_addresses_that_answer_in_the_same_turn_leave_one_connection(
                 assert [sock.fileno() < 0 for sock in waiting].count(True) == 1
 
 
-async def test_a_cancelled_race_leaves_no_socket(resolve: Callable[..., None]) -> None:
+async def test_cancelled_connection_attempts_leave_no_socket(resolve: Callable[..., None]) -> None:
     with blackhole() as hole:
         resolve(hole, hole, hole)
         with anyio.move_on_after(0.6) as scope:
@@ -357,13 +357,13 @@ async def test_a_cancelled_race_leaves_no_socket(resolve: Callable[..., None]) -
     assert scope.cancelled_caught
 
 
-def test_the_first_address_of_another_family_comes_second() -> None:
+def test_address_families_alternate() -> None:
     found = [(family, 0, 0, "", number) for number, family in enumerate((6, 6, 4, 4))]
     assert [entry[4] for entry in _alternate(found)] == [0, 2, 1, 3]
     assert _alternate(found[:2]) == found[:2]
 
 
-async def test_a_look_up_without_an_address_is_a_connect_error(
+async def test_look_up_without_an_address_raises_connect_error(
     resolve: Callable[..., None],
 ) -> None:
     resolve()
@@ -372,7 +372,9 @@ async def test_a_look_up_without_an_address_is_a_connect_error(
             pass
 
 
-async def test_without_a_timeout_too(resolve: Callable[..., None]) -> None:
+async def test_next_address_is_tried_after_a_refusal_without_a_timeout(
+    resolve: Callable[..., None],
+) -> None:
     async with tcp_peer(serve) as port:
         resolve(refusing_port(), port)
         async with connect(host="broker.example", secure=False, connect_timeout=None) as emitter:
@@ -380,9 +382,7 @@ async def test_without_a_timeout_too(resolve: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_a_refused_connection_names_emitters_ports(
-    anyio_backend: object, secure: bool
-) -> None:
+async def test_refused_connection_names_emitters_ports(anyio_backend: object, secure: bool) -> None:
     port = refusing_port()
     with pytest.raises(ConnectError, match=HINT) as caught:
         async with connect(host="127.0.0.1", port=port, secure=secure):
@@ -393,7 +393,7 @@ async def test_a_refused_connection_names_emitters_ports(
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_a_name_that_does_not_resolve(
+async def test_name_that_does_not_resolve_raises_connect_error(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch, secure: bool
 ) -> None:
     def getaddrinfo(*args: object, **options: object) -> None:
@@ -407,21 +407,21 @@ async def test_a_name_that_does_not_resolve(
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_a_host_that_is_no_name(anyio_backend: object, secure: bool) -> None:
+async def test_invalid_host_name_raises_connect_error(anyio_backend: object, secure: bool) -> None:
     with pytest.raises(ConnectError, match=r"'bröker\.\.example'"):
         async with connect(host="bröker..example", secure=secure):
             pass
 
 
-async def test_the_timeout_and_cancellation_reach_a_look_up(
+async def test_look_up_can_time_out_and_be_cancelled(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    let_go, looking = threading.Event(), threading.Event()
+    proceed, looking_up = threading.Event(), threading.Event()
 
     def getaddrinfo(*args: Any, **options: Any) -> None:
         if not args[5] & socket.AI_NUMERICHOST:
-            looking.set()
-            let_go.wait()
+            looking_up.set()
+            proceed.wait()
         raise socket.gaierror(socket.EAI_NONAME, "too late")
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
@@ -434,20 +434,20 @@ async def test_the_timeout_and_cancellation_reach_a_look_up(
             async with connect(host="slow.example", secure=False):
                 pass
 
-        looking.clear()
+        looking_up.clear()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(open_it)
-            while not looking.is_set():
+            while not looking_up.is_set():
                 await checkpoint()
             tasks.cancel_scope.cancel()
     finally:
-        let_go.set()
+        proceed.set()
 
 
 # Unix sockets
 
 
-async def test_a_unix_socket_by_url(anyio_backend: object) -> None:
+async def test_unix_socket_by_url(anyio_backend: object) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "brok er"
         async with unix_peer(serve, path):
@@ -457,7 +457,7 @@ async def test_a_unix_socket_by_url(anyio_backend: object) -> None:
                 assert emitter.connection.server == f"unix://{path}"
 
 
-async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
+async def test_refusing_unix_socket_gets_no_hint_about_ports(
     anyio_backend: object,
 ) -> None:
     with TemporaryDirectory() as folder:
@@ -469,7 +469,7 @@ async def test_a_unix_socket_that_refuses_has_nothing_to_do_with_ports(
     assert HINT not in str(caught.value)
 
 
-async def test_a_unix_socket_whose_queue_is_full(anyio_backend: object) -> None:
+async def test_unix_socket_with_a_full_queue_raises_connect_error(anyio_backend: object) -> None:
     with TemporaryDirectory() as folder, ExitStack() as stack:
         listener = stack.enter_context(unix_socket())
         listener.bind(f"{folder}/s")
@@ -486,7 +486,7 @@ async def test_a_unix_socket_whose_queue_is_full(anyio_backend: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "x" * 200])
-async def test_a_unix_socket_that_is_not_there(anyio_backend: object, name: str) -> None:
+async def test_missing_unix_socket_raises_connect_error(anyio_backend: object, name: str) -> None:
     with pytest.raises(ConnectError, match=r"No such file|too long"):
         async with connect(f"unix:///tmp/no/{name}"):
             pass
@@ -495,7 +495,7 @@ async def test_a_unix_socket_that_is_not_there(anyio_backend: object, name: str)
 # TLS
 
 
-async def test_unknown_authorities_are_not_trusted(anyio_backend: object) -> None:
+async def test_unknown_authority_is_not_trusted(anyio_backend: object) -> None:
     async with tcp_peer(serve, context=tls.server_context()) as port:
         with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught:
             async with connect(f"mqtts://127.0.0.1:{port}"):
@@ -503,7 +503,7 @@ async def test_unknown_authorities_are_not_trusted(anyio_backend: object) -> Non
     assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
 
 
-async def test_the_systems_authorities_are_read_in_a_thread(
+async def test_system_authorities_are_read_in_a_thread(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tls.authority().cert_pem.write_to_path(str(tmp_path / "authorities"))
@@ -524,7 +524,7 @@ async def test_the_systems_authorities_are_read_in_a_thread(
     assert threading.main_thread() not in threads
 
 
-async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> None:
+async def test_certificate_must_match_the_host(anyio_backend: object) -> None:
     async with tcp_peer(serve, context=tls.server_context("other.example")) as port:
         with pytest.raises(ConnectError, match=r"127\.0\.0\.1") as caught:
             async with connect(
@@ -534,17 +534,17 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
     assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value)
 
 
-async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
-    told = []
+async def test_host_is_sent_as_sni(anyio_backend: object) -> None:
+    server_names = []
     context = tls.server_context()
-    context.sni_callback = lambda sock, name, context: told.append(name)
+    context.sni_callback = lambda sock, name, context: server_names.append(name)
     async with tcp_peer(serve, context=context) as port:
         async with connect(f"mqtts://localhost:{port}", ssl_context=tls.client_context()) as client:
             await client.flush()
-    assert told == ["localhost"]
+    assert server_names == ["localhost"]
 
 
-async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
+async def test_client_can_present_a_certificate(anyio_backend: object) -> None:
     shown: list[dict[str, Any]] = []
     context = tls.server_context()
     context.verify_mode = ssl.CERT_REQUIRED
@@ -567,7 +567,9 @@ async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_peer_that_goes_away_in_the_handshake(anyio_backend: object, reset: bool) -> None:
+async def test_peer_closing_in_the_tls_handshake_raises_connect_error(
+    anyio_backend: object, reset: bool
+) -> None:
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
         if reset:
@@ -581,7 +583,7 @@ async def test_a_peer_that_goes_away_in_the_handshake(anyio_backend: object, res
     assert ("reset" if reset else "during the TLS handshake") in text
 
 
-async def test_a_peer_that_does_not_speak_tls(anyio_backend: object) -> None:
+async def test_peer_without_tls_raises_connect_error(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
         await peer.send(packets.CONNACK + bytes(100))
@@ -594,8 +596,8 @@ async def test_a_peer_that_does_not_speak_tls(anyio_backend: object) -> None:
     assert isinstance(caught.value.__cause__, ssl.SSLError)
 
 
-async def test_a_record_with_many_messages_delivers_them_all(anyio_backend: object) -> None:
-    # Paho, asked to read when its socket is readable, would leave all but one in the record.
+async def test_tls_record_with_many_messages_delivers_all(anyio_backend: object) -> None:
+    # Paho on its own socket, read when that is readable, would leave all but one in the record.
     async def script(peer: Peer) -> None:
         await peer.accept()
         await peer.send(b"".join(packets.publish("a/", b"%d" % n) for n in range(50)))
@@ -613,7 +615,7 @@ async def test_a_record_with_many_messages_delivers_them_all(anyio_backend: obje
     assert received == list(range(50))
 
 
-async def test_a_missing_client_certificate_gets_a_hint(anyio_backend: object) -> None:
+async def test_missing_client_certificate_gets_a_hint(anyio_backend: object) -> None:
     context = tls.server_context()
     tls.authority().configure_trust(context)
     context.verify_mode = ssl.CERT_REQUIRED
@@ -621,9 +623,9 @@ async def test_a_missing_client_certificate_gets_a_hint(anyio_backend: object) -
         with pytest.raises(ConnectError, match="client certificate"):
             async with connect(broker.url, ssl_context=tls.client_context()):
                 pass
-        with_one = tls.client_context()
-        tls.certificate("client").configure_cert(with_one)
-        async with connect(broker.url, ssl_context=with_one) as emitter:
+        with_certificate = tls.client_context()
+        tls.certificate("client").configure_cert(with_certificate)
+        async with connect(broker.url, ssl_context=with_certificate) as emitter:
             await emitter.flush()
 
 
@@ -633,7 +635,7 @@ async def test_tls_to_a_plain_port_gets_a_hint(broker: Broker) -> None:
             pass
 
 
-async def test_the_hint_at_emitters_ports_is_not_for_an_address_that_has_worked(
+async def test_no_hint_about_ports_for_an_address_that_worked_before(
     anyio_backend: object,
 ) -> None:
     async def serve_once(listener: socket.socket) -> None:
@@ -660,7 +662,7 @@ async def test_the_hint_at_emitters_ports_is_not_for_an_address_that_has_worked(
     assert HINT not in str(caught.value)
 
 
-async def test_large_messages_go_through_tls_both_ways(anyio_backend: object) -> None:
+async def test_large_messages_over_tls_in_both_directions(anyio_backend: object) -> None:
     payload = bytes(range(256)) * 255
 
     async def script(peer: Peer) -> None:
@@ -679,7 +681,7 @@ async def test_large_messages_go_through_tls_both_ways(anyio_backend: object) ->
                 assert (await messages.receive()).binary == payload
 
 
-async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
+async def test_reset_tls_connection_is_reported(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         await peer.until(PINGREQ)
@@ -693,8 +695,8 @@ async def test_a_tls_link_that_is_reset_says_so(anyio_backend: object) -> None:
                 await emitter.flush()
 
 
-async def test_the_end_of_a_broken_tls_link_need_not_be_told(anyio_backend: object) -> None:
-    # AnyIO's TLS raises a TypeError then, where it raises a NotImplementedError otherwise.
+async def test_send_eof_on_a_broken_tls_connection_is_ignored(anyio_backend: object) -> None:
+    # AnyIO's TLS stream then raises a TypeError instead of its usual NotImplementedError.
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
         peer.reset()
@@ -721,7 +723,7 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         before = open_sockets()
-        # Only what the broker may not have taken yet is a reason to wait, for so long.
+        # Leaving waits for disconnect_timeout only if the broker might not have read everything.
         emitter = connect(
             f"mqtts://127.0.0.1:{port}",
             ssl_context=tls.client_context(),
@@ -736,13 +738,13 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
                     while emitter.statistics().queued_bytes < MAX_QUEUED_BYTES:
                         await checkpoint()
                     scope.cancel()
-        # The peer's side of the link is open still.
+        # The peer's socket is still open.
         assert len(open_sockets() - before) == 1
         closed.set()
 
 
 @pytest.mark.parametrize("link", TRANSPORTS)
-async def test_what_waits_for_a_peer_that_reads_nothing_is_no_lost_link(
+async def test_leaving_with_a_peer_that_reads_nothing_logs_no_lost_connection(
     anyio_backend: object, link: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     closed = anyio.Event()
@@ -765,24 +767,24 @@ async def flood(emitter: Emitter) -> None:
         await emitter.publish("k", "a/", bytes(65000))
 
 
-# Whatever AnyIO connects to
+# Connectables
 
 
-async def test_a_connectable_stands_for_host_and_tls(anyio_backend: object) -> None:
+async def test_connectable_replaces_host_and_tls(anyio_backend: object) -> None:
     async with memory_peer(serve) as connectable:
         async with connect(connectable=connectable) as emitter:
             await emitter.flush()
     assert connectable.attempts == 1
 
 
-async def test_a_tcp_connectable_of_anyio(anyio_backend: object) -> None:
+async def test_tcp_connectable_of_anyio(anyio_backend: object) -> None:
     async with tcp_peer(serve) as port:
         async with connect(connectable=anyio.TCPConnectable("127.0.0.1", port)) as emitter:
             await emitter.flush()
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "pattern"),
     [
         (OSError("no way there"), "no way there"),
         (anyio.BrokenResourceError(), "BrokenResourceError"),
@@ -790,14 +792,14 @@ async def test_a_tcp_connectable_of_anyio(anyio_backend: object) -> None:
         (TimeoutError("proxy did not answer"), "proxy did not answer"),
     ],
 )
-async def test_a_connectable_that_fails(
-    anyio_backend: object, error: Exception, words: str
+async def test_failing_connectable_raises_connect_error(
+    anyio_backend: object, error: Exception, pattern: str
 ) -> None:
     async def fail(attempt: int) -> None:
         raise error
 
     connectable = MemoryConnectable(before=fail)
-    with pytest.raises(ConnectError, match=words) as caught:
+    with pytest.raises(ConnectError, match=pattern) as caught:
         async with connect(connectable=connectable):
             pass
     assert caught.value.__cause__ is error
@@ -805,7 +807,7 @@ async def test_a_connectable_that_fails(
 
 
 @pytest.mark.virtual_time
-async def test_a_connectable_that_does_not_answer_leaves_time_for_the_next_server(
+async def test_hanging_connectable_times_out_and_the_next_server_is_tried(
     anyio_backend: object,
 ) -> None:
     async def swallow(attempt: int) -> None:
@@ -821,11 +823,13 @@ async def test_a_connectable_that_does_not_answer_leaves_time_for_the_next_serve
             assert emitter.connection.server == "mqtt://s2.example:8080"
 
 
-# Cancelled at every point
+# Cancellation
 
 
 @pytest.mark.parametrize("link", TRANSPORTS)
-async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, link: str) -> None:
+async def test_opening_can_be_cancelled_at_every_checkpoint(
+    anyio_backend: object, link: str
+) -> None:
     before = open_sockets()
     async with serving(link, serve) as options:
         listening = len(open_sockets())
@@ -838,10 +842,10 @@ async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, li
             step = 0
             while await cancel_at_step(open_and_leave(), step, style):
                 step += 1
-            # For the CONNACK, the PINGRESP and the end of the link: so many waits at the least.
+            # At least three waits: for CONNACK, for PINGRESP and for the end of the connection.
             assert step >= 3
             while len(open_sockets()) > listening:
-                # The peer takes its time to see that the client has gone.
+                # The peer might not have noticed the end of the connection yet.
                 await checkpoint()
         if link == "memory":
             assert all(stream.closed for stream in options["connectable"].streams)
@@ -849,12 +853,14 @@ async def test_opening_may_be_cancelled_at_every_point(anyio_backend: object, li
 
 
 @pytest.mark.parametrize("secure", [False, True])
-async def test_a_link_that_hangs_may_be_cancelled(anyio_backend: object, secure: bool) -> None:
-    heard = anyio.Event()
+async def test_hanging_connection_attempt_can_be_cancelled(
+    anyio_backend: object, secure: bool
+) -> None:
+    received = anyio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
-        heard.set()
+        received.set()
         await peer.stream.receive()
 
     async with tcp_peer(script) as port:
@@ -866,24 +872,24 @@ async def test_a_link_that_hangs_may_be_cancelled(anyio_backend: object, secure:
                     pass
 
             tasks.start_soon(open_it)
-            await heard.wait()
+            await received.wait()
             tasks.cancel_scope.cancel()
         while open_sockets() > before:
             await checkpoint()
 
 
-async def test_small_packets_do_not_wait_for_acknowledgements(
+async def test_nagles_algorithm_is_disabled(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted: list[socket.socket] = []
+    sockets: list[socket.socket] = []
 
-    class Noted(socket.socket):
+    class RecordingSocket(socket.socket):
         def connect_ex(self, address: Any) -> int:
-            noted.append(self)
+            sockets.append(self)
             return super().connect_ex(address)
 
     async with tcp_peer(serve) as port:
-        monkeypatch.setattr(socket, "socket", Noted)
+        monkeypatch.setattr(socket, "socket", RecordingSocket)
         async with connect(f"mqtt://127.0.0.1:{port}"):
-            (sock,) = noted
+            (sock,) = sockets
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

@@ -1,4 +1,4 @@
-"""Every public value and error can be pickled, copied and made a dict."""
+"""Every public value and error can be pickled and copied, and dataclasses become dicts."""
 
 from __future__ import annotations
 
@@ -67,27 +67,27 @@ NOT_VALUES: Final = {
     *(Emitter, Entering, EventStream, PresenceFeed, Subscribing),
     *(testing.Broker, testing.Client, testing.FaultProxy),
 }
-"""Public classes whose objects live in one event loop."""
+"""Public classes whose objects belong to one event loop."""
 
 Make = Callable[[], Any]
 
 
 class Unpicklable(Exception):
-    """An error like those of many libraries: it takes more than it passes on."""
+    """An error whose constructor passes on fewer arguments than it takes, as in many libraries."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(f"{reason} ({code})")
 
 
 class Locked(Exception):
-    """An error that holds something that cannot be pickled."""
+    """An error with an attribute that cannot be pickled."""
 
     def __init__(self) -> None:
         super().__init__("locked")
         self.lock = Lock()
 
 
-def caused(error: Exception, cause: Exception | None = None) -> Exception:
+def with_cause(error: Exception, cause: Exception | None = None) -> Exception:
     error.__cause__ = cause or OSError(111, "refused")
     error.add_note("a note")
     return error
@@ -146,12 +146,12 @@ def pickled(protocol: int) -> Callable[[Any], Any]:
     return lambda value: pickle.loads(pickle.dumps(value, protocol))
 
 
-# Protocol 2 turns a TimeoutError into an OSError, for Python 2.
+# Without protocol 2: for Python 2, it turns a TimeoutError into an OSError.
 COPIES: Final = [copy.copy, copy.deepcopy, *map(pickled, range(3, pickle.HIGHEST_PROTOCOL + 1))]
 
 
 def attributes(value: object) -> dict[str, Any]:
-    """Everything that tells a value from another one of its class."""
+    """Return all attributes that distinguish a value from others of its class."""
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     found = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
     if isinstance(value, BaseException):
@@ -175,28 +175,28 @@ def public(module: ModuleType) -> Iterator[type]:
             yield value
 
 
-def test_every_public_class_is_looked_at() -> None:
+def test_every_public_class_is_covered() -> None:
     everything = {*public(emitter_anyio), *public(testing)}
     assert everything == {*VALUES, *ERRORS, *NOT_VALUES} - {ReplayedMessage}
 
 
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("make", VALUES.values(), ids=[kind.__name__ for kind in VALUES])
-def test_values_survive(make: Make, copied: Callable[[Any], Any]) -> None:
+def test_values_survive_copying(make: Make, copied: Callable[[Any], Any]) -> None:
     value = make()
-    again = copied(value)
-    assert type(again) is type(value)
-    assert attributes(again) == attributes(value)
-    assert repr(again) == repr(value)
+    copied_value = copied(value)
+    assert type(copied_value) is type(value)
+    assert attributes(copied_value) == attributes(value)
+    assert repr(copied_value) == repr(value)
 
 
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("make", ERRORS.values(), ids=[kind.__name__ for kind in ERRORS])
-def test_errors_survive(make: Make, copied: Callable[[Any], Any]) -> None:
-    for error in (make(), caused(make())):
-        again = copied(error)
-        assert type(again) is type(error)
-        assert attributes(again) == attributes(error)
+def test_errors_survive_copying(make: Make, copied: Callable[[Any], Any]) -> None:
+    for error in (make(), with_cause(make())):
+        copied_value = copied(error)
+        assert type(copied_value) is type(error)
+        assert attributes(copied_value) == attributes(error)
 
 
 @pytest.mark.parametrize(
@@ -218,10 +218,10 @@ def test_dataclasses_become_dicts(make: Make) -> None:
         (ExceptionGroup("two", [Locked(), OSError("x")]), "ExceptionGroup: two"),
     ],
 )
-def test_a_cause_that_cannot_be_pickled_travels_as_text(
+def test_cause_that_cannot_be_pickled_becomes_text(
     cause: Exception, text: str, copied: Callable[[Any], Any]
 ) -> None:
-    handler_error = copied(caused(HandlerError("oh", event="message"), cause))
+    handler_error = copied(with_cause(HandlerError("oh", event="message"), cause))
     connect_error = copied(ConnectError("none", {"mqtt://a:1": cause, "mqtt://b:1": OSError("x")}))
     info = copied(ConnectionInfo("mqtt://h:1", NOW, None, cause))
     for found in (handler_error.__cause__, connect_error.causes["mqtt://a:1"], info.last_error):
@@ -230,21 +230,25 @@ def test_a_cause_that_cannot_be_pickled_travels_as_text(
     assert type(connect_error.causes["mqtt://b:1"]) is OSError
 
 
-def test_a_cause_that_can_be_pickled_is_the_same_in_a_shallow_copy() -> None:
+def test_shallow_copy_keeps_the_cause_object() -> None:
     cause = OSError("x")
     assert copy.copy(ConnectError("none", {"mqtt://a:1": cause})).causes["mqtt://a:1"] is cause
 
 
-def test_errors_in_a_circle_survive() -> None:
-    error, other = caused(EmitterError("a")), EmitterError("b")
+def test_circular_causes_survive_pickling() -> None:
+    error, other = with_cause(EmitterError("a")), EmitterError("b")
     error.__cause__, other.__cause__ = other, error
-    again = pickle.loads(pickle.dumps(error))
-    assert again.__cause__.__cause__ is again
+    copied_value = pickle.loads(pickle.dumps(error))
+    assert copied_value.__cause__.__cause__ is copied_value
 
 
-def test_a_subclass_of_an_error_survives() -> None:
-    again = pickle.loads(pickle.dumps(MoreSpecificError(7)))
-    assert (type(again), again.number, str(again)) == (MoreSpecificError, 7, "number 7")
+def test_subclass_of_an_error_survives_pickling() -> None:
+    copied_value = pickle.loads(pickle.dumps(MoreSpecificError(7)))
+    assert (type(copied_value), copied_value.number, str(copied_value)) == (
+        MoreSpecificError,
+        7,
+        "number 7",
+    )
 
 
 class MoreSpecificError(SlowConsumerError):
@@ -253,12 +257,12 @@ class MoreSpecificError(SlowConsumerError):
         self.number = number
 
 
-def test_errors_of_tls_survive_as_causes() -> None:
+def test_tls_error_as_a_cause_survives_copying() -> None:
     error = ConnectError("none", {"mqtts://h:1": ssl.SSLCertVerificationError(1, "expired")})
     assert isinstance(copy.deepcopy(error).causes["mqtts://h:1"], ssl.SSLCertVerificationError)
 
 
-def test_a_will_whose_key_is_a_function_may_be_copied() -> None:
+def test_will_with_a_key_function_can_be_copied() -> None:
     async def key() -> str:
         return "k" * 32  # pragma: no cover - it is never called
 

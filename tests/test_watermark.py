@@ -1,4 +1,4 @@
-"""How far a subscription has come, as the ids of stored messages show it."""
+"""``Watermark``: the resume position of a subscription, from the ids of stored messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def stored(second: int, count: int = 0, node: bytes = b"node") -> StoredMessage:
     return StoredMessage(id + node + bytes(8), datetime.fromtimestamp(second, UTC), "a/", b"")
 
 
-def test_at_first_everything_may_be_missing() -> None:
+def test_new_watermark_has_no_position() -> None:
     watermark = Watermark()
     assert watermark.since is None
     assert watermark.might_be_undelivered(stored(1))
     assert not watermark.is_at(stored(1))
 
 
-def test_what_is_later_is_behind_it() -> None:
+def test_later_messages_are_after_the_watermark() -> None:
     watermark = Watermark()
     watermark.begin(stored(5, 3))
     assert watermark.since == 5
@@ -31,14 +31,14 @@ def test_what_is_later_is_behind_it() -> None:
     assert undelivered == [False, False, False, True, True]
 
 
-def test_within_a_second_nodes_of_a_cluster_have_no_order() -> None:
+def test_messages_of_other_nodes_within_a_second_are_unordered() -> None:
     watermark = Watermark()
     watermark.begin(stored(5, 3))
     assert watermark.might_be_undelivered(stored(5, 1, b"else"))
     assert not watermark.might_be_undelivered(stored(4, 9, b"else"))
 
 
-async def test_what_is_newest_is_believed_the_next_time(anyio_backend: object) -> None:
+async def test_renewal_takes_effect_the_second_time(anyio_backend: object) -> None:
     watermark = Watermark()
     watermark.begin(stored(1))
     watermark.renew(stored(5))
@@ -49,7 +49,7 @@ async def test_what_is_newest_is_believed_the_next_time(anyio_backend: object) -
     assert not watermark.stale.is_set()
 
 
-async def test_what_was_not_believed_yet_is_forgotten_with_the_link(anyio_backend: object) -> None:
+async def test_unconfirmed_renewal_is_discarded_by_a_gap(anyio_backend: object) -> None:
     watermark = Watermark()
     watermark.begin(stored(1))
     watermark.renew(stored(5))
@@ -58,7 +58,7 @@ async def test_what_was_not_believed_yet_is_forgotten_with_the_link(anyio_backen
     assert watermark.since == 1
 
 
-async def test_where_nothing_can_be_told_the_old_one_stays(anyio_backend: object) -> None:
+async def test_renewal_without_a_message_keeps_the_position(anyio_backend: object) -> None:
     watermark = Watermark()
     watermark.begin(stored(1))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The web chat of the examples, without a browser: ``tests/browser.py`` has some."""
+"""The web chat example over ASGI; ``tests/browser.py`` tests it in browsers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ID = "0123456789abcdef" * 2
 
 
 def load(name: str = "app") -> Application:
-    """Load the application: under each name, it is one of its own."""
+    """Load the application; each name gives a separate instance."""
     spec = importlib.util.spec_from_file_location(f"examples.web_chat.{name}", APP)
     assert spec
     assert spec.loader
@@ -41,21 +41,21 @@ def text(words: str) -> Callable[[Any], bool]:
     return lambda said: said.get("text") == words
 
 
-def in_any_order(wanted: list[Callable[[Any], bool]], said: Any) -> bool:
-    """Take what was wanted from the list, and tell whether that was all."""
-    wanted[:] = [each for each in wanted if not each(said)]
-    return not wanted
+def all_received(expected: list[Callable[[Any], bool]], said: Any) -> bool:
+    """Remove matching entries from the list, and return whether it is empty."""
+    expected[:] = [each for each in expected if not each(said)]
+    return not expected
 
 
 @pytest.fixture
-def its_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Broker:
+def app_broker(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Broker:
     """The broker that the application uses."""
     monkeypatch.setenv("EMITTER_URL", broker.url)
     monkeypatch.setenv("EMITTER_SECRET", broker.secret_key)
     return broker
 
 
-async def test_with_a_broker_of_its_own(
+async def test_app_starts_its_own_broker(
     monkeypatch: pytest.MonkeyPatch, anyio_backend: object
 ) -> None:
     monkeypatch.delenv("EMITTER_URL", raising=False)
@@ -67,7 +67,7 @@ async def test_with_a_broker_of_its_own(
         assert (heard["id"], heard["name"]) == (ID, "ann")
 
 
-async def test_two_browsers(its_broker: Broker) -> None:
+async def test_two_browsers_chat(app_broker: Broker) -> None:
     app = load()
     async with lifespan(app), websocket(app, "/chat", name=" Ann  Lee ") as ann:
         async with websocket(app, "/chat", name="ben") as ben:
@@ -83,31 +83,31 @@ async def test_two_browsers(its_broker: Broker) -> None:
             await ben.receive_json(text("are you there?"))
 
 
-async def test_a_name_is_there_until_its_last_window_is_closed(its_broker: Broker) -> None:
+async def test_name_is_listed_until_its_last_window_closes(app_broker: Broker) -> None:
     app = load()
     async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
-        async with websocket(app, "/chat", name="ann"), websocket(app, "/chat") as nobody:
-            await nobody.receive_json(people("ann", "Guest"))
+        async with websocket(app, "/chat", name="ann"), websocket(app, "/chat") as unnamed:
+            await unnamed.receive_json(people("ann", "Guest"))
             await ann.receive_json(people("ann", "Guest"))
         await ann.receive_json(people("ann"))
 
 
-async def test_without_its_broker_for_a_while(its_broker: Broker) -> None:
+async def test_chat_continues_after_the_broker_was_unreachable(app_broker: Broker) -> None:
     app = load()
     async with lifespan(app), websocket(app, "/chat", name="ann") as ann:
         await ann.send_text(ID + "before")
         await ann.receive_json(text("before"))
-        with its_broker.refuse():
-            await its_broker.drop()
+        with app_broker.refuse():
+            await app_broker.drop()
             await ann.receive_json(people("ann", live=False))
-            said = {"id": ID[::-1], "name": "ben", "text": "meanwhile", "at": 0}
-            await its_broker.publish("webchat/room/", json.dumps(said), ttl=60)
-            await ann.send_text(ID + "said while it was away")
-        wanted = [people("ann"), text("meanwhile"), text("said while it was away")]
-        await ann.receive_json(lambda said: in_any_order(wanted, said))
+            said = {"id": ID[::-1], "name": "ben", "text": "during the outage", "at": 0}
+            await app_broker.publish("webchat/room/", json.dumps(said), ttl=60)
+            await ann.send_text(ID + "sent during the outage")
+        expected = [people("ann"), text("during the outage"), text("sent during the outage")]
+        await ann.receive_json(lambda said: all_received(expected, said))
 
 
-async def test_two_servers_are_one_chat(its_broker: Broker) -> None:
+async def test_two_servers_share_one_chat(app_broker: Broker) -> None:
     first, second = load("first"), load("second")
     async with lifespan(first), websocket(first, "/chat", name="ann") as ann:
         async with anyio.create_task_group() as tasks:
@@ -121,14 +121,14 @@ async def test_two_servers_are_one_chat(its_broker: Broker) -> None:
             tasks.start_soon(other)
             await ann.receive_json(people("ann", "ben"))
             await ann.receive_json(text("hello"))
-            tasks.cancel_scope.cancel()  # nobody says goodbye: presence tells
+            tasks.cancel_scope.cancel()  # without a clean close: presence reports it
         await ann.receive_json(people("ann"))
 
 
-async def test_what_others_publish_does_no_harm(its_broker: Broker) -> None:
+async def test_unexpected_messages_do_no_harm(app_broker: Broker) -> None:
     app = load()
-    async with connect(its_broker.url) as emitter, lifespan(app):
-        key = its_broker.keygen("webchat/#/", "rws")
+    async with connect(app_broker.url) as emitter, lifespan(app):
+        key = app_broker.keygen("webchat/#/", "rws")
         async with websocket(app, "/chat", name="ann") as ann:
             await ann.receive_json(people("ann"))
             await emitter.publish(key, "webchat/room/", b"\xff", ttl=60, qos=1)
@@ -139,16 +139,16 @@ async def test_what_others_publish_does_no_harm(its_broker: Broker) -> None:
 
 
 @pytest.mark.parametrize("name", ["\x00\x1b" * 12, " \n", "\u202e"])
-async def test_a_name_of_control_characters_is_none(its_broker: Broker, name: str) -> None:
+async def test_name_of_control_characters_is_replaced(app_broker: Broker, name: str) -> None:
     app = load()
-    async with lifespan(app), websocket(app, "/chat", name=name) as nobody:
-        await nobody.receive_json(people("Guest"))
+    async with lifespan(app), websocket(app, "/chat", name=name) as unnamed:
+        await unnamed.receive_json(people("Guest"))
         async with websocket(app, "/chat", name="a\x00nn \t lee") as ann:
             await ann.receive_json(people("ann lee", "Guest"))
 
 
-async def test_many_who_come_together_are_in_one_list(
-    its_broker: Broker, monkeypatch: pytest.MonkeyPatch
+async def test_simultaneous_arrivals_are_sent_as_one_list(
+    app_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(people_module, "PAUSE", 3600)
     app = load()
@@ -165,11 +165,11 @@ async def test_many_who_come_together_are_in_one_list(
         assert lists <= 1
 
 
-async def test_long_lists_of_names_reach_the_other_servers(its_broker: Broker) -> None:
+async def test_long_lists_of_names_reach_other_servers(app_broker: Broker) -> None:
     names = {chr(0x1F600 + number % 64) * 20 + f"{number:04}" for number in range(1500)}
-    key = its_broker.keygen("webchat/#/", "rwslp")
-    async with connect(its_broker.url, username="a") as a, connect(its_broker.url) as c:
-        async with connect(its_broker.url, username="b") as b, anyio.create_task_group() as tasks:
+    key = app_broker.keygen("webchat/#/", "rwslp")
+    async with connect(app_broker.url, username="a") as a, connect(app_broker.url) as c:
+        async with connect(app_broker.url, username="b") as b, anyio.create_task_group() as tasks:
             here, there = People("a", a, key), People("b", b, key)
             with ExitStack() as visits:
                 for name in names:
@@ -194,15 +194,13 @@ async def test_long_lists_of_names_reach_the_other_servers(its_broker: Broker) -
         (b"null", "websocket.close"),
     ],
 )
-async def test_a_page_of_another_server_is_rejected(
-    its_broker: Broker, origin: bytes, answer: str
-) -> None:
+async def test_other_origin_is_rejected(app_broker: Broker, origin: bytes, answer: str) -> None:
     app = load()
     headers = [(b"host", b"chat.example"), (b"origin", origin)]
     async with lifespan(app), websocket(app, "/chat", headers=headers, answer=answer):
         pass
 
 
-def test_a_browser_takes_nothing_from_elsewhere() -> None:
+def test_page_has_a_strict_content_security_policy() -> None:
     page = (APP.parent / "static/index.html").read_text()
     assert """<meta http-equiv="Content-Security-Policy" content="default-src 'self'">""" in page

@@ -47,7 +47,7 @@ SWITCHING = (
 
 
 def header(upgrade: Upgrade, name: str) -> str:
-    """A header of the request."""
+    """Return a header of the request."""
     [value] = [
         line.partition(": ")[2]
         for line in upgrade.request.decode().split("\r\n")
@@ -56,13 +56,13 @@ def header(upgrade: Upgrade, name: str) -> str:
     return value
 
 
-def accepting(upgrade: Upgrade) -> bytes:
-    """The answer that the request wants."""
+def accept(upgrade: Upgrade) -> bytes:
+    """Return the response that accepts the request."""
     return SWITCHING % generate_accept_token(header(upgrade, "Sec-WebSocket-Key").encode())
 
 
 def cut(data: bytes, cuts: Sequence[int]) -> list[bytes]:
-    """Cut at these places, each counted from the one before."""
+    """Cut data into pieces of the given sizes."""
     chunks = []
     for size in cuts:
         chunks.append(data[:size])
@@ -80,14 +80,14 @@ def frames(*events: Event) -> bytes:
 
 
 def events(data: bytes) -> list[Event]:
-    """What a server sees in these bytes."""
+    """Decode bytes as a server does."""
     peer = server()
     peer.receive_data(data)
     return list(peer.events())
 
 
-class TestTheHandshake:
-    def test_asks_for_mqtt(self) -> None:
+class TestHandshake:
+    def test_request_offers_the_mqtt_subprotocol(self) -> None:
         upgrade = Upgrade("h:8080", "/a%20b")
         assert upgrade.request.startswith(b"GET /a%20b HTTP/1.1\r\n")
         assert upgrade.request.endswith(b"\r\n\r\n")
@@ -96,36 +96,36 @@ class TestTheHandshake:
         assert header(upgrade, "Sec-WebSocket-Version") == "13"
         assert not upgrade.refused
 
-    def test_asks_with_a_key_of_its_own(self) -> None:
+    def test_each_request_has_its_own_key(self) -> None:
         keys = {header(Upgrade("h", "/"), "Sec-WebSocket-Key") for _ in range(10)}
         assert len(keys) == 10
 
     @pytest.mark.parametrize("host", ["x" * 64, "a\0b"])
-    def test_with_a_host_that_is_none(self, host: str) -> None:
+    def test_bad_host_raises(self, host: str) -> None:
         with pytest.raises(OSError, match="host"):
             Upgrade(host, "/")
 
     @given(st.lists(st.integers(0, 60)), st.binary(max_size=20))
-    def test_may_come_in_any_pieces(self, cuts: list[int], behind: bytes) -> None:
+    def test_response_can_arrive_in_any_pieces(self, cuts: list[int], trailing: bytes) -> None:
         upgrade = Upgrade("h", "/")
-        got: bytes | None = None
-        for chunk in cut(accepting(upgrade) + behind, cuts):
-            if got is None:
-                got = upgrade.receive(chunk)
+        received: bytes | None = None
+        for chunk in cut(accept(upgrade) + trailing, cuts):
+            if received is None:
+                received = upgrade.receive(chunk)
             else:
-                got += chunk
-        assert got == behind
+                received += chunk
+        assert received == trailing
 
-    def test_without_a_subprotocol_is_enough(self) -> None:
+    def test_response_without_a_subprotocol_is_accepted(self) -> None:
         upgrade = Upgrade("h", "/")
-        assert upgrade.receive(accepting(upgrade).replace(b"-Protocol: mqtt", b"-Else: x")) == b""
+        assert upgrade.receive(accept(upgrade).replace(b"-Protocol: mqtt", b"-Else: x")) == b""
 
-    def test_lines_may_end_by_a_newline_alone(self) -> None:
+    def test_response_lines_can_end_with_a_bare_newline(self) -> None:
         upgrade = Upgrade("h", "/")
-        assert upgrade.receive(accepting(upgrade).replace(b"\r\n", b"\n") + b"x") == b"x"
+        assert upgrade.receive(accept(upgrade).replace(b"\r\n", b"\n") + b"x") == b"x"
 
     @pytest.mark.parametrize(
-        ("there", "instead", "words"),
+        ("old", "new", "pattern"),
         [
             (b"Accept: ", b"Accept: A", "Bad accept token"),
             (b"Connection: Upgrade", b"Connection: close", "Connection: Upgrade"),
@@ -141,14 +141,16 @@ class TestTheHandshake:
             (b"Protocol: mqtt", b"no header", "Bad HTTP message"),
         ],
     )
-    def test_with_a_wrong_answer(self, there: bytes, instead: bytes, words: str) -> None:
+    def test_wrong_response_raises_remote_protocol_error(
+        self, old: bytes, new: bytes, pattern: str
+    ) -> None:
         upgrade = Upgrade("h", "/")
-        with pytest.raises(RemoteProtocolError, match=words) as caught:
-            upgrade.receive(accepting(upgrade).replace(there, instead))
+        with pytest.raises(RemoteProtocolError, match=pattern) as caught:
+            upgrade.receive(accept(upgrade).replace(old, new))
         assert len(str(caught.value)) < 300
 
     @pytest.mark.parametrize(
-        ("said", "words"),
+        ("data", "pattern"),
         [
             (b"\x15\x03\x01\x00\x02\x02\x16", "try wss://"),
             (b"\x15", "try wss://"),
@@ -158,62 +160,64 @@ class TestTheHandshake:
             (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 3000, f"{MAX_HEAD_BYTES} bytes"),
         ],
     )
-    def test_with_one_that_speaks_something_else(self, said: bytes, words: str) -> None:
-        for size in (1, len(said)):
+    def test_other_protocol_raises_remote_protocol_error(self, data: bytes, pattern: str) -> None:
+        for size in (1, len(data)):
             upgrade = Upgrade("h", "/")
-            with pytest.raises(RemoteProtocolError, match=words):
-                for chunk in cut(said, [size] * len(said)):
+            with pytest.raises(RemoteProtocolError, match=pattern):
+                for chunk in cut(data, [size] * len(data)):
                     assert upgrade.receive(chunk) is None
 
-    def test_that_ends_too_early(self) -> None:
+    def test_end_of_data_in_the_handshake_raises_eof_error(self) -> None:
         upgrade = Upgrade("h", "/")
         assert upgrade.receive(b"HTTP/1.1 101 Sw") is None
         with pytest.raises(EOFError, match="handshake"):
             upgrade.receive(b"")
 
 
-NOTHING = b"Content-Length: 0\r\n\r\n"
+NO_BODY = b"Content-Length: 0\r\n\r\n"
 REFUSED = [
-    ("404 X", NOTHING, r"HTTP 404 \(Not Found\).*path"),
+    ("404 X", NO_BODY, r"HTTP 404 \(Not Found\).*path"),
     ("404 X", b"Content-Length: 9\r\n\r\nno page\n\n", r"Found.*'no page'"),
     ("200 X", b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", "200 .*'ab'"),
     ("403 X", b"Content-Length: 500\r\n\r\n" + b"x" * 300, "'x{200}…?'.*in front"),
     ("401 X", b"Content-Length: 1\r\n\r\n\x1b", r"401.*'\?'"),
     ("502 X", b"Content-Length: 2\r\n\r\n\xff\xff", "502.*'\ufffd\ufffd'"),
-    ("299 X", NOTHING, r"HTTP 299"),
+    ("299 X", NO_BODY, r"HTTP 299"),
     ("100 X", b"\r\n", r"HTTP 100 \(Continue\)"),
-    ("301 X", b"Location: wss://h/m?key=1\r\n" + NOTHING, "wss://h/m"),
-    ("302 X", NOTHING, "redirects"),
+    ("301 X", b"Location: wss://h/m?key=1\r\n" + NO_BODY, "wss://h/m"),
+    ("302 X", NO_BODY, "redirects"),
 ]
 
 
-class TestARefusal:
-    @pytest.mark.parametrize(("status", "rest", "words"), REFUSED)
+class TestRefusal:
+    @pytest.mark.parametrize(("status", "rest", "pattern"), REFUSED)
     @pytest.mark.parametrize("size", [1, 7, 10000])
-    def test_is_told(self, status: str, rest: bytes, words: str, size: int) -> None:
+    def test_response_is_in_the_error(
+        self, status: str, rest: bytes, pattern: str, size: int
+    ) -> None:
         upgrade = Upgrade("h", "/")
-        said = f"HTTP/1.1 {status}\r\n".encode() + rest
-        with pytest.raises(ConnectError, match=words) as caught:
-            for chunk in cut(said, [size] * len(said)):
+        data = f"HTTP/1.1 {status}\r\n".encode() + rest
+        with pytest.raises(ConnectError, match=pattern) as caught:
+            for chunk in cut(data, [size] * len(data)):
                 assert upgrade.receive(chunk) is None
         assert upgrade.refused
         assert len(str(caught.value)) < 600
         assert "key=" not in str(caught.value)
 
     @pytest.mark.parametrize(
-        ("rest", "then"),
+        ("rest", "end"),
         [
             (b"\r\nsome", b" words"),
             (b"Content-Length: 100\r\n\r\nsome", b" words"),
             (b"Transfer-Encoding: chunked\r\n\r\na\r\nsome words\r\n", b"nonsense\r\n"),
         ],
     )
-    def test_that_ends_in_the_middle_is_told_all_the_same(self, rest: bytes, then: bytes) -> None:
+    def test_incomplete_response_is_in_the_error(self, rest: bytes, end: bytes) -> None:
         upgrade = Upgrade("h", "/")
         assert upgrade.receive(b"HTTP/1.1 503 X\r\n" + rest) is None
         assert upgrade.refused
         with pytest.raises(ConnectError, match="'some words'"):
-            for data in (then, b""):
+            for data in (end, b""):
                 assert upgrade.receive(data) is None
 
 
@@ -228,34 +232,34 @@ class TestFrames:
         ),
         st.lists(st.integers(0, 40)),
     )
-    def test_carry_one_stream_however_they_are_cut(
+    def test_received_frames_form_one_stream(
         self, sent: list[BytesMessage | Ping | Pong], cuts: list[int]
     ) -> None:
         websocket = WebSocket(MAX)
-        carried = [websocket.receive(chunk) for chunk in cut(frames(*sent), cuts)]
+        payload = [websocket.receive(chunk) for chunk in cut(frames(*sent), cuts)]
         messages = [event.data for event in sent if isinstance(event, BytesMessage)]
-        assert b"".join(carried) == b"".join(messages)
+        assert b"".join(payload) == b"".join(messages)
         assert websocket.open
         pings = [event for event in sent if isinstance(event, Ping)]
         answers = events(websocket.pong)
         assert answers == [ping.response() for ping in pings[-1:]]
 
     @given(st.lists(st.binary(max_size=70000), max_size=5), st.lists(st.integers(0, 5000)))
-    def test_that_are_sent_carry_what_they_should(self, sent: list[bytes], cuts: list[int]) -> None:
+    def test_sent_frames_contain_the_data(self, sent: list[bytes], cuts: list[int]) -> None:
         websocket, peer = WebSocket(MAX), server()
         received: list[Event] = []
         for chunk in cut(b"".join(map(websocket.wrap, sent)) + websocket.close(), cuts):
             peer.receive_data(chunk)
             received += peer.events()
         assert received.pop() == NORMAL
-        carried = [event.data for event in received if isinstance(event, BytesMessage)]
-        assert len(carried) == len(received)
-        assert b"".join(carried) == b"".join(sent)
+        payload = [event.data for event in received if isinstance(event, BytesMessage)]
+        assert len(payload) == len(received)
+        assert b"".join(payload) == b"".join(sent)
 
-    def test_are_masked(self) -> None:
+    def test_sent_frames_are_masked(self) -> None:
         assert b"secret" not in b"".join(WebSocket(MAX).wrap(b"secret") for _ in range(10))
 
-    def test_are_handed_on_before_they_are_complete(self) -> None:
+    def test_payload_is_returned_before_the_frame_is_complete(self) -> None:
         websocket = WebSocket(70000)
         data = frames(BytesMessage(bytes(60000)))
         assert [len(websocket.receive(chunk)) for chunk in cut(data, [1004, 9000])] == [
@@ -264,13 +268,13 @@ class TestFrames:
             50000,
         ]
 
-    def test_may_be_as_large_as_a_packet(self) -> None:
+    def test_frame_can_be_as_large_as_a_packet(self) -> None:
         websocket = WebSocket(MAX)
         assert websocket.receive(frames(BytesMessage(bytes(MAX + 5)))) == bytes(MAX + 5)
         assert websocket.open
 
     @pytest.mark.parametrize("size", [MAX + 6, 70000, 1 << 62])
-    def test_that_announce_too_much_are_refused_before_they_come(self, size: int) -> None:
+    def test_oversized_frame_is_rejected_by_its_header(self, size: int) -> None:
         websocket = WebSocket(MAX)
         head = b"\x82\x7e" + size.to_bytes(2) if size < 65536 else b"\x82\x7f" + size.to_bytes(8)
         assert websocket.receive(frames(BytesMessage(b"before")) + head) == b"before"
@@ -281,7 +285,7 @@ class TestFrames:
         assert events(websocket.close()) == [CloseConnection(1009, "")]
 
     @pytest.mark.parametrize(
-        ("wrong", "code", "words"),
+        ("invalid", "code", "pattern"),
         [
             (frames(TextMessage("hello")), 1003, "a text frame, but MQTT requires binary frames"),
             (b"\x81\x02\xff\xff", 1003, "a text frame"),
@@ -299,21 +303,23 @@ class TestFrames:
             (b"\x88\x03\x03\xe8\xff", 1007, "CLOSE reason"),
         ],
     )
-    def test_that_break_the_rules_end_it(self, wrong: bytes, code: int, words: str) -> None:
+    def test_invalid_frame_ends_the_connection(
+        self, invalid: bytes, code: int, pattern: str
+    ) -> None:
         websocket = WebSocket(MAX)
-        assert websocket.receive(frames(BytesMessage(b"before")) + wrong) == b"before"
+        assert websocket.receive(frames(BytesMessage(b"before")) + invalid) == b"before"
         assert isinstance(websocket.end, RemoteProtocolError)
-        assert words in str(websocket.end)
+        assert pattern in str(websocket.end)
         assert not websocket.open
-        assert websocket.receive(frames(BytesMessage(b"behind"))) == b""
+        assert websocket.receive(frames(BytesMessage(b"after"))) == b""
         assert websocket.wrap(b"x") == b""
         assert events(websocket.close()) == [CloseConnection(code, "")]
         assert websocket.close() == b""
 
-    def test_nobody_is_offered_our_way_to_look_at_them(self) -> None:
+    def test_frame_limit_is_not_offered_as_an_extension(self) -> None:
         assert not _FrameChecks(MAX).offer()
 
-    def test_a_ping_that_waits_for_its_answer_is_forgotten_for_a_later_one(self) -> None:
+    def test_only_the_last_unanswered_ping_is_answered(self) -> None:
         websocket = WebSocket(MAX)
         websocket.receive(frames(*(Ping(b"%d" % number) for number in range(1000))))
         while websocket.turn_over:
@@ -321,9 +327,9 @@ class TestFrames:
         assert events(websocket.pong) == [Pong(b"999")]
 
 
-class TestTheEnd:
+class TestClose:
     @pytest.mark.parametrize(
-        ("close", "words"),
+        ("close", "pattern"),
         [
             (CloseConnection(1001, "restart"), "code 1001 (going away), 'restart'"),
             (CloseConnection(1000), "code 1000 (normal closure)"),
@@ -331,18 +337,20 @@ class TestTheEnd:
             (CloseConnection(CloseReason.NO_STATUS_RCVD), "code 1005 (no status rcvd)"),
         ],
     )
-    def test_by_the_peer_is_told_and_answered(self, close: CloseConnection, words: str) -> None:
+    def test_close_by_the_peer_is_reported_and_answered(
+        self, close: CloseConnection, pattern: str
+    ) -> None:
         websocket = WebSocket(MAX)
         assert websocket.receive(frames(Ping(b"x"), BytesMessage(b"last"), close)) == b"last"
         assert isinstance(websocket.end, EOFError)
-        assert str(websocket.end) == f"the broker closed the WebSocket connection: {words}"
+        assert str(websocket.end) == f"the broker closed the WebSocket connection: {pattern}"
         answer = events(websocket.close())
         assert answer[0] == Pong(b"x")
         assert isinstance(answer[1], CloseConnection)
         assert answer[1].code == close.code
         assert websocket.pong == websocket.close() == b""
 
-    def test_by_us_lets_the_peer_finish(self) -> None:
+    def test_close_by_the_client_lets_the_peer_finish(self) -> None:
         websocket = WebSocket(MAX)
         assert events(websocket.close()) == [NORMAL]
         assert not websocket.open
@@ -354,7 +362,7 @@ class TestTheEnd:
         assert isinstance(websocket.end, EOFError)
         assert websocket.close() == b""
 
-    def test_by_us_and_then_a_broken_rule(self) -> None:
+    def test_invalid_frame_after_close_by_the_client(self) -> None:
         websocket = WebSocket(MAX)
         websocket.close()
         websocket.receive(b"\xff")
@@ -375,21 +383,23 @@ class TestHostileBytes:
         st.lists(st.integers(0, 20)),
     )
     @example(b"HTTP/1.1 200 X\r\n", [b"Content-Length: 5\r\n", b"\r\n"], b"123456", [])
-    def test_in_the_handshake_are_told_from_an_answer(
-        self, begin: bytes, lines: list[bytes], end: bytes, cuts: list[int]
+    def test_handshake_rejects_any_other_bytes(
+        self, start: bytes, lines: list[bytes], end: bytes, cuts: list[int]
     ) -> None:
         upgrade = Upgrade("h", "/")
         with pytest.raises((ConnectError, RemoteProtocolError, EOFError)) as caught:
-            for chunk in (*cut(begin + b"".join(lines) + end, cuts), b""):
+            for chunk in (*cut(start + b"".join(lines) + end, cuts), b""):
                 assert upgrade.receive(chunk) is None
         assert len(str(caught.value)) < 600
         assert str(caught.value).isprintable()
 
     @given(st.binary(), st.lists(st.integers(0, 20)))
-    def test_in_frames_end_it_or_wait_for_more(self, data: bytes, cuts: list[int]) -> None:
+    def test_frames_from_any_bytes_wait_or_end_the_connection(
+        self, data: bytes, cuts: list[int]
+    ) -> None:
         websocket = WebSocket(MAX)
-        carried = b"".join(map(websocket.receive, cut(data, cuts)))
-        assert len(carried) <= len(data)
+        payload = b"".join(map(websocket.receive, cut(data, cuts)))
+        assert len(payload) <= len(data)
         assert len(websocket.pong) <= 131
         if websocket.end is not None:
             assert isinstance(websocket.end, RemoteProtocolError | EOFError)
@@ -404,19 +414,19 @@ def transport_over(stream: ByteStream) -> WebSocketTransport:
     return WebSocketTransport(StreamTransport(stream), WebSocket(MAX), b"")
 
 
-async def test_what_came_behind_the_handshake_is_not_lost(anyio_backend: object) -> None:
-    ours, peer = memory_stream_pair()
+async def test_data_after_the_handshake_is_received(anyio_backend: object) -> None:
+    own_end, peer = memory_stream_pair()
     received = frames(BytesMessage(b"early"))
-    transport = WebSocketTransport(StreamTransport(ours), WebSocket(MAX), received)
+    transport = WebSocketTransport(StreamTransport(own_end), WebSocket(MAX), received)
     assert await transport.receive() == b"early"
     await peer.send_eof()
     assert await transport.receive() == b""
     await transport.aclose()
 
 
-async def test_empty_frames_are_no_end(anyio_backend: object) -> None:
-    ours, peer = memory_stream_pair()
-    transport = transport_over(ours)
+async def test_empty_frames_do_not_end_the_stream(anyio_backend: object) -> None:
+    own_end, peer = memory_stream_pair()
+    transport = transport_over(own_end)
     await peer.send(frames(BytesMessage(b""), Pong(b"")))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(peer.send, frames(BytesMessage(b"x")))
@@ -424,21 +434,21 @@ async def test_empty_frames_are_no_end(anyio_backend: object) -> None:
     await transport.aclose()
 
 
-async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: object) -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+async def test_partial_frame_is_finished_before_the_next(anyio_backend: object) -> None:
+    own_end, theirs = socket.socketpair()
+    own_end.setblocking(False)
     theirs.setblocking(False)
-    transport = WebSocketTransport(SocketTransport(ours), WebSocket(MAX), b"")
+    transport = WebSocketTransport(SocketTransport(own_end), WebSocket(MAX), b"")
     size = 65536
     sent = 0
     with theirs:
-        # One of these is taken in part, and none behind it.
-        while taken := transport.try_send(bytes(size)):
-            sent += taken
+        # The socket accepts part of one frame, and then nothing.
+        while sent_size := transport.try_send(bytes(size)):
+            sent += sent_size
         assert transport._unsent
-        peer, carried, closed = server(), b"", False
+        peer, payload, closed = server(), b"", False
         peer.receive_data(theirs.recv(1 << 20))
-        # There is room now, but not for another frame in the middle of that one.
+        # The socket has space again, but the partial frame must be finished first.
         assert transport.try_send(b"x") == 0
 
         async def send() -> None:
@@ -452,10 +462,10 @@ async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: obj
                 peer.receive_data(theirs.recv(1 << 20))
                 for event in peer.events():
                     if isinstance(event, BytesMessage):
-                        carried += event.data
+                        payload += event.data
                     closed = event == NORMAL
-        assert carried == bytes(sent) + b"last"
-        # Nothing goes behind a close, and nobody minds.
+        assert payload == bytes(sent) + b"last"
+        # Data after a close is discarded without an error.
         assert transport.try_send(b"x") == 0
         assert await transport.send(b"x") == 1
         await transport.aclose()
@@ -463,56 +473,54 @@ async def test_half_a_frame_is_finished_before_another_begins(anyio_backend: obj
     await transport.aclose()
 
 
-async def test_a_full_socket_takes_no_frame(anyio_backend: object) -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+async def test_full_socket_accepts_no_frame(anyio_backend: object) -> None:
+    own_end, theirs = socket.socketpair()
+    own_end.setblocking(False)
     with theirs:
         with suppress(BlockingIOError):
             while True:
-                ours.send(bytes(65536))
-        transport = WebSocketTransport(SocketTransport(ours), WebSocket(MAX), b"")
+                own_end.send(bytes(65536))
+        transport = WebSocketTransport(SocketTransport(own_end), WebSocket(MAX), b"")
         assert transport.try_send(b"x") == 0
         assert not transport._unsent
         await transport.aclose()
 
 
 @pytest.mark.parametrize("end", [CloseConnection(1001, "restart"), TextMessage("hello")])
-async def test_behind_the_peers_end_nothing_counts_as_sent(
-    anyio_backend: object, end: Event
-) -> None:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+async def test_send_after_the_peers_close_raises(anyio_backend: object, end: Event) -> None:
+    own_end, theirs = socket.socketpair()
+    own_end.setblocking(False)
     with theirs:
-        transport = WebSocketTransport(SocketTransport(ours), WebSocket(MAX), b"")
+        transport = WebSocketTransport(SocketTransport(own_end), WebSocket(MAX), b"")
         theirs.send(frames(BytesMessage(b"x"), end))
         assert await transport.receive() == b"x"
         assert transport.try_send(b"y") == 0
-        words = "restart|text frame"
-        with pytest.raises((EOFError, RemoteProtocolError), match=words):
+        pattern = "restart|text frame"
+        with pytest.raises((EOFError, RemoteProtocolError), match=pattern):
             await transport.send(b"y")
         for _ in range(2):
-            with pytest.raises((EOFError, RemoteProtocolError), match=words):
+            with pytest.raises((EOFError, RemoteProtocolError), match=pattern):
                 await transport.receive()
         assert [type(event) for event in events(theirs.recv(100))] == [CloseConnection]
         await transport.aclose()
 
 
-async def test_a_closed_one_may_be_closed_again(anyio_backend: object) -> None:
-    ours, peer = memory_stream_pair()
-    transport = transport_over(ours)
+async def test_closing_twice(anyio_backend: object) -> None:
+    own_end, peer = memory_stream_pair()
+    transport = transport_over(own_end)
     await transport.aclose()
     await transport.send_eof()
     await transport.aclose()
-    assert ours.closed
+    assert own_end.closed
     await peer.aclose()
 
 
 @pytest.mark.virtual_time
-async def test_who_takes_nothing_is_not_waited_for_with_the_last_words(
+async def test_close_answer_to_a_stalled_peer_is_given_up_after_a_second(
     anyio_backend: object,
 ) -> None:
-    ours, peer = memory_stream_pair(capacity=1)
-    transport = transport_over(ours)
+    own_end, peer = memory_stream_pair(capacity=1)
+    transport = transport_over(own_end)
     peer.send_nowait(frames(CloseConnection(1001, "restart")))
     start = anyio.current_time()
     with pytest.raises(EOFError, match="restart"):
@@ -524,7 +532,7 @@ async def test_who_takes_nothing_is_not_waited_for_with_the_last_words(
 # The client, in memory
 
 
-def over(connectable: Any, **options: Any) -> Emitter:
+def connect_to(connectable: Any, **options: Any) -> Emitter:
     return connect_once("ws://broker.example/mqtt", connectable=connectable, **options)
 
 
@@ -533,17 +541,17 @@ def stream_of(peer: Peer) -> ServerStream:
     return peer.stream
 
 
-async def test_websocket_is_spoken_over_a_connectable(anyio_backend: object) -> None:
-    asked: list[Event | None] = []
+async def test_ws_url_uses_websocket_over_a_connectable(anyio_backend: object) -> None:
+    requests: list[Event | None] = []
 
     async def script(peer: Peer) -> None:
-        asked.append(stream_of(peer).request)
+        requests.append(stream_of(peer).request)
         await peer.serve()
 
     async with memory_peer(script, websocket=True) as connectable:
-        async with over(connectable) as emitter:
+        async with connect_to(connectable) as emitter:
             await emitter.flush()
-    [request] = asked
+    [request] = requests
     assert isinstance(request, Request)
     assert (request.host, request.target) == ("broker.example:8080", "/mqtt")
     assert request.subprotocols == ["mqtt"]
@@ -558,37 +566,37 @@ async def test_websocket_is_spoken_over_a_connectable(anyio_backend: object) -> 
         ("ws://bücher.example", "xn--bcher-kva.example:8080"),
     ],
 )
-async def test_the_port_is_told_unless_it_is_usual(
+async def test_host_header_omits_the_default_port(
     anyio_backend: object, url: str, host: str
 ) -> None:
-    asked = []
+    requests = []
 
     async def script(peer: Peer) -> None:
         request = stream_of(peer).request
         assert isinstance(request, Request)
-        asked.append(request.host)
+        requests.append(request.host)
         await peer.serve()
 
     async with memory_peer(script, websocket=True) as connectable:
         async with connect_once(url, connectable=connectable):
             pass
-    assert [name.encode("idna").decode() for name in asked] == [host]
+    assert [name.encode("idna").decode() for name in requests] == [host]
 
 
 @pytest.mark.parametrize(("url", "host"), [("wss://h", "h"), ("wss://[::1]:80", "[::1]:80")])
-def test_the_port_is_told_over_tls_unless_it_is_usual(url: str, host: str) -> None:
+def test_host_header_omits_the_default_port_with_tls(url: str, host: str) -> None:
     assert host_header(make_options(url, {}).servers[0]) == host
 
 
 @pytest.mark.virtual_time
-async def test_a_ping_is_answered_while_nothing_else_is_sent(anyio_backend: object) -> None:
+async def test_ping_is_answered_while_nothing_else_is_sent(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         stream = stream_of(peer)
         await stream.send_event(Ping(b"before CONNACK"))
         await peer.accept()
         accepted = anyio.current_time()
         assert await stream.until(Pong) == Pong(b"before CONNACK")
-        # It has waited for nothing else that leaves, such as a PINGREQ.
+        # The answer did not wait for another packet, such as a PINGREQ.
         assert anyio.current_time() == accepted
         for number in range(3):
             await stream.send_event(Ping(b"%d" % number))
@@ -597,7 +605,7 @@ async def test_a_ping_is_answered_while_nothing_else_is_sent(anyio_backend: obje
         await peer.answer_all()
 
     async with memory_peer(script, websocket=True) as connectable:
-        async with over(connectable) as emitter, emitter.stream("message") as messages:
+        async with connect_to(connectable) as emitter, emitter.stream("message") as messages:
             assert (await messages.receive()).binary == b"done"
             start = anyio.current_time()
     assert anyio.current_time() == start
@@ -605,27 +613,25 @@ async def test_a_ping_is_answered_while_nothing_else_is_sent(anyio_backend: obje
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("capacity", [1, 100])
-async def test_a_ping_is_answered_while_a_send_is_under_way(
-    anyio_backend: object, capacity: int
-) -> None:
+async def test_ping_is_answered_during_a_send(anyio_backend: object, capacity: int) -> None:
     payload = bytes(range(250)) * 2 * capacity
 
     async def script(peer: Peer) -> None:
         await peer.accept()
         stream = stream_of(peer)
         await anyio.sleep(0.1)
-        # A frame of the client's waits for room now, and must not be torn by the answers.
+        # The client is in the middle of sending a frame, which answers must not interrupt.
         for number in range(10):
             await stream.send_event(Ping(b"%d" % number))
         await anyio.sleep(1)
         packet = await peer.until(PUBLISH)
         assert packet.payload == payload
-        # Of those that waited, the last is answered.
+        # Of the waiting pings, the last is answered.
         assert await stream.until(Pong) == Pong(b"9")
         await peer.answer_all()
 
     async with memory_peer(script, websocket=True, capacity=capacity) as connectable:
-        async with over(connectable) as emitter:
+        async with connect_to(connectable) as emitter:
             await emitter.publish("k", "a/", payload)
             await anyio.sleep(0.5)
             connection = emitter._slot.connection
@@ -636,8 +642,10 @@ async def test_a_ping_is_answered_while_a_send_is_under_way(
 
 
 @pytest.mark.virtual_time
-async def test_pings_tell_nothing_about_the_broker(anyio_backend: object) -> None:
-    # They are a proxy's, which may go on when the broker behind it has gone.
+async def test_websocket_pings_do_not_count_as_received_from_the_broker(
+    anyio_backend: object,
+) -> None:
+    # A proxy sends pings, even when its broker has failed.
     async def script(peer: Peer) -> None:
         await peer.accept()
         with suppress(anyio.BrokenResourceError):
@@ -647,13 +655,13 @@ async def test_pings_tell_nothing_about_the_broker(anyio_backend: object) -> Non
 
     async with memory_peer(script, websocket=True) as connectable:
         with pytest.raises(ConnectionLostError, match="ping timeout"):
-            async with over(connectable, keepalive=2):
+            async with connect_to(connectable, keepalive=2):
                 await anyio.sleep_forever()
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize(
-    ("end", "words", "answer"),
+    ("end", "pattern", "answer"),
     [
         (CloseConnection(1001, "restart"), r"1001 \(going away\), 'restart'", 1001),
         (CloseConnection(1008, "go"), r"1008 \(policy violation\), 'go'", 1008),
@@ -661,13 +669,13 @@ async def test_pings_tell_nothing_about_the_broker(anyio_backend: object) -> Non
         (BytesMessage(bytes(65536 + 6)), "exceeds max_message_size", 1009),
     ],
 )
-async def test_the_peers_end_is_told(
-    anyio_backend: object, end: Event, words: str, answer: int
+async def test_close_by_the_peer_raises_connection_lost_error(
+    anyio_backend: object, end: Event, pattern: str, answer: int
 ) -> None:
-    answered, heard = [], anyio.Event()
+    answered, received_close = [], anyio.Event()
 
-    async def say(peer: Peer) -> None:
-        # What is too large is not read to its end.
+    async def send_end(peer: Peer) -> None:
+        # The client does not read an oversized frame to its end.
         with suppress(anyio.BrokenResourceError):
             await stream_of(peer).send_event(end)
 
@@ -675,26 +683,26 @@ async def test_the_peers_end_is_told(
         await peer.accept()
         await peer.send(packets.publish("a/", b"last"))
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(say, peer)
+            tasks.start_soon(send_end, peer)
             close = await stream_of(peer).until(CloseConnection)
         assert isinstance(close, CloseConnection)
         answered.append(close.code)
-        heard.set()
+        received_close.set()
 
     async with memory_peer(script, websocket=True) as connectable:
-        emitter = over(connectable)
-        got = []
-        emitter.on("message", lambda message: got.append(message.binary))
-        with pytest.raises(ConnectionLostError, match=words):
+        emitter = connect_to(connectable)
+        received = []
+        emitter.on("message", lambda message: received.append(message.binary))
+        with pytest.raises(ConnectionLostError, match=pattern):
             async with emitter:
                 await anyio.sleep_forever()
-        # It has been said by then, and the peer gets to it in a turn of its own.
-        await heard.wait()
-    assert got == [b"last"]
+        # The client has sent its close by then; wait until the peer has read it.
+        await received_close.wait()
+    assert received == [b"last"]
     assert answered == [answer]
 
 
-async def test_a_peers_end_that_comes_while_we_leave_is_none_of_ours(
+async def test_close_by_the_peer_while_leaving_is_ignored(
     anyio_backend: object,
 ) -> None:
     full, left = anyio.Event(), anyio.Event()
@@ -702,7 +710,7 @@ async def test_a_peers_end_that_comes_while_we_leave_is_none_of_ours(
     async def script(peer: Peer) -> None:
         await peer.accept()
         await full.wait()
-        # It reads nothing, so that neither our goodbye nor the answer to its own can leave.
+        # The peer reads nothing, so neither DISCONNECT nor an answer to its close can be sent.
         await stream_of(peer).send_event(CloseConnection(1001, "restart"))
         await left.wait()
 
@@ -717,7 +725,7 @@ async def test_a_peers_end_that_comes_while_we_leave_is_none_of_ours(
 
 
 @pytest.mark.virtual_time
-async def test_many_packets_in_a_frame_and_a_packet_in_many_frames(anyio_backend: object) -> None:
+async def test_packets_and_frames_do_not_need_to_align(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         stream = stream_of(peer)
@@ -727,22 +735,22 @@ async def test_many_packets_in_a_frame_and_a_packet_in_many_frames(anyio_backend
             await stream.send(bytes((byte,)))
         for start in range(0, len(data), 7):
             await stream.send_event(Ping())
-            # Each of these is a part of a message of WebSocket.
+            # Each frame is a fragment of one WebSocket message.
             part = data[start : start + 7]
             await stream.send_event(BytesMessage(part, message_finished=start + 7 >= len(data)))
         await peer.answer_all()
 
     async with memory_peer(script, websocket=True) as connectable:
-        async with over(connectable) as emitter, emitter.stream("message") as messages:
-            got = [(await messages.receive()).binary for _ in range(60)]
-    assert got == [b"%d" % number * 50 for number in range(20)] * 3
+        async with connect_to(connectable) as emitter, emitter.stream("message") as messages:
+            received = [(await messages.receive()).binary for _ in range(60)]
+    assert received == [b"%d" % number * 50 for number in range(20)] * 3
 
 
 @pytest.mark.virtual_time
-@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 101 Switch", b"HTTP/1.1 101 X\r\nUpgrade: w"])
-async def test_a_peer_that_is_silent_in_the_handshake(anyio_backend: object, said: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"HTTP/1.1 101 Switch", b"HTTP/1.1 101 X\r\nUpgrade: w"])
+async def test_peer_silent_in_the_handshake_times_out(anyio_backend: object, data: bytes) -> None:
     async def script(peer: Peer) -> None:
-        await peer.send(said)
+        await peer.send(data)
         assert await peer.stream.receive()
         with pytest.raises(anyio.EndOfStream):
             await peer.stream.receive()
@@ -750,26 +758,26 @@ async def test_a_peer_that_is_silent_in_the_handshake(anyio_backend: object, sai
     async with memory_peer(script) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectError, match=r"ws://.*within 10 s"):
-            async with over(connectable):
+            async with connect_to(connectable):
                 pass
         assert anyio.current_time() - start == pytest.approx(10)
         assert connectable.streams[0].closed
 
 
 @pytest.mark.virtual_time
-async def test_a_peer_that_is_silent_behind_the_handshake(anyio_backend: object) -> None:
+async def test_peer_silent_after_the_handshake_times_out(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         assert await peer.packet() is not None
         assert await peer.packet() is None
 
     async with memory_peer(script, websocket=True) as connectable:
         with pytest.raises(ConnectError, match=r"ws://.*within 10 s"):
-            async with over(connectable):
+            async with connect_to(connectable):
                 pass
 
 
 @pytest.mark.virtual_time
-async def test_the_words_of_a_refusal_are_not_waited_for_long(anyio_backend: object) -> None:
+async def test_body_of_a_refusal_is_awaited_for_a_second(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 100\r\n\r\nnot ")
         await anyio.sleep(0.5)
@@ -781,23 +789,23 @@ async def test_the_words_of_a_refusal_are_not_waited_for_long(anyio_backend: obj
     async with memory_peer(script) as connectable:
         start = anyio.current_time()
         with pytest.raises(ConnectError, match=r"HTTP 403 \(Forbidden\).*'not you'"):
-            async with over(connectable):
+            async with connect_to(connectable):
                 pass
         assert anyio.current_time() - start == pytest.approx(1)
         assert connectable.streams[0].closed
 
 
-async def test_a_server_that_closes_in_the_handshake(anyio_backend: object) -> None:
+async def test_server_that_closes_in_the_handshake(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
 
     async with memory_peer(script) as connectable:
         with pytest.raises(ConnectError, match=r"closed.*handshake"):
-            async with over(connectable):
+            async with connect_to(connectable):
                 pass
 
 
-async def test_the_next_server_is_tried_when_one_refuses(anyio_backend: object) -> None:
+async def test_next_server_is_tried_after_a_refusal(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         if connectable.attempts == 1:
             await peer.send(b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n")
@@ -822,13 +830,13 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 
 def broker_of(scheme: str) -> tuple[Broker, dict[str, Any]]:
-    """A broker, and what a client needs to trust it."""
+    """Return a broker, and the options with which a client trusts it."""
     if scheme == "ws":
         return Broker(), {}
     return Broker(ssl_context=tls.server_context()), {"ssl_context": tls.client_context()}
 
 
-async def test_publishes_and_receives(anyio_backend: object, scheme: str) -> None:
+async def test_publish_and_receive(anyio_backend: object, scheme: str) -> None:
     broker, trust = broker_of(scheme)
     async with broker:
         key = broker.keygen("a/")
@@ -844,7 +852,7 @@ async def test_publishes_and_receives(anyio_backend: object, scheme: str) -> Non
                 await emitter.flush()
 
 
-async def test_a_flood_both_ways(anyio_backend: object, scheme: str) -> None:
+async def test_many_messages_in_both_directions(anyio_backend: object, scheme: str) -> None:
     broker, trust = broker_of(scheme)
     async with broker:
         key = broker.keygen("a/")
@@ -862,7 +870,7 @@ async def test_a_flood_both_ways(anyio_backend: object, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/keygen", "/health", "/debug/x"])
-async def test_a_path_on_which_emitter_has_something_else(
+async def test_path_of_another_emitter_page_is_refused(
     anyio_backend: object, scheme: str, path: str
 ) -> None:
     broker, trust = broker_of(scheme)
@@ -872,9 +880,9 @@ async def test_a_path_on_which_emitter_has_something_else(
                 pass
 
 
-@pytest.mark.parametrize("unsettled", [False, True])
-async def test_the_close_comes_behind_disone_link(
-    anyio_backend: object, scheme: str, unsettled: bool
+@pytest.mark.parametrize("unacknowledged", [False, True])
+async def test_close_is_sent_after_disconnect(
+    anyio_backend: object, scheme: str, unacknowledged: bool
 ) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
@@ -889,12 +897,12 @@ async def test_the_close_comes_behind_disone_link(
     async with serving(scheme, script) as options:
         async with connect_once(**options) as emitter:
             await emitter.flush()
-            if unsettled:
+            if unacknowledged:
                 await emitter.publish("k", "a/", "x")
     assert closes == [NORMAL]
 
 
-async def test_the_close_comes_behind_disconnect_when_cancelled(anyio_backend: object) -> None:
+async def test_close_is_sent_after_disconnect_when_cancelled(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         await peer.until(DISCONNECT)
@@ -910,7 +918,7 @@ async def test_the_close_comes_behind_disconnect_when_cancelled(anyio_backend: o
     assert closes == [NORMAL]
 
 
-async def test_a_peer_that_does_not_answer_the_close_holds_nobody(
+async def test_missing_answer_to_close_does_not_delay_leaving(
     anyio_backend: object, scheme: str
 ) -> None:
     closed = anyio.Event()
@@ -930,7 +938,7 @@ async def test_a_peer_that_does_not_answer_the_close_holds_nobody(
     ("scheme", "stage"),
     [("ws", "upgrade"), ("ws", "mqtt"), ("wss", "tls"), ("wss", "upgrade"), ("wss", "mqtt")],
 )
-async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: str) -> None:
+async def test_silent_peer_times_out(anyio_backend: object, scheme: str, stage: str) -> None:
     async def script(peer: Peer) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
             if stage == "mqtt":
@@ -947,7 +955,7 @@ async def test_a_peer_that_is_silent(anyio_backend: object, scheme: str, stage: 
                 pass
 
 
-async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
+async def test_peer_that_speaks_plain_mqtt(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.stream.receive()
         await peer.send(packets.CONNACK)
@@ -958,14 +966,14 @@ async def test_a_peer_that_speaks_mqtt_alone(anyio_backend: object) -> None:
                 pass
 
 
-async def test_a_peer_that_speaks_tls(anyio_backend: object) -> None:
+async def test_ws_url_to_a_tls_port(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         with pytest.raises(ConnectError, match=r"try wss://|closed the connection|reset"):
             async with connect_once(f"ws://127.0.0.1:{broker.port}"):
                 pass
 
 
-async def test_one_that_speaks_no_tls(anyio_backend: object) -> None:
+async def test_wss_url_to_a_plain_port(anyio_backend: object) -> None:
     async with Broker() as broker:
         with pytest.raises(ConnectError, match=f"wss://127.0.0.1:{broker.port}") as caught:
             async with connect_once(f"wss://127.0.0.1:{broker.port}"):
@@ -976,7 +984,7 @@ async def test_one_that_speaks_no_tls(anyio_backend: object) -> None:
 # TLS
 
 
-async def test_an_authority_of_ones_own(anyio_backend: object) -> None:
+async def test_private_authority_needs_an_ssl_context(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context()) as broker:
         url = f"wss://127.0.0.1:{broker.port}"
         with pytest.raises(ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught:
@@ -989,11 +997,11 @@ async def test_an_authority_of_ones_own(anyio_backend: object) -> None:
             await emitter.flush()
 
 
-async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> None:
+async def test_certificate_must_match_the_host(anyio_backend: object) -> None:
     async with Broker(ssl_context=tls.server_context("other.example")) as broker:
         for host in ("localhost", "127.0.0.1"):
-            words = "CERTIFICATE_VERIFY_FAILED.*name"
-            with pytest.raises(ConnectError, match=words):
+            pattern = "CERTIFICATE_VERIFY_FAILED.*name"
+            with pytest.raises(ConnectError, match=pattern):
                 async with connect_once(
                     f"wss://{host}:{broker.port}", ssl_context=tls.client_context()
                 ):
@@ -1001,7 +1009,7 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
 
 
 @pytest.mark.parametrize(
-    ("code", "words"),
+    ("code", "pattern"),
     [
         (9, "not valid yet.*clock"),
         (10, "expired.*clock"),
@@ -1009,38 +1017,36 @@ async def test_the_certificate_must_be_for_the_host(anyio_backend: object) -> No
         (62, "name"),
     ],
 )
-def test_what_is_wrong_with_a_certificate_is_told(code: int, words: str) -> None:
+def test_certificate_error_is_explained(code: int, pattern: str) -> None:
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_code = code
     explain(error)
-    assert re.search(rf"certificate verify failed.*{words}", str(error))
+    assert re.search(rf"certificate verify failed.*{pattern}", str(error))
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("reason", "pattern"),
     [
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "load_cert_chain"),
         ("WRONG_VERSION_NUMBER", "TLS"),
         ("INTERNAL_ERROR", "INTERNAL_ERROR$"),
     ],
 )
-async def test_what_a_tls_link_breaks_of_is_told(
-    anyio_backend: object, said: str, words: str
-) -> None:
-    class Broken(MemoryStream):
+async def test_tls_error_is_explained(anyio_backend: object, reason: str, pattern: str) -> None:
+    class BrokenStream(MemoryStream):
         async def receive(self, max_bytes: int = 65536) -> bytes:
-            raise ssl.SSLError(1, said)
+            raise ssl.SSLError(1, reason)
 
-    ours, peer = memory_stream_pair()
-    ours.__class__ = Broken
-    transport = StreamTransport(ours)
-    with pytest.raises(ssl.SSLError, match=words):
+    own_end, peer = memory_stream_pair()
+    own_end.__class__ = BrokenStream
+    transport = StreamTransport(own_end)
+    with pytest.raises(ssl.SSLError, match=pattern):
         await transport.receive()
     await transport.aclose()
     await peer.aclose()
 
 
-async def test_who_checks_nothing_is_let_in(anyio_backend: object) -> None:
+async def test_certificate_checks_can_be_disabled(anyio_backend: object) -> None:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -1049,18 +1055,18 @@ async def test_who_checks_nothing_is_let_in(anyio_backend: object) -> None:
             await emitter.flush()
 
 
-async def test_the_host_is_told_to_the_server(anyio_backend: object) -> None:
-    told = []
+async def test_host_is_sent_as_sni(anyio_backend: object) -> None:
+    server_names = []
     context = tls.server_context()
-    context.sni_callback = lambda sock, name, context: told.append(name)
+    context.sni_callback = lambda sock, name, context: server_names.append(name)
     async with Broker(ssl_context=context) as broker:
         trust = tls.client_context()
         async with connect_once(f"wss://localhost:{broker.port}", ssl_context=trust) as emitter:
             await emitter.flush()
-    assert told == ["localhost"]
+    assert server_names == ["localhost"]
 
 
-async def test_a_client_may_show_a_certificate(anyio_backend: object) -> None:
+async def test_client_can_present_a_certificate(anyio_backend: object) -> None:
     shown: list[Any] = []
     context = tls.server_context()
     context.verify_mode = ssl.CERT_REQUIRED

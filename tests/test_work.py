@@ -1,4 +1,4 @@
-"""What a message costs, counted and not timed, so that a slow change turns red without a clock."""
+"""The cost per message, counted instead of timed, so that no clock decides whether a test fails."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ Path: TypeAlias = Callable[[], AbstractAsyncContextManager[tuple[Step, int]]]
 
 BODY: Final = bytes(64)
 MESSAGES: Final = 400
-"""In one step: what the socket holds, and the buffer of a stream."""
+"""Messages per step, which fit into the socket's and the stream's buffers."""
 LARGE: Final = 256 * 1024
 IN_FLIGHT: Final = 20
 
 
 TOLERANCE: Final = 1.05
-"""A figure may exceed the measured one by this factor, for other versions of Python and AnyIO."""
+"""The allowed ratio to the measured figure, for other versions of Python and AnyIO."""
 SYSTEM_CALLS_TOLERANCE: Final = 1.2
-"""As :data:`TOLERANCE`: how many packets leave together depends on Trio's random order of tasks."""
+"""Like :data:`TOLERANCE`; the size of batches depends on Trio's random order of tasks."""
 
 # The largest figures measured with Python 3.11 to 3.13, and with the oldest dependencies.
 MEASURED: Final = {
@@ -63,28 +63,28 @@ MEASURED: Final = {
     ("publishing_large", "trio"): Work(49.23, 235.3, 5.25),
     ("decoding", "asyncio"): Work(4.02, 6.02, 0),
 }
-"""What one message costs."""
+"""The measured cost of a message."""
 MEASURED_CALLS: Final = {
-    ("opening and closing a link", "asyncio"): 571,
-    ("opening and closing a link", "trio"): 571,
+    ("opening and closing a connection", "asyncio"): 571,
+    ("opening and closing a connection", "trio"): 571,
     ("a ping", "asyncio"): 141.1,
     ("a ping", "trio"): 147,
 }
-"""Calls of the library for a link from entering to leaving, and for a PINGREQ and its answer."""
+"""Calls of the library from entering a client to leaving it, and for PINGREQ and PINGRESP."""
 COPIES: Final = {"receiving_large": 2.2, "publishing_large": 1.2}
-"""How often a large message may be in memory at the same time, beside what the caller has."""
-KEPT: Final = 400
-"""Blocks of memory that thousands of messages may leave: the event loops keep some."""
+"""Copies of a large message that may exist at the same time, without the caller's."""
+MAX_BLOCKS_KEPT: Final = 400
+"""Memory blocks that may remain after thousands of messages: the event loops keep some."""
 
 ADVICE: Final = "run the benchmarks and see 'Speed' in CONTRIBUTING.md before you raise the bound"
 
 
-class Far:
-    """The other end of a socket, which does nothing on its own, and whose work is not counted."""
+class RemoteEnd:
+    """The other end of a socket, which acts only when called and whose work is not counted."""
 
     def __init__(self, subscriptions: int) -> None:
         self._subscriptions = subscriptions
-        self._over = anyio.Event()
+        self._leaving = anyio.Event()
         self._sock: Any = None
         self._buffer = bytearray(65536)
 
@@ -94,14 +94,14 @@ class Far:
         await peer.accept()
         for _ in range(self._subscriptions):
             await peer.answer(await peer.until(SUBSCRIBE))
-        await self._over.wait()
+        await self._leaving.wait()
         await peer.answer_all()
 
     def leave(self) -> None:
-        self._over.set()
+        self._leaving.set()
 
     async def send(self, data: bytes) -> None:
-        """Send all of it, in turns with the client where it is too much at once."""
+        """Send all data, and let the client run while the socket is full."""
         view = memoryview(data)
         while True:
             with uncounted(), suppress(BlockingIOError):
@@ -111,7 +111,7 @@ class Far:
             await checkpoint()
 
     async def take(self, size: int) -> None:
-        """Take so many bytes."""
+        """Read ``size`` bytes."""
         while size > 0:
             with uncounted(), suppress(BlockingIOError):
                 while size > 0:
@@ -119,8 +119,8 @@ class Far:
             if size > 0:
                 await checkpoint()
 
-    async def confirm(self, messages: int, size: int) -> None:
-        """Take PUBLISH packets of one size and of QoS 1, and acknowledge them."""
+    async def acknowledge(self, messages: int, size: int) -> None:
+        """Read QoS 1 PUBLISH packets of one size, and acknowledge them."""
         while messages:
             with uncounted(), suppress(BlockingIOError):
                 data = self._sock.recv(65536)
@@ -131,12 +131,12 @@ class Far:
 
 
 @asynccontextmanager
-async def case(
+async def client_and_remote(
     channels: tuple[str, ...] = (), on_message: Callable[[EmitterMessage], None] | None = None
-) -> AsyncGenerator[tuple[Emitter, Far]]:
-    """A client, awaited subscriptions of it, and the far end."""
-    far = Far(len(channels))
-    async with serving("unix", far.play) as options:
+) -> AsyncGenerator[tuple[Emitter, RemoteEnd]]:
+    """A client with awaited subscriptions, and the remote end."""
+    remote = RemoteEnd(len(channels))
+    async with serving("unix", remote.play) as options:
         emitter = connect_once(max_message_size=LARGE + 1024, **options)
         if on_message is not None:
             emitter.on("message", on_message)
@@ -144,23 +144,23 @@ async def case(
             for channel in channels:
                 await emitter.subscribe("k", channel)
             try:
-                yield emitter, far
+                yield emitter, remote
             finally:
-                far.leave()
+                remote.leave()
 
 
-# The paths. Each is a step that is repeated, and how many messages it has.
+# The paths: each yields a step that is repeated, and its number of messages.
 
 
 @asynccontextmanager
 async def receiving() -> AsyncGenerator[tuple[Step, int]]:
     data = packets.publish("a/", BODY) * MESSAGES
-    far = Far(1)
-    async with serving("unix", far.play) as options:
+    remote = RemoteEnd(1)
+    async with serving("unix", remote.play) as options:
         async with connect_once(**options) as emitter, emitter.subscribe("k", "a/") as messages:
 
             async def step() -> None:
-                await far.send(data)
+                await remote.send(data)
                 left = MESSAGES
                 async for _ in messages:
                     left -= 1
@@ -170,14 +170,14 @@ async def receiving() -> AsyncGenerator[tuple[Step, int]]:
             try:
                 yield step, MESSAGES
             finally:
-                far.leave()
+                remote.leave()
 
 
 @asynccontextmanager
 async def receiving_alone() -> AsyncGenerator[tuple[Step, int]]:
-    """One message at a time, which the consumer waits for."""
+    """Send one message at a time to a waiting consumer."""
     data = packets.publish("a/", BODY)
-    far = Far(1)
+    remote = RemoteEnd(1)
     taken = 0
 
     async def take(messages: EventStream[EmitterMessage]) -> None:
@@ -185,13 +185,13 @@ async def receiving_alone() -> AsyncGenerator[tuple[Step, int]]:
         async for _ in messages:
             taken += 1
 
-    async with serving("unix", far.play) as options, connect_once(**options) as emitter:
+    async with serving("unix", remote.play) as options, connect_once(**options) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
             tasks.start_soon(take, messages)
 
             async def step() -> None:
                 wanted = taken + 1
-                await far.send(data)
+                await remote.send(data)
                 while taken < wanted:
                     await checkpoint()
 
@@ -199,7 +199,7 @@ async def receiving_alone() -> AsyncGenerator[tuple[Step, int]]:
                 yield step, 1
             finally:
                 tasks.cancel_scope.cancel()
-                far.leave()
+                remote.leave()
 
 
 @asynccontextmanager
@@ -211,12 +211,12 @@ async def handled(body: bytes, messages: int) -> AsyncGenerator[tuple[Step, int]
         nonlocal taken
         taken += 1
 
-    async with case(("a/",), take) as (_, far):
+    async with client_and_remote(("a/",), take) as (_, remote):
 
         async def step() -> None:
             nonlocal taken
             taken = 0
-            await far.send(data)
+            await remote.send(data)
             while taken < messages:
                 await checkpoint()
 
@@ -230,12 +230,12 @@ def handling() -> AbstractAsyncContextManager[tuple[Step, int]]:
 @asynccontextmanager
 async def publishing() -> AsyncGenerator[tuple[Step, int]]:
     size = MESSAGES * len(packets.publish("k/a/", BODY))
-    async with case() as (emitter, far):
+    async with client_and_remote() as (emitter, remote):
 
         async def step() -> None:
             for _ in range(MESSAGES):
                 await emitter.publish("k", "a/", BODY)
-            await far.take(size)
+            await remote.take(size)
 
         yield step, MESSAGES
 
@@ -243,7 +243,7 @@ async def publishing() -> AsyncGenerator[tuple[Step, int]]:
 @asynccontextmanager
 async def confirming() -> AsyncGenerator[tuple[Step, int]]:
     size = len(packets.publish("k/a/", BODY, 1))
-    async with case() as (emitter, far):
+    async with client_and_remote() as (emitter, remote):
 
         async def work() -> None:
             for _ in range(MESSAGES // IN_FLIGHT):
@@ -253,7 +253,7 @@ async def confirming() -> AsyncGenerator[tuple[Step, int]]:
             async with anyio.create_task_group() as tasks:
                 for _ in range(IN_FLIGHT):
                     tasks.start_soon(work)
-                await far.confirm(MESSAGES, size)
+                await remote.acknowledge(MESSAGES, size)
 
         yield step, MESSAGES
 
@@ -266,11 +266,11 @@ def receiving_large() -> AbstractAsyncContextManager[tuple[Step, int]]:
 async def publishing_large() -> AsyncGenerator[tuple[Step, int]]:
     body = bytes(LARGE)
     size = len(packets.publish("k/a/", body))
-    async with case() as (emitter, far):
+    async with client_and_remote() as (emitter, remote):
 
         async def step() -> None:
             await emitter.publish("k", "a/", body)
-            await far.take(size)
+            await remote.take(size)
 
         yield step, 1
 
@@ -284,9 +284,9 @@ Record: TypeAlias = Callable[[str, object], None]
 
 def check(record: Record, case: str, figures: dict[str, tuple[float, float]]) -> None:
     """
-    Record figures, which the summary of the run prints, and check that none exceeds its bound.
+    Record figures for the summary of the test run, and check that none exceeds its bound.
 
-    :param figures: by what is counted: the figure and what was measured before
+    :param figures: by what is counted: the figure, and the measured one to compare it with
     """
     bounds = {
         what: measured * (SYSTEM_CALLS_TOLERANCE if what == "system calls" else TOLERANCE)
@@ -307,21 +307,25 @@ def check_work(record: Record, path: str, backend: str, work: Work) -> None:
 
 
 def check_calls(record: Record, case: str, backend: str, calls: float) -> None:
-    check(record, f"{case}, {backend}", {"calls": (calls, MEASURED_CALLS[case, backend])})
+    check(
+        record,
+        f"{case}, {backend}",
+        {"calls": (calls, MEASURED_CALLS[case, backend])},
+    )
 
 
 @pytest.mark.parametrize("path", [*SMALL, *LARGER])
-async def test_what_a_message_calls(
+async def test_work_per_message(
     path: Path, anyio_backend: tuple[str, object], record_property: Record
 ) -> None:
-    # With Trio's random order of tasks, one message takes a few system calls more or less.
+    # Trio's random order of tasks changes the number of system calls of a single message.
     steps = 64 if path in (*LARGER, receiving_alone) else 8
     async with path() as (step, messages):
         work = await measure_work(step, messages, steps)
     check_work(record_property, path.__name__, anyio_backend[0], work)
 
 
-async def test_what_opening_and_closing_a_link_calls(
+async def test_calls_of_opening_and_closing_a_connection(
     anyio_backend: tuple[str, object], record_property: Record
 ) -> None:
     async def script(peer: Peer) -> None:
@@ -331,17 +335,15 @@ async def test_what_opening_and_closing_a_link_calls(
 
         async def step() -> None:
             async with connect_once(**options):
-                # As in nearly all programs, it has begun to read.
+                # As in nearly all programs, the client has started to read.
                 await anyio.wait_all_tasks_blocked()
 
         work = await measure_work(step, 1, steps=20)
-    check_calls(record_property, "opening and closing a link", anyio_backend[0], work.calls)
+    check_calls(record_property, "opening and closing a connection", anyio_backend[0], work.calls)
 
 
 @pytest.mark.virtual_time
-async def test_what_a_ping_calls(
-    anyio_backend: tuple[str, object], record_property: Record
-) -> None:
+async def test_calls_of_a_ping(anyio_backend: tuple[str, object], record_property: Record) -> None:
     async def script(peer: Peer) -> None:
         await peer.serve()
 
@@ -352,18 +354,20 @@ async def test_what_a_ping_calls(
 
 
 @pytest.mark.parametrize("path", SMALL)
-async def test_what_messages_leave_in_memory(path: Path, anyio_backend: object) -> None:
+async def test_messages_leave_no_memory_behind(path: Path, anyio_backend: object) -> None:
     async with path() as (step, messages):
         kept = await leaked_blocks(step, 20)
-    assert kept <= KEPT, f"{20 * messages} messages leave {kept} blocks, at most {KEPT}"
+    assert kept <= MAX_BLOCKS_KEPT, (
+        f"{20 * messages} messages leave {kept} blocks behind, more than {MAX_BLOCKS_KEPT}"
+    )
 
 
 @pytest.mark.parametrize("path", LARGER)
-async def test_how_often_a_large_message_is_in_memory(path: Path, anyio_backend: object) -> None:
+async def test_copies_of_a_large_message(path: Path, anyio_backend: object) -> None:
     async with path() as (step, _):
         copies = await peak_memory_bytes(step) / LARGE
     bound = COPIES[path.__name__]
-    assert copies <= bound, f"{copies:.2f} times at once, at most {bound}: {ADVICE}"
+    assert copies <= bound, f"{copies:.2f} copies, more than {bound}: {ADVICE}"
 
 
 SMALL_PACKET: Final = packets.publish("a/", BODY)
@@ -378,7 +382,7 @@ def connected() -> Codec:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_what_decoding_a_chunk_calls(anyio_backend: str, record_property: Record) -> None:
+async def test_calls_of_decoding_a_chunk(anyio_backend: str, record_property: Record) -> None:
     codec = connected()
 
     async def step() -> None:
@@ -388,15 +392,15 @@ async def test_what_decoding_a_chunk_calls(anyio_backend: str, record_property: 
     check_work(record_property, "decoding", anyio_backend, work)
 
 
-def test_decoding_copies_no_byte_twice() -> None:
+def test_decoding_copies_each_byte_once() -> None:
     chunk = CopiedBytes(CHUNK)
     assert len(unbatch(connected().decode(chunk))) == len(CHUNK) // len(SMALL_PACKET)
-    # But the first topic, which is remembered as text and with its head.
+    # Except the first topic, which the codec remembers as text and with its packet header.
     once = len(CHUNK) + len(SMALL_PACKET)
     assert chunk.copied < once, f"{chunk.copied} bytes of {len(CHUNK)}: {ADVICE}"
 
 
-def test_the_pieces_of_a_large_packet_are_joined_once() -> None:
+def test_pieces_of_a_large_packet_are_joined_once() -> None:
     codec = connected()
     data = packets.publish("a/", bytes(60000))
     pieces = [CopiedBytes(data[at : at + 1000]) for at in range(0, len(data), 1000)]

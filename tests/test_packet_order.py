@@ -1,4 +1,4 @@
-"""Packets leave in the order of the calls, whichever verbs they are of."""
+"""Packets are sent in the order of the calls, for all methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.peer import (
     memory_peer,
 )
 
-Verb = Literal[
+Method = Literal[
     "publish",
     "publish, qos=1",
     "publish_with_link",
@@ -43,43 +43,42 @@ Verb = Literal[
     "history",
     "flush",
 ]
-VERBS: Final[tuple[Verb, ...]] = Verb.__args__  # type: ignore[attr-defined]  # typing's own
+METHODS: Final[tuple[Method, ...]] = Method.__args__  # type: ignore[attr-defined]  # typing's own
 
 TURNS: Final = 4
-"""So many turns later a task that was started has called, in whatever order the tasks of a turn
-run."""
+"""The turns after which a started task has made its call, in any order of the tasks of a turn."""
 
 
 class Call(NamedTuple):
-    verb: Verb
+    method: Method
     size: int
-    rests: bool
-    """Whether the others get some turns behind it, so that what has gathered may leave."""
+    pauses: bool
+    """Whether other tasks get some turns after the call, so that queued packets can be sent."""
 
 
 class Sent(NamedTuple):
-    """What a packet is told by: its kind, its QoS, and the number of the call that it is of."""
+    """The properties that identify a packet: kind, QoS and the number of its call."""
 
     kind: int
     qos: int
     number: str
 
 
-def expected(number: int, verb: Verb) -> Sent:
+def expected(number: int, method: Method) -> Sent:
     text = f"n{number:03d}"
-    if verb in ("publish", "publish_with_link"):
+    if method in ("publish", "publish_with_link"):
         return Sent(PUBLISH, 0, text)
-    if verb in ("subscribe", "subscribe, entered"):
+    if method in ("subscribe", "subscribe, entered"):
         return Sent(SUBSCRIBE, 1, text)
-    if verb == "unsubscribe":
+    if method == "unsubscribe":
         return Sent(UNSUBSCRIBE, 1, text)
-    if verb == "flush":
+    if method == "flush":
         return Sent(PINGREQ, 0, "")
-    # A request is a PUBLISH, and of all of them only this one says nothing of its own.
-    return Sent(PUBLISH, 1, "" if verb == "me" else text)
+    # Requests are PUBLISH packets; only that of me() contains no number.
+    return Sent(PUBLISH, 1, "" if method == "me" else text)
 
 
-async def call(emitter: Emitter, number: int, verb: Verb, size: int) -> None:
+async def call(emitter: Emitter, number: int, method: Method, size: int) -> None:
     mark = f"n{number:03d}"
     channel, body = f"{mark}/", mark.encode() + bytes(size)
 
@@ -91,7 +90,7 @@ async def call(emitter: Emitter, number: int, verb: Verb, size: int) -> None:
         async for _ in emitter.history("k", channel, last=1):
             pass
 
-    calls: dict[Verb, Callable[[], Awaitable[Any]]] = {
+    calls: dict[Method, Callable[[], Awaitable[Any]]] = {
         "publish": lambda: emitter.publish("k", "a/", body),
         "publish, qos=1": lambda: emitter.publish("k", "a/", body, qos=1),
         "publish_with_link": lambda: emitter.publish_with_link("li", body),
@@ -107,33 +106,35 @@ async def call(emitter: Emitter, number: int, verb: Verb, size: int) -> None:
         "history": read,
         "flush": emitter.flush,
     }
-    # The peer confirms and says nothing more.
+    # The peer acknowledges requests without replying.
     with suppress(RequestError):
-        await calls[verb]()
+        await calls[method]()
 
 
-def told(packet: Packet) -> Sent:
+def identify(packet: Packet) -> Sent:
     found = re.search(rb"n\d{3}", packet.body)
     qos = packet.flags >> 1 & 3
     return Sent(packet.kind, qos, found[0].decode() if found else "")
 
 
-async def leave(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
-    """Make the calls, each in a task of its own; what has left then."""
+async def make_calls(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
+    """Make the calls, each in a separate task, and return the packets that were sent."""
     sent: list[Packet] = []
-    all_there = anyio.Event()
+    all_sent = anyio.Event()
 
     async def script(peer: Peer) -> None:
         await peer.accept()
         while (packet := await peer.packet()) and packet.kind != DISCONNECT:
             for _ in range(pace):
                 await checkpoint()
-            # Without an answer, history asks again for less: that is no call.
-            again = b"emitter/history/" in packet.body and told(packet) in map(told, sent)
-            if not all_there.is_set() and not again:
+            # Without a reply, history requests a smaller page, which is not another call.
+            is_retry = b"emitter/history/" in packet.body and identify(packet) in map(
+                identify, sent
+            )
+            if not all_sent.is_set() and not is_retry:
                 sent.append(packet)
             if len(sent) == len(calls):
-                all_there.set()
+                all_sent.set()
             if packet.kind == PUBLISH and packet.flags & 6:
                 await peer.send(puback(packet.packet_id))
             else:
@@ -142,16 +143,16 @@ async def leave(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
     async with memory_peer(script, capacity=capacity) as connectable:
         async with connect_once(connectable=connectable) as emitter:
             async with anyio.create_task_group() as tasks:
-                for number, (verb, size, rests) in enumerate(calls):
-                    if verb == "publish" and not rests:
-                        await call(emitter, number, verb, size)
+                for number, (method, size, pauses) in enumerate(calls):
+                    if method == "publish" and not pauses:
+                        await call(emitter, number, method, size)
                         continue
-                    tasks.start_soon(call, emitter, number, verb, size)
+                    tasks.start_soon(call, emitter, number, method, size)
                     for _ in range(TURNS):
                         await checkpoint()
-                await all_there.wait()
+                await all_sent.wait()
                 tasks.cancel_scope.cancel()
-    return list(map(told, sent))
+    return list(map(identify, sent))
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -160,7 +161,7 @@ async def leave(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
     calls=st.lists(
         st.builds(
             Call,
-            st.sampled_from(VERBS),
+            st.sampled_from(METHODS),
             st.sampled_from([0, 100, 5000, 30_000]),
             st.booleans(),
         ),
@@ -170,8 +171,8 @@ async def leave(calls: list[Call], capacity: int, pace: int) -> list[Sent]:
     capacity=st.sampled_from([50, 5000, 65536]),
     pace=st.integers(0, 5),
 )
-def test_packets_leave_in_the_order_of_the_calls(
+def test_packets_are_sent_in_the_order_of_the_calls(
     backend: str, calls: list[Call], capacity: int, pace: int
 ) -> None:
-    sent = anyio.run(leave, calls, capacity, pace, backend=backend)
-    assert sent == [expected(number, one.verb) for number, one in enumerate(calls)]
+    sent = anyio.run(make_calls, calls, capacity, pace, backend=backend)
+    assert sent == [expected(number, one.method) for number, one in enumerate(calls)]

@@ -1,4 +1,4 @@
-"""Every way out of a client: what is raised, and that none of its tasks is left."""
+"""Every way to leave a client: what it raises, and that it leaves no tasks behind."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.support.connections import connect_once
 from tests.support.leaks import client_tasks, running_tasks
 
 
-class Oops(Exception):
+class UserError(Exception):
     pass
 
 
-Way: TypeAlias = Callable[[Emitter, Broker], Awaitable[None]]
+Leave: TypeAlias = Callable[[Emitter, Broker], Awaitable[None]]
 
 
-async def leave_at_once(emitter: Emitter, broker: Broker) -> None:
+async def leave_immediately(emitter: Emitter, broker: Broker) -> None:
     async with emitter:
         pass
 
@@ -36,13 +36,13 @@ async def leave(emitter: Emitter, broker: Broker) -> None:
 
 
 async def raise_in_the_block(emitter: Emitter, broker: Broker) -> None:
-    with pytest.raises(Oops):
+    with pytest.raises(UserError):
         async with emitter:
             await emitter.me()
-            raise Oops
+            raise UserError
 
 
-async def be_cancelled(emitter: Emitter, broker: Broker) -> None:
+async def cancel_the_block(emitter: Emitter, broker: Broker) -> None:
     with anyio.CancelScope() as scope:
         async with emitter:
             await emitter.me()
@@ -65,7 +65,7 @@ async def disconnect(emitter: Emitter, broker: Broker) -> None:
             await emitter.me()
 
 
-async def lose_the_link(emitter: Emitter, broker: Broker) -> None:
+async def lose_the_connection(emitter: Emitter, broker: Broker) -> None:
     with pytest.raises(ConnectionLostError):
         async with emitter:
             await broker.drop()
@@ -74,37 +74,37 @@ async def lose_the_link(emitter: Emitter, broker: Broker) -> None:
 
 async def fail_in_a_handler(emitter: Emitter, broker: Broker) -> None:
     def fail(message: object) -> None:
-        raise Oops
+        raise UserError
 
     emitter.on("message", fail)
-    with pytest.raises(Oops):
+    with pytest.raises(UserError):
         async with emitter:
             await emitter.subscribe(broker.keygen("a/"), "a/")
             await broker.publish("a/", "x")
             await anyio.sleep_forever()
 
 
-async def leave_one_that_hangs(emitter: Emitter, broker: Broker) -> None:
-    hangs = anyio.Event()
+async def leave_while_a_handler_hangs(emitter: Emitter, broker: Broker) -> None:
+    hanging = anyio.Event()
 
     async def hang(message: object) -> None:
-        hangs.set()
+        hanging.set()
         await anyio.sleep_forever()
 
     emitter.on("message", hang)
     async with emitter:
         await emitter.subscribe(broker.keygen("a/"), "a/")
         await broker.publish("a/", "x")
-        await hangs.wait()
+        await hanging.wait()
 
 
-async def be_refused(emitter: Emitter, broker: Broker) -> None:
+async def fail_to_connect(emitter: Emitter, broker: Broker) -> None:
     with broker.refuse(), pytest.raises(ConnectError):
         async with emitter:
-            pass  # pragma: no cover - it does not come so far
+            pass  # pragma: no cover - never reached
 
 
-async def run_and_be_cancelled(emitter: Emitter, broker: Broker) -> None:
+async def run_and_cancel(emitter: Emitter, broker: Broker) -> None:
     async with anyio.create_task_group() as tasks:
         await tasks.start(emitter.run)
         await emitter.me()
@@ -117,36 +117,36 @@ async def run_and_disconnect(emitter: Emitter, broker: Broker) -> None:
         await emitter.disconnect()
 
 
-WAYS = (
-    leave_at_once,
+LEAVES = (
+    leave_immediately,
     leave,
     raise_in_the_block,
-    be_cancelled,
+    cancel_the_block,
     leave_while_cancelled,
     disconnect,
-    lose_the_link,
+    lose_the_connection,
     fail_in_a_handler,
-    leave_one_that_hangs,
-    be_refused,
-    run_and_be_cancelled,
+    leave_while_a_handler_hangs,
+    fail_to_connect,
+    run_and_cancel,
     run_and_disconnect,
 )
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_no_task_is_left_when_it_has_been_left(broker: Broker, way: Way) -> None:
-    # On Trio, the tasks of a turn run in either order.
+@pytest.mark.parametrize("leave_client", LEAVES)
+async def test_leaving_leaves_no_tasks(broker: Broker, leave_client: Leave) -> None:
+    # Trio runs the tasks of a turn in random order.
     for _ in range(5):
         before = running_tasks()
-        await way(connect_once(broker.url, disconnect_timeout=0.05), broker)
+        await leave_client(connect_once(broker.url, disconnect_timeout=0.05), broker)
         assert not client_tasks(before)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_no_task_is_left_when_it_was_cancelled_natively(broker: Broker) -> None:
+async def test_native_cancellation_leaves_no_tasks(broker: Broker) -> None:
     emitter = connect_once(broker.url)
     before = running_tasks()
-    task = asyncio.create_task(leave_when_cancelled(emitter))
+    task = asyncio.create_task(sleep_in_the_block(emitter))
     await emitter.wait_connected()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -154,12 +154,12 @@ async def test_no_task_is_left_when_it_was_cancelled_natively(broker: Broker) ->
     assert not client_tasks(before)
 
 
-async def leave_when_cancelled(emitter: Emitter) -> None:
+async def sleep_in_the_block(emitter: Emitter) -> None:
     async with emitter:
         await anyio.sleep_forever()
 
 
-# It was entered, and is never left
+# Clients that are entered and never left
 
 
 NEVER_LEFT = """
@@ -182,7 +182,7 @@ with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker
 
 
 @pytest.mark.parametrize("run_with", ["asyncio.run(main())", "trio.run(main)"])
-def test_one_that_is_never_left_does_not_keep_the_program_from_ending(run_with: str) -> None:
+def test_client_that_is_never_left_does_not_keep_the_program_running(run_with: str) -> None:
     done = run("-c", NEVER_LEFT.format(run=run_with))
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]+Error: ", line)]
@@ -190,11 +190,11 @@ def test_one_that_is_never_left_does_not_keep_the_program_from_ending(run_with: 
     if run_with.startswith("asyncio"):
         assert len(errors) == 1
     else:
-        # As with a task group that is never left.
+        # The same as for a bare task group that is never left.
         assert errors[1].startswith("RuntimeError: Nursery stack corrupted")
 
 
-OFTEN_NEVER_LEFT = """
+NEVER_LEFT_REPEATEDLY = """
 import contextlib, logging
 import trio.testing
 from anyio.from_thread import start_blocking_portal
@@ -234,18 +234,18 @@ with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker
 """
 
 
-def test_trio_never_fails_internally_where_it_is_never_left() -> None:
-    done = run("-W", "ignore", "-c", OFTEN_NEVER_LEFT)
+def test_client_that_is_never_left_causes_no_internal_error_of_trio() -> None:
+    done = run("-W", "ignore", "-c", NEVER_LEFT_REPEATEDLY)
     assert set(done.stdout.splitlines()) == {
         f"{work} RuntimeError ValueError" for work in ("nothing", "settle", "publish")
     }
 
 
-# It is left in another task than the one that has entered it
+# Leaving in another task than the one that entered
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_it_may_be_left_in_another_task_when_the_first_one_has_ended(
+async def test_client_can_be_left_in_another_task_after_the_entering_task_ended(
     broker: Broker,
 ) -> None:
     emitter = connect_once(broker.url, disconnect_timeout=0.05)
@@ -265,7 +265,7 @@ async def hang(message: object) -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_left_in_another_task_it_raises_what_has_ended_it(broker: Broker) -> None:
+async def test_leaving_in_another_task_raises_connection_lost_error(broker: Broker) -> None:
     emitter = connect_once(broker.url)
     await asyncio.create_task(emitter.__aenter__())
     await broker.drop()
@@ -275,7 +275,7 @@ async def test_left_in_another_task_it_raises_what_has_ended_it(broker: Broker) 
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_broker_may_be_left_in_another_task(anyio_backend: object) -> None:
+async def test_broker_can_be_left_in_another_task(anyio_backend: object) -> None:
     broker = Broker()
     for _ in range(2):
         await asyncio.create_task(broker.__aenter__())
@@ -303,7 +303,7 @@ def test_unittest_enters_and_leaves_in_different_tasks() -> None:
     assert result.wasSuccessful()
 
 
-async def test_leaving_in_another_task_while_the_first_one_runs_says_how_to_do_it(
+async def test_leaving_in_another_task_while_the_entering_task_runs_suggests_run(
     broker: Broker,
 ) -> None:
     recipe = r"another task.*create_task\(emitter\.run\(\)\).*wait_connected\(\).*disconnect\(\)"
@@ -323,7 +323,7 @@ async def test_leaving_in_another_task_while_the_first_one_runs_says_how_to_do_i
                     tasks.start_soon(leave)
 
 
-async def test_a_broker_left_in_another_task_says_how_to_do_it(anyio_backend: object) -> None:
+async def test_leaving_a_broker_in_another_task_suggests_run(anyio_backend: object) -> None:
     async def leave() -> None:
         with pytest.raises(RuntimeError, match=r"another task.*start\(broker\.run\)"):
             await broker.__aexit__(None, None, None)
@@ -333,7 +333,7 @@ async def test_a_broker_left_in_another_task_says_how_to_do_it(anyio_backend: ob
             tasks.start_soon(leave)
 
 
-async def test_a_broker_is_run_in_a_task(anyio_backend: object) -> None:
+async def test_broker_runs_in_a_task(anyio_backend: object) -> None:
     async with anyio.create_task_group() as tasks:
         broker = await tasks.start(Broker().run)
         with pytest.raises(RuntimeError, match="already entered"):
@@ -345,7 +345,7 @@ async def test_a_broker_is_run_in_a_task(anyio_backend: object) -> None:
         await broker.__aexit__(None, None, None)
 
 
-async def test_who_waits_for_a_start_that_fails_is_told_why(broker: Broker) -> None:
+async def test_wait_connected_raises_the_cause_when_connecting_fails(broker: Broker) -> None:
     emitter = connect_once(broker.url)
 
     async def start() -> None:

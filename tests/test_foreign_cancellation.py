@@ -1,4 +1,4 @@
-"""Cancellations that the client did not cause, interrupts, and whose they are."""
+"""Foreign cancellations and interrupts in handlers, key functions and the client's tasks."""
 
 from __future__ import annotations
 
@@ -23,49 +23,51 @@ from tests.support.connections import connect_once, connect_reconnecting, while_
 
 asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 
-Stray: TypeAlias = Callable[[], Awaitable[None]]
+RaiseForeignCancellation: TypeAlias = Callable[[], Awaitable[None]]
 
 
-async def await_a_cancelled_task() -> None:
+async def await_cancelled_task() -> None:
     task = asyncio.create_task(asyncio.sleep(60))
     task.cancel()
     await task
 
 
-async def await_a_cancelled_future() -> None:
+async def await_cancelled_future() -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_soon(future.cancel)
     await future
 
 
-async def ask_for_the_result_of_a_cancelled_future() -> None:
+async def get_result_of_cancelled_future() -> None:
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     future.cancel()
     future.result()
 
 
-strays = pytest.mark.parametrize(
-    "stray",
+foreign_cancellations = pytest.mark.parametrize(
+    "cancel",
     [
-        await_a_cancelled_task,
-        await_a_cancelled_future,
-        ask_for_the_result_of_a_cancelled_future,
+        await_cancelled_task,
+        await_cancelled_future,
+        get_result_of_cancelled_future,
     ],
 )
 
 
-# In user code: it is its error
+# In user code, a foreign cancellation is an error of that code
 
 
 @asyncio_only
-@strays
-async def test_in_a_handler_it_is_the_handlers_error(broker: Broker, stray: Stray) -> None:
+@foreign_cancellations
+async def test_foreign_cancellation_in_a_handler_emits_handler_error(
+    broker: Broker, cancel: RaiseForeignCancellation
+) -> None:
     emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
     @emitter.on("message")
     async def handle(message: EmitterMessage) -> None:
-        await stray()
+        await cancel()
 
     emitter.on("error", lambda error: None)
     async with emitter, emitter.stream("error") as errors:
@@ -79,7 +81,7 @@ async def test_in_a_handler_it_is_the_handlers_error(broker: Broker, stray: Stra
 
 
 @asyncio_only
-async def test_in_a_plain_handler_it_is_the_handlers_error(broker: Broker) -> None:
+async def test_foreign_cancellation_in_a_plain_handler_emits_handler_error(broker: Broker) -> None:
     emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
@@ -97,16 +99,16 @@ async def test_in_a_plain_handler_it_is_the_handlers_error(broker: Broker) -> No
 
 
 @asyncio_only
-@strays
+@foreign_cancellations
 @pytest.mark.parametrize("event", ["message", "error"])
-async def test_one_that_nobody_handles_ends_the_client_and_leaves_bare(
-    broker: Broker, stray: Stray, event: str
+async def test_foreign_cancellation_without_an_error_handler_is_raised_bare(
+    broker: Broker, cancel: RaiseForeignCancellation, event: str
 ) -> None:
     emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
 
     async def handle(value: object) -> None:
-        await stray()
+        await cancel()
 
     emitter.on("message", handle)
     if event == "error":
@@ -123,51 +125,55 @@ async def test_one_that_nobody_handles_ends_the_client_and_leaves_bare(
 
 
 @asyncio_only
-@strays
-async def test_in_a_served_request_it_is_the_replys_error(broker: Broker, stray: Stray) -> None:
+@foreign_cancellations
+async def test_foreign_cancellation_in_a_served_request_raises_reply_error(
+    broker: Broker, cancel: RaiseForeignCancellation
+) -> None:
     key = broker.keygen("a/#/", "rw")
 
     async def handle(message: EmitterMessage) -> bytes:
-        if message.binary == b"stray":
-            await stray()
+        if message.binary == b"cancel":
+            await cancel()
         return b"served"
 
     async with connect_once(broker.url) as emitter, anyio.create_task_group() as tasks:
         await tasks.start(emitter.serve, key, "a/", handle)
         with pytest.raises(ReplyError, match="CancelledError"):
-            await emitter.request(key, "a/", "stray")
+            await emitter.request(key, "a/", "cancel")
         assert (await emitter.request(key, "a/", "x")).binary == b"served"
         tasks.cancel_scope.cancel()
 
 
 @asyncio_only
-@strays
-async def test_in_a_key_function_it_is_the_calls_error(broker: Broker, stray: Stray) -> None:
-    async def source() -> str:
-        await stray()
-        raise AssertionError("it goes on")
+@foreign_cancellations
+async def test_foreign_cancellation_in_a_key_function_is_raised_by_the_call(
+    broker: Broker, cancel: RaiseForeignCancellation
+) -> None:
+    async def provide() -> str:
+        await cancel()
+        raise AssertionError("cancellation had no effect")
 
     async with connect_once(broker.url) as emitter:
         with pytest.raises(EmitterError, match="function that gives the key") as caught:
-            await emitter.publish(source, "a/", "x", qos=1)
+            await emitter.publish(provide, "a/", "x", qos=1)
         assert isinstance(caught.value.__cause__, asyncio.CancelledError)
 
 
 @asyncio_only
-@strays
-async def test_while_a_subscription_is_restored_it_is_the_streams_error(
-    broker: Broker, stray: Stray
+@foreign_cancellations
+async def test_foreign_cancellation_while_restoring_is_raised_in_the_stream(
+    broker: Broker, cancel: RaiseForeignCancellation
 ) -> None:
     keys = [broker.keygen("a/", "r", ttl=60)]
 
-    async def source() -> str:
+    async def provide() -> str:
         if not keys:
-            await stray()
+            await cancel()
         return keys.pop()
 
     async with (
         connect_reconnecting(broker.url) as emitter,
-        emitter.subscribe(source, "a/") as messages,
+        emitter.subscribe(provide, "a/") as messages,
     ):
         async with while_disconnected(emitter, broker):
             broker.advance(61)
@@ -177,7 +183,7 @@ async def test_while_a_subscription_is_restored_it_is_the_streams_error(
 
 
 @asyncio_only
-async def test_a_deadline_of_the_handlers_own_is_its_own(broker: Broker) -> None:
+async def test_handlers_own_deadline_does_not_affect_the_client(broker: Broker) -> None:
     emitter = connect_once(broker.url)
     key = broker.keygen("a/", "rw")
     done = anyio.Event()
@@ -198,7 +204,7 @@ async def test_a_deadline_of_the_handlers_own_is_its_own(broker: Broker) -> None
         await done.wait()
 
 
-# By Task.cancel(), on a task of the client: it ends, for good and now
+# Task.cancel() on a task of the client ends the client without reconnecting
 
 
 async def hang(value: object) -> None:
@@ -207,7 +213,7 @@ async def hang(value: object) -> None:
 
 @asyncio_only
 @pytest.mark.parametrize("name", ["emitter_anyio link", "emitter_anyio on('message')"])
-async def test_one_of_the_clients_tasks_that_is_cancelled_ends_it(
+async def test_native_cancellation_of_a_client_task_ends_the_client(
     broker: Broker, name: str
 ) -> None:
     emitter = connect_reconnecting(broker.url)
@@ -228,63 +234,67 @@ async def test_one_of_the_clients_tasks_that_is_cancelled_ends_it(
 
 
 @asyncio_only
-async def test_all_of_them_that_are_cancelled_while_no_link_is_there(broker: Broker) -> None:
+async def test_native_cancellation_of_the_connection_task_while_down_ends_the_client(
+    broker: Broker,
+) -> None:
     emitter = connect_reconnecting(broker.url)
-    mine = asyncio.current_task()
+    own_task = asyncio.current_task()
     with pytest.raises(ConnectionLostError):
-        async with emitter, emitter.stream("disconnect") as gone:
+        async with emitter, emitter.stream("disconnect") as disconnected:
             others = asyncio.all_tasks()
             with broker.refuse():
                 await broker.drop()
-                await gone.receive()
-                (link,) = (one for one in others if one.get_name() == "emitter_anyio link")
-                assert link is not mine
-                link.cancel()
+                await disconnected.receive()
+                (task,) = (one for one in others if one.get_name() == "emitter_anyio link")
+                assert task is not own_task
+                task.cancel()
                 await anyio.sleep_forever()
     assert emitter.statistics().links == 1
 
 
-# What a key function starts may use a connection that is being restored until the function returns
+# A key function, and tasks that it starts, may use a connection that is being restored
 
 
-async def test_tasks_of_a_key_function_lose_its_right_when_it_returns(broker: Broker) -> None:
-    made: list[str] = []
+async def test_task_of_a_key_function_is_refused_after_the_function_returned(
+    broker: Broker,
+) -> None:
+    ids: list[str] = []
     refused: list[type[Exception]] = []
     keys = {channel: [broker.keygen(channel, "r", ttl=60)] for channel in ("a/", "b/")}
-    used, returns, tried = anyio.Event(), anyio.Event(), anyio.Event()
+    used, returned, tried = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def use() -> None:
-        made.append((await emitter.me()).id)
+        ids.append((await emitter.me()).id)
         used.set()
-        await returns.wait()
+        await returned.wait()
         try:
             await emitter.me()
         except ConnectionLostError as exc:
             refused.append(type(exc))
         tried.set()
 
-    async def source() -> str:
+    async def provide() -> str:
         if keys["a/"]:
             return keys["a/"].pop()
         tasks.start_soon(use)
         await used.wait()
         key = (await emitter.keygen(broker.secret_key, "a/", "r")).key
-        returns.set()
+        returned.set()
         return key
 
     async def slow_source() -> str:
         if keys["b/"]:
             return keys["b/"].pop()
-        # Until then, the connection is being restored.
+        # The connection is being restored until this function returns.
         await tried.wait()
         return broker.keygen("b/", "r")
 
     async with anyio.create_task_group() as tasks:
         async with connect_reconnecting(broker.url, while_down="raise") as emitter:
-            async with emitter.subscribe(source, "a/"), emitter.subscribe(slow_source, "b/"):
+            async with emitter.subscribe(provide, "a/"), emitter.subscribe(slow_source, "b/"):
                 async with while_disconnected(emitter, broker):
                     broker.advance(61)
-    assert len(made) == 1
+    assert len(ids) == 1
     assert refused == [ConnectionLostError]
 
 
@@ -336,7 +346,7 @@ with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_ctrl_c_in_one_of_the_clients_tasks_leaves_bare(backend: str) -> None:
+def test_ctrl_c_in_a_client_task_is_raised_bare(backend: str) -> None:
     done = run("-c", INTERRUPTED, backend)
     assert done.stdout == "left\n"
     assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
@@ -348,7 +358,7 @@ async def fail() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["trio"])
-async def test_an_interrupt_that_no_task_could_report_leaves_bare(anyio_backend: object) -> None:
+async def test_interrupt_in_a_failing_report_is_raised_bare(anyio_backend: object) -> None:
     def interrupt(error: BaseException) -> None:
         raise KeyboardInterrupt from error
 
@@ -359,7 +369,7 @@ async def test_an_interrupt_that_no_task_could_report_leaves_bare(anyio_backend:
         await tasks.close()
 
 
-async def test_what_else_no_task_could_report_is_not_lost(anyio_backend: object) -> None:
+async def test_exception_in_a_failing_report_is_raised(anyio_backend: object) -> None:
     def fail_to_report(error: BaseException) -> None:
         raise ValueError from error
 

@@ -1,4 +1,4 @@
-"""A process that stood still keeps its connection, and the replies that arrived meanwhile."""
+"""A process that was paused keeps its connection and the replies that arrived during the pause."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from tests.support.peer import PINGREQ, PUBLISH, Packet, Peer, memory_peer
 MESSAGE = packets.publish("a/", b"x" * 100)
 
 
-# With virtual time: the peer stands still as well, and what it has sent before waits in the link
+# With virtual time: the peer pauses as well; data that it sent before waits in the stream
 
 
-class Far:
-    """A peer that takes a while to answer a PINGREQ."""
+class SlowPeer:
+    """A peer that answers each PINGREQ after a delay."""
 
-    def __init__(self, takes: float = 0) -> None:
-        self.takes = takes
+    def __init__(self, ping_delay: float = 0) -> None:
+        self.ping_delay = ping_delay
         self.start = 0.0
         self.pings: list[float] = []
         self.stream: MemoryStream
@@ -57,79 +57,79 @@ class Far:
 
     async def _answer(self, peer: Peer, packet: Packet) -> None:
         if packet.kind == PINGREQ:
-            await anyio.sleep(self.takes)
+            await anyio.sleep(self.ping_delay)
         await peer.answer(packet)
 
 
 def exactly(seconds: float) -> Any:
-    # asyncio's virtual clock goes a hair beyond each deadline.
+    # asyncio's virtual clock overshoots each deadline a little.
     return pytest.approx(seconds, abs=1e-6)
 
 
 @pytest.mark.virtual_time
-@pytest.mark.parametrize("takes", [0, 5, 14.9])
+@pytest.mark.parametrize("ping_delay", [0, 5, 14.9])
 @pytest.mark.parametrize("after", [0, 29.9, 31, 44.5])
 @pytest.mark.parametrize("seconds", [0.5, 1.6, 14, 16, 46, 3600])
-async def test_a_peer_that_answers_is_not_lost(
-    anyio_backend: object, seconds: float, after: float, takes: float
+async def test_answering_peer_is_kept_after_a_pause(
+    anyio_backend: object, seconds: float, after: float, ping_delay: float
 ) -> None:
-    far = Far(takes)
-    async with memory_peer(far.play) as connectable:
+    slow_peer = SlowPeer(ping_delay)
+    async with memory_peer(slow_peer.play) as connectable:
         async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await anyio.sleep(after)
             simulate_blocking(seconds)
             await anyio.sleep(100)
             assert emitter.statistics().links == 1
-    assert far.now == exactly(after + seconds + 100)
-    assert len(far.pings) >= 3
+    assert slow_peer.now == exactly(after + seconds + 100)
+    assert len(slow_peer.pings) >= 3
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("seconds", [0.02, 0.7, 2.5, 100])
-async def test_a_loop_that_stands_still_again_and_again(
+async def test_repeated_pauses_do_not_lose_the_connection(
     anyio_backend: object, seconds: float
 ) -> None:
-    far = Far()
-    async with memory_peer(far.play) as connectable:
+    slow_peer = SlowPeer()
+    async with memory_peer(slow_peer.play) as connectable:
         async with connect_once(connectable=connectable, keepalive=1):
             for _ in range(100):
                 simulate_blocking(seconds)
-                # Meanwhile the peer would have answered.
+                # Give the peer time to answer.
                 for _ in range(20):
                     await checkpoint()
-    assert far.pings
+    assert slow_peer.pings
 
 
 @pytest.mark.virtual_time
-async def test_a_silent_peer_is_asked_once_more(anyio_backend: object) -> None:
-    far = Far(takes=3600)
-    async with memory_peer(far.play) as connectable:
+async def test_silent_peer_gets_another_ping_after_a_pause(anyio_backend: object) -> None:
+    slow_peer = SlowPeer(ping_delay=3600)
+    async with memory_peer(slow_peer.play) as connectable:
         with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with connect_once(connectable=connectable, keepalive=30):
                 await anyio.sleep(31)
                 simulate_blocking(100)
                 await anyio.sleep_forever()
-        assert far.now == exactly(131 + 15)
-    assert far.pings == [exactly(30), exactly(131)]
+        assert slow_peer.now == exactly(131 + 15)
+    assert slow_peer.pings == [exactly(30), exactly(131)]
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("seconds", [0.1, 1, 31])
-async def test_a_silent_peer_is_lost_in_a_loop_that_is_always_late(
+async def test_silent_peer_is_lost_despite_constant_pauses(
     anyio_backend: object, seconds: float
 ) -> None:
-    far = Far(takes=3600)
-    async with memory_peer(far.play) as connectable:
+    slow_peer = SlowPeer(ping_delay=3600)
+    async with memory_peer(slow_peer.play) as connectable:
         with pytest.raises(ConnectionLostError, match="ping timeout"):
             async with connect_once(connectable=connectable, keepalive=30):
                 while True:
                     simulate_blocking(seconds)
                     await checkpoint()
-        assert far.now < 150 + 20 * seconds
+        assert slow_peer.now < 150 + 20 * seconds
 
 
 @pytest.mark.virtual_time
-async def test_a_peer_that_takes_nothing_for_a_while_is_not_lost(anyio_backend: object) -> None:
+async def test_peer_that_reads_nothing_for_a_while_is_kept(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         await anyio.sleep(70)
@@ -143,7 +143,7 @@ async def test_a_peer_that_takes_nothing_for_a_while_is_not_lost(anyio_backend: 
 
 
 @pytest.mark.virtual_time
-async def test_a_peer_that_sends_and_takes_nothing_is_not_lost(anyio_backend: object) -> None:
+async def test_peer_that_sends_but_reads_nothing_is_kept(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         for _ in range(20):
@@ -161,7 +161,7 @@ async def test_a_peer_that_sends_and_takes_nothing_is_not_lost(anyio_backend: ob
 
 
 @pytest.mark.virtual_time
-async def test_a_peer_that_takes_nothing_is_lost_after_a_pause(anyio_backend: object) -> None:
+async def test_peer_that_reads_nothing_is_lost_after_a_pause(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         await anyio.sleep(3600)
@@ -174,7 +174,7 @@ async def test_a_peer_that_takes_nothing_is_lost_after_a_pause(anyio_backend: ob
                 await anyio.sleep(31)
                 simulate_blocking(100)
                 await anyio.sleep_forever()
-        # As though it had been asked for the first time behind the pause.
+        # The timeout runs as if the first ping were due at the end of the pause.
         assert anyio.current_time() - start == exactly(131 + 45)
 
 
@@ -190,56 +190,56 @@ CALLS: dict[str, Call] = {
 @pytest.mark.parametrize("backlog", [0, 5000])
 @pytest.mark.parametrize("seconds", [5, 6, 100])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-async def test_a_reply_that_has_arrived_is_taken_in(
+async def test_reply_that_arrived_before_the_pause_is_received(
     anyio_backend: object, call: Call, seconds: float, backlog: int
 ) -> None:
-    far = Far()
-    async with memory_peer(far.play) as connectable:
+    slow_peer = SlowPeer()
+    async with memory_peer(slow_peer.play) as connectable:
         emitter = connect_once(connectable=connectable, request_timeout=10)
         emitter.on("message", lambda message: None, buffer=backlog + 1)
         async with emitter, anyio.create_task_group() as tasks:
             tasks.start_soon(call, emitter)
             await anyio.sleep(5)
-            far.stream.send_nowait(MESSAGE * backlog + packets.puback(1))
+            slow_peer.stream.send_nowait(MESSAGE * backlog + packets.puback(1))
             simulate_blocking(seconds)
         assert emitter.statistics().received == backlog
 
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-async def test_a_reply_that_does_not_arrive_is_missed(anyio_backend: object, call: Call) -> None:
-    far = Far()
-    async with memory_peer(far.play) as connectable:
+async def test_missing_reply_times_out_after_a_pause(anyio_backend: object, call: Call) -> None:
+    slow_peer = SlowPeer()
+    async with memory_peer(slow_peer.play) as connectable:
         async with connect_once(connectable=connectable, request_timeout=10) as emitter:
 
-            async def miss() -> None:
+            async def expect_timeout() -> None:
                 with pytest.raises(RequestTimeoutError):
                     await call(emitter)
-                assert far.now == exactly(19)
+                assert slow_peer.now == exactly(19)
 
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(miss)
+                tasks.start_soon(expect_timeout)
                 await anyio.sleep(5)
                 simulate_blocking(14)
 
 
-# With real sockets, and a broker in a thread, which goes on
+# With real sockets, and a broker that continues in a thread
 
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Background]:
-    with background() as made:
-        yield made
+    with background() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def secure() -> Iterator[Background]:
-    with background(ssl_context=tls.server_context()) as made:
-        yield made
+    with background(ssl_context=tls.server_context()) as started:
+        yield started
 
 
-class Ahead:
-    """A broker in a thread, and one of the ways to it."""
+class BrokerInThread:
+    """A broker in a thread, and the options to connect to it in one way."""
 
     def __init__(self, scheme: str, background: Background) -> None:
         self.background = background
@@ -262,62 +262,64 @@ class Ahead:
 
 
 @pytest.fixture(params=["mqtt", "mqtts", "ws", "wss", "connectable"])
-def ahead(request: pytest.FixtureRequest, plain: Background, secure: Background) -> Iterator[Ahead]:
-    made = Ahead(request.param, secure if request.param in ("mqtts", "wss") else plain)
-    yield made
-    made.wait_until_closed()
+def broker_in_thread(
+    request: pytest.FixtureRequest, plain: Background, secure: Background
+) -> Iterator[BrokerInThread]:
+    started = BrokerInThread(request.param, secure if request.param in ("mqtts", "wss") else plain)
+    yield started
+    started.wait_until_closed()
 
 
-def stand_still_for(seconds: float, meanwhile: Callable[[], object]) -> None:
-    """Block the loop, and have something done in a thread."""
-    thread = Thread(target=meanwhile)
+def stand_still_for(seconds: float, action: Callable[[], object]) -> None:
+    """Block the event loop while ``action`` runs in a thread, and for some seconds after it."""
+    thread = Thread(target=action)
     thread.start()
     thread.join()
     time.sleep(seconds)
 
 
-async def test_messages_that_waited_arrive_on_the_same_connection(
-    ahead: Ahead, anyio_backend: object, unique: str
+async def test_messages_sent_during_a_pause_arrive_on_the_same_connection(
+    broker_in_thread: BrokerInThread, anyio_backend: object, unique: str
 ) -> None:
     def publish() -> None:
         for number in range(3):
-            ahead.background.publish(unique, f"{number}")
+            broker_in_thread.background.publish(unique, f"{number}")
 
-    async with connect_reconnecting(**ahead.options) as emitter:
-        key = ahead.background.key(unique, "rw")
+    async with connect_reconnecting(**broker_in_thread.options) as emitter:
+        key = broker_in_thread.background.key(unique, "rw")
         async with emitter.subscribe(key, unique) as messages:
-            stand_still_for(2, meanwhile=publish)
+            stand_still_for(2, action=publish)
             assert [(await messages.receive()).as_string() for _ in range(3)] == list("012")
-            # Until the next PINGREQ has been answered, or missed.
+            # Wait until the next PINGREQ is answered or has timed out.
             await anyio.sleep(1.6)
             await emitter.flush()
         assert emitter.statistics().links == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 0.2}], ids=["request_timeout", "timeout"])
-async def test_replies_that_waited_are_taken_in(
-    ahead: Ahead, anyio_backend: object, unique: str, options: dict[str, Any]
+async def test_replies_sent_during_a_pause_are_received(
+    broker_in_thread: BrokerInThread, anyio_backend: object, unique: str, options: dict[str, Any]
 ) -> None:
-    held = ExitStack()
+    stack = ExitStack()
 
     async def hold() -> None:
-        held.enter_context(ahead.background.broker.hold("puback"))
+        stack.enter_context(broker_in_thread.background.broker.hold("puback"))
 
     async def release() -> None:
-        held.close()
+        stack.close()
 
-    async with connect_reconnecting(**ahead.options, request_timeout=0.2) as emitter:
-        key = ahead.background.key(unique, "rw")
-        await anyio.to_thread.run_sync(ahead.background.call, hold)
+    async with connect_reconnecting(**broker_in_thread.options, request_timeout=0.2) as emitter:
+        key = broker_in_thread.background.key(unique, "rw")
+        await anyio.to_thread.run_sync(broker_in_thread.background.call, hold)
         async with anyio.create_task_group() as tasks:
             publish = partial(emitter.publish, key, unique, "x", qos=1, **options)
             tasks.start_soon(publish)
             await anyio.wait_all_tasks_blocked()
-            stand_still_for(0.3, meanwhile=partial(ahead.background.call, release))
+            stand_still_for(0.3, action=partial(broker_in_thread.background.call, release))
         assert emitter.statistics().links == 1
 
 
-async def test_a_reply_of_another_client_that_waited_is_taken_in(
+async def test_reply_of_another_client_sent_during_a_pause_is_received(
     plain: Background, anyio_backend: object, unique: str
 ) -> None:
     serving, served, answer, done = Event(), Event(), Event(), Event()
@@ -335,10 +337,10 @@ async def test_a_reply_of_another_client_that_waited_is_taken_in(
             await anyio.to_thread.run_sync(done.wait)
             tasks.cancel_scope.cancel()
 
-    ahead = Ahead("mqtt", plain)
+    broker_in_thread = BrokerInThread("mqtt", plain)
     await anyio.to_thread.run_sync(plain.start_soon, serve_until_done)
     await anyio.to_thread.run_sync(serving.wait)
-    async with connect_reconnecting(**ahead.options) as emitter:
+    async with connect_reconnecting(**broker_in_thread.options) as emitter:
         key = plain.key(f"{unique}#/", "rw")
 
         async def ask() -> None:
@@ -347,6 +349,6 @@ async def test_a_reply_of_another_client_that_waited_is_taken_in(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(ask)
             await anyio.to_thread.run_sync(served.wait)
-            stand_still_for(0.4, meanwhile=answer.set)
+            stand_still_for(0.4, action=answer.set)
     done.set()
-    await anyio.to_thread.run_sync(ahead.wait_until_closed)
+    await anyio.to_thread.run_sync(broker_in_thread.wait_until_closed)

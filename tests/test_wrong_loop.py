@@ -1,4 +1,4 @@
-"""A client belongs to one thread and one event loop, and others do it no harm."""
+"""A client belongs to one thread and event loop; calls from elsewhere raise and change nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from emitter_anyio import Emitter, EmitterMessage, EventStream, PresenceFeed, Wr
 from emitter_anyio.testing import Broker
 from tests.support.connections import connect_once
 
-WAY_OUT = r"anyio\.from_thread.*portal"
+ADVICE = r"anyio\.from_thread.*portal"
 
 
 class Client:
-    """A client with a stream that has messages ready, and what a call needs."""
+    """A client with a stream that has buffered messages, and the arguments of calls."""
 
     def __init__(self, broker: Broker, emitter: Emitter) -> None:
         self.emitter = emitter
@@ -32,8 +32,8 @@ class Client:
         self.messages: EventStream[EmitterMessage]
         self.feed: PresenceFeed
 
-    async def source(self) -> str:
-        raise AssertionError("a function that gives a key belongs to the client, too")
+    async def key_function(self) -> str:
+        raise AssertionError("a key function was called in another event loop")
 
 
 Use: TypeAlias = Callable[[Client], Awaitable[object]]
@@ -41,12 +41,12 @@ Use: TypeAlias = Callable[[Client], Awaitable[object]]
 
 async def enter(client: Client, name: str, *arguments: object) -> None:
     async with getattr(client.emitter, name)(*arguments):
-        pass  # pragma: no cover - it does not come so far
+        pass  # pragma: no cover - never reached
 
 
 async def read_history(client: Client, key: object) -> None:
     async for _ in client.emitter.history(key, "a/"):  # type: ignore[arg-type]
-        pass  # pragma: no cover - it does not come so far
+        pass  # pragma: no cover - never reached
 
 
 async def call(function: Callable[[], object]) -> None:
@@ -59,8 +59,8 @@ async def enter_again(client: Client) -> None:
 
 USES: dict[str, Use] = {
     "publish": lambda c: c.emitter.publish(c.key, "a/", "x"),
-    "publish, confirmed": lambda c: c.emitter.publish(c.key, "a/", "x", qos=1),
-    "publish, key of a function": lambda c: c.emitter.publish(c.source, "a/", "x"),
+    "publish, qos=1": lambda c: c.emitter.publish(c.key, "a/", "x", qos=1),
+    "publish, key function": lambda c: c.emitter.publish(c.key_function, "a/", "x"),
     "publish_with_link": lambda c: c.emitter.publish_with_link("ab", "x"),
     "flush": lambda c: c.emitter.flush(),
     "keygen": lambda c: c.emitter.keygen(c.secret, "b/"),
@@ -73,7 +73,7 @@ USES: dict[str, Use] = {
     "unsubscribe": lambda c: c.emitter.unsubscribe(c.key, "a/"),
     "watch_presence": lambda c: enter(c, "watch_presence", c.key, "a/b/"),
     "history": lambda c: read_history(c, c.key),
-    "history, key of a function": lambda c: read_history(c, c.source),
+    "history, key function": lambda c: read_history(c, c.key_function),
     "request": lambda c: c.emitter.request(c.key, "a/", "x"),
     "serve": lambda c: c.emitter.serve(c.key, "a/", lambda message: b""),
     "stream": lambda c: enter(c, "stream", "message"),
@@ -93,12 +93,12 @@ USES: dict[str, Use] = {
     "close": lambda c: call(c.messages.close),
     "a feed": lambda c: c.feed.receive(),
 }
-"""What must not be done from elsewhere."""
+"""Every use that must be refused outside the client's event loop."""
 
 
 @asynccontextmanager
 async def client_of(broker: Broker) -> AsyncGenerator[Client]:
-    """Give a client, and see at the end that it works as though nothing had happened."""
+    """Yield a client, and check at the end that it works as before."""
     emitter = connect_once(broker.url)
     emitter.on("disconnect", print)
     client = Client(broker, emitter)
@@ -124,23 +124,25 @@ async def client_of(broker: Broker) -> AsyncGenerator[Client]:
             await emitter.__aenter__()
 
 
-async def refused(client: Client, use: Use) -> None:
-    with pytest.raises(WrongLoopError, match=WAY_OUT):
+async def expect_refusal(client: Client, use: Use) -> None:
+    with pytest.raises(WrongLoopError, match=ADVICE):
         await use(client)
 
 
 async def run_elsewhere(other: str, client: Client, use: Use) -> None:
-    await to_thread.run_sync(lambda: anyio.run(refused, client, use, backend=other))
+    await to_thread.run_sync(lambda: anyio.run(expect_refusal, client, use, backend=other))
 
 
 @pytest.mark.parametrize("other", ["asyncio", "trio"])
 @pytest.mark.parametrize("name", USES)
-async def test_a_call_in_another_thread_is_refused(broker: Broker, name: str, other: str) -> None:
+async def test_call_in_another_thread_raises_wrong_loop_error(
+    broker: Broker, name: str, other: str
+) -> None:
     async with client_of(broker) as client:
         await run_elsewhere(other, client, USES[name])
 
 
-async def test_one_who_waits_gets_the_answer_whatever_other_threads_do(broker: Broker) -> None:
+async def test_pending_call_gets_its_reply_despite_calls_in_other_threads(broker: Broker) -> None:
     async with client_of(broker) as client, anyio.create_task_group() as tasks:
         with broker.hold("answer", "puback"):
             tasks.start_soon(client.emitter.me)
@@ -149,7 +151,7 @@ async def test_one_who_waits_gets_the_answer_whatever_other_threads_do(broker: B
                 await run_elsewhere(other, client, USES["me"])
 
 
-async def test_leaving_a_stream_in_another_thread_is_refused(broker: Broker) -> None:
+async def test_leaving_a_stream_in_another_thread_raises_wrong_loop_error(broker: Broker) -> None:
     async with client_of(broker) as client:
         entering = client.emitter.subscribe(client.key, "a/b/")
         await entering.__aenter__()
@@ -163,14 +165,14 @@ async def test_leaving_a_stream_in_another_thread_is_refused(broker: Broker) -> 
         await entering.__aexit__(None, None, None)
 
 
-async def test_other_threads_call_it_through_the_event_loop(broker: Broker) -> None:
+async def test_other_threads_can_call_through_the_event_loop(broker: Broker) -> None:
     async with client_of(broker) as client:
         me = await to_thread.run_sync(lambda: from_thread.run(client.emitter.me))
         assert me == await client.emitter.me()
 
 
 @contextmanager
-def switching_threads_often() -> Iterator[None]:
+def frequent_thread_switches() -> Iterator[None]:
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -179,22 +181,22 @@ def switching_threads_often() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-async def test_statistics_may_be_asked_for_anywhere(broker: Broker) -> None:
+async def test_statistics_work_in_any_thread(broker: Broker) -> None:
     key = broker.keygen("a/", "rw")
-    asked, over = anyio.Event(), threading.Event()
+    started, over = anyio.Event(), threading.Event()
 
-    def ask(emitter: Emitter, messages: EventStream[EmitterMessage]) -> None:
+    def read_statistics(emitter: Emitter, messages: EventStream[EmitterMessage]) -> None:
         while not over.is_set():
             emitter.statistics()
             messages.statistics()
-            if not asked.is_set():
-                from_thread.run_sync(asked.set)
+            if not started.is_set():
+                from_thread.run_sync(started.set)
 
     async with connect_once(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
-        with switching_threads_often():
+        with frequent_thread_switches():
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(to_thread.run_sync, ask, emitter, messages)
-                await asked.wait()
+                tasks.start_soon(to_thread.run_sync, read_statistics, emitter, messages)
+                await started.wait()
                 try:
                     for _ in range(100):
                         async with emitter.stream("message") as others:
@@ -209,32 +211,32 @@ async def test_statistics_may_be_asked_for_anywhere(broker: Broker) -> None:
         assert messages.statistics().current_buffer_used == 0
 
 
-async def test_handlers_come_and_go_anywhere_before_it_is_entered(broker: Broker) -> None:
-    came: list[str] = []
+async def test_on_and_off_work_in_any_thread_before_entering(broker: Broker) -> None:
+    events: list[str] = []
     emitter = connect_once(broker.url)
-    handler = emitter.on("connect", lambda: came.append("connect"))
+    handler = emitter.on("connect", lambda: events.append("connect"))
 
     def change() -> None:
-        emitter.on("disconnect", lambda: came.append("disconnect"))
+        emitter.on("disconnect", lambda: events.append("disconnect"))
         emitter.off("connect", handler)
 
     await to_thread.run_sync(change)
     async with emitter:
         pass
-    assert came == ["disconnect"]
+    assert events == ["disconnect"]
 
 
-async def test_it_is_entered_in_the_event_loop_in_which_it_is_awaited(broker: Broker) -> None:
+async def test_client_awaited_in_an_event_loop_must_be_entered_there(broker: Broker) -> None:
     emitter = connect_once(broker.url)
 
     async def enter() -> None:
         async with emitter:
-            pass  # pragma: no cover - it does not come so far
+            pass  # pragma: no cover - never reached
 
     async def elsewhere() -> None:
-        for wrong in (emitter.wait_connected, enter, emitter.stream("connect").__aenter__):
+        for call_elsewhere in (emitter.wait_connected, enter, emitter.stream("connect").__aenter__):
             with pytest.raises(WrongLoopError):
-                await wrong()
+                await call_elsewhere()
 
     async with emitter.stream("connect") as connected:
         await to_thread.run_sync(anyio.run, elsewhere)
@@ -249,43 +251,43 @@ async def test_it_is_entered_in_the_event_loop_in_which_it_is_awaited(broker: Br
             await anyio.wait_all_tasks_blocked()
 
 
-async def test_one_that_was_awaited_in_vain_is_awaited_and_entered_elsewhere(
+async def test_cancelled_wait_connected_does_not_bind_the_client_to_its_loop(
     broker: Broker,
 ) -> None:
     emitter = connect_once(broker.url)
 
-    async def await_in_vain() -> None:
+    async def wait_and_cancel() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.wait_connected)
             await anyio.wait_all_tasks_blocked()
             tasks.cancel_scope.cancel()
 
-    async def await_and_enter() -> None:
+    async def wait_and_enter() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter.wait_connected)
             await anyio.wait_all_tasks_blocked()
             async with emitter:
                 await emitter.me()
 
-    for what in (await_in_vain, await_and_enter):
-        await to_thread.run_sync(anyio.run, what)
-    # When it has ended, so has what it belonged to.
+    for function in (wait_and_cancel, wait_and_enter):
+        await to_thread.run_sync(anyio.run, function)
+    # A client that has ended belongs to no event loop.
     async with emitter:
         await emitter.me()
 
 
-WITHOUT_WAITING = ("publish", "receive")
-"""These compare the thread only, until they wait."""
+THREAD_CHECK_ONLY = ("publish", "receive")
+"""Calls that check only the thread until they have to wait."""
 
 WAITING = {
-    **{name: use for name, use in USES.items() if name not in WITHOUT_WAITING},
+    **{name: use for name, use in USES.items() if name not in THREAD_CHECK_ONLY},
     "receive": lambda c: c.feed.receive(),
 }
 
 
-async def refused_all(client: Client) -> None:
+async def expect_all_refused(client: Client) -> None:
     for use in WAITING.values():
-        await refused(client, use)
+        await expect_refusal(client, use)
 
 
 @asynccontextmanager
@@ -294,10 +296,10 @@ async def client_with_broker() -> AsyncGenerator[Client]:
         yield client
 
 
-def test_another_event_loop_of_the_same_thread_is_refused() -> None:
-    with asyncio.Runner() as mine, asyncio.Runner() as other:
+def test_another_event_loop_in_the_same_thread_raises_wrong_loop_error() -> None:
+    with asyncio.Runner() as own, asyncio.Runner() as other:
         left = asyncio.Event()
-        entered: asyncio.Future[Client] = mine.get_loop().create_future()
+        entered: asyncio.Future[Client] = own.get_loop().create_future()
 
         async def live() -> None:
             async with client_with_broker() as client:
@@ -308,14 +310,14 @@ def test_another_event_loop_of_the_same_thread_is_refused() -> None:
             left.set()
             await living
 
-        living = mine.get_loop().create_task(live())
-        client = mine.get_loop().run_until_complete(entered)
-        other.run(refused_all(client))
-        mine.run(leave())
+        living = own.get_loop().create_task(live())
+        client = own.get_loop().run_until_complete(entered)
+        other.run(expect_all_refused(client))
+        own.run(leave())
 
 
 def run_trio_as_guest(main: Callable[[], Awaitable[None]]) -> asyncio.Future[None]:
-    """Run Trio in the running loop of asyncio."""
+    """Run Trio as a guest in the running asyncio event loop."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -332,11 +334,11 @@ def run_trio_as_guest(main: Callable[[], Awaitable[None]]) -> asyncio.Future[Non
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_trio_as_a_guest_in_the_same_thread_is_another_event_loop(
+async def test_trio_as_a_guest_is_another_event_loop(
     anyio_backend: object,
 ) -> None:
     async with client_with_broker() as client:
-        await run_trio_as_guest(partial(refused_all, client))
+        await run_trio_as_guest(partial(expect_all_refused, client))
 
     entered: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
     left = trio.Event()
@@ -347,6 +349,6 @@ async def test_trio_as_a_guest_in_the_same_thread_is_another_event_loop(
             await left.wait()
 
     living = run_trio_as_guest(live)
-    await refused_all(await entered)
+    await expect_all_refused(await entered)
     left.set()
     await living

@@ -1,4 +1,4 @@
-"""What is asked of the nodes of a broker, so that no stored message of theirs is passed over."""
+"""Reading history from a cluster: every stored message is returned or reported as unreadable."""
 
 from __future__ import annotations
 
@@ -24,96 +24,98 @@ from tests.support.nodes import (
 )
 
 OVERSIZED = b"x" * 65536
-"""A node never gives it, nor anything before it in the same answer."""
+"""A node returns neither this message nor any older one in the same answer."""
 UNSENDABLE = b"x" * 60000
-"""A node gives it, but as JSON it is too large for any answer."""
+"""A node returns this message, but as JSON it is too large for any answer."""
 
 
-def a(count: int = 0) -> Node:
+def node_a(count: int = 0) -> Node:
     return Node(b"AAAA", count)
 
 
-def b(count: int = 7000) -> Node:
+def node_b(count: int = 7000) -> Node:
     return Node(b"BBBB", count)
 
 
-class Found:
-    """All that a reading gives, and whether that is sound."""
+class ReadResult:
+    """The result of reading history; checks order and uniqueness."""
 
     def __init__(self, nodes: Nodes, items: Iterable[StoredMessage | Unreadable]) -> None:
-        everything = list(items)
+        all_items = list(items)
         self.nodes = nodes
-        self.messages = [each for each in everything if not isinstance(each, Unreadable)]
-        self.unread = [each for each in everything if isinstance(each, Unreadable)]
+        self.messages = [each for each in all_items if not isinstance(each, Unreadable)]
+        self.unread = [each for each in all_items if isinstance(each, Unreadable)]
         seconds = [second_of(message) for message in self.messages]
         assert seconds == sorted(seconds, reverse=True)
         for node in nodes.nodes:
             own = [m.id for m in self.messages if m.id[12:16] == node.name]
-            assert all(newer < older for newer, older in pairwise(own)), "each once, and in order"
+            assert all(newer < older for newer, older in pairwise(own)), (
+                "a message is repeated or out of order"
+            )
 
-    def lost(self, since: int = 0, until: int = 2**32) -> list[StoredMessage]:
-        """What is neither given nor reported."""
-        given = {message.id for message in self.messages}
+    def unreported(self, since: int = 0, until: int = 2**32) -> list[StoredMessage]:
+        """Return the stored messages that were neither returned nor reported."""
+        returned = {message.id for message in self.messages}
         return [
             message
             for message in self.nodes.stored
-            if message.id not in given
+            if message.id not in returned
             and since <= second_of(message) <= until
             and not any(each.since <= second_of(message) <= each.until for each in self.unread)
         ]
 
 
-def found(*nodes: Node, rng: random.Random | None = None, last: int = 10**6) -> Found:
+def read_all(*nodes: Node, rng: random.Random | None = None, last: int = 10**6) -> ReadResult:
     cluster = Nodes(*nodes, rng=rng)
-    return Found(cluster, read_history(cluster.answer, last))
+    return ReadResult(cluster, read_history(cluster.answer, last))
 
 
-def everything(*nodes: Node, rng: random.Random | None = None) -> int:
-    """Read all, once through each node, with none missing; return the most requests that took."""
+def read_from_each_node(*nodes: Node, rng: random.Random | None = None) -> int:
+    """Read through each node in turn, check that none is missing, and return the most requests."""
     page_requests = []
     for first in range(len(nodes)):
-        result = found(*nodes[first:], *nodes[:first], rng=rng)
+        result = read_all(*nodes[first:], *nodes[:first], rng=rng)
         assert len(result.messages) == len(result.nodes.stored)
         assert result.unread == []
         page_requests.append(len(result.nodes.page_requests))
     return max(page_requests)
 
 
-# What it costs
+# Number of requests
 
 
-def test_reading_a_small_channel_ends_with_a_search() -> None:
-    node = a()
+def test_small_channel_takes_few_requests() -> None:
+    node = node_a()
     for number in range(7):
         node.store(START + number, b"small")
-    assert everything(node) <= 36
-    assert len(found(node, last=1).nodes.page_requests) == 2
+    assert read_from_each_node(node) <= 36
+    assert len(read_all(node, last=1).nodes.page_requests) == 2
 
 
-def test_a_hundred_of_many_take_two_looks() -> None:
-    node = a()
+def test_newest_100_take_two_requests() -> None:
+    node = node_a()
     for number in range(1000):
         node.store(START + number // 50, b"small")
-    assert len(found(node, last=100).nodes.page_requests) == 2
-    assert everything(node) <= 40
+    assert len(read_all(node, last=100).nodes.page_requests) == 2
+    assert read_from_each_node(node) <= 40
 
 
-def test_an_empty_channel_is_searched() -> None:
-    assert everything(a()) <= 33
+def test_empty_channel_takes_few_requests() -> None:
+    assert read_from_each_node(node_a()) <= 33
 
 
 @pytest.mark.parametrize("count", [2, 3, 20])
-def test_several_large_messages_in_a_row_hide_nothing(count: int) -> None:
-    """Although nothing has shown before that the broker stores such messages."""
-    node = a()
+def test_consecutive_oversized_messages_hide_nothing(count: int) -> None:
+    """The reader has no earlier sign that the broker stores such messages."""
+    node = node_a()
     for number in range(50):
         node.store(START + number, b"small")
     for number in range(count):
         node.store(START + 100 + number, bytes(70_000))
     for number in range(50):
         node.store(START + 200 + number, b"small")
-    result = found(node)
-    assert result.lost() == []
+    result = read_all(node)
+    assert result.unreported() == []
     assert result.unread
     assert len([each for each in result.messages if each.binary == b"small"]) == 100
 
@@ -122,100 +124,100 @@ def test_several_large_messages_in_a_row_hide_nothing(count: int) -> None:
 
 
 @pytest.mark.parametrize("rng", [None, random.Random(0)])
-def test_nodes_that_take_turns(rng: random.Random | None) -> None:
-    nodes = a(), b()
+def test_nodes_with_alternating_messages(rng: random.Random | None) -> None:
+    nodes = node_a(), node_b()
     for number in range(400):
         nodes[number % 2].store(START + number // 50, b"small")
-    assert everything(*nodes, rng=rng) <= 40
+    assert read_from_each_node(*nodes, rng=rng) <= 40
 
 
 def test_old_messages_on_one_node_and_new_ones_on_the_other() -> None:
-    one, other = a(), b()
+    one, other = node_a(), node_b()
     for number in range(30):
         other.store(START + number // 2, b"old")
     for number in range(200):
         one.store(START + 100 + number // 20, b"new")
-    everything(one, other)
+    read_from_each_node(one, other)
 
 
-def test_large_messages_on_one_node_beside_small_ones() -> None:
-    one, other = a(), b()
+def test_large_messages_on_one_node_and_small_ones_on_the_other() -> None:
+    one, other = node_a(), node_b()
     for number in range(20):
         one.store(START + number, b"x" * (45000 if number % 2 else 20000))
         other.store(START + number, b"small")
-    everything(one, other)
+    read_from_each_node(one, other)
 
 
-def test_a_node_that_large_messages_cut_short_is_read_on() -> None:
-    one, other = a(), b()
+def test_node_whose_page_is_cut_by_large_messages_is_read_further() -> None:
+    one, other = node_a(), node_b()
     for number in range(40):
         other.store(START + number, b"small")
     for number, size in enumerate((45000, 20000, 45000, 20000)):
         one.store(START + 30 + number, b"x" * size)
-    everything(one, other)
+    read_from_each_node(one, other)
 
 
-def test_a_node_of_another_run_is_read_too() -> None:
-    node, again = a(500), b(0)
+def test_restarted_node_is_read() -> None:
+    node, restarted = node_a(500), node_b(0)
     for number in range(200):
         node.store(START + number // 100, b"before")
     for number in range(200):
-        again.store(START + 2 + number // 100, b"after")
-    everything(node, again)
+        restarted.store(START + 2 + number // 100, b"after")
+    read_from_each_node(node, restarted)
 
 
 # More in one second than an answer can hold
 
 
 @pytest.mark.parametrize("count", [1000, 2000])
-def test_one_node_with_more_in_a_second_than_a_page_has(count: int) -> None:
-    node = a()
+def test_one_second_with_more_messages_than_a_page(count: int) -> None:
+    node = node_a()
     for _ in range(count):
         node.store(START, b"x" * 50)
-    everything(node)
+    read_from_each_node(node)
 
 
-def test_one_node_with_large_messages_in_a_second() -> None:
-    node = a()
+def test_one_second_with_large_messages() -> None:
+    node = node_a()
     for size in (1, 40000, 1, 20000, 20000, 1, 1, 45000, 45000, 1):
         node.store(START, b"x" * size)
-    everything(node)
+    read_from_each_node(node)
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (0, 7000), (7000, 0)])
 @pytest.mark.parametrize("rng", [None, random.Random(0)])
 @pytest.mark.parametrize("seconds", [1, 3])
-def test_two_nodes_with_more_in_a_second_than_an_answer_holds_are_reported(
+def test_seconds_too_full_on_two_nodes_are_reported(
     counts: tuple[int, int], rng: random.Random | None, seconds: int
 ) -> None:
-    nodes = a(counts[0]), b(counts[1])
+    nodes = node_a(counts[0]), node_b(counts[1])
     for number in range(400 * seconds):
         nodes[number % 2].store(START + number // 400, b"x" * 400)
     for first in range(2):
-        result = found(nodes[first], nodes[1 - first], rng=rng)
-        assert result.lost() == []
+        result = read_all(nodes[first], nodes[1 - first], rng=rng)
+        assert result.unreported() == []
         assert result.unread
         assert len(result.messages) >= 200 * seconds
 
 
-def test_seconds_are_reported_late_where_nodes_are_first_seen_later() -> None:
-    one, other = a(), b()
+def test_full_second_is_reported_when_a_second_node_is_found_later() -> None:
+    one, other = node_a(), node_b()
     for number in range(400):
         (one, other)[number % 2].store(START + 10, b"x" * 400)
     for number in range(20):
         (one, other)[number % 2].store(START + number // 2, b"small")
-    # Through the other node, whose messages find no place beside those of the first.
+    # Read through the second node, whose messages have no space beside those of the first.
     cluster = Nodes(other, one)
     cluster.may_count = False
-    result = Found(cluster, read_history(cluster.answer))
+    result = ReadResult(cluster, read_history(cluster.answer))
     assert [each[:2] for each in result.unread] == [(START + 10, START + 10)]
-    assert result.lost() == []
+    assert result.unreported() == []
     assert len(result.messages) >= 220
 
 
-def test_what_is_known_of_a_cluster_is_kept() -> None:
+def test_facts_about_a_cluster_are_remembered() -> None:
     broker = BrokerFacts()
-    nodes = a(), b()
+    nodes = node_a(), node_b()
     for number in range(20):
         nodes[number % 2].store(START, b"small")
     list(read_history(Nodes(*nodes).answer, broker=broker))
@@ -224,43 +226,43 @@ def test_what_is_known_of_a_cluster_is_kept() -> None:
         nodes[number % 2].store(START + 1, b"x" * 400)
     cluster = Nodes(*nodes)
     cluster.may_count = False
-    assert Found(cluster, read_history(cluster.answer, broker=broker)).lost() == []
+    assert ReadResult(cluster, read_history(cluster.answer, broker=broker)).unreported() == []
 
 
-# What cannot be read
+# Unreadable messages
 
 
-def spans(result: Found) -> list[tuple[int, int]]:
+def spans(result: ReadResult) -> list[tuple[int, int]]:
     return [(each.since - START, each.until - START) for each in result.unread]
 
 
-@pytest.mark.parametrize("others", [0, 3])
-def test_one_message_that_no_answer_can_hold_is_reported_at_its_place(others: int) -> None:
-    node = a()
+@pytest.mark.parametrize("newer_count", [0, 3])
+def test_message_too_large_to_send_is_reported_in_its_place(newer_count: int) -> None:
+    node = node_a()
     for second in (0, 1, 2):
         node.store(START + second, b"older")
     for second in (5, 7):
         node.store(START + second, UNSENDABLE)
-    for second in range(others):
+    for second in range(newer_count):
         node.store(START + 10 + second, b"newer")
     cluster = Nodes(node)
     items = list(read_history(cluster.answer))
-    result = Found(cluster, items)
-    newest = NOW if not others else START + 9
-    assert [type(each) for each in items[others : others + 2]] == [Unreadable, Unreadable]
+    result = ReadResult(cluster, items)
+    newest = NOW if not newer_count else START + 9
+    assert [type(each) for each in items[newer_count : newer_count + 2]] == [Unreadable, Unreadable]
     assert result.unread[0][:2] == (START + 7, newest)
     assert result.unread[1][:2] == (START + 5, START + 6)
-    assert len(result.messages) == 3 + others
+    assert len(result.messages) == 3 + newer_count
 
 
-def test_what_is_before_it_in_its_second_is_read() -> None:
-    node = a()
+def test_older_messages_in_the_second_of_an_unsendable_one_are_read() -> None:
+    node = node_a()
     for binary in (b"older", b"older", UNSENDABLE, b"newer"):
         node.store(START, binary)
     node.store(START + 1, UNSENDABLE)
     node.store(START + 1, b"newest")
     node.store(START + 2, UNSENDABLE)
-    result = found(node)
+    result = read_all(node)
     assert [message.binary for message in result.messages] == [
         *(b"newest", b"newer", b"older", b"older")
     ]
@@ -268,42 +270,42 @@ def test_what_is_before_it_in_its_second_is_read() -> None:
     assert len(result.unread) == 3
 
 
-def test_two_in_a_row_in_one_second_are_reported() -> None:
-    node = a()
+def test_two_unsendable_messages_in_one_second_are_reported() -> None:
+    node = node_a()
     for binary in (b"older", UNSENDABLE, UNSENDABLE, b"newer"):
         node.store(START, binary)
-    result = found(node)
+    result = read_all(node)
     assert result.messages[0].binary == b"newer"
-    assert result.lost() == []
+    assert result.unreported() == []
     assert spans(result)[0] == (0, 0)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 50])
-def test_a_message_that_hides_those_before_it_is_passed_in_its_second_too(gap: int) -> None:
-    node = a()
+def test_oversized_message_is_skipped(gap: int) -> None:
+    node = node_a()
     for _ in range(3):
         node.store(START, b"older")
     node.store(START + gap, OVERSIZED)
     for _ in range(3):
         node.store(START + 2 * gap, b"newer")
-    result = found(node)
+    result = read_all(node)
     assert len(result.messages) == 6
     assert len(result.unread) == 1
-    assert result.lost() == []
+    assert result.unreported() == []
 
 
-def test_a_newest_message_that_hides_all_others_is_passed() -> None:
-    node = a()
+def test_oversized_newest_message_is_skipped() -> None:
+    node = node_a()
     for second in range(10):
         node.store(NOW - 30 + second, b"older")
     node.store(NOW - 10, OVERSIZED)
-    result = found(node)
+    result = read_all(node)
     assert len(result.messages) == 10
     assert [each[:2] for each in result.unread] == [(NOW - 21, NOW - 10)]
 
 
-def test_several_in_a_row_are_passed_once_one_is_known() -> None:
-    node = a()
+def test_consecutive_oversized_messages_are_skipped_after_one_was_found() -> None:
+    node = node_a()
     for second in range(20):
         node.store(START + second, b"oldest")
     for second in (20, 21, 22):
@@ -311,14 +313,14 @@ def test_several_in_a_row_are_passed_once_one_is_known() -> None:
     node.store(START + 30, b"older")
     node.store(START + 31, OVERSIZED)
     node.store(START + 32, b"newer")
-    result = found(node)
+    result = read_all(node)
     assert len(result.messages) == 22
-    assert result.lost() == []
+    assert result.unreported() == []
 
 
-def test_several_in_a_row_are_passed_once_a_large_one_was_read_in_another_channel() -> None:
+def test_consecutive_oversized_messages_are_skipped_after_a_large_one_in_another_channel() -> None:
     broker = BrokerFacts()
-    other, node = a(), a()
+    other, node = node_a(), node_a()
     other.store(START, b"x" * 45000)
     list(read_history(Nodes(other).answer, broker=broker))
     for second in range(20):
@@ -327,29 +329,29 @@ def test_several_in_a_row_are_passed_once_a_large_one_was_read_in_another_channe
     node.store(START + 21, OVERSIZED)
     node.store(START + 30, b"newest")
     cluster = Nodes(node)
-    result = Found(cluster, read_history(cluster.answer, broker=broker))
+    result = ReadResult(cluster, read_history(cluster.answer, broker=broker))
     assert len(result.messages) == 21
-    assert result.lost() == []
+    assert result.unreported() == []
 
 
 @pytest.mark.parametrize("small", [10, 150])
 @pytest.mark.parametrize("counts", [(0, 7000), (7000, 0)])
-def test_a_node_that_is_absent_is_looked_for(counts: tuple[int, int], small: int) -> None:
-    """Its newest message is oversized, so that no page shows it while the other's go so far."""
-    one, other = a(counts[0]), b(counts[1])
+def test_node_missing_from_pages_is_searched_for(counts: tuple[int, int], small: int) -> None:
+    """The node's newest message is oversized, so pages show only the other node's messages."""
+    one, other = node_a(counts[0]), node_b(counts[1])
     for second in range(10, 20):
         other.store(START + second, b"hidden")
     other.store(START + 21, OVERSIZED)
     for number in range(small):
         one.store(START + number * 40 // small, b"small")
     for nodes in ((one, other), (other, one)):
-        result = found(*nodes)
+        result = read_all(*nodes)
         assert len(result.messages) == small + 10
         assert spans(result) == [(19, 21)]
 
 
-def test_a_node_that_shows_up_where_it_should_have_before_is_reported() -> None:
-    one, other = a(), b()
+def test_node_that_appears_too_late_is_reported() -> None:
+    one, other = node_a(), node_b()
     for second in range(0, 100, 2):
         one.store(START + second, b"small")
     for second in range(-10, 30):
@@ -358,46 +360,46 @@ def test_a_node_that_shows_up_where_it_should_have_before_is_reported() -> None:
     other.store(START + 41, OVERSIZED)
     for number in range(200):
         one.store(START + 100 + number, b"small")
-    assert found(one, other).lost() == []
+    assert read_all(one, other).unreported() == []
 
 
-# What happens meanwhile
+# Changes during reading
 
 
-def test_what_is_stored_meanwhile_moves_nothing() -> None:
-    node = a()
+def test_messages_stored_while_reading_do_not_shift_pages() -> None:
+    node = node_a()
     for _ in range(300):
         node.store(START, b"before")
     cluster = Nodes(node)
 
     def answer(request: PageRequest | NodeProbe) -> Reply:
-        said = cluster.answer(request)
+        reply = cluster.answer(request)
         for _ in range(5):
-            node.store(START, b"meanwhile")
-        return said
+            node.store(START, b"during")
+        return reply
 
     items = list(read_history(answer))
     assert [getattr(each, "binary", None) for each in items] == [b"before"] * 300
 
 
-def test_a_node_that_joins_and_one_that_leaves() -> None:
-    nodes = a(), b()
+def test_nodes_that_join_and_leave_while_reading() -> None:
+    nodes = node_a(), node_b()
     for number in range(400):
         nodes[number % 2].store(START + number // 10, b"small")
     cluster = Nodes(*nodes)
     cluster.missing.add(b"BBBB")
-    given = []
+    results = []
     for each in read_history(cluster.answer):
-        given.append(each)
-        if len(given) == 20:
+        results.append(each)
+        if len(results) == 20:
             cluster.missing.clear()
-        if len(given) == 350:
+        if len(results) == 350:
             cluster.nodes.pop()
-    assert len({each.id for each in given if isinstance(each, StoredMessage)}) >= 200
+    assert len({each.id for each in results if isinstance(each, StoredMessage)}) >= 200
 
 
-def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() -> None:
-    nodes = a(), b()
+def test_unanswering_node_makes_the_result_incomplete() -> None:
+    nodes = node_a(), node_b()
     for number in range(400):
         nodes[number % 2].store(START + number // 10, b"small")
     cluster = Nodes(*nodes)
@@ -406,7 +408,7 @@ def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() 
     assert len(items) == 201
     assert items[-1] == Unreadable(1514764800, NOW, items[-1].reason)  # type: ignore[union-attr]
     assert all(request.cursor is None for request in cluster.page_requests), (
-        "one request at a time is slow enough"
+        "a slow cluster is read with one request at a time"
     )
     assert len(list(read_history(cluster.answer, last=10))) == 11
 
@@ -416,18 +418,18 @@ def test_a_node_that_does_not_answer_makes_what_was_read_meanwhile_incomplete() 
     def answer(request: PageRequest | NodeProbe) -> Reply:
         nonlocal count
         count += 1
-        said = cluster.answer(request)
-        return said._replace(slow=count == 1)
+        reply = cluster.answer(request)
+        return reply._replace(slow=count == 1)
 
-    result = Found(cluster, read_history(answer))
+    result = ReadResult(cluster, read_history(answer))
     (unread,) = result.unread
     assert START < unread.since < unread.until == NOW
     assert len(result.messages) == 400
 
 
-def test_a_cursor_that_expires_between_two_pages() -> None:
-    for gone in range(1, 4):
-        node = a()
+def test_cursor_that_expires_between_two_pages() -> None:
+    for expired_count in range(1, 4):
+        node = node_a()
         stored = [node.store(START, b"x" * 300) for _ in range(600)]
         cluster = Nodes(node)
 
@@ -435,52 +437,52 @@ def test_a_cursor_that_expires_between_two_pages() -> None:
             request: PageRequest | NodeProbe,
             cluster: Nodes = cluster,
             node: Node = node,
-            gone: int = gone,
+            expired_count: int = expired_count,
         ) -> Reply:
-            said = cluster.answer(request)
+            reply = cluster.answer(request)
             if (
                 isinstance(request, PageRequest)
                 and request.cursor
-                and said.messages
+                and reply.messages
                 and request.since is not None
             ):
-                # What has just been read, and would be the next cursor, goes.
-                for message in sorted(said.messages, key=lambda m: m.id)[-gone:]:
+                # Remove the messages just read, one of which would be the next cursor.
+                for message in sorted(reply.messages, key=lambda m: m.id)[-expired_count:]:
                     node.stored.remove(message)
-            return said
+            return reply
 
         items = list(read_history(answer))
-        given = {each.id for each in items if isinstance(each, StoredMessage)}
-        missing = [message for message in stored if message.id not in given]
+        results = {each.id for each in items if isinstance(each, StoredMessage)}
+        missing = [message for message in stored if message.id not in results]
         assert not missing or any(isinstance(each, Unreadable) for each in items)
 
 
-# A broker that does as it likes
+# Misbehaving brokers
 
 
 def page(messages: list[StoredMessage]) -> Callable[[PageRequest | NodeProbe], Reply]:
     return lambda request: Reply(messages)
 
 
-def test_a_broker_that_repeats_itself_comes_to_an_end() -> None:
-    node = a()
+def test_reading_a_broker_that_repeats_itself_ends() -> None:
+    node = node_a()
     stored = [node.store(START + number // 10, b"x") for number in range(100)]
     items = list(read_history(page(stored)))
     assert [each for each in items if isinstance(each, StoredMessage)] == stored[::-1]
 
 
-def test_a_broker_that_gives_more_than_was_asked_for() -> None:
-    node = a()
+def test_more_messages_than_requested_are_cut() -> None:
+    node = node_a()
     stored = [node.store(START, b"x") for _ in range(500)]
     assert list(read_history(page(stored), last=3)) == stored[:-4:-1]
 
 
-def test_a_broker_that_answers_nothing_comes_to_an_end() -> None:
+def test_reading_a_broker_that_never_answers_ends() -> None:
     items = list(read_history(lambda request: Reply(None), last=5))
     assert [type(each) for each in items] == [Unreadable] * 5
 
 
-def test_a_broker_that_has_nothing_where_something_was_too_large() -> None:
+def test_empty_page_after_pages_too_large_is_reported() -> None:
     count = 0
 
     def answer(request: PageRequest | NodeProbe) -> Reply:
@@ -493,7 +495,7 @@ def test_a_broker_that_has_nothing_where_something_was_too_large() -> None:
     assert unread.until == NOW
 
 
-def test_a_broker_that_invents_messages_comes_to_an_end() -> None:
+def test_reading_a_broker_that_invents_messages_ends() -> None:
     rng = random.Random(1)
 
     def answer(request: PageRequest | NodeProbe) -> Reply:
@@ -504,7 +506,7 @@ def test_a_broker_that_invents_messages_comes_to_an_end() -> None:
     assert len(list(read_history(answer, last=1000))) <= 4000
 
 
-# Whatever is stored
+# Random contents
 
 
 sizes = {
@@ -523,7 +525,7 @@ sizes = {
     count=st.sampled_from([0, 1, 5, 30, 200]),
     mixed=st.booleans(),
 )
-def test_all_is_given_or_reported(
+def test_every_message_is_returned_or_reported(
     rng: random.Random, kind: str, nodes: int, span: int, count: int, mixed: bool
 ) -> None:
     cluster = [
@@ -536,7 +538,7 @@ def test_all_is_given_or_reported(
     result = Nodes(*cluster, rng=random.Random(0) if mixed else None)
     now = START + span + rng.choice([-1, 0, 1, 100])
     items = list(read_history(result.answer, since=since, until=until, now=now))
-    lost = Found(result, items).lost(since or 0, until or 2**32)
-    assert [message for message in lost if size_of(message) <= RESPONSE_LIMIT_BYTES] == []
+    unreported = ReadResult(result, items).unreported(since or 0, until or 2**32)
+    assert [message for message in unreported if size_of(message) <= RESPONSE_LIMIT_BYTES] == []
     if nodes == 1 and kind != "large":
         assert all(isinstance(each, StoredMessage) for each in items)

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        ours = socket.create_connection(listener.getsockname())
-        theirs, _ = listener.accept()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    with ours, theirs:
-        yield ours, theirs
+        own_end = socket.create_connection(listener.getsockname())
+        peer, _ = listener.accept()
+    own_end.setblocking(False)
+    peer.setblocking(False)
+    with own_end, peer:
+        yield own_end, peer
 
 
 def open_reader(sock: socket.socket) -> Reader:
@@ -37,13 +37,13 @@ def waiting_reader(sock: socket.socket) -> Reader:
 
 
 def is_watched(sock: socket.socket) -> bool:
-    """Tell whether the loop looks at a socket."""
+    """Return whether the event loop watches a socket."""
     loop = asyncio.get_running_loop()
     return sock.fileno() in loop._selector.get_map()  # type: ignore[attr-defined]  # selects
 
 
 def fill(sock: socket.socket) -> int:
-    """Send until the socket takes no more, and tell how much it took."""
+    """Send until the socket is full, and return the number of bytes."""
     sent = 0
     try:
         while True:
@@ -52,36 +52,36 @@ def fill(sock: socket.socket) -> int:
         return sent
 
 
-async def test_it_reads_one_chunk_ahead_and_then_holds_the_peer_up(
+async def test_reader_reads_one_chunk_ahead_and_then_stops(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, theirs = pair
-    reader = open_reader(ours)
+    own_end, peer = pair
+    reader = open_reader(own_end)
     assert isinstance(reader, WatchingReader)
-    sent = fill(theirs)
-    while is_watched(ours):
+    sent = fill(peer)
+    while is_watched(own_end):
         await checkpoint()
-    sent += fill(theirs)
+    sent += fill(peer)
     for _ in range(10):
         await checkpoint()
-    sent += fill(theirs)
-    theirs.shutdown(socket.SHUT_WR)
+    sent += fill(peer)
+    peer.shutdown(socket.SHUT_WR)
     received = 0
     while data := await reader.receive(READ_CHUNK_BYTES):
         assert len(data) <= READ_CHUNK_BYTES
         received += len(data)
     assert received == sent
     reader.close()
-    assert not is_watched(ours)
+    assert not is_watched(own_end)
 
 
-async def test_bytes_are_heard_before_a_task_reads_them(
+async def test_last_heard_is_updated_before_a_task_receives(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, theirs = pair
-    reader = open_reader(ours)
+    own_end, peer = pair
+    reader = open_reader(own_end)
     before = reader.last_heard.time
-    theirs.send(b"x")
+    peer.send(b"x")
     while reader.last_heard.time == before:
         await checkpoint()
     assert before < reader.last_heard.time <= asyncio.get_running_loop().time()
@@ -89,18 +89,18 @@ async def test_bytes_are_heard_before_a_task_reads_them(
     reader.close()
 
 
-async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
+async def test_bytes_that_arrive_as_a_receive_is_cancelled_are_kept(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, theirs = pair
-    reader = open_reader(ours)
+    own_end, peer = pair
+    reader = open_reader(own_end)
     task = asyncio.create_task(reader.receive(READ_CHUNK_BYTES))
     await checkpoint()
-    theirs.send(b"x")
-    while not task._fut_waiter.done():  # type: ignore[attr-defined]  # a turn before it runs
+    peer.send(b"x")
+    while not task._fut_waiter.done():  # type: ignore[attr-defined]  # one turn before the task runs
         await asyncio.sleep(0)
         if task.done():
-            pytest.fail("it ran before it could be cancelled")
+            pytest.fail("the task ran before it was cancelled")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -108,19 +108,21 @@ async def test_what_came_as_it_was_cancelled_is_there_for_the_next(
     reader.close()
 
 
-async def test_a_link_that_is_reset(pair: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = pair
-    reader = open_reader(ours)
-    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    theirs.close()
+async def test_reset_connection_raises(pair: tuple[socket.socket, socket.socket]) -> None:
+    own_end, peer = pair
+    reader = open_reader(own_end)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
     with pytest.raises(ConnectionResetError):
         await reader.receive(READ_CHUNK_BYTES)
     reader.close()
 
 
-async def test_closing_it_lets_go_who_waits(pair: tuple[socket.socket, socket.socket]) -> None:
-    ours, _ = pair
-    reader = open_reader(ours)
+async def test_closing_the_reader_wakes_a_waiting_task(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    own_end, _ = pair
+    reader = open_reader(own_end)
 
     async def receive() -> None:
         with pytest.raises(ClosedResourceError):
@@ -132,36 +134,36 @@ async def test_closing_it_lets_go_who_waits(pair: tuple[socket.socket, socket.so
         reader.close()
 
 
-async def test_closing_it_leaves_what_has_come(
+async def test_bytes_received_before_closing_can_be_read(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    ours, theirs = pair
-    reader = open_reader(ours)
+    own_end, peer = pair
+    reader = open_reader(own_end)
     assert isinstance(reader, WatchingReader)
-    theirs.send(b"x")
+    peer.send(b"x")
     while reader._received is None:
         await checkpoint()
     reader.close()
     assert await reader.receive(READ_CHUNK_BYTES) == b"x"
     with pytest.raises(ClosedResourceError):
         await reader.receive(READ_CHUNK_BYTES)
-    assert not is_watched(ours)
+    assert not is_watched(own_end)
 
 
 @pytest.mark.parametrize("make", [waiting_reader, open_reader])
-async def test_one_that_is_closed_reads_no_more(
+async def test_closed_reader_raises(
     pair: tuple[socket.socket, socket.socket], make: Callable[[socket.socket], Reader]
 ) -> None:
-    ours, theirs = pair
-    reader = make(ours)
+    own_end, peer = pair
+    reader = make(own_end)
     reader.close()
-    theirs.send(b"x")
+    peer.send(b"x")
     for _ in range(2):
         with pytest.raises(ClosedResourceError):
             await reader.receive(READ_CHUNK_BYTES)
 
 
-async def test_a_loop_that_watches_no_sockets(
+async def test_event_loop_without_add_reader(
     pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add_reader(*args: object) -> None:

@@ -1,4 +1,4 @@
-"""What a user may rely on, end to end: buffers, order, answers that will not come, no trust."""
+"""End-to-end tests of the guarantees about buffers, order, missing replies and forged messages."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def numbers_in(messages: list[EmitterMessage]) -> list[int]:
     return [int(message.binary) for message in messages]
 
 
-# No data is lost in silence
+# No data is lost silently
 
 
-async def test_a_gap_stands_at_its_place_and_tells_how_many(broker: Broker) -> None:
+async def test_slow_consumer_error_comes_in_its_place_with_the_count(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter:
         async with emitter.subscribe(key, "a/", buffer=3) as messages:
@@ -65,7 +65,7 @@ async def test_a_gap_stands_at_its_place_and_tells_how_many(broker: Broker) -> N
 @pytest.mark.parametrize(
     ("overflow", "kept"), [("drop_oldest", [7, 8, 9]), ("drop_newest", [0, 1, 2])]
 )
-async def test_the_policy_says_which_are_dropped(
+async def test_overflow_policy_decides_which_messages_are_dropped(
     broker: Broker, overflow: Literal["drop_oldest", "drop_newest"], kept: list[int]
 ) -> None:
     key = broker.keygen("a/")
@@ -87,7 +87,7 @@ async def test_block_stops_reading_and_loses_nothing(broker: Broker) -> None:
             assert messages.statistics().dropped == 0
 
 
-async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker: Broker) -> None:
+async def test_waiting_consumer_delays_neither_other_streams_nor_replies(broker: Broker) -> None:
     key = broker.keygen("a/#/")
     async with connect_once(broker.url) as emitter:
         async with (
@@ -98,7 +98,7 @@ async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker
 
             async def consume() -> None:
                 async for message in healthy:
-                    read.append(message)  # noqa: PERF401 - a list that is cancelled leaves nothing
+                    read.append(message)  # noqa: PERF401 - a cancelled comprehension would return nothing
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(consume)
@@ -109,7 +109,7 @@ async def test_a_consumer_that_waits_delays_neither_another_nor_an_answer(broker
             assert stalled.statistics().dropped == 499
 
 
-async def test_a_flood_costs_a_busy_consumer_nothing(broker: Broker) -> None:
+async def test_busy_consumer_loses_nothing_in_a_flood(broker: Broker) -> None:
     key = broker.keygen("a/")
     count = 5000
     async with connect(broker.url) as publisher, connect(broker.url) as emitter:
@@ -129,7 +129,7 @@ async def test_a_flood_costs_a_busy_consumer_nothing(broker: Broker) -> None:
         assert read == count
 
 
-async def test_what_is_replayed_is_held_beside_the_buffer(broker: Broker) -> None:
+async def test_replay_is_not_limited_by_the_buffer(broker: Broker) -> None:
     key = broker.keygen("a/", "rwsl")
     async with connect(broker.url) as emitter:
         for number in range(20):
@@ -143,11 +143,11 @@ async def test_what_is_replayed_is_held_beside_the_buffer(broker: Broker) -> Non
                 for messages in (first, second):
                     found = [await messages.receive() for _ in range(20)]
                     assert sorted(numbers_in(found)) == list(range(20))
-            # The history request knows the true order.
+            # A replay from a history request is in order of time.
             assert numbers_in(found) == list(range(20))
 
 
-async def test_a_handler_that_overflows_reports_it(broker: Broker) -> None:
+async def test_overflow_of_a_handler_emits_error(broker: Broker) -> None:
     key = broker.keygen("a/")
     errors: list[Exception] = []
     release = anyio.Event()
@@ -167,7 +167,7 @@ async def test_a_handler_that_overflows_reports_it(broker: Broker) -> None:
     assert error.dropped == 7
 
 
-async def test_messages_that_nobody_takes_are_counted_with_one_warning(
+async def test_unhandled_messages_are_counted_with_one_warning(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("a/")
@@ -182,25 +182,25 @@ async def test_messages_that_nobody_takes_are_counted_with_one_warning(
 # Order
 
 
-async def test_packets_leave_in_the_order_of_the_calls(broker: Broker) -> None:
+async def test_messages_arrive_in_the_order_of_the_calls(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         async with anyio.create_task_group() as tasks:
             for number in range(0, 300, 3):
                 await emitter.publish(key, "a/", str(number))
                 await emitter.publish(key, "a/", str(number + 1))
-                tasks.start_soon(confirm, emitter, key, str(number + 2))
+                tasks.start_soon(publish_qos_1, emitter, key, str(number + 2))
                 await checkpoint()
                 await checkpoint()
         found = numbers_in([await messages.receive() for _ in range(300)])
     assert found == list(range(300))
 
 
-async def confirm(emitter: Emitter, key: str, text: str) -> None:
+async def publish_qos_1(emitter: Emitter, key: str, text: str) -> None:
     await emitter.publish(key, "a/", text, qos=1)
 
 
-async def test_a_large_backlog_keeps_its_order(broker: Broker) -> None:
+async def test_large_backlog_arrives_in_order(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter:
         async with emitter.subscribe(key, "a/", overflow="block") as messages:
@@ -215,10 +215,10 @@ async def publish_padded(emitter: Emitter, key: str) -> None:
         await emitter.publish(key, "a/", b"%d " % number + bytes(4000))
 
 
-# Answers that will not come
+# Missing replies
 
 
-async def test_an_acknowledgement_without_an_answer_ends_the_request(broker: Broker) -> None:
+async def test_acknowledgement_without_a_reply_ends_the_request(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
         with broker.lose("answer"), pytest.raises(RequestError, match="too large") as caught:
             await emitter.presence(broker.keygen("a/", "p"), "a/")
@@ -226,12 +226,12 @@ async def test_an_acknowledgement_without_an_answer_ends_the_request(broker: Bro
     assert caught.value.operation == "presence"
 
 
-async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker) -> None:
+async def test_missing_reply_raises_request_timeout_error(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect_once(broker.url, request_timeout=0.01) as emitter:
         lost = broker.lose("puback", "answer", "suback", "unsuback")
         with lost, broker.hold("pingresp"):
-            for verb in (
+            for call in (
                 emitter.publish(key, "a/", "x", qos=1),
                 emitter.me(),
                 emitter.flush(),
@@ -240,10 +240,10 @@ async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker)
                 emitter.keygen(broker.secret_key, "a/", timeout=0.02),
             ):
                 with pytest.raises(RequestTimeoutError, match=r" 0\.0[12] s") as caught:
-                    await verb
+                    await call
                 assert isinstance(caught.value, TimeoutError)
                 assert key not in str(caught.value)
-        # The broker did subscribe, and was told to unsubscribe.
+        # The broker did subscribe, and the client unsubscribed after the timeout.
         await emitter.flush(timeout=None)
         (client,) = broker.clients
         assert not client.subscriptions
@@ -252,7 +252,7 @@ async def test_an_answer_that_does_not_come_in_time_is_a_timeout(broker: Broker)
 # System topics are not trusted
 
 
-async def test_forged_answers_are_reported_once_and_dropped(broker: Broker) -> None:
+async def test_forged_replies_on_a_left_channel_are_not_delivered(broker: Broker) -> None:
     wide = broker.keygen("emitter/#/", "rw")
     errors: list[Exception] = []
     async with connect(broker.url) as forger, connect(broker.url) as victim:
@@ -267,25 +267,25 @@ async def test_forged_answers_are_reported_once_and_dropped(broker: Broker) -> N
         assert victim.statistics().nonsense == 0
 
 
-async def test_a_subscriber_of_system_channels_cannot_be_fooled(broker: Broker) -> None:
+async def test_subscriber_of_system_channels_ignores_forged_replies(broker: Broker) -> None:
     wide = broker.keygen("emitter/#/", "rw")
-    made: list[object] = []
+    emitted: list[object] = []
     async with connect(broker.url) as victim:
-        victim.on("keygen", made.append)
+        victim.on("keygen", emitted.append)
         async with victim.subscribe(wide, "emitter/keygen/") as messages:
             forged = b'{"req":%d,"status":200,"key":"forged","channel":"a/"}'
             for number in range(1, 20):
                 await broker.publish("emitter/keygen/", forged % number)
             await victim.flush()
-            # What answers nothing is an ordinary message to who has asked for that channel.
+            # A message that answers no request is an ordinary one to a subscriber of that channel.
             assert messages.statistics().current_buffer_used == 19
             key = await victim.keygen(broker.secret_key, "a/")
             assert key.key != "forged"
             await victim.flush()
-    assert len(made) == 1
+    assert len(emitted) == 1
 
 
-async def test_a_refusal_that_nobody_waits_for_is_logged_with_the_way_out(
+async def test_refused_publish_with_qos_0_is_logged_with_advice(
     broker: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = broker.keygen("a/", "r")
@@ -300,7 +300,7 @@ async def test_a_refusal_that_nobody_waits_for_is_logged_with_the_way_out(
     assert key not in record.getMessage()
 
 
-async def test_a_peer_that_sends_nonsense_is_a_lost_link(broker: Broker) -> None:
+async def test_peer_that_violates_the_protocol_loses_the_connection(broker: Broker) -> None:
     async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
 
         async def serve(stream: anyio.abc.SocketStream) -> None:
@@ -321,10 +321,10 @@ async def test_a_peer_that_sends_nonsense_is_a_lost_link(broker: Broker) -> None
     assert isinstance(caught.value.__cause__, RemoteProtocolError)
 
 
-# What the broker cannot keep apart
+# Channels with equal hashes
 
 
-async def test_channels_whose_hashes_cancel_out_conflict(broker: Broker) -> None:
+async def test_channels_with_equal_hashes_conflict(broker: Broker) -> None:
     key = broker.keygen("#/", "rwp")
     async with connect(broker.url) as emitter:
         async with emitter.subscribe(key, "p/q/"):
@@ -341,10 +341,10 @@ async def test_channels_whose_hashes_cancel_out_conflict(broker: Broker) -> None
             assert (await messages.receive()).binary == b"x"
 
 
-# Corners
+# Edge cases
 
 
-async def test_more_channels_than_are_kept_ready(broker: Broker) -> None:
+async def test_more_channels_than_the_caches_hold(broker: Broker) -> None:
     key = broker.keygen("a/#/")
     async with (
         connect(broker.url) as emitter,
@@ -358,13 +358,13 @@ async def test_more_channels_than_are_kept_ready(broker: Broker) -> None:
         ]
 
 
-async def test_a_channel_that_cannot_be_hashed_is_a_type_error(broker: Broker) -> None:
+async def test_unhashable_channel_raises_type_error(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
         with pytest.raises(TypeError, match=r"channel.*str"):
-            await emitter.publish(broker.keygen("a/"), ["a/"], "x")  # type: ignore[arg-type]  # the fault in question
+            await emitter.publish(broker.keygen("a/"), ["a/"], "x")  # type: ignore[arg-type]  # on purpose
 
 
-async def test_unsubscribing_what_a_stream_uses_leaves_it_alone(broker: Broker) -> None:
+async def test_unsubscribe_does_not_end_a_stream(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         await emitter.unsubscribe(key, "a/")
@@ -372,15 +372,15 @@ async def test_unsubscribing_what_a_stream_uses_leaves_it_alone(broker: Broker) 
         assert (await messages.receive()).binary == b"x"
 
 
-async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backend: object) -> None:
+async def test_refused_replay_unsubscribes(anyio_backend: object) -> None:
     async def script(peer: Peer) -> None:
         await peer.accept()
         for _ in range(2):
             await peer.answer(await peer.until(SUBSCRIBE))
-        asked = await peer.until(PUBLISH)
-        refusal = {"req": asked.packet_id, "status": 404, "message": "not found"}
+        request = await peer.until(PUBLISH)
+        refusal = {"req": request.packet_id, "status": 404, "message": "not found"}
         await peer.send(packets.publish("emitter/history/", json.dumps(refusal).encode()))
-        await peer.answer(asked)
+        await peer.answer(request)
         left = await peer.until(UNSUBSCRIBE)
         assert left.body.endswith(b"/a/b/")
         await peer.answer(left)
@@ -394,7 +394,7 @@ async def test_a_replay_that_is_refused_gives_the_subscription_back(anyio_backen
             await emitter.flush()
 
 
-async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Broker) -> None:
+async def test_feed_requests_nothing_after_disconnect(broker: Broker) -> None:
     before = running_tasks()
     async with connect(broker.url) as emitter:
         async with emitter.watch_presence(broker.keygen("a/", "p"), "a/", refresh=0.001) as feed:
@@ -405,7 +405,7 @@ async def test_a_feed_asks_no_more_when_the_client_has_disconnected(broker: Brok
             assert [event async for event in feed] == []
 
 
-async def test_a_broker_that_matches_as_mqtt_does(anyio_backend: object) -> None:
+async def test_broker_with_the_mqtt_matcher(anyio_backend: object) -> None:
     async with Broker(matcher="mqtt") as broker, connect(broker.url, matcher="mqtt") as emitter:
         key = broker.keygen("a/#/")
         async with (

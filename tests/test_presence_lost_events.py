@@ -1,4 +1,4 @@
-"""A room of many who come and go, while events are lost: ``.members`` is right at the end."""
+"""Many members join and leave while events are lost; ``.members`` is correct in the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.peer import PUBLISH, Peer, memory_peer
 ROOM = "room/"
 PLACES = [ROOM, *(f"{ROOM}{place}/" for place in ("a", "a/x", "a/x/y", "b", "c", "d", "+/z"))]
 
-OFTEN = 0.01
+REFRESH_SECONDS = 0.01
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def key(broker: Broker) -> str:
 
 
 def reaches(wanted: str, channel: str) -> bool:
-    """Emitter's rule, written once more: a subscription reaches its channel and all below it."""
+    """A second implementation of Emitter's rule: a subscription covers its subchannels."""
     levels = wanted.rstrip("/").split("/")
     given = channel.rstrip("/").split("/")[: len(levels)]
     return len(given) == len(levels) and all(
@@ -53,11 +53,12 @@ def reaches(wanted: str, channel: str) -> bool:
     )
 
 
-def truth(broker: Broker, watched: str) -> dict[str, str]:
+def expected_members(broker: Broker, watched: str) -> dict[str, str]:
     """
-    Who is there, by the broker's own books, and under which name.
+    Return the ids and usernames of the members, from the broker's tables.
 
-    It is whom a message to the channel would reach, and who is subscribed below it.
+    The members are the clients that a message to the channel would reach, and the subscribers of
+    its subchannels.
     """
     return {
         client.id: client.username
@@ -66,52 +67,56 @@ def truth(broker: Broker, watched: str) -> dict[str, str]:
     }
 
 
-def told(feed: PresenceFeed) -> dict[str, str]:
+def members_of(feed: PresenceFeed) -> dict[str, str]:
     return {id: member.username or "" for id, member in feed.members.items()}
 
 
-class Statuses:
-    """Tells of each status that the watcher has asked for."""
+class StatusCounter:
+    """Counts the statuses that the watcher has requested, and waits for more."""
 
     def __init__(self, watcher: Emitter) -> None:
         self.count = 0
-        self._another = anyio.Event()
+        self._received = anyio.Event()
         watcher.on("presence", self._note)
 
     def _note(self, event: PresenceEvent) -> None:
         if isinstance(event, PresenceStatus):
             self.count += 1
-            self._another.set()
+            self._received.set()
 
-    async def more(self, count: int = 1) -> None:
+    async def wait_for(self, count: int = 1) -> None:
         for _ in range(count):
-            self._another = anyio.Event()
-            await self._another.wait()
+            self._received = anyio.Event()
+            await self._received.wait()
 
 
-async def right(broker: Broker, statuses: Statuses, **feeds: PresenceFeed) -> None:
+async def wait_until_correct(
+    broker: Broker, statuses: StatusCounter, **feeds: PresenceFeed
+) -> None:
     """
-    Wait until the members of each feed are right, and stay so.
+    Wait until the members of each feed are correct, and stay correct.
 
-    They may be right too early: who went unseen from one place to another is still there by what is
-    known of the first, until a status tells that he is not, and one of the other that he is.
+    They can be correct for a while by accident: a member whose move between two channels was lost
+    is still listed for the first one, until a status of each channel corrects that.
     """
     watched = {feed: name.replace("_", "/") for name, feed in feeds.items()}
     wanted, steady = 10 * len(feeds), 0
-    # Far above what it takes on a busy machine: it ends only a feed that never becomes right.
+    # Far more than a busy machine needs: only a feed that never becomes correct times out.
     with anyio.move_on_after(120):
         while steady < wanted:
-            await statuses.more()
-            right = all(told(f) == truth(broker, channel) for f, channel in watched.items())
-            steady = steady + 1 if right else 0
-    assert steady == wanted, {channel: told(feed) for feed, channel in watched.items()}
+            await statuses.wait_for()
+            correct = all(
+                members_of(f) == expected_members(broker, channel) for f, channel in watched.items()
+            )
+            steady = steady + 1 if correct else 0
+    assert steady == wanted, {channel: members_of(feed) for feed, channel in watched.items()}
 
 
-async def move(member: Emitter, key: str, dice: random.Random, moves: int) -> None:
-    """Come to some places and leave others, as the dice say."""
+async def move(member: Emitter, key: str, rng: random.Random, moves: int) -> None:
+    """Subscribe to some channels and unsubscribe from others, at random."""
     for _ in range(moves):
-        place = dice.choice(PLACES)
-        if dice.random() < 0.3:
+        place = rng.choice(PLACES)
+        if rng.random() < 0.3:
             await member.subscribe(key, place, 0)
         else:
             await member.unsubscribe(key, place)
@@ -119,13 +124,13 @@ async def move(member: Emitter, key: str, dice: random.Random, moves: int) -> No
 
 @asynccontextmanager
 async def crowd(
-    broker: Broker, statuses: Statuses, key: str, seed: int, count: int = 50, phases: int = 6
+    broker: Broker, statuses: StatusCounter, key: str, seed: int, count: int = 50, phases: int = 6
 ) -> AsyncGenerator[list[Emitter]]:
     """
-    Let them come and go; every other time, what would be told of it is lost.
+    Let members join and leave at random; in every other phase, the events are lost.
 
-    At first all are there until statuses have named them, so that they are not taken for those of
-    another node. In the end a fifth of them have left altogether.
+    First, all members join until statuses have listed them, so that the feed does not take them
+    for members on another node. At the end, a fifth of them disconnect.
     """
     async with AsyncExitStack() as stack:
         members = [
@@ -134,13 +139,13 @@ async def crowd(
         ]
         for member in members:
             await member.subscribe(key, ROOM)
-        await statuses.more(20)
+        await statuses.wait_for(20)
         for phase in range(phases):
             with broker.lose("message") if phase % 2 else nullcontext():
                 async with anyio.create_task_group() as tasks:
                     for number, member in enumerate(members):
-                        dice = random.Random(f"{seed} {phase} {number}")
-                        tasks.start_soon(move, member, key, dice, 4)
+                        rng = random.Random(f"{seed} {phase} {number}")
+                        tasks.start_soon(move, member, key, rng, 4)
         with broker.lose("message"):
             for number in range(0, count, 5):
                 (link,) = [c for c in broker.clients if c.username == f"m{number}"]
@@ -151,51 +156,59 @@ async def crowd(
 
 @pytest.mark.without_debug
 @pytest.mark.parametrize("seed", range(2))
-async def test_the_members_are_right_in_the_end(
+async def test_members_are_correct_in_the_end(
     broker: Broker, watcher: Emitter, key: str, seed: int
 ) -> None:
-    statuses = Statuses(watcher)
-    async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:
+    statuses = StatusCounter(watcher)
+    async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=REFRESH_SECONDS) as feed:
         async with crowd(broker, statuses, key, seed):
-            assert len(truth(broker, ROOM)) > 20
-            await right(broker, statuses, room_=feed)
-        await right(broker, statuses, room_=feed)
-        assert told(feed) == {}
+            assert len(expected_members(broker, ROOM)) > 20
+            await wait_until_correct(broker, statuses, room_=feed)
+        await wait_until_correct(broker, statuses, room_=feed)
+        assert members_of(feed) == {}
 
 
 @pytest.mark.without_debug
-async def test_several_feeds_on_overlapping_channels_are_right_at_once(
+async def test_feeds_on_overlapping_channels_are_correct(
     broker: Broker, watcher: Emitter, key: str
 ) -> None:
-    statuses = Statuses(watcher)
+    statuses = StatusCounter(watcher)
     async with (
-        watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as room,
-        watcher.watch_presence(key, ROOM, buffer=1, overflow="drop_oldest", refresh=OFTEN) as too,
-        watcher.watch_presence(key, f"{ROOM}a/", buffer=100000, refresh=OFTEN) as a,
-        watcher.watch_presence(key, f"{ROOM}d/", buffer=100000, refresh=OFTEN) as d,
+        watcher.watch_presence(key, ROOM, buffer=100000, refresh=REFRESH_SECONDS) as room,
+        watcher.watch_presence(
+            key, ROOM, buffer=1, overflow="drop_oldest", refresh=REFRESH_SECONDS
+        ) as small_buffer,
+        watcher.watch_presence(key, f"{ROOM}a/", buffer=100000, refresh=REFRESH_SECONDS) as a,
+        watcher.watch_presence(key, f"{ROOM}d/", buffer=100000, refresh=REFRESH_SECONDS) as d,
         crowd(broker, statuses, key, 7, count=25),
     ):
-        numbers = [len(truth(broker, each)) for each in (ROOM, f"{ROOM}a/", f"{ROOM}d/")]
-        assert numbers == sorted(set(numbers), reverse=True), "each has its own"
-        await right(broker, statuses, room_=room, room_a_=a, room_d_=d)
-        assert told(too) == told(room)
+        numbers = [len(expected_members(broker, each)) for each in (ROOM, f"{ROOM}a/", f"{ROOM}d/")]
+        assert numbers == sorted(set(numbers), reverse=True), (
+            "the feeds should have different members"
+        )
+        await wait_until_correct(broker, statuses, room_=room, room_a_=a, room_d_=d)
+        assert members_of(small_buffer) == members_of(room)
 
 
 @pytest.mark.without_debug
 @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])
-async def test_the_members_are_right_whether_or_not_anybody_reads(
+async def test_members_are_correct_without_a_reader(
     broker: Broker, watcher: Emitter, key: str, overflow: Any
 ) -> None:
-    """One reader lags behind, one's buffer overflows, and neither has read anything."""
-    statuses = Statuses(watcher)
+    """Neither feed is read; the buffer of one overflows."""
+    statuses = StatusCounter(watcher)
     async with (
-        watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as lagging,
-        watcher.watch_presence(key, ROOM, buffer=2, overflow=overflow, refresh=OFTEN) as full,
+        watcher.watch_presence(key, ROOM, buffer=100000, refresh=REFRESH_SECONDS) as lagging,
+        watcher.watch_presence(
+            key, ROOM, buffer=2, overflow=overflow, refresh=REFRESH_SECONDS
+        ) as full,
         crowd(broker, statuses, key, 11, count=20),
     ):
-        await right(broker, statuses, room_=lagging)
-        assert told(full) == told(lagging)
-        assert full.statistics().current_buffer_used == 3, "the first status is beside the buffer"
+        await wait_until_correct(broker, statuses, room_=lagging)
+        assert members_of(full) == members_of(lagging)
+        assert full.statistics().current_buffer_used == 3, (
+            "two events and the first status, which does not use the buffer"
+        )
         assert full.statistics().dropped > 10
         assert lagging.statistics().dropped == 0
         assert (await lagging.receive()).event == "status"
@@ -206,19 +219,21 @@ async def test_the_members_are_right_whether_or_not_anybody_reads(
 
 
 @pytest.mark.without_debug
-async def test_each_phase_of_losing_ends_right(broker: Broker, watcher: Emitter, key: str) -> None:
-    statuses = Statuses(watcher)
-    async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=OFTEN) as feed:
+async def test_members_are_correct_after_each_phase_with_lost_events(
+    broker: Broker, watcher: Emitter, key: str
+) -> None:
+    statuses = StatusCounter(watcher)
+    async with watcher.watch_presence(key, ROOM, buffer=100000, refresh=REFRESH_SECONDS) as feed:
         async with crowd(broker, statuses, key, 3, count=10, phases=2) as members:
             staying = [member for member in members if member.state == "connected"]
             for phase in range(3):
                 with broker.lose("message"):
                     for number, member in enumerate(staying):
                         await move(member, key, random.Random(f"{phase} {number}"), 3)
-                await right(broker, statuses, room_=feed)
+                await wait_until_correct(broker, statuses, room_=feed)
 
 
-# One doubt at a time
+# Single inconsistencies
 
 
 @pytest.fixture
@@ -227,50 +242,50 @@ async def ann(broker: Broker) -> AsyncIterator[Emitter]:
         yield ann
 
 
-async def test_who_is_left_in_another_channel_that_we_did_not_see_is_found_by_a_doubt(
+async def test_member_still_reached_through_a_parent_is_kept(
     broker: Broker, watcher: Emitter, ann: Emitter, key: str
 ) -> None:
-    """She was there before the feed, through a parent; her leaving of the room is a doubt."""
+    """Ann subscribed to a parent before the feed started; her unsubscribe triggers a status."""
     await ann.subscribe(key, "+/")
     await ann.subscribe(key, ROOM)
     async with watcher.watch_presence(key, ROOM, refresh=None) as feed:
-        assert list(told(feed).values()) == ["ann"]
+        assert list(members_of(feed).values()) == ["ann"]
         await ann.unsubscribe(key, ROOM)
         assert [(await feed.receive()).event for _ in range(3)] == [
             "status",
             "unsubscribe",
             "status",
         ]
-        assert list(told(feed).values()) == ["ann"]
+        assert list(members_of(feed).values()) == ["ann"]
 
 
-async def test_who_leaves_unseen_is_found_missing_with_the_next_doubt(
+async def test_member_whose_leaving_was_lost_is_removed_by_the_next_status(
     broker: Broker, watcher: Emitter, ann: Emitter, key: str
 ) -> None:
     await ann.subscribe(key, ROOM)
     async with connect(broker.url, username="bob") as bob:
         await bob.subscribe(key, ROOM)
         async with watcher.watch_presence(key, ROOM, refresh=None) as feed:
-            assert sorted(told(feed).values()) == ["ann", "bob"]
+            assert sorted(members_of(feed).values()) == ["ann", "bob"]
             with broker.lose("message"):
                 await ann.unsubscribe(key, ROOM)
-            assert len(told(feed)) == 2, "nothing has told of it"
+            assert len(members_of(feed)) == 2, "no event reported it"
             await bob.unsubscribe(key, ROOM)
             assert [(await feed.receive()).event for _ in range(3)] == [
                 "status",
                 "unsubscribe",
                 "status",
             ]
-            assert told(feed) == {}
+            assert members_of(feed) == {}
 
 
 @pytest.mark.parametrize("place", ["", "a/"])
-async def test_who_comes_or_goes_unseen_is_found_by_the_refresh(
+async def test_lost_events_are_corrected_by_the_refresh(
     broker: Broker, watcher: Emitter, ann: Emitter, key: str, place: str
 ) -> None:
     channel = ROOM + place
-    statuses = Statuses(watcher)
-    async with watcher.watch_presence(key, ROOM, refresh=OFTEN) as feed:
+    statuses = StatusCounter(watcher)
+    async with watcher.watch_presence(key, ROOM, refresh=REFRESH_SECONDS) as feed:
         await ann.subscribe(key, channel)
         await ann.unsubscribe(key, channel)
         assert [(await feed.receive()).event for _ in range(3)] == [
@@ -278,82 +293,82 @@ async def test_who_comes_or_goes_unseen_is_found_by_the_refresh(
             "subscribe",
             "unsubscribe",
         ]
-        for verb, there in ((ann.subscribe, ["ann"]), (ann.unsubscribe, [])):
+        for method, there in ((ann.subscribe, ["ann"]), (ann.unsubscribe, [])):
             with broker.lose("message"):
-                await verb(key, channel)
+                await method(key, channel)
             status = await feed.receive()
             assert (status.event, status.channel) == ("status", channel)
             assert [member.username for member in status.who] == there
-            assert list(told(feed).values()) == there
-        await statuses.more(5)
+            assert list(members_of(feed).values()) == there
+        await statuses.wait_for(5)
         with pytest.raises(anyio.WouldBlock):
             feed.receive_nowait()
 
 
-async def test_a_key_for_the_room_alone_is_enough(
+async def test_key_for_the_room_only_is_enough(
     broker: Broker, watcher: Emitter, ann: Emitter, key: str
 ) -> None:
-    """The statuses of the channels below are refused; events tell of them all the same."""
-    statuses = Statuses(watcher)
+    """Statuses of subchannels are refused, but their events arrive."""
+    statuses = StatusCounter(watcher)
     errors: list[Exception] = []
     watcher.on("error", errors.append)
     strict = broker.keygen(ROOM, "p")
-    async with watcher.watch_presence(strict, ROOM, refresh=OFTEN) as feed:
+    async with watcher.watch_presence(strict, ROOM, refresh=REFRESH_SECONDS) as feed:
         await ann.subscribe(key, f"{ROOM}a/")
-        await statuses.more(5)
-        assert list(told(feed).values()) == ["ann"]
+        await statuses.wait_for(5)
+        assert list(members_of(feed).values()) == ["ann"]
         await ann.unsubscribe(key, f"{ROOM}a/")
-        await statuses.more(5)
-        assert told(feed) == {}
+        await statuses.wait_for(5)
+        assert members_of(feed) == {}
     assert errors == []
 
 
 @pytest.mark.virtual_time
-async def test_doubts_do_not_put_off_the_refresh() -> None:
-    """Every ten seconds somebody unknown leaves, and every sixty all the channels are looked at."""
-    asked: list[tuple[int, str]] = []
+async def test_requested_statuses_do_not_delay_the_refresh() -> None:
+    """An unknown member leaves every 10 s; all channels are refreshed every 60 s."""
+    requested: list[tuple[int, str]] = []
 
-    async def come_and_go(peer: Peer) -> None:
+    async def send_unknown_leaves(peer: Peer) -> None:
         for number in itertools.count():
             await anyio.sleep(10)
             left = {"event": "unsubscribe", "channel": ROOM, "who": {"id": f"x{number}"}}
-            await tell(peer, {"time": 1, **left})
+            await send(peer, {"time": 1, **left})
 
     async def play(peer: Peer) -> None:
         await peer.accept()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(come_and_go, peer)
+            tasks.start_soon(send_unknown_leaves, peer)
             while packet := await peer.packet():
                 if packet.kind == PUBLISH:
                     wanted = json.loads(packet.payload)["channel"]
-                    asked.append((round(anyio.current_time()), wanted))
+                    requested.append((round(anyio.current_time()), wanted))
                     answer = {"status": 200, "event": "status", "channel": wanted, "who": []}
-                    await tell(peer, {"req": packet.packet_id, "time": 1, **answer})
-                    if len(asked) == 1:
-                        came = {"event": "subscribe", "channel": f"{ROOM}a/", "who": {"id": "y"}}
-                        await tell(peer, {"time": 1, **came})
+                    await send(peer, {"req": packet.packet_id, "time": 1, **answer})
+                    if len(requested) == 1:
+                        joined = {"event": "subscribe", "channel": f"{ROOM}a/", "who": {"id": "y"}}
+                        await send(peer, {"time": 1, **joined})
                 await peer.answer(packet)
             tasks.cancel_scope.cancel()
 
-    async def tell(peer: Peer, what: dict[str, Any]) -> None:
-        await peer.send(packets.publish("emitter/presence/", json.dumps(what).encode()))
+    async def send(peer: Peer, reply: dict[str, Any]) -> None:
+        await peer.send(packets.publish("emitter/presence/", json.dumps(reply).encode()))
 
     async with memory_peer(play) as connectable, connect(connectable=connectable) as watcher:
         async with watcher.watch_presence("K" * 32, ROOM) as feed:
             while "y" not in feed.members:
                 await feed.receive()
             await anyio.sleep(245)
-            assert told(feed) == {"y": ""}, "it may be on another node"
-    start = asked[0][0]
-    below = [time - start for time, channel in asked if channel != ROOM]
+            assert members_of(feed) == {"y": ""}, "the member might be on another node"
+    start = requested[0][0]
+    below = [time - start for time, channel in requested if channel != ROOM]
     assert below == [60, 120, 180, 240]
-    assert len(asked) > 24, "and the doubts have been asked for, too"
+    assert len(requested) > 24, "statuses were also requested after the events"
 
 
-# A status that is too large
+# Statuses that are too large
 
 
-async def test_a_status_too_large_is_an_error_that_says_so(
+async def test_status_too_large_raises_with_the_reason(
     broker: Broker, watcher: Emitter, key: str
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -369,11 +384,13 @@ async def test_a_status_too_large_is_an_error_that_says_so(
                 pass
 
 
-async def test_a_room_that_becomes_too_large_ends_the_feed_with_an_error_that_says_so(
+async def test_room_that_grows_too_large_ends_the_feed_with_the_reason(
     broker: Broker, watcher: Emitter, key: str
 ) -> None:
     async with AsyncExitStack() as stack:
-        feed = await stack.enter_async_context(watcher.watch_presence(key, ROOM, refresh=OFTEN))
+        feed = await stack.enter_async_context(
+            watcher.watch_presence(key, ROOM, refresh=REFRESH_SECONDS)
+        )
         for number in range(2):
             member = connect(broker.url, username=f"{number}" * 40000)
             await (await stack.enter_async_context(member)).subscribe(key, ROOM)
@@ -385,10 +402,10 @@ async def test_a_room_that_becomes_too_large_ends_the_feed_with_an_error_that_sa
         assert watcher.state == "connected"
 
 
-async def test_an_answer_that_does_not_come_in_time_is_reported_and_asked_for_again(
+async def test_status_that_times_out_is_reported_and_requested_again(
     broker: Broker, watcher: Emitter, ann: Emitter, key: str
 ) -> None:
-    statuses = Statuses(watcher)
+    statuses = StatusCounter(watcher)
     errors: list[Exception] = []
     reported = anyio.Event()
 
@@ -397,19 +414,19 @@ async def test_an_answer_that_does_not_come_in_time_is_reported_and_asked_for_ag
         errors.append(error)
         reported.set()
 
-    async with connect(broker.url, request_timeout=0.05) as hasty:
-        named = Statuses(hasty)
-        hasty.on("error", report)
-        # No answer that is awaited here may be late: only those to the refreshing may.
-        async with hasty.watch_presence(key, ROOM, refresh=OFTEN, timeout=None) as feed:
+    async with connect(broker.url, request_timeout=0.05) as client:
+        client_statuses = StatusCounter(client)
+        client.on("error", report)
+        # timeout=None: only the replies to the refresh may time out.
+        async with client.watch_presence(key, ROOM, refresh=REFRESH_SECONDS, timeout=None) as feed:
             with broker.hold("answer", "puback"):
                 await reported.wait()
             await ann.subscribe(key, ROOM)
             assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]
-            await named.more(2)
+            await client_statuses.wait_for(2)
             with broker.lose("message"):
                 await ann.unsubscribe(key, ROOM)
             assert (await feed.receive()).event == "status"
-            assert told(feed) == {}
+            assert members_of(feed) == {}
     assert all(isinstance(error, RequestTimeoutError) for error in errors)
     assert statuses.count == 0
