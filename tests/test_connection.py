@@ -668,10 +668,10 @@ async def test_connection_closed_before_run_sends_disconnect(anyio_backend: obje
 
     kinds: list[int] = []
     async with tcp_peer(script) as port:
-        options = make_options(f"mqtt://127.0.0.1:{port}", {})
-        connection = await open_connection(options, Wants("emitter"))
+        options, tasks = make_options(f"mqtt://127.0.0.1:{port}", {}), Tasks(print)
+        connection = await open_connection(options, Wants("emitter"), tasks)
         connection.close()
-        assert await connection.run(deliver, Tasks(print)) is None
+        assert await connection.run(deliver, tasks) is None
     assert kinds == [CONNECT, DISCONNECT]
 
 

@@ -16,6 +16,7 @@ from emitter_anyio.testing import Broker
 from tests.support.command import run
 from tests.support.connections import connect_once
 from tests.support.leaks import client_tasks, running_tasks
+from tests.support.never_left import RUNS, SITUATIONS
 
 
 class UserError(Exception):
@@ -194,51 +195,16 @@ def test_client_that_is_never_left_does_not_keep_the_program_running(run_with: s
         assert errors[1].startswith("RuntimeError: Nursery stack corrupted")
 
 
-NEVER_LEFT_REPEATEDLY = """
-import contextlib, logging
-import trio.testing
-from anyio.from_thread import start_blocking_portal
-from emitter_anyio import connect
-from emitter_anyio.testing import Broker
-
-logging.disable()
-left_open = []
-
-async def nothing(emitter):
-    pass
-
-async def settle(emitter):
-    await trio.testing.wait_all_tasks_blocked()
-
-async def publish(emitter):
-    for _ in range(20):
-        await emitter.publish(key, "a/", "x" * 1000)
-    await emitter.subscribe(key, "a/")
-
-async def main(work):
-    stack = contextlib.AsyncExitStack()
-    left_open.append(stack)
-    emitter = await stack.enter_async_context(connect(broker.url))
-    emitter.on("message", print)
-    await work(emitter)
-    raise ValueError("the program's own")
-
-with start_blocking_portal() as portal, portal.wrap_async_context_manager(Broker()) as broker:
-    key = broker.keygen("a/", "rw")
-    for work in (nothing, settle, publish):
-        for _ in range(20):
-            try:
-                trio.run(main, work)
-            except BaseException as exc:
-                print(work.__name__, type(exc).__name__, type(exc.__context__).__name__)
-"""
-
-
-def test_client_that_is_never_left_causes_no_internal_error_of_trio() -> None:
-    done = run("-W", "ignore", "-c", NEVER_LEFT_REPEATEDLY)
-    assert set(done.stdout.splitlines()) == {
-        f"{work} RuntimeError ValueError" for work in ("nothing", "settle", "publish")
-    }
+@pytest.mark.parametrize(
+    ("backend", "end"), [("asyncio", "ValueError NoneType"), ("trio", "RuntimeError ValueError")]
+)
+def test_client_that_is_never_left_does_not_hide_the_exception_of_the_program(
+    backend: str, end: str
+) -> None:
+    done = run("-W", "ignore", "-m", "tests.support.never_left", backend)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(SITUATIONS) * RUNS
+    assert [line for line in lines if not line.endswith(f": {end}")] == []
 
 
 # Leaving in another task than the one that entered

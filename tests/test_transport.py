@@ -20,6 +20,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSAttribute, TLSStream
 
 from emitter_anyio import Backoff, ConnectError, ConnectionLostError, Emitter, connect
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._net.options import make_options
 from emitter_anyio._net.transport import (
     SocketTransport,
@@ -306,8 +307,8 @@ async def test_unanswered_addresses_time_out_without_a_hint(
 ) -> None:
     with blackhole() as hole:
         resolve(hole, hole)
-        with pytest.raises(ConnectError, match=r"within 0\.1 s") as caught:
-            async with connect(host="broker.example", secure=False, connect_timeout=0.1):
+        with pytest.raises(ConnectError, match=r"within 0\.6 s") as caught:
+            async with connect(host="broker.example", secure=False, connect_timeout=0.6):
                 pass
     assert HINT not in str(caught.value)
 
@@ -352,6 +353,50 @@ async def test_cancelled_connection_attempts_leave_no_socket(resolve: Callable[.
     with blackhole() as hole:
         resolve(hole, hole, hole)
         with anyio.move_on_after(0.6) as scope:
+            async with connect(host="broker.example", secure=False):
+                pass
+    assert scope.cancelled_caught
+
+
+async def test_connection_that_is_established_too_late_is_closed(
+    resolve: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_waits, entered = anyio.Event(), anyio.Event()
+    waiting = []
+    wait_writable = anyio.wait_writable
+
+    async def wait_in_turn(sock: socket.socket) -> None:
+        waiting.append(sock)
+        if len(waiting) == 1:
+            await second_waits.wait()
+        elif len(waiting) == 2:
+            second_waits.set()
+            with anyio.CancelScope(shield=True):
+                await entered.wait()
+                await wait_writable(sock)
+            return
+        await wait_writable(sock)
+
+    async with tcp_peer(serve) as one, tcp_peer(serve) as two:
+        resolve(one, two)
+        with monkeypatch.context() as patch:
+            patch.setattr(anyio, "wait_writable", wait_in_turn)
+            patch.setattr("emitter_anyio._net.transport._is_connected", lambda sock: False)
+            async with connect(host="broker.example", secure=False) as emitter:
+                patch.undo()
+                entered.set()
+                while waiting[1].fileno() >= 0:
+                    await checkpoint()
+                await emitter.flush()
+
+
+async def test_entering_in_a_cancelled_scope_tries_no_address_to_the_end(
+    resolve: Callable[..., None],
+) -> None:
+    with blackhole() as hole:
+        resolve(hole, hole)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
             async with connect(host="broker.example", secure=False):
                 pass
     assert scope.cancelled_caught
@@ -703,7 +748,7 @@ async def test_send_eof_on_a_broken_tls_connection_is_ignored(anyio_backend: obj
 
     async with tcp_peer(script, context=tls.server_context()) as port:
         options = make_options(f"mqtts://127.0.0.1:{port}", {"ssl_context": tls.client_context()})
-        transport = await open_transport(options.servers[0], options)
+        transport = await open_transport(options.servers[0], options, Tasks(print))
         await transport.send_eof()
         await transport.send(b"x")
         with pytest.raises(OSError, match="reset"):

@@ -30,6 +30,7 @@ class AsyncioBackend(Backend):
         self.make_wakeup = partial(FutureWakeup, loop)
         # In a guest run of Trio, no task of the host loop is current.
         self.runs_task = partial(asyncio.current_task, loop)
+        self.pause = partial(asyncio.sleep, 0)
 
     def open_reader(self, sock: socket.socket) -> Reader:
         try:
@@ -43,6 +44,9 @@ class AsyncioBackend(Backend):
 
     def has_ended(self, task: object) -> bool:
         return isinstance(task, asyncio.Task) and task.done()
+
+    def abandons_tasks(self, host: object) -> bool:
+        return False
 
     def native_cancellations(self) -> int:
         task = asyncio.current_task(self._loop)

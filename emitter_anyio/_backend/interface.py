@@ -108,12 +108,15 @@ class Backend(ABC):
     :ivar make_wakeup: makes a :class:`Wakeup`
     :ivar runs_task: returns a true value in a task of the event loop, and a false value in its
         callbacks. It must be called in the thread of the event loop
+    :ivar pause: gives other tasks one turn. If the task is cancelled, it might raise the
+        cancellation or return
     """
 
     token: object
     clock: Callable[[], float]
     make_wakeup: Callable[[], Wakeup]
     runs_task: Callable[[], object]
+    pause: Callable[[], Awaitable[None]]
 
     @abstractmethod
     def open_reader(self, sock: socket.socket) -> Reader:
@@ -126,6 +129,10 @@ class Backend(ABC):
     @abstractmethod
     def has_ended(self, task: object) -> bool:
         """Return whether a task has ended without leaving a task group that it had entered."""
+
+    @abstractmethod
+    def abandons_tasks(self, host: object) -> bool:
+        """Return whether a task has ended with an open task group, so that the run ends, too."""
 
     @abstractmethod
     def native_cancellations(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import anyio
@@ -33,6 +34,8 @@ class Tasks:
         self._running = 0
         self._none_runs: anyio.Event | None = None
         self.used = False
+        self.abandoned: Callable[[], bool] = partial(current_backend().abandons_tasks, None)
+        """Returns whether the tasks have one more turn to end: the group was never closed."""
 
     @property
     def hosted_here(self) -> bool:
@@ -47,7 +50,9 @@ class Tasks:
     async def open(self) -> None:
         """Open the group in the calling task."""
         await self._group.__aenter__()
-        self._host = current_backend().current_task()
+        backend = current_backend()
+        self._host = backend.current_task()
+        self.abandoned = partial(backend.abandons_tasks, self._host)
 
     async def close(self) -> None:
         """
@@ -75,13 +80,14 @@ class Tasks:
         function: Callable[..., Coroutine[Any, Any, None]],
         *arguments: object,
         name: object = None,
-    ) -> None:
-        """Start a task that :meth:`stop` cancels."""
+    ) -> anyio.CancelScope:
+        """Start a task that :meth:`stop` cancels; return its cancel scope."""
         self.used = True
         scope = anyio.CancelScope()
         self._scopes.add(scope)
         name = name or f"{function.__module__}.{function.__qualname__}"
         self.start(self._run_in_scope, scope, function, *arguments, name=name)
+        return scope
 
     async def run(
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
@@ -141,6 +147,18 @@ def is_cancelled() -> bool:
     program's own exception.
     """
     return anyio.current_effective_deadline() == -math.inf
+
+
+async def sleep(seconds: float) -> bool:
+    """
+    Sleep; return whether the task is to go on.
+
+    In a task group that was never left, Trio's scopes catch cancellations that are not their own,
+    and so does the scope in Trio's ``sleep()``.
+    """
+    if not is_cancelled():
+        await anyio.sleep(seconds)
+    return not is_cancelled()
 
 
 def ends_program(error: BaseException) -> bool:

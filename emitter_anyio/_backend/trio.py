@@ -20,6 +20,8 @@ class TrioBackend(Backend):
         self.clock = trio.current_time
         self.make_wakeup = TaskWakeup
         self.runs_task = partial(_runs_task, self.token)
+        # Not checkpoint(), which takes two turns if the task is cancelled.
+        self.pause = lowlevel.cancel_shielded_checkpoint
 
     def open_reader(self, sock: socket.socket) -> Reader:
         return WaitingReader(sock, self.clock)
@@ -30,6 +32,9 @@ class TrioBackend(Backend):
     def has_ended(self, task: object) -> bool:
         # Trio ends the run if a task ends with an open nursery.
         return False
+
+    def abandons_tasks(self, host: object) -> bool:
+        return isinstance(host, lowlevel.Task) and host.coro.cr_frame is None
 
     def native_cancellations(self) -> int:
         return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 
+from emitter_anyio._backend.tasks import is_cancelled
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._runtime.background import Background
 from emitter_anyio._runtime.dispatcher import FEED
@@ -207,8 +208,11 @@ class Presence:
         gaps = 0
         due = anyio.current_time() + period
         with scope:
-            while not watch.send.ended:
+            # In a task group that was never left, Trio's scopes catch the task's cancellation.
+            while not (watch.send.ended or is_cancelled()):
                 stale = await watch.members.wait_stale(due - anyio.current_time())
+                if is_cancelled():
+                    return
                 # The channel's own status is enough for stale members. Every `refresh` seconds and
                 # after a lost connection, request statuses of channels below it as well.
                 channels = [channel]

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import anyio
 
+from emitter_anyio._backend.tasks import is_cancelled, sleep
 from emitter_anyio._protocol.pending import Grant
 from emitter_anyio._runtime.background import Background
 from emitter_anyio._runtime.events import Events, logger
@@ -200,9 +201,10 @@ class Resumption:
         scope: anyio.CancelScope,
     ) -> None:
         with scope:
-            while True:
+            while not is_cancelled():
                 await watermark.stale.wait()
-                await anyio.sleep(RENEWAL_SECONDS)
+                if not await sleep(RENEWAL_SECONDS):
+                    return
                 connection = self._slot.connection
                 try:
                     newest = await self._newest_stored(grant.key, subscription.channel)

@@ -10,10 +10,9 @@ from functools import partial
 from typing import Final, TypeAlias
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend import READ_CHUNK_BYTES, current_backend
-from emitter_anyio._backend.tasks import Tasks
+from emitter_anyio._backend.tasks import Tasks, is_cancelled
 from emitter_anyio._protocol.codec import Codec
 from emitter_anyio._protocol.fast_path import is_qos_0_publish
 from emitter_anyio._protocol.packets import Disconnect, Event, Packet
@@ -102,6 +101,7 @@ class Connection:
         self.since = datetime.now(UTC)
         backend = current_backend()
         self.make_wakeup = backend.make_wakeup
+        self._pause = backend.pause
         self.timer = Timer(backend.clock)
         self.writer = Writer(transport, self.timer.clock)
         self.session = Session(wants, self.send, self.writer.write, codec.encode_publish)
@@ -175,7 +175,7 @@ class Connection:
             self._transition(ConnectionStep.END)
             self.writer.forbid_task()
             try:
-                await self._end_writing()
+                await self._end_writing(tasks)
             finally:
                 if self._broken is None:
                     # If cancelled, there is no time to wait for the queue.
@@ -245,7 +245,9 @@ class Connection:
 
         :raises ClosedResourceError: if it has ended, or is about to
         """
-        if self._ended:
+        # In a task group that was never left, Trio's scopes catch the reader's cancellation.
+        if self._ended or is_cancelled():
+            self._transition(ConnectionStep.END)
             raise anyio.ClosedResourceError
 
     @property
@@ -265,7 +267,7 @@ class Connection:
 
     def _begin(self, tasks: Tasks) -> None:
         self._transition(ConnectionStep.RUN)
-        self.writer.begin(partial(tasks.start_soon, self._write))
+        self.writer.begin(partial(tasks.start_soon, self._write, tasks.abandoned))
         Keepalive(
             *(self.timer, self.writer, self.session, self._last_heard),
             reading_paused=lambda: self._reading_paused,
@@ -277,25 +279,25 @@ class Connection:
         """Return the number of reads, or ``None`` while received bytes are being handled."""
         return self._reads if self._awaits_bytes or self._reading_paused else None
 
-    async def _write(self) -> None:
+    async def _write(self, abandoned: Callable[[], bool]) -> None:
         if self._ended:
             return
         with anyio.CancelScope() as scope:
             ended = anyio.Event()
             self._writing = scope, ended
             try:
-                await self.writer.run()
+                await self.writer.run(abandoned)
             except Exception as exc:
                 self._break(exc)
             finally:
                 ended.set()
 
-    async def _end_writing(self) -> None:
+    async def _end_writing(self, tasks: Tasks) -> None:
         # While the writer task sends, nothing else may send or close the transport.
         if self._writing is not None:
             scope, ended = self._writing
             scope.cancel()
-            if not self.writer.idle:
+            if not (self.writer.idle or tasks.abandoned()):
                 with anyio.CancelScope(shield=True):
                     await ended.wait()
 
@@ -319,7 +321,8 @@ class Connection:
         while self.state is not _ENDED:
             if codec.turn_over and self.state is not _DISCARDING:
                 # Packets wait to be decoded, so missing bytes do not mean that the peer is silent.
-                await checkpoint()
+                await self._pause()
+                self.check()
                 data = b""
                 self._last_heard.note()
             else:

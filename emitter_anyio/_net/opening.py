@@ -7,6 +7,7 @@ from typing import Final
 
 import anyio
 
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._protocol.codec import Codec
 from emitter_anyio._protocol.packets import ConnAck, Connect, Event, Publish
 from emitter_anyio._protocol.wants import Wants
@@ -38,12 +39,18 @@ _CLIENT_CERTIFICATE: Final = (
 
 
 async def open_connection(
-    options: Options, wants: Wants, *, will_key: str | None = None, after: Server | None = None
+    options: Options,
+    wants: Wants,
+    tasks: Tasks,
+    *,
+    will_key: str | None = None,
+    after: Server | None = None,
 ) -> Connection:
     """
     Try each server once, in turn, for at most ``connect_timeout`` seconds each.
 
     :param wants: the subscriptions and presence feeds of the client
+    :param tasks: runs the attempts to connect to several addresses of a server
     :param will_key: the key of the will, if there is one
     :param after: the server whose connection was lost; the next one is tried first
     :return: the connection
@@ -55,17 +62,22 @@ async def open_connection(
     causes: dict[str, Exception] = {}
     begin = 0 if after is None else options.servers.index(after) + 1
     for server in (*options.servers[begin:], *options.servers[:begin]):
+        if tasks.abandoned():
+            # The scope below has caught the task's cancellation.
+            break
         try:
             with anyio.move_on_after(options.connect_timeout):
-                return await _open(server, options, wants, connect)
+                return await _open(server, options, wants, connect, tasks)
             causes[str(server)] = TimeoutError()
         except (*TRANSPORT_ERRORS, EOFError, RemoteProtocolError, ConnectError) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options, after)
 
 
-async def _open(server: Server, options: Options, wants: Wants, connect: Connect) -> Connection:
-    transport = await open_transport(server, options)
+async def _open(
+    server: Server, options: Options, wants: Wants, connect: Connect, tasks: Tasks
+) -> Connection:
+    transport = await open_transport(server, options, tasks)
     try:
         codec = Codec(connect, options.max_message_size, fast_path=FAST_PATH)
         data = codec.connect()

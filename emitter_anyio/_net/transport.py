@@ -25,6 +25,7 @@ from anyio.lowlevel import checkpoint
 from anyio.streams.tls import TLSStream
 
 from emitter_anyio._backend import READ_CHUNK_BYTES, LastHeard, current_backend
+from emitter_anyio._backend.tasks import Tasks
 
 from .options import Options, Server
 from .tls import client_context, explain
@@ -326,7 +327,7 @@ class _SocketStream(ByteStream):
         await self._transport.aclose()
 
 
-async def open_transport(server: Server, options: Options) -> Transport:
+async def open_transport(server: Server, options: Options, tasks: Tasks) -> Transport:
     """
     Open a transport to a server.
 
@@ -338,7 +339,7 @@ async def open_transport(server: Server, options: Options) -> Transport:
 
     Cancelling it closes any socket that it has opened.
     """
-    transport = await _open_below(server, options)
+    transport = await _open_below(server, options, tasks)
     if not server.websocket:
         return transport
     try:
@@ -348,7 +349,7 @@ async def open_transport(server: Server, options: Options) -> Transport:
         raise
 
 
-async def _open_below(server: Server, options: Options) -> Transport:
+async def _open_below(server: Server, options: Options, tasks: Tasks) -> Transport:
     if options.connectable is not None:
         stream = await options.connectable.connect()
         if not server.secure:
@@ -364,8 +365,8 @@ async def _open_below(server: Server, options: Options) -> Transport:
             raise OSError("Python has no Unix sockets on Windows")
         return SocketTransport(await _connect(socket.AF_UNIX, server.host))
     if server.secure:
-        return await _open_tls(server, await client_context(options.ssl_context))
-    return SocketTransport(await _connect_tcp(server))
+        return await _open_tls(server, await client_context(options.ssl_context), tasks)
+    return SocketTransport(await _connect_tcp(server, tasks))
 
 
 async def _upgrade(below: Transport, server: Server, max_message_size: int) -> Transport:
@@ -390,8 +391,8 @@ def host_header(server: Server) -> str:
     return host if server.port == usual else f"{host}:{server.port}"
 
 
-async def _open_tls(server: Server, context: ssl.SSLContext) -> Transport:
-    transport = SocketTransport(await _connect_tcp(server))
+async def _open_tls(server: Server, context: ssl.SSLContext, tasks: Tasks) -> Transport:
+    transport = SocketTransport(await _connect_tcp(server, tasks))
     try:
         return StreamTransport(await _wrap(_SocketStream(transport), server, context), transport)
     except BaseException:
@@ -420,13 +421,13 @@ async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> 
         raise
 
 
-async def _connect_tcp(server: Server) -> socket.socket:
+async def _connect_tcp(server: Server, tasks: Tasks) -> socket.socket:
     found = _alternate(await _look_up(server.host, server.port))
     if len(found) == 1:
         family, *_, address = found[0]
         sock = await _connect(family, address)
     else:
-        sock = await _race(found)
+        sock = await _ConnectAttempts(tasks).run(found)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -439,45 +440,73 @@ def _alternate(found: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
     return [found[0], other, *(entry for entry in found[1:] if entry is not other)]
 
 
-async def _race(found: Sequence[tuple[Any, ...]]) -> socket.socket:
+class _ConnectAttempts:
     """
-    Connect to the first address that accepts the connection.
+    Connects to the first address that accepts the connection.
 
     Each address is tried 0.25 seconds after the previous one, or as soon as that one has failed.
+
+    :param tasks: runs the attempts. With another task group, cancelling would take one more turn;
+        see :func:`is_cancelled`
     """
-    connected: list[socket.socket] = []
-    failures: list[OSError] = []
 
-    async def connect(family: int, address: object, failed: anyio.Event) -> None:
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
+        self._attempts: list[anyio.CancelScope] = []
+        self._failures: list[OSError] = []
+        self._connected: list[socket.socket] = []
+        self._over = False
+        self._changed = anyio.Event()
+
+    async def run(self, found: Sequence[tuple[Any, ...]]) -> socket.socket:
+        """Return the socket that is connected first."""
+        winner = None
         try:
-            connected.append(await _connect(family, address))
-        except OSError as exc:
-            failures.append(exc)
-            failed.set()
-        else:
-            tasks.cancel_scope.cancel()
-
-    winner = None
-    try:
-        async with anyio.create_task_group() as tasks:
             for family, *_, address in found:
-                failed = anyio.Event()
-                tasks.start_soon(connect, family, address, failed)
-                with anyio.move_on_after(_NEXT_ADDRESS_SECONDS):
-                    await failed.wait()
-        winner = connected[0] if connected else None
-    finally:
-        # Two connections can be established in the same iteration of the event loop.
-        for sock in connected:
-            if sock is not winner:
+                if not (self._connected or self._tasks.abandoned()):
+                    self._attempts.append(self._tasks.start_soon(self._attempt, family, address))
+                    with anyio.move_on_after(_NEXT_ADDRESS_SECONDS):
+                        await self._change()
+            while not (self._is_decided or self._tasks.abandoned()):
+                await self._change()
+            winner = self._connected[0] if self._connected else None
+        finally:
+            self._over = True
+            for attempt in self._attempts:
+                attempt.cancel()
+            # Two connections can be established in the same iteration of the event loop.
+            for sock in self._connected:
+                if sock is not winner:
+                    sock.close()
+        if winner is not None:
+            return winner
+        failures = self._failures or [OSError("cancelled")]
+        reasons = "; ".join(dict.fromkeys(map(str, failures)))
+        refused = any(isinstance(exc, ConnectionRefusedError) for exc in failures)
+        raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
+            "could not connect to any address", failures
+        )
+
+    @property
+    def _is_decided(self) -> bool:
+        return bool(self._connected) or len(self._failures) == len(self._attempts)
+
+    async def _attempt(self, family: int, address: object) -> None:
+        try:
+            sock = await _connect(family, address)
+        except OSError as exc:
+            self._failures.append(exc)
+        else:
+            if self._over:
+                # The cancellation of this attempt has come too late.
                 sock.close()
-    if winner is not None:
-        return winner
-    reasons = "; ".join(dict.fromkeys(map(str, failures)))
-    refused = any(isinstance(exc, ConnectionRefusedError) for exc in failures)
-    raise (ConnectionRefusedError if refused else OSError)(reasons) from ExceptionGroup(
-        "could not connect to any address", failures
-    )
+            else:
+                self._connected.append(sock)
+        self._changed.set()
+
+    async def _change(self) -> None:
+        await self._changed.wait()
+        self._changed = anyio.Event()
 
 
 async def _look_up(host: str, port: int) -> Sequence[tuple[Any, ...]]:

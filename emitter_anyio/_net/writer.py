@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Final
 
 import anyio
-from anyio.lowlevel import checkpoint
+
+from emitter_anyio._backend import current_backend
 
 from .transport import Transport
 
@@ -28,6 +29,10 @@ MAX_COLLECT_YIELDS: Final = 8
 """The maximum number of turns that the writer task waits for more packets."""
 
 
+def _never() -> bool:
+    return False
+
+
 class Writer:
     """
     A queue that sends packets in the order of the calls.
@@ -44,6 +49,7 @@ class Writer:
     ) -> None:
         self._transport = transport
         self._clock = clock
+        self._pause = current_backend().pause
         self._packets: deque[bytes | memoryview] = deque()
         self.size = 0
         """The bytes in the queue."""
@@ -180,13 +186,15 @@ class Writer:
             self._awaiting_stop.append(event)
             await event.wait()
 
-    async def run(self) -> None:
+    async def run(self, abandoned: Callable[[], bool] = _never) -> None:
         """
         Send queued packets until cancelled.
 
+        :param abandoned: returns whether the task has to end in this turn; see
+            :meth:`Tasks.abandoned`
         :raises OSError: if the connection breaks
         """
-        while True:
+        while not abandoned():
             if not self._packets:
                 await self._transport.send_control()
             if not self._packets:
@@ -202,7 +210,7 @@ class Writer:
             self._note_sent(sent)
             if count > 1 and not self._packets:
                 # Under load, more packets are about to be queued. Sending them together is cheaper.
-                await checkpoint()
+                await self._pause()
 
     def send_nowait(self) -> None:
         """Send what is possible without waiting, because the connection is about to be closed."""
@@ -263,9 +271,9 @@ class Writer:
             if count - before < BUSY_PACKETS or self.size >= MAX_SEND_BYTES:
                 break
             before = count
-            # Trio runs the tasks of a batch in random order. After two checkpoints, each has run.
-            await checkpoint()
-            await checkpoint()
+            # Trio runs the tasks of a batch in random order. After two turns, each has run.
+            await self._pause()
+            await self._pause()
 
     def _next_bytes(self) -> bytes | memoryview:
         if len(self._packets) == 1:

@@ -95,9 +95,9 @@ class Background:
         function: Callable[..., Coroutine[Any, Any, None]],
         *arguments: object,
         name: object = None,
-    ) -> None:
-        """Start a task that leaving cancels."""
-        self.tasks.start_soon(function, *arguments, name=name)
+    ) -> anyio.CancelScope:
+        """Start a task that leaving cancels; return its scope."""
+        return self.tasks.start_soon(function, *arguments, name=name)
 
     async def run(
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object

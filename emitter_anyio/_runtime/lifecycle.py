@@ -100,6 +100,8 @@ class Lifecycle:
             return
         slot, events = self._slot, self._events
         await self._supervisor.run(connection)
+        if is_cancelled():
+            return
         self._end()
         # Handlers of "error" end last, because other handlers may raise until they have ended.
         events.end(but=("error",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 
+from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.opening import open_connection
 from emitter_anyio._net.options import Options, check_connect_size
@@ -31,11 +32,12 @@ class Opener:
         self._wants = wants
         self._will_key: str | None = None
 
-    async def open(self, last: Connection | None) -> Connection:
+    async def open(self, last: Connection | None, tasks: Tasks) -> Connection:
         """
         Open a connection.
 
         :param last: the connection that was lost; the server after its server is tried first
+        :param tasks: runs attempts to connect to several addresses
         :raises ConnectError: if no server could be reached
         """
         will = self._options.will
@@ -52,5 +54,5 @@ class Opener:
         after = None if last is None else last.server
         with self._trace.span("connect" if last is None else "reconnect"):
             return await open_connection(
-                self._options, self._wants, will_key=self._will_key, after=after
+                self._options, self._wants, tasks, will_key=self._will_key, after=after
             )

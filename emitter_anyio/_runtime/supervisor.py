@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, Final, TypeAlias
 
 import anyio
-from anyio.abc import TaskGroup
 
+from emitter_anyio._backend.tasks import sleep
 from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.opening import is_permanent
 from emitter_anyio._net.options import Options
@@ -148,7 +148,7 @@ class Supervisor:
         :raises ConnectError: if no server could be reached
         """
         self._carried = []
-        return await self._opener.open(None)
+        return await self._opener.open(None, self._background.tasks)
 
     def begin(self, connection: Connection) -> None:
         """Let every call use the first connection, for which there is nothing to restore."""
@@ -201,49 +201,45 @@ class Supervisor:
     # One connection
 
     async def _run_one(self, connection: Connection) -> Exception | None:
-        # In the turn in which a connection ends, so that callers it lets go find none.
-        deliver = self._dispatcher.deliver_for(connection)
-        if self._slot.restored or connection is not self._slot.connection:
-            broken = await connection.run(deliver, self._background.tasks)
-            self._end(connection, broken)
-            return broken
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(
-                self._background.run, self._restore, connection, self._ask(connection, tasks)
-            )
+        scopes: list[anyio.CancelScope] = []
+        if not self._slot.restored and connection is self._slot.connection:
+            self._restore(connection, scopes)
             if self._slot.leaving:
                 self._start_closing(connection)
-            broken = await connection.run(deliver, self._background.tasks)
-            self._end(connection, broken)
-            tasks.cancel_scope.cancel()
+        broken = await connection.run(
+            self._dispatcher.deliver_for(connection), self._background.tasks
+        )
+        # In the turn in which a connection ends, so that callers it lets go find none.
+        self._end(connection, broken)
+        for scope in scopes:
+            scope.cancel()
         return broken
 
-    def _ask(self, connection: Connection, tasks: TaskGroup) -> list[Restoration]:
-        # Everything is asked before anything is awaited: what a user gives up meanwhile either is
-        # not asked for on this connection, or is taken back after it was asked for.
+    def _restore(self, connection: Connection, scopes: list[anyio.CancelScope]) -> None:
+        """
+        Start to restore a connection.
+
+        :param scopes: receives the scopes of the tasks that end with the connection
+        """
 
         def start_soon(
             function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
         ) -> None:
-            tasks.start_soon(self._background.run, function, *arguments)
+            scopes.append(self._background.start_soon(function, *arguments))
 
+        # Everything is asked before anything is awaited: what a user gives up meanwhile either is
+        # not asked for on this connection, or is taken back after it was asked for.
         restoring = Restoring(connection, self._requester.bind(connection), start_soon)
-        return [asked for restorer in self._restorers for asked in restorer(restoring)]
+        asked = [one for restorer in self._restorers for one in restorer(restoring)]
+        unanswered = set(map(id, asked))
+        for one in asked:
+            start_soon(self._await_restored, connection, one, unanswered, len(asked))
+        if not asked:
+            self._be_restored_again(connection, 0)
 
-    async def _restore(self, connection: Connection, asked: Sequence[Restoration]) -> None:
-        """Wait until a connection has everything that the last one had."""
-        async with anyio.create_task_group() as tasks:
-            for one in asked:
-                tasks.start_soon(self._background.run, self._await_restored, connection, one)
-        if connection is self._slot.connection and not connection.broken:
-            carried, self._carried = self._carried, []
-            connection.session.publish_encoded(carried)
-            logger.info(
-                "connected again to %s, with %d things restored", connection.server, len(asked)
-            )
-            self._be_restored(connection)
-
-    async def _await_restored(self, connection: Connection, one: Restoration) -> None:
+    async def _await_restored(
+        self, connection: Connection, one: Restoration, unanswered: set[int], count: int
+    ) -> None:
         try:
             await one.answered()
         except _INTERRUPTIONS as exc:
@@ -251,6 +247,15 @@ class Supervisor:
         except Exception as exc:
             logger.warning("%s could not be restored: %s", one.what, exc)
             one.refused(exc)
+        unanswered.discard(id(one))
+        if not (unanswered or connection.broken) and connection is self._slot.connection:
+            self._be_restored_again(connection, count)
+
+    def _be_restored_again(self, connection: Connection, count: int) -> None:
+        carried, self._carried = self._carried, []
+        connection.session.publish_encoded(carried)
+        logger.info("connected again to %s, with %d things restored", connection.server, count)
+        self._be_restored(connection)
 
     def _be_restored(self, connection: Connection) -> None:
         self._good_at = connection.timer.clock() + _GOOD_SECONDS
@@ -336,13 +341,14 @@ class Supervisor:
         deadline = slot.deadline if slot.leaving else math.inf
         warned: set[str] = set()
         with anyio.CancelScope(deadline=deadline) as self._retrying:
-            await anyio.sleep(backoff.spread_delay())
+            delay = backoff.spread_delay()
             while backoff.tries is None or attempt < backoff.tries:
-                delay = backoff.delay(attempt)
+                if not await sleep(delay + backoff.delay(attempt)):
+                    break
+                delay = 0
                 attempt += 1
-                await anyio.sleep(delay)
                 try:
-                    connection = await self._opener.open(last)
+                    connection = await self._opener.open(last, self._background.tasks)
                 except ConnectError as exc:
                     slot.fail_to_connect(exc)
                     _log_failed_try(attempt, exc, warned)
@@ -350,10 +356,14 @@ class Supervisor:
                 slot.open(connection)
                 self._retrying = None
                 return connection, attempt
-            if not slot.leaving:
-                why = f"{_lost(last)}, and {attempt} tries have opened no other: {slot.last_error}"
-                slot.give_up(why)
-                logger.error("%s", why)
+            else:
+                if not slot.leaving:
+                    why = (
+                        f"{_lost(last)}, and {attempt} tries have opened no other: "
+                        f"{slot.last_error}"
+                    )
+                    slot.give_up(why)
+                    logger.error("%s", why)
         self._retrying = None
         return None, attempt
 
