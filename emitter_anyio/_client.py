@@ -204,7 +204,7 @@ class Emitter:
         wants = Wants(options.matcher, allow_collisions=options.allow_collisions)
         dispatcher = Dispatcher(routes, events, totals, key_ring.forget, trace)
         opener = Opener(options, key_ring, wants, trace)
-        self._requester = requester = Requester(slot, key_ring, options, trace)
+        self._requester = requester = Requester(slot, key_ring, options)
         self._publisher = publisher = Publisher(slot, requester, options, trace)
         self._keys = Keys(requester)
         self._history = history = History(requester)

@@ -29,7 +29,7 @@ from emitter_anyio._protocol.packets import (
     UnsubAck,
     Unsubscribe,
 )
-from emitter_anyio._protocol.pending import Emission, Grant, Pending, Replay
+from emitter_anyio._protocol.pending import Emission, Grant, Pending, Refusal, Replay
 from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._values import requests as requests
@@ -71,13 +71,16 @@ class SessionHarness:
     def __init__(self, matcher: Matcher = "emitter", *, allow_collisions: bool = False) -> None:
         self.sent: list[Packet] = []
         self.emitted: list[Emission] = []
+        self.refusals: list[Refusal] = []
         self.wants = Wants(matcher, allow_collisions=allow_collisions)
         self.written: list[bytes] = []
         self.session = Session(self.wants, self.sent.append, self.written.append, encode_publish)
 
     def receive(self, *events: Answer) -> list[Emission]:
-        """Receive events, and return what they emit."""
+        """Receive events, and return what they emit to users."""
         emitted = [emission for event in events for emission in self.session.receive(event)]
+        self.refusals += [value for event, value in emitted if event == "refused"]
+        emitted = [emission for emission in emitted if emission.event != "refused"]
         self.emitted += emitted
         return emitted
 
@@ -249,6 +252,7 @@ class TestPublishing:
         assert error.message == "message from the broker"
         assert error.hint is not None
         assert KEY not in str(error)
+        assert harness.refusals == [Refusal("publish", "a/", 401)]
 
     def test_each_result_call_raises_its_own_error(self, harness: SessionHarness) -> None:
         pending = harness.publish()
@@ -1232,7 +1236,8 @@ class Conversation(RuleBasedStateMachine):
                 self.refusal_before_flush = False
         elif isinstance(event, EmitterMessage) and b'"req"' not in event.binary:
             # A refused publish of QoS 0.
-            (emission,) = emitted
+            refused, emission = emitted
+            assert refused.value == Refusal("publish", None, 401)
             assert isinstance(emission.value, UnauthorizedError)
             self.refusal_before_flush = True
 

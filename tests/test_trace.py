@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from typing import Final
 
 import anyio
 import pytest
 
-from emitter_anyio import ConnectError, UnauthorizedError
+from emitter_anyio import ConnectError, Emitter, RequestError, UnauthorizedError
 from emitter_anyio.testing import Broker
 from tests.support.connections import connect_once, connect_reconnecting, while_disconnected
 
@@ -81,6 +82,37 @@ async def test_refusals_are_traced(broker: Broker) -> None:
     refused = trace.values("refused")
     assert [values["status"] for values in refused] == [401, 401]
     assert [values["operation"] for values in refused] == ["publish", "publish"]
+
+
+REFUSED: Final[dict[str, Callable[[Emitter, str], Awaitable[object]]]] = {
+    "keygen": lambda emitter, key: emitter.keygen(key, "a/"),
+    "keyban": lambda emitter, key: emitter.keyban(key, "k" * 32),
+    "presence": lambda emitter, key: emitter.presence(key, "a/"),
+    "history": lambda emitter, key: anext(emitter.history(key, "a/")),
+    "subscribe": lambda emitter, key: emitter.subscribe(key, "a/"),
+}
+
+
+@pytest.mark.parametrize("operation", REFUSED)
+async def test_refusal_of_each_request_is_traced_once(broker: Broker, operation: str) -> None:
+    trace = RecordingHook()
+    async with connect_once(broker.url, trace=trace) as emitter:
+        with pytest.raises(RequestError) as caught:
+            await REFUSED[operation](emitter, "x" * 32)
+    (refused,) = trace.values("refused")
+    assert refused["operation"] == operation
+    assert refused["status"] == caught.value.status
+    assert refused["channel"] == (None if operation == "keyban" else "a/")
+
+
+async def test_refusal_that_no_call_awaits_is_traced(broker: Broker) -> None:
+    trace, key = RecordingHook(), broker.keygen("a/", "p")
+    async with connect_once(broker.url, trace=trace) as emitter, emitter.stream("error") as errors:
+        with broker.hold("answer", "error", "puback"), anyio.move_on_after(0.1):
+            await emitter.presence("x" * 32, "a/")
+        await errors.receive()
+    assert [values["operation"] for values in trace.values("refused")] == ["presence"]
+    assert key not in repr(trace.events)
 
 
 async def test_dropped_messages_are_traced(broker: Broker) -> None:

@@ -187,7 +187,15 @@ class Grant:
 
 
 class Emission(NamedTuple):
-    """An event for ``on()`` and ``stream()``."""
+    """An event for ``on()`` and ``stream()``, or ``"refused"`` for the trace hook."""
 
     event: str
     value: Any
+
+
+class Refusal(NamedTuple):
+    """A refusal by the broker, as the trace hook gets it."""
+
+    operation: str
+    channel: str | None
+    status: int | None

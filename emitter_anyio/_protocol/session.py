@@ -39,7 +39,7 @@ from .packets import (
     UnsubAck,
     Unsubscribe,
 )
-from .pending import Emission, Grant, Pending, Replay
+from .pending import Emission, Grant, Pending, Refusal, Replay
 from .wants import Wants
 
 T = TypeVar("T")
@@ -492,7 +492,8 @@ class Session:
                     hint="the publish had qos=0; to identify it, use qos=1 or await flush()",
                 )
                 self._refusal = self._refusal or error
-                return (Emission("error", error),)
+                refused = Refusal("publish", None, status)
+                return (Emission("refused", refused), Emission("error", error))
         return None
 
     def _receive_unexpected(self, message: EmitterMessage, why: str) -> Iterable[Emission]:
@@ -518,7 +519,10 @@ class Session:
             return make_refusal(status, message, pending.operation, pending.key, pending.channel)
 
         pending.fail(error)
-        return () if pending.awaited or pending.quiet else (Emission("error", error()),)
+        if pending.quiet:
+            return ()
+        refused = Emission("refused", Refusal(pending.operation, pending.channel, status))
+        return (refused,) if pending.awaited else (refused, Emission("error", error()))
 
 
 def _send_nothing(packet: object) -> None:

@@ -15,7 +15,7 @@ from emitter_anyio._protocol.pending import Emission
 from emitter_anyio._protocol.session import SYSTEM
 from emitter_anyio._streams import Receiver, Sender
 from emitter_anyio._values.batches import MessageBatch, make_batch
-from emitter_anyio._values.errors import RequestError, UnauthorizedError
+from emitter_anyio._values.errors import UnauthorizedError
 from emitter_anyio._values.messages import EmitterMessage
 from emitter_anyio._values.router import Routes
 
@@ -50,7 +50,7 @@ class Dispatcher:
     :param events: emits events, and reports errors
     :param totals: counts messages
     :param refused: is called when the broker has refused a publish without naming it
-    :param trace: gets deliveries, dropped items, and refusals that no call awaits
+    :param trace: gets deliveries, dropped items and refusals
     """
 
     def __init__(
@@ -150,9 +150,10 @@ class Dispatcher:
         elif event == "error":
             if isinstance(value, UnauthorizedError):
                 self._refused()
-            if isinstance(value, RequestError):
-                self._trace("refused", operation=value.operation, status=value.status)
             self._events.report(value)
+        elif event == "refused":
+            operation, channel, status = value
+            self._trace(event, operation=operation, channel=channel, status=status)
         else:
             for stream in self._events.receivers(event, value):
                 await self._hand_over(connection, stream, value)

@@ -26,7 +26,6 @@ from emitter_anyio._values.requests import Request
 
 from .key_ring import KeyRing
 from .slot import Permit, Slot
-from .trace import Trace
 
 T = TypeVar("T")
 
@@ -65,7 +64,6 @@ class Requester:
     :param slot: the present connection
     :param keys: the keys that functions have returned
     :param options: the client's options
-    :param trace: gets refusals
     :param bound: the connection that is being restored by this requester's calls, which all other
         calls have to wait for; ``None`` is for ordinary calls
     """
@@ -75,19 +73,17 @@ class Requester:
         slot: Slot,
         keys: KeyRing,
         options: Options,
-        trace: Trace,
         bound: Connection | None = None,
     ) -> None:
         self._slot = slot
         self._owner = slot.owner
-        self._trace = trace
         self._keys = keys
         self._options = options
         self._bound = bound
 
     def bind(self, connection: Connection) -> Requester:
         """Make a requester that restores a connection."""
-        return Requester(self._slot, self._keys, self._options, self._trace, connection)
+        return Requester(self._slot, self._keys, self._options, connection)
 
     async def connected(self) -> Connection:
         """Wait for a connection to use, as :meth:`Slot.connected` does."""
@@ -169,11 +165,6 @@ class Requester:
             pending.end_wait()
             if deadline is not None:
                 deadline.cancel()
-        if pending.refusal is not None:
-            status, _ = pending.refusal
-            self._trace(
-                "refused", operation=pending.operation, channel=pending.channel, status=status
-            )
         if not pending.done:
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(

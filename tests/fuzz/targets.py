@@ -151,7 +151,7 @@ def answers(data: bytes) -> None:
 def receive(session: Session, event: Answer) -> None:
     """Let a session receive an event, which must not end the connection."""
     for emission in session.receive(event):
-        assert emission.event in (*SYSTEM_TOPICS, "message")
+        assert emission.event in (*SYSTEM_TOPICS, "message", "refused")
         assert repr(emission.value)
         assert KEY not in repr(emission.value)
 
