@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 from anyio import EndOfStream
 
-from emitter_anyio import ClosedError, Emitter, connect
+from emitter_anyio import ClosedError, ConnectionLostError, Emitter, connect
 from emitter_anyio._net.connection import CONNECTION_TRANSITIONS, ConnectionState, ConnectionStep
 from emitter_anyio._net.options import make_options
 from emitter_anyio._runtime.slot import TRANSITIONS, ClientState, Slot, Step
 from emitter_anyio.testing import Broker
-from tests.support.connections import connect_reconnecting, while_disconnected
+from tests.support.connections import connect_once, connect_reconnecting, while_disconnected
 
 
 class StubConnection:
@@ -30,6 +31,7 @@ STEPS: dict[Step, Callable[[Slot], object]] = {
     Step.RESTORE: Slot.restore,
     Step.LOSE: lambda slot: slot.lose(EndOfStream(), None),
     Step.LEAVE: Slot.leave,
+    Step.STOP: Slot.stop,
     Step.END: Slot.end,
 }
 
@@ -39,6 +41,7 @@ PATHS: dict[ClientState, tuple[Step, ...]] = {
     ClientState.RESTORING: (Step.ENTER, Step.OPEN),
     ClientState.CONNECTED: (Step.ENTER, Step.OPEN, Step.RESTORE),
     ClientState.CLOSING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.LEAVE),
+    ClientState.ENDING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.STOP),
 }
 """The steps that lead to each state."""
 
@@ -78,6 +81,26 @@ async def test_state_as_users_see_it(broker: Broker) -> None:
         seen.append(emitter.state)
     seen.append(emitter.state)
     assert seen == ["closed", "connected", "connecting", "connected", "closed"]
+
+
+async def test_state_in_handlers_after_the_final_loss_is_closing(
+    broker: Broker,
+) -> None:
+    seen: list[str] = []
+
+    async def look() -> None:
+        await anyio.wait_all_tasks_blocked()
+        seen.append(emitter.state)
+        with pytest.raises(ConnectionLostError):
+            await emitter.wait_connected()
+
+    emitter = connect_once(broker.url)
+    emitter.on("disconnect", look)
+    with pytest.raises(ConnectionLostError):
+        async with emitter:
+            await broker.drop()
+            await anyio.sleep_forever()
+    assert seen == ["closing"]
 
 
 async def test_closed_error_after_a_failed_connect_has_the_cause(anyio_backend: object) -> None:

@@ -52,12 +52,11 @@ class Lifecycle:
         self._events = events
         self._routes = routes
         self._finishers = finish
-        self._cut = False
-        """Whether a task of the client was cancelled natively or has failed: all end now."""
-        self._over = True
-        """Whether there will be no other connection."""
-        self._unattended = False
-        """Whether leaving waits only for the connections' task."""
+        # These are no states of the client: they belong to one way of leaving, in any state.
+        self._cut_short = False
+        """Whether a task failed or was cancelled natively, so that leaving waits for nothing."""
+        self._closing_group = False
+        """Whether leaving waits for the task group alone, because :meth:`_run` is its only task."""
 
     # Entering
 
@@ -76,7 +75,7 @@ class Lifecycle:
             )
         slot.owner.claim()
         slot.enter()
-        self._cut = self._unattended = False
+        self._cut_short = self._closing_group = False
         await background.open(self._task_failed)
         try:
             connection = await self._supervisor.open_first()
@@ -84,7 +83,6 @@ class Lifecycle:
                 with anyio.CancelScope(shield=True):
                     await connection.abandon()
                 raise _closed_while_connecting()
-            self._over = False
             self._events.start()
             self._supervisor.begin(connection)
             background.start(self._run, connection, name="emitter_anyio link")
@@ -109,7 +107,7 @@ class Lifecycle:
         events.end()
         await events.wait_done(slot.deadline)
         slot.end()
-        if self._unattended and self._background.tasks.used:
+        if self._closing_group and self._background.tasks.used:
             # Tasks were started after leaving had begun.
             await self._left()
             self._background.cancel()
@@ -176,15 +174,15 @@ class Lifecycle:
             try:
                 if raised is None and not started:
                     raised = _closed_while_connecting()
-                if started and not (self._cut or _is_cancelled(raised)):
+                if started and not (self._cut_short or _is_cancelled(raised)):
                     await self._leave()
-                    self._unattended = raised is None and not tasks.used
-                    if not self._unattended:
+                    self._closing_group = raised is None and not tasks.used
+                    if not self._closing_group:
                         await self._left()
             except BaseException as error:
                 raised = gravest(raised, error)
             try:
-                if raised is not None or not started or self._cut or tasks.used:
+                if raised is not None or not started or self._cut_short or tasks.used:
                     tasks.cancel()
                 await tasks.close()
             except BaseException as error:
@@ -239,16 +237,15 @@ class Lifecycle:
         """Note that there will be no other connection."""
         slot = self._slot
         unsent = self._supervisor.give_up_carried()
-        if self._over:
+        if not slot.has_connections:
             return
-        self._over = True
+        slot.stop()
         if slot.lost is not None:
             self._background.fail(slot.connection_lost())
         if unsent:
             words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
             logger.warning("%s", words)
             self._events.emit("error", ConnectionLostError(words))
-        slot.leave_quietly()
         for stream in self._routes:
             if not self._events.handles(stream):
                 stream.end(slot.connection_lost if slot.lost else None)
@@ -267,7 +264,7 @@ class Lifecycle:
     def _task_failed(self, error: BaseException) -> None:
         if not isinstance(error, anyio.get_cancelled_exc_class()):
             self._background.fail(error)
-        elif self._over:
+        elif not self._slot.has_connections:
             return
         else:
             # As when asyncio.run() ends: opening another connection would keep it from ending.
@@ -276,7 +273,7 @@ class Lifecycle:
 
     def _cut_off(self) -> None:
         """End everything now."""
-        self._cut = True
+        self._cut_short = True
         self._supervisor.cut_off()
         self._end()
         self._slot.end()

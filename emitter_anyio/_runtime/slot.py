@@ -31,6 +31,7 @@ class ClientState(Enum):
     RESTORING = "restoring"
     CONNECTED = "connected"
     CLOSING = "closing"
+    ENDING = "ending"
 
 
 _PUBLIC_STATES: Final[Mapping[ClientState, State]] = {
@@ -39,6 +40,7 @@ _PUBLIC_STATES: Final[Mapping[ClientState, State]] = {
     ClientState.RESTORING: "connecting",
     ClientState.CONNECTED: "connected",
     ClientState.CLOSING: "closing",
+    ClientState.ENDING: "closing",
 }
 
 
@@ -50,6 +52,7 @@ class Step(Enum):
     RESTORE = "everything is restored on it"
     LOSE = "the connection is lost"
     LEAVE = "the client begins to leave"
+    STOP = "there is no connection and will be none"
     END = "the client has ended"
 
 
@@ -57,15 +60,20 @@ TRANSITIONS: Final[Mapping[tuple[ClientState, Step], ClientState]] = {
     (ClientState.CLOSED, Step.ENTER): ClientState.CONNECTING,
     (ClientState.CONNECTING, Step.OPEN): ClientState.RESTORING,
     (ClientState.CONNECTING, Step.LEAVE): ClientState.CLOSING,
+    (ClientState.CONNECTING, Step.STOP): ClientState.ENDING,
     (ClientState.CONNECTING, Step.END): ClientState.CLOSED,
     (ClientState.RESTORING, Step.RESTORE): ClientState.CONNECTED,
     (ClientState.RESTORING, Step.LOSE): ClientState.CONNECTING,
     (ClientState.RESTORING, Step.LEAVE): ClientState.CLOSING,
+    (ClientState.RESTORING, Step.STOP): ClientState.ENDING,
     (ClientState.RESTORING, Step.END): ClientState.CLOSED,
     (ClientState.CONNECTED, Step.LOSE): ClientState.CONNECTING,
     (ClientState.CONNECTED, Step.LEAVE): ClientState.CLOSING,
+    (ClientState.CONNECTED, Step.STOP): ClientState.ENDING,
     (ClientState.CONNECTED, Step.END): ClientState.CLOSED,
+    (ClientState.CLOSING, Step.STOP): ClientState.ENDING,
     (ClientState.CLOSING, Step.END): ClientState.CLOSED,
+    (ClientState.ENDING, Step.END): ClientState.CLOSED,
 }
 """A step that is not listed for a state does not change it."""
 
@@ -146,6 +154,11 @@ class Slot:
         """The state as users see it, for whom restoring is a part of connecting."""
         return _PUBLIC_STATES[self.state]
 
+    @property
+    def has_connections(self) -> bool:
+        """Whether there is a connection, or might be another one."""
+        return self.started and self.state not in (ClientState.ENDING, ClientState.CLOSED)
+
     # Changes
 
     def enter(self) -> None:
@@ -200,17 +213,21 @@ class Slot:
 
     def leave(self) -> None:
         """Begin to leave."""
-        self.leave_quietly()
+        self._begin_leaving()
         self._take(Step.LEAVE)
 
-    def leave_quietly(self) -> None:
-        """Begin to leave without a change of state: there is no connection to close."""
+    def stop(self) -> None:
+        """Note that there is no connection and will be none; handlers might still run."""
+        self._begin_leaving()
+        self._take(Step.STOP)
+
+    def _begin_leaving(self) -> None:
         if not self.leaving:
             self.leaving = True
             self.deadline = anyio.current_time() + self._options.disconnect_timeout
 
     def end(self) -> None:
-        """Note that there is no connection, and will be none."""
+        """Note that the client has ended."""
         self._take(Step.END)
 
     def finish(self) -> None:

@@ -149,7 +149,9 @@ async def held_up_by_a_full_stream(emitter: Emitter, around: Around) -> None:
     await around.never_left.enter_async_context(entering)
     for _ in range(5):
         await emitter.publish(around.key, "a/", "x")
-    await anyio.sleep(0.03)
+    with anyio.move_on_after(0.03):
+        await emitter.flush()
+    await anyio.wait_all_tasks_blocked()
 
 
 SITUATIONS: Final[dict[Situation, dict[str, Any]]] = {
