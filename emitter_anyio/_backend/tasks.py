@@ -27,6 +27,7 @@ class Tasks:
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
+        self._backend = current_backend()
         self._group = anyio.create_task_group()
         self._host: object = None
         """The task that opened the group, and must close it."""
@@ -34,7 +35,7 @@ class Tasks:
         self._running = 0
         self._none_runs: anyio.Event | None = None
         self.used = False
-        self.abandoned: Callable[[], bool] = partial(current_backend().abandons_tasks, None)
+        self.abandoned: Callable[[], bool] = partial(self._backend.abandons_tasks, None)
         """Returns whether the tasks have one more turn to end: the group was never closed."""
 
     @property
@@ -50,9 +51,8 @@ class Tasks:
     async def open(self) -> None:
         """Open the group in the calling task."""
         await self._group.__aenter__()
-        backend = current_backend()
-        self._host = backend.current_task()
-        self.abandoned = partial(backend.abandons_tasks, self._host)
+        self._host = self._backend.current_task()
+        self.abandoned = partial(self._backend.abandons_tasks, self._host)
 
     async def close(self) -> None:
         """

@@ -103,7 +103,7 @@ class Connection:
         self.make_wakeup = backend.make_wakeup
         self._pause = backend.pause
         self.timer = Timer(backend.clock)
-        self.writer = Writer(transport, self.timer.clock)
+        self.writer = Writer(transport, backend.clock, backend.pause)
         self.session = Session(wants, self.send, self.writer.write, codec.encode_publish)
         self.state = ConnectionState.OPENING
         self.read_by_broker = False

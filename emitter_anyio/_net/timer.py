@@ -69,7 +69,7 @@ class Timer:
         self._max_entries = _SPARE_ENTRIES
         self._wakes_at = -math.inf
         """When the task wakes; minus infinity while it does not sleep."""
-        self._scope = CancelScope()
+        self._scope: CancelScope | None = None
         """The scope in which the task sleeps."""
         self._ended = False
 
@@ -86,7 +86,7 @@ class Timer:
             self._max_entries = 2 * len(heap) + _SPARE_ENTRIES
         self._added += 1
         heappush(heap, (when, self._added, due))
-        if when < self._wakes_at:
+        if when < self._wakes_at and self._scope is not None:
             self._wakes_at = self._scope.deadline = when
 
     async def run(self, failed: Callable[[Exception], None], reads: Reads) -> None:
@@ -119,7 +119,8 @@ class Timer:
         """Stop the timer; nothing expires any more."""
         self._ended = True
         self._heap.clear()
-        self._scope.cancel()
+        if self._scope is not None:
+            self._scope.cancel()
 
     def _first(self) -> float:
         heap = self._heap

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
 import anyio
-
-from emitter_anyio._backend import current_backend
+from anyio.lowlevel import checkpoint
 
 from .transport import Transport
 
@@ -42,14 +41,18 @@ class Writer:
 
     :param transport: sends the bytes
     :param clock: returns the time of the event loop
+    :param pause: gives other tasks a turn; see :class:`Backend`
     """
 
     def __init__(
-        self, transport: Transport, clock: Callable[[], float] = anyio.current_time
+        self,
+        transport: Transport,
+        clock: Callable[[], float] = anyio.current_time,
+        pause: Callable[[], Awaitable[None]] = checkpoint,
     ) -> None:
         self._transport = transport
         self._clock = clock
-        self._pause = current_backend().pause
+        self._pause = pause
         self._packets: deque[bytes | memoryview] = deque()
         self.size = 0
         """The bytes in the queue."""

@@ -210,7 +210,8 @@ class Routes(Generic[T]):
 
         :param channel: the channel of the event; any channel if the event has none
         """
-        return self._router(event).receivers[channel]
+        router = self.messages if event == "message" else self._others.get(event)
+        return () if router is None else router.receivers[channel]
 
     def __iter__(self) -> Iterator[T]:
         # Copies, because statistics() might iterate in another thread while receivers change.
