@@ -220,7 +220,7 @@ class Emitter:
         supervisor = Supervisor(
             *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
             restorers=(presence.restore, subscriptions.restore, links.restore),
-            losers=(subscriptions.note_loss, presence.note_loss),
+            loss_handlers=(subscriptions.note_loss, presence.note_loss),
         )
         self._lifecycle = Lifecycle(
             *(slot, background, supervisor, events, routes),

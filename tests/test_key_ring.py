@@ -56,4 +56,4 @@ async def test_restoration_calls_key_function_although_a_call_is_pending(
         await anyio.wait_all_tasks_blocked()
         assert await ring.get(provide, restoring=True) == "k"
         restored.set()
-    assert ring._asking == {}
+    assert ring._calls == {}

@@ -1,4 +1,4 @@
-"""The client's tasks, and the error that ends the client."""
+"""The tasks of a client, and the error that ends it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from emitter_anyio._backend.tasks import Tasks, ends_program
 
 class Background:
     """
-    The tasks of a client while it is entered, and the cancel scope of the block.
+    The task group of a client while it is entered, and the cancel scope of the block.
 
-    Tasks never raise into the client's task group. What fails is recorded here and cancels the
-    block, so that leaving can raise it as the same object and in no group.
+    Tasks never raise into the task group. The error of a task is recorded here and cancels the
+    block, so that leaving the block raises the same object and not an exception group.
     """
 
     def __init__(self) -> None:
         self._tasks: Tasks | None = None
         self._block: anyio.CancelScope | None = None
         self.failure: BaseException | None = None
-        """The error that ends the client."""
+        """The error that ends the client, if there is one."""
 
     @property
     def entered(self) -> bool:
@@ -31,20 +31,20 @@ class Background:
 
     @property
     def tasks(self) -> Tasks:
-        """The task group."""
+        """The tasks of the client, which must be entered."""
         assert self._tasks is not None
         return self._tasks
 
     @property
     def block_cancelled(self) -> bool:
-        """Whether the block was cancelled here."""
+        """Whether the client has cancelled the block."""
         return self._block is not None and self._block.cancel_called
 
     async def open(self, failed: Callable[[BaseException], None]) -> None:
         """
-        Open the task group and the block's scope, in the task that enters the client.
+        Open the task group and the block's cancel scope in the task that enters the client.
 
-        :param failed: gets what a task has raised
+        :param failed: called with the exception of a task
         """
         self.failure = None
         tasks = Tasks(failed)
@@ -54,7 +54,7 @@ class Background:
         self._block.__enter__()
 
     def leave_block(self, exc: BaseException | None) -> BaseException | None:
-        """Leave the block's scope; return what remains of its exception."""
+        """Leave the block's cancel scope; return the exception that is left of the block's one."""
         assert self._block is not None
         exc_type = None if exc is None else type(exc)
         try:
@@ -73,12 +73,12 @@ class Background:
             self._block.cancel()
 
     def fail(self, error: BaseException) -> None:
-        """End the client with an error; the gravest one counts."""
+        """End the client with an error. Of several errors, the gravest one is kept."""
         self.failure = gravest(self.failure, error)
         self.cancel_block()
 
     def close(self) -> None:
-        """Forget the tasks, which have ended."""
+        """Record that all tasks have ended."""
         self._tasks = None
 
     def start(
@@ -87,7 +87,7 @@ class Background:
         *arguments: object,
         name: object = None,
     ) -> None:
-        """Start a task that ends by itself."""
+        """Start a task that leaving does not cancel, because it ends by itself."""
         self.tasks.start(function, *arguments, name=name)
 
     def start_soon(
@@ -96,18 +96,18 @@ class Background:
         *arguments: object,
         name: object = None,
     ) -> anyio.CancelScope:
-        """Start a task that leaving cancels; return its scope."""
+        """Start a task that leaving cancels; return its cancel scope."""
         return self.tasks.start_soon(function, *arguments, name=name)
 
     async def run(
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
     ) -> None:
-        """Run a function in another task group as one of these tasks."""
+        """Run a function in another task group, and treat its errors like those of these tasks."""
         await self.tasks.run(function, *arguments)
 
 
 def gravest(first: BaseException | None, second: BaseException) -> BaseException:
-    """Return the error that counts: one that ends the program, else the first."""
+    """Return the first error, unless only the second one ends the program."""
     if first is None or (ends_program(second) and not ends_program(first)):
         return second
     return first

@@ -1,4 +1,4 @@
-"""Giving what a connection receives to streams, handlers and callers."""
+"""Delivering what a connection receives to streams, handlers and callers."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from .events import Events, logger
 from .totals import Totals
 from .trace import Trace
 
-_Crowded: TypeAlias = tuple[Receiver[Any], list[EmitterMessage], int | None, int]
-"""A full receiver, the messages for it, the weight of each, and how many were taken."""
+_Full: TypeAlias = tuple[Receiver[Any], list[EmitterMessage], int | None, int]
+"""A full receiver, its messages, the weight of each, and how many messages it has taken."""
 
 _is_system = methodcaller("startswith", SYSTEM)
-"""Return whether the broker replies on a channel."""
+"""Return whether a channel is below ``emitter/``, where the broker replies."""
 
 FEED: Final = "feed"
-"""What presence feeds receive: presence changes, but no status."""
+"""The event for presence feeds, which get presence changes but no statuses."""
 
 _MAX_ITEMS_PER_TURN: Final = 64
 """
-The most messages that a stream that was full is offered together, and the most that are delivered
-one by one before other tasks get a turn.
+The maximum number of messages that a formerly full stream gets together, and that are delivered one
+by one before other tasks get a turn.
 """
 
 
 class Dispatcher:
     """
-    Delivers decoded packets in the order in which they arrived.
+    Delivers decoded packets in the order of their arrival.
 
-    The reader awaits it. A stream that does not keep up stops it in mid-chunk only as long as the
-    stream's consumer makes progress, or with ``overflow="block"``.
+    The reader awaits each delivery. A full stream delays the reader only while its consumer makes
+    progress, or with ``overflow="block"``.
 
     :param routes: the receivers of each event
-    :param events: emits events, and reports errors
+    :param events: emits events and reports errors
     :param totals: counts messages
-    :param refused: is called when the broker has refused a publish without naming it
+    :param refused: called when the broker has refused a key without naming the packet
     :param trace: gets deliveries, dropped items and refusals
     """
 
@@ -68,7 +68,7 @@ class Dispatcher:
         self._trace = trace
 
     def deliver_for(self, connection: Connection) -> Deliver:
-        """Return what delivers the decoded packets of a connection."""
+        """Return the function that delivers the decoded packets of a connection."""
         if not self._trace:
             return partial(self.deliver, connection)
 
@@ -82,7 +82,7 @@ class Dispatcher:
         """
         Deliver decoded packets.
 
-        :raises ~anyio.ClosedResourceError: if the connection ends before all are delivered
+        :raises ~anyio.ClosedResourceError: if the connection ends during the delivery
         """
         session = connection.session
         for event in events:
@@ -105,7 +105,7 @@ class Dispatcher:
         alone = 0
         for message in messages:
             if session.replays or _is_system(message.channel):
-                # This message can change how those after it are delivered.
+                # This message can change how the following ones are delivered.
                 if together:
                     await self._deliver_together(connection, make_batch(together))
                     together = []
@@ -126,22 +126,22 @@ class Dispatcher:
         for channel, streams in receivers.items():
             if not streams:
                 self._note_unhandled(channel, len(messages.by_channel[channel]))
-        crowded: dict[int, list[_Crowded]] = {}
-        """The full streams, by the id of the message that is next for them."""
+        full: dict[int, list[_Full]] = {}
+        """The full streams, by the id of the next message for each."""
         for stream, (some, each) in messages.by_receiver(receivers).items():
             if (taken := stream.push_many(some, each)) < len(some):
-                crowded.setdefault(id(some[taken]), []).append((stream, some, each, taken))
-        if not crowded:
+                full.setdefault(id(some[taken]), []).append((stream, some, each, taken))
+        if not full:
             return
-        # In the order of the messages: a consumer that reads several streams in turn would
-        # otherwise wait for one of them while the reader waits for another.
-        for next_one in filter(crowded.__contains__, map(id, messages.in_order)):
-            for stream, some, each, taken in crowded.pop(next_one):
+        # Go on in the order of the messages. Otherwise a consumer that reads several streams in
+        # turn could wait for one of them while the reader waits for another.
+        for next_id in filter(full.__contains__, map(id, messages.in_order)):
+            for stream, some, each, taken in full.pop(next_id):
                 await self._hand_over(connection, stream, some[taken])
                 taken += 1
                 taken += stream.push_many(some[taken : taken + _MAX_ITEMS_PER_TURN], each)
                 if taken < len(some):
-                    crowded.setdefault(id(some[taken]), []).append((stream, some, each, taken))
+                    full.setdefault(id(some[taken]), []).append((stream, some, each, taken))
 
     async def _deliver_emission(self, connection: Connection, emission: Emission) -> None:
         event, value = emission
@@ -169,7 +169,7 @@ class Dispatcher:
         for stream in streams:
             if not stream.push(message, extra=replayed):
                 full.append(stream)  # noqa: PERF401 - up to Python 3.11 that is a call
-        # All streams are offered the message before the reader waits for one of them.
+        # Offer the message to all streams before waiting for one of them.
         for stream in full:
             await self._hand_over(connection, stream, message)
         if not streams:
@@ -178,15 +178,15 @@ class Dispatcher:
     def _note_unhandled(self, channel: str, count: int) -> None:
         if not self._totals.unhandled:
             logger.warning(
-                "a message from %r reached no stream and no handler; it and the like are counted "
-                "in statistics().unhandled",
+                "a message on %r was dropped: no stream and no handler takes it; further ones are "
+                "only counted, in statistics().unhandled",
                 channel[:64],
             )
         self._totals.leave_unhandled(count)
 
     async def _hand_over(self, connection: Connection, stream: Receiver[Any], item: Any) -> None:
         if not stream.push(item):
-            # Other receivers are never full.
+            # Receivers other than streams are never full.
             assert isinstance(stream, Sender)
             if not stream.blocks:
                 await stream.wait_for_space()

@@ -1,4 +1,4 @@
-"""The ``on()`` registry: handlers with their tasks, and streams of events."""
+"""Events: handlers registered with ``on()``, their tasks, and streams of events."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ EVENTS: Final = (*_WITHOUT_VALUE, *_WITH_CHANNEL, "keygen", "keyban", "link", "m
 
 
 _Listen: TypeAlias = Callable[[str, str | None, str, int, Overflow], Sender[Any]]
-"""Opens a stream of an event and a channel, with its name in errors, buffer and policy."""
+"""Opens a stream: event, channel, name for errors, buffer size and overflow policy."""
 
 
 class _Registration:
-    """A handler, its options, and while the client is entered, its stream."""
+    """A handler with its options and, while the client is entered, its stream."""
 
     def __init__(
         self,
@@ -52,14 +52,14 @@ class _Registration:
         self.send: Sender[Any] | None = None
         self._stream: EventStream[Any] | None = None
         self.task: int | None = None
-        """The task that calls the handler, if it has begun."""
-        self.leaves = False
+        """The id of the task that calls the handler, if the task has started."""
+        self.awaits_end = False
         """Whether the handler awaits the end of the client."""
         self._buffer = buffer
         self._overflow: Overflow = overflow
 
     def start(self, listen: _Listen) -> EventStream[Any]:
-        """Open the stream."""
+        """Open the stream; return its receive end."""
         self.task = None
         self.send = listen(
             self.event, self.channel, f"on({self.event!r})", self._buffer, self._overflow
@@ -68,12 +68,12 @@ class _Registration:
         return self._stream
 
     def begin(self) -> None:
-        """Note the task that calls the handler, which is the current one."""
+        """Record the current task, which calls the handler."""
         self.task = anyio.get_current_task().id
 
-    def leave(self, *, leaves: bool) -> None:
-        """Note whether the handler awaits the end of the client."""
-        self.leaves = leaves
+    def set_awaits_end(self, *, awaits_end: bool) -> None:
+        """Record whether the handler awaits the end of the client."""
+        self.awaits_end = awaits_end
 
     def stop(self) -> None:
         """Close the stream."""
@@ -84,13 +84,13 @@ class _Registration:
 
 class Events:
     """
-    Gives events to handlers and streams.
+    Passes events to handlers and streams.
 
-    :param slot: the client's state
+    :param slot: the state of the client
     :param routes: the receivers of each event
     :param background: runs the handlers
     :param guard: calls the handlers
-    :param totals: counts what closed streams have dropped
+    :param totals: counts the items that closed streams have dropped
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class Events:
         self._busy: set[_Registration] = set()
         self._less_busy: anyio.Event | None = None
         self._listeners: set[Sender[Any]] = set()
-        """Those of handlers and of ``stream()``; other receivers belong to subscriptions."""
+        """The streams of handlers and of ``stream()``, as opposed to those of subscriptions."""
 
     @property
     def busy(self) -> bool:
-        """Whether a handler runs or has values to handle."""
+        """Whether any handler's task is running."""
         return bool(self._busy)
 
     def on(
@@ -127,7 +127,7 @@ class Events:
         buffer: int,
         overflow: Overflow,
     ) -> Any:
-        """Register a handler, or return a decorator that does."""
+        """Register a handler, or return a decorator that registers one."""
         event, channel = _check(event, channel, buffer, overflow)
 
         def register(handler: Callable[..., object]) -> Callable[..., object]:
@@ -138,7 +138,11 @@ class Events:
         return register if handler is None else register(handler)
 
     def off(self, event: str, handler: Callable[..., object]) -> None:
-        """Unregister a handler."""
+        """
+        Unregister a handler.
+
+        :raises ValueError: if it is not registered for the event
+        """
         event = _check_event(event)
         if self._started:
             self._owner.check()
@@ -147,12 +151,12 @@ class Events:
                 self._registrations.remove(registration)
                 registration.stop()
                 return
-        raise ValueError(f"this handler is not registered for {event!r}")
+        raise ValueError(f"cannot unregister the handler: it is not registered for {event!r}")
 
     def stream(
         self, event: str, channel: str | None, buffer: int, overflow: Overflow
     ) -> Entering[EventStream[Any]]:
-        """Return a stream of an event, to be entered."""
+        """Return a context manager that opens a stream of an event."""
         event, channel = _check(event, channel, buffer, overflow)
         return Entering(
             self._owner, partial(self._entered_stream, event, channel, buffer, overflow)
@@ -162,7 +166,7 @@ class Events:
     async def _entered_stream(
         self, event: str, channel: str | None, buffer: int, overflow: Overflow
     ) -> AsyncGenerator[EventStream[Any]]:
-        # If the client is not entered yet, it will be entered in the same event loop.
+        # A client that is not entered yet has to be entered in this event loop.
         self._owner.claim()
         send = self._listen(event, channel, f"stream({event!r})", buffer, overflow)
         try:
@@ -175,24 +179,24 @@ class Events:
     # Emitting
 
     def receivers(self, event: str, value: object) -> tuple[Receiver[Any], ...]:
-        """Return the receivers that a value reaches."""
+        """Return the receivers that get a value of an event."""
         if isinstance(value, EmitterMessage | PresenceEvent):
             return self._routes.reached(event, value.channel)
         return self._routes.reached(event)
 
     def message_listeners(self, message: EmitterMessage | None = None) -> tuple[Sender[Any], ...]:
-        """Return the handlers' and ``stream()``'s streams of messages, or those of one message."""
+        """Return the streams of handlers and of ``stream()`` that get messages, or one message."""
         every = self._routes.messages
         found = every if message is None else every.receivers[message.channel]
         return tuple(one for one in found if isinstance(one, Sender) and one in self._listeners)
 
     def emit(self, event: str, value: object = None) -> None:
-        """Give a value to handlers and streams, without waiting for space."""
+        """Pass a value to handlers and streams without waiting; a full buffer drops an item."""
         for stream in self.receivers(event, value):
             stream.push_or_drop(value)
 
     def report(self, error: Exception) -> None:
-        """Give an error without a caller to ``on("error")``, or log it."""
+        """Pass an error that no call can raise to ``on("error")``, or log it as a warning."""
         if self._routes.reached("error"):
             self.emit("error", error)
         else:
@@ -201,37 +205,39 @@ class Events:
     # Handlers
 
     def start(self) -> None:
-        """Start the handlers' tasks."""
+        """Start the tasks of all handlers."""
         self._started = True
         for registration in self._registrations:
             self._start_handler(registration)
 
     def end(self, *, but: tuple[str, ...] = ()) -> None:
-        """Let handlers finish the values that they have, and give them no more."""
+        """Stop passing values to handlers; they still handle what is buffered."""
         for registration in self._registrations:
             if registration.send is not None and registration.event not in but:
                 registration.send.end()
 
     def stop(self) -> None:
-        """Forget the handlers' tasks, which have ended."""
+        """Close the streams of all handlers, whose tasks have ended."""
         self._started = False
         self._busy.clear()
         for registration in self._registrations:
             registration.stop()
 
     async def wait_done(
-        self, deadline: float, *, but: tuple[str, ...] = (), leavers: bool = False
+        self, deadline: float, *, but: tuple[str, ...] = (), awaiting_end: bool = False
     ) -> None:
         """
-        Wait until the handlers have finished the values that they have.
+        Wait until the tasks of handlers have ended.
 
-        :param deadline: the time until which to wait
-        :param but: events whose handlers are not waited for
-        :param leavers: whether to wait also for handlers that await the end of the client
+        :param deadline: the time until which to wait at most
+        :param but: events whose handlers are not awaited
+        :param awaiting_end: whether to include handlers that await the end of the client
         """
 
         def busy() -> bool:
-            return any(one.event not in but and (leavers or not one.leaves) for one in self._busy)
+            return any(
+                one.event not in but and (awaiting_end or not one.awaits_end) for one in self._busy
+            )
 
         if busy():
             with anyio.CancelScope(deadline=deadline):
@@ -242,20 +248,20 @@ class Events:
 
     @contextmanager
     def awaiting_end(self) -> Generator[None]:
-        """Have closing not wait for the current task's handler, if it is one, which awaits it."""
+        """If a handler is calling, have closing not wait for it."""
         task = anyio.get_current_task().id
         waiting = [registration for registration in self._busy if registration.task == task]
         for registration in waiting:
-            registration.leave(leaves=True)
+            registration.set_awaits_end(awaits_end=True)
             self._be_less_busy()
         try:
             yield
         finally:
             for registration in waiting:
-                registration.leave(leaves=False)
+                registration.set_awaits_end(awaits_end=False)
 
     def handles(self, receiver: Receiver[Any]) -> bool:
-        """Return whether a receiver is a handler's stream."""
+        """Return whether a receiver is the stream of a handler."""
         return any(registration.send is receiver for registration in self._registrations)
 
     def _register(self, registration: _Registration) -> None:
@@ -267,7 +273,7 @@ class Events:
 
     def _start_handler(self, registration: _Registration) -> None:
         stream = registration.start(self._listen)
-        # Before its task has begun: values that arrive from now on must be handled.
+        # The handler is busy before its task starts: values that arrive from now on are for it.
         self._busy.add(registration)
         name = f"emitter_anyio on({registration.event!r})"
         self._background.start_soon(self._run_handler, registration, stream, name=name)
@@ -290,19 +296,25 @@ class Events:
     def _handler_failed(
         self, event: str, handler: Callable[..., object], exc: BaseException
     ) -> bool:
-        """Give what a handler raised to ``on("error")``, or end the client."""
+        """
+        Pass the exception of a handler to ``on("error")``, or end the client with it.
+
+        :return: whether the handler gets further values
+        """
         name = getattr(handler, "__qualname__", type(handler).__name__)
-        # Python replaces StopIteration by a RuntimeError in coroutines.
+        # In coroutines, Python replaces StopIteration with a RuntimeError.
         raised = exc.__cause__ if isinstance(exc.__cause__, StopIteration) else exc
         error = HandlerError(
             f"the handler {name} of {event!r} raised {type(raised).__name__}", event=event
         )
         error.__cause__ = exc
-        if self._slot.will_pass(exc):
+        if self._slot.is_transient(exc):
             self.report(error)
             return True
         if event == "error" or not self._routes.reached("error"):
-            exc.add_note(f"raised by the handler {name} of {event!r}, and nobody handled 'error'")
+            exc.add_note(
+                f"raised by the handler {name} of {event!r}; no handler of 'error' took it"
+            )
             self._background.fail(exc)
             return False
         self.emit("error", error)
@@ -335,12 +347,14 @@ def _check(
     if channel is None:
         return event, None
     if event not in _WITH_CHANNEL:
-        raise ValueError(f"{event!r} has no channel: channel= goes with message and presence")
+        raise ValueError(
+            f"cannot use channel with {event!r}: only 'message' and 'presence' have channels"
+        )
     return event, check_channel(channel, wildcards=True)
 
 
 def _check_event(event: str) -> str:
     event = check_text("event", event)
     if event not in EVENTS:
-        raise ValueError(f"there is no event {event!r}; there are {', '.join(EVENTS)}")
+        raise ValueError(f"unknown event {event!r}: expected one of {', '.join(EVENTS)}")
     return event

@@ -1,4 +1,4 @@
-"""The one place that awaits user code: handlers, ``serve()`` handlers and key functions."""
+"""The only place where user code runs: handlers, ``serve()`` handlers and key functions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from emitter_anyio._values.errors import SlowConsumerError
 
 class UserCodeError(Exception):
     """
-    User code has raised.
+    An exception that user code has raised.
 
-    :param error: what it raised; on asyncio also a ``CancelledError``, if it awaited a task or a
-        future that something else had cancelled
+    :param error: the exception. On asyncio it can be a ``CancelledError`` of a task or future that
+        the user code awaited and other code cancelled
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -27,17 +27,18 @@ class UserCodeError(Exception):
 
 class Guard:
     """
-    Runs user code, and separates what it raises from a cancellation of the task that awaits it.
+    Runs user code, and tells its exceptions from cancellations of the task that awaits it.
 
-    A cancellation is the client's if ``Task.cancelling()`` is higher than before the call, or if
-    the deadline of an enclosing scope has passed.
+    A cancellation is meant for the task if ``Task.cancelling()`` is higher than before the call, or
+    if the effective deadline of the task has passed.
     """
 
     async def call(self, function: Callable[..., Any], *arguments: object) -> Any:
         """
-        Call a function, and await what it returns if possible.
+        Call a function, and await its result if the result is awaitable.
 
-        :raises UserCodeError: if it raises
+        :return: the result
+        :raises UserCodeError: if the function raises
         """
         cancellations = current_backend().native_cancellations()
         try:
@@ -58,17 +59,17 @@ class Guard:
         failed: Callable[[BaseException], bool],
     ) -> None:
         """
-        Call a function with each item of a stream, as :meth:`call` does, until the stream ends.
+        Call a function for each item of a stream, as :meth:`call` does, until the stream ends.
 
-        :param without_value: whether to call it without the item
-        :param overflowed: gets the stream's overflow errors
-        :param failed: gets what the function raises; returns whether to go on
+        :param without_value: whether to call the function without the item
+        :param overflowed: called with the overflow errors of the stream
+        :param failed: called with the exceptions of the function; returns whether to go on
         """
         cancellations = current_backend().native_cancellations()
         arguments: tuple[object, ...] = ()
         while True:
             try:
-                item = await items.__anext__()  # anext() would be one more call for each item
+                item = await items.__anext__()  # anext() would cost one more call per item
             except (StopAsyncIteration, anyio.ClosedResourceError):
                 return
             except SlowConsumerError as exc:
@@ -84,7 +85,7 @@ class Guard:
                 if not _is_of_user(exc, cancellations):
                     raise
                 if isinstance(exc, StopIteration):
-                    # As in a coroutine, which it could not leave.
+                    # A StopIteration cannot leave a coroutine: Python makes the same of it.
                     stopped, exc = exc, RuntimeError("a handler raised StopIteration")
                     exc.__cause__ = stopped
                 if not failed(exc):
@@ -93,7 +94,7 @@ class Guard:
 
 def _is_of_user(error: BaseException, cancellations: int) -> bool:
     if not isinstance(error, NativeCancelledError):
-        # Trio's Cancelled is no Exception either.
+        # Trio's Cancelled is not an Exception either.
         return isinstance(error, Exception)
     return (
         current_backend().native_cancellations() <= cancellations

@@ -1,4 +1,4 @@
-"""Key functions: functions that stand where a key does."""
+"""Keys that are given as functions."""
 
 from __future__ import annotations
 
@@ -15,87 +15,87 @@ from .guard import Guard, UserCodeError
 _CACHED_KEYS: Final = 1024
 
 
-class _Asking:
-    """The callers that want one key function's answer at the same time."""
+class _SharedCall:
+    """A call of a key function that several callers share."""
 
     def __init__(self) -> None:
         self.lock = anyio.Lock()
         self.answers = 0
 
-    def answered(self) -> None:
+    def note_answer(self) -> None:
         self.answers += 1
 
 
 class KeyRing:
     """
-    The keys that key functions have returned.
+    A cache of the keys that key functions have returned.
 
-    A function is called when its key is first used, and again when the broker has refused the key.
-    Callers that want the same key at the same time share one call. Callers that restore a
-    connection do not share it with those that wait for the connection.
+    A key function is called when its key is first used, and again after the broker has refused the
+    key. Concurrent callers share one call. Callers that restore a connection do not share it with
+    callers that wait for the connection, because each would wait for the other.
 
-    :param guard: calls the functions
+    :param guard: calls the key functions
     """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._known: dict[Callable[[], Awaitable[str]], str] = {}
-        self._asking: dict[tuple[Callable[[], Awaitable[str]], bool], _Asking] = {}
+        self._calls: dict[tuple[Callable[[], Awaitable[str]], bool], _SharedCall] = {}
 
     async def get(self, source: Key, *, restoring: bool = False) -> str:
-        """Return the key that a ``key`` argument stands for."""
+        """Return the key for a ``key`` argument, calling the key function if necessary."""
         if isinstance(source, str):
             return source
         known = self._known.get(source)
-        return await self._ask(source, None, restoring) if known is None else known
+        return await self._call_once(source, None, restoring) if known is None else known
 
     async def renew(self, source: Key, refused: str, *, restoring: bool = False) -> str:
-        """Return another key than the refused one, or the same if there is no other."""
+        """Return the key after the refusal of a key; a key function might return the same again."""
         if isinstance(source, str):
             return source
         known = self._known.get(source)
         if known is None or known == refused:
-            known = await self._ask(source, refused, restoring)
+            known = await self._call_once(source, refused, restoring)
         return known
 
     def known(self, source: Key) -> str | None:
-        """Return the key that a ``key`` argument stands for, unless a call would be needed."""
+        """Return the key for a ``key`` argument, or ``None`` if it is not known yet."""
         return source if isinstance(source, str) else self._known.get(source)
 
     def forget(self) -> None:
-        """Forget all keys, because the broker has refused one without naming it."""
+        """Forget all keys, because the broker has refused one of them without naming it."""
         self._known.clear()
 
-    async def _ask(
+    async def _call_once(
         self, source: Callable[[], Awaitable[str]], refused: str | None, restoring: bool
     ) -> str:
-        asking = self._asking.setdefault((source, restoring), _Asking())
-        answers = asking.answers
+        call = self._calls.setdefault((source, restoring), _SharedCall())
+        answers = call.answers
         try:
-            async with asking.lock:
+            async with call.lock:
                 known = self._known.get(source)
-                if known is not None and (known != refused or asking.answers > answers):
+                if known is not None and (known != refused or call.answers > answers):
                     return known
-                key = check_key(await self._call(source))
+                key = check_key(await self._call_function(source))
                 if len(self._known) >= _CACHED_KEYS:
                     self._known.clear()
                 self._known[source] = key
-                asking.answered()
+                call.note_answer()
                 return key
         finally:
-            if not asking.lock.statistics().tasks_waiting and not asking.lock.locked():
-                self._asking.pop((source, restoring), None)
+            if not call.lock.statistics().tasks_waiting and not call.lock.locked():
+                self._calls.pop((source, restoring), None)
 
-    async def _call(self, source: Callable[[], Awaitable[str]]) -> str:
+    async def _call_function(self, source: Callable[[], Awaitable[str]]) -> str:
         try:
             key: str = await self._guard.call(_only_async, source)
             return key
         except UserCodeError as exc:
             error = exc.error
         if not isinstance(error, Exception):
-            # Raised as it is, it would look like a cancellation of the caller.
+            # Raised unchanged, it would look like a cancellation of the caller.
             raise EmitterError(
-                "the function that gives the key has awaited a task or a future that was cancelled"
+                "could not get a key: the key function awaited a task or future that was cancelled"
             ) from error
         raise error
 
@@ -104,7 +104,7 @@ async def _only_async(source: Callable[[], Awaitable[str]]) -> str:
     answer = source()
     if not isinstance(answer, Awaitable):
         raise TypeError(
-            "a function that gives a key must be async: it returned "
-            f"{type(answer).__name__}, which cannot be awaited"
+            f"invalid key function: it returned {type(answer).__name__}, which is not awaitable; "
+            "define it with 'async def'"
         )
     return await answer

@@ -1,4 +1,4 @@
-"""Entering and leaving a client, and which exception leaves the block."""
+"""Entering and leaving a client, and choosing the exception that leaves the block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from emitter_anyio._net.connection import Connection
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.errors import ClosedError, ConnectionLostError
 from emitter_anyio._values.router import Routes
+from emitter_anyio._values.text import format_count
 
 from .background import Background, gravest
 from .events import Events, logger
@@ -24,15 +25,15 @@ class Lifecycle:
     """
     Enters and leaves a client.
 
-    No generator stands between the user and the task group: if the block were never left, the end
-    of asyncio's run would wait in the generator for tasks that nothing has cancelled.
+    No async generator stands between the user and the task group. If the block were never left,
+    ``asyncio.run()`` would wait in that generator for tasks that nothing has cancelled.
 
-    :param slot: the client's state
-    :param background: the client's tasks
+    :param slot: the state of the client
+    :param background: the tasks of the client
     :param supervisor: runs the connections
     :param events: runs the handlers
     :param routes: the streams that end with the client
-    :param finish: what the features do when it has ended, in order
+    :param finish: functions of the features to be called in this order when the client has ended
     """
 
     def __init__(
@@ -52,11 +53,11 @@ class Lifecycle:
         self._events = events
         self._routes = routes
         self._finishers = finish
-        # These are no states of the client: they belong to one way of leaving, in any state.
+        # Flags and not states, because they describe how the block is left, in any state.
         self._cut_short = False
         """Whether a task failed or was cancelled natively, so that leaving waits for nothing."""
         self._closing_group = False
-        """Whether leaving waits for the task group alone, because :meth:`_run` is its only task."""
+        """Whether leaving only waits for the task group, because :meth:`_run` is its only task."""
 
     # Entering
 
@@ -64,14 +65,15 @@ class Lifecycle:
         """
         Connect.
 
-        :raises RuntimeError: if the client is entered
+        :raises RuntimeError: if the client is already entered
         :raises ConnectError: if no server could be reached
         """
         slot, background = self._slot, self._background
         if background.entered:
             slot.owner.check()
             raise RuntimeError(
-                "this Emitter is already entered: leave it first, or make another with connect()"
+                "cannot enter the client: it is already entered; leave it first, or create another "
+                "client with connect()"
             )
         slot.owner.claim()
         slot.enter()
@@ -85,7 +87,7 @@ class Lifecycle:
                 raise _closed_while_connecting()
             self._events.start()
             self._supervisor.begin(connection)
-            background.start(self._run, connection, name="emitter_anyio link")
+            background.start(self._run, connection, name="emitter_anyio connection")
         except BaseException as exc:
             if isinstance(exc, Exception):
                 slot.fail_to_start(exc)
@@ -101,7 +103,7 @@ class Lifecycle:
         if is_cancelled():
             return
         self._end()
-        # Handlers of "error" end last, because other handlers may raise until they have ended.
+        # End the handlers of "error" last, because the exceptions of other handlers go to them.
         events.end(but=("error",))
         await events.wait_done(slot.deadline, but=("error",))
         events.end()
@@ -116,22 +118,22 @@ class Lifecycle:
 
     async def leave(self, exc: BaseException | None) -> None:
         """
-        Disconnect, and raise what is to leave the block.
+        Disconnect, and raise the exception that is to leave the block.
 
-        :param exc: what is leaving it
-        :raises RuntimeError: if the client is not entered, or was entered by another task that
-            still runs
+        :param exc: the exception of the block, if there is one
+        :raises RuntimeError: if the client is not entered, or was entered in another task that is
+            still running
         """
         self._owner.check()
         if not self._background.entered:
-            raise RuntimeError("this Emitter is not entered")
+            raise RuntimeError("cannot leave the client: it is not entered")
         if self._background.tasks.hosted_here:
             await self._leave_here(exc)
         else:
             await self._leave_elsewhere(exc)
 
     async def disconnect(self) -> None:
-        """Disconnect, and wait until the client has ended."""
+        """Disconnect, and wait until the client is closed."""
         slot = self._slot
         slot.owner.check()
         if slot.started:
@@ -142,13 +144,13 @@ class Lifecycle:
 
     async def wait_connected(self) -> None:
         """
-        Wait until the client is connected, entered or not.
+        Wait until the client is connected, whether it is already entered or not.
 
-        :raises ClosedError: if the client has ended, or could not connect
+        :raises ClosedError: if the client was closed or could not connect
         :raises ConnectionLostError: after the final loss
         """
         slot = self._slot
-        # If the client is not entered yet, it will be entered in the same event loop.
+        # A client that is not entered yet has to be entered in this event loop.
         slot.owner.claim()
         try:
             await checkpoint()
@@ -160,7 +162,7 @@ class Lifecycle:
             slot.owner.release()
 
     async def wait_closed(self) -> None:
-        """Wait until the client has ended."""
+        """Wait until the client is closed."""
         self._owner.check()
         await checkpoint()
         with self._events.awaiting_end():
@@ -192,7 +194,7 @@ class Lifecycle:
         self._raise(raised, exc)
 
     async def _leave_elsewhere(self, exc: BaseException | None) -> None:
-        """Leave in a task that cannot close the task group."""
+        """Leave in a task that did not open the task group and cannot close it."""
         tasks = self._background.tasks
         try:
             await self.disconnect()
@@ -205,10 +207,10 @@ class Lifecycle:
                 self._finish()
         if not tasks.host_ended:
             raise RuntimeError(
-                "the client was left in another task than the one that entered it, and that task "
-                "still runs: it has disconnected, but the first task has to leave, too. Use 'async "
-                "with' in one task; or have a task run it, by create_task(emitter.run()), wait by "
-                "wait_connected(), and end it by disconnect()"
+                "cannot leave the client in another task than the one that entered it, which is "
+                "still running: the client has disconnected, but the first task must leave, too; "
+                "use 'async with' in one task, or create_task(emitter.run()), wait_connected() "
+                "and disconnect()"
             ) from self._background.failure or exc
         self._raise(exc, exc)
 
@@ -217,7 +219,7 @@ class Lifecycle:
         if self._slot.leaving or connection is None:
             self._start_leaving()
         else:
-            # disconnect() has a task do this, because its caller may be cancelled.
+            # disconnect() starts a task for this, because its caller might be cancelled.
             self._slot.leave()
             await self._supervisor.close(connection)
 
@@ -229,12 +231,12 @@ class Lifecycle:
     async def _left(self) -> None:
         while self._slot.state is not ClientState.CLOSED:
             await self._slot.change()
-        await self._events.wait_done(self._slot.deadline, leavers=True)
+        await self._events.wait_done(self._slot.deadline, awaiting_end=True)
 
     # The end
 
     def _end(self) -> None:
-        """Note that there will be no other connection."""
+        """Record the end of the last connection, and end the streams."""
         slot = self._slot
         unsent = self._supervisor.give_up_carried()
         if not slot.has_connections:
@@ -243,15 +245,18 @@ class Lifecycle:
         if slot.lost is not None:
             self._background.fail(slot.connection_lost())
         if unsent:
-            words = f"{unsent} publishes of qos=0 were never sent, since the link is gone for good"
-            logger.warning("%s", words)
-            self._events.emit("error", ConnectionLostError(words))
+            message = (
+                f"{format_count(unsent, 'publish', 'publishes')} of qos=0 could not be sent: the "
+                "client has no connection any more"
+            )
+            logger.warning("%s", message)
+            self._events.emit("error", ConnectionLostError(message))
         for stream in self._routes:
             if not self._events.handles(stream):
                 stream.end(slot.connection_lost if slot.lost else None)
 
     def _finish(self) -> None:
-        """End what cancellation has kept from ending in its own time."""
+        """End what has not ended yet, if cancellation has prevented that."""
         self._supervisor.finish()
         self._end()
         self._events.stop()
@@ -267,12 +272,12 @@ class Lifecycle:
         elif not self._slot.has_connections:
             return
         else:
-            # As when asyncio.run() ends: opening another connection would keep it from ending.
-            self._slot.give_up("a task of the client was cancelled by Task.cancel()")
+            # asyncio.run() cancels tasks at its end. Reconnecting would keep it from ending.
+            self._slot.give_up("a task of the client was cancelled with Task.cancel()")
         self._cut_off()
 
     def _cut_off(self) -> None:
-        """End everything now."""
+        """End the client immediately."""
         self._cut_short = True
         self._supervisor.cut_off()
         self._end()
@@ -280,31 +285,33 @@ class Lifecycle:
 
     def _raise(self, raised: BaseException | None, exc: BaseException | None) -> None:
         """
-        Raise what is to leave the block, unless it is on its way.
+        Raise the exception that is to leave the block, unless it is already propagating.
 
-        :param raised: what the block or leaving it has raised
-        :param exc: what is on its way
+        :param raised: the exception of the block or of leaving it
+        :param exc: the exception that is propagating
         """
         leaves, failure = raised, self._background.failure
         if failure is not None:
-            # Calls of the block may have met the same loss: it leaves bare nevertheless.
-            met = raised is not None and self._slot.is_loss(raised)
-            if raised is None or ends_program(failure) or (met and _is_group(raised)):
+            # If calls in the block failed with the same loss, raise it bare and not in their group.
+            same_loss = raised is not None and self._slot.is_loss(raised)
+            if raised is None or ends_program(failure) or (same_loss and _is_group(raised)):
                 leaves = failure
-            elif not met:
-                raised.add_note(f"meanwhile in emitter_anyio: {failure!r}")
-                logger.error("%s, while the body was failing", failure, exc_info=failure)
+            elif not same_loss:
+                raised.add_note(f"the client also failed: {failure!r}")
+                logger.error(
+                    "the client failed while the block was failing: %s", failure, exc_info=failure
+                )
         if leaves is not None and leaves is not exc:
             context = leaves.__context__
             try:
                 raise leaves
             finally:
-                # Not the cancellation with which the block has ended.
+                # Python has set the cancellation that ended the block as the context.
                 leaves.__context__ = context
 
 
 def _closed_while_connecting() -> ClosedError:
-    return ClosedError("disconnect() was called while the client was connecting")
+    return ClosedError("could not connect: disconnect() was called")
 
 
 def _is_cancelled(raised: BaseException | None) -> bool:

@@ -1,4 +1,4 @@
-"""Opening one connection after another, with the key of the will."""
+"""Opening connections, with the key of the will."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .trace import Trace
 
 class Opener:
     """
-    Opens one connection after another.
+    Opens the connections of a client.
 
-    :param options: the client's options
+    :param options: the options of the client
     :param keys: returns the key of the will
-    :param wants: what the client wants from every connection
+    :param wants: the subscriptions and presence feeds of the client
     :param trace: gets each attempt
     """
 
@@ -36,21 +36,23 @@ class Opener:
         """
         Open a connection.
 
-        :param last: the connection that was lost; the server after its server is tried first
-        :param tasks: runs attempts to connect to several addresses
+        :param last: the connection that was lost, if any; the server after its server is tried
+            first
+        :param tasks: runs the attempts to connect to several addresses of a server
+        :return: the connection
         :raises ConnectError: if no server could be reached
         """
         will = self._options.will
         if will is not None:
-            # A key function is called for the first connection only: it might use the client, which
-            # waits for the next connection.
+            # Call a key function only for the first connection. Later it might use the client,
+            # and would wait for the connection that waits for it.
             self._will_key = self._keys.known(will.key) or self._will_key
             try:
                 with anyio.fail_after(self._options.connect_timeout):
                     self._will_key = self._will_key or await self._keys.get(will.key)
                 check_connect_size(self._options, self._will_key)
             except Exception as exc:
-                raise ConnectError(f"there is no key of the will: {exc!r}") from exc
+                raise ConnectError(f"could not connect: no key for the will: {exc!r}") from exc
         after = None if last is None else last.server
         with self._trace.span("connect" if last is None else "reconnect"):
             return await open_connection(

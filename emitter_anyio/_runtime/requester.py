@@ -1,4 +1,4 @@
-"""Requests to the broker: waiting for queue space, sending, and awaiting the reply."""
+"""Requests: waiting for queue space, sending, and awaiting the reply."""
 
 from __future__ import annotations
 
@@ -31,21 +31,23 @@ T = TypeVar("T")
 
 
 class _Default(Enum):
-    """Stands for the client's ``request_timeout``."""
+    """The type of :data:`DEFAULT`."""
 
     TIMEOUT = "request_timeout"
 
 
 DEFAULT: Final = _Default.TIMEOUT
+"""The ``request_timeout`` of the client."""
 
 Timeout: TypeAlias = float | None | Literal[_Default.TIMEOUT]
-"""Seconds to wait for a reply; ``None`` waits without a limit."""
+"""The maximum number of seconds to wait for a reply; ``None``: without limit."""
 
 
 def check_timeout(timeout: Timeout) -> Timeout:
     """
     Check a ``timeout`` argument.
 
+    :return: the argument
     :raises TypeError: if it is not a number
     :raises ValueError: if it is negative
     """
@@ -56,16 +58,16 @@ def check_timeout(timeout: Timeout) -> Timeout:
 
 class Requester:
     """
-    What every method that needs the broker does: wait for queue space, send, await the reply.
+    Waits for queue space, sends requests, and awaits their replies.
 
-    Between waiting for space and queueing a packet nothing is awaited, so that a cancelled call has
-    either sent nothing or is expecting its reply.
+    Nothing is awaited between the end of the wait for space and queueing the packet. A cancelled
+    call has thus either sent nothing or registered its request.
 
-    :param slot: the present connection
-    :param keys: the keys that functions have returned
-    :param options: the client's options
-    :param bound: the connection that is being restored by this requester's calls, which all other
-        calls have to wait for; ``None`` is for ordinary calls
+    :param slot: the state of the client
+    :param keys: the keys that key functions have returned
+    :param options: the options of the client
+    :param bound: the connection that the calls of this requester restore; ``None`` for ordinary
+        calls, which wait until it is restored
     """
 
     def __init__(
@@ -82,18 +84,18 @@ class Requester:
         self._bound = bound
 
     def bind(self, connection: Connection) -> Requester:
-        """Make a requester that restores a connection."""
+        """Return a requester whose calls restore a connection."""
         return Requester(self._slot, self._keys, self._options, connection)
 
     async def connected(self) -> Connection:
-        """Wait for a connection to use, as :meth:`Slot.connected` does."""
+        """Wait until the caller may use a connection, and return it; see :meth:`Slot.connected`."""
         return await self._slot.connected(self._bound)
 
     async def space(self) -> Connection:
         """
-        Wait until a packet may be queued.
+        Wait until there is queue space for a packet.
 
-        :return: the connection, to be used before anything else is awaited
+        :return: the connection; the caller must queue its packet before awaiting anything else
         """
         self._owner.check()
         slot, bound = self._slot, self._bound
@@ -120,13 +122,14 @@ class Requester:
         """
         Send a control request and await its reply.
 
-        :raises RequestError: if the broker refused
+        :return: the value of the reply
+        :raises RequestError: if the broker refused the request
         :raises RequestTimeoutError: if there was no reply in time
         """
         return await self.answer(*await self.send(request), timeout)
 
     async def send(self, request: Request[T]) -> tuple[Connection, Pending[T]]:
-        """Send a control request."""
+        """Send a control request; return the connection and the pending packet."""
         self.check_size(request.topic.encode(), request.body, 1)
         connection = await self.space()
         return connection, connection.session.request(request)
@@ -135,8 +138,8 @@ class Requester:
         """
         Send a PINGREQ and await the PINGRESP.
 
-        :return: the round trip in seconds
-        :raises RequestError: the first refusal of a QoS 0 publish since the last flush
+        :return: the round-trip time in seconds
+        :raises RequestError: if a QoS 0 publish was refused since the last flush; the first refusal
         """
         timeout = check_timeout(timeout)
         connection = await self.space()
@@ -148,9 +151,10 @@ class Requester:
 
     async def answer(self, connection: Connection, pending: Pending[T], timeout: Timeout) -> T:
         """
-        Await the outcome of a packet, and count the time from when its bytes were written.
+        Await the outcome of a packet. The timeout runs from when its bytes were written.
 
-        :raises RequestTimeoutError: if there was none in time
+        :return: the value of the reply
+        :raises RequestTimeoutError: if there was no outcome in time
         """
         if pending.done:
             await checkpoint()
@@ -168,8 +172,8 @@ class Requester:
         if not pending.done:
             where = "" if pending.channel is None else f" {pending.channel!r}"
             raise RequestTimeoutError(
-                f"{pending.operation}{where}: the broker did not answer within "
-                f"{self.seconds(timeout):g} s; whether it took effect is unknown"
+                f"{pending.operation}{where}: no reply from the broker within "
+                f"{self.seconds(timeout):g} s; whether the request took effect is unknown"
             )
         return pending.result()
 
@@ -177,9 +181,10 @@ class Requester:
         self, expired: Callable[[], object], connection: Connection, timeout: Timeout
     ) -> ReplyDeadline | None:
         """
-        Have a function called when the time for the reply to the packet queued last is over.
+        Start a deadline for the reply to the most recently queued packet.
 
-        :return: the deadline, to be cancelled
+        :param expired: called at the deadline
+        :return: the deadline, which the caller must cancel; ``None`` without a timeout
         """
         seconds = self.seconds(timeout)
         if seconds is None:
@@ -189,31 +194,33 @@ class Requester:
         return ReplyDeadline(expired, seconds, connection.timer, connection.writer)
 
     def seconds(self, timeout: Timeout) -> float | None:
-        """Return the seconds that a ``timeout`` argument stands for."""
+        """Return the timeout in seconds for a ``timeout`` argument."""
         return self._options.request_timeout if timeout is DEFAULT else timeout
 
     def check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
         """
         Check the size of a PUBLISH.
 
-        :raises MessageTooLargeError: if the broker would close the connection because of it
+        :raises MessageTooLargeError: if it is larger than the broker takes
         """
         size = 2 + len(topic) + len(payload) + (2 if qos else 0)
         if size > self._options.max_message_size:
             raise MessageTooLargeError(
-                f"the packet would have {size} bytes, {len(payload)} of them payload; the broker "
-                f"closes the link at more than {self._options.max_message_size} "
-                "(max_message_size)"
+                f"the message is too large: its packet would have {size} bytes, "
+                f"{len(payload)} of them payload, and the maximum is "
+                f"{self._options.max_message_size} bytes (max_message_size)"
             )
 
     # Keys
 
     async def with_key(self, source: Key, use: Callable[[str], Awaitable[T]]) -> T:
         """
-        Call a function with a key.
+        Call a function with the key for a ``key`` argument.
 
-        If the broker refuses a key that a key function has returned, the key function is called
-        once more for another one.
+        If the broker refuses a key that a key function has returned, call the key function once
+        more, and try again with the new key.
+
+        :return: the result of the function
         """
         if isinstance(source, str):
             return await use(source)
@@ -221,7 +228,7 @@ class Requester:
         try:
             return await use(key)
         except (UnauthorizedError, NotFoundError):
-            # The broker does not find the contract of a secret key that belongs to another one.
+            # Emitter answers 404 to the secret key of another broker, whose contract it lacks.
             renewed = await self.key_of(source, key)
             if renewed == key:
                 raise
@@ -229,9 +236,10 @@ class Requester:
 
     async def key_of(self, source: Key, refused: str | None = None) -> str:
         """
-        Return the key that a ``key`` argument stands for.
+        Return the key for a ``key`` argument.
 
-        :param refused: a key that the broker has refused: another one is wanted
+        :param refused: a key that the broker has refused, to be replaced
+        :raises TimeoutError: if a key function takes too long while a connection is being restored
         """
         self._owner.check()
         connection = self._restores()
@@ -240,10 +248,10 @@ class Requester:
         seconds = self._options.request_timeout
         with anyio.move_on_after(seconds), Permit(connection):
             return await self._key_of(source, refused, restoring=True)
-        # Every other call would wait with this one.
+        # All other calls wait until the connection is restored, so limit the time.
         raise TimeoutError(
-            f"the function that gives the key did not answer within {seconds:g} s, while the link "
-            "was being restored"
+            f"could not get a key: the key function did not return within {seconds:g} s while the "
+            "connection was being restored"
         )
 
     async def _key_of(self, source: Key, refused: str | None, *, restoring: bool) -> str:
@@ -257,10 +265,10 @@ class Requester:
 
 def _unless_answering(session: Session, expired: Callable[[], object]) -> Callable[[], bool]:
     """
-    Return a function for :class:`ReplyDeadline` that moves the deadline while there are replies.
+    Return a callback for :class:`ReplyDeadline` that extends the deadline while replies arrive.
 
-    While a connection is restored, the broker gets all requests together and answers them one after
-    another. The deadline moves once anyway, because a broker that has been restarted is busy.
+    All requests that restore a connection are sent together, and the broker answers them one after
+    another. The deadline is extended at least once, because a restarted broker is busy.
     """
     answered = -1
 

@@ -1,4 +1,4 @@
-"""The client's state, and the connection that it has now."""
+"""The state of a client and its current connection."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _PUBLIC_STATES: Final[Mapping[ClientState, State]] = {
 
 
 class Step(Enum):
-    """What changes the state of a client."""
+    """An event that changes the state of a client."""
 
     ENTER = "the client is entered"
     OPEN = "a connection is open"
-    RESTORE = "everything is restored on it"
+    RESTORE = "everything is restored on the connection"
     LOSE = "the connection is lost"
     LEAVE = "the client begins to leave"
-    STOP = "there is no connection and will be none"
+    STOP = "the last connection has ended"
     END = "the client has ended"
 
 
@@ -75,17 +75,17 @@ TRANSITIONS: Final[Mapping[tuple[ClientState, Step], ClientState]] = {
     (ClientState.CLOSING, Step.END): ClientState.CLOSED,
     (ClientState.ENDING, Step.END): ClientState.CLOSED,
 }
-"""A step that is not listed for a state does not change it."""
+"""The new state for each state and step. A step that is not listed has no effect."""
 
 
 class Permit:
     """
-    The right of a key function to use a connection that is being restored.
+    The permission of a key function to use a connection that is being restored.
 
-    Other calls wait until everything is restored, which would wait for the function. The tasks that
-    it starts have the right as well, and all lose it when the block is left.
+    Other calls wait until everything is restored, and restoring waits for the key function. Tasks
+    that the function starts inherit the permission. It ends for all of them when the block is left.
 
-    :param connection: the connection
+    :param connection: the connection that is being restored
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -110,11 +110,11 @@ _PERMIT: ContextVar[Permit | None] = ContextVar("emitter_anyio permit", default=
 
 class Slot:
     """
-    The place of the present connection, and why there is none.
+    The state of a client, its current connection, and the cause of its loss.
 
-    Its attributes are read by others and set only here.
+    Other objects read its attributes. Only its methods set them.
 
-    :param options: the client's options
+    :param options: the options of the client
     """
 
     def __init__(self, options: Options) -> None:
@@ -124,102 +124,102 @@ class Slot:
         self.owner = Owner()
         self.state = ClientState.CLOSED
         self.entered_before = False
-        """Whether the client has ever been entered."""
+        """Whether the client was ever entered."""
         self.started = False
-        """Whether the client is entered and has had a connection."""
+        """Whether the client is entered and its first connection was opened."""
         self.start_failure: Exception | None = None
-        """Why the client could not be started."""
+        """The error with which entering failed."""
         self.connection: Connection | None = None
         self.restored = False
-        """Whether every call may use the connection."""
+        """Whether everything is restored on the connection, so that every call can use it."""
         self.direct_thread = 0
-        """The thread whose calls may use the connection without further checks, or 0."""
+        """The thread whose publishes need no further checks; 0 while every publish needs them."""
         self.lost: str | None = None
-        """Why there will be no connection any more."""
+        """The reason of the final loss of the connection; ``None`` before it."""
         self.last_error: Exception | None = None
-        """Why the last connection was lost, or the last attempt to connect failed."""
+        """The cause of the last lost connection or failed attempt to connect."""
         self.unread: list[EmitterMessage] = []
-        """The messages that were received, but not read before the final loss."""
+        """The messages that were received but not read before the final loss."""
         self.leaving = False
         self.deadline = math.inf
-        """The time at which leaving must be complete."""
+        """The time by which the client must be closed; infinity before it begins to leave."""
 
     @property
     def session(self) -> Session | None:
-        """The conversation on the present connection."""
+        """The session of the current connection, if there is one."""
         return None if self.connection is None else self.connection.session
 
     @property
     def public_state(self) -> State:
-        """The state as users see it, for whom restoring is a part of connecting."""
+        """The state that :attr:`Emitter.state` returns."""
         return _PUBLIC_STATES[self.state]
 
     @property
     def has_connections(self) -> bool:
-        """Whether there is a connection, or might be another one."""
+        """Whether there is a connection or the client still tries to open one."""
         return self.started and self.state not in (ClientState.ENDING, ClientState.CLOSED)
 
     # Changes
 
     def enter(self) -> None:
-        """Begin to connect for the first time."""
+        """Note that the client is entered and connects for the first time."""
         self.entered_before, self.started = True, False
         self.start_failure = self.lost = None
         self.unread = []
         self.leaving, self.deadline = False, math.inf
-        self._take(Step.ENTER)
+        self._transition(Step.ENTER)
 
     def fail_to_start(self, error: Exception) -> None:
-        """Note why the client could not be started."""
+        """Note the error with which entering failed."""
         self.start_failure = error
 
     def open(self, connection: Connection) -> None:
         """Note a new connection."""
         self.connection, self.started = connection, True
-        self._take(Step.OPEN)
+        self._transition(Step.OPEN)
 
     def restore(self) -> None:
-        """Let every call use the connection."""
+        """Note that everything is restored, so that every call can use the connection."""
         self.restored = True
-        # A traced publish takes the way with the hook.
+        # Publishes that are traced must not bypass the hook.
         self.direct_thread = self.owner.thread if self._options.trace is None else 0
-        self._take(Step.RESTORE)
-        self._tell()
+        self._transition(Step.RESTORE)
+        self._notify()
 
     def close(self) -> None:
         """Note that the connection has ended."""
         self.connection = None
         self.restored, self.direct_thread = False, 0
-        self._tell()
+        self._notify()
 
     def lose(self, error: Exception, why: str | None) -> None:
         """
         Note that the connection was lost.
 
-        :param why: why there will be no other one, or ``None``
+        :param why: the reason why the loss is final; ``None`` if the client reconnects
         """
         self.last_error = error
         self.lost = self.lost or why
         if why is None:
-            self._take(Step.LOSE)
+            self._transition(Step.LOSE)
 
     def fail_to_connect(self, error: Exception) -> None:
-        """Note why an attempt to connect again has failed."""
+        """Note the error with which an attempt to reconnect failed."""
         self.last_error = error
 
     def give_up(self, why: str) -> None:
-        """Note that there will be no other connection."""
+        """Note the reason why the loss of the connection is final."""
         self.lost = self.lost or why
 
     def leave(self) -> None:
-        """Begin to leave."""
+        """Note that the client begins to leave, and set the deadline."""
         self._begin_leaving()
-        self._take(Step.LEAVE)
+        self._transition(Step.LEAVE)
 
     def stop(self) -> None:
-        """Note that there is no connection and will be none; handlers might still run."""
+        """Note that the last connection has ended. Handlers might still run."""
         self._begin_leaving()
-        self._take(Step.STOP)
+        self._transition(Step.STOP)
 
     def _begin_leaving(self) -> None:
         if not self.leaving:
@@ -228,32 +228,32 @@ class Slot:
 
     def end(self) -> None:
         """Note that the client has ended."""
-        self._take(Step.END)
+        self._transition(Step.END)
 
     def finish(self) -> None:
-        """Note that the client is left."""
+        """Note that the block was left."""
         self.started = False
-        self._take(Step.END)
+        self._transition(Step.END)
 
     def keep_unread(self, messages: list[EmitterMessage]) -> None:
-        """Keep messages for :attr:`ConnectionLostError.unread`."""
+        """Add messages to :attr:`ConnectionLostError.unread`, each of them once."""
         known = set(map(id, self.unread))
         self.unread += [message for message in messages if id(message) not in known]
 
     async def change(self) -> None:
         """Wait until the state or the connection changes."""
         if self._changed is None or not self._changed.statistics().tasks_waiting:
-            # An event without waiters might belong to an earlier event loop.
+            # An event that no task awaits might belong to another event loop.
             self._changed = anyio.Event()
         await self._changed.wait()
 
-    def _take(self, step: Step) -> None:
+    def _transition(self, step: Step) -> None:
         state = TRANSITIONS.get((self.state, step), self.state)
         if state is not self.state:
             self.state = state
-            self._tell()
+            self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
@@ -261,15 +261,16 @@ class Slot:
     # Using the connection
 
     def permitted(self) -> Connection | None:
-        """Return the connection that the calling key function may use before it is restored."""
+        """Return the connection that the calling key function may use during its restoration."""
         permit = _PERMIT.get()
         return None if permit is None else permit.connection
 
     def usable(self, connection: Connection | None, bound: Connection | None = None) -> bool:
         """
-        Return whether the calling code may use a connection.
+        Return whether the caller may use a connection now.
 
-        :param bound: the connection that the calling code restores, if any
+        :param connection: the connection
+        :param bound: the connection that the caller restores, if any
         """
         return (
             connection is not None
@@ -280,61 +281,64 @@ class Slot:
 
     @property
     def may_connect(self) -> bool:
-        """Whether there may be a connection to use later."""
+        """Whether a caller that waits might get a connection."""
         if self.state is ClientState.CLOSING:
             return self.connection is not None and not self.restored
         return self.state in (ClientState.CONNECTING, ClientState.RESTORING) and self.started
 
     async def connected(self, bound: Connection | None = None) -> Connection:
         """
-        Wait for a connection to use.
+        Wait until the caller may use a connection.
 
         :param bound: as for :meth:`usable`
-        :raises ClosedError: if there will be none
-        :raises ConnectionLostError: likewise, after the final loss; or with
-            ``while_down="raise"``, if there is none now
+        :return: the connection
+        :raises ClosedError: if the client is closed or was never entered
+        :raises ConnectionLostError: after the final loss, or with ``while_down="raise"`` while the
+            client reconnects
         """
         self.owner.check()
         while not self.usable(self.connection, bound):
             if not self.may_connect:
                 raise self.gone()
             if self._options.while_down == "raise":
-                raise ConnectionLostError("the link is away, and another one is being opened")
+                raise ConnectionLostError(
+                    "not connected: the client is reconnecting, and while_down is 'raise'"
+                )
             await self.change()
         assert self.connection is not None
         return self.connection
 
-    # Why there is none
+    # Errors
 
     def gone(self) -> Exception:
-        """Make the error of a call that finds no connection."""
+        """Return the error for a call that finds no connection."""
         if self.lost is not None:
             return self.connection_lost()
         if not self.entered_before:
             return ClosedError(
-                "the client is not entered: use it inside 'async with connect(…) as emitter:', "
-                "or start its run() first"
+                "the client is not entered: use it inside 'async with connect(…) as emitter:' or "
+                "start run() first"
             )
-        error = ClosedError("the client is closed: it has disconnected, or was never connected")
+        error = ClosedError("the client is closed: it has disconnected or could not connect")
         error.__cause__ = self.start_failure
         return error
 
     def connection_lost(self) -> ConnectionLostError:
-        """Make the error of the final loss."""
-        error = ConnectionLostError(self.lost or "the link is lost", self.unread)
+        """Return the error of the final loss."""
+        error = ConnectionLostError(self.lost or "the connection was lost", self.unread)
         error.__cause__ = self.last_error
         self._losses.add(error)
         return error
 
     def is_loss(self, error: BaseException) -> bool:
-        """Return whether an error is about the final loss, or a group of only such errors."""
+        """Return whether an error is one of the final loss, or a group of only such errors."""
         if isinstance(error, BaseExceptionGroup):
             return all(map(self.is_loss, error.exceptions))
         return error in self._losses
 
-    def will_pass(self, error: BaseException) -> bool:
-        """Return whether an error is about a lost connection that will be replaced."""
+    def is_transient(self, error: BaseException) -> bool:
+        """Return whether an error is due to a lost connection that the client replaces."""
         if isinstance(error, ExceptionGroup):
-            return all(map(self.will_pass, error.exceptions))
+            return all(map(self.is_transient, error.exceptions))
         transient = isinstance(error, ConnectionLostError) and self._options.reconnect is not None
         return transient and self.lost is None

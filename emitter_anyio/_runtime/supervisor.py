@@ -1,4 +1,4 @@
-"""One connection after another, each restored before it is used."""
+"""Running connections, reconnecting, and restoring what the client had."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from emitter_anyio._values.errors import (
     ConnectionLostError,
     RequestTimeoutError,
 )
+from emitter_anyio._values.text import format_count
 
 from .background import Background
 from .dispatcher import Dispatcher
@@ -35,26 +36,26 @@ from .totals import Totals
 @dataclass(frozen=True, slots=True)
 class Restoration:
     """
-    Something that a new connection must have, and for which the broker is being asked.
+    A request that restores something on a new connection, and has been sent.
 
-    :ivar what: what it is, for log lines
+    :ivar what: a description for log lines
     :ivar answered: awaits the broker's reply
-    :ivar refused: gets the error if it cannot be restored
+    :ivar refused: called with the error if the broker refuses
     """
 
     what: str
-    # Neither is shown, because both may hold a key.
+    # Not shown in the repr, because both might hold a key.
     answered: Callable[[], Awaitable[None]] = field(repr=False)
     refused: Callable[[Exception], None] = field(repr=False)
 
 
 class Restoring:
     """
-    What the features get to restore a connection.
+    The means by which a feature restores its part of a connection.
 
     :param connection: the connection
-    :param requester: sends requests on the connection before other calls may use it
-    :param start_soon: starts a task that ends with the connection
+    :param requester: sends requests on the connection before other calls can use it
+    :param start_soon: starts a task that is cancelled when the connection ends
     """
 
     def __init__(
@@ -69,40 +70,40 @@ class Restoring:
 
 
 Restorer: TypeAlias = Callable[[Restoring], Iterable[Restoration]]
-"""Asks for what a feature needs on a new connection."""
+"""A function that sends the requests of one feature on a new connection."""
 
-Loser: TypeAlias = Callable[[], None]
-"""Learns that a connection was lost on which messages might have been missed."""
+LossHandler: TypeAlias = Callable[[], None]
+"""A function that is called after the loss of a connection that might have lost messages."""
 
-_AFTER_THE_CONNECTION: Final = ("disconnect", "error")
-"""Events that are still emitted after the connection is closed."""
+_LATE_EVENTS: Final = ("disconnect", "error")
+"""The events that are emitted even after the connection is closed."""
 
 _INTERRUPTIONS: Final = (ClosedError, ConnectionLostError, RequestTimeoutError)
-"""Errors of a restoration that are about the connection, not about what is restored."""
+"""Errors of a restoration that mean that the connection is unusable."""
 
 _GOOD_SECONDS: Final = 10.0
 """
-The age at which the loss of a connection restarts the back-off.
+The age in seconds from which the loss of a connection restarts the back-off.
 
-A broker that accepts connections and soon closes them must not be contacted without pause.
+A broker that accepts connections and soon closes them must not be contacted without a pause.
 """
 
 
 class Supervisor:
     """
-    Runs the client's connections.
+    Runs the connections of a client, one after another.
 
-    :param slot: the present connection
+    :param slot: the state of the client
     :param background: runs tasks
     :param opener: opens connections
-    :param dispatcher: delivers what they receive
+    :param dispatcher: delivers what the connections receive
     :param requester: sends requests
     :param events: emits ``connect`` and ``disconnect``
-    :param totals: counts
-    :param wants: what the client wants from every connection
-    :param options: the client's options
-    :param restorers: what the features restore, in order
-    :param losers: what the features do when a connection is lost, in order
+    :param totals: counts connections and publishes
+    :param wants: the subscriptions and presence feeds of the client
+    :param options: the options of the client
+    :param restorers: called in this order to restore a new connection
+    :param loss_handlers: called in this order after the loss of a connection
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Supervisor:
         options: Options,
         *,
         restorers: Sequence[Restorer],
-        losers: Sequence[Loser],
+        loss_handlers: Sequence[LossHandler],
     ) -> None:
         self._slot = slot
         self._background = background
@@ -130,34 +131,35 @@ class Supervisor:
         self._wants = wants
         self._options = options
         self._restorers = restorers
-        self._losers = losers
+        self._loss_handlers = loss_handlers
         self._good_at = math.inf
-        """The time at which the connection will have been good for long enough."""
+        """The time from which the loss of the current connection restarts the back-off."""
         self._carried: list[bytes] = []
-        """Encoded QoS 0 publishes of which no connection has sent a byte."""
+        """Encoded QoS 0 publishes that wait for the next connection; no byte of them was sent."""
         self._retrying: anyio.CancelScope | None = None
         self._received = 0
         """The number of messages received when the last connection ended."""
 
-    # From the first connection to the last one
+    # All connections
 
     async def open_first(self) -> Connection:
         """
         Open the first connection.
 
+        :return: the connection
         :raises ConnectError: if no server could be reached
         """
         self._carried = []
         return await self._opener.open(None, self._background.tasks)
 
     def begin(self, connection: Connection) -> None:
-        """Let every call use the first connection, for which there is nothing to restore."""
+        """Make the first connection available to all calls. There is nothing to restore."""
         self._slot.open(connection)
         logger.info("connected to %s", connection.server)
-        self._be_restored(connection)
+        self._make_available(connection)
 
     async def run(self, first: Connection) -> None:
-        """Run connections until there is no other one."""
+        """Run the first connection, and reconnect until the client ends or gives up."""
         attempt = 0
         connection: Connection | None = first
         while connection is not None:
@@ -168,18 +170,18 @@ class Supervisor:
             connection, attempt = await self._next(connection, broken, attempt)
 
     def leave(self) -> None:
-        """Close the connection in an orderly way, or stop trying to open one."""
+        """Start to close the connection in an orderly way, or stop reconnecting."""
         if self._slot.connection is not None:
             self._start_closing(self._slot.connection)
         elif self._retrying is not None:
-            # Queued publishes may still find a connection before the deadline.
+            # Until the deadline, a new connection can still send the queued publishes.
             if self._carried:
                 self._retrying.deadline = self._slot.deadline
             else:
                 self._retrying.cancel()
 
     def cut_off(self) -> None:
-        """End the connection, or the attempts to open one, now."""
+        """End the connection or stop reconnecting immediately."""
         if (connection := self._slot.connection) is not None:
             self._end(connection, None)
             connection.close()
@@ -187,13 +189,13 @@ class Supervisor:
             self._retrying.cancel()
 
     def finish(self) -> None:
-        """End what cancellation has kept from ending in its own time."""
+        """Record the end of the connection, if cancellation has prevented that."""
         if self._slot.connection is not None:
             self._end(self._slot.connection, None)
         self._retrying = None
 
     def give_up_carried(self) -> int:
-        """Give up the publishes that wait for a connection; return their number."""
+        """Discard the publishes that wait for a connection; return their number."""
         unsent, self._carried = len(self._carried), []
         self._totals.give_up(unsent)
         return unsent
@@ -209,7 +211,7 @@ class Supervisor:
         broken = await connection.run(
             self._dispatcher.deliver_for(connection), self._background.tasks
         )
-        # In the turn in which a connection ends, so that callers it lets go find none.
+        # No await before this: callers that run() has woken must find that the connection ended.
         self._end(connection, broken)
         for scope in scopes:
             scope.cancel()
@@ -217,9 +219,9 @@ class Supervisor:
 
     def _restore(self, connection: Connection, scopes: list[anyio.CancelScope]) -> None:
         """
-        Start to restore a connection.
+        Send all requests that restore a connection, and start tasks that await the replies.
 
-        :param scopes: receives the scopes of the tasks that end with the connection
+        :param scopes: gets the cancel scopes of all tasks, which end with the connection
         """
 
         def start_soon(
@@ -227,44 +229,48 @@ class Supervisor:
         ) -> None:
             scopes.append(self._background.start_soon(function, *arguments))
 
-        # Everything is asked before anything is awaited: what a user gives up meanwhile either is
-        # not asked for on this connection, or is taken back after it was asked for.
+        # Send all requests without awaiting in between. A subscription that a user leaves is then
+        # either not requested on this connection, or unsubscribed after it was requested.
         restoring = Restoring(connection, self._requester.bind(connection), start_soon)
-        asked = [one for restorer in self._restorers for one in restorer(restoring)]
-        unanswered = set(map(id, asked))
-        for one in asked:
-            start_soon(self._await_restored, connection, one, unanswered, len(asked))
-        if not asked:
-            self._be_restored_again(connection, 0)
+        restorations = [each for restorer in self._restorers for each in restorer(restoring)]
+        unanswered = set(map(id, restorations))
+        for each in restorations:
+            start_soon(self._await_restored, connection, each, unanswered, len(restorations))
+        if not restorations:
+            self._complete_restoring(connection, 0)
 
     async def _await_restored(
-        self, connection: Connection, one: Restoration, unanswered: set[int], count: int
+        self, connection: Connection, restoration: Restoration, unanswered: set[int], count: int
     ) -> None:
         try:
-            await one.answered()
+            await restoration.answered()
         except _INTERRUPTIONS as exc:
             connection.fail(exc)
         except Exception as exc:
-            logger.warning("%s could not be restored: %s", one.what, exc)
-            one.refused(exc)
-        unanswered.discard(id(one))
+            logger.warning("could not restore %s: %s", restoration.what, exc)
+            restoration.refused(exc)
+        unanswered.discard(id(restoration))
         if not (unanswered or connection.broken) and connection is self._slot.connection:
-            self._be_restored_again(connection, count)
+            self._complete_restoring(connection, count)
 
-    def _be_restored_again(self, connection: Connection, count: int) -> None:
+    def _complete_restoring(self, connection: Connection, count: int) -> None:
         carried, self._carried = self._carried, []
         connection.session.publish_encoded(carried)
-        logger.info("connected again to %s, with %d things restored", connection.server, count)
-        self._be_restored(connection)
+        logger.info(
+            "reconnected to %s (restored subscriptions, feeds and links: %d)",
+            connection.server,
+            count,
+        )
+        self._make_available(connection)
 
-    def _be_restored(self, connection: Connection) -> None:
+    def _make_available(self, connection: Connection) -> None:
         self._good_at = connection.timer.clock() + _GOOD_SECONDS
         self._totals.open_connection()
         self._slot.restore()
         self._events.emit("connect")
 
     def _end(self, connection: Connection, broken: Exception | None) -> None:
-        """Note that a connection has ended; keep what may go on for the next one."""
+        """Record the end of a connection, and keep its unsent publishes for the next one."""
         slot = self._slot
         if connection is not slot.connection:
             return
@@ -272,7 +278,7 @@ class Supervisor:
         slot.close()
         session = connection.session
         self._totals.end_connection(session.nonsense)
-        # What had to wait for the restoration follows what this connection has not sent.
+        # The connection's own unsent publishes are older than those that waited for restoring.
         unsent = connection.unsent
         self._carried = [*unsent, *self._carried]
         gone: Callable[[], Exception] = slot.gone
@@ -291,13 +297,14 @@ class Supervisor:
         if uncertain and not connection.read_by_broker:
             self._totals.doubt(uncertain)
             logger.warning(
-                "%d publishes of qos=0 were under way: the broker may have taken them or not",
-                uncertain,
+                "%s of qos=0 might not have reached the broker: the connection ended while "
+                "they were being sent",
+                format_count(uncertain, "publish", "publishes"),
             )
         if was_restored or self._totals.received > self._received:
-            # If a connection has delivered messages before it was restored, others may be missing.
-            for lost_by in self._losers:
-                lost_by()
+            # A connection that delivered messages before it was restored might have lost others.
+            for handle_loss in self._loss_handlers:
+                handle_loss()
         self._received = self._totals.received
         if was_restored:
             self._events.emit("disconnect")
@@ -308,12 +315,12 @@ class Supervisor:
         self._background.start_soon(self.close, connection)
 
     async def close(self, connection: Connection) -> None:
-        """Close a connection in an orderly way, before the deadline."""
+        """Wait for handlers and replies, then disconnect, all before the deadline."""
         session = connection.session
-        quiet = self._slot.restored and not (
+        idle = self._slot.restored and not (
             self._events.busy or session.pending or session.uncertain
         )
-        if not (quiet and connection.disconnect_nowait()):
+        if not (idle and connection.disconnect_nowait()):
             with anyio.CancelScope(deadline=self._slot.deadline):
                 await self._wait_and_disconnect(connection)
         connection.close()
@@ -322,8 +329,8 @@ class Supervisor:
         slot, events, session = self._slot, self._events, connection.session
         while slot.connection is connection and not slot.restored:
             await slot.change()
-        events.end(but=_AFTER_THE_CONNECTION)
-        await events.wait_done(slot.deadline, but=_AFTER_THE_CONNECTION)
+        events.end(but=_LATE_EVENTS)
+        await events.wait_done(slot.deadline, but=_LATE_EVENTS)
         for pending in session.awaited():
             done = anyio.Event()
             pending.call_when_done(done.set)
@@ -358,10 +365,8 @@ class Supervisor:
                 return connection, attempt
             else:
                 if not slot.leaving:
-                    why = (
-                        f"{_lost(last)}, and {attempt} tries have opened no other: "
-                        f"{slot.last_error}"
-                    )
+                    tries = format_count(attempt, "try", "tries")
+                    why = f"{_lost(last)} and could not reconnect in {tries}: {slot.last_error}"
                     slot.give_up(why)
                     logger.error("%s", why)
         self._retrying = None
@@ -369,13 +374,13 @@ class Supervisor:
 
 
 def _lost(connection: Connection) -> str:
-    return f"the link to {connection.server} is lost"
+    return f"lost the connection to {connection.server}"
 
 
 def _interrupted(connection: Connection, broken: Exception) -> ConnectionLostError:
     error = ConnectionLostError(
-        f"the link to {connection.server} was lost meanwhile: {broken}; whether it took effect is "
-        "unknown"
+        f"lost the connection to {connection.server} before the reply: {broken}; whether the call "
+        "took effect is unknown"
     )
     error.__cause__ = broken
     return error
@@ -383,9 +388,9 @@ def _interrupted(connection: Connection, broken: Exception) -> ConnectionLostErr
 
 def _log_failed_try(attempt: int, error: ConnectError, warned: set[str]) -> None:
     """
-    Log why a try failed: as a warning if waiting does not help, once for each distinct cause.
+    Log a failed try: once as a warning for each distinct permanent cause, otherwise as info.
 
-    :param warned: the causes that were logged as warnings since the connection was lost
+    :param warned: the causes that were logged as warnings since the loss of the connection
     """
     level = logging.INFO
     for server, cause in error.causes.items():

@@ -1,4 +1,4 @@
-"""The figures of a client over all its connections and streams."""
+"""Statistics of a client over all its connections and streams."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .slot import Slot
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """
-    Figures of a client since it was made.
+    Statistics of a client since it was created.
 
     :ivar received: the number of messages that the broker has delivered
-    :ivar unhandled: how many of them no stream and no handler took
-    :ivar dropped: the number of items that streams and handlers have dropped because their buffer
+    :ivar unhandled: the number of received messages that no stream and no handler took
+    :ivar dropped: the number of items that were dropped because the buffer of a stream or handler
         was full
-    :ivar nonsense: the number of packets and replies that the broker would not send
-    :ivar queued_bytes: the number of bytes that wait to be written
-    :ivar pending: the number of outstanding acknowledgements
+    :ivar nonsense: the number of invalid or unexpected packets and replies from the broker
+    :ivar queued_bytes: the number of bytes that wait to be sent
+    :ivar pending: the number of packets that the broker has not acknowledged yet
     :ivar links: the number of connections so far
-    :ivar uncertain: the number of QoS 0 publishes that were being written when a connection was
-        lost: the broker might have read them or not, and they are not sent again
-    :ivar unsent: the number of QoS 0 publishes that were given up, because there was no other
-        connection
+    :ivar uncertain: the number of QoS 0 publishes that might not have reached the broker, because
+        the connection ended while they were being sent; they are not sent again
+    :ivar unsent: the number of QoS 0 publishes that were discarded because the client ended without
+        another connection
     """
 
     received: int
@@ -44,10 +44,11 @@ class Statistics:
 
 class Totals:
     """
-    Counts what outlives a connection or a stream.
+    Counters that outlive connections and streams.
 
-    :param slot: has the present connection, and keeps what was not read before the final loss
-    :param routes: has the streams
+    :param slot: has the current connection, and keeps the messages that were unread at the final
+        loss
+    :param routes: has the open streams
     """
 
     def __init__(self, slot: Slot, routes: Routes[Receiver[Any]]) -> None:
@@ -62,7 +63,7 @@ class Totals:
         self.unsent = 0
 
     def receive(self, count: int) -> None:
-        """Count messages."""
+        """Count received messages."""
         self.received += count
 
     def leave_unhandled(self, count: int) -> None:
@@ -70,23 +71,23 @@ class Totals:
         self.unhandled += count
 
     def open_connection(self) -> None:
-        """Count a connection."""
+        """Count a new connection."""
         self.links += 1
 
     def end_connection(self, nonsense: int) -> None:
-        """Add the figures of a connection that has ended."""
+        """Add the counters of a connection that has ended."""
         self.nonsense += nonsense
 
     def doubt(self, count: int) -> None:
-        """Count publishes that the broker might not have read."""
+        """Count publishes that might not have reached the broker."""
         self.uncertain += count
 
     def give_up(self, count: int) -> None:
-        """Count publishes that were never sent."""
+        """Count publishes that were discarded."""
         self.unsent += count
 
     def leave_stream(self, send: Sender[Any]) -> None:
-        """Add the figures of a stream that was left, and keep what was unread at the final loss."""
+        """Add the counters of a closed stream, and keep what was unread at the final loss."""
         if self._slot.lost is not None:
             self._slot.keep_unread(
                 [item for item in send.drain() if isinstance(item, EmitterMessage)]
@@ -94,7 +95,7 @@ class Totals:
         self.dropped += send.dropped
 
     def statistics(self) -> Statistics:
-        """Return the figures, with those of the present connection and the open streams."""
+        """Return the statistics, including the current connection and the open streams."""
         connection = self._slot.connection
         session = None if connection is None else connection.session
         return Statistics(

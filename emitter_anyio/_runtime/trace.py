@@ -1,4 +1,4 @@
-"""The trace hook: what a client does, for logs and metrics."""
+"""Calling the trace hook."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from emitter_anyio._net.options import TraceHook, logger
 
 class Trace:
     """
-    Calls the user's trace hook.
+    Calls the trace hook of the user, and logs its exceptions.
 
-    :param hook: the hook, if there is one. If it raises, that is logged, and the client goes on
+    :param hook: the hook, if there is one
     """
 
     def __init__(self, hook: TraceHook | None) -> None:
@@ -23,15 +23,15 @@ class Trace:
         return self._hook is not None
 
     def __call__(self, name: str, **known: object) -> None:
-        """Report an event."""
+        """Report a single event."""
         if self._hook is not None:
             try:
                 self._hook(name, known)
             except Exception:
-                logger.exception("the trace hook raised for %s", name)
+                logger.exception("the trace hook raised an exception for %r", name)
 
     def span(self, name: str, **known: object) -> AbstractContextManager[None]:
-        """Report the beginning and the end of something, with its duration in seconds."""
+        """Report the start and the end of an operation, with its duration in seconds."""
         return self._span(name, known) if self else nullcontext()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Making text from a peer safe to display."""
+"""Text for messages: text from a peer made safe to display, and counts."""
 
 from __future__ import annotations
 
@@ -12,3 +12,8 @@ def make_printable(text: str) -> str:
     line = " ".join(text[: 64 * _MAX_CHARACTERS].split())
     line = line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}…"
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def format_count(number: int, singular: str, plural: str) -> str:
+    """Return a number with the form of a noun that fits it."""
+    return f"{number} {singular if number == 1 else plural}"

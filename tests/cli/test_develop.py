@@ -141,7 +141,7 @@ class TestDemo:
                 output, errors = process.communicate()
         assert process.returncode == 1
         assert first_words(output) == ["connect"]
-        assert "is lost" in only_line(errors)
+        assert "lost the connection to" in only_line(errors)
 
     def test_wrong_secret_is_not_printed(self) -> None:
         wrong = "a" * 32

@@ -95,7 +95,7 @@ async def test_calls_raise_with_while_down_raise(broker: Broker, key: str) -> No
         await emitter.subscribe(key, "a/")
         async with while_disconnected(emitter, broker):
             for call in calls_of(emitter, broker, key):
-                with pytest.raises(ConnectionLostError, match="away"):
+                with pytest.raises(ConnectionLostError, match="reconnecting"):
                     await call()
         await emitter.me()
         assert subscribed_channels(broker) == ["a/"]

@@ -19,6 +19,7 @@ from unittest import mock
 import anyio
 import trio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Backoff, Emitter, connect
 from emitter_anyio.testing import Broker, FaultProxy
@@ -116,7 +117,9 @@ async def restoring(emitter: Emitter, around: Around) -> None:
     await emitter.subscribe(around.key, "a/")
     around.left_later.enter_context(around.broker.lose("suback"))
     await around.lose_connection(emitter)
-    await anyio.sleep(0.03)
+    while not emitter.statistics().pending:
+        await checkpoint()
+    await anyio.wait_all_tasks_blocked()
 
 
 async def restored(emitter: Emitter, around: Around) -> None:
