@@ -1,1 +1,1 @@
-"""How fast we are beside other MQTT clients: ``python -m nox -s bench``; see ``README.md``."""
+"""Comparison with other MQTT clients: ``python -m nox -s bench``; see ``README.md``."""

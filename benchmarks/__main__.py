@@ -33,11 +33,12 @@ END: Final = "<!-- the table ends -->"
 _ROUNDS: Final = 9
 
 _QUICK: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
-"""Those that are the fastest in some row, and have a turn in a quick run."""
+"""The clients of a quick run: each of them is the fastest in at least one row."""
 
 _LONG: Final = {"idle", "links", "stalled", "import"}
+"""The rows that always take long, so that they have fewer rounds, and in a quick run few peers."""
+
 _LONG_ROUNDS: Final = 5
-"""Rows that cannot be short have fewer rounds, and in a quick run few peers."""
 
 _HOW: Final = (
     "a client that was far from the fastest in the first round ran only once, as did the clients "
@@ -49,7 +50,7 @@ _Named = TypeVar("_Named", Row, Client)
 
 def chosen(every: Sequence[_Named], names: str | None, what: str) -> list[_Named]:
     """
-    Pick by name; ``fan-in`` and ``us`` also pick ``fan-in-10`` and ``us-trio``.
+    Select by name. ``fan-in`` and ``us`` also select ``fan-in-10`` and ``us-trio``.
 
     :raises SystemExit: if a name is unknown
     """
@@ -63,12 +64,12 @@ def chosen(every: Sequence[_Named], names: str | None, what: str) -> list[_Named
     for name in wanted:
         if not any(fits(one, name) for one in every):
             known = ", ".join(one.name for one in every)
-            raise SystemExit(f"no {what} is called {name!r}; there are {known}")
+            raise SystemExit(f"unknown {what} {name!r}: expected one of {known}")
     return [one for one in every if any(fits(one, name) for name in wanted)]
 
 
 def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]:
-    """Say where, when and of what versions this is."""
+    """Describe the machine, the date and the versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -86,7 +87,7 @@ def about(clients: Iterable[Client], rounds: int, quick: bool) -> dict[str, str]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{model}, {os.cpu_count()} processors, {platform.system()}",
-        # From about 0.5 on, others have taken time that the rates miss; the CPU column does not.
+        # From about 0.5, other processes have slowed down the rates, but not the CPU column.
         "load before the run": f"{os.getloadavg()[0]:.1f}"
         if hasattr(os, "getloadavg")
         else "unknown",
@@ -110,10 +111,11 @@ def measure(
     results: Results,
 ) -> None:
     """
-    Run every round: in each one, each row in turn, and each client in it.
+    Run all rounds. Each round runs each row in turn, with each of its clients.
 
-    :param lasting: the clients that take part in rows that cannot be short
-    :param all_take_part: also those that the first round has shown to be far from the fastest
+    :param lasting: the clients of the rows that always take long
+    :param all_take_part: whether clients that were far from the fastest in the first round take
+        part in the other rounds
     """
     pythons: dict[str, str] = {}
     for client in clients:
@@ -154,14 +156,14 @@ def measure(
                         print(f"failed: {exc}", file=sys.stderr)
                     else:
                         results.add(row.name, client.name, figures)
-                        told = (
+                        shown = (
                             f"{report.amount(value, 2)} {key}" for key, value in figures.items()
                         )
-                        print(", ".join(told), file=sys.stderr)
+                        print(", ".join(shown), file=sys.stderr)
 
 
 def into_docs(path: Path, table: str) -> None:
-    """Put the table between its two marks."""
+    """Replace the table between the two marks."""
     text = path.read_text()
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
@@ -170,15 +172,19 @@ def into_docs(path: Path, table: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rows", help="some rows, by name, with commas")
-    parser.add_argument("--clients", help="some clients, by name, with commas")
-    parser.add_argument("--rounds", type=int, help=f"{_ROUNDS}, or 1 with --quick")
-    parser.add_argument("--quick", action="store_true", help="few messages, one round")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="where files go")
+    parser.add_argument("--rows", help="names of rows, separated by commas")
+    parser.add_argument("--clients", help="names of clients, separated by commas")
     parser.add_argument(
-        "--docs", action="store_true", help="put the tables into docs/ and the README"
+        "--rounds", type=int, help=f"the number of rounds; default: {_ROUNDS}, or 1 with --quick"
     )
-    parser.add_argument("--again", type=Path, help="no run: report on this results.json")
+    parser.add_argument("--quick", action="store_true", help="run one round with fewer messages")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "results", help="the directory for the results"
+    )
+    parser.add_argument(
+        "--docs", action="store_true", help="write the tables into docs/ and the README"
+    )
+    parser.add_argument("--again", type=Path, help="report on this results.json without a run")
     arguments = parser.parse_args()
 
     quick = arguments.quick

@@ -1,8 +1,8 @@
 """
-Measure the client beside an earlier commit of itself: ``python -m benchmarks.against COMMIT``.
+Compare the client with an earlier commit: ``python -m benchmarks.against COMMIT``.
 
-Both are measured in turn, several times, and the smallest CPU time of each counts, because other
-processes can only add to it. A figure above 1 means that the present client takes more.
+Both are measured in turn, several times. The smallest CPU time of each counts, because other
+processes can only increase it. A ratio above 1 means that the present client takes longer.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ COMPARED: Final = {
     "receive-256k": 500,
     "publish-256k": 500,
 }
-"""The rows, and the number of messages of one run."""
+"""The number of messages per run of each row."""
 
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
     """
-    Check a commit out, and remove it afterwards.
+    Check out a commit, and remove it when the block is left.
 
-    :return: a directory with only its client, because the benchmarks are to be the present ones
+    :return: a directory that contains only its client, because the present benchmarks measure both
     """
     with tempfile.TemporaryDirectory() as directory:
         path, library = Path(directory, "checkout"), Path(directory, "library")
@@ -53,7 +53,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def compare(row: Row, variant: str, before: Path, rounds: int) -> tuple[float, float]:
-    """Return the least CPU time of one message, in µs, before and now."""
+    """Return the smallest CPU time per message in µs, of the earlier and of the present client."""
     (client,) = (one for one in CLIENTS if one.ours and one.variant == variant)
     least = {before: float("inf"), ROOT: float("inf")}
     for number in range(rounds):
@@ -67,8 +67,8 @@ def compare(row: Row, variant: str, before: Path, rounds: int) -> tuple[float, f
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.against", description=__doc__)
     parser.add_argument("commit", help="the earlier commit")
-    parser.add_argument("--rows", help="rows, separated by commas; all unless given")
-    parser.add_argument("--rounds", type=int, default=7, help="7 unless given")
+    parser.add_argument("--rows", help="names of rows, separated by commas; default: all")
+    parser.add_argument("--rounds", type=int, default=7, help="the number of rounds; default: 7")
     options = parser.parse_args()
     wanted = options.rows.split(",") if options.rows else list(COMPARED)
     rows = {row.name: row for row in ROWS}

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, kept for the next run."""
+"""Virtual environments for the peers, which are kept for later runs."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ CACHE: Final = HERE / ".cache"
 
 
 class MissingError(Exception):
-    """A client cannot be run here; says what to install."""
+    """A client that cannot run here. The message states what to install."""
 
 
 def requirements(environment: str) -> list[str]:
-    """What an environment is made of."""
+    """Return the requirements of an environment."""
     pins = tomllib.loads((HERE / "pins.toml").read_text())
     return list(pins[environment]["requirements"])
 
 
 def python_of(client: Client) -> str:
     """
-    Find, or make, the interpreter that runs a client.
+    Return the interpreter that runs a client, creating its environment if necessary.
 
-    :raises MissingError: if something is missing that we do not install
+    :raises MissingError: if a system tool or uvloop is missing, which are not installed here
     """
     if client.program and shutil.which(client.program) is None:
         raise MissingError(
-            f"{client.name}: {client.program} is not there; the Debian packages are 'mosquitto' "
-            "and 'mosquitto-clients' (apt-get install mosquitto-clients)"
+            f"{client.name}: {client.program} is not installed; install the Debian packages "
+            "'mosquitto' and 'mosquitto-clients'"
         )
     if client.ours and client.uvloop:
         try:
-            import uvloop  # noqa: F401 - is it there?
+            import uvloop  # noqa: F401 - checks whether it is installed
         except ImportError:
-            raise MissingError(f"{client.name}: uvloop is not there (pip install uvloop)") from None
-    return _made(client.environment) if client.environment else sys.executable
+            raise MissingError(f"{client.name}: uvloop is not installed; install uvloop") from None
+    return _make(client.environment) if client.environment else sys.executable
 
 
-def _made(environment: str) -> str:
+def _make(environment: str) -> str:
     wanted = requirements(environment)
     mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()[:8]
     home = CACHE / f"{environment}-{mark}"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (home / "complete").exists():
         shutil.rmtree(home, ignore_errors=True)
-        print(f"making the environment of {environment}: {', '.join(wanted)}", file=sys.stderr)
+        print(f"creating the environment of {environment}: {', '.join(wanted)}", file=sys.stderr)
         if uv := shutil.which("uv"):
             _run(uv, "venv", "--quiet", "--python", sys.executable, str(home))
             _run(uv, "pip", "install", "--quiet", "--python", str(python), *wanted)
@@ -65,6 +65,6 @@ def _made(environment: str) -> str:
 
 
 def _run(*command: str) -> None:
-    made = subprocess.run(command, capture_output=True, check=False, text=True)
-    if made.returncode:
-        raise MissingError(f"{' '.join(command)} failed: {made.stderr.strip()}")
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    if done.returncode:
+        raise MissingError(f"{' '.join(command)} failed: {done.stderr.strip()}")

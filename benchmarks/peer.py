@@ -1,13 +1,13 @@
 """
-The other end of every measured link: a process that blasts, counts, echoes or accepts.
+The peer of every measured client: a process that sends, counts or echoes messages.
 
-It behaves towards a client as Emitter does: a topic to subscribe or publish to begins with a key,
-and a message is delivered under its channel alone. To keep it out of what is measured it sends
-blobs made beforehand, and counts packets of one length by the bytes that they have.
+It behaves like Emitter: topics of SUBSCRIBE and inbound PUBLISH begin with a key, and topics of
+delivered messages are channels. To use little time during a measurement, it sends chunks of packets
+that were encoded before, and counts packets of equal length by their bytes.
 
-It is started with one argument, a :class:`Part` as JSON; prints its port; serves one connection
-after the other (``"many"`` serves them all at once); and prints what it has counted as JSON when
-its standard input is closed.
+Its argument is a :class:`Part` as JSON. It prints its port, serves one connection after another (in
+mode ``"many"`` all of them concurrently), and prints its counters as JSON when its standard input
+is closed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from typing import Final, Literal
 
 from benchmarks import wire
 
-_CHUNK: Final = 64 * 1024
-_READ: Final = 256 * 1024
+_CHUNK_BYTES: Final = 64 * 1024
+_READ_BYTES: Final = 256 * 1024
 
 
 @dataclass(frozen=True)
 class Part:
     """
-    What the peer does.
+    The parameters of the peer.
 
-    :ivar mode: ``"blast"`` sends ``messages`` once it has seen ``subscriptions`` filters;
-        ``"sink"`` counts ``messages`` and then publishes one to the topic ``DONE``; ``"echo"``
-        returns each; ``"many"`` serves many links at once, and tells what it has counted to whom
-        asks with ``STAT``
-    :ivar topics: how many channels take turns in a blast
-    :ivar certificate: of TLS: the files of certificate and key
+    :ivar mode: ``"blast"`` sends ``messages`` after ``subscriptions`` filters were subscribed to;
+        ``"sink"`` counts ``messages`` and then publishes to the topic ``DONE``; ``"echo"`` sends
+        back each message; ``"many"`` serves many connections concurrently, and sends its counters
+        as the reply to ``STAT``
+    :ivar topics: the number of channels that a blast uses in turn
+    :ivar certificate: the files of the certificate and its key, for TLS
     """
 
     mode: Literal["blast", "sink", "echo", "many"]
@@ -54,7 +54,7 @@ class Part:
 
 @dataclass
 class Counted:
-    """What the peer has seen; ``seconds`` from its first to its last message."""
+    """The counters of the peer. ``seconds`` is the time from the first to the last message."""
 
     connections: int = 0
     messages: int = 0
@@ -72,7 +72,7 @@ class Peer:
     """Set while no connection is served."""
 
     def serve(self, listener: socket.socket) -> None:
-        """Serve one connection after the other."""
+        """Serve one connection after another."""
         context = None
         if self.part.certificate is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -89,13 +89,13 @@ class Peer:
                     sock = context.wrap_socket(sock, server_side=True)
                 self._converse(wire.WebSocketPipe(sock) if self.part.websocket else sock, blob)
             except OSError:
-                pass  # a client that has what it wanted may leave as it likes
+                pass  # A client that has finished can close its connection in any way.
             finally:
                 sock.close()
 
     def _converse(self, pipe: wire.Pipe, blob: list[bytes]) -> None:
         buffer = b""
-        while received := pipe.recv(_READ):
+        while received := pipe.recv(_READ_BYTES):
             buffer += received
             position = 0
             while (found := wire.framed(buffer, position)) is not None:
@@ -111,7 +111,7 @@ class Peer:
                         self.counted.seconds = time.perf_counter() - self.started
                     return
                 else:
-                    pipe.sendall(self._answer(kind, buffer[start:end]))
+                    pipe.sendall(self.reply(kind, buffer[start:end]))
                 position = end
                 if self.part.mode == "blast" and self.filters >= self.part.subscriptions:
                     self.filters = 0
@@ -120,11 +120,11 @@ class Peer:
                         pipe.sendall(chunk)
             buffer = buffer[position:]
 
-    def _answer(self, kind: int, body: bytes) -> bytes:
-        """Answer whatever is no PUBLISH."""
+    def reply(self, kind: int, body: bytes) -> bytes:
+        """Return the reply to a packet."""
         if kind == wire.CONNECT:
             if body[6] != 4:
-                raise SystemExit(f"the peer speaks MQTT 3.1.1 (4), and not {body[6]}")
+                raise SystemExit(f"unsupported protocol level {body[6]}: expected 4 (MQTT 3.1.1)")
             self.counted.connections += 1
             return wire.CONNACK
         if kind == wire.PINGREQ:
@@ -144,11 +144,11 @@ class Peer:
         return b""
 
     def _blob(self) -> list[bytes]:
-        """Make what is blasted, in chunks that hold whole packets."""
+        """Return the encoded messages of a blast, in chunks of whole packets."""
         payload = b"x" * self.part.payload
         turns = [wire.publish(wire.channel(number), payload) for number in range(self.part.topics)]
         packets = cycle(turns)
-        by_chunk = max(1, _CHUNK // len(turns[0]))
+        by_chunk = max(1, _CHUNK_BYTES // len(turns[0]))
         left, blob = self.part.messages, list[bytes]()
         same = b"".join(islice(packets, by_chunk)) if len(turns) == 1 else None
         while left > 0:
@@ -162,11 +162,11 @@ class Peer:
 
     def _count(self, pipe: wire.Pipe, data: bytes, size: int, body: int) -> None:
         """
-        Count publishes of one length, and acknowledge those of QoS 1.
+        Count publishes of equal length, and acknowledge those of QoS 1.
 
-        :param data: what has come of them so far
-        :param size: how long each is
-        :param body: where the body of the first one begins
+        :param data: the bytes received so far
+        :param size: the length of each packet in bytes
+        :param body: the offset of the body in each packet
         """
         start = time.perf_counter()
         confirmed = bool(data[0] & 6)
@@ -174,7 +174,7 @@ class Peer:
         left = self.part.messages * size
         if not confirmed:
             left -= len(data)
-            bucket = bytearray(_READ)
+            bucket = bytearray(_READ_BYTES)
             while left > 0:
                 received = pipe.recv_into(bucket)
                 if not received:
@@ -196,7 +196,7 @@ class Peer:
                 if left <= 0:
                     break
                 rest = data
-                data = pipe.recv(_READ)
+                data = pipe.recv(_READ_BYTES)
                 if not data:
                     return
         self.counted.messages += self.part.messages
@@ -210,8 +210,8 @@ def _echo(body: bytes) -> bytes:
     return wire.publish(name.removeprefix(wire.KEY + "/"), body[2 + length :])
 
 
-class Links:
-    """Serves many links at once, none of which says much."""
+class Connections:
+    """Serves many connections with little traffic concurrently."""
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -233,11 +233,11 @@ class Links:
 
     def _read(self, sock: socket.socket) -> None:
         try:
-            received = sock.recv(_CHUNK)
+            received = sock.recv(_CHUNK_BYTES)
             if received == b"STAT":
                 sock.sendall(json.dumps(asdict(self._peer.counted)).encode())
                 received = b""
-            if received and self._answered(sock, self._buffers[sock] + received):
+            if received and self._reply_all(sock, self._buffers[sock] + received):
                 return
         except OSError:
             pass
@@ -245,33 +245,33 @@ class Links:
         del self._buffers[sock]
         sock.close()
 
-    def _answered(self, sock: socket.socket, buffer: bytes) -> bool:
+    def _reply_all(self, sock: socket.socket, buffer: bytes) -> bool:
         position = 0
         while (found := wire.framed(buffer, position)) is not None:
             kind = buffer[position] >> 4
             if kind == wire.DISCONNECT:
                 return False
-            sock.sendall(self._peer._answer(kind, buffer[found[0] : found[1]]))
+            sock.sendall(self._peer.reply(kind, buffer[found[0] : found[1]]))
             position = found[1]
         self._buffers[sock] = buffer[position:]
         return True
 
 
 def main() -> None:
-    said = json.loads(sys.argv[1])
-    if said.get("certificate"):
-        said["certificate"] = tuple(said["certificate"])
-    part = Part(**said)
+    given = json.loads(sys.argv[1])
+    if given.get("certificate"):
+        given["certificate"] = tuple(given["certificate"])
+    part = Part(**given)
     listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     peer = Peer(part)
-    serve = Links(peer).serve if part.mode == "many" else peer.serve
+    serve = Connections(peer).serve if part.mode == "many" else peer.serve
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     print(listener.getsockname()[1], flush=True)
     sys.stdin.read()
     if part.mode != "many":
-        peer.free.wait(5)  # the last words of a client that has left may not have been read yet
+        peer.free.wait(5)  # The last packets of a client might not have been read yet.
     print(json.dumps(asdict(peer.counted)), flush=True)
-    os._exit(0)  # nothing that it still does is of use to anybody
+    os._exit(0)  # Do not wait for the thread that serves.
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ _SUMMARY: Final = (
 _SUMMARIZED: Final = ("us-asyncio", "us-trio", "emitter-io", "mosquitto")
 
 _FAR: Final = 3.0
-"""A client that is this many times slower than the fastest is not slow because of noise."""
+"""How many times slower than the fastest a client must be to need no further rounds."""
 
 Medians: TypeAlias = dict[str, dict[str, dict[str, float]]]
 """The median of each figure, by row and client."""
@@ -50,7 +50,7 @@ class Results:
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, row: str, client: str, figures: dict[str, float]) -> None:
-        """Add the figures of one run."""
+        """Add the figures of a run."""
         self.runs.setdefault(row, {}).setdefault(client, []).append(figures)
 
     def fail(self, row: str, client: str, why: str) -> None:
@@ -176,12 +176,12 @@ def _bound(goal: Goal) -> str:
     sense = "≥" if goal.figure.higher else "≤"
     if goal.against == "nothing":
         return f"{sense} {goal.bound:g}"
-    whom = {
+    reference = {
         "fastest": "the fastest Python peer",
         "mosquitto": "mosquitto's tool",
         "row": f"`{goal.row}`",
     }[goal.against]
-    return f"{sense} {goal.bound:g} × {whom}"
+    return f"{sense} {goal.bound:g} × {reference}"
 
 
 def _reached(verdict: Verdict) -> str:
@@ -207,7 +207,7 @@ def goals_table(verdicts: Sequence[Verdict]) -> str:
 
 
 def row_table(row: Row, measured: Mapping[str, Mapping[str, float]], why: Mapping[str, str]) -> str:
-    """Return a table of one row: a line for each client, the best first."""
+    """Return a table of one row with a line for each client, the best one first."""
     main = row.figures[0]
     best = fastest(measured, main, _CLIENTS["us-uvloop"])
     names = sorted(

@@ -264,7 +264,7 @@ ROWS: Final = (
     ),
     Row(
         "stalled",
-        "stalled consumer, 500,000 messages (emitter_anyio: beside a healthy stream)",
+        "stalled consumer, 500,000 messages (emitter_anyio: with a second, healthy stream)",
         "stalled",
         (GROWTH, UNCOUNTED, LOST),
         # The buffer holds 1024 messages, which is 64 KiB of payload.
@@ -289,7 +289,7 @@ ROWS: Final = (
 )
 
 _NO_STREAMS: Final = frozenset({"fan_in"})
-# These three need minutes to open 1,000 connections.
+# The clients that need minutes to open 1,000 connections.
 _FEW_CONNECTIONS: Final = frozenset({"links"})
 
 CLIENTS: Final = (

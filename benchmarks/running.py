@@ -1,4 +1,4 @@
-"""One run: a peer and a client, each in a process of its own."""
+"""A single run: a peer and a client, each in a separate process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.rows import Client, Row
 
 ROOT: Final = Path(__file__).parents[1]
 
-_TIMEOUT: Final = 180
+_TIMEOUT_SECONDS: Final = 180
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Files for TLS on loopback."""
+    """The files of a certificate for TLS on loopback."""
 
     chain: str
     key: str
@@ -30,7 +30,7 @@ class Certificate:
 
     @classmethod
     def make(cls, directory: Path) -> Certificate:
-        """Make them with trustme."""
+        """Create a certificate with trustme."""
         import trustme
 
         authority = trustme.CA()
@@ -44,15 +44,15 @@ class Certificate:
 
 
 class RunFailedError(Exception):
-    """A run gave no figures; says why."""
+    """A run without figures. The message states the reason."""
 
 
 @dataclass
 class RunningPeer:
     """
-    A peer in a process of its own.
+    A peer that runs in a separate process.
 
-    :ivar counted: what it has counted, once it has ended
+    :ivar counted: the counters of the peer, after it has ended
     """
 
     port: int
@@ -61,7 +61,7 @@ class RunningPeer:
 
 @contextmanager
 def running_peer(part: Part) -> Iterator[RunningPeer]:
-    """Have a peer."""
+    """Run a peer until the block is left."""
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.peer", json.dumps(asdict(part))],
         stdin=subprocess.PIPE,
@@ -74,27 +74,27 @@ def running_peer(part: Part) -> Iterator[RunningPeer]:
             peer = RunningPeer(int(process.stdout.readline()))
             yield peer
         finally:
-            told = process.communicate()[0]
-        peer.counted = json.loads(told)
+            output = process.communicate()[0]
+        peer.counted = json.loads(output)
 
 
 def job_and_part(
     row: Row, client: Client, messages: int, certificate: Certificate | None = None, **more: Any
 ) -> tuple[dict[str, Any], Part]:
     """
-    Work out what the client is told, but for the port, and what the peer does.
+    Return the parameters of the client, without the port, and those of the peer.
 
-    :param more: what else the client is told
+    :param more: further parameters of the client
     """
-    told: dict[str, Any] = {"messages": messages, "case": row.case, "variant": client.variant}
-    told |= {**row.job, "websocket": row.needs == "websocket", **more}
+    job: dict[str, Any] = {"messages": messages, "case": row.case, "variant": client.variant}
+    job |= {**row.job, "websocket": row.needs == "websocket", **more}
     if row.case == "stalled" and client.ours:
-        told["subscriptions"] = 2
-    part = row.part(messages, told.get("subscriptions", 1))
+        job["subscriptions"] = 2
+    part = row.part(messages, job.get("subscriptions", 1))
     if certificate is not None:
-        told["ca"] = certificate.authority
+        job["ca"] = certificate.authority
         part = replace(part, certificate=(certificate.chain, certificate.key))
-    return told, part
+    return job, part
 
 
 def run(
@@ -107,52 +107,53 @@ def run(
     **more: Any,
 ) -> dict[str, float]:
     """
-    Measure once.
+    Measure a client once.
 
-    :param python: the interpreter that has the client
-    :param messages: how many messages; a client whose ``share`` is smaller gets fewer
-    :param certificate: speak TLS
-    :param library: the directory that has the client, if it is ours
-    :param more: what else the client is told
-    :raises RunFailedError: if it gave no figures
+    :param python: the interpreter in whose environment the client is installed
+    :param messages: the number of messages, of which a client gets its ``share``
+    :param certificate: the certificate, if the row uses TLS
+    :param library: the directory that contains emitter_anyio, if that is the client
+    :param more: further parameters of the client
+    :return: the figures
+    :raises RunFailedError: if the client failed or took too long
     """
     if row.mode in ("blast", "sink") and row.case != "stalled":
         messages = max(1, round(messages * client.share))
-    # Without the working directory on the path, which would come first.
+    # -P keeps the working directory from the path, where it would precede the library.
     command = [python, "-P", "-m", f"benchmarks.clients.{client.module}"]
     if row.mode == "none":
         return _figures(command, {"case": row.case, "messages": messages}, certificate, library)
 
-    told, part = job_and_part(row, client, messages, certificate, **more)
+    job, part = job_and_part(row, client, messages, certificate, **more)
     with running_peer(part) as peer:
-        figures = _figures(command, {**told, "port": peer.port}, certificate, library)
+        figures = _figures(command, {**job, "port": peer.port}, certificate, library)
     if not client.python:
-        # It cannot say how long it took; the peer can.
+        # A system tool does not measure its time, but the peer does.
         figures["rate"] = messages / peer.counted["seconds"]
     return figures
 
 
 def _figures(
-    command: list[str], told: Mapping[str, Any], certificate: Certificate | None, library: Path
+    command: list[str], job: Mapping[str, Any], certificate: Certificate | None, library: Path
 ) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": f"{library}{os.pathsep}{ROOT}"}
-    # What pip has installed is compiled; a checkout would be compiled at every start.
+    # Otherwise a checkout would be compiled at each start, unlike installed packages.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if certificate is not None:
-        # For clients that know the system's authorities only.
+        # Some clients only trust the authorities of the system.
         environment["SSL_CERT_FILE"] = certificate.authority
     try:
         done = subprocess.run(
-            [*command, json.dumps(told)],
+            [*command, json.dumps(job)],
             capture_output=True,
             check=False,
             text=True,
-            timeout=_TIMEOUT,
+            timeout=_TIMEOUT_SECONDS,
             cwd=ROOT,
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        raise RunFailedError(f"took more than {_TIMEOUT} s") from None
+        raise RunFailedError(f"took more than {_TIMEOUT_SECONDS} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RunFailedError(lines[-1])

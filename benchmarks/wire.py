@@ -1,4 +1,4 @@
-"""The few packets of MQTT 3.1.1 that the peer needs, the names of its topics, and WebSocket."""
+"""The MQTT packets, topics and WebSocket frames of the peer."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ CONNACK: Final = b"\x20\x02\x00\x00"
 PINGRESP: Final = b"\xd0\x00"
 
 KEY: Final = "k" * 32
-"""As long as Emitter's keys are."""
+"""A key with the length of Emitter's keys."""
 
 DONE: Final = "bench/done/"
-"""Where the peer says that it has counted all."""
+"""The topic on which the peer reports that it has counted all messages."""
 
 
 def channel(number: int) -> str:
-    """Name a channel; all names are of one length."""
+    """Return the name of a channel; all names have the same length."""
     return f"bench/{number:04}/"
 
 
 def topic(number: int) -> str:
-    """Name the topic that is published to: Emitter's, with a key in front."""
+    """Return the topic for publishing to a channel: the channel preceded by a key."""
     return f"{KEY}/{channel(number)}"
 
 
 def remaining_length(length: int) -> bytes:
-    """Encode the length of a packet."""
+    """Encode the remaining length of a packet."""
     encoded = bytearray()
     while length > 127:
         encoded.append(length & 127 | 128)
@@ -41,7 +41,7 @@ def remaining_length(length: int) -> bytes:
 
 
 def publish(name: str, payload: bytes) -> bytes:
-    """Make a PUBLISH of QoS 0."""
+    """Encode a PUBLISH of QoS 0."""
     encoded = name.encode()
     body = struct.pack("!H", len(encoded)) + encoded + payload
     return b"\x30" + remaining_length(len(body)) + body
@@ -51,7 +51,7 @@ def framed(data: bytes | bytearray, start: int) -> tuple[int, int] | None:
     """
     Find the packet that begins at ``start``.
 
-    :return: where its body begins and where it ends; ``None`` if not all of it is there
+    :return: the start and the end of its body; ``None`` if the packet is incomplete
     """
     length = shift = 0
     for position in range(start + 1, min(start + 5, len(data))):
@@ -64,7 +64,7 @@ def framed(data: bytes | bytearray, start: int) -> tuple[int, int] | None:
 
 
 class Pipe(Protocol):
-    """What the peer needs of a socket; also a TLS socket, and a WebSocket."""
+    """The methods of a socket, TLS socket or WebSocket that the peer needs."""
 
     def recv(self, size: int, /) -> bytes: ...
     def recv_into(self, buffer: bytearray, /) -> int: ...
@@ -72,7 +72,7 @@ class Pipe(Protocol):
 
 
 class WebSocketPipe:
-    """The server's side of a WebSocket over a blocking socket, in binary frames."""
+    """The server side of a WebSocket with binary frames over a blocking socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -111,7 +111,7 @@ class WebSocketPipe:
         return b"".join(parts)
 
     def recv_into(self, buffer: bytearray, /) -> int:
-        """Tell how much has come, without writing it into the buffer: who counts needs no more."""
+        """Return the number of received bytes. The buffer stays unchanged: callers only count."""
         size = 0
         while not size and self._read(len(buffer)):
             size = sum(end - start for _, start, end in self._frames())
@@ -125,7 +125,7 @@ class WebSocketPipe:
         return bool(received)
 
     def _frames(self) -> Iterator[tuple[bytes, int, int]]:
-        """Find the payloads of all whole frames: their masks, and where they are."""
+        """Yield the mask, the start and the end of the payload of each complete frame."""
         data = self._data
         while len(data) >= self._taken + 6:
             start, length = self._taken + 2, data[self._taken + 1] & 127
@@ -136,9 +136,9 @@ class WebSocketPipe:
             end = start + 4 + length
             if end > len(data):
                 break
-            of_control = data[self._taken] & 8
+            is_control = data[self._taken] & 8
             self._taken = end
-            if not of_control:
+            if not is_control:
                 yield bytes(data[start : start + 4]), start + 4, end
 
 

@@ -126,7 +126,7 @@ class TestChoosing:
         assert [client.name for client in chosen] == ["us-asyncio", "us-uvloop", "us-trio", "zmqtt"]
 
     def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
-        with pytest.raises(SystemExit, match=r"no row is called 'recieve'; there are receive, "):
+        with pytest.raises(SystemExit, match=r"unknown row 'recieve': expected one of receive, "):
             command.chosen(ROWS, "receive,recieve", "row")
 
     def test_every_environment_is_pinned(self) -> None:

@@ -1,4 +1,4 @@
-"""Cases that are the same for every client on asyncio, once it can open a link."""
+"""Cases that all clients on asyncio share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from benchmarks.wire import channel, topic
 AsyncCase: TypeAlias = Callable[[Job], Coroutine[Any, Any, Figures]]
 
 Open: TypeAlias = Callable[[Job, int], AbstractAsyncContextManager[Any]]
-"""Opens a link with a keepalive of so many seconds."""
+"""Opens a connection with a keepalive in seconds."""
 
 Publish: TypeAlias = Callable[[Any, str, bytes], object]
-"""Publishes with QoS 0; what it returns is awaited, if it can be."""
+"""Publishes with QoS 0. Its result is awaited if it is awaitable."""
 
 
 def run(case: AsyncCase) -> Case:
-    """Make a case run, on uvloop if the variant says so."""
+    """Return a case that runs on asyncio, with uvloop if the variant names it."""
 
     def on_a_loop(job: Job) -> Figures:
         if job.variant.endswith("uvloop"):
@@ -37,7 +37,7 @@ def run(case: AsyncCase) -> Case:
 
 
 def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
-    """Make the cases ``connect``, ``idle`` and ``links``."""
+    """Return the cases ``connect``, ``idle`` and ``links``."""
 
     async def opening(job: Job) -> Figures:
         seconds, meter = list[float](), Meter()
@@ -109,13 +109,13 @@ def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
 
 
 async def settle(result: object) -> None:
-    """Await what can be awaited."""
+    """Await a result if it is awaitable."""
     if isinstance(result, Awaitable):
         await result
 
 
 async def workers(job: Job, publish: Callable[[], Awaitable[object]]) -> Figures:
-    """Publish with QoS 1 from as many tasks as are to be in flight."""
+    """Publish with QoS 1 from one task for each message in flight."""
 
     async def work(messages: int) -> None:
         for _ in range(messages):
@@ -133,7 +133,7 @@ async def workers(job: Job, publish: Callable[[], Awaitable[object]]) -> Figures
 
 
 async def window(job: Job, publish: Callable[[], Awaitable[Any]]) -> Figures:
-    """Publish with QoS 1 from one task, for clients that give a receipt to be waited for."""
+    """Publish with QoS 1 from one task, for clients whose publish returns a receipt to await."""
     receipts, meter = deque[Any](), Meter()
     meter.start()
     for _ in range(job.messages):
@@ -149,7 +149,7 @@ async def window(job: Job, publish: Callable[[], Awaitable[Any]]) -> Figures:
 async def trips(
     job: Job, there: Callable[[], Any], back: Callable[[], Awaitable[object]], awaited: bool = True
 ) -> Figures:
-    """Publish, and wait until it comes back."""
+    """Publish a message and wait until it is received, again and again."""
     seconds = list[float]()
     for _ in range(job.messages):
         start = time.perf_counter()
@@ -163,7 +163,7 @@ async def trips(
 
 
 class Bell:
-    """Lets a callback wake a task, time and again."""
+    """An event that a callback sets repeatedly for one task."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -179,7 +179,7 @@ class Bell:
 
 
 async def stall(before: int) -> Figures:
-    """Wait until the client takes no more of what it is offered and nobody reads."""
+    """Wait until a client whose consumer does not read has stopped receiving."""
     busy = common.still_busy()
     while True:
         await asyncio.sleep(0.4)
@@ -188,5 +188,5 @@ async def stall(before: int) -> Figures:
 
 
 def channels(job: Job) -> list[str]:
-    """What is subscribed to."""
+    """Return the channels to subscribe to."""
     return [channel(number) for number in range(job.subscriptions)]

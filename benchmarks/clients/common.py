@@ -1,4 +1,4 @@
-"""What the programs of all clients share: what they are asked to do, and how they measure it."""
+"""Parameters and measurements that the programs of all clients share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 HOST: Final = "127.0.0.1"
 
 SETTLING: Final = 0.5
-"""Seconds that links are left alone before their idling is measured."""
+"""The number of seconds before the measurement of idle connections begins."""
 
 Figures: TypeAlias = dict[str, float]
 
@@ -28,14 +28,16 @@ Figures: TypeAlias = dict[str, float]
 @dataclass(frozen=True)
 class Job:
     """
-    What a client is asked to do.
+    The parameters of a client's program.
 
-    :ivar case: a key of what the program gives to :func:`main`
-    :ivar variant: of the client, where there are several: which event loop, or which of its ways
-    :ivar payload: bytes of each message
-    :ivar subscriptions: channels subscribed to
-    :ivar ca: file of the authority that the peer's certificate is of: speak TLS
-    :ivar seconds: how long idle links are watched
+    :ivar case: the name of the case, a key of the mapping that the program passes to :func:`main`
+    :ivar variant: the variant of the client, such as its event loop, if there are several
+    :ivar payload: the size of each message in bytes
+    :ivar subscriptions: the number of channels to subscribe to
+    :ivar in_flight: the number of unacknowledged QoS 1 publishes
+    :ivar links: the number of connections
+    :ivar seconds: the length of the measurement of idle connections
+    :ivar ca: the file of the authority that issued the peer's certificate; without it, no TLS
     """
 
     case: str
@@ -52,7 +54,7 @@ class Job:
 
     @property
     def context(self) -> ssl.SSLContext | None:
-        """What TLS is spoken with."""
+        """The TLS context, or ``None`` without TLS."""
         return None if self.ca is None else ssl.create_default_context(cafile=self.ca)
 
     @property
@@ -65,7 +67,7 @@ Case: TypeAlias = Callable[[Job], Figures]
 
 
 class Meter:
-    """The clock, and the processor time of this process with all its threads."""
+    """Measures elapsed time, and the CPU time of all threads of this process."""
 
     def __init__(self) -> None:
         self.seconds = self.processor = self._clock = self._used = 0.0
@@ -79,15 +81,16 @@ class Meter:
         self.processor = processor() - self._used
 
     def figures(self, messages: int) -> Figures:
-        """The rate of so many messages, and what each has cost."""
+        """Return the rate of a number of messages, and the CPU time of each."""
         return {"rate": messages / self.seconds, "cpu_us": self.processor / messages * 1e6}
 
 
 class Countdown:
     """
-    Measures from the first message that a callback gets to the last one.
+    Measures the time from the first to the last message that a callback gets.
 
-    :ivar take: to be called with each payload
+    :param done: called after the last message
+    :ivar take: must be called with each payload
     """
 
     def __init__(self, job: Job, done: Callable[[], object]) -> None:
@@ -109,18 +112,22 @@ class Countdown:
         self.take: Callable[[bytes], None] = take
 
     def figures(self) -> Figures:
-        """The rate, and what each message has cost."""
+        """Return the rate, and the CPU time of each message."""
         return self._meter.figures(self._messages)
 
 
 def check_size(job: Job, size: int) -> None:
-    """Give up if the bytes that came are not those that were sent."""
+    """
+    Check the number of received bytes.
+
+    :raises SystemExit: if it differs from the number of bytes sent
+    """
     if size != job.messages * job.payload:
-        raise SystemExit(f"{size} bytes came instead of {job.messages * job.payload}")
+        raise SystemExit(f"received {size} bytes instead of {job.messages * job.payload}")
 
 
 def percentiles(seconds: Sequence[float]) -> Figures:
-    """The median and the 99th percentile, in µs."""
+    """Return the median and the 99th percentile in µs."""
     ordered = sorted(seconds)
     return {
         "p50_us": ordered[len(ordered) // 2] * 1e6,
@@ -130,7 +137,7 @@ def percentiles(seconds: Sequence[float]) -> Figures:
 
 @dataclass(frozen=True)
 class Idling:
-    """What some links did while nobody used them."""
+    """A measurement of idle connections: its length, the CPU time, and the number of pings."""
 
     seconds: float
     processor: float
@@ -139,15 +146,15 @@ class Idling:
 
 def idle_figures(quiet: Idling, pinging: Idling) -> Figures:
     """
-    What idle links cost beside pings, and what each ping costs.
+    Return the CPU time of idle connections without pings, and the CPU time of each ping.
 
-    :param quiet: of links whose keepalive is longer than the measurement
-    :param pinging: of links whose keepalive is short
+    :param quiet: the measurement of connections that send no pings
+    :param pinging: the measurement of connections that send pings
     """
     if quiet.pings:
-        raise SystemExit("links that were to be idle have sent pings")
+        raise SystemExit("idle connections have sent pings")
     if not pinging.pings:
-        raise SystemExit("links that were to send pings have sent none")
+        raise SystemExit("connections with a short keepalive have sent no pings")
     share = quiet.processor / quiet.seconds
     return {
         "idle_ms": share * 10e3,
@@ -156,7 +163,7 @@ def idle_figures(quiet: Idling, pinging: Idling) -> Figures:
 
 
 def memory() -> int:
-    """Bytes that this process has in memory now; its peak is counted anew from here on."""
+    """Return the memory of this process in bytes, and begin to measure its peak."""
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -164,50 +171,50 @@ def memory() -> int:
 
 
 def peak() -> int:
-    """The most bytes that it had in memory since :func:`memory` was called."""
+    """Return the peak memory in bytes since :func:`memory` was called."""
     return _status("VmHWM")
 
 
 def _status(name: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux: the peak of its whole life is all there is
+    except OSError:  # Only Linux has more than the peak since the start of the process.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def still_busy(seconds: float = 30.0) -> Callable[[], bool]:
-    """Make a function that tells, each time it is asked, if work was done since the last time."""
+    """Return a function that returns whether this process has worked since the previous call."""
     end = time.monotonic() + seconds
     last = -1.0
 
-    def ask() -> bool:
+    def check() -> bool:
         nonlocal last
         before, last = last, processor()
         return last - before >= 0.01 and time.monotonic() < end
 
-    return ask
+    return check
 
 
 def ask_peer(port: int) -> dict[str, float]:
-    """Ask the peer what it has counted; only one that serves many links answers."""
+    """Return the counters of a peer in mode ``"many"``."""
     with socket.create_connection((HOST, port)) as sock:
         sock.sendall(b"STAT")
         return dict(json.loads(sock.recv(4096)))
 
 
 def processor() -> float:
-    """Seconds of processor that this process has used."""
+    """Return the CPU time of this process in seconds."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def main(cases: dict[str, Case], module: str) -> None:
     """
-    Run the case that the arguments ask for.
+    Run the case that the command line names, and print its figures.
 
-    :param cases: what this client can
-    :param module: what its users import
+    :param cases: the cases of this client, by name
+    :param module: the module that users of this client import
     """
     job = Job(**json.loads(sys.argv[1]))
     with contextlib.suppress(ValueError, OSError):
@@ -220,7 +227,7 @@ def main(cases: dict[str, Case], module: str) -> None:
 
 
 def importing(module: str, times: int) -> Figures:
-    """What an import adds to the start of the interpreter."""
+    """Return the time that an import adds to the start of the interpreter."""
     seconds: dict[str, list[float]] = {f"import {module}": [], "pass": []}
     for _ in range(times):
         for program, taken in seconds.items():

@@ -1,7 +1,7 @@
 """
-mosquitto's own tools in C, which say nothing of their time: the peer measures it.
+mosquitto's tools, which are written in C. The peer measures their time.
 
-Their processor time includes their start, a few milliseconds.
+Their CPU time includes a few milliseconds for their start.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def publish(job: Job) -> Figures:
 
 
 def confirmed(job: Job) -> Figures:
-    """It has at most 20 messages in flight."""
+    """Publish with QoS 1; the tool has at most 20 messages in flight."""
     lines = (job.body.decode() + "\n") * job.messages
     return _run(job, "mosquitto_pub", "-l", "-q", "1", "-t", topic(0), given=lines)
 

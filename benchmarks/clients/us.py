@@ -1,4 +1,4 @@
-"""Us, through the public API; the variants are ``asyncio``, ``uvloop`` and ``trio``."""
+"""emitter_anyio through its public API; the variants are ``asyncio``, ``uvloop`` and ``trio``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.wire import DONE, KEY, channel
 
 
 def link(job: Job, keepalive: int = 60) -> emitter_anyio.Emitter:
-    """Make a client."""
+    """Return a client."""
     scheme = ("wss" if job.ca else "ws") if job.websocket else ("mqtts" if job.ca else "mqtt")
     return emitter_anyio.connect(
         f"{scheme}://{HOST}:{job.port}",
@@ -48,7 +48,7 @@ async def receive(job: Job) -> Figures:
 
 
 async def handler(job: Job) -> Figures:
-    """Have a plain function called."""
+    """Receive with a handler that is a plain function."""
     done = anyio.Event()
     countdown = common.Countdown(job, done.set)
     take = countdown.take
@@ -66,7 +66,7 @@ async def handler(job: Job) -> Figures:
 
 
 async def fan_in(job: Job) -> Figures:
-    """Iterate over all subscriptions, each in a task of its own."""
+    """Iterate over all subscriptions, each in a separate task."""
     done = anyio.Event()
     countdown = common.Countdown(job, done.set)
     take = countdown.take
@@ -86,7 +86,7 @@ async def fan_in(job: Job) -> Figures:
 
 
 async def publish(job: Job) -> Figures:
-    """Await one publish after the other, and that the peer has them all."""
+    """Await one publish after another, and wait until the peer has received all."""
     meter, body = Meter(), job.body
     async with link(job) as emitter, emitter.subscribe(KEY, DONE) as done:
         meter.start()
@@ -98,7 +98,7 @@ async def publish(job: Job) -> Figures:
 
 
 async def confirmed(job: Job) -> Figures:
-    """Publish with QoS 1 from as many tasks as are to be in flight."""
+    """Publish with QoS 1 from one task for each message in flight."""
     meter, body = Meter(), job.body
     async with link(job) as emitter:
 
@@ -118,7 +118,7 @@ async def confirmed(job: Job) -> Figures:
 
 
 async def round_trip(job: Job) -> Figures:
-    """Publish, and wait until it comes back."""
+    """Publish a message and wait until it is received, again and again."""
     body, seconds, meter = job.body, list[float](), Meter()
     async with link(job) as emitter, emitter.subscribe(KEY, channel(0)) as messages:
         meter.start()
@@ -133,7 +133,7 @@ async def round_trip(job: Job) -> Figures:
 
 
 async def opening(job: Job) -> Figures:
-    """Open and close one link after the other."""
+    """Open and close one connection after another."""
     seconds, meter = list[float](), Meter()
     meter.start()
     for _ in range(job.messages):
@@ -149,7 +149,7 @@ async def opening(job: Job) -> Figures:
 async def many(
     job: Job, keepalive: int, act: Callable[[emitter_anyio.Emitter], Awaitable[None]] | None = None
 ) -> AsyncIterator[Callable[[], None]]:
-    """Have many links, each in a task of its own, opened in parallel."""
+    """Open many connections in parallel, each in a separate task."""
     left, opened, go = job.links, anyio.Event(), anyio.Event()
 
     async def one() -> None:
@@ -172,7 +172,7 @@ async def many(
 
 
 async def idle(job: Job) -> Figures:
-    """Have links that nobody uses, first without and then with pings."""
+    """Measure idle connections, first without and then with pings."""
     idled = []
     for keepalive in (60, 1):
         async with many(job, keepalive):
@@ -187,7 +187,7 @@ async def idle(job: Job) -> Figures:
 
 
 async def links(job: Job) -> Figures:
-    """Open many links in parallel, weigh them, and have each publish."""
+    """Open many connections in parallel, measure their memory, and publish on each."""
     async with link(job):
         pass
     before, start = common.memory(), time.perf_counter()
@@ -203,7 +203,7 @@ async def links(job: Job) -> Figures:
 
 
 async def stalled(job: Job) -> Figures:
-    """Never read one stream while another one, of the same messages, is read."""
+    """Read one of two streams of the same messages, and never read the other one."""
     async with (
         link(job) as emitter,
         emitter.subscribe(KEY, channel(0)) as unread,
@@ -226,7 +226,7 @@ async def stalled(job: Job) -> Figures:
 
 
 def run(case: Callable[[Job], Awaitable[Figures]], job: Job) -> Figures:
-    """Run a case on the event loop that the variant names."""
+    """Run a case on the event loop of the variant."""
     if job.variant == "trio":
         return anyio.run(case, job, backend="trio")
     return anyio.run(case, job, backend_options={"use_uvloop": job.variant == "uvloop"})

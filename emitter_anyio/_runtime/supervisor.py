@@ -70,7 +70,7 @@ class Restoring:
 
 
 Restorer: TypeAlias = Callable[[Restoring], Iterable[Restoration]]
-"""A function that sends the requests of one feature on a new connection."""
+"""A function that sends the requests of a feature on a new connection."""
 
 LossHandler: TypeAlias = Callable[[], None]
 """A function that is called after the loss of a connection that might have lost messages."""

@@ -1,4 +1,4 @@
-"""aiomqtt 2, which is Paho on asyncio."""
+"""aiomqtt 2, which runs Paho on asyncio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def link(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager[Client]:
         transport="websockets" if job.websocket else "tcp",
         max_inflight_messages=max(20, job.in_flight),
     )
-    client.pending_calls_threshold = 1000  # it would warn of more than ten
+    client.pending_calls_threshold = 1000  # By default it warns at ten.
     return client
 
 

@@ -1,8 +1,8 @@
 """
-gmqtt, with callbacks.
+gmqtt with callbacks.
 
-Its ``publish`` is not awaited and says nothing of a PUBACK: there is no ``confirmed``. A loop of
-publishes has to yield by itself, and it does so every 64 calls, as we do.
+Its ``publish`` is not awaitable and does not report the PUBACK, so the case ``confirmed`` is
+missing. A loop of publishes must yield itself. Here it does so every 64 calls, like emitter_anyio.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-mqttium, by its iterator, and by a callback where the case is ``handler``; not for uvloop.
+mqttium with its iterator, or with a callback in the case ``handler``; not on uvloop.
 
-Publishes with QoS 1 keep receipts in a window: it says itself that no task is needed for each.
+Publishes with QoS 1 keep a window of receipts, which its documentation prefers to tasks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paho on asyncio, by its external loop, in the way of its own example ``loop_asyncio.py``."""
+"""Paho on asyncio with an external loop, like its example ``loop_asyncio.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.wire import DONE, channel, topic
 
 
 class Loop:
-    """Has asyncio call Paho when its socket is ready, and once a second for its keepalive."""
+    """Calls Paho when its socket is ready, and once a second for its keepalive."""
 
     def __init__(self, client: mqtt.Client) -> None:
         self._loop = asyncio.get_running_loop()
@@ -31,7 +31,7 @@ class Loop:
 
     def _read(self, sock) -> None:
         self._client.loop_read()
-        # What TLS has read ahead makes no socket readable.
+        # Bytes that TLS has already read do not make the socket readable.
         while isinstance(sock, ssl.SSLSocket) and sock.pending():
             self._client.loop_read()
 

@@ -1,4 +1,4 @@
-"""Paho and the original SDK, emitter-io 2.3, which is Paho too: a thread for each link."""
+"""Paho and the original SDK, emitter-io 2.3, which uses Paho: a thread for each connection."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Paho:
 
 class EmitterIo:
     """
-    The original SDK; it tells of no acknowledgement, so QoS 1 goes by Paho inside.
+    The original SDK. It does not report acknowledgements, so QoS 1 uses the Paho client inside.
 
-    More than 20 messages in flight it does not know.
+    It has at most 20 messages in flight.
     """
 
     def __init__(self, job: Job, keepalive: int, on_message=None) -> None:
@@ -65,7 +65,7 @@ class EmitterIo:
         client.on_connect = connected.set
         if on_message is not None:
             client.on_message = lambda message: on_message(message.binary)
-        # It knows the system's authorities only: SSL_CERT_FILE names the peer's.
+        # It only trusts the system's authorities, so SSL_CERT_FILE names the peer's authority.
         client.connect(HOST, job.port, secure=job.ca is not None, keepalive=keepalive)
         client.loop_start()
         connected.wait()
@@ -187,7 +187,7 @@ def links(job: Job) -> Figures:
 
 
 def stalled(job: Job) -> Figures:
-    """Nobody takes from the queue that the callback fills, as is usual with threads."""
+    """Fill a queue from the callback, as is usual with threads, and never read it."""
     busy = common.still_busy()
     with link(job, on_message=SimpleQueue().put) as client:
         before = common.memory()

@@ -1,4 +1,4 @@
-"""zmqtt, by its subscriptions."""
+"""zmqtt with its subscriptions."""
 
 from __future__ import annotations
 
