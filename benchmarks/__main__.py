@@ -35,7 +35,7 @@ _ROUNDS: Final = 9
 _QUICK: Final = "us,gmqtt,mqttium,zmqtt,paho-asyncio,mosquitto"
 """The clients of a quick run: each of them is the fastest in at least one row."""
 
-_LONG: Final = {"idle", "links", "stalled", "import"}
+_LONG: Final = {"idle", "connections", "stalled", "import"}
 """The rows that always take long, so that they have fewer rounds, and in a quick run few peers."""
 
 _LONG_ROUNDS: Final = 5

@@ -249,18 +249,18 @@ ROWS: Final = (
         "many",
         0,
         0,
-        {"links": 200},
+        {"connections": 200},
     ),
     Row(
-        "links",
+        "connections",
         "1,000 connections, opened in parallel, each publishes",
-        "links",
+        "connections",
         (MEMORY, OPENED),
         (Goal(MEMORY, 60, "nothing"),),
         "many",
         0,
         0,
-        {"links": 1_000},
+        {"connections": 1_000},
     ),
     Row(
         "stalled",
@@ -290,7 +290,7 @@ ROWS: Final = (
 
 _NO_STREAMS: Final = frozenset({"fan_in"})
 # The clients that need minutes to open 1,000 connections.
-_FEW_CONNECTIONS: Final = frozenset({"links"})
+_FEW_CONNECTIONS: Final = frozenset({"connections"})
 
 CLIENTS: Final = (
     Client("us-asyncio", "us", "asyncio"),
@@ -346,7 +346,7 @@ CLIENTS: Final = (
             "round_trip",
             "connect",
             "idle",
-            "links",
+            "connections",
             "stalled",
             "import",
         }

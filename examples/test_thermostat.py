@@ -88,7 +88,7 @@ async def test_key_without_read_permission_is_refused(
 async def test_call_raises_when_the_connection_is_lost(
     thermostat: Emitter, emitter_broker: Broker
 ) -> None:
-    with emitter_broker.hold("answer", "puback"):
+    with emitter_broker.hold("reply", "puback"):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(emitter_broker.drop)
             with pytest.raises(ConnectionLostError):

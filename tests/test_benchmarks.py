@@ -64,7 +64,7 @@ class TestReport:
         assert told["us-uvloop", "rate", "fastest"] == ("gmqtt-uvloop", 1.2, False)
 
     def test_an_amount_is_compared_with_nobody(self) -> None:
-        told = verdicts(results("links", "memory_kb", us_trio=61, gmqtt=25))
+        told = verdicts(results("connections", "memory_kb", us_trio=61, gmqtt=25))
         assert told["us-trio", "memory_kb", "nothing"] == ("", 61, False)
 
     def test_fan_in_is_compared_with_one_subscription(self) -> None:
@@ -111,8 +111,8 @@ class TestReport:
         assert report.near_the_fastest(made, ROW["publish"]) == {"us-trio", "mqttium", "mosquitto"}
 
     def test_nor_does_who_is_compared_with_nobody(self) -> None:
-        made = results("links", "memory_kb", us_trio=100, gmqtt=100)
-        assert report.near_the_fastest(made, ROW["links"]) == set()
+        made = results("connections", "memory_kb", us_trio=100, gmqtt=100)
+        assert report.near_the_fastest(made, ROW["connections"]) == set()
 
     def test_every_goal_is_about_a_figure_of_its_row(self) -> None:
         for row in ROWS:
@@ -154,7 +154,7 @@ class TestClock:
         told = common.idle_figures(quiet, pinging)
         assert told == pytest.approx({"idle_ms": 2, "ping_us": 100})
 
-    def test_links_that_ping_are_not_idle(self) -> None:
+    def test_connections_that_ping_are_not_idle(self) -> None:
         busy = common.Idling(seconds=10, processor=0.1, pings=7)
         with pytest.raises(SystemExit, match="have sent pings"):
             common.idle_figures(busy, busy)
@@ -200,8 +200,8 @@ class TestOurCases:
         figures = await us.CASES[job.case](job)
         assert 0 < figures["p50_us"] <= figures["p99_us"]
 
-    @rows(("links", 0, {"links": 5}))
-    async def test_links(
+    @rows(("connections", 0, {"connections": 5}))
+    async def test_connections(
         self, peer: tuple[common.Job, RunningPeer], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(common, "SETTLING", 0)

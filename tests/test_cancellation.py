@@ -219,7 +219,7 @@ async def test_late_reply_is_dropped(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
         keys: list[ChannelKey] = []
         emitter.on("keygen", keys.append)
-        with broker.hold("answer", "puback"):
+        with broker.hold("reply", "puback"):
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(emitter.keygen, broker.secret_key, "late/")
@@ -354,7 +354,7 @@ async def test_method_cancelled_at_each_step_leaves_client_usable(name: str) -> 
                     await check_no_leftovers(emitter, broker)
             await undo(emitter, broker)
             await check_usable_in_memory(emitter, broker)
-            assert emitter.statistics().links == 1
+            assert emitter.statistics().connections == 1
 
 
 @pytest.mark.virtual_time

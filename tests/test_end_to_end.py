@@ -220,7 +220,7 @@ async def publish_padded(emitter: Emitter, key: str) -> None:
 
 async def test_acknowledgement_without_a_reply_ends_the_request(broker: Broker) -> None:
     async with connect(broker.url) as emitter:
-        with broker.lose("answer"), pytest.raises(RequestError, match="too large") as caught:
+        with broker.lose("reply"), pytest.raises(RequestError, match="too large") as caught:
             await emitter.presence(broker.keygen("a/", "p"), "a/")
     assert caught.value.status is None
     assert caught.value.operation == "presence"
@@ -229,7 +229,7 @@ async def test_acknowledgement_without_a_reply_ends_the_request(broker: Broker) 
 async def test_missing_reply_raises_request_timeout_error(broker: Broker) -> None:
     key = broker.keygen("a/")
     async with connect_once(broker.url, request_timeout=0.01) as emitter:
-        lost = broker.lose("puback", "answer", "suback", "unsuback")
+        lost = broker.lose("puback", "reply", "suback", "unsuback")
         with lost, broker.hold("pingresp"):
             for call in (
                 emitter.publish(key, "a/", "x", qos=1),

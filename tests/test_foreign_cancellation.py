@@ -230,7 +230,7 @@ async def test_native_cancellation_of_a_client_task_ends_the_client(
                 with pytest.raises(ConnectionLostError):
                     await messages.receive()
             await anyio.sleep_forever()
-    assert emitter.statistics().links == 1
+    assert emitter.statistics().connections == 1
 
 
 @asyncio_only
@@ -249,7 +249,7 @@ async def test_native_cancellation_of_the_connection_task_while_down_ends_the_cl
                 assert task is not own_task
                 task.cancel()
                 await anyio.sleep_forever()
-    assert emitter.statistics().links == 1
+    assert emitter.statistics().connections == 1
 
 
 # A key function, and tasks that it starts, may use a connection that is being restored

@@ -231,7 +231,7 @@ async def test_pending_calls_raise_when_the_connection_is_lost(broker: Broker) -
             raise
 
     emitter = connect_once(broker.url)
-    with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
+    with broker.hold("puback", "suback", "unsuback", "reply", "pingresp"):
         with pytest.raises(ExceptionGroup) as caught:
             async with anyio.create_task_group() as tasks:
                 await tasks.start(emitter.run)
@@ -530,9 +530,9 @@ async def test_connect_and_disconnect_are_handled_if_the_block_never_waits(broke
     assert events == ["connect", "disconnect"] * 20
 
 
-@pytest.mark.parametrize("link", ["unix", "memory"])
+@pytest.mark.parametrize("transport", ["unix", "memory"])
 async def test_handler_added_while_disconnecting_does_not_delay_it(
-    anyio_backend: object, caplog: pytest.LogCaptureFixture, link: str
+    anyio_backend: object, caplog: pytest.LogCaptureFixture, transport: str
 ) -> None:
     class AddHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -544,7 +544,7 @@ async def test_handler_added_while_disconnecting_does_not_delay_it(
     caplog.set_level(logging.INFO, logger.name)
     logger.addHandler(log_handler)
     try:
-        async with serving(link, Peer.serve) as options:
+        async with serving(transport, Peer.serve) as options:
             emitter = connect_once(disconnect_timeout=0.05, **options)
             async with emitter:
                 pass

@@ -79,7 +79,7 @@ async def test_answering_peer_is_kept_after_a_pause(
             await anyio.sleep(after)
             simulate_blocking(seconds)
             await anyio.sleep(100)
-            assert emitter.statistics().links == 1
+            assert emitter.statistics().connections == 1
     assert slow_peer.now == exactly(after + seconds + 100)
     assert len(slow_peer.pings) >= 3
 
@@ -139,7 +139,7 @@ async def test_peer_that_reads_nothing_for_a_while_is_kept(anyio_backend: object
         async with connect_once(connectable=connectable, keepalive=30) as emitter:
             await emitter.publish("k", "a/", bytes(10_000))
             await anyio.sleep(200)
-            assert emitter.statistics().links == 1
+            assert emitter.statistics().connections == 1
 
 
 @pytest.mark.virtual_time
@@ -293,7 +293,7 @@ async def test_messages_sent_during_a_pause_arrive_on_the_same_connection(
             # Wait until the next PINGREQ is answered or has timed out.
             await anyio.sleep(1.6)
             await emitter.flush()
-        assert emitter.statistics().links == 1
+        assert emitter.statistics().connections == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 0.2}], ids=["request_timeout", "timeout"])
@@ -316,7 +316,7 @@ async def test_replies_sent_during_a_pause_are_received(
             tasks.start_soon(publish)
             await anyio.wait_all_tasks_blocked()
             stand_still_for(0.3, action=partial(broker_in_thread.background.call, release))
-        assert emitter.statistics().links == 1
+        assert emitter.statistics().connections == 1
 
 
 async def test_reply_of_another_client_sent_during_a_pause_is_received(

@@ -54,7 +54,7 @@ class TestFixtures:
     def test_what_fails_in_them(self, tmp_path: Path) -> None:
         outcomes = run_pytest(tmp_path, TROUBLE)
         assert sorted(outcomes["PASSED"]) == on_both_backends(
-            "test_a_link_that_is_lost_does_not_end_the_test",
+            "test_a_lost_connection_does_not_end_the_test",
             "test_a_handler_fails",
             "test_the_next_one",
         )
@@ -79,7 +79,7 @@ import pytest
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_link_that_is_lost_does_not_end_the_test(emitter, emitter_broker):
+async def test_a_lost_connection_does_not_end_the_test(emitter, emitter_broker):
     with emitter_broker.refuse():
         await emitter_broker.drop()
         while emitter.client.state == "connected":

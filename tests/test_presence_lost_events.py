@@ -148,9 +148,9 @@ async def crowd(
                         tasks.start_soon(move, member, key, rng, 4)
         with broker.lose("message"):
             for number in range(0, count, 5):
-                (link,) = [c for c in broker.clients if c.username == f"m{number}"]
+                (connection,) = [c for c in broker.clients if c.username == f"m{number}"]
                 await members[number].disconnect()
-                await link.wait_closed()
+                await connection.wait_closed()
         yield members
 
 
@@ -419,7 +419,7 @@ async def test_status_that_times_out_is_reported_and_requested_again(
         client.on("error", report)
         # timeout=None: only the replies to the refresh may time out.
         async with client.watch_presence(key, ROOM, refresh=REFRESH_SECONDS, timeout=None) as feed:
-            with broker.hold("answer", "puback"):
+            with broker.hold("reply", "puback"):
                 await reported.wait()
             await ann.subscribe(key, ROOM)
             assert [(await feed.receive()).event for _ in range(2)] == ["status", "subscribe"]

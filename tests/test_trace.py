@@ -108,7 +108,7 @@ async def test_refusal_of_each_request_is_traced_once(broker: Broker, operation:
 async def test_refusal_that_no_call_awaits_is_traced(broker: Broker) -> None:
     trace, key = RecordingHook(), broker.keygen("a/", "p")
     async with connect_once(broker.url, trace=trace) as emitter, emitter.stream("error") as errors:
-        with broker.hold("answer", "error", "puback"), anyio.move_on_after(0.1):
+        with broker.hold("reply", "error", "puback"), anyio.move_on_after(0.1):
             await emitter.presence("x" * 32, "a/")
         await errors.receive()
     assert [values["operation"] for values in trace.values("refused")] == ["presence"]

@@ -788,9 +788,9 @@ async def test_closing_does_not_wait_for_a_silent_tls_peer(anyio_backend: object
         closed.set()
 
 
-@pytest.mark.parametrize("link", TRANSPORTS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_leaving_with_a_peer_that_reads_nothing_logs_no_lost_connection(
-    anyio_backend: object, link: str, caplog: pytest.LogCaptureFixture
+    anyio_backend: object, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     closed = anyio.Event()
 
@@ -798,7 +798,7 @@ async def test_leaving_with_a_peer_that_reads_nothing_logs_no_lost_connection(
         await peer.accept()
         await closed.wait()
 
-    async with serving(link, script) as options:
+    async with serving(transport, script) as options:
         async with connect(**options, disconnect_timeout=0.05) as emitter:
             while emitter.statistics().queued_bytes < MAX_QUEUED_BYTES:
                 await emitter.publish("k", "a/", bytes(65000))
@@ -871,12 +871,12 @@ async def test_hanging_connectable_times_out_and_the_next_server_is_tried(
 # Cancellation
 
 
-@pytest.mark.parametrize("link", TRANSPORTS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_opening_can_be_cancelled_at_every_checkpoint(
-    anyio_backend: object, link: str
+    anyio_backend: object, transport: str
 ) -> None:
     before = open_sockets()
-    async with serving(link, serve) as options:
+    async with serving(transport, serve) as options:
         listening = len(open_sockets())
 
         async def open_and_leave() -> None:
@@ -892,7 +892,7 @@ async def test_opening_can_be_cancelled_at_every_checkpoint(
             while len(open_sockets()) > listening:
                 # The peer might not have noticed the end of the connection yet.
                 await checkpoint()
-        if link == "memory":
+        if transport == "memory":
             assert all(stream.closed for stream in options["connectable"].streams)
     assert open_sockets() <= before
 

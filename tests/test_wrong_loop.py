@@ -144,7 +144,7 @@ async def test_call_in_another_thread_raises_wrong_loop_error(
 
 async def test_pending_call_gets_its_reply_despite_calls_in_other_threads(broker: Broker) -> None:
     async with client_of(broker) as client, anyio.create_task_group() as tasks:
-        with broker.hold("answer", "puback"):
+        with broker.hold("reply", "puback"):
             tasks.start_soon(client.emitter.me)
             await anyio.wait_all_tasks_blocked()
             for other in ("asyncio", "trio"):

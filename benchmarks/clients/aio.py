@@ -36,15 +36,15 @@ def run(case: AsyncCase) -> Case:
     return on_a_loop
 
 
-def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
-    """Return the cases ``connect``, ``idle`` and ``links``."""
+def shared(open_connection: Open, publish: Publish) -> dict[str, AsyncCase]:
+    """Return the cases ``connect``, ``idle`` and ``connections``."""
 
     async def opening(job: Job) -> Figures:
         seconds, meter = list[float](), Meter()
         meter.start()
         for _ in range(job.messages):
             start = time.perf_counter()
-            async with open_link(job, 60):
+            async with open_connection(job, 60):
                 pass
             seconds.append(time.perf_counter() - start)
         meter.stop()
@@ -54,11 +54,11 @@ def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
     async def many(
         job: Job, keepalive: int, act: Callable[[Any], object] | None = None
     ) -> AsyncIterator[Callable[[], None]]:
-        left, opened, go = job.links, asyncio.Event(), asyncio.Event()
+        left, opened, go = job.connections, asyncio.Event(), asyncio.Event()
 
         async def one() -> None:
             nonlocal left
-            async with open_link(job, keepalive) as client:
+            async with open_connection(job, keepalive) as client:
                 left -= 1
                 if not left:
                     opened.set()
@@ -67,7 +67,7 @@ def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
                     await settle(act(client))
                 await asyncio.Event().wait()
 
-        tasks = [asyncio.create_task(one()) for _ in range(job.links)]
+        tasks = [asyncio.create_task(one()) for _ in range(job.connections)]
         waiting = asyncio.create_task(opened.wait())
         await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
@@ -91,8 +91,8 @@ def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
                 idled.append(common.Idling(meter.seconds, meter.processor, pings))
         return common.idle_figures(*idled)
 
-    async def links(job: Job) -> Figures:
-        async with open_link(job, 60):
+    async def connections(job: Job) -> Figures:
+        async with open_connection(job, 60):
             pass
         before, start = common.memory(), time.perf_counter()
         async with many(job, 60, lambda client: publish(client, topic(0), b"x")) as go:
@@ -101,11 +101,11 @@ def shared(open_link: Open, publish: Publish) -> dict[str, AsyncCase]:
             weight = common.memory() - before
             go()
             async with asyncio.timeout(30):
-                while common.ask_peer(job.port)["messages"] < job.links:
+                while common.ask_peer(job.port)["messages"] < job.connections:
                     await asyncio.sleep(0.05)
-        return {"memory_kb": weight / job.links / 1000, "seconds": seconds}
+        return {"memory_kb": weight / job.connections / 1000, "seconds": seconds}
 
-    return {"connect": opening, "idle": idle, "links": links}
+    return {"connect": opening, "idle": idle, "connections": connections}
 
 
 async def settle(result: object) -> None:

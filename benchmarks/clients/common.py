@@ -35,7 +35,7 @@ class Job:
     :ivar payload: the size of each message in bytes
     :ivar subscriptions: the number of channels to subscribe to
     :ivar in_flight: the number of unacknowledged QoS 1 publishes
-    :ivar links: the number of connections
+    :ivar connections: the number of connections
     :ivar seconds: the length of the measurement of idle connections
     :ivar ca: the file of the authority that issued the peer's certificate; without it, no TLS
     """
@@ -47,7 +47,7 @@ class Job:
     payload: int = 64
     subscriptions: int = 1
     in_flight: int = 1
-    links: int = 0
+    connections: int = 0
     seconds: float = 10.0
     ca: str | None = None
     websocket: bool = False

@@ -15,7 +15,7 @@ from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, KEY, channel
 
 
-def link(job: Job, keepalive: int = 60) -> emitter_anyio.Emitter:
+def connection(job: Job, keepalive: int = 60) -> emitter_anyio.Emitter:
     """Return a client."""
     scheme = ("wss" if job.ca else "ws") if job.websocket else ("mqtts" if job.ca else "mqtt")
     return emitter_anyio.connect(
@@ -29,7 +29,7 @@ def link(job: Job, keepalive: int = 60) -> emitter_anyio.Emitter:
 async def receive(job: Job) -> Figures:
     """Iterate over the first of several subscriptions."""
     meter = Meter()
-    async with link(job) as emitter, AsyncExitStack() as stack:
+    async with connection(job) as emitter, AsyncExitStack() as stack:
         streams = [
             await stack.enter_async_context(emitter.subscribe(KEY, channel(number)))
             for number in range(job.subscriptions)
@@ -52,7 +52,7 @@ async def handler(job: Job) -> Figures:
     done = anyio.Event()
     countdown = common.Countdown(job, done.set)
     take = countdown.take
-    emitter = link(job)
+    emitter = connection(job)
 
     @emitter.on("message")
     def take_message(message: emitter_anyio.EmitterMessage) -> None:
@@ -75,7 +75,7 @@ async def fan_in(job: Job) -> Figures:
         async for message in messages:
             take(message.binary)
 
-    async with link(job) as emitter, AsyncExitStack() as stack:
+    async with connection(job) as emitter, AsyncExitStack() as stack:
         tasks = await stack.enter_async_context(anyio.create_task_group())
         for number in range(job.subscriptions):
             messages = emitter.subscribe(KEY, channel(number))
@@ -88,7 +88,7 @@ async def fan_in(job: Job) -> Figures:
 async def publish(job: Job) -> Figures:
     """Await one publish after another, and wait until the peer has received all."""
     meter, body = Meter(), job.body
-    async with link(job) as emitter, emitter.subscribe(KEY, DONE) as done:
+    async with connection(job) as emitter, emitter.subscribe(KEY, DONE) as done:
         meter.start()
         for _ in range(job.messages):
             await emitter.publish(KEY, "bench/0000/", body)
@@ -100,7 +100,7 @@ async def publish(job: Job) -> Figures:
 async def confirmed(job: Job) -> Figures:
     """Publish with QoS 1 from one task for each message in flight."""
     meter, body = Meter(), job.body
-    async with link(job) as emitter:
+    async with connection(job) as emitter:
 
         async def work(messages: int) -> None:
             for _ in range(messages):
@@ -120,7 +120,7 @@ async def confirmed(job: Job) -> Figures:
 async def round_trip(job: Job) -> Figures:
     """Publish a message and wait until it is received, again and again."""
     body, seconds, meter = job.body, list[float](), Meter()
-    async with link(job) as emitter, emitter.subscribe(KEY, channel(0)) as messages:
+    async with connection(job) as emitter, emitter.subscribe(KEY, channel(0)) as messages:
         meter.start()
         for _ in range(job.messages):
             start = time.perf_counter()
@@ -138,7 +138,7 @@ async def opening(job: Job) -> Figures:
     meter.start()
     for _ in range(job.messages):
         start = time.perf_counter()
-        async with link(job):
+        async with connection(job):
             pass
         seconds.append(time.perf_counter() - start)
     meter.stop()
@@ -150,11 +150,11 @@ async def many(
     job: Job, keepalive: int, act: Callable[[emitter_anyio.Emitter], Awaitable[None]] | None = None
 ) -> AsyncIterator[Callable[[], None]]:
     """Open many connections in parallel, each in a separate task."""
-    left, opened, go = job.links, anyio.Event(), anyio.Event()
+    left, opened, go = job.connections, anyio.Event(), anyio.Event()
 
     async def one() -> None:
         nonlocal left
-        async with link(job, keepalive) as emitter:
+        async with connection(job, keepalive) as emitter:
             left -= 1
             if not left:
                 opened.set()
@@ -164,7 +164,7 @@ async def many(
             await anyio.sleep_forever()
 
     async with anyio.create_task_group() as tasks:
-        for _ in range(job.links):
+        for _ in range(job.connections):
             tasks.start_soon(one)
         await opened.wait()
         yield go.set
@@ -186,9 +186,9 @@ async def idle(job: Job) -> Figures:
     return common.idle_figures(*idled)
 
 
-async def links(job: Job) -> Figures:
+async def connections(job: Job) -> Figures:
     """Open many connections in parallel, measure their memory, and publish on each."""
-    async with link(job):
+    async with connection(job):
         pass
     before, start = common.memory(), time.perf_counter()
     async with many(job, 60, lambda emitter: emitter.publish(KEY, channel(0), b"x")) as go:
@@ -197,15 +197,15 @@ async def links(job: Job) -> Figures:
         weight = common.memory() - before
         go()
         with anyio.fail_after(30):
-            while common.ask_peer(job.port)["messages"] < job.links:
+            while common.ask_peer(job.port)["messages"] < job.connections:
                 await anyio.sleep(0.05)
-    return {"memory_kb": weight / job.links / 1000, "seconds": seconds}
+    return {"memory_kb": weight / job.connections / 1000, "seconds": seconds}
 
 
 async def stalled(job: Job) -> Figures:
     """Read one of two streams of the same messages, and never read the other one."""
     async with (
-        link(job) as emitter,
+        connection(job) as emitter,
         emitter.subscribe(KEY, channel(0)) as unread,
     ):
         before = common.memory()
@@ -241,7 +241,7 @@ CASES = {
     "round_trip": round_trip,
     "connect": opening,
     "idle": idle,
-    "links": links,
+    "connections": connections,
     "stalled": stalled,
 }
 

@@ -24,7 +24,7 @@ class Statistics:
     :ivar nonsense: the number of invalid or unexpected packets and replies from the broker
     :ivar queued_bytes: the number of bytes that wait to be sent
     :ivar pending: the number of packets that the broker has not acknowledged yet
-    :ivar links: the number of connections so far
+    :ivar connections: the number of connections that have been opened
     :ivar uncertain: the number of QoS 0 publishes that might not have reached the broker, because
         the connection ended while they were being sent; they are not sent again
     :ivar unsent: the number of QoS 0 publishes that were discarded because the client ended without
@@ -37,7 +37,7 @@ class Statistics:
     nonsense: int
     queued_bytes: int
     pending: int
-    links: int
+    connections: int
     uncertain: int
     unsent: int
 
@@ -58,7 +58,7 @@ class Totals:
         self.unhandled = 0
         self.dropped = 0
         self.nonsense = 0
-        self.links = 0
+        self.connections = 0
         self.uncertain = 0
         self.unsent = 0
 
@@ -72,7 +72,7 @@ class Totals:
 
     def open_connection(self) -> None:
         """Count a new connection."""
-        self.links += 1
+        self.connections += 1
 
     def end_connection(self, nonsense: int) -> None:
         """Add the counters of a connection that has ended."""
@@ -105,7 +105,7 @@ class Totals:
             nonsense=self.nonsense + (0 if session is None else session.nonsense),
             queued_bytes=0 if connection is None else connection.writer.size,
             pending=0 if session is None else session.pending,
-            links=self.links,
+            connections=self.connections,
             uncertain=self.uncertain,
             unsent=self.unsent,
         )

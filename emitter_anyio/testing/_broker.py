@@ -371,7 +371,7 @@ class Broker:
         Packets of other kinds are sent without delay, and so before the withheld ones.
 
         :param kinds: ``"connack"``, ``"puback"``, ``"suback"``, ``"unsuback"``, ``"pingresp"``,
-            ``"answer"`` (the reply to a request), ``"error"`` (on ``emitter/error/``) or
+            ``"reply"`` (the reply to a request), ``"error"`` (on ``emitter/error/``) or
             ``"message"`` (messages and presence events); by default PUBACK, SUBACK and UNSUBACK
         """
         held = WithheldPackets(kinds or _ACKNOWLEDGEMENTS)
@@ -386,7 +386,7 @@ class Broker:
         """
         Discard packets to all clients until the block ends.
 
-        ``lose("answer")`` behaves like Emitter with a reply larger than 64 KiB, which discards the
+        ``lose("reply")`` behaves like Emitter with a reply larger than 64 KiB, which discards the
         reply but sends the PUBACK.
 
         :param kinds: as for :meth:`hold`

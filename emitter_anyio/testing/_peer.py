@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from ._topics import Topic, Words
 
 #: The kinds of packets that the broker sends: acknowledgements, the reply to a request
-#: (``"answer"``), the refusal of anything else (``"error"``), and messages and presence events.
+#: (``"reply"``), the refusal of anything else (``"error"``), and messages and presence events.
 Kind: TypeAlias = Literal[
-    "connack", "puback", "suback", "unsuback", "pingresp", "answer", "error", "message"
+    "connack", "puback", "suback", "unsuback", "pingresp", "reply", "error", "message"
 ]
 
 #: A function that queues an encoded packet of a kind.

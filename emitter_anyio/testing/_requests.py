@@ -56,7 +56,7 @@ async def _answer_request(exchange: Exchange, peer: Peer, topic: Topic, packet: 
         reply = {"status": refusal.status, "message": refusal.message}
     if packet.packet_id:
         reply = {"req": packet.packet_id, **reply}
-    deliver((peer,), "answer", f"emitter/{topic.safe}", to_json(reply))
+    deliver((peer,), "reply", f"emitter/{topic.safe}", to_json(reply))
 
 
 class _Fields:

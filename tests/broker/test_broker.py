@@ -254,9 +254,9 @@ class TestMethods:
 
     async def test_lose(self, broker: Broker, connections: list[PacketConnection]) -> None:
         connections.append(await PacketConnection.connect(broker))
-        with broker.lose("answer"):
+        with broker.lose("reply"):
             assert await connections[0].ask(Publish("emitter/me/", b"", 1, 3)) == [PubAck(3)]
-        with broker.lose(), broker.hold("answer"):
+        with broker.lose(), broker.hold("reply"):
             assert await connections[0].ask(Publish("emitter/me/", b"", 1, 4)) == []
         [answer] = await connections[0].ask()
         assert isinstance(answer, Publish)
@@ -267,7 +267,7 @@ class TestMethods:
     ) -> None:
         connections.append(await PacketConnection.connect(broker))
         with broker.lose("puback"):
-            with broker.hold("puback", "answer"):
+            with broker.hold("puback", "reply"):
                 assert await connections[0].ask(Publish("emitter/me/", b"", 1, 3)) == []
             [answer] = await connections[0].ask()
             assert isinstance(answer, Publish)
@@ -279,7 +279,7 @@ class TestMethods:
         self, broker: Broker, connections: list[PacketConnection]
     ) -> None:
         connections.append(await PacketConnection.connect(broker))
-        with pytest.raises(KeyError), broker.hold("answer"):
+        with pytest.raises(KeyError), broker.hold("reply"):
             assert await connections[0].ask(Publish("emitter/me/")) == []
             raise KeyError
         [answer] = await connections[0].ask()

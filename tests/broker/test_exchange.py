@@ -493,7 +493,7 @@ class TestDelivery:
         request(exchange, peer, "presence", key=key, channel="a/", changes=True)
         run(exchange.subscribe(peer, f"{key}/a/"))
         publish(exchange, peer, f"{key}/a/")
-        assert peer.kinds == ["answer", "message", "message"]
+        assert peer.kinds == ["reply", "message", "message"]
 
 
 class TestWills:

@@ -268,7 +268,7 @@ class TestBroker:
         assert "limit.flushRate" in result_of(done, "flush")["fix"]
 
     def test_missing_replies_fail(self, cli: Cli, server: Background) -> None:
-        with server.broker.lose("answer"):
+        with server.broker.lose("reply"):
             done = cli("doctor", "--json", secret=False)
         assert (done.code, done.error) == (1, "failed checks: flush")
         assert "0 of 100" in result_of(done, "flush")["text"]

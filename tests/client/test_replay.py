@@ -31,7 +31,7 @@ async def nine(emitter: Emitter, key: str, unique: str) -> str:
 
 def hold_history_replies(server: Server) -> AbstractContextManager[None]:
     """Hold the reply to the history request, if the broker is the development broker."""
-    return nullcontext() if server.broker is None else server.broker.hold("answer", "puback")
+    return nullcontext() if server.broker is None else server.broker.hold("reply", "puback")
 
 
 # Only that subscriber gets the replay

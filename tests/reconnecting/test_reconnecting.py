@@ -43,7 +43,7 @@ async def test_streams_continue_on_the_next_connection(
             await force_reconnect(emitter, broker)
         assert subscribed_channels(broker) == ["a/", "b/"]
         assert one.statistics().gaps == 3
-    assert emitter.statistics().links == 4
+    assert emitter.statistics().connections == 4
 
 
 async def test_stored_messages_are_not_replayed_again(broker: Broker, key: str) -> None:
@@ -134,7 +134,7 @@ async def test_presence_feed_continues_after_a_loss_during_its_refresh(broker: B
     key = broker.keygen("a/", "rp")
     async with connect_reconnecting(broker.url) as emitter, emitter.stream("error") as errors:
         async with emitter.watch_presence(key, "a/", refresh=0.01) as feed:
-            with broker.hold("answer", "puback"):
+            with broker.hold("reply", "puback"):
                 while not emitter.statistics().pending:
                     await anyio.lowlevel.checkpoint()
                 async with emitter.stream("disconnect") as disconnected:
@@ -309,7 +309,7 @@ async def test_connection_lost_while_restoring_emits_no_events(broker: Broker, k
             assert (await messages.receive()).binary == b"x"
             assert messages.statistics().gaps == 1
             assert disconnected.statistics().current_buffer_used == 1
-            assert emitter.statistics().links == 2
+            assert emitter.statistics().connections == 2
 
 
 class SlowPeer:

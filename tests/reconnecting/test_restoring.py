@@ -166,7 +166,7 @@ async def test_link_that_cannot_be_restored_emits_error(
     errors = Calls()
     emitter.on("error", errors)
     await emitter.link(provide, "a/", "x")
-    with broker.lose("answer"):
+    with broker.lose("reply"):
         await force_reconnect(emitter, broker)
     (error,) = await errors.get(1)
     assert "acknowledged" in str(error)
@@ -278,7 +278,7 @@ async def test_subscriptions_left_while_restoring_are_unsubscribed(
         tasks.start_soon(subscribe, "b/")
         while len(entered) < 2:
             await checkpoint()
-        with broker.hold("suback", "puback", "answer"):
+        with broker.hold("suback", "puback", "reply"):
             await broker.drop()
             await until_subscribed(broker)
             leave.set()
@@ -303,7 +303,7 @@ async def test_subscription_interrupted_while_entering_is_not_restored(
                 raise AssertionError("entered")
 
     async with anyio.create_task_group() as tasks:
-        with broker.hold("suback", "puback", "answer"):
+        with broker.hold("suback", "puback", "reply"):
             tasks.start_soon(enter)
             tasks.start_soon(watch)
             await until_subscribed(broker)

@@ -91,7 +91,7 @@ async def test_no_renewal_without_messages(anyio_backend: object) -> None:
     async with broker_on_virtual_time() as (broker, connectable):
         async with connect(connectable=connectable, keepalive=60) as emitter:
             async with emitter.subscribe(broker.keygen("a/", KEYS), "a/", 0, resume=True):
-                with broker.hold("answer", "puback"):
+                with broker.hold("reply", "puback"):
                     await anyio.sleep(3590)
                     assert emitter.statistics().pending == 0
                     await publish(broker, "1")

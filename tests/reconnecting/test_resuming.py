@@ -52,7 +52,7 @@ async def store(broker: Broker, *texts: str, channel: str = "a/") -> None:
 async def restored_but_unanswered(emitter: Emitter, broker: Broker) -> AsyncGenerator[None]:
     """Store a message during an outage, and reconnect to a broker that holds its replies."""
     async with emitter.stream("connect") as connected:
-        with broker.hold("answer", "puback"):
+        with broker.hold("reply", "puback"):
             async with while_disconnected(emitter, broker):
                 await store(broker, "missed")
             while not emitter.statistics().pending:
@@ -441,7 +441,7 @@ async def test_subscription_left_while_resuming_delays_no_other(
             emitter.subscribe(key, "a/", resume=True),
             emitter.stream("connect") as connected,
         ):
-            stack.enter_context(broker.hold("answer", "puback"))
+            stack.enter_context(broker.hold("reply", "puback"))
             await broker.drop()
             await connected.receive()
         await emitter.publish(key, "b/", "live")
@@ -476,7 +476,7 @@ async def test_client_can_be_left_while_resuming(broker: Broker, key: str) -> No
     async with connect_reconnecting(broker.url, disconnect_timeout=0.05) as emitter:
         async with emitter.subscribe(key, "a/", resume=True) as messages:
             async with emitter.stream("connect") as connected:
-                with broker.hold("answer", "puback"):
+                with broker.hold("reply", "puback"):
                     await broker.drop()
                     await connected.receive()
                     await store(broker, "live")

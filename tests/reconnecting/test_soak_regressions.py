@@ -53,7 +53,7 @@ async def test_connection_lost_while_resuming_leaves_a_gap_after_its_messages() 
             emitter.stream("message") as received,
             emitter.stream("connect") as connected,
         ):
-            with broker.hold("answer"):
+            with broker.hold("reply"):
                 await broker.drop()
                 await connected.receive()
                 await broker.publish("a/", "between")

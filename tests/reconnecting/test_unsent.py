@@ -406,7 +406,7 @@ async def test_stalled_connection_delays_leaving_for_disconnect_timeout_only(
         assert anyio.current_time() - start == exactly(7)
         stalled.cut.set()
     assert emitter.statistics().unsent == 3
-    assert emitter.statistics().links == 1
+    assert emitter.statistics().connections == 1
 
 
 @pytest.mark.parametrize("down", [False, True])

@@ -126,7 +126,7 @@ async def test_pending_calls_raise_and_the_client_continues(
         lost.append(exc.value)
 
     async with anyio.create_task_group() as tasks:
-        with broker.hold("puback", "suback", "unsuback", "answer", "pingresp"):
+        with broker.hold("puback", "suback", "unsuback", "reply", "pingresp"):
             calls = calls_of(emitter, broker, key)
             del calls[2], calls[0]  # a publish with qos=0 returns once it is queued
             for method in calls:
@@ -275,7 +275,7 @@ async def test_handler_can_disconnect_while_down(broker: Broker, losses: int) ->
     async with emitter:
         for opened in range(1, losses):
             await broker.drop()
-            while emitter.statistics().links == opened:
+            while emitter.statistics().connections == opened:
                 await checkpoint()
         with broker.refuse():
             await broker.drop()
@@ -321,13 +321,13 @@ async def test_native_cancellation_while_down(broker: Broker) -> None:
     assert emitter.state == "closed"
 
 
-@pytest.mark.parametrize("kind", ["answer", "suback"])
+@pytest.mark.parametrize("kind", ["reply", "suback"])
 async def test_leaving_while_restoring(broker: Broker, key: str, kind: str) -> None:
     emitter = connect_reconnecting(broker.url, disconnect_timeout=0.05)
     async with emitter:
         await emitter.subscribe(key, "a/")
         await emitter.link(key, "a/", "x")
-        with broker.hold("suback", "puback", "answer"):
+        with broker.hold("suback", "puback", "reply"):
             await broker.drop()
             while not subscribed_channels(broker):
                 await checkpoint()
@@ -338,7 +338,7 @@ async def test_leaving_while_restoring(broker: Broker, key: str, kind: str) -> N
                     scope.cancel()
                     await emitter.disconnect()
                 await emitter.wait_closed()
-    assert emitter.statistics().links == 1
+    assert emitter.statistics().connections == 1
 
 
 async def test_leaving_while_restoring_waits_for_the_subscriptions(
@@ -355,7 +355,7 @@ async def test_leaving_while_restoring_waits_for_the_subscriptions(
                 tasks.start_soon(emitter.disconnect)
                 while emitter.state != "closing":
                     await checkpoint()
-    assert emitter.statistics().links == 2
+    assert emitter.statistics().connections == 2
     assert not broker.clients
 
 
@@ -376,7 +376,7 @@ async def test_connection_lost_in_a_handlers_call_emits_error(broker: Broker, ke
 
     async with emitter:
         await emitter.subscribe(key, "a/")
-        with broker.hold("answer"):
+        with broker.hold("reply"):
             await broker.publish("a/", "ask")
             while not emitter.statistics().pending:
                 await checkpoint()
@@ -402,7 +402,7 @@ async def test_connection_lost_in_a_handlers_call_is_logged_without_an_error_han
 
     async with emitter:
         await emitter.subscribe(key, "a/")
-        with broker.hold("answer"):
+        with broker.hold("reply"):
             await broker.publish("a/", "ask")
             while not emitter.statistics().pending:
                 await checkpoint()
@@ -437,7 +437,7 @@ async def test_connection_lost_in_a_handlers_call_without_reconnect_ends_the_cli
     async def ask(message: EmitterMessage) -> None:
         await emitter.me()
 
-    with broker.hold("answer"), pytest.raises(ConnectionLostError, match="lost"):
+    with broker.hold("reply"), pytest.raises(ConnectionLostError, match="lost"):
         async with emitter:
             await emitter.subscribe(key, "a/")
             await broker.publish("a/", "ask")

@@ -112,7 +112,7 @@ class Soak:
                 self.samples.append(self._sample())
                 self.run.steady.set()
             tasks.cancel_scope.cancel()
-        self.connections = sum(client.emitter.statistics().links for client in self._clients)
+        self.connections = sum(client.emitter.statistics().connections for client in self._clients)
         for client in self._clients:
             figures = client.emitter.statistics()
             if figures.pending or figures.queued_bytes or figures.nonsense:

@@ -137,7 +137,10 @@ class Session:
             resumed = await enter(
                 lambda: emitter.subscribe(KEY, "a/r/", 0, resume=True, mark_gaps=True)
             )
-            resumed_from, links = len(self._recorder.received), emitter.statistics().links
+            resumed_from, connections = (
+                len(self._recorder.received),
+                emitter.statistics().connections,
+            )
             await self._publish(1, "a/r/", ttl=_STORAGE_TTL)
             by_function = await enter(lambda: emitter.subscribe(self._key, "a/f/", 0))
             feed = await enter(lambda: emitter.watch_presence(KEY, "a/p/"))
@@ -173,7 +176,7 @@ class Session:
                 numbers = list(_numbers(it.binary for it in live))
                 assert numbers == sorted(set(numbers)), f"{channel} received {numbers}"
             gaps = [it for it in resumed_items if isinstance(it, Gap)]
-            assert bool(gaps) == (emitter.statistics().links > links), gaps
+            assert bool(gaps) == (emitter.statistics().connections > connections), gaps
             assert all(gap.complete for gap in gaps), gaps
             tasks.cancel_scope.cancel()
         await self._retry(lambda: emitter.unsubscribe(KEY, "a/w/"))
@@ -285,7 +288,7 @@ class Session:
         async def check() -> None:
             self._marker = marker = b"marker %d" % next(self._marker_numbers)
             guest = RecordingSubscriber()
-            failed_before = bool(self.errors) or self.emitter.statistics().links > 1
+            failed_before = bool(self.errors) or self.emitter.statistics().connections > 1
             for channel in subscribed:
                 self._publish_at_broker(channel, marker)
             for channel in watched:
@@ -303,13 +306,15 @@ class Session:
 
         while True:
             await self._wait_for_single_connection()
-            links = self.emitter.statistics().links
+            connections = self.emitter.statistics().connections
             with anyio.fail_after(CALL_TIMEOUT), anyio.CancelScope() as self._delivery_check:
                 with suppress(ConnectionLostError, RequestTimeoutError):
                     await check()
                     return received
             await self._wait_for_single_connection()
-            assert self.emitter.statistics().links > links, "failed without a lost connection"
+            assert self.emitter.statistics().connections > connections, (
+                "failed without a lost connection"
+            )
 
     def _connection_lost(self) -> None:
         self._delivery_check.cancel()

@@ -11,7 +11,7 @@ from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, channel, topic
 
 
-def link(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager[Client]:
+def connection(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager[Client]:
     client = Client(
         HOST,
         job.port,
@@ -26,7 +26,7 @@ def link(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager[Client]:
 
 async def receive(job: Job) -> Figures:
     meter = Meter()
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe([(name, 0) for name in aio.channels(job)])
         messages = client.messages
         size = len((await anext(messages)).payload)
@@ -44,7 +44,7 @@ async def receive(job: Job) -> Figures:
 
 async def publish(job: Job) -> Figures:
     meter, body, name = Meter(), job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe(DONE)
         meter.start()
         for _ in range(job.messages):
@@ -56,20 +56,20 @@ async def publish(job: Job) -> Figures:
 
 async def confirmed(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         return await aio.workers(job, lambda: client.publish(name, body, qos=1))
 
 
 async def round_trip(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe(channel(0))
         messages = client.messages
         return await aio.trips(job, lambda: client.publish(name, body), lambda: anext(messages))
 
 
 async def stalled(job: Job) -> Figures:
-    async with link(job) as client:
+    async with connection(job) as client:
         before = common.memory()
         await client.subscribe(channel(0))
         return await aio.stall(before)
@@ -82,7 +82,7 @@ CASES = {
     "confirmed": confirmed,
     "round_trip": round_trip,
     "stalled": stalled,
-    **aio.shared(link, lambda client, name, body: client.publish(name, body)),
+    **aio.shared(connection, lambda client, name, body: client.publish(name, body)),
 }
 
 if __name__ == "__main__":

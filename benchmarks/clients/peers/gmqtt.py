@@ -20,7 +20,7 @@ from benchmarks.wire import DONE, channel, topic
 
 
 @asynccontextmanager
-async def link(job: Job, keepalive: int = 60, on_message=None) -> AsyncIterator[Client]:
+async def connection(job: Job, keepalive: int = 60, on_message=None) -> AsyncIterator[Client]:
     client = Client(f"bench{id(object())}")
     if on_message is not None:
         client.on_message = on_message
@@ -43,7 +43,7 @@ async def receive(job: Job) -> Figures:
         take(payload)
         return 0
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         for name in aio.channels(job):
             client.subscribe(name)
         await done.wait()
@@ -57,7 +57,7 @@ async def publish(job: Job) -> Figures:
         bell.ring()
         return 0
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         client.subscribe(DONE)
         await asyncio.sleep(0.05)
         meter.start()
@@ -77,7 +77,7 @@ async def round_trip(job: Job) -> Figures:
         bell.ring()
         return 0
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         client.subscribe(channel(0))
         return await aio.trips(job, lambda: client.publish(name, body), bell.wait, awaited=False)
 
@@ -89,7 +89,7 @@ async def stalled(job: Job) -> Figures:
         queue.put_nowait(payload)
         return 0
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         before = common.memory()
         client.subscribe(channel(0))
         return await aio.stall(before)
@@ -101,7 +101,7 @@ CASES = {
     "publish": publish,
     "round_trip": round_trip,
     "stalled": stalled,
-    **aio.shared(link, lambda client, name, body: client.publish(name, body)),
+    **aio.shared(connection, lambda client, name, body: client.publish(name, body)),
 }
 
 if __name__ == "__main__":

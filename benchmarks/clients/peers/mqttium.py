@@ -18,7 +18,7 @@ from benchmarks.wire import DONE, channel, topic
 
 
 @asynccontextmanager
-async def link(job: Job, keepalive: int = 60, on_message=None) -> AsyncIterator[AsyncClient]:
+async def connection(job: Job, keepalive: int = 60, on_message=None) -> AsyncIterator[AsyncClient]:
     client = AsyncClient(
         keepalive=keepalive,
         max_outbound_inflight=max(20, job.in_flight),
@@ -38,7 +38,7 @@ async def link(job: Job, keepalive: int = 60, on_message=None) -> AsyncIterator[
 
 async def receive(job: Job) -> Figures:
     meter = Meter()
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe(aio.channels(job))
         messages = client.messages()
         size = len((await anext(messages)).payload)
@@ -62,7 +62,7 @@ async def handler(job: Job) -> Figures:
     def on_message(message):
         take(message.payload)
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         await client.subscribe(aio.channels(job))
         await done.wait()
     return countdown.figures()
@@ -70,7 +70,7 @@ async def handler(job: Job) -> Figures:
 
 async def publish(job: Job) -> Figures:
     meter, body, name = Meter(), job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe(DONE)
         meter.start()
         for _ in range(job.messages):
@@ -82,20 +82,20 @@ async def publish(job: Job) -> Figures:
 
 async def confirmed(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         return await aio.window(job, lambda: client.publish(name, body, qos=1))
 
 
 async def round_trip(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         await client.subscribe(channel(0))
         messages = client.messages()
         return await aio.trips(job, lambda: client.publish(name, body), lambda: anext(messages))
 
 
 async def stalled(job: Job) -> Figures:
-    async with link(job) as client:
+    async with connection(job) as client:
         before = common.memory()
         await client.subscribe(channel(0))
         return await aio.stall(before)
@@ -108,7 +108,7 @@ CASES = {
     "confirmed": confirmed,
     "round_trip": round_trip,
     "stalled": stalled,
-    **aio.shared(link, lambda client, name, body: client.publish(name, body)),
+    **aio.shared(connection, lambda client, name, body: client.publish(name, body)),
 }
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Loop:
 
 
 @asynccontextmanager
-async def link(
+async def connection(
     job: Job, keepalive: int = 60, on_message=None, on_publish=None
 ) -> AsyncIterator[mqtt.Client]:
     client = mqtt.Client(
@@ -86,7 +86,7 @@ async def receive(job: Job) -> Figures:
     def on_message(client, userdata, message):
         take(message.payload)
 
-    async with link(job, on_message=on_message) as client:
+    async with connection(job, on_message=on_message) as client:
         client.subscribe([(name, 0) for name in aio.channels(job)])
         await done.wait()
     return countdown.figures()
@@ -94,7 +94,7 @@ async def receive(job: Job) -> Figures:
 
 async def publish(job: Job) -> Figures:
     meter, body, name, bell = Meter(), job.body, topic(0), aio.Bell()
-    async with link(job, on_message=lambda *_: bell.ring()) as client:
+    async with connection(job, on_message=lambda *_: bell.ring()) as client:
         client.subscribe(DONE)
         await asyncio.sleep(0.05)
         meter.start()
@@ -118,7 +118,7 @@ async def confirmed(job: Job) -> Figures:
         if not left:
             done.set()
 
-    async with link(job, on_publish=on_publish) as client:
+    async with connection(job, on_publish=on_publish) as client:
         meter.start()
         for _ in range(job.messages):
             await room.acquire()
@@ -130,14 +130,14 @@ async def confirmed(job: Job) -> Figures:
 
 async def round_trip(job: Job) -> Figures:
     body, name, bell = job.body, topic(0), aio.Bell()
-    async with link(job, on_message=lambda *_: bell.ring()) as client:
+    async with connection(job, on_message=lambda *_: bell.ring()) as client:
         client.subscribe(channel(0))
         return await aio.trips(job, lambda: client.publish(name, body), bell.wait, awaited=False)
 
 
 async def stalled(job: Job) -> Figures:
     queue = asyncio.Queue()
-    async with link(job, on_message=lambda *got: queue.put_nowait(got[2])) as client:
+    async with connection(job, on_message=lambda *got: queue.put_nowait(got[2])) as client:
         before = common.memory()
         client.subscribe(channel(0))
         return await aio.stall(before)
@@ -150,7 +150,7 @@ CASES = {
     "confirmed": confirmed,
     "round_trip": round_trip,
     "stalled": stalled,
-    **aio.shared(link, lambda client, name, body: client.publish(name, body) and None),
+    **aio.shared(connection, lambda client, name, body: client.publish(name, body) and None),
 }
 
 if __name__ == "__main__":

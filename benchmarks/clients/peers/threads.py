@@ -85,7 +85,7 @@ class EmitterIo:
 
 
 @contextmanager
-def link(job: Job, keepalive: int = 60, on_message=None):
+def connection(job: Job, keepalive: int = 60, on_message=None):
     client = (EmitterIo if job.variant == "emitter-io" else Paho)(job, keepalive, on_message)
     try:
         yield client
@@ -96,7 +96,7 @@ def link(job: Job, keepalive: int = 60, on_message=None):
 def receive(job: Job) -> Figures:
     done = threading.Event()
     countdown = common.Countdown(job, done.set)
-    with link(job, on_message=countdown.take) as client:
+    with connection(job, on_message=countdown.take) as client:
         for number in range(job.subscriptions):
             client.subscribe(channel(number))
         done.wait()
@@ -105,7 +105,7 @@ def receive(job: Job) -> Figures:
 
 def publish(job: Job) -> Figures:
     meter, body, done = Meter(), job.body, threading.Event()
-    with link(job, on_message=lambda _: done.set()) as client:
+    with connection(job, on_message=lambda _: done.set()) as client:
         client.subscribe(DONE)
         time.sleep(0.05)
         meter.start()
@@ -118,7 +118,7 @@ def publish(job: Job) -> Figures:
 
 def confirmed(job: Job) -> Figures:
     meter, body, waiting = Meter(), job.body, deque()
-    with link(job) as client:
+    with connection(job) as client:
         meter.start()
         for _ in range(job.messages):
             if len(waiting) == job.in_flight:
@@ -132,7 +132,7 @@ def confirmed(job: Job) -> Figures:
 
 def round_trip(job: Job) -> Figures:
     body, seconds, back = job.body, [], SimpleQueue()
-    with link(job, on_message=back.put) as client:
+    with connection(job, on_message=back.put) as client:
         client.subscribe(channel(0))
         for _ in range(job.messages):
             start = time.perf_counter()
@@ -147,7 +147,7 @@ def opening(job: Job) -> Figures:
     meter.start()
     for _ in range(job.messages):
         start = time.perf_counter()
-        with link(job):
+        with connection(job):
             pass
         seconds.append(time.perf_counter() - start)
     meter.stop()
@@ -158,8 +158,8 @@ def idle(job: Job) -> Figures:
     idled = []
     for keepalive in (60, 1):
         with ExitStack() as stack:
-            for _ in range(job.links):
-                stack.enter_context(link(job, keepalive))
+            for _ in range(job.connections):
+                stack.enter_context(connection(job, keepalive))
             time.sleep(common.SETTLING)
             meter, before = Meter(), common.ask_peer(job.port)["pings"]
             meter.start()
@@ -170,26 +170,26 @@ def idle(job: Job) -> Figures:
     return common.idle_figures(*idled)
 
 
-def links(job: Job) -> Figures:
-    with link(job):
+def connections(job: Job) -> Figures:
+    with connection(job):
         pass
     before, start = common.memory(), time.perf_counter()
     with ExitStack() as stack:
-        clients = [stack.enter_context(link(job)) for _ in range(job.links)]
+        clients = [stack.enter_context(connection(job)) for _ in range(job.connections)]
         seconds = time.perf_counter() - start
         time.sleep(common.SETTLING)
         weight = common.memory() - before
         for client in clients:
             client.publish(b"x")
-        while common.ask_peer(job.port)["messages"] < job.links:
+        while common.ask_peer(job.port)["messages"] < job.connections:
             time.sleep(0.05)
-    return {"memory_kb": weight / job.links / 1000, "seconds": seconds}
+    return {"memory_kb": weight / job.connections / 1000, "seconds": seconds}
 
 
 def stalled(job: Job) -> Figures:
     """Fill a queue from the callback, as is usual with threads, and never read it."""
     busy = common.still_busy()
-    with link(job, on_message=SimpleQueue().put) as client:
+    with connection(job, on_message=SimpleQueue().put) as client:
         before = common.memory()
         client.subscribe(channel(0))
         while True:
@@ -206,7 +206,7 @@ CASES: dict[str, common.Case] = {
     "round_trip": round_trip,
     "connect": opening,
     "idle": idle,
-    "links": links,
+    "connections": connections,
     "stalled": stalled,
 }
 

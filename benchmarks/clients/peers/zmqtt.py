@@ -12,13 +12,13 @@ from benchmarks.clients.common import HOST, Figures, Job, Meter
 from benchmarks.wire import DONE, channel, topic
 
 
-def link(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager:
+def connection(job: Job, keepalive: int = 60) -> AbstractAsyncContextManager:
     return create_client(HOST, job.port, keepalive=keepalive, tls=job.context or False)
 
 
 async def receive(job: Job) -> Figures:
     meter = Meter()
-    async with link(job) as client, AsyncExitStack() as stack:
+    async with connection(job) as client, AsyncExitStack() as stack:
         streams = [
             await stack.enter_async_context(client.subscribe(name)) for name in aio.channels(job)
         ]
@@ -45,7 +45,7 @@ async def fan_in(job: Job) -> Figures:
             take(message.payload)
 
     tasks = []
-    async with link(job) as client, AsyncExitStack() as stack:
+    async with connection(job) as client, AsyncExitStack() as stack:
         for name in aio.channels(job):
             messages = await stack.enter_async_context(client.subscribe(name))
             tasks.append(asyncio.create_task(iterate(messages)))
@@ -57,7 +57,7 @@ async def fan_in(job: Job) -> Figures:
 
 async def publish(job: Job) -> Figures:
     meter, body, name = Meter(), job.body, topic(0)
-    async with link(job) as client, client.subscribe(DONE) as done:
+    async with connection(job) as client, client.subscribe(DONE) as done:
         meter.start()
         for _ in range(job.messages):
             await client.publish(name, body)
@@ -68,18 +68,18 @@ async def publish(job: Job) -> Figures:
 
 async def confirmed(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client:
+    async with connection(job) as client:
         return await aio.workers(job, lambda: client.publish(name, body, qos=QoS.AT_LEAST_ONCE))
 
 
 async def round_trip(job: Job) -> Figures:
     body, name = job.body, topic(0)
-    async with link(job) as client, client.subscribe(channel(0)) as messages:
+    async with connection(job) as client, client.subscribe(channel(0)) as messages:
         return await aio.trips(job, lambda: client.publish(name, body), messages.get_message)
 
 
 async def stalled(job: Job) -> Figures:
-    async with link(job) as client:
+    async with connection(job) as client:
         before = common.memory()
         async with client.subscribe(channel(0)):
             return await aio.stall(before)
@@ -93,7 +93,7 @@ CASES = {
     "confirmed": confirmed,
     "round_trip": round_trip,
     "stalled": stalled,
-    **aio.shared(link, lambda client, name, body: client.publish(name, body)),
+    **aio.shared(connection, lambda client, name, body: client.publish(name, body)),
 }
 
 if __name__ == "__main__":
