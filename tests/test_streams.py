@@ -1033,7 +1033,8 @@ class TestStatistics:
         stream.receive_nowait()
         send.note_gap()
         with stream.clone() as clone:
-            expected = StreamStatistics(1, 2, 1, 2, 0, 0, 128, 1, 1, 1)
+            since = stream.statistics().waiting_since
+            expected = StreamStatistics(1, 2, 1, 2, 0, 0, 128, 1, 1, 1, 2, since)
             assert stream.statistics() == clone.statistics() == expected
             send.end()
             assert clone.statistics() == replace(expected, open_send_streams=0)
@@ -1047,6 +1048,73 @@ class TestStatistics:
             assert stream.statistics().tasks_waiting_receive == 2
             tasks.cancel_scope.cancel()
         assert stream.statistics().tasks_waiting_receive == 0
+
+    def test_peak_counts_items_that_were_buffered_together(self, make: MakeStream) -> None:
+        send, stream = make(buffer=4)
+        peaks = [stream.statistics().peak]
+        for count in (1, 2, 1):
+            send.push_many(list(range(count)))
+            peaks.append(stream.statistics().peak)
+            read(stream)
+        fill(send, *range(6))
+        peaks.append(stream.statistics().peak)
+        read(stream)
+        assert [*peaks, stream.statistics().peak] == [0, 1, 2, 2, 4, 4]
+
+    def test_peak_counts_items_that_need_no_space(self, make: MakeStream) -> None:
+        send, stream = filled(make(buffer=2), 1, 2)
+        assert send.push(3, extra=True)
+        assert stream.statistics().peak == 3
+        send.put_in_front([-1, 0])
+        assert stream.statistics().peak == 5
+        send.hold()
+        read(stream)
+        fill(send, 10, 11)
+        send.put_ahead([7, 8, 9, 9])
+        assert stream.statistics().peak == 6
+        send.release()
+        assert stream.statistics().peak == stream.statistics().current_buffer_used == 6
+
+    @pytest.mark.parametrize("overflow", ["raise", "drop_oldest", "drop_newest"])
+    def test_peak_does_not_count_dropped_items(self, make: MakeStream, overflow: Overflow) -> None:
+        _, stream = filled(make(2, overflow), 1, 2, 3, 4)
+        assert stream.statistics().peak == 2
+
+    def test_waiting_since_is_the_time_of_the_next_item(
+        self, make: MakeStream, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def since() -> float | None:
+            moment = stream.statistics().waiting_since
+            assert moment is None or moment.tzinfo is UTC
+            return None if moment is None else moment.timestamp()
+
+        now = 0.0
+        monkeypatch.setattr("emitter_anyio._streams.queue.time", lambda: now)
+        send, stream = make(buffer=5)
+        assert since() is None
+        for now in (10.0, 20.0):
+            send.push_many([now, now])
+        now = 30.0
+        send.push(now)
+        times = [since()]
+        while stream.statistics().current_buffer_used:
+            stream.receive_nowait()
+            times.append(since())
+        assert times == [10, 10, 20, 20, 30, None]
+        send.push(0)
+        now = 40.0
+        send.put_in_front([now])
+        assert since() == 40
+        stream.receive_nowait()
+        assert since() == 30
+
+    def test_waiting_since_ignores_items_that_are_held_back(self, make: MakeStream) -> None:
+        send, stream = make()
+        send.hold()
+        send.push(1)
+        assert stream.statistics().waiting_since is None
+        send.release()
+        assert stream.statistics().waiting_since is not None
 
     def test_public_methods_are_those_of_anyio(self) -> None:
         names = {name for name in dir(EventStream) if not name.startswith("_")}

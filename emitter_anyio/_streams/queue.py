@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import accumulate
+from time import time
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from emitter_anyio._values.messages import ITEM_OVERHEAD_BYTES, EmitterMessage, Readable
@@ -12,10 +13,10 @@ from emitter_anyio._values.requests import PresenceEvent
 
 T = TypeVar("T")
 
-_Put: TypeAlias = tuple[int, int, Sequence[int]]
+_Put: TypeAlias = tuple[int, int, Sequence[int], float]
 """
-Items that were put in together: the number of items and of bytes put in before them, and the
-cumulative weights of these items, starting with 0.
+Items that were put in together: the number of items and of bytes put in before them, the cumulative
+weights of these items, starting with 0, and the unix time.
 """
 
 MAX_BYTES: Final = 8 * 1024 * 1024
@@ -42,9 +43,9 @@ class Queue(Generic[T]):
 
     def append(self, item: T, weight: int) -> None:
         """Put an item at the end."""
-        self._puts.append((self._count, self._bytes, (0, weight)))
+        self._puts.append((self._count, self._bytes, (0, weight), time()))
         self._bytes += weight
-        # The count grows before the deque, here and in extend(): total() may run in another thread.
+        # The count grows before the deque, here and in extend(), for measure() in another thread.
         self._count += 1
         self.items.append(item)
 
@@ -55,7 +56,7 @@ class Queue(Generic[T]):
         :param sums: the cumulative weights of the items, in bytes, starting with 0
         """
         if items:
-            self._puts.append((self._count, self._bytes, sums))
+            self._puts.append((self._count, self._bytes, sums, time()))
             self._bytes += sums[-1]
             self._count += len(items)
             self.items += items
@@ -63,26 +64,31 @@ class Queue(Generic[T]):
     def extend_left(self, items: Sequence[T], sums: Sequence[int]) -> None:
         """Put items at the beginning; ``sums`` is as for :meth:`extend`."""
         start = self._bytes - self.weigh() - sums[-1]
-        self._puts.appendleft((self._count - len(self.items) - len(items), start, sums))
+        self._puts.appendleft((self._count - len(self.items) - len(items), start, sums, time()))
         self.items.extendleft(reversed(items))
 
     def weigh(self) -> int:
         """Return the weight of the items, in bytes, and discard the records of received items."""
         received = self._count - len(self.items)
         while self._puts:
-            index, start, sums = self._puts[0]
+            index, start, sums, _ = self._puts[0]
             if received - index < len(sums) - 1:
                 return self._bytes - start - sums[received - index]
             self._puts.popleft()
         return 0
 
-    def total(self) -> int:
-        """Return the weight of the items, in bytes, and change nothing. Any thread may call it."""
+    def measure(self) -> tuple[int, float | None]:
+        """
+        Return two figures, and change nothing. Any thread may call it.
+
+        :return: the weight of the items, in bytes, and the unix time at which the first of them was
+            put in, or ``None`` if there is no item
+        """
         received = self._count - len(self.items)
-        for index, start, sums in tuple(self._puts):
+        for index, start, sums, at in tuple(self._puts):
             if received - index < len(sums) - 1:
-                return self._bytes - start - sums[received - index]
-        return 0
+                return self._bytes - start - sums[received - index], at
+        return 0, None
 
 
 def weight_of(item: object) -> int:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import takewhile
 from typing import Final, Generic, Literal, TypeAlias, TypeVar, get_args
 
@@ -50,6 +51,9 @@ class StreamStatistics:
     :ivar received: the number of items that were received
     :ivar dropped: the number of items that were dropped because the buffer was full
     :ivar gaps: the number of lost connections, after each of which messages might be missing
+    :ivar peak: the largest number of items that were in the buffer at the same time
+    :ivar waiting_since: when the next item to be received was put into the buffer, in UTC, or
+        ``None`` if nothing can be received; the time since then is how far the consumer is behind
     """
 
     current_buffer_used: int
@@ -62,6 +66,8 @@ class StreamStatistics:
     received: int
     dropped: int
     gaps: int
+    peak: int
+    waiting_since: datetime | None
 
 
 class Missing:
@@ -143,6 +149,7 @@ class Sender(Generic[T]):
         self._extra_bytes = 0
         self._dropped = 0
         self._gaps = 0
+        self._peak = 0
         self._stalled_at: int | None = None
         """The number of received items when the consumer last received none in its turns."""
         self.ended: bool = False
@@ -165,11 +172,14 @@ class Sender(Generic[T]):
         if self.ended:
             return True
         weight = weight_of(item)
+        waiting = self._waiting()
         if extra:
             self._add_extra(1, weight)
-        elif self._is_full():
+        elif self._is_full(waiting):
             return False
         self._accepted += 1
+        if waiting >= self._peak:
+            self._peak = waiting + 1
         if self._holds:
             self._hold(item, weight)
         else:
@@ -190,7 +200,8 @@ class Sender(Generic[T]):
         if self._holds:
             return sum(1 for _ in takewhile(self.push, items))
         extra, extra_bytes = self.extra
-        space = self._buffer + extra - self._waiting()
+        waiting = self._waiting()
+        space = self._buffer + extra - waiting
         if len(items) > space:
             items = items[:space]
         sums: Sequence[int]
@@ -201,6 +212,8 @@ class Sender(Generic[T]):
             fits = min(bisect_left(sums, space), len(items))
             items, sums = items[:fits], sums[: fits + 1]
         self._accepted += len(items)
+        if waiting + len(items) > self._peak:
+            self._peak = waiting + len(items)
         self._queue.extend(items, sums)
         self._wake(len(items))
         return len(items)
@@ -230,7 +243,7 @@ class Sender(Generic[T]):
         """
         Give a busy consumer several turns to make space; with ``"block"``, wait until it does.
         """
-        while self._is_full() and self._stalled_at != (received := self.received):
+        while self._is_full(self._waiting()) and self._stalled_at != (received := self.received):
             for _ in range(PATIENCE_TURNS):
                 await checkpoint()
                 if self.received != received:
@@ -249,7 +262,7 @@ class Sender(Generic[T]):
     @property
     def blocks(self) -> bool:
         """Whether the reader must now wait for this stream."""
-        return self._overflow == "block" and not self._holds and self._is_full()
+        return self._overflow == "block" and not self._holds and self._is_full(self._waiting())
 
     def put_in_front(self, items: Sequence[T]) -> None:
         """Put items before the buffered ones. They need no space."""
@@ -403,6 +416,7 @@ class Sender(Generic[T]):
 
     def statistics(self) -> StreamStatistics:
         """Return the statistics; any thread may call this."""
+        weight, since = self._queue.measure()
         return StreamStatistics(
             current_buffer_used=self._waiting(),
             max_buffer_size=self._buffer,
@@ -410,19 +424,20 @@ class Sender(Generic[T]):
             open_receive_streams=self._receive_ends,
             tasks_waiting_send=self.tasks_waiting,
             tasks_waiting_receive=len(self._waiters),
-            buffered_bytes=self._queue.total() + self._held_bytes,
+            buffered_bytes=weight + self._held_bytes,
             received=self.received,
             dropped=self._dropped,
             gaps=self._gaps,
+            peak=self._peak,
+            waiting_since=None if since is None else datetime.fromtimestamp(since, UTC),
         )
 
     def _waiting(self) -> int:
         return len(self.items) + len(self._held) - self._missing_count
 
-    def _is_full(self) -> bool:
+    def _is_full(self, waiting: int) -> bool:
         if self.ended:
             return False
-        waiting = self._waiting()
         bytes = self._queue.weigh() + self._held_bytes
         if waiting < self._buffer and bytes < MAX_BYTES:
             return False
@@ -438,6 +453,7 @@ class Sender(Generic[T]):
         sums = cumulative_weights(items)
         self._add_extra(len(items), sums[-1])
         self._accepted += len(items)
+        self._peak = max(self._peak, self._waiting() + len(items))
         return sums
 
     def _hold(self, item: T | Missing, weight: int) -> None:
