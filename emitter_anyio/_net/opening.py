@@ -6,6 +6,7 @@ import ssl
 from typing import Final
 
 import anyio
+from anyio import DelimiterNotFound, IncompleteRead
 
 from emitter_anyio._backend.tasks import Tasks
 from emitter_anyio._protocol.codec import Codec
@@ -31,6 +32,16 @@ _REFUSALS: Final = {
 }
 _UNAVAILABLE: Final = 3
 """The only refusal that is temporary."""
+
+_OPENING_ERRORS: Final = (
+    EOFError,
+    RemoteProtocolError,
+    ConnectError,
+    # A connectable that uses AnyIO's BufferedByteStream raises these.
+    IncompleteRead,
+    DelimiterNotFound,
+)
+"""The exceptions for which an attempt to connect has failed."""
 
 _CLIENT_CERTIFICATE: Final = (
     "; it might require a client certificate, load one with ssl_context.load_cert_chain()"
@@ -69,7 +80,7 @@ async def open_connection(
             with anyio.move_on_after(options.connect_timeout):
                 return await _open(server, options, wants, connect, tasks)
             causes[str(server)] = TimeoutError()
-        except (*TRANSPORT_ERRORS, EOFError, RemoteProtocolError, ConnectError) as exc:
+        except (*_OPENING_ERRORS, *TRANSPORT_ERRORS) as exc:
             causes[str(server)] = exc
     raise _connect_error(causes, options, after)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tests.support.command import ROOT
 
@@ -102,3 +102,12 @@ BLOCKS = [
     if page.name not in ELSEWHERE
     for block in blocks_of(page)
 ]
+
+
+def defined_by(page: str, text: str) -> dict[str, Any]:
+    """Run the block of a page that contains a text, and return what it defines."""
+    (block,) = (block for block in BLOCKS if block.page == page and text in block.source)
+    names: dict[str, Any] = {"__name__": "the_page"}
+    # Without this module's own "annotations", as users have it.
+    exec(compile(block.source, str(block), "exec", dont_inherit=True), names)
+    return names
