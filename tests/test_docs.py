@@ -8,14 +8,18 @@ test can run, each with its reason.
 from __future__ import annotations
 
 import atexit
+import importlib
 import importlib.util
 import inspect
+import json
+import logging
 import re
 import shlex
 import sys
 import tomllib
 import zlib
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -25,15 +29,19 @@ from typing import Any
 import anyio
 import pytest
 import trustme
+from anyio.lowlevel import checkpoint
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 import emitter_anyio
 import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._net.options import Options
 from emitter_anyio.testing import Broker, FaultProxy
-from tests.support.asgi import Application, lifespan, post, websocket
+from tests.support.asgi import Application, lifespan, post, request, websocket
 from tests.support.command import ROOT, run, running
-from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block
+from tests.support.connections import while_disconnected
+from tests.support.pages import BLOCKS, DOCS, ELSEWHERE, PAGES, Block, block_with, defined_by
 from tests.support.pytest_process import run_pytest
 
 NOT_RUN = [
@@ -45,10 +53,10 @@ RUN = [block for block in BLOCKS if str(block) not in {where for where, _ in NOT
 
 
 WEB_APPLICATIONS = {
-    framework: block
-    for framework in ("Starlette", "FastAPI", "Flask")
-    for block in RUN
-    if f"app = {framework}(" in block.source
+    "Starlette": block_with("web-frameworks.md", "app = Starlette("),
+    "FastAPI": block_with("web-frameworks.md", "app = FastAPI("),
+    "Flask": block_with("web-frameworks.md", "app = Flask("),
+    "monitoring": block_with("monitoring.md", "app = Starlette("),
 }
 
 
@@ -147,9 +155,7 @@ class TestWebApplications:
     def names(self, framework: str) -> dict[str, Any]:
         """Run the block of a framework, and return what it defines."""
         block = WEB_APPLICATIONS[framework]
-        names: dict[str, Any] = {"__name__": "the_page"}
-        exec(compile(block.source, str(block), "exec", dont_inherit=True), names)
-        return names
+        return defined_by(block.page, block.source)
 
     async def test_starlette(self, broker: Broker) -> None:
         app: Application = self.names("Starlette")["app"]
@@ -184,10 +190,8 @@ class TestWebApplications:
     async def test_flask(
         self, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (synchronous,) = (block for block in RUN if "class SyncEmitter" in block.source)
-        (tmp_path / "sync_emitter.py").write_text(synchronous.source)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "sync_emitter", raising=False)
+        module = block_with("threads.md", "class SyncEmitter")
+        save_module("sync_emitter", module, tmp_path, monkeypatch)
 
         def say() -> list[int]:
             names = self.names("Flask")
@@ -204,6 +208,135 @@ class TestWebApplications:
             async with other.subscribe(broker.keygen("chat/", "r"), "chat/") as messages:
                 assert await anyio.to_thread.run_sync(say) == [204, 503]
                 assert (await messages.receive()).as_string() == "hello"
+
+
+class TestMonitoring:
+    @pytest.fixture(autouse=True)
+    def collector_module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = block_with("monitoring.md", "class EmitterCollector")
+        save_module("emitter_metrics", module, tmp_path, monkeypatch)
+
+    @pytest.fixture
+    def application(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """What the application with the health endpoint defines."""
+        monkeypatch.setenv("EMITTER_URL", broker.url)
+        monkeypatch.setenv("CHAT_KEY", broker.keygen("chat/", "r"))
+        return defined_by("monitoring.md", "app = Starlette(")
+
+    async def test_metrics(self, broker: Broker, application: dict[str, Any]) -> None:
+        app: Application = application["app"]
+        assert (await get_metrics(app))["emitter_connected"] == 0
+        async with lifespan(app), connect(broker.url) as other:
+            collector = application["collector"]
+            async with other.watch_presence(broker.keygen("chat/", "p"), "chat/") as there:
+                while not there.members:
+                    await there.receive()
+            await other.publish(broker.keygen("chat/", "w"), "chat/", "hello", qos=1)
+            while collector.streams["chat"].statistics().received == 0:
+                await checkpoint()
+            found = await get_metrics(app)
+            assert found["emitter_connected"] == found["emitter_connections_total"] == 1
+            assert found["emitter_received_total"] == 1
+            assert found["emitter_stream_received_total chat"] == 1
+            assert found["emitter_stream_delay_seconds chat"] == 0
+            page = (DOCS / "monitoring.md").read_text()
+            alerts = re.findall(
+                r"\bemitter_\w+", page.partition("## Alerts")[2].partition("\n## ")[0]
+            )
+            assert set(alerts) <= {name.partition(" ")[0] for name in found}
+        assert not collector.streams
+        assert "emitter_stream_received_total chat" not in await get_metrics(app)
+
+    async def test_metrics_of_a_slow_consumer(self, broker: Broker) -> None:
+        key = broker.keygen("chat/", "rw")
+        async with connect(broker.url) as emitter:
+            collector = sys.modules["emitter_metrics"].EmitterCollector(emitter)
+            registry = CollectorRegistry()
+            registry.register(collector)
+            async with emitter.subscribe(key, "chat/", buffer=4) as messages:
+                with collector.watching("chat", messages):
+                    for _ in range(3):
+                        await emitter.publish(key, "chat/", "x", qos=1)
+                    messages.receive_nowait()
+                    found = samples(generate_latest(registry).decode())
+        assert found["emitter_stream_buffered chat"] == 2
+        assert found["emitter_stream_peak_ratio chat"] == 0.75
+        assert found["emitter_stream_delay_seconds chat"] > 0
+
+    async def test_health(self, broker: Broker, application: dict[str, Any]) -> None:
+        app: Application = application["app"]
+        emitter: Emitter = application["emitter"]
+        assert await request(app, "GET", "/live") == (200, "alive")
+        assert await request(app, "GET", "/ready") == (503, "closed")
+        async with lifespan(app):
+            assert await request(app, "GET", "/ready") == (200, "ready")
+            async with while_disconnected(emitter, broker):
+                assert await request(app, "GET", "/ready") == (503, "connecting")
+
+            async def lose_connection() -> None:
+                while not emitter.statistics().pending:
+                    await checkpoint()
+                await broker.drop()
+
+            while emitter.statistics().pending:
+                await checkpoint()
+            with broker.lose("reply", "puback"):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(lose_connection)
+                    response = await request(app, "GET", "/ready")
+            assert response == (503, "no reply from the broker")
+
+    async def test_json_logs(self, broker: Broker, capsys: pytest.CaptureFixture[str]) -> None:
+        defined_by("monitoring.md", "class JSONFormatter")
+        logger = logging.getLogger("emitter_anyio")
+        async with connect(broker.url):
+            logger.debug("not logged")
+        try:
+            raise ValueError("a reason\nin two lines")
+        except ValueError:
+            logger.exception("failed")
+        *info, error = map(json.loads, capsys.readouterr().err.splitlines())
+        assert [line["level"] for line in info] == ["INFO", "INFO"]
+        assert all(line.keys() == {"time", "level", "logger", "message"} for line in info)
+        assert {line["logger"] for line in info} == {"emitter_anyio"}
+        assert info[0]["message"].startswith("connected to")
+        assert datetime.fromisoformat(info[0]["time"]).tzinfo is UTC
+        assert (error["level"], error["message"]) == ("ERROR", "failed")
+        assert error["exception"].endswith("ValueError: a reason\nin two lines")
+
+
+async def get_metrics(app: Application) -> dict[str, float]:
+    status, text = await request(app, "GET", "/metrics")
+    assert status == 200
+    return samples(text)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Parse Prometheus's text format. A name is followed by the values of its labels."""
+    return {
+        " ".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def save_module(name: str, block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save a block under the name with which another block imports it, and import it."""
+    (folder / f"{name}.py").write_text(block.source)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, name, importlib.import_module(name))
+
+
+@pytest.fixture(autouse=True)
+def keep_logging() -> Iterator[None]:
+    """Undo what a block configures."""
+    loggers = [logging.getLogger(), logging.getLogger("emitter_anyio")]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 class TestForPytest:

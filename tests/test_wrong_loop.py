@@ -188,6 +188,7 @@ async def test_statistics_work_in_any_thread(broker: Broker) -> None:
     def read_statistics(emitter: Emitter, messages: EventStream[EmitterMessage]) -> None:
         while not over.is_set():
             emitter.statistics()
+            assert emitter.state in ("connecting", "connected")
             messages.statistics()
             if not started.is_set():
                 from_thread.run_sync(started.set)

@@ -105,11 +105,19 @@ async def websocket(
 
 
 async def post(app: Application, path: str, body: bytes = b"", **query: str) -> int:
-    """Send a request by HTTP, and return the status of the response."""
+    """Send a POST request, and return the status of the response."""
+    status, _ = await request(app, "POST", path, body, **query)
+    return status
+
+
+async def request(
+    app: Application, method: str, path: str, body: bytes = b"", **query: str
+) -> tuple[int, str]:
+    """Send a request by HTTP, and return the status and the body of the response."""
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
-        "method": "POST",
+        "method": method,
         "path": path,
         "query_string": "&".join(
             f"{name}={quote(value)}" for name, value in query.items()
@@ -119,5 +127,5 @@ async def post(app: Application, path: str, body: bytes = b"", **query: str) -> 
     async with _calling(app, scope) as connection:
         await connection.send("http.request", body=body)
         status = int((await connection.receive("http.response.start"))["status"])
-        await connection.receive("http.response.body")
-    return status
+        content = (await connection.receive("http.response.body"))["body"]
+    return status, content.decode()

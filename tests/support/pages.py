@@ -104,9 +104,15 @@ BLOCKS = [
 ]
 
 
+def block_with(page: str, text: str) -> Block:
+    """Return the block of a page that contains a text."""
+    (block,) = (block for block in BLOCKS if block.page == page and text in block.source)
+    return block
+
+
 def defined_by(page: str, text: str) -> dict[str, Any]:
     """Run the block of a page that contains a text, and return what it defines."""
-    (block,) = (block for block in BLOCKS if block.page == page and text in block.source)
+    block = block_with(page, text)
     names: dict[str, Any] = {"__name__": "the_page"}
     # Without this module's own "annotations", as users have it.
     exec(compile(block.source, str(block), "exec", dont_inherit=True), names)

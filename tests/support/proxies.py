@@ -1,4 +1,4 @@
-"""HTTP and SOCKS5 proxies on loopback, which relay to a broker under a name of their own."""
+"""HTTP and SOCKS5 proxies on loopback, which relay to a broker."""
 
 from __future__ import annotations
 
