@@ -481,6 +481,6 @@ def _check_websocket() -> None:
         import_module("wsproto")
     except ImportError as exc:
         raise ImportError(
-            "ws:// and wss:// require wsproto; pip install 'emitter_anyio[websocket]'",
+            "ws:// and wss:// require wsproto; run pip install '.[websocket]' in a checkout",
             name="wsproto",
         ) from exc

@@ -56,7 +56,7 @@ class Broker:
             key = broker.keygen("chat/", "rwls")
 
     The broker accepts MQTT over TCP and, on the same port and any path, over WebSocket. WebSocket
-    requires wsproto (``pip install 'emitter_anyio[websocket]'``). ``GET /health`` returns 200.
+    requires wsproto (the extra ``websocket``). ``GET /health`` returns 200.
 
     Entering the broker starts listening; leaving it disconnects all clients. The broker can be
     entered again and keeps its stored messages. Like Emitter, it limits packets to 64 KiB, closes a

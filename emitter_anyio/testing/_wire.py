@@ -120,7 +120,7 @@ class Wire:
         try:
             from ._websocket import WebSocket
         except ImportError:
-            text = "WebSocket requires wsproto: pip install 'emitter_anyio[websocket]'"
+            text = "WebSocket requires wsproto: pip install '.[websocket]' in a checkout"
             raise _Response(501, text) from None
         self._websocket = WebSocket()
         wanted = _tokens(headers.get("sec-websocket-protocol"))

@@ -147,7 +147,7 @@ class TestHTTP:
         monkeypatch.setitem(sys.modules, "emitter_anyio.testing._websocket", None)
         status, body = response(request())
         assert status == 501
-        assert body == b"WebSocket requires wsproto: pip install 'emitter_anyio[websocket]'\n"
+        assert body == b"WebSocket requires wsproto: pip install '.[websocket]' in a checkout\n"
         assert response(request("/health")) == (200, b"OK\n")
 
 

@@ -84,7 +84,7 @@ class TestErrors:
         monkeypatch.setitem(__import__("sys").modules, "wsproto", None)
         done = cli("me", "--url", "ws://127.0.0.1")
         assert done.code == 2
-        assert "pip install 'emitter_anyio[websocket]'" in done.error
+        assert "pip install '.[websocket]'" in done.error
 
 
 class TestTls:
