@@ -420,7 +420,7 @@ class TestOptions:
         self, place: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "wsproto", None)
-        with pytest.raises(ImportError, match=r"pip install 'emitter_anyio\[websocket\]'"):
+        with pytest.raises(ImportError, match=r"pip install '\.\[websocket\]'"):
             make(place)
         make("mqtt://h")
 
