@@ -129,7 +129,7 @@ async def chat() -> None:
             await anyio.sleep(0.2)  # until Ben's client has received the acknowledgement
             network.stall()
             await network.cut(reset=False)
-            await ben.shows(".+ lost")
+            await ben.shows("lost the connection")
             await ann.shows("-- online: ann")
             await ann.type("careful, a tunnel ahead")
             await ann.type("still there?")
