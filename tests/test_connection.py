@@ -113,6 +113,18 @@ async def test_connect_timeout_covers_all_steps(
 
 
 @pytest.mark.virtual_time
+async def test_flush_measures_the_round_trip_with_a_precise_clock(anyio_backend: object) -> None:
+    # The clock of the event loop stands still, as uvloop's does during a short round trip.
+    async with (
+        memory_peer(Peer.serve) as connectable,
+        connect_once(connectable=connectable) as emitter,
+    ):
+        start = anyio.current_time()
+        assert await emitter.flush() > 0
+        assert anyio.current_time() == start
+
+
+@pytest.mark.virtual_time
 async def test_connect_without_timeout_waits_until_cancelled(anyio_backend: object) -> None:
     async with memory_peer(ignore) as connectable:
         start = anyio.current_time()

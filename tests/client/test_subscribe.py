@@ -178,7 +178,7 @@ async def test_unsubscribe_without_a_subscription_succeeds(
     emitter: Emitter, key: str, unique: str
 ) -> None:
     await emitter.unsubscribe(key, unique)
-    assert await emitter.flush() >= 0
+    assert await emitter.flush() > 0
 
 
 async def test_unsubscribe_with_a_bad_key_raises(emitter: Emitter, unique: str) -> None:
