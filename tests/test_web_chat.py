@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from emitter_anyio import connect
+from emitter_anyio import ChannelKey, connect
 from emitter_anyio.testing import Broker
 from examples.web_chat import people as people_module
 from examples.web_chat.people import People
@@ -167,7 +167,7 @@ async def test_simultaneous_arrivals_are_sent_as_one_list(
 
 async def test_long_lists_of_names_reach_other_servers(app_broker: Broker) -> None:
     names = {chr(0x1F600 + number % 64) * 20 + f"{number:04}" for number in range(1500)}
-    key = app_broker.keygen("webchat/#/", "rwslp")
+    key = ChannelKey(app_broker.keygen("webchat/#/", "rwslp"), "webchat/#/")
     async with connect(app_broker.url, username="a") as a, connect(app_broker.url) as c:
         async with connect(app_broker.url, username="b") as b, anyio.create_task_group() as tasks:
             here, there = People("a", a, key), People("b", b, key)

@@ -108,8 +108,10 @@ class Requester:
             and not connection.session.full
         ):
             return connection
+        has_waited = False
         while True:
-            connection = await slot.connected(bound)
+            connection = await slot.connected(bound, has_waited=has_waited)
+            has_waited = True
             if not connection.writer.has_space:
                 await connection.writer.wait_for_space()
             while connection.session.full and slot.usable(connection, bound):

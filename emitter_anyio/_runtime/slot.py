@@ -11,6 +11,7 @@ from typing import Final, Literal, Self, TypeAlias
 from weakref import WeakSet
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend import Owner
 from emitter_anyio._net.connection import Connection
@@ -286,11 +287,14 @@ class Slot:
             return self.connection is not None and not self.restored
         return self.state in (ClientState.CONNECTING, ClientState.RESTORING) and self.started
 
-    async def connected(self, bound: Connection | None = None) -> Connection:
+    async def connected(
+        self, bound: Connection | None = None, *, has_waited: bool = False
+    ) -> Connection:
         """
         Wait until the caller may use a connection.
 
         :param bound: as for :meth:`usable`
+        :param has_waited: whether the calling method has let other tasks run
         :return: the connection
         :raises ClosedError: if the client is closed or was never entered
         :raises ConnectionLostError: after the final loss, or with ``while_down="raise"`` while the
@@ -298,17 +302,29 @@ class Slot:
         """
         self.owner.check()
         while not self.usable(self.connection, bound):
-            if not self.may_connect:
-                raise self.gone()
-            if self._options.while_down == "raise":
-                raise ConnectionLostError(
-                    "not connected: the client is reconnecting, and while_down is 'raise'"
-                )
+            error = self._unavailable()
+            if error is not None:
+                if not has_waited:
+                    # Otherwise, a loop that catches the error could neither be cancelled nor let
+                    # the client reconnect.
+                    await checkpoint()
+                raise error
             await self.change()
+            has_waited = True
         assert self.connection is not None
         return self.connection
 
     # Errors
+
+    def _unavailable(self) -> Exception | None:
+        """Return the error for a call that must not wait for a connection, or ``None``."""
+        if not self.may_connect:
+            return self.gone()
+        if self._options.while_down == "raise":
+            return ConnectionLostError(
+                "not connected: the client is reconnecting, and while_down is 'raise'"
+            )
+        return None
 
     def gone(self) -> Exception:
         """Return the error for a call that finds no connection."""

@@ -184,7 +184,7 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         waiter = None
         try:
             self._owner.check()
-            if not self._quota and not self._closed:
+            if not self._quota or (self._send.ended and not self._items):
                 await checkpoint()
             if self._closed:
                 raise self._closed_error()

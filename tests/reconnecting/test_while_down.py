@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
+from typing import Any
 
 import anyio
 import pytest
+from anyio import ClosedResourceError, EndOfStream
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
@@ -445,3 +447,65 @@ async def test_connection_lost_in_a_handlers_call_without_reconnect_ends_the_cli
                 await checkpoint()
             await broker.drop()
             await anyio.sleep_forever()
+
+
+# Loops that call again after an error
+
+CALLS = 16
+
+
+def call_of(number: int, emitter: Emitter, broker: Broker, key: str) -> Callable[[], Any]:
+    """Return one of the calls that need a connection."""
+
+    async def serve() -> None:
+        await emitter.serve(key, "d/", lambda request: request.binary)
+
+    calls = calls_of(emitter, broker, key)
+    calls += [partial(emitter.request, key, "d/", "x"), serve]
+    assert len(calls) == CALLS
+    return calls[number]
+
+
+async def insist(call: Callable[[], Awaitable[object]], error: type[Exception]) -> None:
+    """Make a call again and again, until cancelled."""
+    while True:
+        with suppress(error):
+            await call()
+
+
+async def cancel_after_a_turn(call: Callable[[], Awaitable[object]], error: type[Exception]) -> None:
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(insist, call, error)
+        for _ in range(3):
+            await checkpoint()
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("number", range(CALLS))
+async def test_a_loop_in_a_block_that_was_cancelled_ends(
+    broker: Broker, key: str, number: int
+) -> None:
+    with pytest.raises(ConnectionLostError):
+        async with connect_once(broker.url) as emitter:
+            call = call_of(number, emitter, broker, key)
+            await broker.drop()
+            await insist(call, ConnectionLostError)
+
+
+@pytest.mark.parametrize("number", range(CALLS))
+async def test_a_loop_without_a_connection_lets_other_tasks_run(
+    broker: Broker, key: str, number: int
+) -> None:
+    async with connect_reconnecting(broker.url, while_down="raise") as emitter:
+        call = call_of(number, emitter, broker, key)
+        async with while_disconnected_nowait(emitter, broker):
+            await cancel_after_a_turn(call, ConnectionLostError)
+    await cancel_after_a_turn(call, ClosedError)
+
+
+async def test_a_loop_over_an_ended_stream_lets_other_tasks_run(broker: Broker, key: str) -> None:
+    async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
+        await emitter.disconnect()
+        await cancel_after_a_turn(messages.receive, EndOfStream)
+        messages.close()
+        await cancel_after_a_turn(messages.receive, ClosedResourceError)
