@@ -6,6 +6,7 @@ from emitter_anyio._features.feed import PresenceFeed as PresenceFeed
 from emitter_anyio._features.subscriptions import Subscribing as Subscribing
 from emitter_anyio._runtime.totals import Statistics as Statistics
 from emitter_anyio._values.backoff import Backoff as Backoff
+from emitter_anyio._values.channels import ChannelKey as ChannelKey
 from emitter_anyio._values.errors import BadRequestError as BadRequestError
 from emitter_anyio._values.errors import ClosedError as ClosedError
 from emitter_anyio._values.errors import ConnectError as ConnectError
@@ -31,7 +32,6 @@ from emitter_anyio._values.errors import WrongLoopError as WrongLoopError
 from emitter_anyio._values.messages import EmitterMessage as EmitterMessage
 from emitter_anyio._values.messages import Gap as Gap
 from emitter_anyio._values.messages import StoredMessage as StoredMessage
-from emitter_anyio._values.requests import ChannelKey as ChannelKey
 from emitter_anyio._values.requests import Link as Link
 from emitter_anyio._values.requests import Me as Me
 from emitter_anyio._values.requests import Member as Member

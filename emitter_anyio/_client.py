@@ -35,11 +35,11 @@ from emitter_anyio._runtime.supervisor import Supervisor
 from emitter_anyio._runtime.totals import Statistics, Totals
 from emitter_anyio._runtime.trace import Trace
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key
+from emitter_anyio._values.channels import ChannelKey, Key
 from emitter_anyio._values.checks import check_task_status
 from emitter_anyio._values.errors import make_picklable
 from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, StoredMessage
-from emitter_anyio._values.requests import ChannelKey, Link, Me, PresenceEvent, PresenceStatus
+from emitter_anyio._values.requests import Link, Me, PresenceEvent, PresenceStatus
 from emitter_anyio._values.router import Routes
 
 from ._streams import Entering, EventStream, Overflow, Receiver
@@ -170,11 +170,12 @@ class Emitter:
     A client belongs to the thread and event loop (or Trio run) in which it is entered. Only
     :meth:`statistics` works elsewhere, and :meth:`on` and :meth:`off` before the client is entered.
 
-    Every parameter for a key also takes an ``async`` function without parameters that returns the
-    key. The client keeps the returned key until the broker refuses it, and then calls the function
-    again. A call that the broker refused, or a subscription that it did not restore, is retried
-    once with the new key. The method raises what the function raises; if the function awaited
-    something that was cancelled, it raises an :class:`EmitterError`.
+    Every parameter for a key takes a ``str``, a :class:`ChannelKey`, or an ``async`` function
+    without parameters that returns one of them. The client keeps the returned key until the broker
+    refuses it, and then calls the function again. A call that the broker refused, or a subscription
+    that it did not restore, is retried once with the new key. The method raises what the function
+    raises; if the function awaited something that was cancelled, it raises an
+    :class:`EmitterError`.
 
     :raises ConnectError: when entered, if no server could be reached, or if the key function of the
         will failed

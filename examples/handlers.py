@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from emitter_anyio import EmitterMessage, PresenceEvent, connect
+from emitter_anyio import ChannelKey, EmitterMessage, PresenceEvent, connect
 from emitter_anyio.testing import Broker
 
 CHANNEL = "handlers/countdown/"
@@ -33,7 +33,7 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 async def main() -> None:
     async with broker() as (url, secret):
         emitter = connect(url, username="houston")
-        key = ""
+        key: ChannelKey
 
         # A handler can be registered before connecting, and can be def or async def.
         emitter.on("connect", lambda: print("connected"))
@@ -55,7 +55,7 @@ async def main() -> None:
             print(f"presence: {event.event} {[member.username for member in event.who]}")
 
         async with emitter:
-            key = (await emitter.keygen(secret, CHANNEL, "rwp")).key
+            key = await emitter.keygen(secret, CHANNEL, "rwp")
             await emitter.subscribe(key, CHANNEL)
             # The call returns the status, and on("presence") receives it too.
             await emitter.presence(key, CHANNEL)

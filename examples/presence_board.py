@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import anyio
 
-from emitter_anyio import Emitter, Member, PresenceEvent, connect
+from emitter_anyio import ChannelKey, Emitter, Member, PresenceEvent, connect
 from emitter_anyio.testing import Broker
 
 CHANNEL = "office/"
@@ -41,7 +41,7 @@ def draw(change: PresenceEvent, members: Iterable[Member]) -> None:
     print(f"{change.time:%H:%M:%S}  {news:<14}  in the office: {', '.join(names) or '-'}")
 
 
-async def keep_board(emitter: Emitter, key: str, until_left: str) -> None:
+async def keep_board(emitter: Emitter, key: ChannelKey, until_left: str) -> None:
     async with emitter.watch_presence(key, CHANNEL) as changes:
         async for change in changes:
             draw(change, changes.members.values())
@@ -50,7 +50,7 @@ async def keep_board(emitter: Emitter, key: str, until_left: str) -> None:
 
 
 @asynccontextmanager
-async def in_the_office(url: str, key: str, name: str) -> AsyncIterator[None]:
+async def in_the_office(url: str, key: ChannelKey, name: str) -> AsyncIterator[None]:
     """Stay subscribed to the channel, so that presence lists the user name."""
     async with connect(url, username=name) as emitter, emitter.subscribe(key, CHANNEL, last=0):
         yield
@@ -62,7 +62,7 @@ async def main() -> None:
         connect(url) as emitter,
         anyio.create_task_group() as tasks,
     ):
-        key = (await emitter.keygen(secret, CHANNEL, "rp")).key
+        key = await emitter.keygen(secret, CHANNEL, "rp")
         async with in_the_office(url, key, "ann"):
             tasks.start_soon(keep_board, emitter, key, "ann")
             async with AsyncExitStack() as others:

@@ -33,7 +33,7 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 async def main() -> None:
     async with broker() as (url, secret), connect(url) as emitter:
         # The key permits reading, writing, storing and loading on this channel only.
-        key = (await emitter.keygen(secret, CHANNEL, "rwsl")).key
+        key = await emitter.keygen(secret, CHANNEL, "rwsl")
 
         # ttl=60 stores these messages for a minute, because there is no subscriber yet.
         for degrees in (19, 20):

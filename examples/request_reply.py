@@ -15,7 +15,14 @@ from contextlib import asynccontextmanager
 
 import anyio
 
-from emitter_anyio import Emitter, EmitterMessage, ReplyError, RequestTimeoutError, connect
+from emitter_anyio import (
+    ChannelKey,
+    Emitter,
+    EmitterMessage,
+    ReplyError,
+    RequestTimeoutError,
+    connect,
+)
 from emitter_anyio.testing import Broker
 
 CHANNEL = "calculator/divide/"
@@ -37,7 +44,9 @@ async def divide(request: EmitterMessage) -> float:
     return float(dividend / divisor)
 
 
-async def request_division(emitter: Emitter, key: str, dividend: float, divisor: float) -> None:
+async def request_division(
+    emitter: Emitter, key: ChannelKey, dividend: float, divisor: float
+) -> None:
     try:
         reply = await emitter.request(key, CHANNEL, [dividend, divisor])
         print(f"{dividend} / {divisor} = {reply.as_object()}")
@@ -53,7 +62,7 @@ async def main() -> None:
         anyio.create_task_group() as tasks,
     ):
         # Requests and replies use channels below this one, so the key ends in #/.
-        key = (await server.keygen(secret, "calculator/#/", "rw")).key
+        key = await server.keygen(secret, "calculator/#/", "rw")
 
         # start() returns when the server is ready for requests.
         await tasks.start(server.serve, key, CHANNEL, divide)

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus
 
-from emitter_anyio import Emitter, connect
+from emitter_anyio import ChannelKey, Emitter, connect
 from emitter_anyio.testing import Broker
 
 ROOMS = {"attic": 25.0, "cellar": 12.0, "kitchen": 21.0}
@@ -32,7 +32,7 @@ async def broker() -> AsyncIterator[tuple[str, str, Broker | None]]:
             yield own.url, own.secret_key, own
 
 
-async def measure(emitter: Emitter, key: str, room: str, numbers: range) -> None:
+async def measure(emitter: Emitter, key: ChannelKey, room: str, numbers: range) -> None:
     for number in numbers:
         reading = {"number": number, "degrees": ROOMS[room] + number / 10}
         # The broker stores each reading, so that the aggregator can read it back.
@@ -40,7 +40,7 @@ async def measure(emitter: Emitter, key: str, room: str, numbers: range) -> None
 
 
 async def aggregate(
-    emitter: Emitter, key: str, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    emitter: Emitter, key: ChannelKey, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     rooms: dict[str, dict[int, float]] = {room: {} for room in ROOMS}
     read_back = 0
@@ -67,7 +67,7 @@ async def main() -> None:
         connect(url, client_id="aggregator") as aggregator,
         anyio.create_task_group() as tasks,
     ):
-        key = (await emitter.keygen(secret, "sensors/#/", "rwsl")).key
+        key = await emitter.keygen(secret, "sensors/#/", "rwsl")
         await tasks.start(aggregate, aggregator, key)
         for numbers in (range(READINGS // 2), range(READINGS // 2, READINGS)):
             async with anyio.create_task_group() as sensors:

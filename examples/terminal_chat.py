@@ -20,7 +20,7 @@ import anyio
 from anyio.abc import ObjectReceiveStream
 from anyio.from_thread import BlockingPortal
 
-from emitter_anyio import ConnectionLostError, Emitter, connect
+from emitter_anyio import ChannelKey, ConnectionLostError, Emitter, connect
 from emitter_anyio.testing import Broker
 
 CHANNEL = "terminal/chat/"
@@ -39,7 +39,7 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
             yield own.url, own.secret_key
 
 
-async def show_messages(emitter: Emitter, key: str, seen: set[str]) -> None:
+async def show_messages(emitter: Emitter, key: ChannelKey, seen: set[str]) -> None:
     # After a lost connection, resume=True can deliver a message a second time, so check its id.
     async with emitter.subscribe(key, CHANNEL, last=10, resume=True) as messages:
         async for message in messages:
@@ -49,7 +49,7 @@ async def show_messages(emitter: Emitter, key: str, seen: set[str]) -> None:
                 print(f"{line['name']}: {line['text']}", flush=True)
 
 
-async def show_people(emitter: Emitter, key: str) -> None:
+async def show_people(emitter: Emitter, key: ChannelKey) -> None:
     shown: list[str] = []
     async with emitter.watch_presence(key, CHANNEL) as changes:
         async for _ in changes:
@@ -76,7 +76,7 @@ async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
 
 async def main(name: str) -> None:
     async with broker() as (url, secret), connect(url, username=name) as emitter:
-        key, seen = (await emitter.keygen(secret, CHANNEL, "rwslp")).key, set[str]()
+        key, seen = await emitter.keygen(secret, CHANNEL, "rwslp"), set[str]()
         async with typed_lines() as lines, anyio.create_task_group() as tasks:
             tasks.start_soon(show_messages, emitter, key, seen)
             tasks.start_soon(show_people, emitter, key)

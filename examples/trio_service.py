@@ -17,7 +17,7 @@ from functools import partial
 
 import trio
 
-from emitter_anyio import Emitter, EmitterMessage, connect
+from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
 from emitter_anyio.testing import Broker
 
 
@@ -35,7 +35,7 @@ def tell_time(request: EmitterMessage) -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-async def tick(emitter: Emitter, key: str) -> None:
+async def tick(emitter: Emitter, key: ChannelKey) -> None:
     while True:
         # Stored for two seconds, so that a new subscriber receives the latest tick immediately.
         await emitter.publish(key, "clock/tick/", datetime.now(UTC).timestamp(), ttl=2)
@@ -49,7 +49,7 @@ async def main() -> None:
         # the other tasks and the program ends with that exception.
         async with trio.open_nursery() as nursery:
             await nursery.start(emitter.run)
-            key = (await emitter.keygen(secret, "clock/#/", "rws")).key
+            key = await emitter.keygen(secret, "clock/#/", "rws")
             await nursery.start(partial(emitter.serve, key, "clock/ask/", tell_time))
             nursery.start_soon(tick, emitter, key)
 

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskStatus
 
-from emitter_anyio import connect
+from emitter_anyio import ChannelKey, connect
 from emitter_anyio.testing import Broker
 
 JOBS, DONE, GROUP = "work/jobs/", "work/done/", "workers"
@@ -34,8 +34,8 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 async def work(
     name: str,
     url: str,
-    key: str,
-    group_key: str,
+    key: ChannelKey,
+    group_key: ChannelKey,
     *,
     task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -55,9 +55,9 @@ async def work(
 
 async def main() -> None:
     async with broker() as (url, secret), connect(url) as emitter:
-        key = (await emitter.keygen(secret, "work/#/", "rw")).key
+        key = await emitter.keygen(secret, "work/#/", "rw")
         # A share group needs a key for the group and its channel together.
-        group_key = (await emitter.keygen(secret, f"$share/{GROUP}/{JOBS}", "r")).key
+        group_key = await emitter.keygen(secret, f"$share/{GROUP}/{JOBS}", "r")
         open_jobs = set(range(1, 13))
         async with (
             emitter.subscribe(key, DONE, last=0) as results,

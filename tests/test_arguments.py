@@ -10,11 +10,11 @@ from contextlib import AbstractAsyncContextManager
 from datetime import datetime, timedelta
 from enum import Enum
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
-from emitter_anyio import Backoff, Emitter, MessageTooLargeError, Will, connect
+from emitter_anyio import Backoff, ChannelKey, Emitter, MessageTooLargeError, Will, connect
 from emitter_anyio._protocol.fast_path import encode_publish
 from emitter_anyio._protocol.pending import Replay
 from emitter_anyio._protocol.session import Session
@@ -82,7 +82,10 @@ def handler(*_: object) -> None:
     """Do nothing."""
 
 
-KEYS: Final = (None, 5, b"k", "", "k/", "ä", generator, async_generator, CallableGenerator())
+KEYS: Final = (
+    *(None, 5, b"k", "", "k/", "ä", generator, async_generator, CallableGenerator()),
+    *(ChannelKey(key, "chat/") for key in cast("list[str]", [None, 5, b"k", "", "k/"])),
+)
 CHANNELS: Final = (5, b"a/", ["a/"], "", "/", "a//b/", "a b/", "ä/", "\udcff/", "x" * 70000)
 FLAGS: Final = (None, 0, 1, 2, "yes", 1.0)
 COUNTS: Final[tuple[object, ...]] = (-1, 2**31, 10**400, 1.5, "5", b"5", True, [])
@@ -322,6 +325,7 @@ class TestWills:
         buffer[:] = b"back"
         assert (type(will.key), type(will.channel), will.message) == (str, str, b"gone")
         assert Will(KEY, "a/b", "x").channel == "a/b/"
+        assert Will(ChannelKey(KEY, "b/"), "a/", "x") == Will(KEY, "a/", "x")
 
     async def test_too_long_key_from_key_function_raises(self, broker: Broker) -> None:
         async def key() -> str:

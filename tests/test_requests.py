@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio._values import requests as requests
+from emitter_anyio._values.channels import ChannelKey
 from emitter_anyio._values.requests import (
-    ChannelKey,
     InvalidReplyError,
     Link,
     Me,

@@ -33,7 +33,7 @@ from emitter_anyio._protocol.pending import Emission, Grant, Pending, Refusal, R
 from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._values import requests as requests
-from emitter_anyio._values.channels import unshare
+from emitter_anyio._values.channels import ChannelKey, unshare
 from emitter_anyio._values.errors import (
     BadRequestError,
     ConnectionLostError,
@@ -45,7 +45,7 @@ from emitter_anyio._values.errors import (
     UnauthorizedError,
 )
 from emitter_anyio._values.messages import EmitterMessage
-from emitter_anyio._values.requests import ChannelKey, Me, Request
+from emitter_anyio._values.requests import Me, Request
 from emitter_anyio._values.router import Matcher, overlap
 
 KEY = "k" * 32

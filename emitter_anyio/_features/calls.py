@@ -29,6 +29,7 @@ from emitter_anyio._values import requests as broker_requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
+    KeySource,
     check_channel,
     check_key_source,
     format_topic,
@@ -153,7 +154,7 @@ class Calls:
         self._keys = keys
         self._guard = guard
         self._background = background
-        self._replies: dict[tuple[Key, str], tuple[_Replies, Subscription]] = {}
+        self._replies: dict[tuple[KeySource, str], tuple[_Replies, Subscription]] = {}
         self._subscribe_lock: anyio.Lock | None = None
         self._request_count = 0
         self._serve_count = 0
@@ -185,7 +186,7 @@ class Calls:
         return await self._requester.with_key(key, send_request)
 
     async def _send_request(
-        self, source: Key, channel: str, payload: bytes, seconds: float | None, key: str
+        self, source: KeySource, channel: str, payload: bytes, seconds: float | None, key: str
     ) -> EmitterMessage:
         requester = self._requester
         replies = await self._replies_on(source, channel)
@@ -233,7 +234,7 @@ class Calls:
             )
         return slot.gone()
 
-    async def _replies_on(self, source: Key, channel: str) -> _Replies:
+    async def _replies_on(self, source: KeySource, channel: str) -> _Replies:
         if self._subscribe_lock is None:
             self._subscribe_lock = anyio.Lock()
         async with self._subscribe_lock:
@@ -289,7 +290,7 @@ class Calls:
 
     async def _serve_all(
         self,
-        key: Key,
+        key: KeySource,
         channel: str,
         requests: EventStream[EmitterMessage],
         buffer: int,

@@ -17,6 +17,7 @@ from emitter_anyio._values import requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
+    KeySource,
     check_channel,
     check_key_source,
     levels,
@@ -150,7 +151,7 @@ class History:
     def reader(
         self,
         requester: Requester,
-        key: Key,
+        key: KeySource,
         channel: str,
         last: int,
         since: int | None,
@@ -171,7 +172,11 @@ class History:
 
 
 async def _send_request(
-    requester: Requester, key: Key, channel: str, timeout: Timeout, request: PageRequest | NodeProbe
+    requester: Requester,
+    key: KeySource,
+    channel: str,
+    timeout: Timeout,
+    request: PageRequest | NodeProbe,
 ) -> Reply:
     if isinstance(request, PageRequest):
         return await requester.with_key(

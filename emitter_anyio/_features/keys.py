@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from emitter_anyio._runtime.requester import Requester, Timeout, check_timeout
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, check_key_source, check_target
+from emitter_anyio._values.channels import ChannelKey, Key, check_key_source, check_target
 from emitter_anyio._values.checks import check_flag, check_int, check_text
-from emitter_anyio._values.requests import ChannelKey
 
 _PERMISSIONS = frozenset("rwslpex")
 

@@ -12,7 +12,7 @@ from emitter_anyio._runtime.events import Events
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._runtime.supervisor import Restoration, Restoring
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, check_channel, check_key_source
+from emitter_anyio._values.channels import Key, KeySource, check_channel, check_key_source
 from emitter_anyio._values.checks import check_flag, check_text
 from emitter_anyio._values.errors import MessageTooLargeError
 from emitter_anyio._values.messages import Payload, encode_payload
@@ -35,7 +35,7 @@ class _LinkArguments:
     :ivar text: the key as the broker received it
     """
 
-    key: Key
+    key: KeySource
     channel: str
     options: TopicOptions
     text: str = ""

@@ -22,7 +22,13 @@ from emitter_anyio._runtime.supervisor import Restoration, Restoring
 from emitter_anyio._runtime.totals import Totals
 from emitter_anyio._streams import Entering, Overflow, Receiver, Sender, check_buffer
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import PLACEHOLDER_KEY, Key, check_channel, check_key_source
+from emitter_anyio._values.channels import (
+    PLACEHOLDER_KEY,
+    Key,
+    KeySource,
+    check_channel,
+    check_key_source,
+)
 from emitter_anyio._values.checks import check_flag, check_seconds
 from emitter_anyio._values.errors import (
     ConnectionLostError,
@@ -70,9 +76,9 @@ class Presence:
         self._events = events
         self._totals = totals
         self._background = background
-        self._for_handlers: dict[str, Key] = {}
+        self._for_handlers: dict[str, KeySource] = {}
         """The channels with ``presence(changes=True)``, and their keys."""
-        self._watches: dict[Watch, Key] = {}
+        self._watches: dict[Watch, KeySource] = {}
 
     def finish(self) -> None:
         """Forget the channels with changes for handlers, because the client has ended."""
@@ -128,7 +134,7 @@ class Presence:
     @asynccontextmanager
     async def _watching(
         self,
-        key: Key,
+        key: KeySource,
         channel: str,
         buffer: int,
         overflow: Overflow,
@@ -188,17 +194,17 @@ class Presence:
         del self._for_handlers[channel]
         return self._leave(channel, None)
 
-    def _check(self, key: Key, channel: str) -> tuple[Key, str]:
-        key, channel = check_key_source(key), check_channel(channel, wildcards=True)
-        text = key if isinstance(key, str) else PLACEHOLDER_KEY
+    def _check(self, key: Key, channel: str) -> tuple[KeySource, str]:
+        source, channel = check_key_source(key), check_channel(channel, wildcards=True)
+        text = source if isinstance(source, str) else PLACEHOLDER_KEY
         longest = requests.presence(text, channel, status=False, changes=False)
         self._requester.check_size(longest.topic.encode(), longest.body, 1)
-        return key, channel
+        return source, channel
 
     async def _refresh(
         self,
         watch: Watch,
-        key: Key,
+        key: KeySource,
         channel: str,
         refresh: float | None,
         scope: anyio.CancelScope,
@@ -265,7 +271,7 @@ class Presence:
                 partial(self._changes_refused, channel),
             )
 
-    async def _restore_feed(self, requester: Requester, watch: Watch, key: Key) -> None:
+    async def _restore_feed(self, requester: Requester, watch: Watch, key: KeySource) -> None:
         if watch not in self._watches:
             return
         update = partial(_update_members, requester, watch, key, watch.channel, DEFAULT)
@@ -275,7 +281,7 @@ class Presence:
             # Restoring does not wait for the feed's consumer.
             watch.send.push_or_drop(status)
 
-    async def _restore_changes(self, requester: Requester, channel: str, key: Key) -> None:
+    async def _restore_changes(self, requester: Requester, channel: str, key: KeySource) -> None:
         if channel in self._for_handlers:
             request = partial(_request_status, requester, channel, True, DEFAULT)
             await requester.with_key(key, request)
@@ -297,7 +303,7 @@ async def _request_status(
 async def _update_members(
     requester: Requester,
     watch: Watch,
-    key: Key,
+    key: KeySource,
     channel: str,
     timeout: Timeout,
     *,

@@ -13,7 +13,9 @@ from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_
 from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._runtime.trace import Trace
 from emitter_anyio._values.channels import (
+    ChannelKey,
     Key,
+    KeySource,
     check_channel,
     check_key,
     check_key_source,
@@ -78,6 +80,8 @@ class Publisher:
             and (echo is True or echo is False)
             and timeout is DEFAULT
         ):
+            if type(key) is ChannelKey:
+                return self.put(key.key, channel, message, ttl, qos, retain, echo, timeout)
             retain, echo = check_flag("retain", retain), check_flag("echo", echo)
             ttl, qos = check_optional_int("ttl", ttl), check_qos(qos)
             key, channel = check_key_source(key), check_channel(channel)
@@ -142,7 +146,7 @@ class Publisher:
 
     async def _put_with_key(
         self,
-        source: Key,
+        source: KeySource,
         channel: str,
         payload: bytes,
         ttl: int | None,

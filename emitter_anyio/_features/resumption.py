@@ -18,7 +18,7 @@ from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._runtime.supervisor import Restoring
 from emitter_anyio._streams import MAX_BYTES, Receiver, Sender, weight_of
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, unshare
+from emitter_anyio._values.channels import KeySource, unshare
 from emitter_anyio._values.errors import ConnectionLostError, EmitterError, RequestError
 from emitter_anyio._values.messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 
@@ -56,7 +56,7 @@ class Subscription:
 
     def __init__(
         self,
-        source: Key,
+        source: KeySource,
         filter: str,
         receiver: Receiver[EmitterMessage | Gap] | None,
         *,

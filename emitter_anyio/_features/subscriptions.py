@@ -32,6 +32,7 @@ from emitter_anyio._values import requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
+    KeySource,
     check_channel,
     check_group,
     check_key_source,
@@ -135,7 +136,7 @@ class Subscriptions:
         self._totals = totals
         self._resumption = resumption
         self._subscriptions: dict[Subscription, None] = {}
-        self._awaited: dict[tuple[Key, str], Subscription] = {}
+        self._awaited: dict[tuple[KeySource, str], Subscription] = {}
         """The awaited subscriptions, by key and filter."""
 
     def finish(self) -> None:
@@ -280,7 +281,7 @@ class Subscriptions:
 
     def _check_filter(
         self, key: Key, channel: str, group: str | None, replay: Replay
-    ) -> tuple[Key, str]:
+    ) -> tuple[KeySource, str]:
         source = check_key_source(key)
         checked = check_channel(channel, wildcards=True)
         filter = share(None if group is None else check_group(group), checked)
@@ -320,7 +321,7 @@ class Subscriptions:
             return
 
     async def _subscribe_handlers(
-        self, make: _Make, source: Key, filter: str, replay: Replay, timeout: Timeout
+        self, make: _Make, source: KeySource, filter: str, replay: Replay, timeout: Timeout
     ) -> None:
         if (source, filter) in self._awaited:
             await self._requester.connected()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from emitter_anyio._values.channels import Key, unshare
+from emitter_anyio._values.channels import KeySource, unshare
 from emitter_anyio._values.requests import Request
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class Grant:
     :param filter: the channel, preceded by its group if there is one
     """
 
-    def __init__(self, source: Key, key: str, filter: str) -> None:
+    def __init__(self, source: KeySource, key: str, filter: str) -> None:
         self.source = source
         self.key = key
         self.filter = filter

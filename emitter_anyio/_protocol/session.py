@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeAlias, TypeVar
 
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import Key, format_topic
+from emitter_anyio._values.channels import KeySource, format_topic
 from emitter_anyio._values.checks import is_int
 from emitter_anyio._values.errors import (
     EmitterError,
@@ -191,7 +191,9 @@ class Session:
         self._send(PINGREQ)
         return pending
 
-    def subscribe(self, source: Key, key: str, filter: str, replay: Replay) -> tuple[Grant, bool]:
+    def subscribe(
+        self, source: KeySource, key: str, filter: str, replay: Replay
+    ) -> tuple[Grant, bool]:
         """
         Add a user of a subscription; send SUBSCRIBE if it is new.
 

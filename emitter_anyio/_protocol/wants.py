@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from emitter_anyio._values.channels import Key, channel_hash, unshare
+from emitter_anyio._values.channels import KeySource, channel_hash, unshare
 from emitter_anyio._values.errors import SubscriptionConflictError
 from emitter_anyio._values.router import Matcher, overlap, reaches
 
@@ -24,7 +24,7 @@ class Wants:
     def __init__(self, matcher: Matcher, *, allow_collisions: bool = False) -> None:
         self.matcher: Matcher = matcher
         self._allow_collisions = allow_collisions
-        self._grants: dict[str, dict[Key, Grant]] = {}
+        self._grants: dict[str, dict[KeySource, Grant]] = {}
         """The grants by filter, then by the key or key function that the user passed."""
         self._feeds: dict[str, int] = {}
         """The number of users of each presence feed, by channel."""
@@ -41,7 +41,7 @@ class Wants:
         """All subscriptions, in the order in which their filters were added."""
         return [grant for by_source in self._grants.values() for grant in by_source.values()]
 
-    def find(self, source: Key, filter: str) -> Grant | None:
+    def find(self, source: KeySource, filter: str) -> Grant | None:
         """Return the subscription with a certain key and filter, or ``None``."""
         return self._grants.get(filter, {}).get(source)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Final
 
 import anyio
 
-from emitter_anyio._values.channels import Key, check_key
+from emitter_anyio._values.channels import ChannelKey, KeyFunction, KeySource, check_key
 from emitter_anyio._values.errors import EmitterError
 
 from .guard import Guard, UserCodeError
@@ -39,17 +39,17 @@ class KeyRing:
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
-        self._known: dict[Callable[[], Awaitable[str]], str] = {}
-        self._calls: dict[tuple[Callable[[], Awaitable[str]], bool], _SharedCall] = {}
+        self._known: dict[KeyFunction, str] = {}
+        self._calls: dict[tuple[KeyFunction, bool], _SharedCall] = {}
 
-    async def get(self, source: Key, *, restoring: bool = False) -> str:
+    async def get(self, source: KeySource, *, restoring: bool = False) -> str:
         """Return the key for a ``key`` argument, calling the key function if necessary."""
         if isinstance(source, str):
             return source
         known = self._known.get(source)
         return await self._call_once(source, None, restoring) if known is None else known
 
-    async def renew(self, source: Key, refused: str, *, restoring: bool = False) -> str:
+    async def renew(self, source: KeySource, refused: str, *, restoring: bool = False) -> str:
         """Return the key after the refusal of a key; a key function might return the same again."""
         if isinstance(source, str):
             return source
@@ -58,7 +58,7 @@ class KeyRing:
             known = await self._call_once(source, refused, restoring)
         return known
 
-    def known(self, source: Key) -> str | None:
+    def known(self, source: KeySource) -> str | None:
         """Return the key for a ``key`` argument, or ``None`` if it is not known yet."""
         return source if isinstance(source, str) else self._known.get(source)
 
@@ -66,9 +66,7 @@ class KeyRing:
         """Forget all keys, because the broker has refused one of them without naming it."""
         self._known.clear()
 
-    async def _call_once(
-        self, source: Callable[[], Awaitable[str]], refused: str | None, restoring: bool
-    ) -> str:
+    async def _call_once(self, source: KeyFunction, refused: str | None, restoring: bool) -> str:
         call = self._calls.setdefault((source, restoring), _SharedCall())
         answers = call.answers
         try:
@@ -86,9 +84,9 @@ class KeyRing:
             if not call.lock.statistics().tasks_waiting and not call.lock.locked():
                 self._calls.pop((source, restoring), None)
 
-    async def _call_function(self, source: Callable[[], Awaitable[str]]) -> str:
+    async def _call_function(self, source: KeyFunction) -> str | ChannelKey:
         try:
-            key: str = await self._guard.call(_only_async, source)
+            key: str | ChannelKey = await self._guard.call(_only_async, source)
             return key
         except UserCodeError as exc:
             error = exc.error
@@ -100,7 +98,7 @@ class KeyRing:
         raise error
 
 
-async def _only_async(source: Callable[[], Awaitable[str]]) -> str:
+async def _only_async(source: KeyFunction) -> str | ChannelKey:
     answer = source()
     if not isinstance(answer, Awaitable):
         raise TypeError(

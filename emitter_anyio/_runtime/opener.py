@@ -9,6 +9,7 @@ from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.opening import open_connection
 from emitter_anyio._net.options import Options, check_connect_size
 from emitter_anyio._protocol.wants import Wants
+from emitter_anyio._values.channels import check_key_source
 from emitter_anyio._values.errors import ConnectError
 
 from .key_ring import KeyRing
@@ -44,12 +45,13 @@ class Opener:
         """
         will = self._options.will
         if will is not None:
+            source = check_key_source(will.key)
             # Call a key function only for the first connection. Later it might use the client,
             # and would wait for the connection that waits for it.
-            self._will_key = self._keys.known(will.key) or self._will_key
+            self._will_key = self._keys.known(source) or self._will_key
             try:
                 with anyio.fail_after(self._options.connect_timeout):
-                    self._will_key = self._will_key or await self._keys.get(will.key)
+                    self._will_key = self._will_key or await self._keys.get(source)
                 check_connect_size(self._options, self._will_key)
             except Exception as exc:
                 raise ConnectError(f"could not connect: no key for the will: {exc!r}") from exc

@@ -15,7 +15,7 @@ from emitter_anyio._net.options import Options
 from emitter_anyio._net.timer import ReplyDeadline
 from emitter_anyio._protocol.pending import Pending
 from emitter_anyio._protocol.session import Session
-from emitter_anyio._values.channels import Key
+from emitter_anyio._values.channels import KeySource
 from emitter_anyio._values.checks import check_seconds
 from emitter_anyio._values.errors import (
     MessageTooLargeError,
@@ -217,7 +217,7 @@ class Requester:
 
     # Keys
 
-    async def with_key(self, source: Key, use: Callable[[str], Awaitable[T]]) -> T:
+    async def with_key(self, source: KeySource, use: Callable[[str], Awaitable[T]]) -> T:
         """
         Call a function with the key for a ``key`` argument.
 
@@ -238,7 +238,7 @@ class Requester:
                 raise
         return await use(renewed)
 
-    async def key_of(self, source: Key, refused: str | None = None) -> str:
+    async def key_of(self, source: KeySource, refused: str | None = None) -> str:
         """
         Return the key for a ``key`` argument.
 
@@ -258,7 +258,7 @@ class Requester:
             "connection was being restored"
         )
 
-    async def _key_of(self, source: Key, refused: str | None, *, restoring: bool) -> str:
+    async def _key_of(self, source: KeySource, refused: str | None, *, restoring: bool) -> str:
         if refused is None:
             return await self._keys.get(source, restoring=restoring)
         return await self._keys.renew(source, refused, restoring=restoring)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Final, TypeAlias
@@ -16,8 +17,35 @@ from typing import Final, TypeAlias
 from .checks import check_function, check_text, is_number
 from .errors import InvalidChannelError
 
-Key: TypeAlias = str | Callable[[], Awaitable[str]]
-"""A key, or an ``async`` function that returns one; it is called again if the key is refused."""
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ChannelKey:
+    """
+    A key and its target channel, which is accepted wherever a key is.
+
+    The ``str`` and the ``repr`` do not show the key. A method to which it is passed uses only the
+    key, and does not compare the channel with its own.
+
+    :ivar key: the key
+    :ivar channel: the target as the broker reports it; that of a private channel ends with the id
+        of the connection
+    """
+
+    key: str
+    channel: str
+
+    def __repr__(self) -> str:
+        return f"ChannelKey(key=…, channel={self.channel!r})"
+
+
+KeyFunction: TypeAlias = Callable[[], Awaitable[str | ChannelKey]]
+"""An ``async`` function that returns a key; it is called again if the key is refused."""
+
+Key: TypeAlias = str | ChannelKey | KeyFunction
+"""What methods accept as a key."""
+
+KeySource: TypeAlias = str | KeyFunction
+"""A checked key, or a function that returns one."""
 
 PLACEHOLDER_KEY: Final = "k" * 32
 """A placeholder with the length of a real key, for checking sizes before a function returns one."""
@@ -131,7 +159,7 @@ def check_target(channel: str) -> str:
     return target
 
 
-def check_key_source(key: Key) -> Key:
+def check_key_source(key: Key) -> KeySource:
     """
     Check a key, or a function that returns one.
 
@@ -139,23 +167,25 @@ def check_key_source(key: Key) -> Key:
     :raises TypeError: if it is neither, or a function that cannot be hashed
     :raises ValueError: if the key contains an invalid character
     """
-    if isinstance(key, str) or not callable(key):
+    if isinstance(key, str | ChannelKey) or not callable(key):
         return check_key(key)
     # The function must be hashable, because it is used as a dict key.
     hash(check_function("key", key))
     return key
 
 
-def check_key(key: str) -> str:
+def check_key(key: str | ChannelKey) -> str:
     """
     Check that a key can be part of a topic. Only the broker can check its permissions.
 
     :return: the key as a plain ``str``
-    :raises TypeError: if it is not a ``str``
+    :raises TypeError: if it is neither a ``str`` nor a :class:`ChannelKey` that contains one
     :raises ValueError: if it is empty, or contains a character that would change the meaning of the
         topic; the message does not contain the key
     """
-    key = check_text("key", key, " or an async function that returns a str")
+    if isinstance(key, ChannelKey):
+        key = key.key
+    key = check_text("key", key, ", a ChannelKey, or an async function that returns either")
     if not key:
         raise ValueError("invalid key: it is empty; create one with keygen()")
     if bad := _INVALID_IN_KEY.search(key):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, Literal, NoReturn, TypeVar
 
-from .channels import format_options, format_topic
+from .channels import ChannelKey, format_options, format_topic
 from .messages import StoredMessage
 from .text import make_printable
 
@@ -26,23 +26,6 @@ _ID_EPOCH: Final = 1514764800
 
 class InvalidReplyError(ValueError):
     """A reply that the broker would not send."""
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class ChannelKey:
-    """
-    A key and its target channel.
-
-    :ivar key: the key, which the ``repr`` hides
-    :ivar channel: the target as the broker reports it; that of a private channel ends with the id
-        of the connection
-    """
-
-    key: str
-    channel: str
-
-    def __repr__(self) -> str:
-        return f"ChannelKey(key=…, channel={self.channel!r})"
 
 
 @dataclass(frozen=True, slots=True)

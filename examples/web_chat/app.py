@@ -22,7 +22,7 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from emitter_anyio import Emitter, EmitterError, connect
+from emitter_anyio import ChannelKey, Emitter, EmitterError, connect
 from emitter_anyio.testing import Broker
 
 from .people import People
@@ -44,7 +44,7 @@ async def broker() -> AsyncIterator[tuple[str, str]]:
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     server = People.new_server()
     async with broker() as (url, secret), connect(url, username=server) as emitter:
-        key = (await emitter.keygen(secret, "webchat/#/", "rwslp")).key
+        key = await emitter.keygen(secret, "webchat/#/", "rwslp")
         people = People(server, emitter, key)
         emitter.on("connect", people.notify)
         emitter.on("disconnect", people.notify)
@@ -69,7 +69,7 @@ def printable(text: str) -> str:
 async def serve(websocket: WebSocket) -> None:
     """Serve a browser. It sends texts of 32 characters for the message id, then the message."""
     emitter: Emitter = websocket.app.state.emitter
-    key: str = websocket.app.state.key
+    key: ChannelKey = websocket.app.state.key
     people: People = websocket.app.state.people
     if not same_origin(websocket):
         await websocket.close(1008)

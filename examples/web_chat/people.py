@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 
 import anyio
 
-from emitter_anyio import Emitter
+from emitter_anyio import ChannelKey, Emitter
 
 CHANNEL = "webchat/people/"
 PAUSE = 0.5  # seconds between two lists of names, which combines changes
@@ -29,7 +29,7 @@ class People:
     :ivar changed: an event that is set, and replaced, after each change
     """
 
-    def __init__(self, server: str, emitter: Emitter, key: str) -> None:
+    def __init__(self, server: str, emitter: Emitter, key: ChannelKey) -> None:
         self.server, self.emitter, self.key = server, emitter, key
         self.changed, self._publish = anyio.Event(), anyio.Event()
         self._local: Counter[str] = Counter()

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 
 from emitter_anyio import (
     ChannelKey,
     Emitter,
+    EmitterMessage,
     InvalidChannelError,
     NotFoundError,
     UnauthorizedError,
+    Will,
+    connect,
 )
 from tests.client.tools import Calls, arrived
 from tests.support.server import Server
@@ -17,6 +21,10 @@ from tests.support.server import Server
 pytestmark = pytest.mark.emitter
 
 NO_KEY = "A" * 32
+
+
+def double(request: EmitterMessage) -> object:
+    return 2 * request.as_object()
 
 
 async def test_key_allows_read_and_write_by_default(
@@ -168,9 +176,75 @@ async def test_bad_arguments_are_rejected(
 
 
 async def test_key_is_not_in_the_repr(emitter: Emitter, server: Server, unique: str) -> None:
-    created = await emitter.keygen(server.secret, unique)
-    assert repr(created) == f"ChannelKey(key=…, channel={unique!r})"
-    assert created.key not in f"{created}"
+    made = await emitter.keygen(server.secret, unique)
+    shown = f"ChannelKey(key=…, channel={unique!r})"
+    assert [repr(made), str(made), f"{made}"] == [shown] * 3
+
+
+async def test_channel_key_is_accepted_wherever_a_key_is(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    key = await emitter.keygen(server.secret, f"{unique}#/", "rwslp")
+    extend = await emitter.keygen(server.secret, unique, "rwe")
+    private = await emitter.keygen(extend, unique, "rw")
+
+    async def get_key() -> ChannelKey:
+        return private
+
+    async with (
+        connect(server.url, will=Will(key, f"{unique}will/", "gone")) as mortal,
+        emitter.subscribe(key, unique, last=0) as messages,
+        emitter.subscribe(get_key, private.channel, last=0),
+        emitter.watch_presence(key, unique) as feed,
+        anyio.create_task_group() as tasks,
+    ):
+        await feed.receive()
+        await tasks.start(emitter.serve, key, f"{unique}double/", double)
+        for qos in (0, 1):
+            await emitter.publish(key, unique, "m", ttl=60, qos=qos)
+        await emitter.publish(get_key, private.channel, "m", qos=1)
+        assert (await emitter.request(key, f"{unique}double/", 4)).as_object() == 8
+        assert (await emitter.presence(key, unique)).channel == unique
+        assert [stored.channel async for stored in emitter.history(key, unique)] == [unique] * 2
+        await emitter.link(key, f"{unique}link/", "k1", subscribe=True)
+        await emitter.publish_with_link("k1", "m", qos=1)
+        await mortal.disconnect()
+        expected = {unique, private.channel, f"{unique}link/", f"{unique}will/"}
+        while expected:
+            expected.discard((await messages.receive()).channel)
+        tasks.cancel_scope.cancel()
+
+
+async def test_unsubscribe_accepts_the_key_of_a_channel_key(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    calls = Calls()
+    emitter.on("message", calls)
+    key = await emitter.keygen(server.secret, unique)
+    await emitter.subscribe(key, unique)
+    await emitter.publish(key, unique, "before", qos=1)
+    await emitter.unsubscribe(key.key, unique)
+    await emitter.publish(key, unique, "after", qos=1)
+    await emitter.flush()
+    assert [message.as_string() for message in calls.values] == ["before"]
+
+
+async def test_channel_key_can_be_banned(emitter: Emitter, server: Server, unique: str) -> None:
+    secret = ChannelKey(server.secret, "")
+    key = await emitter.keygen(secret, unique)
+    assert await emitter.keyban(secret, key) is True
+    with pytest.raises(UnauthorizedError):
+        await emitter.publish(key, unique, "m", qos=1)
+    assert await emitter.keyban(secret, key, False) is False
+
+
+async def test_channel_of_a_channel_key_is_not_compared(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    key = await emitter.keygen(server.secret, unique)
+    await emitter.publish(ChannelKey(key.key, "elsewhere/"), unique, "m", qos=1)
+    with pytest.raises(UnauthorizedError):
+        await emitter.publish(key, f"{unique}a/", "m", qos=1)
 
 
 async def test_reply_is_also_emitted_as_keygen(

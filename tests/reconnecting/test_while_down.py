@@ -473,7 +473,9 @@ async def insist(call: Callable[[], Awaitable[object]], error: type[Exception]) 
             await call()
 
 
-async def cancel_after_a_turn(call: Callable[[], Awaitable[object]], error: type[Exception]) -> None:
+async def cancel_after_a_turn(
+    call: Callable[[], Awaitable[object]], error: type[Exception]
+) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(insist, call, error)
         for _ in range(3):
