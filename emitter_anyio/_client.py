@@ -422,9 +422,9 @@ class Emitter:
         :param key: a key with the permission to read (``r``), or an ``async`` function that returns
             one (see :class:`Emitter`). A group needs a key that was made for
             ``$share/<group>/<channel>/``
-        :param channel: the channel. A level can be ``+``, which matches any one level, and the last
-            level can be ``#``. With its default matcher the broker delivers nothing to ``#``, and
-            only replays
+        :param channel: the channel, which includes all channels below it. A level can be ``+``,
+            which matches any one level. Only with ``matcher="mqtt"`` can the last level be ``#``,
+            because Emitter's default matcher delivers nothing to it
         :param last: the maximum number of stored messages to replay first, the newest ones, up to
             2,147,483,647 and 64 KiB, if the key has the permission to load (``l``). 0 replays none;
             ``None`` replays the newest one. If the subscription overlaps another subscription of
@@ -464,8 +464,8 @@ class Emitter:
         :raises TypeError: if an argument has the wrong type
         :raises ValueError: if an argument is out of range, the key is malformed, or options exclude
             each other
-        :raises InvalidChannelError: if the broker would not accept the channel, or could not resume
-            it
+        :raises InvalidChannelError: if the broker would not accept the channel, would deliver
+            nothing to it, or could not resume it
         :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
         :raises UnauthorizedError: when awaited or entered, if the key does not permit reading the
             channel, or lacks ``l`` for ``resume``
@@ -763,7 +763,8 @@ class Emitter:
         :return: an object to be entered once, for a :class:`PresenceFeed`
         :raises TypeError: if an argument has the wrong type
         :raises ValueError: if an argument is out of range, or the key is malformed
-        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises InvalidChannelError: if the broker would not accept the channel, or would deliver
+            nothing to it
         :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
         :raises UnauthorizedError: when entered, if the key does not permit presence on the channel
         :raises RequestError: when entered, if the broker refused for another reason, or could not
@@ -907,7 +908,8 @@ class Emitter:
             requests are being served
         :raises TypeError: if an argument has the wrong type, or the handler is a generator function
         :raises ValueError: if an argument is out of range, or the key is malformed
-        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises InvalidChannelError: if the broker would not accept the channel, or would deliver
+            nothing to it
         :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
         :raises UnauthorizedError: if the key does not permit reading the channel, also when the
             subscription is restored
@@ -1006,7 +1008,7 @@ class Emitter:
         :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``, ``"keygen"``,
             ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
         :param handler: a function or coroutine function
-        :param channel: for ``message`` and ``presence``, a channel (which can have wildcards) to
+        :param channel: for ``message`` and ``presence``, a channel, as for :meth:`subscribe`, to
             which the values are restricted. It does not subscribe to the channel
         :param buffer: the maximum number of values that wait for the handler, at least 1. The limit
             is also 8 MiB
@@ -1017,7 +1019,8 @@ class Emitter:
         :raises TypeError: if an argument has the wrong type, or the handler is a generator function
         :raises ValueError: if the event is unknown or has no channel, or an argument is out of
             range
-        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises InvalidChannelError: if the broker would not accept the channel, or would deliver
+            nothing to it
         :raises WrongLoopError: in another thread or event loop, while the client is entered
         """
         return self._events.on(event, handler, channel, buffer, overflow)
@@ -1081,7 +1084,7 @@ class Emitter:
         ``None``.
 
         :param event: as for :meth:`on`
-        :param channel: for ``message`` and ``presence``, a channel (which can have wildcards) to
+        :param channel: for ``message`` and ``presence``, a channel, as for :meth:`subscribe`, to
             which the values are restricted. It does not subscribe to the channel
         :param buffer: the maximum number of values that wait in the stream, at least 1. The limit
             is also 8 MiB
@@ -1090,7 +1093,8 @@ class Emitter:
         :raises TypeError: if an argument has the wrong type
         :raises ValueError: if the event is unknown or has no channel, or an argument is out of
             range
-        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises InvalidChannelError: if the broker would not accept the channel, or would deliver
+            nothing to it
         :raises RuntimeError: if the object is entered a second time
         :raises WrongLoopError: when entered, in another thread or event loop than the client's
         """

@@ -412,13 +412,17 @@ async def test_broker_with_the_mqtt_matcher(anyio_backend: object) -> None:
             emitter.subscribe(key, "a/+/") as plus,
             emitter.subscribe(key, "a/#/") as tail,
             emitter.subscribe(key, "a/") as exact,
+            emitter.stream("message", channel="a/#/") as events,
+            emitter.watch_presence(broker.keygen("a/#/", "p"), "a/#/") as feed,
         ):
+            assert (await feed.receive()).event == "status"
             for channel in ("a/", "a/b/", "a/b/c/"):
                 await emitter.publish(key, channel, channel, qos=1)
             for stream, channels in (
                 (plus, ["a/b/"]),
                 (tail, ["a/", "a/b/", "a/b/c/"]),
                 (exact, ["a/"]),
+                (events, ["a/", "a/b/", "a/b/c/"]),
             ):
                 assert [(await stream.receive()).as_string() for _ in channels] == channels
                 assert stream.statistics().current_buffer_used == 0

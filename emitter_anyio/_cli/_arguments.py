@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias, get_args
 
 from emitter_anyio import InvalidChannelError, connect
 from emitter_anyio._values.channels import (
@@ -19,6 +19,7 @@ from emitter_anyio._values.channels import (
     unix_seconds,
 )
 from emitter_anyio._values.checks import check_optional_int
+from emitter_anyio._values.router import Matcher, find_parent
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
@@ -106,6 +107,30 @@ def add_command(
     )
     parser.set_defaults(run=run, parser=parser)
     return parser
+
+
+def add_matcher(parser: Parser) -> None:
+    """Add the option ``--matcher``."""
+    parser.add_argument(
+        "--matcher",
+        choices=get_args(Matcher),
+        default="emitter",
+        metavar="NAME",
+        help="the broker's: emitter or mqtt (default: %(default)s)",
+    )
+
+
+def check_matcher(arguments: argparse.Namespace) -> None:
+    """
+    Check that the broker delivers to ``arguments.channel``.
+
+    :raises UsageError: if it never does
+    """
+    if (parent := find_parent(arguments.channel, arguments.matcher)) is not None:
+        raise UsageError(
+            f"Emitter delivers nothing to '#'; use {parent}, which includes all channels below it, "
+            "or --matcher mqtt if the broker is configured with that matcher"
+        )
 
 
 def url(text: str) -> str:

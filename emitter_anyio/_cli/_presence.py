@@ -10,7 +10,7 @@ from typing import Final
 from emitter_anyio import Member, PresenceEvent, PresenceFeed
 
 from . import _arguments as arguments_
-from ._arguments import Commands, add_command
+from ._arguments import Commands, add_command, add_matcher, check_matcher
 from ._formats import iso_time, to_json
 from ._output import Output, visible
 from ._source import SECRET_HELP, Source, add_source, connect_once, stay_connected
@@ -49,6 +49,7 @@ def add_presence(commands: Commands) -> None:
         "--once", action="store_true", help="print the current subscribers and exit"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per change")
+    add_matcher(parser)
     add_source(parser, key="key with permission p", secret=SECRET_HELP)
 
 
@@ -61,7 +62,8 @@ async def _presence(arguments: argparse.Namespace) -> None:
         async with Output() as output:
             await output.write(_lines(status, as_json=arguments.json))
         return
-    async with stay_connected(source) as emitter:
+    check_matcher(arguments)
+    async with stay_connected(source, matcher=arguments.matcher) as emitter:
         key = source.key_for(emitter, "p", arguments.channel)
         async with emitter.watch_presence(key, arguments.channel) as feed:
             await (_print if arguments.json else _show)(feed, arguments)

@@ -7,17 +7,24 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime
-from typing import Final, TypeAlias, get_args
+from typing import Final, TypeAlias
 
 import anyio
 from anyio import WouldBlock
 
 from emitter_anyio import EmitterMessage, EventStream, Gap
 from emitter_anyio._values.channels import share
-from emitter_anyio._values.router import Matcher
 
 from . import _arguments as arguments_
-from ._arguments import TIME_HELP, CommandError, Commands, UsageError, add_command
+from ._arguments import (
+    TIME_HELP,
+    CommandError,
+    Commands,
+    UsageError,
+    add_command,
+    add_matcher,
+    check_matcher,
+)
 from ._formats import FORMAT_HELP, Formatter, add_format, to_json
 from ._output import Output, counted, hint, note, print_line
 from ._source import SECRET_HELP, Source, add_source, stay_connected
@@ -100,13 +107,7 @@ def add_sub(commands: Commands) -> None:
         metavar="SECONDS",
         help="print rates every SECONDS instead (default: 1)",
     )
-    parser.add_argument(
-        "--matcher",
-        choices=get_args(Matcher),
-        default="emitter",
-        metavar="NAME",
-        help="the broker's: emitter or mqtt (default: %(default)s)",
-    )
+    add_matcher(parser)
     add_source(parser, key="key with permission r", secret=SECRET_HELP)
 
 
@@ -116,6 +117,7 @@ async def _sub(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "cannot use --last, --since or --resume with --group: groups receive no stored messages"
         )
+    check_matcher(arguments)
     filter = share(arguments.group, arguments.channel)
     async with stay_connected(source, matcher=arguments.matcher) as emitter:
         async with emitter.subscribe(

@@ -44,6 +44,7 @@ from emitter_anyio._values.errors import (
     SlowConsumerError,
 )
 from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, encode_payload
+from emitter_anyio._values.router import check_delivered
 from emitter_anyio._values.text import make_printable
 
 from .resumption import Subscription
@@ -266,6 +267,7 @@ class Calls:
     ) -> None:
         """Serve requests until cancelled."""
         key = check_key_source(key)
+        check_delivered(check_channel(channel, wildcards=True), "emitter")
         channel = check_channel(channel)
         check_function("handler", handler)
         concurrency = check_int("concurrency", concurrency, 1)

@@ -37,7 +37,7 @@ from emitter_anyio._values.errors import (
     RequestTimeoutError,
 )
 from emitter_anyio._values.requests import PresenceEvent, PresenceStatus
-from emitter_anyio._values.router import Routes
+from emitter_anyio._values.router import Routes, check_delivered
 
 from .feed import PresenceFeed, Watch
 
@@ -122,6 +122,7 @@ class Presence:
     ) -> Entering[PresenceFeed]:
         """Check every argument, and return a presence feed to be entered."""
         key, channel = self._check(key, channel)
+        check_delivered(channel, self._wants.matcher)
         check_buffer(buffer, overflow)
         timeout = check_timeout(timeout)
         if refresh is not None and not check_seconds("refresh", refresh):

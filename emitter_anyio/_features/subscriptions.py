@@ -49,7 +49,7 @@ from emitter_anyio._values.errors import (
     UnauthorizedError,
 )
 from emitter_anyio._values.messages import EmitterMessage, Gap
-from emitter_anyio._values.router import Routes
+from emitter_anyio._values.router import Routes, check_delivered
 
 from .history import check_stored
 from .resumption import Resumption, Subscription, make_replayed
@@ -168,6 +168,7 @@ class Subscriptions:
             unix_seconds("until", until),
         )
         source, filter = self._check_filter(key, channel, group, replay)
+        check_delivered(check_channel(channel, wildcards=True), self._wants.matcher)
         check_buffer(buffer, overflow)
         timeout = check_timeout(timeout)
         mark_gaps = check_flag("mark_gaps", mark_gaps)

@@ -207,7 +207,7 @@ class Session:
         """
         wants = self._wants
         wants.check(filter)
-        shared = wants.overlaps(filter) or wants.gets_replays_only(filter)
+        shared = wants.overlaps(filter)
         grant = wants.find(source, filter)
         if grant is None:
             grant = Grant(source, key, filter)

@@ -100,15 +100,6 @@ class Wants:
         _, channel = unshare(filter)
         return any(overlap(channel, unshare(other)[1], self.matcher) for other in self._grants)
 
-    def gets_replays_only(self, filter: str) -> bool:
-        """
-        Return whether the broker replays to a filter but never delivers to it.
-
-        The default matcher does so for ``#``. Other subscribers could not distinguish such a replay
-        from live messages.
-        """
-        return self.matcher == "emitter" and filter.endswith("#/")
-
     def subscription_reaches(self, channel: str) -> bool:
         """Return whether a message to a channel reaches a subscription."""
         filters = (unshare(filter)[1] for filter in self._grants)

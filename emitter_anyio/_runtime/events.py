@@ -17,7 +17,7 @@ from emitter_anyio._values.checks import check_function, check_text
 from emitter_anyio._values.errors import HandlerError
 from emitter_anyio._values.messages import EmitterMessage
 from emitter_anyio._values.requests import PresenceEvent
-from emitter_anyio._values.router import Routes
+from emitter_anyio._values.router import Routes, check_delivered
 
 from .background import Background
 from .guard import Guard
@@ -128,7 +128,7 @@ class Events:
         overflow: Overflow,
     ) -> Any:
         """Register a handler, or return a decorator that registers one."""
-        event, channel = _check(event, channel, buffer, overflow)
+        event, channel = self._check(event, channel, buffer, overflow)
 
         def register(handler: Callable[..., object]) -> Callable[..., object]:
             check_function("handler", handler)
@@ -157,7 +157,7 @@ class Events:
         self, event: str, channel: str | None, buffer: int, overflow: Overflow
     ) -> Entering[EventStream[Any]]:
         """Return a context manager that opens a stream of an event."""
-        event, channel = _check(event, channel, buffer, overflow)
+        event, channel = self._check(event, channel, buffer, overflow)
         return Entering(
             self._owner, partial(self._entered_stream, event, channel, buffer, overflow)
         )
@@ -333,24 +333,25 @@ class Events:
         self._routes.add(event, send, channel)
         return send
 
+    def _check(
+        self, event: str, channel: str | None, buffer: int, overflow: Overflow
+    ) -> tuple[str, str | None]:
+        event = _check_event(event)
+        check_buffer(buffer, overflow)
+        if channel is None:
+            return event, None
+        if event not in _WITH_CHANNEL:
+            raise ValueError(
+                f"cannot use channel with {event!r}: only 'message' and 'presence' have channels"
+            )
+        channel = check_channel(channel, wildcards=True)
+        check_delivered(channel, self._routes.matcher)
+        return event, channel
+
     def _unlisten(self, event: str, send: Sender[Any]) -> None:
         self._listeners.discard(send)
         self._routes.discard(event, send)
         self._totals.leave_stream(send)
-
-
-def _check(
-    event: str, channel: str | None, buffer: int, overflow: Overflow
-) -> tuple[str, str | None]:
-    event = _check_event(event)
-    check_buffer(buffer, overflow)
-    if channel is None:
-        return event, None
-    if event not in _WITH_CHANNEL:
-        raise ValueError(
-            f"cannot use channel with {event!r}: only 'message' and 'presence' have channels"
-        )
-    return event, check_channel(channel, wildcards=True)
 
 
 def _check_event(event: str) -> str:

@@ -184,7 +184,7 @@ class DecodeError(EmitterError, ValueError):
 
 
 class InvalidChannelError(EmitterError, ValueError):
-    """A channel that the broker would not accept."""
+    """A channel that the broker would not accept, or to which it would deliver nothing."""
 
 
 class MessageTooLargeError(EmitterError, ValueError):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Generic, Literal, TypeAlias, TypeVar
 
-from .channels import levels
+from .channels import levels, unshare
+from .errors import InvalidChannelError
 
 Matcher: TypeAlias = Literal["emitter", "mqtt"]
 """How the broker matches: ``"emitter"`` (its default) by prefix, ``"mqtt"`` by MQTT's rules."""
@@ -53,6 +54,34 @@ def overlap(one: str, other: str, matcher: Matcher = "emitter") -> bool:
     elif "#" in (a[-1], b[-1]):
         return False
     return all(x == y or "+" in (x, y) for x, y in zip(a, b, strict=False))
+
+
+def find_parent(filter: str, matcher: Matcher) -> str | None:
+    """
+    Return the channel to use instead of one to which the broker never delivers.
+
+    :param filter: a checked channel, which can have a group
+    :return: a channel that includes all channels below it, or ``None`` if the broker delivers
+    """
+    if matcher == "mqtt" or not filter.endswith("#/"):
+        return None
+    parent = filter.removesuffix("#/")
+    return parent if levels(unshare(filter)[1]) != ["#"] else f"{parent}+/"
+
+
+def check_delivered(filter: str, matcher: Matcher) -> None:
+    """
+    Check that the broker delivers to a subscription.
+
+    :param filter: a checked channel, which can have a group
+    :raises InvalidChannelError: if it never does
+    """
+    if (parent := find_parent(filter, matcher)) is not None:
+        raise InvalidChannelError(
+            f"invalid channel {filter!r}: Emitter delivers nothing to '#'; use {parent!r}, which "
+            "includes all channels below it, or connect(matcher='mqtt') if the broker is "
+            "configured with that matcher"
+        )
 
 
 @dataclass(slots=True)
@@ -192,7 +221,7 @@ class Routes(Generic[T]):
     """
 
     def __init__(self, matcher: Matcher) -> None:
-        self._matcher: Matcher = matcher
+        self.matcher: Matcher = matcher
         self.messages: Router[T] = Router(matcher)
         self._others: dict[str, Router[T]] = {}
 
@@ -223,5 +252,5 @@ class Routes(Generic[T]):
             return self.messages
         router = self._others.get(event)
         if router is None:
-            router = self._others[event] = Router(self._matcher)
+            router = self._others[event] = Router(self.matcher)
         return router

@@ -42,7 +42,8 @@ class TestPrecedence:
 
     @pytest.mark.parametrize("channel", ["{}", "{}+/", "{}+/a/", "{}#/", "{}+/+/"])
     def test_key_is_generated_with_the_secret(self, cli: Cli, unique: str, channel: str) -> None:
-        assert cli("sub", channel.format(unique), "--timeout", "0").code == 0
+        arguments = "--timeout", "0", "--matcher", "mqtt"
+        assert cli("sub", channel.format(unique), *arguments).code == 0
 
     def test_key_is_generated_for_all_channels(self, cli: Cli) -> None:
         assert cli("sub", "+/", "--last=0", "--timeout", "0").code == 0

@@ -94,6 +94,15 @@ class TestOptions:
         done = cli("sub", unique, "--group", "g", "--count", "1", "--backend", backend)
         assert (done.code, done.output) == (0, "a job\n")
 
+    @pytest.mark.parametrize("command", ["sub", "presence"])
+    def test_hash_is_rejected_with_the_parent_channel(
+        self, cli: Cli, unique: str, command: str
+    ) -> None:
+        done = cli(command, f"{unique}#")
+        assert done.code == 2
+        assert f"use {unique}, which" in done.error
+        assert "--matcher mqtt" in done.error
+
     def test_group_with_replay_is_rejected(self, cli: Cli, unique: str) -> None:
         done = cli("sub", unique, "--group", "g", "--last", "1")
         assert done.code == 2

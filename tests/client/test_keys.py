@@ -114,9 +114,7 @@ async def test_target_covers_the_matching_channels(
     assert found == dict.fromkeys(covered, True) | dict.fromkeys(uncovered, False)
 
 
-@pytest.mark.parametrize(
-    ("target", "subscribed"), [("a/", "a/#/"), ("a/#/", "a/+/b/"), ("a/+/b/", "a/+/b/")]
-)
+@pytest.mark.parametrize(("target", "subscribed"), [("a/#/", "a/+/b/"), ("a/+/b/", "a/+/b/")])
 async def test_key_allows_wildcard_subscriptions_within_its_target(
     emitter: Emitter, server: Server, unique: str, target: str, subscribed: str
 ) -> None:

@@ -227,17 +227,3 @@ async def test_wildcard_first_level_cannot_be_replayed_to_a_second_subscriber(
                 await emitter.publish(narrow, f"a/{unique}", "live")
                 assert await arrived(emitter, everything) == ["live"]
                 assert await arrived(emitter, messages) == ["live"]
-
-
-async def test_hash_channel_gets_its_history_and_no_live_messages(
-    emitter: Emitter, key: str, unique: str
-) -> None:
-    for channel in ("", "a/", "a/b/"):
-        await emitter.publish(key, unique + channel, channel, ttl=600)
-    async with (
-        emitter.subscribe(key, unique, last=0) as parent,
-        emitter.subscribe(key, f"{unique}#/", last=9) as everything,
-    ):
-        await emitter.publish(key, f"{unique}a/", "live")
-        assert await arrived(emitter, everything) == ["a/", "a/b/"]
-        assert await arrived(emitter, parent) == ["live"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -315,17 +316,46 @@ async def test_plus_at_the_start_can_have_options(
         assert await arrived(emitter, messages) == ["m"]
 
 
-async def test_hash_can_have_options(emitter: Emitter, key: str, unique: str) -> None:
+@pytest.mark.parametrize(
+    ("channel", "parent"),
+    [
+        ("chat/#/", "chat/"),
+        ("chat/#", "chat/"),
+        ("a/+/#/", "a/+/"),
+        ("#/", "+/"),
+        ("$share/g/a/#/", "$share/g/a/"),
+        ("$share/g/#/", "$share/g/+/"),
+    ],
+)
+@pytest.mark.parametrize("method", ["subscribe", "on", "stream", "watch_presence", "serve"])
+async def test_hash_is_rejected_with_the_parent_channel(
+    emitter: Emitter, method: str, channel: str, parent: str
+) -> None:
+    with pytest.raises(InvalidChannelError, match=f"use {re.escape(repr(parent))}"):
+        match method:
+            case "subscribe":
+                emitter.subscribe(NO_KEY, channel)
+            case "on":
+                emitter.on("message", print, channel=channel)
+            case "stream":
+                emitter.stream("presence", channel=channel)
+            case "watch_presence":
+                emitter.watch_presence(NO_KEY, channel)
+            case "serve":
+                await emitter.serve(NO_KEY, channel, lambda request: request.binary)
+
+
+async def test_hash_with_a_group_suggests_the_channel_alone(emitter: Emitter) -> None:
+    with pytest.raises(InvalidChannelError, match="use 'jobs/', which"):
+        emitter.subscribe(NO_KEY, "jobs/#/", group="g")
+
+
+async def test_hash_is_accepted_by_keygen_and_history(
+    emitter: Emitter, server: Server, unique: str
+) -> None:
+    key = await emitter.keygen(server.secret, f"{unique}#/", "wsl")
     await emitter.publish(key, f"{unique}a/", "stored", ttl=60, qos=1)
-    async with emitter.subscribe(key, f"{unique}#/", last=5) as messages:
-        assert await arrived(emitter, messages) == ["stored"]
-
-
-async def test_channel_can_be_a_single_hash(emitter: Emitter, server: Server) -> None:
-    made = await emitter.keygen(server.secret, "#/", "r")
-    async with emitter.subscribe(made.key, "#/", last=0) as messages:
-        # The broker's default matcher delivers nothing to it.
-        assert await arrived(emitter, messages) == []
+    assert [one.binary async for one in emitter.history(key, f"{unique}#/")] == [b"stored"]
 
 
 @pytest.mark.parametrize(

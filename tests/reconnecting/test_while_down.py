@@ -484,9 +484,7 @@ async def cancel_after_a_turn(
 
 
 @pytest.mark.parametrize("number", range(CALLS))
-async def test_a_loop_in_a_block_that_was_cancelled_ends(
-    broker: Broker, key: str, number: int
-) -> None:
+async def test_loop_in_a_cancelled_block_ends(broker: Broker, key: str, number: int) -> None:
     with pytest.raises(ConnectionLostError):
         async with connect_once(broker.url) as emitter:
             call = call_of(number, emitter, broker, key)
@@ -495,7 +493,7 @@ async def test_a_loop_in_a_block_that_was_cancelled_ends(
 
 
 @pytest.mark.parametrize("number", range(CALLS))
-async def test_a_loop_without_a_connection_lets_other_tasks_run(
+async def test_loop_without_a_connection_lets_other_tasks_run(
     broker: Broker, key: str, number: int
 ) -> None:
     async with connect_reconnecting(broker.url, while_down="raise") as emitter:
@@ -505,7 +503,7 @@ async def test_a_loop_without_a_connection_lets_other_tasks_run(
     await cancel_after_a_turn(call, ClosedError)
 
 
-async def test_a_loop_over_an_ended_stream_lets_other_tasks_run(broker: Broker, key: str) -> None:
+async def test_loop_over_an_ended_stream_lets_other_tasks_run(broker: Broker, key: str) -> None:
     async with connect(broker.url) as emitter, emitter.subscribe(key, "a/") as messages:
         await emitter.disconnect()
         await cancel_after_a_turn(messages.receive, EndOfStream)
