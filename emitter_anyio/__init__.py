@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from emitter_anyio._features.feed import PresenceFeed as PresenceFeed
 from emitter_anyio._features.subscriptions import Subscribing as Subscribing
+from emitter_anyio._net.options import ConnectOptions as ConnectOptions
 from emitter_anyio._runtime.totals import Statistics as Statistics
 from emitter_anyio._values.backoff import Backoff as Backoff
 from emitter_anyio._values.channels import ChannelKey as ChannelKey

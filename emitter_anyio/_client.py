@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    NoReturn,
+    Self,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    overload,
+)
 
 import anyio
 from anyio.abc import TaskStatus
@@ -20,7 +33,7 @@ from emitter_anyio._features.presence import Presence
 from emitter_anyio._features.publisher import Publisher
 from emitter_anyio._features.resumption import Resumption
 from emitter_anyio._features.subscriptions import Subscribing, Subscriptions
-from emitter_anyio._net.options import Options, make_options
+from emitter_anyio._net.options import ConnectOptions, Options, make_options
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._runtime.background import Background
 from emitter_anyio._runtime.dispatcher import Dispatcher
@@ -55,6 +68,9 @@ _OnMe = TypeVar("_OnMe", bound=Callable[[Me], object])
 _OnError = TypeVar("_OnError", bound=Callable[[Exception], object])
 
 
+_USAGE: Final = "write 'async with connect(...) as emitter:'"
+
+
 class _Options(TypedDict, total=False):
     channel: str | None
     buffer: int
@@ -83,7 +99,9 @@ class ConnectionInfo:
         return type(self), (self.server, self.since, self.id, error)
 
 
-def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) -> Emitter:
+def connect(
+    options: Mapping[str, object] | str | None = None, /, **keywords: Unpack[ConnectOptions]
+) -> Emitter:
     """
     Create a client. It connects when it is entered.
 
@@ -91,7 +109,7 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
         ``mqtt://`` (default port 8080), ``mqtts://`` (443), ``ws://`` (8080), ``wss://`` (443) and
         ``unix://``. A user name and password in the URL become ``username`` and ``password``. A
         WebSocket URL can have a path
-    :param keywords: options:
+    :param keywords: options (see :class:`ConnectOptions` for their types):
 
         - ``host``: a name, an IP address, or the absolute path of a Unix socket; default
           ``"api.emitter.io"``
@@ -113,8 +131,8 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
           for each awaited reply, from when the request's bytes are written
         - ``disconnect_timeout``: seconds, at least 0; default 5. The time for the whole orderly
           close
-        - ``reconnect``: a :class:`Backoff`; default ``Backoff()``. ``None``: one connection only.
-          It applies after the first connection has been opened
+        - ``reconnect``: a :class:`Backoff`; default ``Backoff()``. ``None`` or ``False``: one
+          connection only. It applies after the first connection has been opened
         - ``while_down``: what a call does between two connections: ``"wait"`` (the default) for the
           next one, or ``"raise"`` :class:`ConnectionLostError`
         - ``matcher``: how the broker is configured to match channels: ``"emitter"`` (the default)
@@ -139,6 +157,27 @@ def connect(options: Mapping[str, Any] | str | None = None, /, **keywords: Any) 
     ``publish-too-large`` (65,536 bytes) and ``connect-credentials-ignored``.
     """
     return Emitter(make_options(options, keywords))
+
+
+class _Default:
+    """The default of each option in the signature that ``help(connect)`` shows."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _name_options(signature: inspect.Signature) -> inspect.Signature:
+    """Replace ``**keywords`` in a signature by the names of the options."""
+    positional, _ = signature.parameters.values()
+    named = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_Default())
+        for name in ConnectOptions.__annotations__
+    ]
+    return signature.replace(parameters=[positional, *named])
+
+
+# inspect.signature() and help() use it. Type checkers use the annotations.
+vars(connect)["__signature__"] = _name_options(inspect.signature(connect))
 
 
 class Emitter:
@@ -406,7 +445,7 @@ class Emitter:
         resume_limit: int = 1000,
         mark_gaps: bool = False,
         timeout: Timeout = DEFAULT,
-    ) -> Any:
+    ) -> Subscribing[EmitterMessage] | Subscribing[EmitterMessage | Gap]:
         """
         Subscribe to a channel and to all channels below it.
 
@@ -885,7 +924,7 @@ class Emitter:
         *,
         concurrency: int = 64,
         buffer: int = 1024,
-        task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED,
+        task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
     ) -> None:
         """
         Serve the requests on a channel until cancelled, each in its own task.
@@ -994,7 +1033,7 @@ class Emitter:
         channel: str | None = None,
         buffer: int = 1024,
         overflow: Overflow = "raise",
-    ) -> Any:
+    ) -> Callable[..., object]:
         """
         Register a handler for an event, before or after the client is entered.
 
@@ -1076,7 +1115,7 @@ class Emitter:
         channel: str | None = None,
         buffer: int = 1024,
         overflow: Overflow = "raise",
-    ) -> Any:
+    ) -> Entering[EventStream[object]]:
         """
         Return a stream of the values that a handler of an event would get, for ``async with``.
 
@@ -1102,6 +1141,18 @@ class Emitter:
 
     # Entering and leaving
 
+    if not TYPE_CHECKING:
+        # Type checkers reject these uses because the methods do not exist for them.
+
+        def __await__(self) -> NoReturn:
+            raise TypeError(f"cannot await an Emitter; {_USAGE}")
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(f"cannot enter an Emitter with 'with'; {_USAGE}")
+
+        def __exit__(self, *_: object) -> None:
+            """Exist, because ``with`` looks it up before it calls ``__enter__()``."""
+
     async def __aenter__(self) -> Self:
         await self._lifecycle.enter()
         return self
@@ -1115,7 +1166,7 @@ class Emitter:
         # Returns None, not bool, so that type checkers know that it suppresses no exception.
         await self._lifecycle.leave(exc)
 
-    async def run(self, *, task_status: TaskStatus[Any] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[Emitter] = anyio.TASK_STATUS_IGNORED) -> None:
         """
         Run the client in the caller's task, until it is disconnected.
 

@@ -58,7 +58,7 @@ async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
 
     # Run the client in a separate task. A client that ends in the block of a fixture would cancel
     # the task in which AnyIO's plugin runs all fixtures and tests.
-    async def run(*, task_status: TaskStatus[None]) -> None:
+    async def run(*, task_status: TaskStatus[Emitter]) -> None:
         try:
             await client.run(task_status=task_status)
         except ConnectError:

@@ -252,7 +252,8 @@ async def test_str_subclass_that_equals_other_channel_is_sent_unchanged() -> Non
 
 
 def test_connect_converts_str_subclasses_to_str() -> None:
-    emitter = connect(Text.URL, matcher=Text.MATCHER, username=Text.NAME, client_id=Text.NAME)
+    matcher: Any = Text.MATCHER
+    emitter = connect(Text.URL, matcher=matcher, username=Text.NAME, client_id=Text.NAME)
     assert "mqtt://h:8080" in repr(emitter)
     assert "Text" not in repr(connect(host=Text.HOST))
     with pytest.raises(TypeError, match="conflicting values for 'host'"):
@@ -346,7 +347,7 @@ def test_too_large_connect_packet_is_rejected() -> None:
 @pytest.mark.parametrize("name", ["client_id", "username"])
 def test_option_with_nul_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}.*NUL"):
-        connect("mqtt://h", **{name: "a\0b"})
+        connect({name: "a\0b"}, host="h")
 
 
 async def test_key_function_that_is_not_async_is_rejected(broker: Broker) -> None:
@@ -451,9 +452,9 @@ INVALID_URLS: Final = {
 
 @pytest.mark.parametrize(("url", "words"), INVALID_URLS.items(), ids=map(repr, INVALID_URLS))
 def test_invalid_url_error_names_mistake_without_password(url: str, words: str) -> None:
-    for options in ({}, {"servers": [url]}):
+    for options in (url, {"servers": [url]}):
         with pytest.raises(ValueError, match=words) as caught:
-            connect(*(() if options else (url,)), **options)
+            connect(options)
         error: BaseException | None = caught.value
         while error is not None:
             assert not any(part in repr(error) for part in ("secret", "se#", "cret@", "34@"))

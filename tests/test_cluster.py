@@ -9,6 +9,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
+    ConnectOptions,
     Emitter,
     Gap,
     HistoryIncompleteError,
@@ -197,7 +198,7 @@ async def test_members_are_kept_when_another_node_stops(
     async with AsyncExitStack() as stack:
 
         async def connect_member(node: Broker, name: str) -> Emitter:
-            options = {"username": name} if name else {}
+            options: ConnectOptions = {"username": name} if name else {}
             return await stack.enter_async_context(connect(node.url, **options))
 
         # Each is the first client of its node.

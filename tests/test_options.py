@@ -233,6 +233,12 @@ class TestConnectable:
         assert server_of(connectable=None) == server_of()
 
 
+class TestReconnect:
+    def test_false_means_none(self) -> None:
+        assert make(reconnect=False).reconnect is None
+        assert make({"reconnect": False}, reconnect=None).reconnect is None
+
+
 class TestServers:
     def test_servers_keep_their_order(self) -> None:
         options = make(servers=["mqtt://a", "mqtt://b:1"])
@@ -343,6 +349,7 @@ class TestOptions:
             ("connectable", "h:1", TypeError),
             ("reconnect", 5, TypeError),
             ("reconnect", True, TypeError),
+            ("reconnect", 0, TypeError),
             ("while_down", "queue", ValueError),
         ],
     )

@@ -22,7 +22,7 @@ LIBRARY = ROOT / "emitter_anyio"
 
 CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
-    *["Backoff", "Gap"],
+    *["Backoff", "ConnectOptions", "Gap"],
     *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
     *[
         "Member",

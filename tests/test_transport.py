@@ -283,8 +283,8 @@ async def test_next_address_is_tried_after_a_refusal(
     context = tls.server_context("broker.example") if secure else None
     async with tcp_peer(serve, context=context) as port:
         resolve(refusing_port(), port)
-        trust = {"ssl_context": tls.client_context()} if secure else {}
-        async with connect(host="broker.example", secure=secure, **trust) as emitter:
+        trust = tls.client_context() if secure else None
+        async with connect(host="broker.example", secure=secure, ssl_context=trust) as emitter:
             await emitter.flush()
 
 

@@ -24,6 +24,7 @@ from emitter_anyio import (
     ConnectError,
     ConnectionInfo,
     ConnectionLostError,
+    ConnectOptions,
     ConnectRefusedError,
     Emitter,
     EmitterError,
@@ -66,8 +67,9 @@ NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 NOT_VALUES: Final = {
     *(Emitter, Entering, EventStream, PresenceFeed, Subscribing),
     *(testing.Broker, testing.Client, testing.FaultProxy),
+    ConnectOptions,
 }
-"""Public classes whose objects belong to one event loop."""
+"""Public classes whose objects belong to one event loop, and a type of plain mappings."""
 
 Make = Callable[[], Any]
 

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from contextlib import AsyncExitStack
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -114,7 +115,7 @@ async def _run_steps(url: str, secret: str) -> None:
 
 def _client(url: str, username: str) -> Emitter:
     # A user name in the URL takes precedence; a second one would be an error.
-    options = {} if urlsplit(url).username else {"username": username}
+    options: dict[str, Any] = {} if urlsplit(url).username else {"username": username}
     # The demo reports a lost connection instead of waiting for a new one.
     return connect(url, reconnect=None, **options)
 

@@ -50,7 +50,7 @@ from emitter_anyio._values.text import make_printable
 from .resumption import Subscription
 from .subscriptions import Subscriptions
 
-Serve: TypeAlias = Callable[[EmitterMessage], "Payload | Awaitable[Payload]"]
+Serve: TypeAlias = Callable[[EmitterMessage], Payload | Awaitable[Payload]]
 
 _REPLY: Final = "reply"
 _ERROR: Final = "error"
@@ -263,7 +263,7 @@ class Calls:
         handler: Serve,
         concurrency: int,
         buffer: int,
-        task_status: TaskStatus[Any],
+        task_status: TaskStatus[None],
     ) -> None:
         """Serve requests until cancelled."""
         key = check_key_source(key)

@@ -80,7 +80,7 @@ class Publisher:
             and (echo is True or echo is False)
             and timeout is DEFAULT
         ):
-            if type(key) is ChannelKey:
+            if isinstance(key, ChannelKey):
                 return self.put(key.key, channel, message, ttl, qos, retain, echo, timeout)
             retain, echo = check_flag("retain", retain), check_flag("echo", echo)
             ttl, qos = check_optional_int("ttl", ttl), check_qos(qos)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from ipaddress import IPv6Address
-from typing import Any, Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, TypedDict, cast
 from urllib.parse import quote, unquote, urlsplit
 
 from anyio.abc import ByteStreamConnectable
@@ -100,6 +100,36 @@ TraceHook: TypeAlias = Callable[[str, Mapping[str, object]], object]
 """A function that receives the name of an event and its details."""
 
 
+class ConnectOptions(TypedDict, total=False):
+    """
+    The types of the keywords of :func:`connect`, which describes them.
+
+    Use it to annotate options that your own code passes on, as in ``**options:
+    Unpack[ConnectOptions]``.
+    """
+
+    host: str
+    port: int
+    secure: bool
+    servers: Sequence[str] | None
+    keepalive: float
+    username: str | None
+    password: str | None
+    client_id: str
+    will: Will | None
+    ssl_context: ssl.SSLContext | None
+    connect_timeout: float | None
+    request_timeout: float | None
+    disconnect_timeout: float
+    reconnect: Backoff | Literal[False] | None
+    while_down: Literal["wait", "raise"]
+    matcher: Matcher
+    max_message_size: int
+    allow_collisions: bool
+    connectable: ByteStreamConnectable | None
+    trace: TraceHook | None
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Options:
     """The options of a client; see :func:`~emitter_anyio.connect`."""
@@ -129,7 +159,9 @@ _Check: TypeAlias = Callable[[str, object], Any]
 """Checks the value of an option: takes its name and value, and returns the plain value."""
 
 
-def make_options(options: Mapping[str, Any] | str | None, keywords: Mapping[str, Any]) -> Options:
+def make_options(
+    options: Mapping[str, object] | str | None, keywords: Mapping[str, object]
+) -> Options:
     """
     Check and combine the arguments of ``connect()``.
 
@@ -431,6 +463,17 @@ _ADDRESS_CHECKS: Final[Mapping[str, _Check]] = {
 }
 
 
+def _check_reconnect(name: str, value: object) -> Backoff | None:
+    if value is None or value is False:
+        return None
+    if not isinstance(value, Backoff):
+        raise TypeError(
+            f"{name} must be a Backoff, or None or False for one connection only, not "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
 def _check_trace(name: str, value: object) -> TraceHook | None:
     if value is None:
         return None
@@ -452,7 +495,7 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "allow_collisions": check_flag,
     "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable or None"),
     "trace": _check_trace,
-    "reconnect": _check_is(Backoff, "a Backoff, or None for one connection only"),
+    "reconnect": _check_reconnect,
     "while_down": partial(check_choice, choices=("wait", "raise")),
 }
 

@@ -126,7 +126,7 @@ class Events:
         channel: str | None,
         buffer: int,
         overflow: Overflow,
-    ) -> Any:
+    ) -> Callable[..., object]:
         """Register a handler, or return a decorator that registers one."""
         event, channel = self._check(event, channel, buffer, overflow)
 

@@ -9,10 +9,10 @@ from typing import Generic, TypeVar
 
 from emitter_anyio._backend import Owner
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
-class Entering(Generic[T]):
+class Entering(Generic[T_co]):
     """
     An asynchronous context manager, to be entered once with ``async with``.
 
@@ -20,12 +20,12 @@ class Entering(Generic[T]):
     :param make: makes the context manager that is entered
     """
 
-    def __init__(self, owner: Owner, make: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+    def __init__(self, owner: Owner, make: Callable[[], AbstractAsyncContextManager[T_co]]) -> None:
         self._owner = owner
         self._make = make
-        self._entered: AbstractAsyncContextManager[T] | None = None
+        self._entered: AbstractAsyncContextManager[T_co] | None = None
 
-    async def __aenter__(self) -> T:
+    async def __aenter__(self) -> T_co:
         if self._entered is not None:
             raise RuntimeError("cannot enter this object twice: call the method again")
         self._owner.check()

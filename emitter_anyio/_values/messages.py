@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from .text import make_printable
 
-Payload: TypeAlias = "bytes | bytearray | memoryview | str | object"
+Payload: TypeAlias = bytes | bytearray | memoryview | str | object
 """What can be published: bytes-like objects, ``str`` (as UTF-8), or other objects (as JSON)."""
 
 ITEM_OVERHEAD_BYTES: Final = 128

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, get_args
+from typing import NamedTuple, Self, get_args
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -28,13 +28,11 @@ from ._exchange import SURVEY_TIMEOUT_SECONDS, Exchange
 from ._faults import Faults, WithheldPackets
 from ._keys import License
 from ._matching import Matcher
+from ._peer import Kind
 from ._refusals import RefusedError
 from ._service import Service
 from ._sockets import keep_accepting
 from ._topics import Topic, parse
-
-if TYPE_CHECKING:
-    from ._peer import Kind
 
 _ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
 
@@ -134,7 +132,7 @@ class Broker:
     ) -> None:
         await self._service.__aexit__(exc_type, exc, traceback)
 
-    async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[Broker] = TASK_STATUS_IGNORED) -> None:
         """
         Run the broker in a task until it is cancelled: ``await task_group.start(broker.run)``.
 

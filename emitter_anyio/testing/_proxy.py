@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from anyio import (
     TASK_STATUS_IGNORED,
@@ -78,7 +78,7 @@ class FaultProxy:
     ) -> None:
         await self._service.__aexit__(exc_type, exc, traceback)
 
-    async def run(self, *, task_status: TaskStatus[Any] = TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[FaultProxy] = TASK_STATUS_IGNORED) -> None:
         """
         Run the proxy in a task until it is cancelled: ``await task_group.start(proxy.run)``.
 

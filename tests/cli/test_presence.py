@@ -13,7 +13,7 @@ import anyio
 import pytest
 from anyio.abc import TaskStatus
 
-from emitter_anyio import connect
+from emitter_anyio import ConnectOptions, connect
 from tests.cli.conftest import Cli
 from tests.support.background import Background
 from tests.support.command import ROOT, clean_environment, running
@@ -23,7 +23,7 @@ from tests.support.terminal import terminal
 @contextmanager
 def subscribed(server: Background, channel: str, name: str | None) -> Iterator[None]:
     """Keep a client with this user name subscribed to a channel."""
-    options = {} if name is None else {"username": name}
+    options: ConnectOptions = {} if name is None else {"username": name}
 
     async def stay(*, task_status: TaskStatus[None]) -> None:
         async with connect(server.url, **options) as emitter:

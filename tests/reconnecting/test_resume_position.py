@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Literal
 
 import anyio
 import pytest
@@ -102,7 +103,7 @@ async def test_no_renewal_without_messages(anyio_backend: object) -> None:
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("while_down", ["wait", "raise"])
 async def test_renewal_due_while_disconnected_happens_later(
-    anyio_backend: object, while_down: str
+    anyio_backend: object, while_down: Literal["wait", "raise"]
 ) -> None:
     async with broker_on_virtual_time() as (broker, connectable):
         async with (

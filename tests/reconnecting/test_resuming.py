@@ -14,6 +14,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
     Backoff,
+    ConnectOptions,
     Emitter,
     EmitterMessage,
     EventStream,
@@ -519,7 +520,7 @@ async def test_every_stored_message_is_received(broker: Broker, key: str, seed: 
                 if rng.random() < 0.1:
                     await checkpoint()
 
-    options = {"client_id": "subscriber", "reconnect": Backoff(0, 0.002)}
+    options: ConnectOptions = {"client_id": "subscriber", "reconnect": Backoff(0, 0.002)}
     async with connect(broker.url) as publisher, connect(broker.url, **options) as emitter:
         async with anyio.create_task_group() as tasks:
             await tasks.start(lambda task_status: consume(emitter, task_status=task_status))
