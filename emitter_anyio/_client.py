@@ -86,7 +86,7 @@ class ConnectionInfo:
     :ivar since: the time at which the broker accepted the connection (UTC, by the local clock)
     :ivar id: the broker's id of the connection; ``None`` until a call of :meth:`Emitter.me` or
         :meth:`Emitter.request` has requested it on this connection
-    :ivar last_error: the cause of the last lost connection or failed attempt to reconnect, if any
+    :ivar last_error: the cause of the last lost connection or failed attempt to connect, if any
     """
 
     server: str
@@ -133,6 +133,9 @@ def connect(
           close
         - ``reconnect``: a :class:`Backoff`; default ``Backoff()``. ``None`` or ``False``: one
           connection only. It applies after the first connection has been opened
+        - ``retry_first_connect``: ``True``: entering the client keeps trying to connect, with the
+          delays and the number of tries of ``reconnect``, until the caller cancels it; default
+          ``False``: entering tries each server once
         - ``while_down``: what a call does between two connections: ``"wait"`` (the default) for the
           next one, or ``"raise"`` :class:`ConnectionLostError`
         - ``matcher``: how the broker is configured to match channels: ``"emitter"`` (the default)
@@ -217,7 +220,7 @@ class Emitter:
     :class:`EmitterError`.
 
     :raises ConnectError: when entered, if no server could be reached, or if the key function of the
-        will failed
+        will failed. With ``retry_first_connect``, only if all tries of ``reconnect`` have failed
     :raises ConnectRefusedError: when entered, if the last server that was tried refused CONNECT
     :raises ClosedError: when entered, if :meth:`disconnect` was called while the client was
         connecting
@@ -1174,7 +1177,8 @@ class Emitter:
 
         :param task_status: what ``await task_group.start(...)`` passes
         :raises TypeError: if ``task_status`` has no method ``started()``
-        :raises ConnectError: if no server could be reached
+        :raises ConnectError: if no server could be reached; with ``retry_first_connect``, only if all
+            tries of ``reconnect`` have failed
         :raises ConnectRefusedError: if the last server that was tried refused CONNECT
         :raises ClosedError: if :meth:`disconnect` was called while the client was connecting
         :raises ConnectionLostError: if reconnecting was given up

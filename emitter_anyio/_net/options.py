@@ -122,6 +122,7 @@ class ConnectOptions(TypedDict, total=False):
     request_timeout: float | None
     disconnect_timeout: float
     reconnect: Backoff | Literal[False] | None
+    retry_first_connect: bool
     while_down: Literal["wait", "raise"]
     matcher: Matcher
     max_message_size: int
@@ -149,6 +150,7 @@ class Options:
     allow_collisions: bool = False
     connectable: ByteStreamConnectable | None = None
     reconnect: Backoff | None = _BACKOFF
+    retry_first_connect: bool = False
     while_down: Literal["wait", "raise"] = "wait"
     trace: TraceHook | None = None
 
@@ -373,6 +375,8 @@ def _address_options(server: Server) -> dict[str, Any]:
 def _check_together(options: Options) -> None:
     if options.password is not None and options.username is None:
         raise TypeError("password requires username: MQTT 3.1.1 does not allow a password alone")
+    if options.retry_first_connect and options.reconnect is None:
+        raise TypeError("retry_first_connect requires reconnect, a Backoff for the delays")
     if options.ssl_context is not None:
         if not options.servers[0].secure:
             raise TypeError("ssl_context requires TLS; use secure=True, mqtts:// or wss://")
@@ -496,6 +500,7 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable or None"),
     "trace": _check_trace,
     "reconnect": _check_reconnect,
+    "retry_first_connect": check_flag,
     "while_down": partial(check_choice, choices=("wait", "raise")),
 }
 

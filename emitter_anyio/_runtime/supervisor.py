@@ -147,10 +147,27 @@ class Supervisor:
         Open the first connection.
 
         :return: the connection
-        :raises ConnectError: if no server could be reached
+        :raises ConnectError: if no server could be reached; with ``retry_first_connect``, only if
+            all tries of the back-off have failed
         """
         self._carried = []
-        return await self._opener.open(None, self._background.tasks)
+        backoff = self._options.reconnect
+        if backoff is None or not self._options.retry_first_connect:
+            return await self._opener.open(None, self._background.tasks)
+        attempt = 0
+        warned: set[str] = set()
+        while True:
+            attempt += 1
+            try:
+                return await self._opener.open(None, self._background.tasks)
+            except ConnectError as exc:
+                self._slot.fail_to_connect(exc)
+                if attempt == backoff.tries:
+                    raise
+                # The caller sees nothing else of the first failure.
+                level = logging.WARNING if attempt == 1 else logging.INFO
+                _log_failed_try("connect", attempt, exc, warned, level)
+            await anyio.sleep(backoff.delay(attempt - 1))
 
     def begin(self, connection: Connection) -> None:
         """Make the first connection available to all calls. There is nothing to restore."""
@@ -358,7 +375,7 @@ class Supervisor:
                     connection = await self._opener.open(last, self._background.tasks)
                 except ConnectError as exc:
                     slot.fail_to_connect(exc)
-                    _log_failed_try(attempt, exc, warned)
+                    _log_failed_try("reconnect", attempt, exc, warned, logging.INFO)
                     continue
                 slot.open(connection)
                 self._retrying = None
@@ -386,16 +403,18 @@ def _interrupted(connection: Connection, broken: Exception) -> ConnectionLostErr
     return error
 
 
-def _log_failed_try(attempt: int, error: ConnectError, warned: set[str]) -> None:
+def _log_failed_try(
+    verb: str, attempt: int, error: ConnectError, warned: set[str], level: int
+) -> None:
     """
     Log a failed try: once as a warning for each distinct permanent cause, otherwise as info.
 
-    :param warned: the causes that were logged as warnings since the loss of the connection
+    :param warned: the permanent causes that were logged as warnings by earlier tries
+    :param level: the level without such a cause
     """
-    level = logging.INFO
     for server, cause in error.causes.items():
         text = f"{server}: {cause}"
         if is_permanent(cause) and text not in warned:
             warned.add(text)
             level = logging.WARNING
-    logger.log(level, "try %d to reconnect failed: %s", attempt, error)
+    logger.log(level, "try %d to %s failed: %s", attempt, verb, error)
