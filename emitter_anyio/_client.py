@@ -82,7 +82,7 @@ class ConnectionInfo:
     """
     The current connection of a client.
 
-    :ivar server: the server as a URL, without user name and password
+    :ivar server: the server as a URL, without user name, password and query
     :ivar since: the time at which the broker accepted the connection (UTC, by the local clock)
     :ivar id: the broker's id of the connection; ``None`` until a call of :meth:`Emitter.me` or
         :meth:`Emitter.request` has requested it on this connection
@@ -108,7 +108,7 @@ def connect(
     :param options: a URL, or a mapping of the options below as in the original SDK. The schemes are
         ``mqtt://`` (default port 8080), ``mqtts://`` (443), ``ws://`` (8080), ``wss://`` (443) and
         ``unix://``. A user name and password in the URL become ``username`` and ``password``. A
-        WebSocket URL can have a path
+        WebSocket URL can have a path and a query; the query is not in logs, errors and reprs
     :param keywords: options (see :class:`ConnectOptions` for their types):
 
         - ``host``: a name, an IP address, or the absolute path of a Unix socket; default
@@ -123,6 +123,8 @@ def connect(
         - ``password``: requires ``username``. Emitter ignores it; a proxy might not
         - ``client_id``: default ``""``
         - ``will``: a :class:`Will`, which the broker publishes when the connection ends
+        - ``headers``: a mapping of additional HTTP headers for the WebSocket handshake, such as
+          ``{"Authorization": "Bearer …"}``; only for ``ws://`` and ``wss://``
         - ``ssl_context``: a client's :class:`ssl.SSLContext`; by default the system's certificate
           authorities verify the broker
         - ``connect_timeout``: seconds, at least 0, or ``None`` for no limit; default 10. It covers
@@ -1177,8 +1179,8 @@ class Emitter:
 
         :param task_status: what ``await task_group.start(...)`` passes
         :raises TypeError: if ``task_status`` has no method ``started()``
-        :raises ConnectError: if no server could be reached; with ``retry_first_connect``, only if all
-            tries of ``reconnect`` have failed
+        :raises ConnectError: if no server could be reached; with ``retry_first_connect``, only if
+            all tries of ``reconnect`` have failed
         :raises ConnectRefusedError: if the last server that was tried refused CONNECT
         :raises ClosedError: if :meth:`disconnect` was called while the client was connecting
         :raises ConnectionLostError: if reconnecting was given up

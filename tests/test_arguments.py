@@ -447,6 +447,8 @@ INVALID_URLS: Final = {
     "mqtt://ann:se[cret@h": "quote it",
     "mqtt://ann:12/34@h": "quote it",
     "ws://ann:#secret@h": "quote it",
+    "ws://ann:?secret@h": "quote it",
+    "ws://ann:12?34@h": "quote it",
 }
 
 

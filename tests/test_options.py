@@ -89,6 +89,11 @@ class TestUrls:
             ("ws://h:80/", Server("ws", "h", 80, "/")),
             ("wss://h", Server("wss", "h", 443, "/")),
             ("WSS://H:1/mqtt", Server("wss", "h", 1, "/mqtt")),
+            (
+                "wss://h/mqtt?token=a%2Fb&c=é ?",
+                Server("wss", "h", 443, "/mqtt?token=a%2Fb&c=%C3%A9%20?"),
+            ),
+            ("ws://h?a=1", Server("ws", "h", 8080, "/?a=1")),
             ("ws://h/a%20b/é c;d/", Server("ws", "h", 8080, "/a%20b/%C3%A9%20c;d/")),
         ],
     )
@@ -145,8 +150,8 @@ class TestUrls:
             ("mqtt://h/chat/", "host and port"),
             ("mqtt://h?last=5", "host and port"),
             ("mqtt://h#x", "host and port"),
-            ("ws://h/?last=5", "path"),
-            ("wss://h/mqtt#x", "path"),
+            ("wss://h/mqtt#x", "%23"),
+            ("ws://h/?a@b", "%40"),
             ("ws:///mqtt", "host"),
             ("ws://h/\ud800", "surrogates"),
             ("mqtt://[::1", "host"),
@@ -171,7 +176,7 @@ class TestUrls:
             "mqtt://ann:password\u2100@h",
             "mqtt://ann:password@h:99999",
             "http://ann:password@h",
-            "ws://ann:password@h/mqtt?query",
+            "ws://ann:password@h/mqtt#fragment",
             "ws://ann:password@h/\ud800",
             "unix://ann:password@h/x",
         ],
@@ -231,6 +236,57 @@ class TestConnectable:
 
     def test_connectable_can_be_none(self) -> None:
         assert server_of(connectable=None) == server_of()
+
+
+class TestHeaders:
+    def test_are_kept_in_order(self) -> None:
+        given = {"Authorization": "Bearer a.b-c", "X-Empty": "", "x_1": 'a "b"; c'}
+        options = make("ws://h", headers=given)
+        assert options.headers == tuple(given.items())
+
+    def test_none_and_an_empty_mapping_are_accepted_without_websocket(self) -> None:
+        assert make(headers=None).headers == make(headers={}).headers == ()
+
+    @pytest.mark.parametrize("url", ["mqtt://h", "mqtts://h", "unix:///h"])
+    def test_require_websocket(self, url: str) -> None:
+        with pytest.raises(TypeError, match=r"headers requires WebSocket.*ws://"):
+            make(url, headers={"a": "b"})
+
+    @pytest.mark.parametrize(
+        ("headers", "error", "words"),
+        [
+            ([("a", "b")], TypeError, "mapping of str, not list"),
+            ("a: b", TypeError, "mapping of str, not str"),
+            ({5: "secret"}, TypeError, "name in headers must be a str, not int"),
+            ({b"a": "secret"}, TypeError, "name in headers must be a str, not bytes"),
+            ({"a": b"secret"}, TypeError, "value in headers must be a str, not bytes"),
+            ({"a": None}, TypeError, "value in headers must be a str, not NoneType"),
+            ({"": "secret"}, ValueError, "invalid name"),
+            ({"a b": "secret"}, ValueError, "invalid name"),
+            ({"a:": "secret"}, ValueError, "invalid name"),
+            ({"a\r\nb": "secret"}, ValueError, "invalid name"),
+            ({"é": "secret"}, ValueError, "invalid name"),
+            ({"a": "secret\r\nb: c"}, ValueError, "invalid value"),
+            ({"a": "secret\n"}, ValueError, "invalid value"),
+            ({"a": " secret"}, ValueError, "invalid value"),
+            ({"a": "secret "}, ValueError, "invalid value"),
+            ({"a": "secret\0"}, ValueError, "invalid value"),
+            ({"a": "sécret"}, ValueError, "invalid value"),
+            ({"Host": "secret"}, ValueError, "'Host', which the handshake"),
+            ({"upgrade": "secret"}, ValueError, "handshake"),
+            ({"CONNECTION": "secret"}, ValueError, "handshake"),
+            ({"Sec-WebSocket-Protocol": "secret"}, ValueError, "handshake"),
+            ({"Content-Length": "5"}, ValueError, "handshake"),
+            ({"Transfer-Encoding": "chunked"}, ValueError, "handshake"),
+            ({"a": "b", "A": "secret"}, ValueError, "'A' twice"),
+        ],
+    )
+    def test_invalid_headers_are_rejected_without_their_values(
+        self, headers: Any, error: type[Exception], words: str
+    ) -> None:
+        with pytest.raises(error, match=words) as caught:
+            make("ws://h", headers=headers)
+        assert "secret" not in str(caught.value)
 
 
 class TestReconnect:
@@ -432,8 +488,13 @@ class TestOptions:
         make("mqtt://h")
 
     def test_repr_shows_no_secret(self) -> None:
-        options = make("mqtt://ann:password@h", will=Will("private", "a/", "x"), client_id="hidden")
-        for secret in ("password", "private", "hidden"):
+        options = make(
+            "ws://ann:password@h/path?token=query",
+            will=Will("private", "a/", "x"),
+            client_id="hidden",
+            headers={"Authorization": "bearer"},
+        )
+        for secret in ("password", "private", "hidden", "bearer", "query"):
             assert secret not in repr(options)
             assert secret not in str(options.servers)
 

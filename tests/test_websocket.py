@@ -21,7 +21,7 @@ from wsproto.events import BytesMessage, CloseConnection, Event, Ping, Pong, Req
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import generate_accept_token
 
-from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError
+from emitter_anyio import ConnectError, ConnectionLostError, Emitter, RemoteProtocolError, connect
 from emitter_anyio._net.options import make_options
 from emitter_anyio._net.tls import explain
 from emitter_anyio._net.transport import (
@@ -555,6 +555,45 @@ async def test_ws_url_uses_websocket_over_a_connectable(anyio_backend: object) -
     assert isinstance(request, Request)
     assert (request.host, request.target) == ("broker.example:8080", "/mqtt")
     assert request.subprotocols == ["mqtt"]
+
+
+async def test_handshake_has_the_query_and_the_headers(
+    anyio_backend: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    requests: list[Event | None] = []
+
+    async def script(peer: Peer) -> None:
+        requests.append(stream_of(peer).request)
+        await peer.serve()
+
+    async with memory_peer(script, websocket=True) as connectable:
+        async with connect(
+            "ws://broker.example/mqtt?token=secret&a=b%20c",
+            connectable=connectable,
+            headers={"Authorization": "Bearer secret", "X-Two": "2"},
+        ) as emitter:
+            await emitter.flush()
+            assert emitter.connection is not None
+            assert emitter.connection.server == "ws://broker.example:8080/mqtt"
+            shown = f"{emitter!r} {emitter.connection!r} {caplog.text}"
+    [request] = requests
+    assert isinstance(request, Request)
+    assert request.target == "/mqtt?token=secret&a=b%20c"
+    headers = [(b"authorization", b"Bearer secret"), (b"x-two", b"2")]
+    assert [(name.lower(), value) for name, value in request.extra_headers][-2:] == headers
+    assert "/mqtt" in shown
+    assert "secret" not in shown
+
+
+async def test_query_and_headers_are_not_in_a_connect_error(anyio_backend: object) -> None:
+    with pytest.raises(ConnectError, match="/mqtt") as caught:
+        async with connect("ws://127.0.0.1:1/mqtt?token=secret", headers={"Cookie": "secret"}):
+            pytest.fail("it connected")  # pragma: no cover
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "secret" not in repr(error)
+        error = error.__cause__ or error.__context__
 
 
 @pytest.mark.parametrize(

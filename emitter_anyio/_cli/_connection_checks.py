@@ -107,7 +107,7 @@ async def check_connection(
             yield None
         else:
             if server.websocket:
-                report.add("websocket", "ok", f"handshake completed at {server.path}")
+                report.add("websocket", "ok", f"handshake completed at {server.shown_path}")
             report.add("connack", "ok", f"connection accepted in {_elapsed(start)}")
             yield emitter
 
@@ -238,7 +238,7 @@ def _report_failure(
     check = "connack"
     if server.websocket:
         if upgraded:
-            report.add("websocket", "ok", f"handshake completed at {server.path}")
+            report.add("websocket", "ok", f"handshake completed at {server.shown_path}")
         else:
             check = "websocket"
     cause = list(exc.causes.values())[-1]

@@ -7,7 +7,7 @@ import os
 import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from ipaddress import IPv6Address
@@ -41,6 +41,15 @@ _SAFE_IN_PATH: Final = "/%:@!$&'()*+,;=~"
 _INVALID_IN_HOST: Final = re.compile(r"[\x00-,/:-@\[-^`{-\x7f\s]")
 """Characters that host names cannot contain. International names may contain non-ASCII ones."""
 
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE: Final = re.compile(r"(?! )[ -~]*(?<! )")
+"""Printable ASCII without a space at either end."""
+
+_HANDSHAKE_HEADERS: Final = re.compile(
+    r"host|connection|upgrade|sec-websocket-.*|content-length|transfer-encoding", re.IGNORECASE
+)
+"""Headers that the client sends, or that would change how the server parses the request."""
+
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 _MISPLACED_AT: Final = re.compile(r"://.*[/?#\[\]].*@", re.DOTALL)
@@ -68,13 +77,14 @@ class Server:
         connectable opens the connection
     :ivar host: a host name, an IP address, or the path of a Unix socket
     :ivar port: the port; 0 for a Unix socket or connectable
-    :ivar path: the quoted path for WebSocket, else an empty string
+    :ivar path: the quoted path and query for WebSocket, else an empty string. The ``str`` and the
+        ``repr`` do not show the query, because it might contain a token
     """
 
     scheme: str
     host: str
     port: int
-    path: str = ""
+    path: str = field(default="", repr=False)
 
     @property
     def secure(self) -> bool:
@@ -86,13 +96,18 @@ class Server:
         """Whether the connection uses WebSocket."""
         return self.scheme in ("ws", "wss")
 
+    @property
+    def shown_path(self) -> str:
+        """The path for WebSocket, without the query."""
+        return self.path.partition("?")[0]
+
     def __str__(self) -> str:
         if self.scheme == "connectable":
             return "the connectable"
         if self.scheme == "unix":
             return f"unix://{self.host}"
         host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
-        path = "" if self.path == "/" else self.path
+        path = "" if self.shown_path == "/" else self.shown_path
         return f"{self.scheme}://{host}:{self.port}{path}"
 
 
@@ -117,6 +132,7 @@ class ConnectOptions(TypedDict, total=False):
     password: str | None
     client_id: str
     will: Will | None
+    headers: Mapping[str, str] | None
     ssl_context: ssl.SSLContext | None
     connect_timeout: float | None
     request_timeout: float | None
@@ -141,6 +157,7 @@ class Options:
     password: str | None = None
     client_id: str = ""
     will: Will | None = None
+    headers: tuple[tuple[str, str], ...] = ()
     ssl_context: ssl.SSLContext | None = None
     connect_timeout: float | None = 10
     request_timeout: float | None = 10
@@ -332,11 +349,15 @@ def _split_url(url: str) -> tuple[Server, dict[str, Any]]:
             "as in mqtt://127.0.0.1:8080"
         )
     websocket = parts.scheme in ("ws", "wss")
-    if (parts.path not in ("", "/") and not websocket) or parts.query or parts.fragment:
-        end = "its path" if websocket else "host and port"
+    if not websocket and (parts.path not in ("", "/") or parts.query or parts.fragment):
         raise ValueError(
-            f"invalid URL: it must end after {end}; pass channels and keys to the methods"
+            "invalid URL: it must end after host and port; pass channels and keys to the methods"
         )
+    if parts.fragment:
+        raise ValueError("invalid URL: it must end before '#'; quote a '#' as %23")
+    if "@" in parts.query:
+        # It is more often part of a password with an unquoted "?".
+        raise ValueError("invalid URL: its query contains '@'; quote it as %40")
     host = parts.hostname
     if not host:
         raise ValueError("invalid URL: it has no host")
@@ -353,6 +374,8 @@ def _split_url(url: str) -> tuple[Server, dict[str, Any]]:
         credentials["password"] = _unquote("password", parts.password)
     port = _check_port("port", PORTS[parts.scheme] if port is None else port)
     path = quote(parts.path or "/", safe=_SAFE_IN_PATH) if websocket else ""
+    if parts.query:
+        path += "?" + quote(parts.query, safe=_SAFE_IN_PATH + "?")
     return Server(parts.scheme, host, port, path), credentials
 
 
@@ -377,6 +400,8 @@ def _check_together(options: Options) -> None:
         raise TypeError("password requires username: MQTT 3.1.1 does not allow a password alone")
     if options.retry_first_connect and options.reconnect is None:
         raise TypeError("retry_first_connect requires reconnect, a Backoff for the delays")
+    if options.headers and not options.servers[0].websocket:
+        raise TypeError("headers requires WebSocket; use a ws:// or wss:// URL")
     if options.ssl_context is not None:
         if not options.servers[0].secure:
             raise TypeError("ssl_context requires TLS; use secure=True, mqtts:// or wss://")
@@ -467,6 +492,33 @@ _ADDRESS_CHECKS: Final[Mapping[str, _Check]] = {
 }
 
 
+def _check_headers(name: str, value: object) -> tuple[tuple[str, str], ...]:
+    # No message contains a header, because it might be a secret.
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping of str, not {type(value).__name__}")
+    headers: dict[str, tuple[str, str]] = {}
+    for header, content in value.items():
+        header = check_text(f"a name in {name}", header)
+        content = check_text(f"a value in {name}", content)
+        if not _HEADER_NAME.fullmatch(header):
+            raise ValueError(
+                f"{name} contains an invalid name; use letters, digits and !#$%&'*+-.^_`|~"
+            )
+        if not _HEADER_VALUE.fullmatch(content):
+            raise ValueError(
+                f"{name} contains an invalid value; use printable ASCII characters without a line "
+                "break, and without a space at the start or the end"
+            )
+        if _HANDSHAKE_HEADERS.fullmatch(header):
+            raise ValueError(f"{name} must not contain {header!r}, which the handshake determines")
+        if header.lower() in headers:
+            raise ValueError(f"{name} contains {header!r} twice, in different case")
+        headers[header.lower()] = header, content
+    return tuple(headers.values())
+
+
 def _check_reconnect(name: str, value: object) -> Backoff | None:
     if value is None or value is False:
         return None
@@ -490,6 +542,7 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "password": _check_password,
     "client_id": _check_string,
     "will": _check_is(Will, "a Will or None"),
+    "headers": _check_headers,
     "ssl_context": _check_is(ssl.SSLContext, "an ssl.SSLContext or None"),
     "connect_timeout": _check_timeout,
     "request_timeout": _check_timeout,

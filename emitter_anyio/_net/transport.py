@@ -343,7 +343,7 @@ async def open_transport(server: Server, options: Options, tasks: Tasks) -> Tran
     if not server.websocket:
         return transport
     try:
-        return await _upgrade(transport, server, options.max_message_size)
+        return await _upgrade(transport, server, options)
     except BaseException:
         await transport.aclose()
         raise
@@ -369,10 +369,10 @@ async def _open_below(server: Server, options: Options, tasks: Tasks) -> Transpo
     return SocketTransport(await _connect_tcp(server, tasks))
 
 
-async def _upgrade(below: Transport, server: Server, max_message_size: int) -> Transport:
+async def _upgrade(below: Transport, server: Server, options: Options) -> Transport:
     from .websocket import Upgrade, WebSocket
 
-    upgrade = Upgrade(host_header(server), server.path)
+    upgrade = Upgrade(host_header(server), server.path, options.headers)
     request = upgrade.request
     while request:
         request = request[await below.send(request) :]
@@ -380,7 +380,7 @@ async def _upgrade(below: Transport, server: Server, max_message_size: int) -> T
         while (received := upgrade.receive(await below.receive())) is None:
             if upgrade.refused:
                 patience.deadline = min(patience.deadline, anyio.current_time() + _CLOSE_SECONDS)
-        return WebSocketTransport(below, WebSocket(max_message_size), received)
+        return WebSocketTransport(below, WebSocket(options.max_message_size), received)
     raise upgrade.refusal()
 
 

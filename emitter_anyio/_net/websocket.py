@@ -53,15 +53,21 @@ class Upgrade:
     The WebSocket handshake.
 
     :param host: the host name or address, and the port unless it is the scheme's default
-    :param path: the path to request
+    :param path: the path and query to request
+    :param headers: the names and values of additional headers
     :raises OSError: if the host name is invalid
     :ivar request: the bytes to send
     :ivar refused: whether the server has refused, and only the body of its response is awaited
     """
 
-    def __init__(self, host: str, path: str) -> None:
-        # Offer only "mqtt": Emitter would prefer "mqttv3.1" if it were offered.
-        asked = Request(host=host, target=path, subprotocols=["mqtt"])
+    def __init__(self, host: str, path: str, headers: Iterable[tuple[str, str]] = ()) -> None:
+        asked = Request(
+            host=host,
+            target=path,
+            # Emitter would prefer "mqttv3.1" if it were offered.
+            subprotocols=["mqtt"],
+            extra_headers=[(name.encode(), value.encode()) for name, value in headers],
+        )
         self._handshake = H11Handshake(ConnectionType.CLIENT)
         try:
             self.request = bytes(self._handshake.send(asked))
