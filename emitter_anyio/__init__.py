@@ -38,6 +38,7 @@ from emitter_anyio._values.requests import Me as Me
 from emitter_anyio._values.requests import Member as Member
 from emitter_anyio._values.requests import PresenceEvent as PresenceEvent
 from emitter_anyio._values.requests import PresenceStatus as PresenceStatus
+from emitter_anyio._values.templates import Channel as Channel
 from emitter_anyio._values.will import Will as Will
 
 from ._client import ConnectionInfo as ConnectionInfo

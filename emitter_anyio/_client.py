@@ -54,6 +54,7 @@ from emitter_anyio._values.errors import make_picklable
 from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, StoredMessage
 from emitter_anyio._values.requests import Link, Me, PresenceEvent, PresenceStatus
 from emitter_anyio._values.router import Routes
+from emitter_anyio._values.templates import Channel
 
 from ._streams import Entering, EventStream, Overflow, Receiver
 
@@ -72,7 +73,7 @@ _USAGE: Final = "write 'async with connect(...) as emitter:'"
 
 
 class _Options(TypedDict, total=False):
-    channel: str | None
+    channel: str | Channel | None
     buffer: int
     overflow: Overflow
 
@@ -405,7 +406,7 @@ class Emitter:
     def subscribe(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None = None,
         *,
         since: datetime | float | None = None,
@@ -422,7 +423,7 @@ class Emitter:
     def subscribe(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None = None,
         *,
         since: datetime | float | None = None,
@@ -438,7 +439,7 @@ class Emitter:
     def subscribe(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None = None,
         *,
         since: datetime | float | None = None,
@@ -466,9 +467,9 @@ class Emitter:
         :param key: a key with the permission to read (``r``), or an ``async`` function that returns
             one (see :class:`Emitter`). A group needs a key that was made for
             ``$share/<group>/<channel>/``
-        :param channel: the channel, which includes all channels below it. A level can be ``+``,
-            which matches any one level. Only with ``matcher="mqtt"`` can the last level be ``#``,
-            because Emitter's default matcher delivers nothing to it
+        :param channel: the channel, which includes all channels below it, or a :class:`Channel`. A
+            level can be ``+``, which matches any one level. Only with ``matcher="mqtt"`` can the
+            last level be ``#``, because Emitter's default matcher delivers nothing to it
         :param last: the maximum number of stored messages to replay first, the newest ones, up to
             2,147,483,647 and 64 KiB, if the key has the permission to load (``l``). 0 replays none;
             ``None`` replays the newest one. If the subscription overlaps another subscription of
@@ -545,7 +546,12 @@ class Emitter:
         )
 
     async def unsubscribe(
-        self, key: Key, channel: str, *, group: str | None = None, timeout: Timeout = DEFAULT
+        self,
+        key: Key,
+        channel: str | Channel,
+        *,
+        group: str | None = None,
+        timeout: Timeout = DEFAULT,
     ) -> None:
         """
         End a subscription that an awaited :meth:`subscribe` made.
@@ -576,7 +582,7 @@ class Emitter:
     async def keygen(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         permissions: str = "rw",
         ttl: int = 0,
         *,
@@ -588,8 +594,8 @@ class Emitter:
         :param key: the broker's secret key. With a key that has the permission to extend (``e``),
             the broker makes a private channel below the given one, and a key for it
         :param channel: the target of the key: ``a/b/`` is exactly that channel, ``a/#/`` is ``a/``
-            and all channels below it. It can have at most 23 levels. A target that ends in ``+/``
-            permits nothing, except ``+/`` alone
+            and all channels below it. It can be a :class:`Channel`. It can have at most 23 levels.
+            A target that ends in ``+/`` permits nothing, except ``+/`` alone
         :param permissions: any of the letters ``r`` (read), ``w`` (write), ``s`` (store), ``l``
             (load), ``p`` (presence), ``e`` (extend) and ``x`` (execute)
         :param ttl: seconds until the key expires, up to 2,147,483,647; 0: it does not expire
@@ -732,7 +738,7 @@ class Emitter:
     async def presence(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         *,
         changes: bool | None = None,
         timeout: Timeout = DEFAULT,
@@ -746,7 +752,7 @@ class Emitter:
 
         :param key: a key with the permission for presence (``p``), or an ``async`` function that
             returns one (see :class:`Emitter`)
-        :param channel: the channel; a level can be ``+``
+        :param channel: the channel, or a :class:`Channel`; a level can be ``+``
         :param changes: ``True`` starts sending changes, at the channel and below it, to
             ``on("presence")``, also after a reconnection; ``False`` stops that; ``None`` changes
             nothing
@@ -780,7 +786,7 @@ class Emitter:
     def watch_presence(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         *,
         buffer: int = 1024,
         overflow: Overflow = "raise",
@@ -796,7 +802,8 @@ class Emitter:
 
         :param key: a key with the permission for presence (``p``), or an ``async`` function that
             returns one (see :class:`Emitter`)
-        :param channel: the channel, whose changes include those below it; a level can be ``+``
+        :param channel: the channel, whose changes include those below it, or a :class:`Channel`; a
+            level can be ``+``
         :param buffer: the maximum number of events that wait in the stream, at least 1. The limit
             is also 8 MiB
         :param overflow: what happens when the buffer is full, as for :meth:`subscribe`
@@ -832,7 +839,7 @@ class Emitter:
     def history(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None = None,
         *,
         since: datetime | float | None = None,
@@ -848,7 +855,7 @@ class Emitter:
 
         :param key: a key with the permission to load (``l``), or an ``async`` function that returns
             one (see :class:`Emitter`)
-        :param channel: the channel; any level except the first can be ``+``
+        :param channel: the channel, or a :class:`Channel`; any level except the first can be ``+``
         :param last: the maximum number of messages, the newest ones, up to 2,147,483,647; ``None``:
             100
         :param since: read only messages stored at or after this time: an aware ``datetime`` or unix
@@ -1035,7 +1042,7 @@ class Emitter:
         event: str,
         handler: Callable[..., object] | None = None,
         *,
-        channel: str | None = None,
+        channel: str | Channel | None = None,
         buffer: int = 1024,
         overflow: Overflow = "raise",
     ) -> Callable[..., object]:
@@ -1052,8 +1059,9 @@ class Emitter:
         :param event: ``"connect"``, ``"disconnect"``, ``"message"``, ``"presence"``, ``"keygen"``,
             ``"keyban"``, ``"link"``, ``"me"`` or ``"error"``
         :param handler: a function or coroutine function
-        :param channel: for ``message`` and ``presence``, a channel, as for :meth:`subscribe`, to
-            which the values are restricted. It does not subscribe to the channel
+        :param channel: for ``message`` and ``presence``, a channel or :class:`Channel`, as for
+            :meth:`subscribe`, to which the values are restricted. It does not subscribe to the
+            channel
         :param buffer: the maximum number of values that wait for the handler, at least 1. The limit
             is also 8 MiB
         :param overflow: what happens when the buffer is full, as for :meth:`subscribe`; a
@@ -1117,7 +1125,7 @@ class Emitter:
         self,
         event: str,
         *,
-        channel: str | None = None,
+        channel: str | Channel | None = None,
         buffer: int = 1024,
         overflow: Overflow = "raise",
     ) -> Entering[EventStream[object]]:
@@ -1128,8 +1136,9 @@ class Emitter:
         ``None``.
 
         :param event: as for :meth:`on`
-        :param channel: for ``message`` and ``presence``, a channel, as for :meth:`subscribe`, to
-            which the values are restricted. It does not subscribe to the channel
+        :param channel: for ``message`` and ``presence``, a channel or :class:`Channel`, as for
+            :meth:`subscribe`, to which the values are restricted. It does not subscribe to the
+            channel
         :param buffer: the maximum number of values that wait in the stream, at least 1. The limit
             is also 8 MiB
         :param overflow: what happens when the buffer is full, as for :meth:`subscribe`

@@ -22,7 +22,7 @@ LIBRARY = ROOT / "emitter_anyio"
 
 CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
-    *["Backoff", "ConnectOptions", "Gap"],
+    *["Backoff", "Channel", "ConnectOptions", "Gap"],
     *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
     *[
         "Member",

@@ -19,6 +19,7 @@ import emitter_anyio
 from emitter_anyio import (
     Backoff,
     BadRequestError,
+    Channel,
     ChannelKey,
     ClosedError,
     ConnectError,
@@ -101,6 +102,7 @@ def refusal(kind: type[RequestError]) -> RequestError:
 
 VALUES: Final[dict[type, Make]] = {
     Backoff: lambda: Backoff(initial=1, maximum=2, tries=3),
+    Channel: lambda: Channel("a/{b}/", matcher="mqtt"),
     ChannelKey: lambda: ChannelKey("k" * 32, "a/"),
     ConnectionInfo: lambda: ConnectionInfo("mqtt://h:1", NOW, "id", ConnectError("no")),
     EmitterMessage: lambda: EmitterMessage("a/", b"x"),

@@ -18,7 +18,6 @@ from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
     KeySource,
-    check_channel,
     check_key_source,
     levels,
     unix_seconds,
@@ -26,6 +25,7 @@ from emitter_anyio._values.channels import (
 from emitter_anyio._values.checks import check_choice, check_int
 from emitter_anyio._values.errors import HistoryIncompleteError, InvalidChannelError, RequestError
 from emitter_anyio._values.messages import StoredMessage
+from emitter_anyio._values.templates import Channel, check_pattern
 
 from .stored import BrokerFacts, NodeProbe, PageRequest, Reading, Reply, Unreadable
 
@@ -127,7 +127,7 @@ class History:
     def read(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None,
         since: datetime | float | None,
         until: datetime | float | None,
@@ -136,7 +136,7 @@ class History:
     ) -> HistoryIterator:
         """Check every argument, and return an iterator of stored messages."""
         key = check_key_source(key)
-        channel = check_channel(channel, wildcards=True)
+        channel = check_pattern(channel)
         check_stored(channel)
         count = _DEFAULT_LAST if last is None else check_int("last", last, 0)
         newest = check_choice("order", order, ("oldest", "newest")) == "newest"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from emitter_anyio._runtime.requester import Requester, Timeout, check_timeout
 from emitter_anyio._values import requests
-from emitter_anyio._values.channels import ChannelKey, Key, check_key_source, check_target
+from emitter_anyio._values.channels import ChannelKey, Key, check_key_source
 from emitter_anyio._values.checks import check_flag, check_int, check_text
+from emitter_anyio._values.templates import Channel, check_target_pattern
 
 _PERMISSIONS = frozenset("rwslpex")
 
@@ -21,11 +22,11 @@ class Keys:
         self._requester = requester
 
     async def keygen(
-        self, key: Key, channel: str, permissions: str, ttl: int, timeout: Timeout
+        self, key: Key, channel: str | Channel, permissions: str, ttl: int, timeout: Timeout
     ) -> ChannelKey:
         """Make a key."""
         key = check_key_source(key)
-        channel = check_target(channel)
+        target = check_target_pattern(channel)
         ttl = check_int("ttl", ttl, 0)
         timeout = check_timeout(timeout)
         permissions = check_text("permissions", permissions, " such as 'rw'")
@@ -36,7 +37,7 @@ class Keys:
             )
 
         async def ask(text: str) -> ChannelKey:
-            request = requests.keygen(text, channel, permissions, ttl)
+            request = requests.keygen(text, target, permissions, ttl)
             return await self._requester.request(request, timeout)
 
         return await self._requester.with_key(key, ask)

@@ -26,7 +26,6 @@ from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
     KeySource,
-    check_channel,
     check_key_source,
 )
 from emitter_anyio._values.checks import check_flag, check_seconds
@@ -38,6 +37,7 @@ from emitter_anyio._values.errors import (
 )
 from emitter_anyio._values.requests import PresenceEvent, PresenceStatus
 from emitter_anyio._values.router import Routes, check_delivered
+from emitter_anyio._values.templates import Channel, check_pattern
 
 from .feed import PresenceFeed, Watch
 
@@ -85,7 +85,7 @@ class Presence:
         self._for_handlers.clear()
 
     async def presence(
-        self, key: Key, channel: str, changes: bool | None, timeout: Timeout
+        self, key: Key, channel: str | Channel, changes: bool | None, timeout: Timeout
     ) -> PresenceStatus:
         """Request a status, and turn the changes for handlers on or off."""
         key, channel = self._check(key, channel)
@@ -114,7 +114,7 @@ class Presence:
     def watch(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         buffer: int,
         overflow: Overflow,
         refresh: float | None,
@@ -195,8 +195,8 @@ class Presence:
         del self._for_handlers[channel]
         return self._leave(channel, None)
 
-    def _check(self, key: Key, channel: str) -> tuple[KeySource, str]:
-        source, channel = check_key_source(key), check_channel(channel, wildcards=True)
+    def _check(self, key: Key, channel: str | Channel) -> tuple[KeySource, str]:
+        source, channel = check_key_source(key), check_pattern(channel)
         text = source if isinstance(source, str) else PLACEHOLDER_KEY
         longest = requests.presence(text, channel, status=False, changes=False)
         self._requester.check_size(longest.topic.encode(), longest.body, 1)

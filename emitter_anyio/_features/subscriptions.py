@@ -33,7 +33,6 @@ from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
     Key,
     KeySource,
-    check_channel,
     check_group,
     check_key_source,
     format_topic,
@@ -50,6 +49,7 @@ from emitter_anyio._values.errors import (
 )
 from emitter_anyio._values.messages import EmitterMessage, Gap
 from emitter_anyio._values.router import Routes, check_delivered
+from emitter_anyio._values.templates import Channel, check_pattern
 
 from .history import check_stored
 from .resumption import Resumption, Subscription, make_replayed
@@ -148,7 +148,7 @@ class Subscriptions:
     def subscribe(
         self,
         key: Key,
-        channel: str,
+        channel: str | Channel,
         last: int | None = None,
         *,
         since: datetime | float | None = None,
@@ -168,7 +168,7 @@ class Subscriptions:
             unix_seconds("until", until),
         )
         source, filter = self._check_filter(key, channel, group, replay)
-        check_delivered(check_channel(channel, wildcards=True), self._wants.matcher)
+        check_delivered(check_pattern(channel), self._wants.matcher)
         check_buffer(buffer, overflow)
         timeout = check_timeout(timeout)
         mark_gaps = check_flag("mark_gaps", mark_gaps)
@@ -204,7 +204,7 @@ class Subscriptions:
         )
 
     async def unsubscribe(
-        self, key: Key, channel: str, group: str | None, timeout: Timeout
+        self, key: Key, channel: str | Channel, group: str | None, timeout: Timeout
     ) -> None:
         """End an awaited subscription."""
         requester = self._requester
@@ -281,10 +281,10 @@ class Subscriptions:
             self._routes.discard("message", receiver)
 
     def _check_filter(
-        self, key: Key, channel: str, group: str | None, replay: Replay
+        self, key: Key, channel: str | Channel, group: str | None, replay: Replay
     ) -> tuple[KeySource, str]:
         source = check_key_source(key)
-        checked = check_channel(channel, wildcards=True)
+        checked = check_pattern(channel)
         filter = share(None if group is None else check_group(group), checked)
         text = source if isinstance(source, str) else PLACEHOLDER_KEY
         topic = format_topic(text, filter, replay.options)

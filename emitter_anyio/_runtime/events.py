@@ -12,12 +12,12 @@ import anyio
 
 from emitter_anyio._backend.tasks import is_cancelled
 from emitter_anyio._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
-from emitter_anyio._values.channels import check_channel
 from emitter_anyio._values.checks import check_function, check_text
 from emitter_anyio._values.errors import HandlerError
 from emitter_anyio._values.messages import EmitterMessage
 from emitter_anyio._values.requests import PresenceEvent
 from emitter_anyio._values.router import Routes, check_delivered
+from emitter_anyio._values.templates import Channel, check_pattern
 
 from .background import Background
 from .guard import Guard
@@ -123,7 +123,7 @@ class Events:
         self,
         event: str,
         handler: Callable[..., object] | None,
-        channel: str | None,
+        channel: str | Channel | None,
         buffer: int,
         overflow: Overflow,
     ) -> Callable[..., object]:
@@ -154,7 +154,7 @@ class Events:
         raise ValueError(f"cannot unregister the handler: it is not registered for {event!r}")
 
     def stream(
-        self, event: str, channel: str | None, buffer: int, overflow: Overflow
+        self, event: str, channel: str | Channel | None, buffer: int, overflow: Overflow
     ) -> Entering[EventStream[Any]]:
         """Return a context manager that opens a stream of an event."""
         event, channel = self._check(event, channel, buffer, overflow)
@@ -334,7 +334,7 @@ class Events:
         return send
 
     def _check(
-        self, event: str, channel: str | None, buffer: int, overflow: Overflow
+        self, event: str, channel: str | Channel | None, buffer: int, overflow: Overflow
     ) -> tuple[str, str | None]:
         event = _check_event(event)
         check_buffer(buffer, overflow)
@@ -344,9 +344,9 @@ class Events:
             raise ValueError(
                 f"cannot use channel with {event!r}: only 'message' and 'presence' have channels"
             )
-        channel = check_channel(channel, wildcards=True)
-        check_delivered(channel, self._routes.matcher)
-        return event, channel
+        pattern = check_pattern(channel)
+        check_delivered(pattern, self._routes.matcher)
+        return event, pattern
 
     def _unlisten(self, event: str, send: Sender[Any]) -> None:
         self._listeners.discard(send)

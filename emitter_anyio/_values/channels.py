@@ -68,6 +68,11 @@ def levels(channel: str) -> list[str]:
     return channel[:-1].split("/")
 
 
+def is_level(text: str) -> bool:
+    """Return whether a text is one level that the broker accepts, and no wildcard."""
+    return _LEVEL.match(text) is not None
+
+
 def check_channel(channel: str, *, wildcards: bool = False) -> str:
     """
     Check a channel and add a trailing slash if it is missing.
@@ -77,7 +82,7 @@ def check_channel(channel: str, *, wildcards: bool = False) -> str:
     :return: the channel with a trailing slash
     :raises InvalidChannelError: if the broker would not accept it
     """
-    text = check_text("channel", channel, " such as 'chat/'")
+    text = check_text("channel", channel, " such as 'chat/' (or from Channel.format())")
     return _check_channel("channel", text, wildcards)
 
 
