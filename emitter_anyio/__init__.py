@@ -13,6 +13,7 @@ from emitter_anyio._values.errors import ClosedError as ClosedError
 from emitter_anyio._values.errors import ConnectError as ConnectError
 from emitter_anyio._values.errors import ConnectionLostError as ConnectionLostError
 from emitter_anyio._values.errors import ConnectRefusedError as ConnectRefusedError
+from emitter_anyio._values.errors import DecodeError as DecodeError
 from emitter_anyio._values.errors import EmitterError as EmitterError
 from emitter_anyio._values.errors import ForbiddenError as ForbiddenError
 from emitter_anyio._values.errors import HandlerError as HandlerError
@@ -30,6 +31,7 @@ from emitter_anyio._values.errors import SlowConsumerError as SlowConsumerError
 from emitter_anyio._values.errors import SubscriptionConflictError as SubscriptionConflictError
 from emitter_anyio._values.errors import UnauthorizedError as UnauthorizedError
 from emitter_anyio._values.errors import WrongLoopError as WrongLoopError
+from emitter_anyio._values.messages import DecodedMessage as DecodedMessage
 from emitter_anyio._values.messages import EmitterMessage as EmitterMessage
 from emitter_anyio._values.messages import Gap as Gap
 from emitter_anyio._values.messages import StoredMessage as StoredMessage

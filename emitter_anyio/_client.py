@@ -51,12 +51,20 @@ from emitter_anyio._values import requests
 from emitter_anyio._values.channels import ChannelKey, Key
 from emitter_anyio._values.checks import check_task_status
 from emitter_anyio._values.errors import make_picklable
-from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, StoredMessage
+from emitter_anyio._values.messages import (
+    DecodedMessage,
+    EmitterMessage,
+    Gap,
+    Payload,
+    StoredMessage,
+)
 from emitter_anyio._values.requests import Link, Me, PresenceEvent, PresenceStatus
 from emitter_anyio._values.router import Routes
 from emitter_anyio._values.templates import Channel
 
 from ._streams import Entering, EventStream, Overflow, Receiver
+
+T = TypeVar("T")
 
 _ConnectionEvent: TypeAlias = Literal["connect", "disconnect"]
 _OnConnection = TypeVar("_OnConnection", bound=Callable[[], object])
@@ -147,6 +155,8 @@ def connect(
           default 65,536, the broker's own limit
         - ``allow_collisions``: ``True`` for a broker that keeps channels with equal hashes apart;
           default ``False``
+        - ``json_encoder``: a function that is called with each object that JSON cannot represent,
+          and returns one that it can, as ``default`` of :func:`json.dumps`
         - ``connectable``: an :class:`anyio.abc.ByteStreamConnectable` to connect with instead of
           TCP. The client adds TLS and WebSocket as the URL's scheme or ``secure=True`` requires,
           and nothing otherwise
@@ -417,6 +427,7 @@ class Emitter:
         resume: bool = False,
         resume_limit: int = 1000,
         mark_gaps: Literal[False] = False,
+        decode: None = None,
         timeout: Timeout = DEFAULT,
     ) -> Subscribing[EmitterMessage]: ...
     @overload
@@ -434,8 +445,45 @@ class Emitter:
         resume: bool = False,
         resume_limit: int = 1000,
         mark_gaps: Literal[True],
+        decode: None = None,
         timeout: Timeout = DEFAULT,
     ) -> Subscribing[EmitterMessage | Gap]: ...
+    @overload
+    def subscribe(
+        self,
+        key: Key,
+        channel: str | Channel,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: Literal[False] = False,
+        decode: Callable[[bytes], T],
+        timeout: Timeout = DEFAULT,
+    ) -> Subscribing[DecodedMessage[T]]: ...
+    @overload
+    def subscribe(
+        self,
+        key: Key,
+        channel: str | Channel,
+        last: int | None = None,
+        *,
+        since: datetime | float | None = None,
+        until: datetime | float | None = None,
+        group: str | None = None,
+        buffer: int = 1024,
+        overflow: Overflow = "raise",
+        resume: bool = False,
+        resume_limit: int = 1000,
+        mark_gaps: Literal[True],
+        decode: Callable[[bytes], T],
+        timeout: Timeout = DEFAULT,
+    ) -> Subscribing[DecodedMessage[T] | Gap]: ...
     def subscribe(
         self,
         key: Key,
@@ -450,8 +498,14 @@ class Emitter:
         resume: bool = False,
         resume_limit: int = 1000,
         mark_gaps: bool = False,
+        decode: Callable[[bytes], T] | None = None,
         timeout: Timeout = DEFAULT,
-    ) -> Subscribing[EmitterMessage] | Subscribing[EmitterMessage | Gap]:
+    ) -> (
+        Subscribing[EmitterMessage]
+        | Subscribing[EmitterMessage | Gap]
+        | Subscribing[DecodedMessage[T]]
+        | Subscribing[DecodedMessage[T] | Gap]
+    ):
         """
         Subscribe to a channel and to all channels below it.
 
@@ -503,6 +557,11 @@ class Emitter:
             also 8 MiB. If more were stored, that is logged, and ``Gap.complete`` is ``False``
         :param mark_gaps: put a :class:`Gap` into the stream for each lost connection; not when
             awaited
+        :param decode: a function that takes a payload and returns its value, such as
+            ``msgspec.json.Decoder(Reading).decode``. The stream then contains
+            :class:`DecodedMessage` objects. If the function raises an exception, the message is
+            counted and skipped, and a :class:`DecodeError` is emitted as ``error``, or logged if
+            nothing handles that event; not when awaited
         :param timeout: seconds to wait for each of the broker's replies, instead of
             ``request_timeout``; ``None`` waits without limit
         :return: an object to be awaited or entered, once
@@ -542,6 +601,7 @@ class Emitter:
             resume=resume,
             resume_limit=resume_limit,
             mark_gaps=mark_gaps,
+            decode=decode,
             timeout=timeout,
         )
 

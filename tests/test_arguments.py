@@ -73,6 +73,10 @@ async def async_generator(*_: object) -> AsyncIterator[str]:
     yield KEY  # pragma: no cover - never runs
 
 
+async def coroutine(*_: object) -> str:
+    return KEY  # pragma: no cover - never runs
+
+
 class CallableGenerator:
     def __call__(self, *_: object) -> Iterator[str]:
         yield KEY  # pragma: no cover - never runs
@@ -117,6 +121,7 @@ INVALID: Final[dict[str, tuple[object, ...]]] = {
     "until": TIMES,
     "order": (None, 5, "random"),
     "group": (5, b"g", "", "g/h", "+"),
+    "decode": (5, "json", generator, async_generator, coroutine, partial(coroutine)),
     "buffer": (None, 0, -1, 1.5, "5", True),
     "overflow": (None, 5, "explode"),
     "refresh": (0, *SECONDS),

@@ -29,6 +29,7 @@ from emitter_anyio._values.errors import (
     SubscriptionConflictError,
     UnauthorizedError,
     WrongLoopError,
+    make_decode_error,
     make_request_error,
 )
 from emitter_anyio._values.messages import EmitterMessage
@@ -181,3 +182,13 @@ class TestErrorAttributes:
 def test_text_of_peer_is_shortened_to_one_printable_line() -> None:
     assert make_printable("bad\n request \x1b[2J") == "bad request ?[2J"
     assert make_printable("x" * 70000) == "x" * 200 + "…"
+
+
+def test_a_decode_error_shows_the_reason_unless_it_might_contain_a_key() -> None:
+    error = make_decode_error("subscribe('a/')", EmitterMessage("a/", b"x\x1b"), ValueError("n\no"))
+    assert str(error) == (
+        "subscribe('a/'): cannot decode the message of 2 bytes from 'a/': ValueError: n o"
+    )
+    assert isinstance(error.__cause__, ValueError)
+    error = make_decode_error("x", EmitterMessage("emitter/keygen/", b"key"), ValueError("key"))
+    assert str(error).endswith("'emitter/keygen/': ValueError")

@@ -23,7 +23,7 @@ LIBRARY = ROOT / "emitter_anyio"
 CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
 VALUES = [
     *["Backoff", "Channel", "ConnectOptions", "Gap"],
-    *["Will", "EmitterMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
+    *["Will", "EmitterMessage", "DecodedMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
     *[
         "Member",
         "PresenceStatus",
@@ -42,7 +42,13 @@ ERRORS = [
         "SlowConsumerError",
         "HandlerError",
     ],
-    *["SubscriptionConflictError", "ReplyError", "InvalidChannelError", "MessageTooLargeError"],
+    *[
+        "SubscriptionConflictError",
+        "DecodeError",
+        "ReplyError",
+        "InvalidChannelError",
+        "MessageTooLargeError",
+    ],
     *["RequestError", "BadRequestError", "UnauthorizedError", "PaymentRequiredError"],
     *["ForbiddenError", "NotFoundError", "ServerError", "HistoryIncompleteError"],
 ]

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from emitter_anyio._backend import Owner
 from emitter_anyio._streams import (
     MAX_BYTES,
+    SKIPPED,
     Entering,
     EventStream,
     Overflow,
@@ -30,7 +31,7 @@ from emitter_anyio._streams import (
     check_buffer,
     weight_of,
 )
-from emitter_anyio._values.errors import ConnectionLostError, DecodeError, SlowConsumerError
+from emitter_anyio._values.errors import ConnectionLostError, SlowConsumerError
 from emitter_anyio._values.messages import ITEM_OVERHEAD_BYTES, EmitterMessage, Gap
 from emitter_anyio._values.requests import Member, PresenceEvent
 
@@ -1007,18 +1008,36 @@ class TestDecode:
         with stream.clone() as clone:
             assert await clone.receive() == "5"
 
-    async def test_decode_error_is_raised_in_place_of_the_message(self, make: MakeStream) -> None:
-        bad = EmitterMessage("a/", b"bad")
-        send, stream = filled(
-            make(decode=EmitterMessage.as_object), EmitterMessage("a/", b"1"), bad
-        )
-        fill(send, EmitterMessage("a/", b"2"))
-        assert await stream.receive() == 1
-        with pytest.raises(DecodeError, match="ValueError") as caught:
+    async def test_what_decode_raises_is_raised_in_the_place_of_the_item(
+        self, make: MakeStream
+    ) -> None:
+        _, stream = filled(make(decode=lambda item: 6 // item), 1, 0, 2)
+        assert await stream.receive() == 6
+        with pytest.raises(ZeroDivisionError):
             await stream.receive()
-        assert caught.value.message is bad
-        assert isinstance(caught.value.__cause__, ValueError)
-        assert await stream.receive() == 2
+        assert await stream.receive() == 3
+
+    async def test_a_skipped_item_is_not_received(self, make: MakeStream) -> None:
+        send, stream = make(buffer=9, decode=lambda item: item if item % 2 else SKIPPED)
+        fill(send, 0, 1, 2, 3, 4, 5, 6)
+        assert await stream.receive() == 1
+        assert stream.receive_nowait() == 3
+        assert await anext(stream) == 5
+        with pytest.raises(anyio.WouldBlock):
+            stream.receive_nowait()
+        async with anyio.create_task_group() as tasks:
+            for receive in (stream.receive, stream.__anext__):
+                tasks.start_soon(receive)
+                await anyio.wait_all_tasks_blocked()
+                fill(send, 8)
+                await anyio.wait_all_tasks_blocked()
+                assert stream.statistics().tasks_waiting_receive == 1
+                fill(send, 9)
+                await anyio.wait_all_tasks_blocked()
+        fill(send, 10)
+        send.end()
+        with pytest.raises(anyio.EndOfStream):
+            stream.receive_nowait()
 
 
 class TestStatistics:
@@ -1032,9 +1051,10 @@ class TestStatistics:
         send, stream = filled(make(buffer=2), 1, 2, 3)
         stream.receive_nowait()
         send.note_gap()
+        send.note_undecoded()
         with stream.clone() as clone:
             since = stream.statistics().waiting_since
-            expected = StreamStatistics(1, 2, 1, 2, 0, 0, 128, 1, 1, 1, 2, since)
+            expected = StreamStatistics(1, 2, 1, 2, 0, 0, 128, 1, 1, 1, 2, since, 1)
             assert stream.statistics() == clone.statistics() == expected
             send.end()
             assert clone.statistics() == replace(expected, open_send_streams=0)

@@ -43,7 +43,7 @@ from emitter_anyio._values.errors import (
     RequestTimeoutError,
     SlowConsumerError,
 )
-from emitter_anyio._values.messages import EmitterMessage, Gap, Payload, encode_payload
+from emitter_anyio._values.messages import EmitterMessage, Gap, Payload
 from emitter_anyio._values.router import check_delivered
 from emitter_anyio._values.text import make_printable
 
@@ -176,7 +176,7 @@ class Calls:
         """Send a request, and return the first reply."""
         key = check_key_source(key)
         channel = check_channel(channel)
-        payload = encode_payload(message)
+        payload = self._requester.encode(message)
         # The real topic is longer and is checked later. This check rejects a request that is too
         # large in any case, before the client subscribes to replies.
         topic = format_topic(key if isinstance(key, str) else PLACEHOLDER_KEY, channel)
@@ -363,7 +363,7 @@ class Calls:
         reply: Any = handler(message)
         if isinstance(reply, Awaitable):
             reply = await reply
-        payload = encode_payload(reply)
+        payload = self._requester.encode(reply)
         self._requester.check_size(self._topic(key, f"{message.channel}{_REPLY}/"), payload, 0)
         return payload
 

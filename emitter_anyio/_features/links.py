@@ -15,7 +15,7 @@ from emitter_anyio._values import requests
 from emitter_anyio._values.channels import Key, KeySource, check_channel, check_key_source
 from emitter_anyio._values.checks import check_flag, check_text
 from emitter_anyio._values.errors import MessageTooLargeError
-from emitter_anyio._values.messages import Payload, encode_payload
+from emitter_anyio._values.messages import Payload
 from emitter_anyio._values.requests import Link
 
 from .publisher import Publisher, TopicOptions, check_qos, topic_options
@@ -95,7 +95,7 @@ class Links:
     ) -> None:
         """Publish through an Emitter link."""
         name = _check_name(name)
-        payload = encode_payload(message)
+        payload = self._requester.encode(message)
         qos, retain, timeout = check_qos(qos), check_flag("retain", retain), check_timeout(timeout)
         made = self._links.get(name)
         channel = None if made is None else made.channel

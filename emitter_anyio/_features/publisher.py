@@ -51,6 +51,7 @@ class Publisher:
         self._slot = slot
         self._trace = trace
         self._requester = requester
+        self._json_encoder = options.json_encoder
         self._max_topic_and_payload_bytes = options.max_message_size - _HEADER_BYTES
         self._topics: dict[tuple[object, ...], bytes] = {}
 
@@ -87,13 +88,13 @@ class Publisher:
             key, channel = check_key_source(key), check_channel(channel)
             timeout = check_timeout(timeout)
             if not isinstance(key, str):
-                payload = encode_payload(message)
+                payload = encode_payload(message, self._json_encoder)
                 return self._put_with_key(key, channel, payload, ttl, qos, retain, echo, timeout)
         # Not with []: a KeyError as context would show the key in the tracebacks of later errors.
         topic = self._topics.get((key, channel, ttl, echo))
         if topic is None:
             topic = self._make_topic(key, channel, ttl, echo)
-        payload = message if type(message) is bytes else encode_payload(message)
+        payload = message if type(message) is bytes else encode_payload(message, self._json_encoder)
         slot = self._slot
         connection = slot.connection
         if (

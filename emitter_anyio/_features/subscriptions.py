@@ -27,7 +27,15 @@ from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_
 from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._runtime.supervisor import Restoration, Restoring
 from emitter_anyio._runtime.totals import Totals
-from emitter_anyio._streams import Entering, EventStream, Overflow, Receiver, Sender, check_buffer
+from emitter_anyio._streams import (
+    SKIPPED,
+    Entering,
+    EventStream,
+    Overflow,
+    Receiver,
+    Sender,
+    check_buffer,
+)
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
@@ -41,13 +49,19 @@ from emitter_anyio._values.channels import (
     unix_seconds,
     unshare,
 )
-from emitter_anyio._values.checks import check_flag, check_int, check_optional_int
+from emitter_anyio._values.checks import (
+    check_flag,
+    check_int,
+    check_optional_int,
+    check_sync_function,
+)
 from emitter_anyio._values.errors import (
     RequestError,
     SubscriptionConflictError,
     UnauthorizedError,
+    make_decode_error,
 )
-from emitter_anyio._values.messages import EmitterMessage, Gap
+from emitter_anyio._values.messages import DecodedMessage, EmitterMessage, Gap
 from emitter_anyio._values.router import Routes, check_delivered
 from emitter_anyio._values.templates import Channel, check_pattern
 
@@ -159,6 +173,7 @@ class Subscriptions:
         resume: bool = False,
         resume_limit: int = 1000,
         mark_gaps: bool = False,
+        decode: Callable[[bytes], object] | None = None,
         timeout: Timeout = DEFAULT,
     ) -> Subscribing[Any]:
         """Check every argument, and return an object to be awaited or entered."""
@@ -173,6 +188,8 @@ class Subscriptions:
         timeout = check_timeout(timeout)
         mark_gaps = check_flag("mark_gaps", mark_gaps)
         limit = check_int("resume_limit", resume_limit, 0)
+        if decode is not None:
+            check_sync_function("decode", decode)
         if check_flag("resume", resume):
             check_stored(unshare(filter)[1])
         if unshare(filter)[0] is not None:
@@ -199,8 +216,8 @@ class Subscriptions:
 
         return Subscribing(
             self._slot.owner,
-            partial(self._subscribe_handlers, make, source, filter, replay, timeout),
-            partial(self._stream, make, filter, replay, buffer, overflow, timeout),
+            partial(self._subscribe_handlers, make, source, filter, replay, decode, timeout),
+            partial(self._stream, make, filter, replay, buffer, overflow, decode, timeout),
         )
 
     async def unsubscribe(
@@ -322,8 +339,19 @@ class Subscriptions:
             return
 
     async def _subscribe_handlers(
-        self, make: _Make, source: KeySource, filter: str, replay: Replay, timeout: Timeout
+        self,
+        make: _Make,
+        source: KeySource,
+        filter: str,
+        replay: Replay,
+        decode: Callable[[bytes], object] | None,
+        timeout: Timeout,
     ) -> None:
+        if decode is not None:
+            raise ValueError(
+                "cannot use decode with an awaited subscribe(): handlers get an EmitterMessage; "
+                "use message.as_type(decode) in the handler"
+            )
         if (source, filter) in self._awaited:
             await self._requester.connected()
             await checkpoint()
@@ -355,6 +383,7 @@ class Subscriptions:
         replay: Replay,
         buffer: int,
         overflow: Overflow,
+        decode: Callable[[bytes], object] | None,
         timeout: Timeout,
     ) -> AsyncGenerator[EventStream[EmitterMessage | Gap]]:
         def leave(send: Sender[EmitterMessage | Gap]) -> None:
@@ -366,12 +395,28 @@ class Subscriptions:
         )
         subscription = make(send)
         add = partial(self.add, subscription, replay, timeout)
+        decode_item = None if decode is None else partial(self._decode, send, decode)
         try:
-            with EventStream[EmitterMessage | Gap](send) as stream:
+            with EventStream[EmitterMessage | Gap](send, decode_item) as stream:
                 await self._requester.with_key(subscription.source, add)
                 yield stream
         finally:
             send.leave()
+
+    def _decode(
+        self,
+        send: Sender[EmitterMessage | Gap],
+        decode: Callable[[bytes], object],
+        item: EmitterMessage | Gap,
+    ) -> Any:
+        if isinstance(item, Gap):
+            return item
+        try:
+            return DecodedMessage(item, decode(item.binary))
+        except Exception as exc:
+            send.note_undecoded()
+            self._events.report(make_decode_error(send.what, item, exc))
+            return SKIPPED
 
     # Lost and new connections
 

@@ -128,7 +128,9 @@ def _make_connect(options: Options, will_key: str | None) -> Connect:
     if options.will is not None and will_key is not None:
         given = options.will
         topic = format_topic(will_key, given.channel)
-        will = Publish(topic.encode(), encode_payload(given.message), None, given.retain)
+        will = Publish(
+            topic.encode(), encode_payload(given.message, options.json_encoder), None, given.retain
+        )
     # MQTT has whole seconds. Emitter ignores the value.
     return Connect(
         options.client_id,

@@ -24,10 +24,11 @@ from emitter_anyio._values.checks import (
     check_function,
     check_int,
     check_seconds,
+    check_sync_function,
     check_text,
 )
 from emitter_anyio._values.errors import MessageTooLargeError
-from emitter_anyio._values.messages import encode_payload
+from emitter_anyio._values.messages import JSONEncoder, encode_payload
 from emitter_anyio._values.router import Matcher
 from emitter_anyio._values.will import Will
 
@@ -145,6 +146,7 @@ class ConnectOptions(TypedDict, total=False):
     allow_collisions: bool
     connectable: ByteStreamConnectable | None
     trace: TraceHook | None
+    json_encoder: JSONEncoder | None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -170,6 +172,7 @@ class Options:
     retry_first_connect: bool = False
     while_down: Literal["wait", "raise"] = "wait"
     trace: TraceHook | None = None
+    json_encoder: JSONEncoder | None = None
 
 
 logger = logging.getLogger("emitter_anyio")
@@ -426,7 +429,7 @@ def check_connect_size(options: Options, will_key: str | None = None) -> None:
         if text is not None
     ]
     if (will := options.will) is not None:
-        payload = encode_payload(will.message)
+        payload = encode_payload(will.message, options.json_encoder)
         if len(payload) > _MAX_FIELD_BYTES:
             raise MessageTooLargeError(
                 f"cannot use the will: its message has {len(payload)} bytes, but MQTT allows at "
@@ -536,6 +539,12 @@ def _check_trace(name: str, value: object) -> TraceHook | None:
     return check_function(name, cast("TraceHook", value))
 
 
+def _check_json_encoder(name: str, value: object) -> JSONEncoder | None:
+    if value is None:
+        return None
+    return check_sync_function(name, cast("JSONEncoder", value))
+
+
 _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "keepalive": partial(check_seconds, least=1, most=MAX_KEEPALIVE),
     "username": _check_username,
@@ -552,6 +561,7 @@ _OTHER_CHECKS: Final[Mapping[str, _Check]] = {
     "allow_collisions": check_flag,
     "connectable": _check_is(ByteStreamConnectable, "an anyio.abc.ByteStreamConnectable or None"),
     "trace": _check_trace,
+    "json_encoder": _check_json_encoder,
     "reconnect": _check_reconnect,
     "retry_first_connect": check_flag,
     "while_down": partial(check_choice, choices=("wait", "raise")),

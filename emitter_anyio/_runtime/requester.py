@@ -23,6 +23,7 @@ from emitter_anyio._values.errors import (
     RequestTimeoutError,
     UnauthorizedError,
 )
+from emitter_anyio._values.messages import Payload, encode_payload
 from emitter_anyio._values.requests import Request
 
 from .key_ring import KeyRing
@@ -200,6 +201,15 @@ class Requester:
     def seconds(self, timeout: Timeout) -> float | None:
         """Return the timeout in seconds for a ``timeout`` argument."""
         return self._options.request_timeout if timeout is DEFAULT else timeout
+
+    def encode(self, message: Payload) -> bytes:
+        """
+        Encode a message to publish.
+
+        :raises TypeError: if it is neither bytes-like, nor ``str``, nor JSON-serializable
+        :raises ValueError: if it cannot be encoded as UTF-8 or JSON
+        """
+        return encode_payload(message, self._options.json_encoder)
 
     def check_size(self, topic: bytes, payload: bytes, qos: int) -> None:
         """

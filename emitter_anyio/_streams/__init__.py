@@ -5,6 +5,7 @@ from __future__ import annotations
 from .entering import Entering as Entering
 from .queue import MAX_BYTES as MAX_BYTES
 from .queue import weight_of as weight_of
+from .receive import SKIPPED as SKIPPED
 from .receive import EventStream as EventStream
 from .receiver import Receiver as Receiver
 from .send import Overflow as Overflow

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from enum import Enum
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Literal, Self, TypeAlias, TypeVar
 from warnings import warn
 
 from anyio import ClosedResourceError, EndOfStream, WouldBlock
 from anyio.abc import ObjectReceiveStream
 from anyio.lowlevel import checkpoint
 
-from emitter_anyio._values.errors import DecodeError
-
 from .send import Missing, Sender, StreamStatistics
 
 T_co = TypeVar("T_co", covariant=True)
+
+
+class _Skipped(Enum):
+    """Stands for an item that no task is to receive."""
+
+    SKIPPED = "skipped"
+
+
+SKIPPED: Final = _Skipped.SKIPPED
+
+_Item: TypeAlias = T_co | Literal[_Skipped.SKIPPED]
 
 ITEMS_PER_TURN: Final = 64
 """The number of items that a receive end returns before it lets other tasks run."""
@@ -34,9 +44,11 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
     buffered, unless a clone is open.
     """
 
-    # decode, if given, is called with each received item. If it raises, receiving raises a
-    # DecodeError in the place of the item, and can continue.
-    def __init__(self, send: Sender[Any], decode: Callable[[Any], T_co] | None = None) -> None:
+    # decode, if given, converts each received item. What it raises is raised in the place of the
+    # item, and receiving can continue. If it returns SKIPPED, the next item is received instead.
+    def __init__(
+        self, send: Sender[Any], decode: Callable[[Any], _Item[T_co]] | None = None
+    ) -> None:
         self._send = send
         self._decode = decode
         self._owner = send.owner
@@ -59,6 +71,8 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         :return: the item
         :raises SlowConsumerError: in the place of items that were dropped with
             ``overflow="raise"``; receiving can continue
+        :raises ReplyError: in the place of a reply of :meth:`Emitter.request_many`, if the handler
+            that served the request raised; receiving can continue
         :raises ~anyio.EndOfStream: if the stream has ended
         :raises ConnectionLostError: if the stream has ended because reconnecting was given up
         :raises RequestError: if the stream has ended because the broker refused to restore its
@@ -70,10 +84,13 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         """
         if get_ident() != self._owner.thread:
             self._owner.check()
-        while not (self._quota and self._items):
-            await self._wait()
-        self._quota -= 1
-        return self._take()
+        while True:
+            while not (self._quota and self._items):
+                await self._wait()
+            self._quota -= 1
+            item = self._take()
+            if item is not SKIPPED:
+                return item
 
     def receive_nowait(self) -> T_co:
         """
@@ -82,6 +99,7 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         :return: the item
         :raises ~anyio.WouldBlock: if no item is buffered
         :raises SlowConsumerError: as for :meth:`receive`
+        :raises ReplyError: as for :meth:`receive`
         :raises ~anyio.EndOfStream: as for :meth:`receive`
         :raises ConnectionLostError: as for :meth:`receive`
         :raises RequestError: as for :meth:`receive`
@@ -89,12 +107,15 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
         :raises WrongLoopError: as for :meth:`receive`
         """
         self._owner.check()
-        if self._closed:
-            raise self._closed_error()
-        if not self._items:
-            self._send.check_end()
-            raise WouldBlock
-        return self._take()
+        while True:
+            if self._closed:
+                raise self._closed_error()
+            if not self._items:
+                self._send.check_end()
+                raise WouldBlock
+            item = self._take()
+            if item is not SKIPPED:
+                return item
 
     def __aiter__(self) -> Self:
         self._owner.check()
@@ -103,18 +124,21 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
     async def __anext__(self) -> T_co:
         # Repeats receive() and _take(), because two more calls would make receiving a message 10 %
         # slower. __aiter__() has checked the thread.
-        try:
-            while not (self._quota and self._items):
-                await self._wait()
-        except EndOfStream:
-            raise StopAsyncIteration from None
-        self._quota -= 1
-        item = self._items.popleft()
-        if self._send.tasks_waiting:
-            self._send.wake_senders()
-        if item.__class__ is Missing:
-            raise self._send.note_missing_received(item)
-        return item if self._decode is None else self._decoded(item)
+        while True:
+            try:
+                while not (self._quota and self._items):
+                    await self._wait()
+            except EndOfStream:
+                raise StopAsyncIteration from None
+            self._quota -= 1
+            item = self._items.popleft()
+            if self._send.tasks_waiting:
+                self._send.wake_senders()
+            if item.__class__ is Missing:
+                raise self._send.note_missing_received(item)
+            decoded: _Item[T_co] = item if self._decode is None else self._decode(item)
+            if decoded is not SKIPPED:
+                return decoded
 
     def clone(self) -> EventStream[T_co]:
         """
@@ -197,20 +221,10 @@ class EventStream(ObjectReceiveStream[T_co], Generic[T_co]):
             self._send.wake_another(waiter)
             raise
 
-    def _take(self) -> T_co:
+    def _take(self) -> _Item[T_co]:
         item = self._items.popleft()
         if self._send.tasks_waiting:
             self._send.wake_senders()
         if item.__class__ is Missing:
             raise self._send.note_missing_received(item)
-        return item if self._decode is None else self._decoded(item)
-
-    def _decoded(self, item: Any) -> T_co:
-        assert self._decode is not None
-        try:
-            return self._decode(item)
-        except Exception as exc:
-            raise DecodeError(
-                f"{self._send.what}: decode raised {type(exc).__name__}: {exc}",
-                message=item,
-            ) from exc
+        return item if self._decode is None else self._decode(item)

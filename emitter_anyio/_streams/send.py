@@ -54,6 +54,7 @@ class StreamStatistics:
     :ivar peak: the largest number of items that were in the buffer at the same time
     :ivar waiting_since: when the next item to be received was put into the buffer, in UTC, or
         ``None`` if nothing can be received; the time since then is how far the consumer is behind
+    :ivar undecoded: the number of received messages that ``decode`` could not decode
     """
 
     current_buffer_used: int
@@ -68,6 +69,7 @@ class StreamStatistics:
     gaps: int
     peak: int
     waiting_since: datetime | None
+    undecoded: int
 
 
 class Missing:
@@ -150,6 +152,7 @@ class Sender(Generic[T]):
         self._dropped = 0
         self._gaps = 0
         self._peak = 0
+        self._undecoded = 0
         self._stalled_at: int | None = None
         """The number of received items when the consumer last received none in its turns."""
         self.ended: bool = False
@@ -414,6 +417,10 @@ class Sender(Generic[T]):
         """Note that the connection was lost, so that messages might be missing."""
         self._gaps += 1
 
+    def note_undecoded(self) -> None:
+        """Count a received message that could not be decoded."""
+        self._undecoded += 1
+
     def statistics(self) -> StreamStatistics:
         """Return the statistics; any thread may call this."""
         weight, since = self._queue.measure()
@@ -430,6 +437,7 @@ class Sender(Generic[T]):
             gaps=self._gaps,
             peak=self._peak,
             waiting_since=None if since is None else datetime.fromtimestamp(since, UTC),
+            undecoded=self._undecoded,
         )
 
     def _waiting(self) -> int:

@@ -123,6 +123,20 @@ def check_function(name: str, value: F) -> F:
     return value
 
 
+def check_sync_function(name: str, value: F) -> F:
+    """
+    Check that an argument can be called and returns its result immediately.
+
+    :raises TypeError: if it cannot be called, or is a generator function or coroutine function
+    """
+    check_function(name, value)
+    if any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
+        raise TypeError(
+            f"{name} must be a function, not a coroutine function: its result is not awaited"
+        )
+    return value
+
+
 def check_task_status(value: object) -> None:
     """
     Check that an argument is the task status that ``start()`` of a task group or nursery passes.

@@ -41,7 +41,8 @@ from typing import Any
 
 import anyio
 
-from .messages import EmitterMessage
+from .messages import EmitterMessage, describe, may_contain_key
+from .text import make_printable
 
 
 class EmitterError(Exception):
@@ -181,6 +182,19 @@ class DecodeError(EmitterError, ValueError):
     def __init__(self, text: str, *, message: EmitterMessage) -> None:
         super().__init__(text)
         self.message = message
+
+
+def make_decode_error(where: str, message: EmitterMessage, cause: Exception) -> DecodeError:
+    """
+    Make the error for a message that could not be decoded.
+
+    :param where: the name of the stream
+    """
+    reason = "" if may_contain_key(message) else f": {make_printable(str(cause))}"
+    text = f"{where}: cannot decode {describe(message)}: {type(cause).__name__}{reason}"
+    error = DecodeError(text, message=message)
+    error.__cause__ = cause
+    return error
 
 
 class InvalidChannelError(EmitterError, ValueError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from .text import make_printable
+
+T = TypeVar("T")
 
 Payload: TypeAlias = bytes | bytearray | memoryview | str | object
 """What can be published: bytes-like objects, ``str`` (as UTF-8), or other objects (as JSON)."""
@@ -17,6 +20,9 @@ ITEM_OVERHEAD_BYTES: Final = 128
 The weight of a buffered item in bytes, in addition to its payload and channel: the memory that its
 Python objects take.
 """
+
+JSONEncoder: TypeAlias = Callable[[object], object]
+"""A function that returns something that JSON can represent for an object that it cannot."""
 
 _SHOWN_BYTES = 64
 
@@ -46,7 +52,7 @@ class Readable:
             return self.binary.decode()
         except UnicodeDecodeError as exc:
             raise ValueError(
-                f"cannot decode {self._describe()} as UTF-8: {exc.reason} at byte {exc.start}"
+                f"cannot decode {describe(self)} as UTF-8: {exc.reason} at byte {exc.start}"
             ) from exc
 
     def as_object(self) -> Any:
@@ -58,19 +64,35 @@ class Readable:
         try:
             return json.loads(self.binary)
         except (ValueError, RecursionError) as exc:
-            raise ValueError(f"cannot decode {self._describe()} as JSON: {exc}") from exc
+            raise ValueError(f"cannot decode {describe(self)} as JSON: {exc}") from exc
+
+    def as_type(self, decode: Callable[[bytes], T]) -> T:
+        """
+        Return the payload decoded by a function, such as ``Reading.model_validate_json``.
+
+        :param decode: a function that takes the payload
+        :return: what ``decode`` returns
+        :raises Exception: what ``decode`` raises
+        """
+        return decode(self.binary)
 
     asBinary = as_binary  # noqa: N815 - the original SDK's name
     asString = as_string  # noqa: N815 - the original SDK's name
     asObject = as_object  # noqa: N815 - the original SDK's name
 
-    def _describe(self) -> str:
-        return f"the message of {len(self.binary)} bytes from {make_printable(self.channel)!r}"
+
+def describe(message: Readable) -> str:
+    """Return words for a message, without its payload."""
+    return f"the message of {len(message.binary)} bytes from {make_printable(message.channel)!r}"
+
+
+def may_contain_key(message: Readable) -> bool:
+    """Return whether a message is a reply to keygen(), which a subscription to "+/" might get."""
+    return message.channel.startswith("emitter/keygen/")
 
 
 def _show_payload(message: Readable) -> str:
-    if message.channel.startswith("emitter/keygen/"):
-        # The reply to keygen() contains a key, and a subscription to "+/" might receive it.
+    if may_contain_key(message):
         return f"<{len(message.binary)} bytes>"
     return repr(message.binary[:_SHOWN_BYTES]) + ("…" if len(message.binary) > _SHOWN_BYTES else "")
 
@@ -128,6 +150,38 @@ class ReplayedMessage(EmitterMessage):
         return self._id
 
 
+class DecodedMessage(EmitterMessage, Generic[T]):
+    """
+    A message from a stream with ``decode=``.
+
+    It has everything that an :class:`EmitterMessage` has.
+
+    :ivar value: the decoded payload
+    :ivar channel: the channel that it was published to, with a trailing slash and without a key
+    :ivar binary: the payload
+    """
+
+    __slots__ = ("_id", "value")
+
+    value: T
+
+    def __init__(self, message: EmitterMessage, value: T) -> None:
+        super().__init__(message.channel, message.binary)
+        self.value = value
+        self._id = message.id
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("EmitterMessage", "DecodedMessage", 1)
+
+    @property
+    def replayed(self) -> bool:
+        return self._id is not None
+
+    @property
+    def id(self) -> bytes | None:
+        return self._id
+
+
 @dataclass(frozen=True, slots=True)
 class Gap:
     """
@@ -168,10 +222,11 @@ class StoredMessage(Readable):
         )
 
 
-def encode_payload(message: Payload) -> bytes:
+def encode_payload(message: Payload, default: JSONEncoder | None = None) -> bytes:
     """
     Encode a message to publish.
 
+    :param default: called for objects that JSON cannot represent, as in :func:`json.dumps`
     :raises TypeError: if it is neither bytes-like, nor ``str``, nor JSON-serializable
     :raises ValueError: if it cannot be encoded as UTF-8 or JSON
     """
@@ -181,7 +236,9 @@ def encode_payload(message: Payload) -> bytes:
     if isinstance(plain, str):
         return _encode_text(plain)
     try:
-        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(
+            plain, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=default
+        )
     except TypeError as exc:
         raise TypeError(
             f"cannot encode a message of type {type(message).__name__} as JSON: {exc}; "
