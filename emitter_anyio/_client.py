@@ -272,7 +272,9 @@ class Emitter:
             slot, requester, wants, key_ring, routes, events, totals, background
         )
         self._links = links = Links(requester, publisher, subscriptions, events)
-        self._calls = calls = Calls(slot, requester, subscriptions, key_ring, guard, background)
+        self._calls = calls = Calls(
+            slot, requester, subscriptions, key_ring, guard, background, totals, options
+        )
         supervisor = Supervisor(
             *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
             restorers=(presence.restore, subscriptions.restore, links.restore),
@@ -988,12 +990,68 @@ class Emitter:
         """
         return await self._calls.request(key, channel, message, timeout)
 
+    def request_many(
+        self,
+        key: Key,
+        channel: str,
+        message: Payload,
+        *,
+        count: int | None = None,
+        idle: float | None = None,
+        buffer: int = 1024,
+        timeout: Timeout = DEFAULT,
+    ) -> Entering[EventStream[EmitterMessage]]:
+        """
+        Send a request to the clients that :meth:`serve` a channel, and return a stream of replies.
+
+        Entering the stream with ``async with`` sends the request, as :meth:`request` does. The
+        stream ends at the deadline, or earlier with ``count`` or ``idle``. Receiving raises a
+        :class:`ReplyError` in the place of the reply of a handler that raised, and can continue.
+        Because replies might then be missing, a lost connection ends the stream with
+        :class:`ConnectionLostError`, and :meth:`disconnect` with :class:`ClosedError`.
+
+        :param key: as for :meth:`request`
+        :param channel: the channel that is served
+        :param message: the request, encoded as for :meth:`publish`
+        :param count: the number of replies, including errors of handlers, after which the stream
+            ends, 1 to 2,147,483,647; ``None`` for no limit
+        :param idle: seconds, above 0, without a reply after which the stream ends. The time starts
+            with the first reply; ``None`` for no limit
+        :param buffer: the maximum number of replies that wait in the stream, at least 1. The limit
+            is also 8 MiB. Further replies are dropped, and a :class:`SlowConsumerError` is raised
+            in their place
+        :param timeout: seconds after which the stream ends, instead of ``request_timeout``, from
+            when the request's bytes are written; ``None`` for no limit. It also limits the time for
+            the broker's reply when the stream is entered
+        :return: an object to be entered once, for an :class:`EventStream` of the replies
+        :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
+        :raises ValueError: if an argument is out of range, or the key or the message is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: when entered, if the key does not permit reading and writing
+            below the channel
+        :raises RequestError: when entered, if the broker refused for another reason
+        :raises SubscriptionConflictError: when entered, as for :meth:`request`
+        :raises RequestTimeoutError: when entered, if the broker did not reply in time
+        :raises ConnectionLostError: when entered, if the connection was lost before the broker's
+            reply, or reconnecting was given up; with ``while_down="raise"`` also while disconnected
+        :raises ClosedError: when entered, outside the block
+        :raises RuntimeError: if the object is entered a second time
+        :raises WrongLoopError: when entered, in another thread or event loop
+
+        Leaving the block, or the end of the stream, cancels the handlers that still serve the
+        request, unless ``count`` replies have arrived.
+        """
+        return self._calls.request_many(key, channel, message, count, idle, buffer, timeout)
+
     async def serve(
         self,
         key: Key,
         channel: str,
         handler: Serve,
         *,
+        group: str | None = None,
+        group_key: Key | None = None,
         concurrency: int = 64,
         buffer: int = 1024,
         task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
@@ -1010,6 +1068,11 @@ class Emitter:
         :param handler: a function or coroutine function that takes the request and returns the
             reply, encoded as for :meth:`publish`. An exception of the handler is logged, and raised
             in the requesting client as a :class:`ReplyError`
+        :param group: the name of a share group: each request goes to one of its members. In a
+            cluster, a request might reach two members
+        :param group_key: a key with the permission to read (``r``) that was made for
+            ``$share/<group>/<channel>/`` (with ``matcher="mqtt"``, ``…/#/``); by default ``key``,
+            which must then be made for ``#/``
         :param concurrency: the maximum number of requests that are handled at the same time, 1 to
             2,147,483,647; further requests wait
         :param buffer: the maximum number of waiting requests, at least 1. Further requests are
@@ -1033,9 +1096,13 @@ class Emitter:
         :raises ClosedError: outside the block
         :raises WrongLoopError: in another thread or event loop
 
-        Cancelling it unsubscribes and cancels the handlers; their requests get no reply.
+        Cancelling it unsubscribes and cancels the handlers; their requests get no reply. With a
+        group, the cancellation of a request reaches one member, which might be another one than
+        the member that handles the request.
         """
-        await self._calls.serve(key, channel, handler, concurrency, buffer, task_status)
+        await self._calls.serve(
+            key, channel, handler, group, group_key, concurrency, buffer, task_status
+        )
 
     @overload
     def on(

@@ -9,6 +9,7 @@ from typing import Literal
 
 import anyio
 import pytest
+from anyio.abc import TaskStatus
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
@@ -426,3 +427,20 @@ async def test_broker_with_the_mqtt_matcher(anyio_backend: object) -> None:
             ):
                 assert [(await stream.receive()).as_string() for _ in channels] == channels
                 assert stream.statistics().current_buffer_used == 0
+
+
+async def test_requests_reach_a_service_if_the_broker_matches_as_mqtt_does() -> None:
+    async with Broker(matcher="mqtt") as broker, connect(broker.url, matcher="mqtt") as emitter:
+        key = broker.keygen("#/", "rw")
+        async with connect(broker.url, matcher="mqtt") as other, anyio.create_task_group() as tasks:
+
+            async def serve(*, task_status: TaskStatus[None]) -> None:
+                await other.serve(
+                    key, "a/", EmitterMessage.as_string, group="g", task_status=task_status
+                )
+
+            await tasks.start(serve)
+            assert (await emitter.request(key, "a/", "one")).as_string() == "one"
+            async with emitter.request_many(key, "a/", "two", count=1) as replies:
+                assert [reply.as_string() async for reply in replies] == ["two"]
+            tasks.cancel_scope.cancel()

@@ -7,8 +7,8 @@ and the requesting client can publish to ``cancel/``. The library adds nothing t
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, TypeAlias
@@ -17,14 +17,18 @@ import anyio
 from anyio import EndOfStream
 from anyio.abc import TaskGroup, TaskStatus
 
-from emitter_anyio._protocol.pending import Replay
+from emitter_anyio._net.connection import Connection
+from emitter_anyio._net.options import Options
+from emitter_anyio._net.timer import IdleTimeout
+from emitter_anyio._protocol.pending import Pending, Replay
 from emitter_anyio._runtime.background import Background
 from emitter_anyio._runtime.events import logger
 from emitter_anyio._runtime.guard import Guard, UserCodeError
 from emitter_anyio._runtime.key_ring import KeyRing
 from emitter_anyio._runtime.requester import DEFAULT, Requester, Timeout, check_timeout
 from emitter_anyio._runtime.slot import Slot
-from emitter_anyio._streams import EventStream, Receiver
+from emitter_anyio._runtime.totals import Totals
+from emitter_anyio._streams import Entering, EventStream, Sender, check_buffer
 from emitter_anyio._values import requests as broker_requests
 from emitter_anyio._values.channels import (
     PLACEHOLDER_KEY,
@@ -35,7 +39,7 @@ from emitter_anyio._values.channels import (
     format_topic,
     levels,
 )
-from emitter_anyio._values.checks import check_function, check_int, check_task_status
+from emitter_anyio._values.checks import check_function, check_int, check_seconds, check_task_status
 from emitter_anyio._values.errors import (
     ConnectionLostError,
     EmitterError,
@@ -43,17 +47,16 @@ from emitter_anyio._values.errors import (
     RequestTimeoutError,
     SlowConsumerError,
 )
-from emitter_anyio._values.messages import EmitterMessage, Gap, Payload
+from emitter_anyio._values.messages import EmitterMessage, Payload
 from emitter_anyio._values.router import check_delivered
 from emitter_anyio._values.text import make_printable
 
+from .replies import ERROR, REPLY, Call, Gathering, OneReply, Replies, unwrap
 from .resumption import Subscription
 from .subscriptions import Subscriptions
 
 Serve: TypeAlias = Callable[[EmitterMessage], Payload | Awaitable[Payload]]
 
-_REPLY: Final = "reply"
-_ERROR: Final = "error"
 _CANCEL: Final = "cancel"
 
 _MAX_ERROR_BYTES: Final = 1024
@@ -61,46 +64,20 @@ _MAX_ERROR_BYTES: Final = 1024
 _NO_ECHO: Final = (("me", 0),)
 
 
-class _Reply:
-    """A reply that a caller awaits."""
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """
+    A request that was sent.
 
-    def __init__(self) -> None:
-        self.arrived = anyio.Event()
-        self.kind = ""
-        self.message: EmitterMessage | None = None
+    :ivar key: the key that it was sent with
+    :ivar number: its number, by which ``replies`` finds its call
+    """
 
-    def arrive(self, kind: str, message: EmitterMessage) -> None:
-        """Store the reply, and wake the caller."""
-        self.kind, self.message = kind, message
-        self.arrived.set()
-
-
-class _Replies(Receiver["EmitterMessage | Gap"]):
-    """A receiver of the replies on one channel, which passes each to its caller."""
-
-    def __init__(self, channel: str) -> None:
-        self.channel = channel
-        self.waiting: dict[str, _Reply] = {}
-        self.ended = False
-
-    def push(self, item: EmitterMessage | Gap, *, extra: bool = False) -> bool:
-        """Pass a reply to its caller, or drop a late or unknown reply."""
-        assert isinstance(item, EmitterMessage)
-        path = levels(item.channel[len(self.channel) :] or "/")
-        reply = self.waiting.get(path[0])
-        if reply is not None and reply.message is None and path[1:] in ([_REPLY], [_ERROR]):
-            reply.arrive(path[1], item)
-        return True
-
-    def end(self, error: Callable[[], Exception] | None = None) -> None:
-        """Wake all callers, because no replies will arrive."""
-        self.ended = True
-        self.note_gap()
-
-    def note_gap(self) -> None:
-        """Wake all callers, because their replies might have been lost with the connection."""
-        for reply in self.waiting.values():
-            reply.arrived.set()
+    replies: Replies
+    key: str = field(repr=False)
+    number: str
+    connection: Connection
+    publish: Pending[None]
 
 
 @dataclass(eq=False)
@@ -138,6 +115,8 @@ class Calls:
     :param keys: the keys that functions have returned
     :param guard: calls the handlers
     :param background: runs tasks
+    :param totals: counts what closed streams have dropped
+    :param options: the client's options
     """
 
     def __init__(
@@ -148,6 +127,8 @@ class Calls:
         keys: KeyRing,
         guard: Guard,
         background: Background,
+        totals: Totals,
+        options: Options,
     ) -> None:
         self._slot = slot
         self._requester = requester
@@ -155,7 +136,10 @@ class Calls:
         self._keys = keys
         self._guard = guard
         self._background = background
-        self._replies: dict[tuple[KeySource, str], tuple[_Replies, Subscription]] = {}
+        self._totals = totals
+        # With the matcher "mqtt", a subscription does not include the channels below its own.
+        self._below = "#/" if options.matcher == "mqtt" else ""
+        self._replies: dict[tuple[KeySource, str], tuple[Replies, Subscription]] = {}
         self._subscribe_lock: anyio.Lock | None = None
         self._request_count = 0
         self._serve_count = 0
@@ -174,21 +158,123 @@ class Calls:
         self, key: Key, channel: str, message: Payload, timeout: Timeout
     ) -> EmitterMessage:
         """Send a request, and return the first reply."""
-        key = check_key_source(key)
+        key, channel, payload = self._check(key, channel, message)
+        timeout = check_timeout(timeout)
+        await self._requester.connected()
+        ask = partial(self._ask_one, key, channel, payload, timeout)
+        return await self._requester.with_key(key, ask)
+
+    def request_many(
+        self,
+        key: Key,
+        channel: str,
+        message: Payload,
+        count: int | None,
+        idle: float | None,
+        buffer: int,
+        timeout: Timeout,
+    ) -> Entering[EventStream[EmitterMessage]]:
+        """Check every argument, and return a stream of replies to be entered."""
+        key, channel, payload = self._check(key, channel, message)
+        count = None if count is None else check_int("count", count, 1)
+        if idle is not None and not check_seconds("idle", idle):
+            raise ValueError("idle must be more than 0 seconds, or None to disable it, not 0")
+        check_buffer(buffer, "raise")
+        timeout = check_timeout(timeout)
+        return Entering(
+            self._slot.owner,
+            partial(self._gather, key, channel, payload, count, idle, buffer, timeout),
+        )
+
+    def _check(self, key: Key, channel: str, message: Payload) -> tuple[KeySource, str, bytes]:
+        source = check_key_source(key)
         channel = check_channel(channel)
         payload = self._requester.encode(message)
         # The real topic is longer and is checked later. This check rejects a request that is too
         # large in any case, before the client subscribes to replies.
-        topic = format_topic(key if isinstance(key, str) else PLACEHOLDER_KEY, channel)
+        topic = format_topic(source if isinstance(source, str) else PLACEHOLDER_KEY, channel)
         self._requester.check_size(topic.encode(), payload, 1)
-        seconds = self._requester.seconds(check_timeout(timeout))
+        return source, channel, payload
+
+    async def _ask_one(
+        self, source: KeySource, channel: str, payload: bytes, timeout: Timeout, key: str
+    ) -> EmitterMessage:
+        requester = self._requester
+        call = OneReply()
+        sent = await self._send_request(call, source, channel, payload, key)
+        deadline = None
+        try:
+            with anyio.CancelScope() as scope:
+                deadline = requester.deadline(scope.cancel, sent.connection, timeout)
+                await requester.answer(sent.connection, sent.publish, None)
+                await call.over.wait()
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+            self._end_request(call, sent)
+        if call.reply is None:
+            if not self._slot.usable(sent.connection):
+                raise self._gone(channel)
+            raise RequestTimeoutError(
+                f"request {channel!r}: no reply within {requester.seconds(timeout):g} s; the "
+                "request might have taken effect"
+            )
+        return unwrap(call.reply)
+
+    @asynccontextmanager
+    async def _gather(
+        self,
+        key: KeySource,
+        channel: str,
+        payload: bytes,
+        count: int | None,
+        idle: float | None,
+        buffer: int,
+        timeout: Timeout,
+    ) -> AsyncGenerator[EventStream[EmitterMessage]]:
+        send: Sender[EmitterMessage | ReplyError] = Sender(
+            f"request_many({channel!r})", buffer, "raise", self._totals.leave_stream
+        )
+        call = Gathering(send, count)
         await self._requester.connected()
-        send_request = partial(self._send_request, key, channel, payload, seconds)
-        return await self._requester.with_key(key, send_request)
+        ask = partial(self._ask_many, call, key, channel, payload, idle, timeout)
+        try:
+            with EventStream(send, unwrap) as stream:
+                await self._requester.with_key(key, ask)
+                yield stream
+        finally:
+            call.end()
+            send.leave()
+
+    async def _ask_many(
+        self,
+        call: Gathering,
+        source: KeySource,
+        channel: str,
+        payload: bytes,
+        idle: float | None,
+        timeout: Timeout,
+        key: str,
+    ) -> None:
+        requester = self._requester
+        sent = await self._send_request(call, source, channel, payload, key)
+        connection = sent.connection
+        with ExitStack() as cleanup:
+            cleanup.callback(self._end_request, call, sent)
+            deadline = requester.deadline(call.end, connection, timeout)
+            if deadline is not None:
+                cleanup.callback(deadline.cancel)
+            idle_timeout = None
+            if idle is not None:
+                idle_timeout = IdleTimeout(call.end, idle, connection.timer)
+                cleanup.callback(idle_timeout.cancel)
+            call.begin(idle_timeout, cleanup)
+            await requester.answer(connection, sent.publish, timeout)
+            call.begin(idle_timeout, cleanup.pop_all())
 
     async def _send_request(
-        self, source: KeySource, channel: str, payload: bytes, seconds: float | None, key: str
-    ) -> EmitterMessage:
+        self, call: Call, source: KeySource, channel: str, payload: bytes, key: str
+    ) -> _Sent:
         requester = self._requester
         replies = await self._replies_on(source, channel)
         # One counter for all requests, because the replies for two keys can share a channel.
@@ -199,43 +285,22 @@ class Calls:
         requester.check_size(topic, payload, 1)
         requester.check_size(self._topic(key, f"{where}{_CANCEL}/"), b"", 0)
         connection = await requester.space()
-        reply = replies.waiting[number] = _Reply()
-        sent = connection.session.publish_qos_1(topic, payload, key, where)
-        deadline = None
-        try:
-            with anyio.CancelScope() as scope:
-                deadline = requester.deadline(scope.cancel, connection, seconds)
-                await requester.answer(connection, sent, None)
-                await reply.arrived.wait()
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-            del replies.waiting[number]
-            if reply.message is None and sent.refusal is None:
-                self._send(key, f"{where}{_CANCEL}/", b"")
-        if reply.message is None:
-            if not self._slot.usable(connection):
-                raise self._lost(channel)
-            raise RequestTimeoutError(
-                f"request {channel!r}: no reply within {seconds:g} s; the request might have taken "
-                "effect"
-            )
-        binary = reply.message.binary
-        if reply.kind == _ERROR:
-            words = make_printable(binary.decode(errors="replace"))
-            raise ReplyError(f"request {channel!r}: {words}")
-        return EmitterMessage(where, binary)
+        replies.waiting[number] = call
+        publish = connection.session.publish_qos_1(topic, payload, key, where)
+        return _Sent(replies, key, number, connection, publish)
 
-    def _lost(self, channel: str) -> Exception:
+    def _end_request(self, call: Call, sent: _Sent) -> None:
+        del sent.replies.waiting[sent.number]
+        if not call.complete and sent.publish.refusal is None:
+            self._send(sent.key, f"{sent.replies.channel}{sent.number}/{_CANCEL}/", b"")
+
+    def _gone(self, channel: str) -> Exception:
         slot = self._slot
         if slot.may_connect or slot.usable(slot.connection):
-            return ConnectionLostError(
-                f"request {channel!r}: the connection was lost before a reply arrived; the request "
-                "might have taken effect"
-            )
+            return _lost(channel)
         return slot.gone()
 
-    async def _replies_on(self, source: KeySource, channel: str) -> _Replies:
+    async def _replies_on(self, source: KeySource, channel: str) -> Replies:
         if self._subscribe_lock is None:
             self._subscribe_lock = anyio.Lock()
         async with self._subscribe_lock:
@@ -247,8 +312,8 @@ class Calls:
             connection_id = connection.session.connection_id
             if connection_id is None:
                 connection_id = (await self._requester.request(broker_requests.me(), DEFAULT)).id
-            replies = _Replies(f"{channel}{connection_id}/")
-            subscription = Subscription(source, replies.channel, replies)
+            replies = Replies(channel, connection_id, partial(self._gone, channel))
+            subscription = Subscription(source, replies.channel + self._below, replies)
             add = partial(self._subscriptions.add, subscription, Replay(last=0), DEFAULT)
             await self._requester.with_key(source, add)
             self._replies[source, channel] = replies, subscription
@@ -261,6 +326,8 @@ class Calls:
         key: Key,
         channel: str,
         handler: Serve,
+        group: str | None,
+        group_key: Key | None,
         concurrency: int,
         buffer: int,
         task_status: TaskStatus[None],
@@ -268,13 +335,19 @@ class Calls:
         """Serve requests until cancelled."""
         key = check_key_source(key)
         check_delivered(check_channel(channel, wildcards=True), "emitter")
+        if group_key is None:
+            group_key = key
+        elif group is None:
+            raise ValueError("cannot use group_key without group")
         channel = check_channel(channel)
         check_function("handler", handler)
         concurrency = check_int("concurrency", concurrency, 1)
         check_task_status(task_status)
         failure: Exception | None = None
         async with (
-            self._subscriptions.subscribe(key, channel, 0, buffer=buffer) as requests,
+            self._subscriptions.subscribe(
+                group_key, channel + self._below, 0, group=group, buffer=buffer
+            ) as requests,
             anyio.create_task_group() as tasks,
         ):
             self._serve_count += 1
@@ -341,7 +414,7 @@ class Calls:
         self, service: _Service, key: str, message: EmitterMessage, scope: anyio.CancelScope
     ) -> None:
         with scope:
-            kind, payload = _REPLY, b""
+            kind, payload = REPLY, b""
             try:
                 payload = await self._guard.call(self._reply_of, service.handler, key, message)
             except UserCodeError as exc:
@@ -352,7 +425,7 @@ class Calls:
                     exc_info=error,
                 )
                 words = f"the handler raised {type(error).__name__}: {error}"
-                kind, payload = _ERROR, words.encode(errors="replace")[:_MAX_ERROR_BYTES]
+                kind, payload = ERROR, words.encode(errors="replace")[:_MAX_ERROR_BYTES]
             with suppress(EmitterError):  # the requesting client learns of a lost connection itself
                 await self._requester.space()
                 self._send(key, f"{message.channel}{kind}/", payload)
@@ -364,7 +437,7 @@ class Calls:
         if isinstance(reply, Awaitable):
             reply = await reply
         payload = self._requester.encode(reply)
-        self._requester.check_size(self._topic(key, f"{message.channel}{_REPLY}/"), payload, 0)
+        self._requester.check_size(self._topic(key, f"{message.channel}{REPLY}/"), payload, 0)
         return payload
 
     def _send(self, key: str, channel: str, payload: bytes) -> None:
@@ -377,3 +450,10 @@ class Calls:
         # Only a client that both sends and serves requests needs to receive its own messages.
         options = () if self._serve_count and self._replies else _NO_ECHO
         return format_topic(key, channel, options).encode()
+
+
+def _lost(channel: str) -> ConnectionLostError:
+    return ConnectionLostError(
+        f"request {channel!r}: the connection was lost before a reply arrived; the request might "
+        "have taken effect"
+    )

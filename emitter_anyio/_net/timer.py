@@ -174,3 +174,45 @@ class ReplyDeadline:
     def _begin(self) -> None:
         if not (self.done or self._writer.broken):
             self._timer.add(self._writer.last_sent + self._seconds, self)
+
+
+class IdleTimeout:
+    """
+    A timeout that expires when nothing has happened for some time.
+
+    It does not run before the first call of :meth:`restart`.
+
+    :param expired: called when it expires
+    :param seconds: the idle time, in seconds
+    :param timer: the timer of the connection
+    """
+
+    needs_reader: ClassVar = True
+
+    __slots__ = ("_at", "_expired", "_seconds", "_timer", "done")
+
+    def __init__(self, expired: Callable[[], object], seconds: float, timer: Timer) -> None:
+        self.done = False
+        self._expired = expired
+        self._seconds = seconds
+        self._timer = timer
+        self._at: float | None = None
+
+    def restart(self) -> None:
+        """Begin to count the idle time again."""
+        begin = self._at is None
+        self._at = self._timer.clock() + self._seconds
+        if begin:
+            self._timer.add(self._at, self)
+
+    def cancel(self) -> None:
+        """Cancel the timeout."""
+        self.done = True
+
+    def expire(self, now: float) -> None:
+        assert self._at is not None
+        if now < self._at:
+            # The entry stays in the timer while the timeout is restarted, so that it is cheap.
+            self._timer.add(self._at, self)
+        else:
+            self._expired()
