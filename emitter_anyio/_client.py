@@ -1096,9 +1096,9 @@ class Emitter:
         :raises ClosedError: outside the block
         :raises WrongLoopError: in another thread or event loop
 
-        Cancelling it unsubscribes and cancels the handlers; their requests get no reply. With a
-        group, the cancellation of a request reaches one member, which might be another one than
-        the member that handles the request.
+        Cancelling it unsubscribes and cancels the handlers; their requests get no reply. The
+        cancellation of a request to a group reaches one of its members, which might not be the one
+        that handles the request.
         """
         await self._calls.serve(
             key, channel, handler, group, group_key, concurrency, buffer, task_status

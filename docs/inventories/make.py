@@ -31,6 +31,7 @@ NAMES = {
         "RuntimeError:exception RuntimeWarning:exception TimeoutError:exception "
         "TypeError:exception ValueError:exception ExceptionGroup:exception",
         "library/functions.html": "bool float int",
+        "library/json.html": "json.dumps:function",
         "library/logging.html": "logging:module",
         "library/ssl.html": "ssl.SSLContext ssl.create_default_context:function",
         "library/stdtypes.html": "bytearray bytes dict list memoryview str tuple",
