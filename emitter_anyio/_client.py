@@ -141,7 +141,7 @@ def connect(
         - ``request_timeout``: seconds, at least 0, or ``None`` for no limit; default 10. The time
           for each awaited reply, from when the request's bytes are written
         - ``disconnect_timeout``: seconds, at least 0; default 5. The time for the whole orderly
-          close
+          close, and for :meth:`Emitter.reconnect` to wait for pending calls
         - ``reconnect``: a :class:`Backoff`; default ``Backoff()``. ``None`` or ``False``: one
           connection only. It applies after the first connection has been opened
         - ``retry_first_connect``: ``True``: entering the client keeps trying to connect, with the
@@ -278,10 +278,11 @@ class Emitter:
         supervisor = Supervisor(
             *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
             restorers=(presence.restore, subscriptions.restore, links.restore),
+            settlers=(calls.wait_replies,),
             loss_handlers=(subscriptions.note_loss, presence.note_loss),
         )
         self._lifecycle = Lifecycle(
-            *(slot, background, supervisor, events, routes),
+            *(slot, background, supervisor, events, routes, options),
             finish=(subscriptions.finish, presence.finish, links.finish, calls.finish, wants.clear),
         )
 
@@ -1350,6 +1351,26 @@ class Emitter:
         """
         await self._lifecycle.disconnect()
 
+    async def reconnect(self) -> None:
+        """
+        Replace the connection, and return when the client is connected again.
+
+        Use it to drain a node of the broker, or to distribute clients among nodes. Pending calls
+        get their replies and queued packets are written, within ``disconnect_timeout``. Then the
+        client sends DISCONNECT and continues as after a lost connection, beginning with the next
+        entry of ``servers``. Calls that are made in between use the next connection. Messages that
+        are published between the two connections are missing from streams, as after a lost
+        connection.
+
+        :raises RuntimeError: if the client was created with ``reconnect=None``
+        :raises ConnectionLostError: if reconnecting was given up
+        :raises ClosedError: outside the block, or if the client was closed in the meantime
+        :raises WrongLoopError: in another thread or event loop
+
+        Cancelling it does not stop the client from reconnecting.
+        """
+        await self._lifecycle.reconnect()
+
     async def wait_connected(self) -> None:
         """
         Wait until the client is connected. It can be called before the client is entered.
@@ -1379,7 +1400,8 @@ class Emitter:
         """
         The state of the client: ``"connecting"``, ``"connected"``, ``"closing"`` or ``"closed"``.
 
-        ``"connecting"`` includes the time between two connections and restoring a new one.
+        ``"connecting"`` includes the time between two connections and restoring a new one. With
+        :meth:`reconnect`, it begins before the connection is closed.
         """
         return self._slot.public_state
 
@@ -1387,7 +1409,7 @@ class Emitter:
     def connection(self) -> ConnectionInfo | None:
         """The current connection; ``None`` while the client is not connected."""
         connection = self._slot.connection
-        if connection is None or not self._slot.restored:
+        if connection is None or not self._slot.restored or self.state == "connecting":
             return None
         return ConnectionInfo(
             str(connection.server),

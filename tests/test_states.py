@@ -29,6 +29,7 @@ STEPS: dict[Step, Callable[[Slot], object]] = {
     Step.ENTER: Slot.enter,
     Step.OPEN: lambda slot: slot.open(STUB),
     Step.RESTORE: Slot.restore,
+    Step.DRAIN: Slot.drain,
     Step.LOSE: lambda slot: slot.lose(EndOfStream(), None),
     Step.LEAVE: Slot.leave,
     Step.STOP: Slot.stop,
@@ -40,6 +41,7 @@ PATHS: dict[ClientState, tuple[Step, ...]] = {
     ClientState.CONNECTING: (Step.ENTER,),
     ClientState.RESTORING: (Step.ENTER, Step.OPEN),
     ClientState.CONNECTED: (Step.ENTER, Step.OPEN, Step.RESTORE),
+    ClientState.DRAINING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.DRAIN),
     ClientState.CLOSING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.LEAVE),
     ClientState.ENDING: (Step.ENTER, Step.OPEN, Step.RESTORE, Step.STOP),
 }

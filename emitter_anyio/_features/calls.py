@@ -142,6 +142,7 @@ class Calls:
         self._replies: dict[tuple[KeySource, str], tuple[Replies, Subscription]] = {}
         self._subscribe_lock: anyio.Lock | None = None
         self._request_count = 0
+        self._request_ended: anyio.Event | None = None
         self._serve_count = 0
 
     def finish(self) -> None:
@@ -151,6 +152,12 @@ class Calls:
             replies.end()
         self._replies.clear()
         self._subscribe_lock = None
+
+    async def wait_replies(self) -> None:
+        """Wait until no call awaits a reply of another client."""
+        while any(replies.waiting for replies, _ in self._replies.values()):
+            self._request_ended = anyio.Event()
+            await self._request_ended.wait()
 
     # Requests
 
@@ -291,6 +298,9 @@ class Calls:
 
     def _end_request(self, call: Call, sent: _Sent) -> None:
         del sent.replies.waiting[sent.number]
+        if self._request_ended is not None:
+            self._request_ended.set()
+            self._request_ended = None
         if not call.complete and sent.publish.refusal is None:
             self._send(sent.key, f"{sent.replies.channel}{sent.number}/{_CANCEL}/", b"")
 

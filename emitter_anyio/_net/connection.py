@@ -195,21 +195,23 @@ class Connection:
         """Close a connection on which :meth:`run` was never called."""
         await self._transport.aclose()
 
-    async def disconnect(self, *, await_close: bool) -> None:
+    async def disconnect(self, *, await_close: bool, discard: bool = True) -> None:
         """
         Send the queued packets and DISCONNECT.
 
         :param await_close: whether to wait until the broker has closed the connection, because it
             might not have read everything. If the client closed first, a message sent to it by the
             broker would cause a TCP reset, which discards what the broker has not read
+        :param discard: whether to discard what arrives until then
         """
         self.send(Disconnect())
         await self.writer.wait_sent()
         await self._transport.send_eof()
         if await_close:
-            self._transition(ConnectionStep.DISCARD)
-            if self._waiting is not None:
-                self._waiting.cancel()
+            if discard:
+                self._transition(ConnectionStep.DISCARD)
+                if self._waiting is not None:
+                    self._waiting.cancel()
             await self.writer.wait_stopped()
 
     def disconnect_nowait(self) -> bool:

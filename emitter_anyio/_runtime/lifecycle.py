@@ -10,6 +10,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend.tasks import ends_program, is_cancelled
 from emitter_anyio._net.connection import Connection
+from emitter_anyio._net.options import Options
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.errors import ClosedError, ConnectionLostError
 from emitter_anyio._values.router import Routes
@@ -33,6 +34,7 @@ class Lifecycle:
     :param supervisor: runs the connections
     :param events: runs the handlers
     :param routes: the streams that end with the client
+    :param options: the options of the client
     :param finish: functions of the features to be called in this order when the client has ended
     """
 
@@ -43,6 +45,7 @@ class Lifecycle:
         supervisor: Supervisor,
         events: Events,
         routes: Routes[Receiver[Any]],
+        options: Options,
         *,
         finish: Sequence[Callable[[], None]],
     ) -> None:
@@ -52,6 +55,7 @@ class Lifecycle:
         self._supervisor = supervisor
         self._events = events
         self._routes = routes
+        self._options = options
         self._finishers = finish
         # Flags and not states, because they describe how the block is left, in any state.
         self._cut_short = False
@@ -141,6 +145,31 @@ class Lifecycle:
         elif slot.state is ClientState.CONNECTING and self._background.entered:
             self._background.cancel_block()
         await self.wait_closed()
+
+    async def reconnect(self) -> None:
+        """
+        Replace the connection, and wait until the client is connected again.
+
+        :raises RuntimeError: if the client never reconnects
+        :raises ClosedError: if the client is closed
+        :raises ConnectionLostError: after the final loss
+        """
+        slot = self._slot
+        slot.owner.check()
+        if self._options.reconnect is None:
+            raise RuntimeError(
+                "cannot reconnect: the client has only one connection, because of reconnect=None"
+            )
+        old = slot.connection
+        while True:
+            connection = slot.connection
+            if slot.state is ClientState.CONNECTED and connection is not None:
+                if connection is not old:
+                    return
+                self._supervisor.replace(connection)
+            elif slot.public_state != "connecting" or not slot.started:
+                raise slot.gone()
+            await slot.change()
 
     async def wait_connected(self) -> None:
         """

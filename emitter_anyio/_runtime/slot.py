@@ -31,6 +31,7 @@ class ClientState(Enum):
     CONNECTING = "connecting"
     RESTORING = "restoring"
     CONNECTED = "connected"
+    DRAINING = "draining"
     CLOSING = "closing"
     ENDING = "ending"
 
@@ -40,6 +41,7 @@ _PUBLIC_STATES: Final[Mapping[ClientState, State]] = {
     ClientState.CONNECTING: "connecting",
     ClientState.RESTORING: "connecting",
     ClientState.CONNECTED: "connected",
+    ClientState.DRAINING: "connecting",
     ClientState.CLOSING: "closing",
     ClientState.ENDING: "closing",
 }
@@ -51,6 +53,7 @@ class Step(Enum):
     ENTER = "the client is entered"
     OPEN = "a connection is open"
     RESTORE = "everything is restored on the connection"
+    DRAIN = "reconnect() closes the connection"
     LOSE = "the connection is lost"
     LEAVE = "the client begins to leave"
     STOP = "the last connection has ended"
@@ -68,10 +71,15 @@ TRANSITIONS: Final[Mapping[tuple[ClientState, Step], ClientState]] = {
     (ClientState.RESTORING, Step.LEAVE): ClientState.CLOSING,
     (ClientState.RESTORING, Step.STOP): ClientState.ENDING,
     (ClientState.RESTORING, Step.END): ClientState.CLOSED,
+    (ClientState.CONNECTED, Step.DRAIN): ClientState.DRAINING,
     (ClientState.CONNECTED, Step.LOSE): ClientState.CONNECTING,
     (ClientState.CONNECTED, Step.LEAVE): ClientState.CLOSING,
     (ClientState.CONNECTED, Step.STOP): ClientState.ENDING,
     (ClientState.CONNECTED, Step.END): ClientState.CLOSED,
+    (ClientState.DRAINING, Step.LOSE): ClientState.CONNECTING,
+    (ClientState.DRAINING, Step.LEAVE): ClientState.CLOSING,
+    (ClientState.DRAINING, Step.STOP): ClientState.ENDING,
+    (ClientState.DRAINING, Step.END): ClientState.CLOSED,
     (ClientState.CLOSING, Step.STOP): ClientState.ENDING,
     (ClientState.CLOSING, Step.END): ClientState.CLOSED,
     (ClientState.ENDING, Step.END): ClientState.CLOSED,
@@ -187,6 +195,11 @@ class Slot:
         self._transition(Step.RESTORE)
         self._notify()
 
+    def drain(self) -> None:
+        """Let new calls wait for the next connection, because the current one is to be closed."""
+        self.direct_thread = 0
+        self._transition(Step.DRAIN)
+
     def close(self) -> None:
         """Note that the connection has ended."""
         self.connection = None
@@ -277,7 +290,10 @@ class Slot:
             connection is not None
             and connection is self.connection
             and not connection.leaving
-            and (self.restored or connection is (bound or self.permitted()))
+            and (
+                (self.restored and self.state is not ClientState.DRAINING)
+                or connection is (bound or self.permitted())
+            )
         )
 
     @property
@@ -285,7 +301,7 @@ class Slot:
         """Whether a caller that waits might get a connection."""
         if self.state is ClientState.CLOSING:
             return self.connection is not None and not self.restored
-        return self.state in (ClientState.CONNECTING, ClientState.RESTORING) and self.started
+        return self.public_state == "connecting" and self.started
 
     async def connected(
         self, bound: Connection | None = None, *, has_waited: bool = False

@@ -15,6 +15,7 @@ from emitter_anyio._backend.tasks import sleep
 from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.opening import is_permanent
 from emitter_anyio._net.options import Options
+from emitter_anyio._protocol.session import Session
 from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._values.errors import (
     ClosedError,
@@ -29,7 +30,7 @@ from .dispatcher import Dispatcher
 from .events import Events, logger
 from .opener import Opener
 from .requester import Requester
-from .slot import Slot
+from .slot import ClientState, Slot
 from .totals import Totals
 
 
@@ -72,6 +73,9 @@ class Restoring:
 Restorer: TypeAlias = Callable[[Restoring], Iterable[Restoration]]
 """A function that sends the requests of a feature on a new connection."""
 
+Settler: TypeAlias = Callable[[], Awaitable[None]]
+"""A function that waits until the pending calls of a feature have completed."""
+
 LossHandler: TypeAlias = Callable[[], None]
 """A function that is called after the loss of a connection that might have lost messages."""
 
@@ -103,6 +107,7 @@ class Supervisor:
     :param wants: the subscriptions and presence feeds of the client
     :param options: the options of the client
     :param restorers: called in this order to restore a new connection
+    :param settlers: awaited in this order before a connection is replaced
     :param loss_handlers: called in this order after the loss of a connection
     """
 
@@ -119,6 +124,7 @@ class Supervisor:
         options: Options,
         *,
         restorers: Sequence[Restorer],
+        settlers: Sequence[Settler],
         loss_handlers: Sequence[LossHandler],
     ) -> None:
         self._slot = slot
@@ -131,12 +137,15 @@ class Supervisor:
         self._wants = wants
         self._options = options
         self._restorers = restorers
+        self._settlers = settlers
         self._loss_handlers = loss_handlers
         self._good_at = math.inf
         """The time from which the loss of the current connection restarts the back-off."""
         self._carried: list[bytes] = []
         """Encoded QoS 0 publishes that wait for the next connection; no byte of them was sent."""
         self._retrying: anyio.CancelScope | None = None
+        self._replaced: Exception | None = None
+        """The reason for the end of a connection that :meth:`replace` closes."""
         self._received = 0
         """The number of messages received when the last connection ended."""
 
@@ -186,6 +195,14 @@ class Supervisor:
             self._good_at = math.inf
             connection, attempt = await self._next(connection, broken, attempt)
 
+    def replace(self, connection: Connection) -> None:
+        """Start to close the connection in an orderly way, and reconnect after that."""
+        self._replaced = ConnectionLostError("reconnect() was called")
+        # This end is not a failure, so it restarts the back-off.
+        self._good_at = -math.inf
+        self._slot.drain()
+        self._background.start_soon(self._drain, connection)
+
     def leave(self) -> None:
         """Start to close the connection in an orderly way, or stop reconnecting."""
         if self._slot.connection is not None:
@@ -228,6 +245,8 @@ class Supervisor:
         broken = await connection.run(
             self._dispatcher.deliver_for(connection), self._background.tasks
         )
+        if broken is None and self._slot.state is ClientState.DRAINING:
+            broken = self._replaced
         # No await before this: callers that run() has woken must find that the connection ended.
         self._end(connection, broken)
         for scope in scopes:
@@ -303,7 +322,8 @@ class Supervisor:
             logger.info("disconnected from %s", connection.server)
         else:
             lost = _lost(connection)
-            logger.warning("%s: %s", lost, broken)
+            level = logging.INFO if broken is self._replaced else logging.WARNING
+            logger.log(level, "%s: %s", lost, broken)
             if self._options.reconnect is None:
                 slot.lose(broken, f"{lost}: {broken}")
             else:
@@ -348,11 +368,17 @@ class Supervisor:
             await slot.change()
         events.end(but=_LATE_EVENTS)
         await events.wait_done(slot.deadline, but=_LATE_EVENTS)
-        for pending in session.awaited():
-            done = anyio.Event()
-            pending.call_when_done(done.set)
-            await done.wait()
+        await _wait_replies(session)
         await connection.disconnect(await_close=session.uncertain)
+
+    async def _drain(self, connection: Connection) -> None:
+        """Wait for replies, then disconnect, within ``disconnect_timeout``."""
+        with anyio.move_on_after(self._options.disconnect_timeout):
+            await _wait_replies(connection.session)
+            for settle in self._settlers:
+                await settle()
+            await connection.disconnect(await_close=True, discard=False)
+        connection.close()
 
     # The next connection
 
@@ -388,6 +414,14 @@ class Supervisor:
                     logger.error("%s", why)
         self._retrying = None
         return None, attempt
+
+
+async def _wait_replies(session: Session) -> None:
+    """Wait for the replies that callers await now."""
+    for pending in session.awaited():
+        done = anyio.Event()
+        pending.call_when_done(done.set)
+        await done.wait()
 
 
 def _lost(connection: Connection) -> str:

@@ -206,6 +206,7 @@ class Session:
             tasks.start_soon(self._call, "me", emitter.me)
             tasks.start_soon(self._publish, 1, "a/f/")
             tasks.start_soon(self._call, "request", partial(self._check_reply, "now"))
+            tasks.start_soon(self._call, "request_many", self._check_replies)
         await self._publish(1, "a/r/", ttl=_STORAGE_TTL)
         stored = await self._call("history", self._read_back)
         assert stored is None or self._acknowledged_on_r <= stored
@@ -323,6 +324,11 @@ class Session:
     async def _check_reply(self, text: str) -> None:
         reply = await self.emitter.request(KEY, "a/s/", text)
         assert reply.binary == b"re: " + text.encode()
+
+    async def _check_replies(self) -> None:
+        async with self.emitter.request_many(KEY, "a/s/", "all", count=1) as replies:
+            async for reply in replies:
+                assert reply.binary == b"re: all"
 
     def _publish_at_broker(self, channel: str, payload: bytes) -> None:
         # Broker.publish() would have to be awaited, and a fault calls this synchronously.
