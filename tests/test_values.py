@@ -117,7 +117,9 @@ VALUES: Final[dict[type, Make]] = {
     PresenceStatus: lambda: PresenceStatus(NOW, "status", "a/", (Member("id", "ann"),)),
     Statistics: lambda: Statistics(*range(len(dataclasses.fields(Statistics)))),
     StoredMessage: lambda: StoredMessage(bytes(16), NOW, "a/", b"x"),
-    StreamStatistics: lambda: StreamStatistics(*range(len(dataclasses.fields(StreamStatistics)))),
+    StreamStatistics: lambda: dataclasses.replace(
+        StreamStatistics(*range(len(dataclasses.fields(StreamStatistics)))), waiting_since=NOW
+    ),
     Will: lambda: Will("k" * 32, "a/", {"gone": True}, retain=True),
     ReplayedMessage: lambda: ReplayedMessage("a/", b"x", bytes(16)),
 }

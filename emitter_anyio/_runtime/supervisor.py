@@ -143,7 +143,8 @@ class Supervisor:
         """The time from which the loss of the current connection restarts the back-off."""
         self._carried: list[bytes] = []
         """Encoded QoS 0 publishes that wait for the next connection; no byte of them was sent."""
-        self._retrying: anyio.CancelScope | None = None
+        self._retrying = anyio.CancelScope()
+        """The scope of the last period of reconnecting."""
         self._replaced: Exception | None = None
         """The reason for the end of a connection that :meth:`replace` closes."""
         self._received = 0
@@ -207,26 +208,23 @@ class Supervisor:
         """Start to close the connection in an orderly way, or stop reconnecting."""
         if self._slot.connection is not None:
             self._start_closing(self._slot.connection)
-        elif self._retrying is not None:
+        elif self._carried:
             # Until the deadline, a new connection can still send the queued publishes.
-            if self._carried:
-                self._retrying.deadline = self._slot.deadline
-            else:
-                self._retrying.cancel()
+            self._retrying.deadline = self._slot.deadline
+        else:
+            self._retrying.cancel()
 
     def cut_off(self) -> None:
         """End the connection or stop reconnecting immediately."""
         if (connection := self._slot.connection) is not None:
             self._end(connection, None)
             connection.close()
-        if self._retrying is not None:
-            self._retrying.cancel()
+        self._retrying.cancel()
 
     def finish(self) -> None:
         """Record the end of the connection, if cancellation has prevented that."""
         if self._slot.connection is not None:
             self._end(self._slot.connection, None)
-        self._retrying = None
 
     def give_up_carried(self) -> int:
         """Discard the publishes that wait for a connection; return their number."""
@@ -404,7 +402,6 @@ class Supervisor:
                     _log_failed_try("reconnect", attempt, exc, warned, logging.INFO)
                     continue
                 slot.open(connection)
-                self._retrying = None
                 return connection, attempt
             else:
                 if not slot.leaving:
@@ -412,7 +409,6 @@ class Supervisor:
                     why = f"{_lost(last)} and could not reconnect in {tries}: {slot.last_error}"
                     slot.give_up(why)
                     logger.error("%s", why)
-        self._retrying = None
         return None, attempt
 
 
