@@ -77,6 +77,12 @@ NOT_VALUES: Final = {
 Make = Callable[[], Any]
 
 
+def make_numbered(kind: Any, **values: object) -> object:
+    """Make a value whose fields are different numbers, except the given ones."""
+    numbers = {field.name: number for number, field in enumerate(dataclasses.fields(kind))}
+    return kind(**numbers | values)
+
+
 class Unpicklable(Exception):
     """An error whose constructor passes on fewer arguments than it takes, as in many libraries."""
 
@@ -115,11 +121,9 @@ VALUES: Final[dict[type, Make]] = {
     Member: lambda: Member("id", "ann"),
     PresenceEvent: lambda: PresenceEvent(NOW, "subscribe", "a/", (Member("id"),)),
     PresenceStatus: lambda: PresenceStatus(NOW, "status", "a/", (Member("id", "ann"),)),
-    Statistics: lambda: Statistics(*range(len(dataclasses.fields(Statistics)))),
+    Statistics: lambda: make_numbered(Statistics),
     StoredMessage: lambda: StoredMessage(bytes(16), NOW, "a/", b"x"),
-    StreamStatistics: lambda: dataclasses.replace(
-        StreamStatistics(*range(len(dataclasses.fields(StreamStatistics)))), waiting_since=NOW
-    ),
+    StreamStatistics: lambda: make_numbered(StreamStatistics, waiting_since=NOW),
     Will: lambda: Will("k" * 32, "a/", {"gone": True}, retain=True),
     ReplayedMessage: lambda: ReplayedMessage("a/", b"x", bytes(16)),
 }
