@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from emitter_anyio._features.consumer import Consumer as Consumer
 from emitter_anyio._features.feed import PresenceFeed as PresenceFeed
 from emitter_anyio._features.subscriptions import Subscribing as Subscribing
 from emitter_anyio._net.options import ConnectOptions as ConnectOptions

@@ -25,6 +25,7 @@ import anyio
 from anyio.abc import TaskStatus
 
 from emitter_anyio._features.calls import Calls, Serve
+from emitter_anyio._features.consumer import Consumer, Consumers
 from emitter_anyio._features.feed import PresenceFeed
 from emitter_anyio._features.history import History
 from emitter_anyio._features.keys import Keys
@@ -268,6 +269,7 @@ class Emitter:
         self._subscriptions = subscriptions = Subscriptions(
             slot, requester, wants, routes, events, totals, resumption
         )
+        self._consumers = Consumers(slot, requester, history, subscriptions, options.matcher)
         self._presence = presence = Presence(
             slot, requester, wants, key_ring, routes, events, totals, background
         )
@@ -907,6 +909,7 @@ class Emitter:
         *,
         since: datetime | float | None = None,
         until: datetime | float | None = None,
+        after: str | StoredMessage | None = None,
         order: Literal["oldest", "newest"] = "oldest",
         timeout: Timeout = DEFAULT,
     ) -> AsyncIterator[StoredMessage]:
@@ -919,14 +922,17 @@ class Emitter:
         :param key: a key with the permission to load (``l``), or an ``async`` function that returns
             one (see :class:`Emitter`)
         :param channel: the channel, or a :class:`Channel`; any level except the first can be ``+``
-        :param last: the maximum number of messages, the newest ones, up to 2,147,483,647; ``None``:
-            100
+        :param last: the maximum number of messages, up to 2,147,483,647: the newest ones, or with
+            ``after`` the oldest ones. ``None``: 100, or with ``after`` no limit
         :param since: read only messages stored at or after this time: an aware ``datetime`` or unix
             seconds, between 2018 and 2066
         :param until: read only messages stored at or before this time
-        :param order: ``"oldest"`` yields the oldest message first, and reads all of them into
-            memory before that; ``"newest"`` yields the newest first, with one page in memory at a
-            time
+        :param after: read only messages after this position: a :class:`StoredMessage`, or the
+            :attr:`~Consumer.cursor` of a :class:`Consumer`. Not with ``since`` or
+            ``order="newest"``
+        :param order: ``"oldest"`` yields the oldest message first, and holds at most 16 MiB in
+            memory: larger histories are read twice. ``"newest"`` yields the newest first, with one
+            page in memory at a time
         :param timeout: seconds to wait for each of the broker's replies, instead of
             ``request_timeout``; ``None`` waits without limit
         :return: an asynchronous iterator of :class:`StoredMessage`, which needs no closing. After
@@ -952,7 +958,63 @@ class Emitter:
         Source: the broker's ``message/id.go`` and ``provider/storage/ssd.go``; recorded
         conversation ``history``.
         """
-        return self._history.read(key, channel, last, since, until, order, timeout)
+        return self._history.read(key, channel, last, since, until, after, order, timeout)
+
+    def consume(
+        self,
+        key: Key,
+        channel: str | Channel,
+        *,
+        after: str | StoredMessage | None = None,
+        timeout: Timeout = DEFAULT,
+    ) -> Entering[Consumer]:
+        """
+        Return a durable consumer of stored messages, to be entered with ``async with``.
+
+        A :class:`Consumer` returns every message of the channel, and of all channels below it, that
+        is stored after a position, oldest first, and then waits for further ones. After a restart
+        of the program, it continues at a saved :attr:`Consumer.cursor`. Messages that were
+        published without ``ttl`` and ``retain`` are not stored and never appear.
+
+        On one node of the broker, it returns each message once, and in order. In a cluster, it
+        returns each message at least once. It holds at most 16 MiB in memory. Live messages only
+        cause the client to read storage. Leaving the block ends the subscription to them without
+        waiting.
+
+        :param key: a key with the permissions to read and load (``rl``), or an ``async`` function
+            that returns one (see :class:`Emitter`)
+        :param channel: the channel, or a :class:`Channel`; any level except the first can be ``+``
+        :param after: the position: a cursor, a :class:`StoredMessage`, ``"now"`` for messages that
+            are stored after the consumer was entered, or ``None`` for the oldest stored message
+        :param timeout: seconds to wait for each of the broker's replies, instead of
+            ``request_timeout``; ``None`` waits without limit
+        :return: an object to be entered once, for a :class:`Consumer`
+        :raises TypeError: if an argument has the wrong type
+        :raises ValueError: if an argument is out of range, or the key or the cursor is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel, its first level is
+            a wildcard, or its last level is ``#`` with the default matcher
+        :raises MessageTooLargeError: if the packet exceeds ``max_message_size``
+        :raises UnauthorizedError: when entered or iterated, if the key does not permit reading and
+            loading from the channel
+        :raises RequestError: when entered or iterated, if the broker refused for another reason
+        :raises SubscriptionConflictError: when entered, if the broker could not keep the
+            subscription apart from another subscription of this connection
+        :raises RemoteProtocolError: when entered or iterated, if a reply was malformed
+        :raises RequestTimeoutError: when entered or iterated, if the broker did not reply in time
+        :raises ConnectionLostError: when entered, if the connection was lost before a reply; when
+            iterated, if reconnecting was given up; when entered with ``while_down="raise"``, also
+            while disconnected
+        :raises ~anyio.ClosedResourceError: when iterated, after its block was left
+        :raises ClosedError: when entered, outside the block of the client
+        :raises RuntimeError: if the object is entered a second time
+        :raises WrongLoopError: when entered or iterated, in another thread or event loop
+
+        Cancelling an iteration loses no message. If cancelled while it is entered, the subscription
+        is ended.
+
+        Source: the broker's ``message/id.go`` and ``provider/storage/ssd.go``.
+        """
+        return self._consumers.consume(key, channel, after, timeout)
 
     async def request(
         self, key: Key, channel: str, message: Payload, *, timeout: Timeout = DEFAULT

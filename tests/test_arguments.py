@@ -116,6 +116,7 @@ INVALID: Final[dict[str, tuple[object, ...]]] = {
     "permissions": (None, 5, b"rw", "rwz"),
     "last": COUNTS,
     "resume_limit": (None, *COUNTS),
+    "after": (5, b"1.", ["1."], "", "x", "1.", "1.AAAA", "2.AAAA", "now "),
     "concurrency": (None, 0, -1, 1.5, "5", True),
     "since": TIMES,
     "until": TIMES,

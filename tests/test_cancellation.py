@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
+from emitter_anyio._features.position import Position
 from emitter_anyio.testing import Broker
 from tests.support.adversity import broker_in_memory
 from tests.support.memory import MemoryConnectable
@@ -247,6 +249,7 @@ MORE_NAMES = (
     "resume",
     "key by function",
     "subscribe, key by function",
+    "consume",
 )
 
 
@@ -301,6 +304,13 @@ def make_more_methods(emitter: Emitter, broker: Broker) -> dict[str, Method]:
         async with emitter.subscribe(new_function(), "a/f/", 0):
             pass
 
+    async def consume() -> None:
+        # A position near the end needs few requests.
+        now = Position(int(time.time())).cursor
+        async with emitter.consume(key, "a/k/", after=now) as log:
+            await emitter.publish(key, "a/k/", "x", 60, qos=1)
+            assert (await anext(log)).binary == b"x"
+
     return {
         **make_methods(emitter, broker),
         "keyban": partial(emitter.keyban, broker.secret_key, other_key),
@@ -314,6 +324,7 @@ def make_more_methods(emitter: Emitter, broker: Broker) -> dict[str, Method]:
         "resume": resume,
         "key by function": publish_by_function,
         "subscribe, key by function": subscribe_by_function,
+        "consume": consume,
     }
 
 

@@ -20,7 +20,7 @@ import emitter_anyio
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "emitter_anyio"
 
-CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed"]
+CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed", "Consumer"]
 VALUES = [
     *["Backoff", "Channel", "ConnectOptions", "Gap"],
     *["Will", "EmitterMessage", "DecodedMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
@@ -61,7 +61,7 @@ SANS_IO_MODULES = [
     str(path.relative_to(LIBRARY).with_suffix(""))
     for package in ("_values", "_protocol")
     for path in sorted((LIBRARY / package).glob("[a-z]*.py"))
-] + ["_features/stored"]
+] + ["_features/forward", "_features/position", "_features/stored"]
 
 
 def public_names() -> dict[str, object]:

@@ -27,6 +27,7 @@ from emitter_anyio import (
     ConnectionLostError,
     ConnectOptions,
     ConnectRefusedError,
+    Consumer,
     DecodedMessage,
     DecodeError,
     Emitter,
@@ -68,7 +69,7 @@ from emitter_anyio._values.messages import ReplayedMessage
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 NOT_VALUES: Final = {
-    *(Emitter, Entering, EventStream, PresenceFeed, Subscribing),
+    *(Consumer, Emitter, Entering, EventStream, PresenceFeed, Subscribing),
     *(testing.Broker, testing.Client, testing.FaultProxy),
     ConnectOptions,
 }

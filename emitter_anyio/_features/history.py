@@ -22,12 +22,23 @@ from emitter_anyio._values.channels import (
     levels,
     unix_seconds,
 )
-from emitter_anyio._values.checks import check_choice, check_int
+from emitter_anyio._values.checks import MAX_INT32, check_choice, check_optional_int
 from emitter_anyio._values.errors import HistoryIncompleteError, InvalidChannelError, RequestError
 from emitter_anyio._values.messages import StoredMessage
 from emitter_anyio._values.templates import Channel, check_pattern
 
-from .stored import BrokerFacts, NodeProbe, PageRequest, Reading, Reply, Unreadable
+from .forward import ForwardReading
+from .position import Position, check_after
+from .stored import (
+    BrokerFacts,
+    NodeProbe,
+    PageRequest,
+    Reading,
+    Reply,
+    Steps,
+    Unreadable,
+    advance,
+)
 
 _SLOW_PAGE_SECONDS: Final = 1.9
 """A node waits 2 s for other nodes, so a page that took this long might lack their messages."""
@@ -39,58 +50,49 @@ _DEFAULT_LAST: Final = 100
 
 class Reader:
     """
-    The execution of a :class:`Reading`.
+    The execution of a sequence of requests and results.
 
     A request that fails or is cancelled is repeated when the next message is requested.
 
-    :param reading: the sequence of requests and results
+    :param steps: the sequence
     :param send: sends a request to the broker, and returns the reply
     """
 
     def __init__(
-        self, reading: Reading, send: Callable[[PageRequest | NodeProbe], Awaitable[Reply]]
+        self, steps: Steps[None], send: Callable[[PageRequest | NodeProbe], Awaitable[Reply]]
     ) -> None:
-        self._steps = reading.steps()
+        self._steps = steps
         self._send = send
-        self._step = next(self._steps, None)
+        self._step = advance(steps)
 
     async def next(self) -> StoredMessage | Unreadable | None:
-        """Return the next message, newest first, or an unreadable window; ``None`` at the end."""
+        """Return the next message or unreadable window; ``None`` at the end."""
         if not isinstance(self._step, PageRequest | NodeProbe):
             await checkpoint()
         while isinstance(self._step, PageRequest | NodeProbe):
-            self._advance(await self._send(self._step))
+            self._step = advance(self._steps, await self._send(self._step))
         step = self._step
         if step is not None:
-            self._advance(None)
+            self._step = advance(self._steps)
         return step
-
-    def _advance(self, reply: Reply | None) -> None:
-        try:
-            self._step = next(self._steps) if reply is None else self._steps.send(reply)
-        except StopIteration:
-            self._step = None
 
 
 class HistoryIterator(AsyncIterator[StoredMessage]):
     """
     An asynchronous iterator of stored messages, which are read during iteration.
 
-    :param reader: returns the messages, newest first
+    :param reader: returns the messages
     :param channel: the channel, for errors
-    :param oldest_first: whether to read all messages first, and yield the oldest first
     """
 
-    def __init__(self, reader: Reader, channel: str, oldest_first: bool) -> None:
+    def __init__(self, reader: Reader, channel: str) -> None:
         self._reader = reader
         self._channel = channel
-        self._collected: list[StoredMessage | Unreadable] | None = [] if oldest_first else None
-        self._complete = False
         self._guard = anyio.ResourceGuard("iterating over")
 
     async def __anext__(self) -> StoredMessage:
         with self._guard:
-            found = await self._next()
+            found = await self._reader.next()
         if found is None:
             raise StopAsyncIteration
         if isinstance(found, Unreadable):
@@ -99,18 +101,6 @@ class HistoryIterator(AsyncIterator[StoredMessage]):
                 found.reason, channel=self._channel, since=since, until=until
             )
         return found
-
-    async def _next(self) -> StoredMessage | Unreadable | None:
-        if self._collected is None:
-            return await self._reader.next()
-        if self._complete:
-            await checkpoint()
-        while not self._complete:
-            found = await self._reader.next()
-            self._complete = found is None
-            if found is not None:
-                self._collected.append(found)
-        return self._collected.pop() if self._collected else None
 
 
 class History:
@@ -131,22 +121,54 @@ class History:
         last: int | None,
         since: datetime | float | None,
         until: datetime | float | None,
+        after: str | StoredMessage | None,
         order: str,
         timeout: Timeout,
     ) -> HistoryIterator:
         """Check every argument, and return an iterator of stored messages."""
-        key = check_key_source(key)
-        channel = check_pattern(channel)
-        check_stored(channel)
-        count = _DEFAULT_LAST if last is None else check_int("last", last, 0)
+        source, channel = self.check_target(key, channel)
+        count = check_optional_int("last", last)
         newest = check_choice("order", order, ("oldest", "newest")) == "newest"
         timeout = check_timeout(timeout)
         first, final = unix_seconds("since", since), unix_seconds("until", until)
-        text = key if isinstance(key, str) else PLACEHOLDER_KEY
-        request = requests.history(text, channel, last=count, since=first, until=final)
+        position = None if after is None else check_after(after, live=False)
+        if position is not None and (newest or first is not None):
+            raise ValueError(
+                "cannot use after with since or order='newest': after reads forward from a position"
+            )
+        number = _DEFAULT_LAST if count is None else count
+        if newest:
+            reader = self.reader(self._requester, source, channel, number, first, final, timeout)
+        elif position is None:
+            reading = self._forward(channel, Position(first), final)
+            reader = self._reader(reading.read_newest(number), source, channel, timeout)
+        else:
+            reading = self._forward(channel, position, final)
+            steps = reading.read() if count is None else reading.read(count)
+            reader = self._reader(steps, source, channel, timeout)
+        return HistoryIterator(reader, channel)
+
+    def check_target(self, key: Key, channel: str | Channel) -> tuple[KeySource, str]:
+        """Check the key and the channel whose stored messages are to be read."""
+        source = check_key_source(key)
+        channel = check_pattern(channel)
+        check_stored(channel)
+        text = source if isinstance(source, str) else PLACEHOLDER_KEY
+        request = requests.history(text, channel, last=MAX_INT32, since=MAX_INT32, until=MAX_INT32)
         self._requester.check_size(request.topic.encode(), request.body, 1)
-        reader = self.reader(self._requester, key, channel, count, first, final, timeout)
-        return HistoryIterator(reader, channel, not newest)
+        return source, channel
+
+    def forward_reader(
+        self, key: KeySource, channel: str, position: Position, timeout: Timeout, expect_last: bool
+    ) -> Reader:
+        """
+        Make a reader of the stored messages after a position, oldest first.
+
+        :param position: moved by each message that the reader returns
+        :param expect_last: whether to report it if the message at the position has expired
+        """
+        steps = self._forward(channel, position, None).read(expect_last=expect_last)
+        return self._reader(steps, key, channel, timeout)
 
     def reader(
         self,
@@ -168,7 +190,14 @@ class History:
         """
         level = levels(channel)[0]
         reading = Reading(last, since, until, int(time.time()), self._broker_facts, level)
-        return Reader(reading, partial(_send_request, requester, key, channel, timeout))
+        return Reader(reading.steps(), partial(_send_request, requester, key, channel, timeout))
+
+    def _forward(self, channel: str, position: Position, until: int | None) -> ForwardReading:
+        level = levels(channel)[0]
+        return ForwardReading(position, until, int(time.time()), self._broker_facts, level)
+
+    def _reader(self, steps: Steps[None], key: KeySource, channel: str, timeout: Timeout) -> Reader:
+        return Reader(steps, partial(_send_request, self._requester, key, channel, timeout))
 
 
 async def _send_request(
@@ -226,6 +255,6 @@ def check_stored(channel: str) -> None:
     """
     if levels(channel)[0] in ("+", "#"):
         raise InvalidChannelError(
-            f"invalid channel {channel!r}: history and resume need a literal first level, because "
-            "the broker looks up stored messages by it"
+            f"invalid channel {channel!r}: history, resume and consume need a literal first level, "
+            "because the broker looks up stored messages by it"
         )

@@ -18,7 +18,7 @@ from emitter_anyio._values.messages import StoredMessage
 
 T = TypeVar("T")
 
-_ID_EPOCH: Final = 1514764800
+ID_EPOCH: Final = 1514764800
 """The unix second from which message ids count: 2018-01-01."""
 _MAX_UINT32: Final = 0xFFFFFFFF
 
@@ -107,7 +107,23 @@ class BrokerFacts:
 Steps: TypeAlias = Generator[PageRequest | NodeProbe | StoredMessage | Unreadable, Reply, T]
 
 
+def advance(
+    steps: Steps[None], reply: Reply | None = None
+) -> PageRequest | NodeProbe | StoredMessage | Unreadable | None:
+    """
+    Continue a sequence of requests and results.
+
+    :param reply: the reply to the last step, if that is a request
+    :return: the next step; ``None`` at the end
+    """
+    try:
+        return next(steps) if reply is None else steps.send(reply)
+    except StopIteration:
+        return None
+
+
 def second_of(message: StoredMessage) -> int:
+    """Return the Unix second in which a message was stored."""
     return int(message.time.timestamp())
 
 
@@ -212,7 +228,7 @@ class Reading:
         self._since = since
         self._until = until
         self._now = now
-        self._oldest = _ID_EPOCH if since is None else since
+        self._oldest = ID_EPOCH if since is None else since
         self._size = max(_MIN_FIRST_PAGE_MESSAGES, min(_MAX_FIRST_PAGE_MESSAGES, last + 1))
         self._broker = broker
         self._level = level_hash(level)
@@ -322,7 +338,7 @@ class Reading:
     def _cursor(self, until: int | None) -> bytes:
         """Make a cursor just before the newest place of the window, which no node stores."""
         assert self._broker.contract is not None
-        time = 0 if until is None else _MAX_UINT32 - (until - _ID_EPOCH)
+        time = 0 if until is None else _MAX_UINT32 - (until - ID_EPOCH)
         words = (self._broker.contract ^ self._level, time, 0, 0)
         return b"".join(word.to_bytes(4, "big") for word in words)
 
@@ -620,4 +636,4 @@ def _is_within(second: int, since: int | None, until: int | None) -> bool:
 
 
 def _second_in(cursor: bytes) -> int:
-    return _MAX_UINT32 - int.from_bytes(cursor[4:8], "big") + _ID_EPOCH
+    return _MAX_UINT32 - int.from_bytes(cursor[4:8], "big") + ID_EPOCH

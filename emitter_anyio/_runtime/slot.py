@@ -330,6 +330,18 @@ class Slot:
         assert self.connection is not None
         return self.connection
 
+    async def reconnected(self) -> None:
+        """
+        Wait for the next connection, whatever ``while_down`` is.
+
+        :raises ClosedError: if the client is closed
+        :raises ConnectionLostError: after the final loss
+        """
+        while not self.usable(self.connection):
+            if not self.may_connect:
+                raise self.gone()
+            await self.change()
+
     # Errors
 
     def _unavailable(self) -> Exception | None:

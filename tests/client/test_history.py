@@ -23,6 +23,7 @@ from tests.support.server import Server
 pytestmark = pytest.mark.emitter
 
 NO_KEY = "A" * 32
+AFTER = StoredMessage(bytes(16), datetime.now(UTC), "a/", b"")
 
 ORDERS: tuple[Literal["oldest", "newest"], ...] = ("oldest", "newest")
 
@@ -337,6 +338,26 @@ async def test_window_applies_across_pages(
     assert await numbers(found) == list(range(300))
 
 
+# Reading on
+
+
+async def test_after_a_message_the_oldest_come_first_without_a_default_limit(
+    emitter: Emitter, server: Server, key: str, unique: str
+) -> None:
+    await store(emitter, key, unique, *range(60))
+    await next_second(server)
+    await store(emitter, key, unique, *range(60, 160))
+    stored = [message async for message in emitter.history(key, unique, 1000)]
+    history = emitter.history
+    assert await numbers(history(key, unique, after=stored[9])) == list(range(10, 160))
+    assert await numbers(history(key, unique, 70, after=stored[9])) == list(range(10, 80))
+    assert await numbers(history(key, unique, 0, after=stored[9])) == []
+    assert await numbers(history(key, unique, after=stored[-1])) == []
+    until = stored[59].time
+    assert await numbers(history(key, unique, after=stored[9], until=until)) == list(range(10, 60))
+    assert await numbers(history(key, unique, after=stored[70], until=until)) == []
+
+
 # Refusals
 
 
@@ -371,6 +392,11 @@ async def test_wildcard_first_level_is_rejected(emitter: Emitter, channel: str) 
         ((NO_KEY, "a/"), {"until": 5}, "until.*5"),
         ((NO_KEY, "a/"), {"until": "now"}, "until.*datetime"),
         (("", "a/"), {}, "key.*empty"),
+        ((NO_KEY, "a/"), {"after": "now"}, "after='now' is for consume"),
+        ((NO_KEY, "a/"), {"after": b"1."}, "after.*StoredMessage or None, not bytes"),
+        ((NO_KEY, "a/"), {"after": "1."}, "invalid cursor"),
+        ((NO_KEY, "a/"), {"after": AFTER, "order": "newest"}, "after with.*order='newest'"),
+        ((NO_KEY, "a/"), {"after": AFTER, "since": 1700000000}, "after with since"),
     ],
 )
 async def test_bad_arguments_are_rejected_before_iteration(
