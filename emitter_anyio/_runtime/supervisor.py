@@ -143,7 +143,7 @@ class Supervisor:
         """The time from which the loss of the current connection restarts the back-off."""
         self._carried: list[bytes] = []
         """Encoded QoS 0 publishes that wait for the next connection; no byte of them was sent."""
-        self._retrying = anyio.CancelScope()
+        self._retrying: anyio.CancelScope | None = None
         """The scope of the last period of reconnecting."""
         self._replaced: Exception | None = None
         """The reason for the end of a connection that :meth:`replace` closes."""
@@ -208,18 +208,20 @@ class Supervisor:
         """Start to close the connection in an orderly way, or stop reconnecting."""
         if self._slot.connection is not None:
             self._start_closing(self._slot.connection)
-        elif self._carried:
-            # Until the deadline, a new connection can still send the queued publishes.
-            self._retrying.deadline = self._slot.deadline
         else:
-            self._retrying.cancel()
+            # Until the deadline, a new connection can still send the queued publishes.
+            self._stop_retrying(self._slot.deadline if self._carried else -math.inf)
 
     def cut_off(self) -> None:
         """End the connection or stop reconnecting immediately."""
         if (connection := self._slot.connection) is not None:
             self._end(connection, None)
             connection.close()
-        self._retrying.cancel()
+        self._stop_retrying(-math.inf)
+
+    def _stop_retrying(self, deadline: float) -> None:
+        if self._retrying is not None:
+            self._retrying.deadline = deadline
 
     def finish(self) -> None:
         """Record the end of the connection, if cancellation has prevented that."""
