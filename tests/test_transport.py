@@ -7,8 +7,8 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +47,7 @@ from tests.support.peer import (
     unix_peer,
     unix_socket,
 )
+from tests.support.ports import unanswered_port
 from tests.support.steps import all_cancel_styles, cancel_at_step
 
 HINT = "Emitter's default ports are 8080"
@@ -62,20 +63,6 @@ def refusing_port(host: str = "127.0.0.1") -> int:
         sock.bind((host, 0))
         port: int = sock.getsockname()[1]
     return port
-
-
-@contextmanager
-def blackhole() -> Iterator[int]:
-    """Yield a port that answers no connection attempt, because its queue is full."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
 
 
 @pytest.fixture
@@ -305,7 +292,7 @@ async def test_error_names_each_reason_once_when_no_address_can_be_reached(
 async def test_unanswered_addresses_time_out_without_a_hint(
     resolve: Callable[..., None],
 ) -> None:
-    with blackhole() as hole:
+    with unanswered_port() as hole:
         resolve(hole, hole)
         with pytest.raises(ConnectError, match=r"within 0\.6 s") as caught:
             async with connect(host="broker.example", secure=False, connect_timeout=0.6):
@@ -317,7 +304,7 @@ async def test_next_address_is_tried_while_one_is_unanswered_without_a_timeout(
     resolve: Callable[..., None],
 ) -> None:
     async with tcp_peer(serve) as port:
-        with blackhole() as hole:
+        with unanswered_port() as hole:
             resolve(hole, port)
             async with connect(host="broker.example", secure=False, connect_timeout=None) as one:
                 await one.flush()
@@ -350,7 +337,7 @@ async def test_addresses_that_answer_in_the_same_turn_leave_one_connection(
 
 
 async def test_cancelled_connection_attempts_leave_no_socket(resolve: Callable[..., None]) -> None:
-    with blackhole() as hole:
+    with unanswered_port() as hole:
         resolve(hole, hole, hole)
         with anyio.move_on_after(0.6) as scope:
             async with connect(host="broker.example", secure=False):
@@ -393,7 +380,7 @@ async def test_connection_that_is_established_too_late_is_closed(
 async def test_entering_in_a_cancelled_scope_tries_no_address_to_the_end(
     resolve: Callable[..., None],
 ) -> None:
-    with blackhole() as hole:
+    with unanswered_port() as hole:
         resolve(hole, hole)
         with anyio.CancelScope() as scope:
             scope.cancel()

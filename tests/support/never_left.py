@@ -11,8 +11,8 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, Final, TypeAlias
 from unittest import mock
 
@@ -23,6 +23,7 @@ from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Backoff, Emitter, connect
 from emitter_anyio.testing import Broker, FaultProxy
+from tests.support.ports import unanswered_port
 
 RUNS: Final = 10
 
@@ -174,20 +175,6 @@ SITUATIONS: Final[dict[Situation, dict[str, Any]]] = {
     held_up_by_a_full_stream: {},
 }
 """The situations, with the options of the client."""
-
-
-@contextmanager
-def unanswered_port() -> Iterator[int]:
-    """A port that answers no connection, because its queue is full."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
 
 
 async def main(situation: Situation, around: Around, url: str) -> None:
