@@ -106,6 +106,9 @@ valid_packets = st.one_of(
 streams = st.lists(valid_packets, max_size=12)
 
 
+PACKET_IDS = st.none() | st.integers(1, 65535)
+
+
 def chunks(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     places = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
     return [data[a:b] for a, b in pairwise(places)] or [b""]
@@ -198,6 +201,72 @@ class TestDecoding:
         # A flag that has no meaning, and a remaining length in two bytes instead of one.
         decoded = connected().decode(b"\x42\x02\x00\x03" + b"\x40\x82\x00\x00\x04")
         assert plain(decoded) == [("PubAck", 3), ("PubAck", 4)]
+
+
+class TestLargePackets:
+    """Incomplete packets of 64 KiB or more, which are collected in a buffer."""
+
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from((0, 5, 65_500, 65_600, 200_000)), PACKET_IDS), max_size=5
+        ),
+        st.data(),
+    )
+    def test_messages_do_not_depend_on_how_they_are_received(
+        self, sizes: list[tuple[int, int | None]], draw: st.DataObject
+    ) -> None:
+        payloads = [bytes((65 + at,)) * size for at, (size, _) in enumerate(sizes)]
+        ids = [packet_id for _, packet_id in sizes]
+        left = b"".join(publish("a/", *each) for each in zip(payloads, ids, strict=True))
+        codec = connected(1_000_000, fast_path=draw.draw(st.booleans()))
+        events: list[Event] = []
+        while left:
+            unfilled = codec.unfilled
+            size = draw.draw(st.sampled_from((1, 1000, 65_536, 300_000)))
+            if unfilled is not None and draw.draw(st.booleans()):
+                size = min(size, len(unfilled), len(left))
+                unfilled[:size] = left[:size]
+                events += codec.decode(unfilled[:size])
+            else:
+                events += codec.decode(left[:size])
+            left = left[size:]
+            while codec.turn_over:
+                events += codec.decode(b"")
+        assert plain(events) == [("message", "a/", payload) for payload in payloads]
+        for event in unbatch(events):
+            assert isinstance(event, EmitterMessage)
+            assert type(event.binary) is bytes
+        assert codec.take_written() == b"".join(puback(one) for one in ids if one is not None)
+
+    def test_buffer_serves_consecutive_packets_and_is_freed_by_small_ones(self) -> None:
+        codec = connected(1_000_000)
+        data = publish("a/", bytes(100_000))
+        buffers = []
+        for _ in range(2):
+            codec.decode(data[:1000])
+            buffers.append(codec._framing.buffer)
+            assert codec.unfilled is not None
+            codec.decode(data[1000:])
+        assert buffers[0] is buffers[1]
+        codec.decode(PINGRESP)
+        assert not codec._framing.buffer
+
+    def test_packet_after_a_large_one_in_the_same_read_is_decoded(self) -> None:
+        codec = connected(1_000_000)
+        data = publish("a/", bytes(100_000))
+        codec.decode(data[:70_000])
+        decoded = codec.decode(data[70_000:] + PINGRESP + data[:70_000])
+        assert plain(decoded) == [("message", "a/", bytes(100_000)), ("PingResp",)]
+        assert plain(codec.decode(data[70_000:])) == [("message", "a/", bytes(100_000))]
+
+    def test_payload_is_kept_while_the_next_packet_is_received(self) -> None:
+        codec = connected(1_000_000)
+        events: list[Event] = []
+        for letter in (b"x", b"y"):
+            data = publish("a/", letter * 100_000)
+            codec.decode(data[:70_000])
+            events += codec.decode(data[70_000:])
+        assert plain(events) == [("message", "a/", letter * 100_000) for letter in (b"x", b"y")]
 
 
 class TestConnAck:

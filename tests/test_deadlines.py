@@ -36,7 +36,7 @@ class LimitedTransport(Transport):
     def __init__(self) -> None:
         self.capacity = 0
 
-    async def receive(self, size: int = 0) -> bytes:
+    async def receive(self, size: int = 0, into: memoryview | None = None) -> bytes:
         raise NotImplementedError
 
     async def send(self, data: bytes | memoryview) -> int:

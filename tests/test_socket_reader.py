@@ -108,6 +108,45 @@ async def test_bytes_that_arrive_as_a_receive_is_cancelled_are_kept(
     reader.close()
 
 
+@pytest.mark.parametrize("make", [waiting_reader, open_reader])
+async def test_bytes_are_received_into_the_given_memory(
+    pair: tuple[socket.socket, socket.socket], make: Callable[[socket.socket], Reader]
+) -> None:
+    own_end, peer = pair
+    reader = make(own_end)
+    memory = bytearray(10)
+    peer.send(b"abc")
+    received = await reader.receive(READ_CHUNK_BYTES, memoryview(memory)[2:])
+    assert isinstance(received, memoryview)
+    assert received.obj is memory
+    assert bytes(received) == b"abc"
+    assert memory == b"\0\0abc\0\0\0\0\0"
+    peer.send(b"d")
+    assert await reader.receive(READ_CHUNK_BYTES) == b"d"
+    peer.shutdown(socket.SHUT_WR)
+    assert not await reader.receive(READ_CHUNK_BYTES, memoryview(memory))
+    assert memory == b"\0\0abc\0\0\0\0\0"
+    reader.close()
+
+
+async def test_reading_ahead_does_not_use_memory_given_before(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    own_end, peer = pair
+    reader = open_reader(own_end)
+    assert isinstance(reader, WatchingReader)
+    memory = bytearray(3)
+    peer.send(b"abc")
+    await reader.receive(READ_CHUNK_BYTES, memoryview(memory))
+    peer.send(b"defg")
+    while reader._received is None:
+        await checkpoint()
+    assert memory == b"abc"
+    assert await reader.receive(READ_CHUNK_BYTES, memoryview(memory)) == b"defg"
+    assert memory == b"abc"
+    reader.close()
+
+
 async def test_reset_connection_raises(pair: tuple[socket.socket, socket.socket]) -> None:
     own_end, peer = pair
     reader = open_reader(own_end)

@@ -488,7 +488,7 @@ class LimitedTransport(Transport):
         self.sizes = list(sizes)
         self.may_send_part = may_send_part
 
-    async def receive(self, size: int = 65536) -> bytes:
+    async def receive(self, size: int = 65536, into: memoryview | None = None) -> bytes:
         raise NotImplementedError
 
     def try_send(self, data: bytes | memoryview) -> int:

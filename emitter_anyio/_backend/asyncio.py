@@ -87,13 +87,15 @@ class WatchingReader(Reader):
         self._fileno = sock.fileno()
         self._size = READ_CHUNK_BYTES
         self._closed = False
-        self._received: bytes | Exception | None = None
+        self._into: memoryview | None = None
+        self._received: bytes | memoryview | Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         loop.add_reader(self._fileno, self._read)
         self._watched = True
 
-    async def receive(self, size: int) -> bytes:
+    async def receive(self, size: int, into: memoryview | None = None) -> bytes | memoryview:
         self._size = size
+        self._into = into
         while self._received is None:
             if self._closed:
                 raise ClosedResourceError
@@ -105,6 +107,8 @@ class WatchingReader(Reader):
                 await self._waiter
             finally:
                 self._waiter = None
+        # Reading ahead must not overwrite what the caller has not handled yet.
+        self._into = None
         received, self._received = self._received, None
         if isinstance(received, Exception):
             try:
@@ -125,7 +129,10 @@ class WatchingReader(Reader):
             self._stop_watching()
             return
         try:
-            data = self._sock.recv(self._size)
+            if self._into is None:
+                data: bytes | memoryview = self._sock.recv(self._size)
+            else:
+                data = self._into[: self._sock.recv_into(self._into)]
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
@@ -135,7 +142,7 @@ class WatchingReader(Reader):
             self.last_heard.note()
             self._keep(data)
 
-    def _keep(self, received: bytes | Exception) -> None:
+    def _keep(self, received: bytes | memoryview | Exception) -> None:
         self._received = received
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

@@ -58,12 +58,14 @@ class Reader(ABC):
     last_heard: LastHeard
 
     @abstractmethod
-    async def receive(self, size: int) -> bytes:
+    async def receive(self, size: int, into: memoryview | None = None) -> bytes | memoryview:
         """
         Wait for bytes.
 
-        :param size: the maximum number of bytes to return
-        :return: at least one byte; an empty result at the end of the stream
+        :param size: the maximum number of bytes to return, unless they are received into a view
+        :param into: the memory into which they may be received
+        :return: at least one byte, or the filled part of ``into``; an empty result at the end of
+            the stream
         :raises ~anyio.ClosedResourceError: if the reader is closed
 
         Cancelling it loses no bytes.
@@ -82,13 +84,16 @@ class WaitingReader(Reader):
         self._sock = sock
         self._closed = False
 
-    async def receive(self, size: int) -> bytes:
+    async def receive(self, size: int, into: memoryview | None = None) -> bytes | memoryview:
         while True:
             if self._closed:
                 raise ClosedResourceError
             await anyio.wait_readable(self._sock)
             try:
-                data = self._sock.recv(size)
+                if into is None:
+                    data: bytes | memoryview = self._sock.recv(size)
+                else:
+                    data = into[: self._sock.recv_into(into)]
             except (BlockingIOError, InterruptedError):
                 continue
             self.last_heard.note()

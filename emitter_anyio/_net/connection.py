@@ -32,9 +32,6 @@ Deliver: TypeAlias = Callable[[Sequence[Event]], Awaitable[None]]
 _MAX_READ_BYTES: Final = 262144
 """The maximum read size while reads are filled, in bytes."""
 
-_MAX_PACKET_READ_BYTES: Final = 1048576
-"""The maximum read size if the rest of a packet is at least as large, in bytes."""
-
 _PUBACK_BYTES: Final = 4
 _MAX_PACKET_IDS: Final = 65535
 """The maximum number of unacknowledged QoS 1 messages, because each has its own packet id."""
@@ -325,20 +322,21 @@ class Connection:
                 # Packets wait to be decoded, so missing bytes do not mean that the peer is silent.
                 await self._pause()
                 self.check()
-                data = b""
+                data: bytes | memoryview = b""
                 self._last_heard.note()
             else:
                 self._awaits_bytes = True
-                missing = codec.missing
-                data = await receive(
-                    size if missing <= size else min(missing, _MAX_PACKET_READ_BYTES)
-                )
+                into = codec.unfilled
+                if into is not None and len(into) < size:
+                    # The next packets are read as well.
+                    into = None
+                data = await receive(size, into)
                 self._awaits_bytes = False
                 self._reads += 1
                 if not data:
                     raise EOFError("the broker closed the connection")
                 # Under load, larger reads wake each consumer once for several messages.
-                if len(data) < size:
+                if len(data) < size or into is not None:
                     size = READ_CHUNK_BYTES
                 elif size < _MAX_READ_BYTES:
                     size *= 2

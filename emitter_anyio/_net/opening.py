@@ -96,12 +96,12 @@ async def _open(
             data = data[await transport.send(data) :]
         events: list[Event] = []
         while not events:
-            if not (data := await transport.receive()):
+            if not (received := await transport.receive()):
                 raise EOFError(
                     "the peer closed the connection instead of answering CONNECT"
                     + _CLIENT_CERTIFICATE * server.secure
                 )
-            events = codec.decode(data)
+            events = codec.decode(received)
         match events.pop(0):
             case ConnAck(0):
                 return Connection(server, transport, codec, events, options, wants)

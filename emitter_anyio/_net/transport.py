@@ -60,12 +60,16 @@ class Transport(ABC):
     """The time at which bytes last arrived from the broker."""
 
     @abstractmethod
-    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
+    async def receive(
+        self, size: int = READ_CHUNK_BYTES, into: memoryview | None = None
+    ) -> bytes | memoryview:
         """
         Wait for bytes from the peer.
 
-        :param size: the maximum number of bytes to return
-        :return: at least one byte, or an empty result if the peer has closed its side
+        :param size: the maximum number of bytes to return, unless they are received into ``into``
+        :param into: the memory into which a socket receives, to save a copy
+        :return: at least one byte, or the filled part of ``into``; an empty result if the peer has
+            closed its side
         """
 
     @abstractmethod
@@ -120,8 +124,10 @@ class SocketTransport(Transport):
         self._has_waited = False
         """Whether :meth:`send` has ever waited, so that closing must notify AnyIO."""
 
-    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
-        return await self._reader.receive(size)
+    async def receive(
+        self, size: int = READ_CHUNK_BYTES, into: memoryview | None = None
+    ) -> bytes | memoryview:
+        return await self._reader.receive(size, into)
 
     def try_send(self, data: bytes | memoryview) -> int:
         try:
@@ -166,7 +172,7 @@ class StreamTransport(Transport):
         self.last_heard = LastHeard(current_backend().clock) if below is None else below.last_heard
         self._listening = anyio.CancelScope()
 
-    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES, into: memoryview | None = None) -> bytes:
         try:
             data = await self._stream.receive(size)
         except EndOfStream:
@@ -234,7 +240,7 @@ class WebSocketTransport(Transport):
         self._closing: anyio.CancelScope | None = None
         """The scope in which the reader answers the peer's close frame."""
 
-    async def receive(self, size: int = READ_CHUNK_BYTES) -> bytes:
+    async def receive(self, size: int = READ_CHUNK_BYTES, into: memoryview | None = None) -> bytes:
         while not self._carried:
             if self._websocket.end is not None:
                 with anyio.move_on_after(_CLOSE_SECONDS) as self._closing:
@@ -243,7 +249,7 @@ class WebSocketTransport(Transport):
             if self._websocket.turn_over:
                 await checkpoint()
                 data = b""
-            elif not (data := await self._below.receive(size)):
+            elif not (data := bytes(await self._below.receive(size))):
                 return b""
             self._carried = self._websocket.receive(data)
             if self._websocket.pong and self._wake is not None:
@@ -310,7 +316,7 @@ class _SocketStream(ByteStream):
         self._sending = anyio.Lock(fast_acquire=True)
 
     async def receive(self, max_bytes: int = READ_CHUNK_BYTES) -> bytes:
-        if data := await self._transport.receive(max_bytes):
+        if data := bytes(await self._transport.receive(max_bytes)):
             return data
         raise EndOfStream
 
@@ -377,7 +383,7 @@ async def _upgrade(below: Transport, server: Server, options: Options) -> Transp
     while request:
         request = request[await below.send(request) :]
     with anyio.CancelScope() as patience:
-        while (received := upgrade.receive(await below.receive())) is None:
+        while (received := upgrade.receive(bytes(await below.receive()))) is None:
             if upgrade.refused:
                 patience.deadline = min(patience.deadline, anyio.current_time() + _CLOSE_SECONDS)
         return WebSocketTransport(below, WebSocket(options.max_message_size), received)

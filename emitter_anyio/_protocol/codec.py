@@ -70,9 +70,9 @@ class Codec:
         """Whether other tasks get a turn before the next call of :meth:`decode`."""
 
     @property
-    def missing(self) -> int:
-        """The minimum number of bytes that are missing from an incomplete packet."""
-        return self._framing.missing
+    def unfilled(self) -> memoryview | None:
+        """The memory into which to receive the next bytes of a large packet, if there is one."""
+        return self._framing.unfilled
 
     def connect(self) -> bytes:
         """Encode CONNECT."""
@@ -92,11 +92,13 @@ class Codec:
             case Disconnect():  # pragma: no branch - there is no other packet
                 return self._engine.disconnect()
 
-    def decode(self, data: bytes) -> list[Event]:
+    def decode(self, data: bytes | memoryview) -> list[Event]:
         """
         Decode bytes from the peer to the events of this turn. Packets may be split anywhere.
 
         While :attr:`turn_over` is true, call it without bytes to decode the remaining ones.
+
+        :param data: the bytes; a view, if they were received into :attr:`unfilled`
 
         If the bytes are malformed, the last event is a :class:`~emitter_anyio.RemoteProtocolError`,
         and everything after it is ignored.
@@ -107,7 +109,17 @@ class Codec:
             self.turn_over, self._left = False, MESSAGES_PER_TURN
         events: list[Event] = []
         try:
-            self._take_packets(self._framing.join(data), events)
+            if (unfilled := self._framing.unfilled) is None:
+                self._take_packets(self._framing.join(bytes(data)), events)
+                if self._framing.buffer and self._framing.unfilled is None:
+                    self._framing.free()
+            else:
+                rest = self._framing.fill(unfilled, data)
+                if self._framing.unfilled is None:
+                    packet, start, stop = self._framing.filled()
+                    for event in self._decode_packet(packet, 0, start, stop):
+                        append_event(events, event)
+                self._take_packets(rest, events)
             self.turn_over = self._left <= 0
         except RemoteProtocolError as exc:
             self._broken = True
@@ -134,12 +146,14 @@ class Codec:
                 raise RemoteProtocolError(_NO_CONNACK)
             if (body := self._framing.measure(data, at)) is None:
                 return
-            self._left -= _PACKET_WEIGHT
             for event in self._decode_packet(data, at, *body):
                 append_event(events, event)
             at = body[1]
 
-    def _decode_packet(self, data: bytes, at: int, start: int, stop: int) -> Sequence[Event]:
+    def _decode_packet(
+        self, data: bytes | memoryview, at: int, start: int, stop: int
+    ) -> Sequence[Event]:
+        self._left -= _PACKET_WEIGHT
         head, size = data[at], stop - start
         if head >> 4 == _PINGRESP and not size:
             return (PingResp(),)
@@ -149,13 +163,13 @@ class Codec:
             self._connected = True
             code = data[stop - 1]
             if code == 0:
-                self._engine.receive(data[at:stop])
+                self._engine.receive(bytes(data[at:stop]))
             return (ConnAck(code),)
         if self._fast_path is not None:
             event = self._fast_path.decode(data, head, start, stop)
             if event is not None:
                 return (event,)
         self._left -= _PAHO_PACKET_WEIGHT
-        events = self._engine.receive(data[at:stop])
+        events = self._engine.receive(bytes(data[at:stop]))
         self._written += self._engine.take_written()
         return events

@@ -72,7 +72,7 @@ class FastPath:
             return self._take_pubacks(data, at, end, events, most)
         return at, 0
 
-    def decode(self, data: bytes, head: int, start: int, stop: int) -> Event | None:
+    def decode(self, data: bytes | memoryview, head: int, start: int, stop: int) -> Event | None:
         """
         Decode a complete packet that :meth:`take` did not decode.
 
@@ -218,13 +218,13 @@ def _varint(value: int) -> list[int]:
     return [*digits, value]
 
 
-def _decode_publish(data: bytes, start: int, stop: int) -> Event:
+def _decode_publish(data: bytes | memoryview, start: int, stop: int) -> Event:
     middle = start + 2
     if middle <= stop:
         middle += data[start] << 8 | data[start + 1]
     if not start + 2 < middle <= stop:
         raise RemoteProtocolError("the peer sent a PUBLISH whose topic is empty or cut off")
     try:
-        return EmitterMessage(data[start + 2 : middle].decode(), data[middle:stop])
+        return EmitterMessage(str(data[start + 2 : middle], "utf-8"), bytes(data[middle:stop]))
     except UnicodeDecodeError:
         return Undecodable(stop - middle)

@@ -20,6 +20,9 @@ _CLIENT_PACKETS: Final = {
 
 _PUBLISH: Final = 3
 
+LARGE_PACKET_BYTES: Final = 65536
+"""The size from which an incomplete packet is collected in a buffer, in bytes."""
+
 _MAX_LENGTH_BITS: Final = 28
 """MQTT encodes a remaining length in at most four bytes of seven bits each."""
 
@@ -37,27 +40,64 @@ class Framing:
     def __init__(self, max_message_size: int) -> None:
         self._max_message_size = max_message_size
         self._kept: list[bytes] = []
-        """The pieces of an incomplete packet."""
-        self.missing = 0
-        """The minimum number of bytes that are missing from the incomplete packet."""
+        """The pieces of an incomplete small packet."""
+        self._missing = 0
+        """The minimum number of bytes that are missing from the incomplete small packet."""
+        self.buffer = bytearray()
+        """
+        The buffer in which large packets are collected. It is kept from one to the next, because
+        the pages of a new one would take longer than the copy.
+        """
+        self._body = 0, 0
+        """The start and end of the body of the packet in the buffer."""
+        self.unfilled: memoryview | None = None
+        """The part of the buffer that an incomplete large packet must still fill."""
+
+    def fill(self, unfilled: memoryview, data: bytes | memoryview) -> bytes:
+        """
+        Add bytes to the incomplete large packet. It is complete if nothing is unfilled afterwards.
+
+        :param unfilled: :attr:`unfilled`
+        :param data: the received bytes; a view, if they were received into ``unfilled``
+        :return: the bytes that follow the packet
+        """
+        size, rest = len(data), b""
+        if not isinstance(data, memoryview):
+            size = min(size, len(unfilled))
+            unfilled[:size] = data[:size]
+            rest = data[size:]
+        self.unfilled = unfilled[size:] or None
+        return rest
+
+    def filled(self) -> tuple[memoryview, int, int]:
+        """
+        Return the complete large packet, which is valid until the next one begins.
+
+        :return: the packet, and the start and end of its body
+        """
+        return memoryview(self.buffer), *self._body
+
+    def free(self) -> None:
+        """Free the buffer, because the last packets were small."""
+        self.buffer = bytearray()
 
     def join(self, data: bytes) -> bytes:
         """Return the kept bytes and ``data``, or nothing while the kept packet is incomplete."""
         if not self._kept:
             return data
         self._kept.append(data)
-        self.missing -= len(data)
-        if self.missing > 0:
+        self._missing -= len(data)
+        if self._missing > 0:
             return b""
         data = b"".join(self._kept)
         self._kept.clear()
-        self.missing = 0
+        self._missing = 0
         return data
 
     def keep(self, data: bytes, at: int, missing: int = 0) -> None:
         """Keep the bytes from ``at`` on for the next :meth:`join`."""
         self._kept.append(data[at:] if at else data)
-        self.missing = missing
+        self._missing = missing
 
     def measure(self, data: bytes, at: int) -> tuple[int, int] | None:
         """
@@ -97,7 +137,18 @@ class Framing:
                 f"({self._max_message_size})"
             )
         stop = start + size
-        if stop > len(data):
+        if stop <= len(data):
+            return start, stop
+        if stop - at < LARGE_PACKET_BYTES:
             self.keep(data, at, stop - len(data))
-            return None
-        return start, stop
+        else:
+            self._collect(memoryview(data)[at:], start - at, stop - at)
+        return None
+
+    def _collect(self, piece: memoryview, start: int, stop: int) -> None:
+        if len(self.buffer) < stop:
+            self.buffer = bytearray(stop)
+        buffer = memoryview(self.buffer)
+        buffer[: len(piece)] = piece
+        self.unfilled = buffer[len(piece) : stop]
+        self._body = start, stop
