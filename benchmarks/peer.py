@@ -28,6 +28,8 @@ from benchmarks import wire
 
 _CHUNK_BYTES: Final = 64 * 1024
 _READ_BYTES: Final = 256 * 1024
+_DRIP_SECONDS: Final = 0.001
+"""The pause after each message of a drip, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Part:
     The parameters of the peer.
 
     :ivar mode: ``"blast"`` sends ``messages`` after ``subscriptions`` filters were subscribed to;
+        ``"drip"`` sends them one at a time, with a pause after each;
         ``"sink"`` counts ``messages`` and then publishes to the topic ``DONE``; ``"echo"`` sends
         back each message; ``"many"`` serves many connections concurrently, and sends its counters
         as the reply to ``STAT``
@@ -43,7 +46,7 @@ class Part:
     :ivar certificate: the files of the certificate and its key, for TLS
     """
 
-    mode: Literal["blast", "sink", "echo", "many"]
+    mode: Literal["blast", "drip", "sink", "echo", "many"]
     messages: int = 0
     payload: int = 64
     subscriptions: int = 1
@@ -77,7 +80,7 @@ class Peer:
         if self.part.certificate is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(*self.part.certificate)
-        blob = self._blob() if self.part.mode == "blast" else []
+        blob = {"blast": self._blob, "drip": self._drops}.get(self.part.mode, list)()
         while True:
             self.free.set()
             sock, _ = listener.accept()
@@ -107,17 +110,19 @@ class Peer:
                 elif kind == wire.PUBLISH and self.part.mode == "echo":
                     pipe.sendall(_echo(buffer[start:end]))
                 elif kind == wire.DISCONNECT:
-                    if self.started and self.part.mode == "blast":
+                    if self.started:
                         self.counted.seconds = time.perf_counter() - self.started
                     return
                 else:
                     pipe.sendall(self.reply(kind, buffer[start:end]))
                 position = end
-                if self.part.mode == "blast" and self.filters >= self.part.subscriptions:
+                if blob and self.filters >= self.part.subscriptions:
                     self.filters = 0
                     self.started = time.perf_counter()
                     for chunk in blob:
                         pipe.sendall(chunk)
+                        if self.part.mode == "drip":
+                            time.sleep(_DRIP_SECONDS)
             buffer = buffer[position:]
 
     def reply(self, kind: int, body: bytes) -> bytes:
@@ -159,6 +164,10 @@ class Peer:
                 blob.append(b"".join(islice(packets, number)))
             left -= number
         return blob
+
+    def _drops(self) -> list[bytes]:
+        """Return the encoded messages of a drip."""
+        return [wire.publish(wire.channel(0), b"x" * self.part.payload)] * self.part.messages
 
     def _count(self, pipe: wire.Pipe, data: bytes, size: int, body: int) -> None:
         """

@@ -110,7 +110,7 @@ class Row:
     case: str
     figures: tuple[Figure, ...]
     goals: tuple[Goal, ...]
-    mode: Literal["blast", "sink", "echo", "many", "none"]
+    mode: Literal["blast", "drip", "sink", "echo", "many", "none"]
     messages: int
     quick: int
     job: Mapping[str, Any] = field(default_factory=dict)
@@ -177,6 +177,18 @@ ROWS: Final = (
         "receive, `async for` over one of 8 subscriptions",
         Goal(RATE, 1.5),
         Goal(RATE, 1.5, "mosquitto"),
+        Goal(CPU, 0.67),
+    ),
+    Row(
+        "thin",
+        "receive, one message per millisecond",
+        "receive",
+        (CPU,),
+        (Goal(CPU, 1.0),),
+        "drip",
+        3_000,
+        1_000,
+        {"subscriptions": 8},
     ),
     _receive(
         "handler",
@@ -184,7 +196,7 @@ ROWS: Final = (
         Goal(RATE, 1.5),
         case="handler",
     ),
-    _publish("publish", "publish QoS 0, each awaited", Goal(RATE, 2.5)),
+    _publish("publish", "publish QoS 0, each awaited", Goal(RATE, 2.5), Goal(CPU, 0.4)),
     _confirmed(1, "one by one", 1.0, 5_000),
     _confirmed(20, "20 in flight", 2.0, 20_000),
     _confirmed(100, "100 in flight", 2.0, 20_000),
@@ -227,7 +239,7 @@ ROWS: Final = (
     _receive(
         "receive-256k",
         "receive, 256 KiB",
-        Goal(RATE, 1.0),
+        Goal(RATE, 1.2),
         messages=2_000,
         quick=1_000,
         job=_BIG,
