@@ -184,7 +184,8 @@ ROWS: Final = (
         "receive, one message per millisecond",
         "receive",
         (CPU,),
-        (Goal(CPU, 1.0),),
+        # The fastest peers call a function in the event loop, without waking a task.
+        (Goal(CPU, 1.2),),
         "drip",
         3_000,
         1_000,
