@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report
+from benchmarks import report, sizing
 from benchmarks.clients import common, us
 from benchmarks.environments import requirements
 from benchmarks.report import Results
 from benchmarks.rows import CLIENTS, CPU, P50, RATE, ROWS, Client, Row
 from benchmarks.running import RunFailedError, RunningPeer, job_and_part, run, running_peer
+from benchmarks.wire import KEY
 
 ROW = {row.name: row for row in ROWS}
 CLIENT = {client.name: client for client in CLIENTS}
@@ -227,3 +228,13 @@ class TestRun:
         unknown = Row("none", "", "no such case", (), (), "none", 1, 1)
         with pytest.raises(RunFailedError, match="no such case"):
             run(unknown, broken, sys.executable, 1)
+
+
+@pytest.mark.parametrize("name", sizing.CLIENT_CASES)
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_sizing_measures_memory(
+    name: str, anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "_COUNT", 40)
+    with running_peer(sizing.part_of(name)) as peer:
+        assert await sizing.measure(name, f"mqtt://127.0.0.1:{peer.port}", KEY) >= 0
