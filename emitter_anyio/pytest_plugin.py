@@ -1,52 +1,37 @@
 """
 Fixtures for pytest, which loads them automatically: ``emitter_broker`` and ``emitter``.
 
-They require AnyIO's plugin: a test with the marker ``pytest.mark.anyio`` runs on each backend of
-the fixture ``anyio_backend``.
+``emitter_broker`` works in every test. ``emitter`` requires a plugin that runs asynchronous
+fixtures: AnyIO's, pytest-trio, or pytest-asyncio in its automatic mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
-from anyio import create_task_group
-from anyio.abc import TaskStatus
+from anyio import CancelScope, Event
 
-from emitter_anyio._values.errors import ConnectError
+from emitter_anyio._backend.tasks import Tasks
 
 from ._client import Emitter, connect
 
 if TYPE_CHECKING:
-    from .testing import Broker
-
-
-@dataclass(frozen=True, slots=True)
-class EmitterFixture:
-    """
-    The value of the fixture ``emitter``.
-
-    :ivar client: a client that is connected to the broker of ``emitter_broker``
-    :ivar secret_key: a secret key of that broker, for ``keygen`` and ``keyban``
-    """
-
-    client: Emitter
-    secret_key: str = field(repr=False)
+    from .testing import BlockingBroker
 
 
 @pytest.fixture
-async def emitter_broker(anyio_backend: object) -> AsyncIterator[Broker]:
-    """Run a development broker for one test, on a free port of 127.0.0.1."""
-    from .testing import Broker  # imported late, so that loading the plugin stays fast
+def emitter_broker() -> Iterator[BlockingBroker]:
+    """Run a development broker for one test, in a thread, on a free port of 127.0.0.1."""
+    from .testing import BlockingBroker  # imported late, so that loading the plugin stays fast
 
-    async with Broker() as broker:
+    with BlockingBroker() as broker:
         yield broker
 
 
 @pytest.fixture
-async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
+async def emitter(emitter_broker: BlockingBroker) -> AsyncIterator[Emitter]:
     """
     Connect a client to ``emitter_broker``.
 
@@ -54,21 +39,32 @@ async def emitter(emitter_broker: Broker) -> AsyncIterator[EmitterFixture]:
     exception of a handler, is raised after the test.
     """
     client = connect(emitter_broker.url)
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
+    entered, test_ended = Event(), Event()
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        entered.set()
+
+    async def run() -> None:
+        async with client:
+            entered.set()
+            await test_ended.wait()
 
     # Run the client in a separate task. A client that ends in the block of a fixture would cancel
     # the task in which AnyIO's plugin runs all fixtures and tests.
-    async def run(*, task_status: TaskStatus[Emitter]) -> None:
-        try:
-            await client.run(task_status=task_status)
-        except ConnectError:
-            raise
-        except Exception as exc:
-            failures.append(exc)
-
-    async with create_task_group() as task_group:
-        await task_group.start(run)
-        yield EmitterFixture(client, emitter_broker.secret_key)
-        await client.disconnect()
+    tasks = Tasks(failed)
+    await tasks.open()
+    tasks.start(run)
+    try:
+        await entered.wait()
+        if not failures:
+            yield client
+    finally:
+        test_ended.set()
+        with CancelScope(shield=True):
+            await tasks.stopped()
+        if tasks.hosted_here:  # pytest-asyncio sets up and tears down in different tasks
+            await tasks.close()
     for failure in failures:
         raise failure

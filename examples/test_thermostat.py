@@ -16,8 +16,7 @@ import pytest
 from anyio.abc import TaskStatus
 
 from emitter_anyio import ConnectionLostError, Emitter, UnauthorizedError
-from emitter_anyio.pytest_plugin import EmitterFixture
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import BlockingBroker
 
 pytestmark = pytest.mark.anyio
 
@@ -48,16 +47,16 @@ async def run_thermostat(
 
 
 @pytest.fixture
-async def key(emitter_broker: Broker) -> str:
+def key(emitter_broker: BlockingBroker) -> str:
     return emitter_broker.keygen("home/#/", "rwsl")
 
 
 @pytest.fixture
-async def thermostat(emitter: EmitterFixture, key: str) -> AsyncIterator[Emitter]:
+async def thermostat(emitter: Emitter, key: str) -> AsyncIterator[Emitter]:
     """Run a thermostat set to 20 degrees, and yield its client."""
     async with anyio.create_task_group() as tasks:
-        await tasks.start(run_thermostat, emitter.client, key, 20)
-        yield emitter.client
+        await tasks.start(run_thermostat, emitter, key, 20)
+        yield emitter
         tasks.cancel_scope.cancel()
 
 
@@ -70,26 +69,29 @@ async def test_heater_is_switched_off_above_20_degrees(thermostat: Emitter, key:
 
 
 async def test_reading_published_during_an_outage_is_read_back(
-    thermostat: Emitter, emitter_broker: Broker, key: str
+    thermostat: Emitter, emitter_broker: BlockingBroker, key: str
 ) -> None:
     async with thermostat.subscribe(key, HEATER, last=0) as orders:
-        await emitter_broker.drop()  # the client loses its connection, and reconnects
-        await emitter_broker.publish(READINGS, "15", ttl=60)
+        emitter_broker.drop()  # the client loses its connection, and reconnects
+        emitter_broker.publish(READINGS, "15", ttl=60)
         assert (await orders.receive()).as_object() == {"on": True}
 
 
 async def test_key_without_read_permission_is_refused(
-    emitter: EmitterFixture, emitter_broker: Broker
+    emitter: Emitter, emitter_broker: BlockingBroker
 ) -> None:
     with pytest.raises(UnauthorizedError):
-        await run_thermostat(emitter.client, emitter_broker.keygen("home/#/", "w"), 20)
+        await run_thermostat(emitter, emitter_broker.keygen("home/#/", "w"), 20)
 
 
 async def test_call_raises_when_the_connection_is_lost(
-    thermostat: Emitter, emitter_broker: Broker
+    thermostat: Emitter, emitter_broker: BlockingBroker
 ) -> None:
+    async def lose_connection() -> None:
+        emitter_broker.drop()
+
     with emitter_broker.hold("reply", "puback"):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(emitter_broker.drop)
+            tasks.start_soon(lose_connection)
             with pytest.raises(ConnectionLostError):
                 await thermostat.me()

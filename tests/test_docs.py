@@ -37,7 +37,7 @@ import emitter_anyio
 import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._net.options import Options
-from emitter_anyio.testing import Broker, FaultProxy
+from emitter_anyio.testing import BlockingBroker, Broker, FaultProxy
 from tests.support.asgi import Application, lifespan, post, request, websocket
 from tests.support.command import ROOT, run, running
 from tests.support.connections import while_disconnected
@@ -343,7 +343,7 @@ class TestForPytest:
     @pytest.mark.parametrize("block", [block for block in RUN if block.kind == "test"], ids=str)
     def test_for_pytest(self, block: Block, tmp_path: Path) -> None:
         names = re.findall(r"^(?:async )?def (test_\w+)", block.source, re.MULTILINE)
-        outcomes = run_pytest(tmp_path, block.source)
+        outcomes = run_pytest(tmp_path, block.source, block.config)
         assert outcomes.keys() == {"PASSED"}
         assert {name.partition("[")[0] for name in outcomes["PASSED"]} == set(names)
 
@@ -358,7 +358,7 @@ def make_certificates(folder: Path) -> None:
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOR_USERS = {"nox", "pytest", "emitter_anyio", "."}
+FOR_USERS = {"nox", "pytest", "pytest-asyncio", "pytest-trio", "emitter_anyio", "."}
 
 
 class TestShell:
@@ -417,11 +417,11 @@ class TestReference:
         assert sorted(set(listed)) == sorted(listed)
         top = {name for name in listed if "." not in name}
         explained = {"Key", "Payload", "Overflow", "Timeout"}
-        assert top == public(emitter_anyio) | public(emitter_anyio.testing) | explained | {
-            "EmitterFixture"
-        }
+        assert top == public(emitter_anyio) | public(emitter_anyio.testing) | explained
 
-    @pytest.mark.parametrize("kind", [Emitter, EmitterMessage, StoredMessage, Broker, FaultProxy])
+    @pytest.mark.parametrize(
+        "kind", [Emitter, EmitterMessage, StoredMessage, BlockingBroker, Broker, FaultProxy]
+    )
     def test_every_member_is_there(self, kind: type) -> None:
         listed = {name for name in self.listed() if name.startswith(f"{kind.__name__}.")}
         members = {

@@ -186,7 +186,7 @@ async def test_trio_service_starts_a_development_broker(anyio_backend: object) -
 def test_thermostat(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     folder = ("-c", str(tmp_path / "pytest.ini"), "-p", "no:cacheprovider")
-    done = run("-m", "pytest", *folder, "examples/test_thermostat.py")
+    done = run("-m", "pytest", *folder, "-pno:asyncio", "examples/test_thermostat.py")
     assert re.search(r"=== 8 passed in ", done.stdout), done.stdout
 
 

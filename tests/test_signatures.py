@@ -15,7 +15,6 @@ import emitter_anyio
 import emitter_anyio.testing
 from emitter_anyio import Backoff, ChannelKey, ConnectOptions, Emitter, connect
 from emitter_anyio._net.options import _ADDRESS_CHECKS, _OTHER_CHECKS
-from emitter_anyio.pytest_plugin import EmitterFixture
 
 SPECIAL: Final = ("__init__", "__aenter__", "__aexit__", "__aiter__", "__anext__", "__call__")
 MADE_BY_METHODS: Final = (
@@ -34,7 +33,6 @@ JSON: Final = ("as_object", "asObject")
 def public_values() -> Iterator[object]:
     for module in (emitter_anyio, emitter_anyio.testing):
         yield from (value for name, value in vars(module).items() if not name.startswith("_"))
-    yield EmitterFixture
 
 
 def functions_of(cls: type) -> Iterator[tuple[str, Callable[..., object]]]:

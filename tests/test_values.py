@@ -70,7 +70,7 @@ from emitter_anyio._values.messages import ReplayedMessage
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 NOT_VALUES: Final = {
     *(Consumer, Emitter, Entering, EventStream, PresenceFeed, Subscribing),
-    *(testing.Broker, testing.Client, testing.FaultProxy),
+    *(testing.BlockingBroker, testing.Broker, testing.Client, testing.FaultProxy),
     ConnectOptions,
 }
 """Public classes whose objects belong to one event loop, and a type of plain mappings."""
@@ -125,6 +125,7 @@ VALUES: Final[dict[type, Make]] = {
     Statistics: lambda: make_numbered(Statistics),
     StoredMessage: lambda: StoredMessage(bytes(16), NOW, "a/", b"x"),
     StreamStatistics: lambda: make_numbered(StreamStatistics, waiting_since=NOW),
+    testing.ClientSnapshot: lambda: testing.ClientSnapshot("id", "c", "ann", ["a/"]),
     Will: lambda: Will("k" * 32, "a/", {"gone": True}, retain=True),
     ReplayedMessage: lambda: ReplayedMessage("a/", b"x", bytes(16)),
 }

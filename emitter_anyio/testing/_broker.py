@@ -18,6 +18,7 @@ from anyio import (
     create_tcp_listener,
 )
 from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
+from anyio.from_thread import BlockingPortalProvider
 from anyio.streams.stapled import MultiListener
 
 from emitter_anyio._backend.tasks import Tasks
@@ -40,10 +41,20 @@ logger = logging.getLogger("emitter_anyio.testing")
 
 
 class Shared(NamedTuple):
-    """The state that the nodes of a cluster share, apart from the licence."""
+    """
+    The state that the nodes of a cluster share, apart from the licence.
+
+    :ivar event_loop: the event loop in a thread in which a ``BlockingBroker`` runs a node
+    """
 
     cluster: Cluster[Exchange]
     slow_clients: SlowClients
+    event_loop: BlockingPortalProvider
+
+
+def _new_cluster() -> Shared:
+    # In Trio, because blockbuster reports blocking calls in each thread that runs asyncio.
+    return Shared(Cluster(), SlowClients(), BlockingPortalProvider("trio"))
 
 
 class Broker:
@@ -112,8 +123,8 @@ class Broker:
         self._port = port
         self._ssl_context = ssl_context
         self._coalesce = coalesce
-        self._shared = Shared(Cluster(), SlowClients()) if cluster is None else cluster.shared
-        self._cluster, self._slow_clients = self._shared
+        self._shared = _new_cluster() if cluster is None else cluster.shared
+        self._cluster, self._slow_clients, _ = self._shared
         self._exchange: Exchange = Exchange(licence, matcher, self._cluster, patience)
         self._faults = Faults()
         self._clients: dict[Client, None] = {}

@@ -29,6 +29,7 @@ class Block:
         or ``shell``
     :ivar source: the code
     :ivar output: what it prints, from the block of text that follows
+    :ivar config: the ``pyproject.toml`` of a file for pytest, from a block of the same section
     """
 
     page: str
@@ -36,6 +37,7 @@ class Block:
     kind: Kind
     source: str
     output: str
+    config: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -71,21 +73,26 @@ def blocks_of(page: Path) -> list[Block]:
     """
     text = page.read_text()
     found: list[Block] = []
-    end = -1
+    end = config_end = -1
+    config = ""
     for match in _FENCE.finditer(text):
         language, source = match.groups()
         line = text.count("\n", 0, match.start()) + 1
         where = f"{page.name}:{line}"
+        if "\n## " in text[config_end : match.start()]:
+            config = ""
         if language in ("python", "sh"):
-            found.append(Block(page.name, line, kind_of(language, source), source, ""))
+            found.append(Block(page.name, line, kind_of(language, source), source, "", config))
             end = match.end()
+        elif language == "toml":
+            config, config_end = source, match.end()
         elif language == "text":
             if text[end : match.start()].strip() not in ("", "It prints:") or end < 0:
                 raise ValueError(f"{where}: a block of text that does not follow code")
             last = found.pop()
             found.append(Block(last.page, last.line, last.kind, last.source, source))
         elif not language.startswith("{"):
-            raise ValueError(f"{where}: expected a block of python or sh, got {language!r}")
+            raise ValueError(f"{where}: expected a block of python, sh or toml, got {language!r}")
     return found
 
 

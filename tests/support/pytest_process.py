@@ -7,16 +7,29 @@ from pathlib import Path
 
 from tests.support.command import run
 
+PLUGINS = {
+    "anyio": r"anyio_mode|mark\.anyio",
+    "asyncio": r"asyncio_mode|mark\.asyncio",
+    "trio": r"trio_mode|mark\.trio",
+}
+"""The plugins that run asynchronous tests, with a pattern for modules that use them."""
 
-def run_pytest(folder: Path, source: str) -> dict[str, list[str]]:
+
+def run_pytest(folder: Path, source: str, config: str = "") -> dict[str, list[str]]:
     """
-    Run a test module in a folder without other configuration.
+    Run a test module in a folder, with the plugins that it or its configuration mentions.
 
+    :param config: the content of ``pyproject.toml``
     :return: the names of the tests by outcome
     """
-    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "pyproject.toml").write_text(config or "[tool.pytest.ini_options]\n")
     (folder / "test_module.py").write_text(source)
-    done = run("-m", "pytest", "--color=no", "-rA", "-p", "no:cacheprovider", str(folder))
+    unused = [
+        f"-pno:{name}"
+        for name, pattern in PLUGINS.items()
+        if not re.search(rf"\b({pattern})", config + source)
+    ]
+    done = run("-m", "pytest", "--color=no", "-rA", "-pno:cacheprovider", *unused, str(folder))
     outcomes: dict[str, list[str]] = {}
     for outcome, name in re.findall(
         r"^(PASSED|FAILED|ERROR) .*test_module\.py::(\S+)", done.stdout, re.MULTILINE
