@@ -332,6 +332,81 @@ def test_page_fits_every_screen(ann_and_ben: tuple[Browser, Browser]) -> None:
             }, (size, dark)
 
 
+CONTRASTS = """
+    for (const animation of document.getAnimations()) animation.finish();
+    const context = Object.assign(document.createElement("canvas"), { width: 1, height: 1 })
+        .getContext("2d", { willReadFrequently: true });
+    const parse = (colour) => {
+        context.clearRect(0, 0, 1, 1);
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 1, 1);
+        const [red, green, blue, alpha] = context.getImageData(0, 0, 1, 1).data;
+        return { rgb: [red, green, blue], alpha: alpha / 255 };
+    };
+    const mix = (back, front, share) => back.map((it, i) => it + share * (front[i] - it));
+    const over = (back, { rgb, alpha }) => mix(back, rgb, alpha);
+    // The colours of the background and of the text of the last element, as the screen shows them.
+    const paint = ([it, ...inner], back) => {
+        const style = getComputedStyle(it), own = over(back, parse(style.backgroundColor));
+        const inside = inner.length ? paint(inner, own) : [own, over(own, parse(style.color))];
+        return inside.map((colour) => mix(back, colour, Number(style.opacity)));
+    };
+    const luminance = (rgb) => {
+        const [red, green, blue] = rgb.map((it) => it / 255)
+            .map((it) => (it <= 0.04045 ? it / 12.92 : ((it + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const contrast = (it) => {
+        const path = [];
+        for (let each = it; each; each = each.parentElement) path.unshift(each);
+        const [dark, light] = paint(path, [255, 255, 255]).map(luminance).sort((a, b) => a - b);
+        return (light + 0.05) / (dark + 0.05);
+    };
+    const hasText = (it) => it.checkVisibility() && it.getBoundingClientRect().width > 1 &&
+        [...it.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+    const least = {};
+    const look = (it) => {
+        const name = it.id || it.className || it.localName;
+        least[name] = Math.min(least[name] ?? 21, contrast(it));
+    };
+    for (const it of document.body.querySelectorAll("*")) if (hasText(it)) look(it);
+    for (const it of document.querySelectorAll("[style*=--hue]")) {
+        const old = it.style.getPropertyValue("--hue");
+        for (let hue = 0; hue < 360; hue += 4) {
+            it.style.setProperty("--hue", hue);
+            for (const part of it.querySelectorAll("*")) if (hasText(part)) look(part);
+        }
+        it.style.setProperty("--hue", old);
+    }
+    return least;
+"""
+"""Returns the least contrast of the text of each kind of element, for names of every colour."""
+
+
+def test_text_is_readable_with_and_without_a_connection(
+    chat: Chat, ann_and_ben: tuple[Browser, Browser]
+) -> None:
+    ann, ben = ann_and_ben
+
+    def check() -> None:
+        for dark in (False, True):
+            ann.show("desktop", dark=dark)
+            contrasts = ann.driver.execute_script(CONTRASTS)
+            assert {"avatar", "you", "status", "count", "b", "time", "p"} <= {*contrasts}
+            unreadable = {name: value for name, value in contrasts.items() if value < 4.5}
+            assert not unreadable, f"{dark=}"
+
+    ann.send("Hello")
+    ben.send("Hello, Ann")
+    ann.wait_for_messages("Hello", "Hello, Ann")
+    check()
+    chat.kill("server")
+    ann.wait_for_status("lost", "Connection lost. Reconnecting …")
+    ann.send("Pending")
+    ann.wait_for_pending("Pending")
+    check()
+
+
 def test_page_is_accessible_by_keyboard_and_screen_reader(
     ann_and_ben: tuple[Browser, Browser],
 ) -> None:
