@@ -7,32 +7,19 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 
 from emitter_anyio import ChannelKey, EmitterMessage, PresenceEvent, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 CHANNEL = "handlers/countdown/"
 
 
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
-
-
 async def main() -> None:
-    async with broker() as (url, secret):
-        emitter = connect(url, username="houston")
+    async with ConfiguredBroker() as broker:
+        emitter = connect(broker.url, username="houston")
         key: ChannelKey
 
         # A handler can be registered before connecting, and can be def or async def.
@@ -55,7 +42,7 @@ async def main() -> None:
             print(f"presence: {event.event} {[member.username for member in event.who]}")
 
         async with emitter:
-            key = await emitter.keygen(secret, CHANNEL, "rwp")
+            key = await emitter.keygen(broker.secret_key, CHANNEL, "rwp")
             await emitter.subscribe(key, CHANNEL)
             # The call returns the status, and on("presence") receives it too.
             await emitter.presence(key, CHANNEL)

@@ -7,7 +7,6 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,20 +14,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import anyio
 
 from emitter_anyio import ChannelKey, Emitter, Member, PresenceEvent, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 CHANNEL = "office/"
 VERBS = {"subscribe": "arrived", "unsubscribe": "left"}
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
 
 
 def draw(change: PresenceEvent, members: Iterable[Member]) -> None:
@@ -38,7 +27,8 @@ def draw(change: PresenceEvent, members: Iterable[Member]) -> None:
     else:
         news = f"{change.who[0].username} {VERBS[change.event]}"
     names = sorted(member.username or "anonymous" for member in members)
-    print(f"{change.time:%H:%M:%S}  {news:<14}  in the office: {', '.join(names) or '-'}")
+    present = ", ".join(names) or "-"
+    print(f"{change.time:%H:%M:%S}  {news:<14}  in the office: {present}", flush=True)
 
 
 async def keep_board(emitter: Emitter, key: ChannelKey, until_left: str) -> None:
@@ -58,12 +48,12 @@ async def in_the_office(url: str, key: ChannelKey, name: str) -> AsyncIterator[N
 
 async def main() -> None:
     async with (
-        broker() as (url, secret),
-        connect(url) as emitter,
+        ConfiguredBroker() as broker,
+        connect(broker.url) as emitter,
         anyio.create_task_group() as tasks,
     ):
-        key = await emitter.keygen(secret, CHANNEL, "rp")
-        async with in_the_office(url, key, "ann"):
+        key = await emitter.keygen(broker.secret_key, CHANNEL, "rp")
+        async with in_the_office(broker.url, key, "ann"):
             tasks.start_soon(keep_board, emitter, key, "ann")
             async with AsyncExitStack() as others:
                 for name in ("ben", "carl"):
@@ -71,9 +61,12 @@ async def main() -> None:
                     # Leave one after another, because the broker reports simultaneous changes
                     # in any order.
                     others.push_async_callback(anyio.sleep, 0.2)
-                    await others.enter_async_context(in_the_office(url, key, name))
+                    await others.enter_async_context(in_the_office(broker.url, key, name))
                 await anyio.sleep(0.2)
 
 
 if __name__ == "__main__":
-    anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
+    try:
+        anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
+    except* KeyboardInterrupt:
+        pass  # Ctrl-C: all connections are closed

@@ -7,33 +7,20 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 
 from emitter_anyio import EmitterError, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 CHANNEL = "quickstart/kitchen/"
 
 
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
-
-
 async def main() -> None:
-    async with broker() as (url, secret), connect(url) as emitter:
+    async with ConfiguredBroker() as broker, connect(broker.url) as emitter:
         # The key permits reading, writing, storing and loading on this channel only.
-        key = await emitter.keygen(secret, CHANNEL, "rwsl")
+        key = await emitter.keygen(broker.secret_key, CHANNEL, "rwsl")
 
         # ttl=60 stores these messages for a minute, because there is no subscriber yet.
         for degrees in (19, 20):

@@ -8,10 +8,7 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 from __future__ import annotations
 
 import logging
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 
@@ -23,19 +20,9 @@ from emitter_anyio import (
     RequestTimeoutError,
     connect,
 )
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 CHANNEL = "calculator/divide/"
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
 
 
 async def divide(request: EmitterMessage) -> float:
@@ -56,13 +43,13 @@ async def request_division(
 
 async def main() -> None:
     async with (
-        broker() as (url, secret),
-        connect(url) as server,
-        connect(url) as client,
+        ConfiguredBroker() as broker,
+        connect(broker.url) as server,
+        connect(broker.url) as client,
         anyio.create_task_group() as tasks,
     ):
         # Requests and replies use channels below this one, so the key ends in #/.
-        key = await server.keygen(secret, "calculator/#/", "rw")
+        key = await server.keygen(broker.secret_key, "calculator/#/", "rw")
 
         # start() returns when the server is ready for requests.
         await tasks.start(server.serve, key, CHANNEL, divide)

@@ -7,29 +7,16 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 from anyio.abc import TaskStatus
 
 from emitter_anyio import ChannelKey, Emitter, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 ROOMS = {"attic": 25.0, "cellar": 12.0, "kitchen": 21.0}
 READINGS = 10
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str, Broker | None]]:
-    """Yield the URL and the secret key of a broker, and the broker if this program started it."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"], None
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key, own
 
 
 async def measure(emitter: Emitter, key: ChannelKey, room: str, numbers: range) -> None:
@@ -62,20 +49,20 @@ async def aggregate(
 
 async def main() -> None:
     async with (
-        broker() as (url, secret, own),
-        connect(url) as emitter,
-        connect(url, client_id="aggregator") as aggregator,
+        ConfiguredBroker() as broker,
+        connect(broker.url) as emitter,
+        connect(broker.url, client_id="aggregator") as aggregator,
         anyio.create_task_group() as tasks,
     ):
-        key = await emitter.keygen(secret, "sensors/#/", "rwsl")
+        key = await emitter.keygen(broker.secret_key, "sensors/#/", "rwsl")
         await tasks.start(aggregate, aggregator, key)
         for numbers in (range(READINGS // 2), range(READINGS // 2, READINGS)):
             async with anyio.create_task_group() as sensors:
                 for room in ROOMS:
                     sensors.start_soon(measure, emitter, key, room, numbers)
-            if own and numbers.start == 0:
+            if broker.own and numbers.start == 0:
                 # Only the aggregator loses its connection. It reconnects automatically.
-                await own.drop("aggregator")
+                await broker.own.drop("aggregator")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Ctrl
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,22 +20,9 @@ from anyio.abc import ObjectReceiveStream
 from anyio.from_thread import BlockingPortal
 
 from emitter_anyio import ChannelKey, ConnectionLostError, Emitter, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 CHANNEL = "terminal/chat/"
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            print("In another terminal, run (the secret key is for this development broker only):")
-            print(f"EMITTER_URL={own.url} EMITTER_SECRET={own.secret_key} \\")
-            print("    python examples/terminal_chat.py ben", flush=True)
-            yield own.url, own.secret_key
 
 
 async def show_messages(emitter: Emitter, key: ChannelKey, seen: set[str]) -> None:
@@ -75,8 +61,12 @@ async def typed_lines() -> AsyncIterator[ObjectReceiveStream[str]]:
 
 
 async def main(name: str) -> None:
-    async with broker() as (url, secret), connect(url, username=name) as emitter:
-        key, seen = await emitter.keygen(secret, CHANNEL, "rwslp"), set[str]()
+    async with ConfiguredBroker() as broker, connect(broker.url, username=name) as emitter:
+        if broker.own:
+            print("In another terminal, run (the secret key is for this development broker only):")
+            print(f"EMITTER_URL={broker.url} EMITTER_SECRET={broker.secret_key} \\")
+            print("    python examples/terminal_chat.py ben", flush=True)
+        key, seen = await emitter.keygen(broker.secret_key, CHANNEL, "rwslp"), set[str]()
         async with typed_lines() as lines, anyio.create_task_group() as tasks:
             tasks.start_soon(show_messages, emitter, key, seen)
             tasks.start_soon(show_people, emitter, key)

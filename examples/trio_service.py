@@ -2,33 +2,23 @@
 A service in a Trio nursery: the client, a request handler and a publisher run as tasks.
 
 Run it with a development broker:  python examples/trio_service.py
-To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. Stop it
-with Ctrl-C or SIGTERM, which systemd and Docker send.
+It prints a command for a second terminal that shows its ticks. Any client with a key for clock/#/
+can call ``emitter.request(key, "clock/ask/", "")`` for the time. To use your own broker, set
+EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. To stop the service, press Ctrl-C or send
+SIGTERM, as systemd and Docker do: it sends its queued messages, disconnects and exits with 0.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 
 import trio
 
 from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
-from emitter_anyio.testing import Broker
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
+from emitter_anyio.testing import ConfiguredBroker
 
 
 def tell_time(request: EmitterMessage) -> str:
@@ -43,18 +33,22 @@ async def tick(emitter: Emitter, key: ChannelKey) -> None:
 
 
 async def main() -> None:
-    async with broker() as (url, secret):
-        emitter = connect(url, username="clock")
+    async with ConfiguredBroker() as broker:
+        emitter = connect(broker.url, username="clock")
         # The client reconnects automatically. If it gives up, or a task fails, the nursery cancels
         # the other tasks and the program ends with that exception.
         async with trio.open_nursery() as nursery:
             await nursery.start(emitter.run)
-            key = await emitter.keygen(secret, "clock/#/", "rws")
+            key = await emitter.keygen(broker.secret_key, "clock/#/", "rws")
             await nursery.start(partial(emitter.serve, key, "clock/ask/", tell_time))
             nursery.start_soon(tick, emitter, key)
 
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                print("clock service started", flush=True)
+                print("clock service started; to see its ticks, run in another terminal:")
+                if broker.own:  # the secret key is for this development broker only
+                    print(f"EMITTER_URL={broker.url} EMITTER_SECRET={broker.secret_key} \\")
+                print("    python -m emitter_anyio sub clock/tick/")
+                print(f"to stop it, press Ctrl-C, or run: kill {os.getpid()}", flush=True)
                 await anext(aiter(signals))
 
             # Send the queued messages, disconnect, then end the other tasks.

@@ -7,28 +7,15 @@ To use your own broker, set EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import anyio
 from anyio.abc import TaskStatus
 
 from emitter_anyio import ChannelKey, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 JOBS, DONE, GROUP = "work/jobs/", "work/done/", "workers"
-
-
-@asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of your broker, or of a new development broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
 
 
 async def work(
@@ -47,24 +34,24 @@ async def work(
         async for job in jobs:
             number = job.as_object()
             if name == "carl":
-                print(f"carl quits without doing job {number}")
+                print(f"carl quits without doing job {number}", flush=True)
                 return
             done = {"job": number, "result": number**2, "worker": name}
             await emitter.publish(key, DONE, done, qos=1)
 
 
 async def main() -> None:
-    async with broker() as (url, secret), connect(url) as emitter:
-        key = await emitter.keygen(secret, "work/#/", "rw")
+    async with ConfiguredBroker() as broker, connect(broker.url) as emitter:
+        key = await emitter.keygen(broker.secret_key, "work/#/", "rw")
         # A share group needs a key for the group and its channel together.
-        group_key = await emitter.keygen(secret, f"$share/{GROUP}/{JOBS}", "r")
+        group_key = await emitter.keygen(broker.secret_key, f"$share/{GROUP}/{JOBS}", "r")
         open_jobs = set(range(1, 13))
         async with (
             emitter.subscribe(key, DONE, last=0) as results,
             anyio.create_task_group() as workers,
         ):
             for name in ("ann", "ben", "carl"):
-                await workers.start(work, name, url, key, group_key)
+                await workers.start(work, name, broker.url, key, group_key)
             while open_jobs:
                 # The broker delivers each job once and does not store it. Send the open jobs again
                 # if no result arrives for a while: a job can be done twice, but is never lost.
@@ -77,9 +64,14 @@ async def main() -> None:
                         break
                     if done["job"] in open_jobs:
                         open_jobs.remove(done["job"])
-                        print(f"job {done['job']}: {done['result']} (by {done['worker']})")
+                        print(
+                            f"job {done['job']}: {done['result']} (by {done['worker']})", flush=True
+                        )
             workers.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
-    anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
+    try:
+        anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
+    except* KeyboardInterrupt:
+        pass  # Ctrl-C: all connections are closed

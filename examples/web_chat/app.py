@@ -10,7 +10,6 @@ The server starts a development broker. To use an existing broker instead, set E
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from emitter_anyio import ChannelKey, Emitter, EmitterError, connect
-from emitter_anyio.testing import Broker
+from emitter_anyio.testing import ConfiguredBroker
 
 from .people import People
 
@@ -31,20 +30,10 @@ CHANNEL = "webchat/room/"
 
 
 @asynccontextmanager
-async def broker() -> AsyncIterator[tuple[str, str]]:
-    """Yield the URL and the secret key of a broker."""
-    if url := os.environ.get("EMITTER_URL"):
-        yield url, os.environ["EMITTER_SECRET"]
-    else:
-        async with Broker() as own:
-            yield own.url, own.secret_key
-
-
-@asynccontextmanager
 async def lifespan(app: Starlette) -> AsyncIterator[None]:
     server = People.new_server()
-    async with broker() as (url, secret), connect(url, username=server) as emitter:
-        key = await emitter.keygen(secret, "webchat/#/", "rwslp")
+    async with ConfiguredBroker() as broker, connect(broker.url, username=server) as emitter:
+        key = await emitter.keygen(broker.secret_key, "webchat/#/", "rwslp")
         people = People(server, emitter, key)
         emitter.on("connect", people.notify)
         emitter.on("disconnect", people.notify)

@@ -75,12 +75,12 @@ def running(
 
 @asynccontextmanager
 async def open_process(
-    *arguments: str, environment: Mapping[str, str] | None = None
+    *arguments: str, environment: Mapping[str, str] | None = None, stderr: int | None = None
 ) -> AsyncIterator[Process]:
-    """Run a process as :func:`running` does, with AnyIO's pipes; stderr is inherited."""
+    """Run a process as :func:`running` does, with AnyIO's pipes; stderr is inherited by default."""
     async with await anyio.open_process(
         [*_PYTHON, *arguments],
-        stderr=None,
+        stderr=stderr,
         cwd=ROOT,
         env=clean_environment(environment),
     ) as process:
