@@ -52,10 +52,12 @@ class RunningPeer:
     """
     A peer that runs in a separate process.
 
+    :ivar pid: the number of its process
     :ivar counted: the counters of the peer, after it has ended
     """
 
     port: int
+    pid: int
     counted: dict[str, float] = field(default_factory=dict)
 
 
@@ -71,7 +73,7 @@ def running_peer(part: Part) -> Iterator[RunningPeer]:
     ) as process:
         assert process.stdout is not None
         try:
-            peer = RunningPeer(int(process.stdout.readline()))
+            peer = RunningPeer(int(process.stdout.readline()), process.pid)
             yield peer
         finally:
             output = process.communicate()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report, sizing
+from benchmarks import cores, idle, report, sizing
 from benchmarks.clients import common, us
 from benchmarks.environments import requirements
+from benchmarks.peer import Part
 from benchmarks.report import Results
 from benchmarks.rows import CLIENTS, CPU, P50, RATE, ROWS, Client, Row
 from benchmarks.running import RunFailedError, RunningPeer, job_and_part, run, running_peer
 from benchmarks.wire import KEY
+from tests.support.background import background
 
 ROW = {row.name: row for row in ROWS}
 CLIENT = {client.name: client for client in CLIENTS}
@@ -163,7 +166,7 @@ class TestClock:
 
 @pytest.fixture
 def peer(request: pytest.FixtureRequest) -> Iterator[tuple[common.Job, RunningPeer]]:
-    """A peer for the row that the test names, and what the client is told."""
+    """A peer for the row that the test names, and the parameters of the client."""
     row, messages, more = request.param
     told, part = job_and_part(row, CLIENT["us-trio"], messages, **more)
     with running_peer(part) as running:
@@ -238,3 +241,73 @@ async def test_sizing_measures_memory(
     monkeypatch.setattr(sizing, "_COUNT", 40)
     with running_peer(sizing.part_of(name)) as peer:
         assert await sizing.measure(name, f"mqtt://127.0.0.1:{peer.port}", KEY) >= 0
+
+
+class TestCores:
+    @pytest.mark.parametrize("direction", ["receive", "publish"])
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_peers_are_measured(self, direction: cores.Direction, backend: str) -> None:
+        measurement = cores.Measurement(backend, 400, 64, None, KEY, None)
+        result = measurement.run(direction, processes=2, connections=4)
+        assert result.lost == 0
+        assert result.rate > 0
+        assert result.client_cores > 0
+
+    @pytest.mark.parametrize("direction", ["receive", "publish"])
+    def test_a_broker_is_measured(self, direction: cores.Direction) -> None:
+        with background() as there:
+            key = there.key("cores/#/", "rw")
+            measurement = cores.Measurement("asyncio", 400, 64, there.url, key, os.getpid())
+            result = measurement.run(direction, processes=1, connections=2)
+        assert result.lost == 0
+        assert result.broker_cores is not None
+
+    def test_a_run_without_a_message_fails(self) -> None:
+        with background() as there:
+            key = there.key("cores/#/", "r")  # it does not permit the feeder to publish
+            measurement = cores.Measurement("asyncio", 4, 64, there.url, key, None, silence=0.1)
+            with pytest.raises(SystemExit, match="no message has arrived"):
+                measurement.run("receive", processes=1, connections=1)
+
+    def test_the_table_shows_medians_and_ratios(self) -> None:
+        def results(*rates: float) -> list[cores.Result]:
+            return [cores.Result(rate, 0.5, None, 0) for rate in rates]
+
+        text = cores.table(
+            {("receive", 1, 1): results(1000, 3000, 2000), ("receive", 2, 4): results(3000)}
+        )
+        assert "| receive | 1 | 1 | 2,000 | 1.00 | 0.50 | – | 0 |" in text
+        assert "| receive | 2 | 4 | 3,000 | 1.50 | 0.50 | – | 0 |" in text
+
+
+@pytest.mark.without_debug
+class TestIdle:
+    async def test_idle_connections_are_measured(
+        self, anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(common, "SETTLING", 0)
+        with running_peer(Part("many")) as peer:
+            url, meter = f"mqtt://127.0.0.1:{peer.port}", sizing.BrokerMeter(peer.pid)
+            figures = await idle.measure(idle.Options(url, 5, 0.1, (), peer.port, meter))
+        assert figures["connections"] == 5
+        assert figures["pings per second"] > 0
+
+    def test_pings_are_told_from_idling(self) -> None:
+        quiet = common.Idling(seconds=10, processor=0.002 + 0.05, pings=500)
+        pinging = common.Idling(seconds=20, processor=0.004 + 0.3, pings=3000)
+        assert idle.split(quiet, pinging) == pytest.approx((0.0002, 100e-6))
+
+    @pytest.mark.parametrize("sources", [(), ("127.0.0.1",)], ids=["system", "source"])
+    async def test_churn_replaces_connections(
+        self, anyio_backend: object, sources: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with running_peer(Part("many")) as peer:
+            url = f"mqtt://127.0.0.1:{peer.port}"
+            await idle.churn(idle.Options(url, 3, 0, sources, peer.port, None), 0.1, 1000)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 11
+        assert int(lines[-1].split()[2]) > 0
+        assert peer.counted["connections"] == 3 + int(lines[-1].split()[2])
+
+    def test_local_ports_and_descriptors_limit_the_number(self) -> None:
+        assert idle.most_connections(0) == idle.most_connections(1) <= idle.most_connections(2)
