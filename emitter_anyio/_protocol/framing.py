@@ -75,7 +75,8 @@ class Framing:
 
         :return: the packet, and the start and end of its body
         """
-        return memoryview(self.buffer), *self._body
+        start, stop = self._body
+        return memoryview(self.buffer), start, stop
 
     def free(self) -> None:
         """Free the buffer, because the last packets were small."""
