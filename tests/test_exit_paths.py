@@ -241,6 +241,27 @@ async def test_leaving_in_another_task_raises_connection_lost_error(broker: Brok
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_failing_handler_ends_a_client_whose_entering_task_has_ended(
+    broker: Broker,
+) -> None:
+    emitter = connect_once(broker.url)
+    await asyncio.create_task(emitter.__aenter__())
+    error = ValueError("from the handler")
+
+    @emitter.on("message")
+    def fail(message: object) -> None:
+        raise error
+
+    await emitter.subscribe(key := broker.keygen("a/", "rw"), "a/")
+    await emitter.publish(key, "a/", "x", qos=1)
+    await emitter.wait_closed()
+    with pytest.raises(ValueError, match="from the handler") as caught:
+        await emitter.__aexit__(None, None, None)
+    assert caught.value is error
+    assert not broker.clients
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_broker_can_be_left_in_another_task(anyio_backend: object) -> None:
     broker = Broker()
     for _ in range(2):

@@ -21,6 +21,7 @@ class Background:
     def __init__(self) -> None:
         self._tasks: Tasks | None = None
         self._block: anyio.CancelScope | None = None
+        self._leave: Callable[[], None] | None = None
         self.failure: BaseException | None = None
         """The error that ends the client, if there is one."""
 
@@ -40,13 +41,18 @@ class Background:
         """Whether the client has cancelled the block."""
         return self._block is not None and self._block.cancel_called
 
-    async def open(self, failed: Callable[[BaseException], None]) -> None:
+    async def open(
+        self, failed: Callable[[BaseException], None], leave: Callable[[], None]
+    ) -> None:
         """
         Open the task group and the block's cancel scope in the task that enters the client.
 
         :param failed: called with the exception of a task
+        :param leave: called instead of cancelling the block if its task has ended, as with
+            fixtures of pytest-asyncio and unittest
         """
         self.failure = None
+        self._leave = leave
         tasks = Tasks(failed)
         await tasks.open()
         self._tasks = tasks
@@ -69,7 +75,10 @@ class Background:
     def cancel_block(self) -> None:
         """Cancel the block."""
         assert self._block is not None
-        if not self.tasks.host_ended:
+        assert self._leave is not None
+        if self.tasks.host_ended:
+            self._leave()
+        else:
             self._block.cancel()
 
     def fail(self, error: BaseException) -> None:

@@ -82,7 +82,7 @@ class Lifecycle:
         slot.owner.claim()
         slot.enter()
         self._cut_short = self._closing_group = False
-        await background.open(self._task_failed)
+        await background.open(self._task_failed, self._start_leaving)
         try:
             connection = await self._supervisor.open_first()
             if background.block_cancelled:
@@ -253,7 +253,7 @@ class Lifecycle:
             await self._supervisor.close(connection)
 
     def _start_leaving(self) -> None:
-        if not self._slot.leaving:
+        if self._slot.has_connections and not self._slot.leaving:
             self._slot.leave()
             self._supervisor.leave()
 
