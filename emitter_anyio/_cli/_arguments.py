@@ -120,13 +120,13 @@ def add_matcher(parser: Parser) -> None:
     )
 
 
-def check_matcher(arguments: argparse.Namespace) -> None:
+def check_matcher(channel: str, matcher: Matcher) -> None:
     """
-    Check that the broker delivers to ``arguments.channel``.
+    Check that the broker delivers to a channel.
 
     :raises UsageError: if it never does
     """
-    if (parent := find_parent(arguments.channel, arguments.matcher)) is not None:
+    if (parent := find_parent(channel, matcher)) is not None:
         raise UsageError(
             f"Emitter delivers nothing to '#'; use {parent}, which includes all channels below it, "
             "or --matcher mqtt if the broker is configured with that matcher"

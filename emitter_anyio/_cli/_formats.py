@@ -9,16 +9,20 @@ import sys
 from datetime import datetime
 from typing import Any, Final, Protocol
 
-from ._output import CONTROL_CHARACTERS, visible
+from ._output import CONTROL_CHARACTERS, visible, visible_text
 from ._terminal import make_styler
 
 FORMATS: Final = ("text", "json", "hex")
 
-FORMAT_HELP: Final = (
-    "Formats: text prints the payload unchanged, hex prints its bytes, json prints an\n"
-    "object with time, channel and payload (payload_base64 if it is not UTF-8).\n"
-    "On a terminal, text and hex always begin with the channel."
+_FORMATS: Final = (
+    "Formats: text prints the payload and a line break, hex prints its bytes, json\n"
+    "prints an object with time, channel and payload (payload_base64 if it is not\n"
+    "UTF-8). --raw prints exactly the bytes of each payload, without line breaks."
 )
+
+FORMAT_HELP: Final = f"{_FORMATS}\nOn a terminal, text and hex begin with the channel."
+
+REPLY_FORMAT_HELP: Final = f"{_FORMATS}\nText that ends with a line break gets no further one."
 
 
 class Readable(Protocol):
@@ -44,8 +48,16 @@ def add_format(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="FORMAT",
         help="text, json or hex (default: %(default)s)",
     )
-    parser.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
         "-v", "--verbose", action="store_true", help="print the channel before the payload"
+    )
+    group.add_argument(
+        "--raw",
+        dest="format",
+        action="store_const",
+        const="raw",
+        help="print only the bytes of each payload",
     )
 
 
@@ -55,30 +67,40 @@ class Formatter:
 
     :param arguments: the arguments that :func:`add_format` added
     :param terminal: whether the lines are written to a terminal
+    :param reply: whether the messages are replies: each can have several lines, and their channels
+        matter less
     """
 
-    def __init__(self, arguments: argparse.Namespace, *, terminal: bool) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, *, terminal: bool, reply: bool = False
+    ) -> None:
         self._format: str = arguments.format
         self._terminal = terminal
-        self._channel = arguments.verbose or terminal
+        self._reply = reply
+        self._channel = arguments.verbose or (terminal and not reply)
         self._style = make_styler(sys.stdout)
 
     def line(self, message: Readable, time: datetime, **more: Any) -> bytes:
         """
-        Format a message as a line, with its line break.
+        Format a message as a line, with its line break; a raw message as its bytes.
 
         :param more: further fields of the JSON object
         """
+        if self._format == "raw":
+            return message.binary
         if self._format == "json":
             line = to_json({"time": iso_time(time), **message_fields(message), **more})
             return f"{line}\n".encode()
         payload = message.binary.hex().encode() if self._format == "hex" else message.binary
         if self._terminal:
-            payload = visible(payload.decode(errors="backslashreplace")).encode()
+            escape = visible_text if self._reply else visible
+            payload = escape(payload.decode(errors="backslashreplace")).encode()
+        if not (self._reply and payload.endswith(b"\n")):
+            payload += b"\n"
         if not self._channel:
-            return payload + b"\n"
+            return payload
         channel = self._style(visible(message.channel), "cyan")
-        return f"{channel} ".encode() + payload + b"\n"
+        return f"{channel} ".encode() + payload
 
 
 def message_fields(message: Readable) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import select
+import stat
 import sys
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -28,6 +29,11 @@ _MAX_PIPE_WRITE_BYTES: Final = 4096
 def visible(text: str) -> str:
     """Escape control characters, because other clients write the messages."""
     return CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def visible_text(text: str) -> str:
+    """Escape control characters except line breaks and tabs."""
+    return re.sub(r"[^\n\t]+", lambda found: visible(found[0]), text)
 
 
 def counted(number: int, noun: str) -> str:
@@ -103,6 +109,23 @@ def _discard(stream: TextIO) -> None:
     os.close(devnull)
 
 
+def _ends_within_line(descriptor: int) -> bool:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        return False
+    try:
+        with open(f"/dev/fd/{descriptor}", "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:
+        return False  # not every system can read from a descriptor that was opened for writing
+
+
+def _sync_file(descriptor: int) -> None:
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.fsync(descriptor)
+
+
 class Output(AsyncContextManagerMixin):
     """
     Standard output, for commands that stay connected while they print.
@@ -152,6 +175,26 @@ class Output(AsyncContextManagerMixin):
                 data = data[os.write(self._descriptor, data[:_MAX_PIPE_WRITE_BYTES]) :]
             while data:
                 data = data[await to_thread.run_sync(os.write, self._descriptor, data) :]
+
+    async def end_line(self) -> None:
+        """
+        End the last line if standard output is a file that ends within a line.
+
+        A process that was killed while it wrote to the file leaves such a line.
+
+        :raises CommandError: if standard output cannot be written to
+        """
+        if await to_thread.run_sync(_ends_within_line, self._descriptor):
+            await self.write(b"\n")
+
+    async def sync(self) -> None:
+        """
+        Wait until everything that was written is on the disk, if standard output is a file.
+
+        :raises CommandError: if the disk reports an error
+        """
+        with _writing():
+            await to_thread.run_sync(_sync_file, self._descriptor)
 
     async def _wait_writable(self) -> bool:
         """Wait until a write does not block, and return whether that is known."""

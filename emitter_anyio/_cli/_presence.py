@@ -62,7 +62,7 @@ async def _presence(arguments: argparse.Namespace) -> None:
         async with Output() as output:
             await output.write(_lines(status, as_json=arguments.json))
         return
-    check_matcher(arguments)
+    check_matcher(arguments.channel, arguments.matcher)
     async with stay_connected(source, matcher=arguments.matcher) as emitter:
         key = source.key_for(emitter, "p", arguments.channel)
         async with emitter.watch_presence(key, arguments.channel) as feed:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Literal
 
 import anyio
-from anyio import to_thread
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import ConnectionLostError, Emitter, MessageTooLargeError, RequestError
@@ -19,9 +17,11 @@ from emitter_anyio import ConnectionLostError, Emitter, MessageTooLargeError, Re
 from . import _arguments as arguments_
 from ._arguments import CommandError, Commands, UsageError, add_command
 from ._formats import to_json
-from ._input import chunks, lines
-from ._output import counted, hint, is_terminal, print_line
+from ._input import STDIN, read_all, remaining_bytes
+from ._outgoing import Outgoing, each_line, recorded, repeated, spaced
+from ._output import counted, hint, print_line
 from ._source import SECRET_HELP, Source, add_source, connect_once, stay_connected
+from ._terminal import progress
 
 
 def add_pub(commands: Commands) -> None:
@@ -33,22 +33,53 @@ def add_pub(commands: Commands) -> None:
         arguments="CHANNEL [MESSAGE]",
         help="publish messages",
         description=(
-            "Publish a message, each line of standard input, or a file.\n\n"
+            "Publish a message, each line of standard input, a file, or recorded messages.\n\n"
             "The command ends when the broker has read every message. It fails if the broker\n"
             "refused one. With --qos 1, each message waits until the broker has accepted the\n"
-            "one before; this is the default, except for lines of standard input."
+            "one before; this is the default for a single message.\n\n"
+            "--replay reads the lines that 'sub --format json' and 'history' print. It\n"
+            "publishes the messages of CHANNEL, and of the channels below it, to the channels\n"
+            "where they were recorded. It keeps the times between them: --speed 2 halves\n"
+            "these times, and --speed 0 does not wait.\n\n"
+            "On a terminal, long input shows a progress bar."
         ),
         examples=(
             "  %(prog)s chat/ hello\n"
             "  %(prog)s chat/ hello --ttl 3600      # store the message for an hour\n"
             "  tail -f log | %(prog)s chat/         # each line is a message\n"
-            "  %(prog)s chat/ --file picture.png    # the file is one message"
+            "  %(prog)s chat/ --file picture.png    # the file is one message\n"
+            "  %(prog)s chat/ hello --interval 5    # every 5 seconds, until Ctrl-C\n"
+            "  %(prog)s chat/ hello --count 1000    # as fast as possible\n"
+            "  %(prog)s chat/ --replay chat.jsonl --speed 10"
         ),
     )
     _add_channel(parser)
     _add_message(parser)
     parser.add_argument(
         "-f", "--file", metavar="FILE", help="publish a file, or all of stdin with '-'"
+    )
+    parser.add_argument(
+        "-n",
+        "--count",
+        type=arguments_.positive,
+        metavar="N",
+        help="publish the message N times",
+    )
+    parser.add_argument(
+        "-i",
+        "--interval",
+        type=arguments_.period,
+        metavar="SEC",
+        help="publish a message every SEC seconds",
+    )
+    parser.add_argument(
+        "--replay", metavar="FILE", help="publish recorded messages ('-': of stdin)"
+    )
+    parser.add_argument(
+        "--speed",
+        type=_speed,
+        metavar="FACTOR",
+        help="speed of --replay; 0 does not wait (default: 1)",
     )
     _add_options(parser)
     parser.add_argument(
@@ -133,50 +164,102 @@ def _link_name(text: str) -> str:
     return text
 
 
+def _speed(text: str) -> float:
+    try:
+        return arguments_.seconds(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError("expected a number of at least 0") from None
+
+
 def _permissions(arguments: argparse.Namespace) -> str:
     return "ws" if arguments.ttl or getattr(arguments, "retain", False) else "w"
 
 
 async def _pub(arguments: argparse.Namespace) -> None:
     source: Source = arguments.source
-    if arguments.file is not None and arguments.message is not None:
-        raise UsageError("give a message or --file, not both")
-    message = "-" if arguments.message is None else arguments.message
-    messages = _lines(message) if arguments.file is None else _file(arguments.file)
+    lines_of = _lines_to_publish(arguments)
+    interval: float | None = arguments.interval
+    payload, number = b"", math.inf
+    if lines_of is None:
+        read = arguments.file is not None
+        payload = await read_all(arguments.file) if read else _encode(arguments.message)
+        number = arguments.count or (1 if interval is None else math.inf)
     qos: Literal[0, 1] | None = arguments.qos
     if qos is None:
-        qos = 0 if arguments.file is None and message == "-" else 1
+        qos = 1 if number == 1 else 0
+    target = arguments.channel if arguments.replay is None else f"{arguments.channel}#/"
     async with stay_connected(source) as emitter:
-        key = source.key_for(emitter, _permissions(arguments), arguments.channel)
+        key = source.key_for(emitter, _permissions(arguments), target)
 
-        async def publish(message: bytes) -> None:
+        async def publish(message: Outgoing) -> None:
             await emitter.publish(
                 key,
-                arguments.channel,
-                message,
+                message.channel,
+                message.binary,
                 arguments.ttl,
                 qos=qos,
                 retain=arguments.retain,
                 echo=arguments.echo,
             )
 
-        try:
-            number = await _publish_all(emitter, messages, publish)
-        except RequestError as exc:
-            if qos == 1:
-                raise
-            # The error's own text suggests changes to a program.
-            raise CommandError(
-                f"cannot publish to {arguments.channel!r}: {exc.status} {exc.message}; use --qos 1 "
-                "to see which message was refused, and likely reasons"
-            ) from exc
+        if lines_of is None:
+            total = arguments.count or 0
+        else:
+            total = await remaining_bytes(lines_of)
+        title = f"publishing to {arguments.channel}"
+        with progress(title, total, size=lines_of is not None) as advance:
+            if arguments.replay is not None:
+                messages = recorded(arguments.replay, arguments.channel, arguments.speed, advance)
+            elif lines_of is not None:
+                messages = each_line(arguments.channel, advance)
+            else:
+                messages = repeated(Outgoing(arguments.channel, payload), number, advance)
+            try:
+                published = await _publish_all(emitter, spaced(messages, interval), publish)
+            except RequestError as exc:
+                if qos == 1:
+                    raise
+                # The error's own text suggests changes to a program.
+                raise CommandError(
+                    f"cannot publish to {arguments.channel!r}: {exc.status} {exc.message}; use "
+                    "--qos 1 to see which message was refused, and likely reasons"
+                ) from exc
     uncertain = emitter.statistics().uncertain
     if uncertain:
         raise CommandError(
-            f"cannot confirm {uncertain} of {counted(number, 'message')}: the connection was lost "
-            "while they were being sent; use --qos 1 to see which the broker accepted"
+            f"cannot confirm {uncertain} of {counted(published, 'message')}: the connection was "
+            "lost while they were being sent; use --qos 1 to see which the broker accepted"
         )
-    hint(f"published {counted(number, 'message')} to {arguments.channel}")
+    hint(f"published {counted(published, 'message')} to {arguments.channel}")
+
+
+def _lines_to_publish(arguments: argparse.Namespace) -> str | None:
+    """
+    Check which messages to publish.
+
+    :return: the name of the input if each of its lines is a message, otherwise ``None``
+    """
+    given = [
+        words
+        for words, value in (
+            ("a message", arguments.message),
+            ("--file", arguments.file),
+            ("--replay", arguments.replay),
+        )
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"give {given[0]} or {given[1]}, not both")
+    if arguments.speed is not None and arguments.replay is None:
+        raise UsageError("--speed requires --replay")
+    if arguments.interval is not None and arguments.replay is not None:
+        raise UsageError("cannot use --interval with --replay; use --speed")
+    if arguments.file is not None or arguments.message not in (None, STDIN):
+        return None
+    if arguments.count is not None:
+        raise UsageError("--count requires a message or --file")
+    name: str = STDIN if arguments.replay is None else arguments.replay
+    return name
 
 
 async def _link(arguments: argparse.Namespace) -> None:
@@ -192,16 +275,20 @@ async def _link(arguments: argparse.Namespace) -> None:
             print_line(f"{link.name} {link.channel}")
         if arguments.message is not None:
 
-            async def publish(message: bytes) -> None:
-                await emitter.publish_with_link(link.name, message, qos=1)
+            async def publish(message: Outgoing) -> None:
+                await emitter.publish_with_link(link.name, message.binary, qos=1)
 
-            await _publish_all(emitter, _lines(arguments.message), publish)
+            if arguments.message == STDIN:
+                messages = each_line(arguments.channel)
+            else:
+                messages = repeated(Outgoing(arguments.channel, _encode(arguments.message)), 1)
+            await _publish_all(emitter, messages, publish)
 
 
 async def _publish_all(
     emitter: Emitter,
-    messages: AsyncGenerator[bytes],
-    publish: Callable[[bytes], Awaitable[None]],
+    messages: AsyncGenerator[Outgoing],
+    publish: Callable[[Outgoing], Awaitable[None]],
 ) -> int:
     """Publish all messages or raise the first refusal, and return the number of messages."""
     refusals: list[Exception] = []
@@ -234,24 +321,5 @@ async def _publish_all(
     return number
 
 
-async def _lines(message: str) -> AsyncGenerator[bytes]:
-    """Yield the message, or the lines of standard input if it is ``-``."""
-    if message != "-":
-        yield message.encode(errors="surrogateescape")
-        return
-    if is_terminal(sys.stdin):
-        hint("publishing each line as a message; press Ctrl-D to finish")
-    async with aclosing(lines()) as read:
-        async for line in read:
-            yield line
-
-
-async def _file(name: str) -> AsyncGenerator[bytes]:
-    """Yield the content of a file, or of standard input if its name is ``-``."""
-    if name == "-":
-        yield b"".join([chunk async for chunk in chunks()])
-        return
-    try:
-        yield await to_thread.run_sync(Path(name).read_bytes)
-    except OSError as exc:
-        raise CommandError(f"cannot read {name}: {exc.strerror or exc}") from exc
+def _encode(message: str) -> bytes:
+    return message.encode(errors="surrogateescape")

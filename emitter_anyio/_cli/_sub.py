@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from datetime import UTC, datetime
+from itertools import combinations
 from typing import Final, TypeAlias
 
 import anyio
-from anyio import WouldBlock
+from anyio import WouldBlock, create_memory_object_stream, create_task_group
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from emitter_anyio import EmitterMessage, EventStream, Gap
 from emitter_anyio._values.channels import share
+from emitter_anyio._values.router import Matcher, overlap
 
 from . import _arguments as arguments_
 from ._arguments import (
@@ -43,11 +46,11 @@ def add_sub(commands: Commands) -> None:
         commands,
         "sub",
         _sub,
-        arguments="CHANNEL",
-        help="print the messages of a channel",
+        arguments="CHANNEL...",
+        help="print the messages of channels",
         description=(
-            "Print the messages of a channel and of the channels below it, until Ctrl-C.\n\n"
-            "A '+' matches any one level of the channel. If the connection is lost, the\n"
+            "Print the messages of channels and of the channels below them, until Ctrl-C.\n\n"
+            "A '+' matches any one level of a channel. If the connection is lost, the\n"
             "command reconnects and prints a note to stderr. A key with permission l also\n"
             "replays stored messages (--last, --since, --resume). For --group NAME, the key\n"
             "must be for $share/NAME/CHANNEL. The command fails if --timeout expires before\n"
@@ -60,11 +63,14 @@ def add_sub(commands: Commands) -> None:
             "  %(prog)s chat/ --since 1h --last 1000    # also the last hour\n"
             "  %(prog)s chat/ --format json | jq .payload\n"
             "  %(prog)s jobs/ --group workers           # a share of the messages\n"
+            "  %(prog)s chat/ news/ -v                  # two channels\n"
+            "  %(prog)s pictures/ --raw -n 1 > picture.png\n"
             "  %(prog)s chat/ --stats                   # the rate of messages"
         ),
     )
     parser.add_argument(
-        "channel",
+        "channels",
+        nargs="+",
         type=arguments_.pattern,
         metavar="CHANNEL",
         help="channel, such as chat/ or chat/+/news/",
@@ -74,7 +80,7 @@ def add_sub(commands: Commands) -> None:
         "--last",
         type=arguments_.count,
         metavar="N",
-        help="replay at most N stored messages (default: 1)",
+        help="replay at most N per channel (default: 1)",
     )
     parser.add_argument(
         "--since",
@@ -117,28 +123,42 @@ async def _sub(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "cannot use --last, --since or --resume with --group: groups receive no stored messages"
         )
-    check_matcher(arguments)
-    filter = share(arguments.group, arguments.channel)
-    async with stay_connected(source, matcher=arguments.matcher) as emitter:
-        async with emitter.subscribe(
-            source.key_for(emitter, "rl", filter),
-            arguments.channel,
-            arguments.last,
-            since=arguments.since,
-            group=arguments.group,
-            buffer=_BUFFER_MESSAGES,
-            # Wait for a slow reader of the pipe instead of dropping messages.
-            overflow="block",
-            resume=arguments.resume,
-            mark_gaps=True,
-        ) as messages:
-            hint(f"subscribed to {arguments.channel}; press Ctrl-C to stop")
-            async with Output() as output:
-                kind = _RatePrinter if arguments.stats else _MessagePrinter
-                printer = kind(arguments, output)
-                with anyio.move_on_after(arguments.timeout):
-                    async with aclosing(_batches(messages, arguments.count)) as batches:
-                        await printer.print_all(batches)
+    channels: list[str] = arguments.channels
+    _check_channels(channels, arguments.matcher)
+    async with (
+        stay_connected(source, matcher=arguments.matcher) as emitter,
+        AsyncExitStack() as stack,
+    ):
+        streams = [
+            await stack.enter_async_context(
+                emitter.subscribe(
+                    source.key_for(emitter, "rl", share(arguments.group, channel)),
+                    channel,
+                    arguments.last,
+                    since=arguments.since,
+                    group=arguments.group,
+                    buffer=_BUFFER_MESSAGES,
+                    # Wait for a slow reader of the pipe instead of dropping messages.
+                    overflow="block",
+                    resume=arguments.resume,
+                    mark_gaps=True,
+                )
+            )
+            for channel in channels
+        ]
+        hint(f"subscribed to {', '.join(channels)}; press Ctrl-C to stop")
+        async with Output() as output:
+            kind = _RatePrinter if arguments.stats else _MessagePrinter
+            printer = kind(arguments, output)
+            with anyio.move_on_after(arguments.timeout):
+                send, receive = create_memory_object_stream[list[EmitterMessage]]()
+                with send, receive:
+                    async with create_task_group() as tasks:
+                        for stream in streams:
+                            tasks.start_soon(_forward, stream, send)
+                        async with aclosing(_batches(receive, arguments.count)) as batches:
+                            await printer.print_all(batches)
+                        tasks.cancel_scope.cancel()
     if arguments.count is not None and printer.received < arguments.count:
         raise CommandError(
             f"received {printer.received} of {counted(arguments.count, 'message')} within "
@@ -146,10 +166,25 @@ async def _sub(arguments: argparse.Namespace) -> None:
         )
 
 
-async def _batches(messages: Messages, limit: int | None) -> AsyncGenerator[list[EmitterMessage]]:
-    """Yield the messages that have arrived, in batches, and print notes about gaps."""
-    left = sys.maxsize if limit is None else limit
-    while left:
+def _check_channels(channels: Sequence[str], matcher: Matcher) -> None:
+    """
+    Check that messages arrive once.
+
+    :raises UsageError: if two channels can have the same message, or the broker delivers nothing
+    """
+    for channel in channels:
+        check_matcher(channel, matcher)
+    for one, other in combinations(channels, 2):
+        if overlap(one, other, matcher):
+            raise UsageError(
+                f"cannot print {one} and {other} together: a message could be in both; use the one "
+                "that includes the other, or two commands"
+            )
+
+
+async def _forward(messages: Messages, send: ObjectSendStream[list[EmitterMessage]]) -> None:
+    """Send the messages that have arrived, in batches, and print notes about gaps."""
+    while True:
         batch: list[EmitterMessage] = []
         try:
             item = await messages.receive()
@@ -158,14 +193,24 @@ async def _batches(messages: Messages, limit: int | None) -> AsyncGenerator[list
                     _note_gap(item)
                 else:
                     batch.append(item)
-                if len(batch) == min(left, _MAX_LINES_PER_WRITE):
+                if len(batch) == _MAX_LINES_PER_WRITE:
                     break
                 item = messages.receive_nowait()
         except WouldBlock:
             pass
-        left -= len(batch)
         if batch:
-            yield batch
+            await send.send(batch)
+
+
+async def _batches(
+    receive: ObjectReceiveStream[list[EmitterMessage]], limit: int | None
+) -> AsyncGenerator[list[EmitterMessage]]:
+    """Yield batches until they have as many messages as the limit."""
+    left = sys.maxsize if limit is None else limit
+    while left:
+        batch = (await receive.receive())[:left]
+        left -= len(batch)
+        yield batch
 
 
 def _note_gap(gap: Gap) -> None:
@@ -216,7 +261,7 @@ class _RatePrinter:
     async def print_all(self, batches: Batches) -> None:
         start = anyio.current_time()
         try:
-            async with anyio.create_task_group() as tasks:
+            async with create_task_group() as tasks:
                 tasks.start_soon(self._print_periods, start)
                 async for batch in batches:
                     self.received += len(batch)

@@ -83,12 +83,15 @@ def live_table(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], s
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(
+    description: str, total: int, *, size: bool = False
+) -> Iterator[Callable[[int], None]]:
     """
     Show a progress bar until the block ends, if stderr is a terminal.
 
     :param description: the text before the bar
     :param total: the number of steps; 0 shows no bar
+    :param size: whether the steps are bytes
     :return: a function that advances the bar by a number of steps
     """
     console = _console(sys.stderr)
@@ -96,9 +99,16 @@ def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda number: None
         return
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    done = DownloadColumn() if size else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from emitter_anyio import connect
 from emitter_anyio.testing import Broker
 from tests.cli.conftest import Cli
 from tests.support.background import Background, publishing, subscriber
@@ -78,6 +79,83 @@ class TestFormats:
         code, screen = on_terminal("sub", unique, "--count", "1")
         assert code == 0
         assert f"{unique} hello\r\n".encode() in screen.raw
+
+
+class TestRaw:
+    def test_output_has_exactly_the_bytes(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        server.when_subscribed(unique, publishing(unique, "x" * 60_000, "\x1b\n", "end"))
+        done = cli("sub", unique, "--raw", "--count", "3", "--backend", backend)
+        assert (done.code, done.output) == (0, "x" * 60_000 + "\x1b\nend")
+
+    def test_on_a_terminal(self, on_terminal: Any, server: Background, unique: str) -> None:
+        server.when_subscribed(unique, publishing(unique, "a\x1b[1mb"))
+        code, screen = on_terminal("sub", unique, "--raw", "--count", "1")
+        assert code == 0
+        assert screen.raw.endswith(b"a\x1b[1mb")
+
+    def test_channel_with_raw_is_rejected(self, cli: Cli, unique: str) -> None:
+        done = cli("sub", unique, "--raw", "--verbose")
+        assert done.code == 2
+        assert "not allowed with" in done.error
+
+
+class TestSeveralChannels:
+    def test_messages_of_all_channels_are_printed(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        one, two = f"{unique}1/", f"{unique}2/"
+        server.publish(one, "stored", ttl=60)
+
+        async def publish(broker: Broker) -> None:
+            await broker.publish(one, "live")
+            await broker.publish(f"{two}below/", "live")
+
+        server.when_subscribed(two, publish)
+        arguments = ["sub", one, two, "--last", "1", "-v", "--backend", backend]
+        done = cli(*arguments, "--count", "3")
+        assert (done.code, done.errors) == (0, "")
+        assert sorted(done.lines) == [f"{one} live", f"{one} stored", f"{two}below/ live"]
+
+    def test_group(self, cli: Cli, server: Background, unique: str) -> None:
+        one, two = f"{unique}1/", f"{unique}2/"
+        server.when_subscribed(f"$share/g/{two}", publishing(two, "a job"))
+        done = cli("sub", one, two, "--group", "g", "--count", "1")
+        assert (done.code, done.output) == (0, "a job\n")
+
+    @pytest.mark.parametrize(("one", "two"), [("", "a/"), ("a/", "a/"), ("+/b/", "a/+/")])
+    def test_overlapping_channels_are_rejected(
+        self, cli: Cli, unique: str, one: str, two: str
+    ) -> None:
+        done = cli("sub", f"{unique}{one}", f"{unique}{two}")
+        assert done.code == 2
+        assert f"cannot print {unique}{one} and {unique}{two} together" in done.error
+
+    def test_refusal_of_the_second_channel(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        key = server.key(f"{unique}1/", "r")
+        arguments = ["sub", f"{unique}1/", f"{unique}2/", "--key", key, "--backend", backend]
+        done = cli(*arguments)
+        assert (done.code, done.output) == (1, "")
+        assert f"{unique}2/" in done.error
+
+    def test_refusal_when_the_subscription_is_restored(
+        self, cli: Cli, server: Background, unique: str, backend: str
+    ) -> None:
+        key = server.key(f"{unique}#/", "r")
+
+        async def drop(broker: Broker) -> None:
+            async with connect(broker.url) as emitter:
+                await emitter.keyban(broker.secret_key, key)
+            await broker.drop(subscriber(broker))
+
+        server.when_subscribed(f"{unique}2/", drop)
+        arguments = ["sub", f"{unique}1/", f"{unique}2/", "--key", key, "--backend", backend]
+        done = cli(*arguments)
+        assert (done.code, done.output) == (1, "")
+        assert "401" in done.errors
 
 
 class TestOptions:
@@ -232,6 +310,20 @@ class TestProcess:
             process.stdout.close()
             assert process.stderr.read() == ""
             assert process.wait() == 141
+
+    def test_head_ends_the_command_without_a_message(
+        self, server: Background, unique: str, backend: str
+    ) -> None:
+        server.when_subscribed(unique, publishing(unique, *map(str, range(1000))))
+        sub = f'"{sys.executable}" -W error -m emitter_anyio sub {unique} --backend {backend}'
+        done = subprocess.run(
+            ["sh", "-c", f"({sub}; echo $? >&2) | head -n 1"],
+            check=True,
+            cwd=ROOT,
+            env=clean_environment(environment(server)),
+            capture_output=True,
+        )
+        assert (done.stdout, done.stderr) == (b"0\n", b"141\n")
 
     def test_ctrl_c_on_a_terminal_exits_with_130(
         self, server: Background, unique: str, backend: str
