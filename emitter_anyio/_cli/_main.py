@@ -23,12 +23,15 @@ from ._keys import add_ban, add_keygen, add_me
 from ._output import flush, note
 from ._presence import add_presence
 from ._pub import add_link, add_pub
+from ._request import add_request
+from ._serve import add_serve
 from ._source import DEFAULT_URL, find_source
 from ._sub import add_sub
 
 _COMMANDS: Final = (
     *(add_demo, add_broker, add_license, add_doctor),
     *(add_pub, add_sub, add_presence, add_history),
+    *(add_request, add_serve),
     *(add_keygen, add_ban, add_link, add_me),
 )
 

@@ -210,7 +210,8 @@ class _NoteHandler(logging.Handler):
     """Prints log records to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        cause = record.exc_info[1] if record.exc_info else None
+        note(record.getMessage() if cause is None else f"{record.getMessage()}: {cause}")
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from emitter_anyio._cli._main import _COMMANDS
@@ -29,6 +32,26 @@ def normalize(text: str) -> str:
     return VARIES.sub("…", text)
 
 
+@contextlib.contextmanager
+def in_background(
+    line: str, printed: str, folder: Path, environment: dict[str, str]
+) -> Iterator[None]:
+    """Run a command line until the block ends; the block begins when the output was printed."""
+    with subprocess.Popen(
+        f"exec {line.removesuffix('&')}",
+        shell=True,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == printed
+        yield
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+
+
 def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path) -> None:
     program = tmp_path / "emitter-anyio"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m emitter_anyio "$@"\n')
@@ -43,18 +66,22 @@ def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path
     typed = [each for block in BLOCKS for each in lines_of(block)]
     # Other tests cover this command, which runs until Ctrl-C.
     assert typed.pop(0)[0] == "emitter-anyio broker --port 0"
-    for line, printed in typed:
-        done = subprocess.run(
-            line,
-            check=False,
-            shell=True,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), line
-        assert normalize(done.stdout) == normalize(printed), line
+    with contextlib.ExitStack() as running:
+        for line, printed in typed:
+            if line.endswith("&"):
+                running.enter_context(in_background(line, printed, tmp_path, environment))
+                continue
+            done = subprocess.run(
+                line,
+                check=False,
+                shell=True,
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert (done.returncode, done.stderr) == (0, ""), line
+            assert normalize(done.stdout) == normalize(printed), line
 
 
 def test_all_commands_are_documented() -> None:
