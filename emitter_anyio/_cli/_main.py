@@ -16,6 +16,7 @@ from emitter_anyio import EmitterError, __version__
 
 from ._arguments import NAME, CommandError, HelpFormatter, Parser, UsageError
 from ._broker import add_broker, add_license, run_broker
+from ._consume import add_consume
 from ._demo import add_demo
 from ._doctor import add_doctor
 from ._history import add_history
@@ -30,7 +31,7 @@ from ._sub import add_sub
 
 _COMMANDS: Final = (
     *(add_demo, add_broker, add_license, add_doctor),
-    *(add_pub, add_sub, add_presence, add_history),
+    *(add_pub, add_sub, add_presence, add_history, add_consume),
     *(add_request, add_serve),
     *(add_keygen, add_ban, add_link, add_me),
 )
