@@ -209,6 +209,20 @@ def plain_engine(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def shells(session: nox.Session) -> None:
+    """Test the completion of command lines in zsh and fish; the test suite tests bash."""
+    missing = [name for name in ("zsh", "fish") if not shutil.which(name)]
+    if missing:
+        session.error(
+            f"cannot find {' and '.join(missing)}; on Debian and Ubuntu, install them with "
+            f"apt-get install {' '.join(missing)}"
+        )
+
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/shells.py", *session.posargs)
+
+
+@nox.session(default=False)
 def browser(session: nox.Session) -> None:
     """Test the web chat of the examples in Chromium, including a lost connection."""
     missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]

@@ -25,6 +25,8 @@ EXCEPTIONS: Final = {
     "error.strerror": "an OSError displays this attribute",
     "message.channel": "making a message without calling its class takes a third less",
     "message.binary": "as above",
+    "argument.complete": "shtab documents that programs set it",
+    "command._actions": "argparse has no public list of the arguments, and shtab reads this one",
     "arguments.source": "argparse fills its namespace by assignment, and so may its callers",
 }
 """Expressions that the checks permit, with the reasons."""

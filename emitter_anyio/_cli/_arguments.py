@@ -21,17 +21,22 @@ from emitter_anyio._values.channels import (
 from emitter_anyio._values.checks import check_optional_int
 from emitter_anyio._values.router import Matcher, find_parent
 
-Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 Run: TypeAlias = Callable[[argparse.Namespace], Coroutine[Any, Any, None]]
 
 NAME: Final = "emitter-anyio"
+
+DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
 
 TIME_HELP: Final = (
     "TIME is an age (10m, 2h or 1d), a local date and time (2030-01-31T12:00) or a\nUnix timestamp."
 )
 
-_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+DURATION_HELP: Final = "SEC is a number of seconds, or of another unit, as in 10m, 2h or 1d."
+
+_UNIT_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.ASCII)
+
+_HOST_AND_PORT: Final = re.compile(r"([^\s:/@?#]+|\[[^\s/@?#]+\]):\d+", re.ASCII)
 
 _HELP_COLUMN: Final = 28
 """The column at which the help of options begins, so that each option takes one line."""
@@ -46,13 +51,14 @@ class UsageError(Exception):
 
 
 # argparse repeats values in its messages. A value might be a secret in the wrong place.
-_VALUES_IN_MESSAGES: Final = (
+_CHANGED_MESSAGES: Final = (
     (r"unrecognized arguments: (--[a-z-]+).*", r"unrecognized option \1"),
     (r"unrecognized arguments: .*", "unrecognized arguments"),
     (r"invalid choice: .*\(", "invalid choice ("),
     (r"invalid \w+ value: .*", "invalid value"),
     (r"ambiguous option: ([^= ]*).* could match", r"ambiguous option: \1 could match"),
     (r"ignored explicit argument .*", "takes no value"),
+    (r"required: COMMAND --help", "required: COMMAND"),
 )
 
 
@@ -63,9 +69,31 @@ class Parser(argparse.ArgumentParser):
         # argparse would print the usage before the message.
         if message.endswith("expected one argument"):
             message += "; if its value begins with '-', write --option=VALUE"
-        for pattern, replacement in _VALUES_IN_MESSAGES:
+        for pattern, replacement in _CHANGED_MESSAGES:
             message = re.sub(pattern, replacement, message, flags=re.DOTALL)
         self.exit(2, f"{NAME}: {message} (see {self.prog} --help)\n")
+
+    def set_command(
+        self, run: Run, *, arguments: str = "", description: str, examples: str
+    ) -> None:
+        """
+        Set what a command does and the texts of its help, and add the options of all commands.
+
+        :param run: the function that runs the command
+        :param arguments: the positional arguments, as the usage shows them
+        :param examples: command lines, in which ``%(prog)s`` is the program with the command
+        """
+        self.usage = f"%(prog)s [options] {arguments}".rstrip()
+        self.description = description
+        self.epilog = f"examples:\n{examples}"
+        self.add_argument(
+            "--backend",
+            choices=["asyncio", "trio"],
+            default="asyncio",
+            metavar="NAME",
+            help="asyncio or trio (default: %(default)s)",
+        )
+        self.set_defaults(run=run, parser=self)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -73,40 +101,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=_HELP_COLUMN)
-
-
-def add_command(
-    commands: Commands,
-    name: str,
-    run: Run,
-    *,
-    arguments: str = "",
-    help: str,
-    description: str,
-    examples: str,
-) -> Parser:
-    """
-    Add a command, with the options that all commands have.
-
-    :param arguments: the positional arguments, as the usage shows them
-    """
-    parser = commands.add_parser(
-        name,
-        usage=f"%(prog)s [options] {arguments}".rstrip(),
-        help=help,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "--backend",
-        choices=["asyncio", "trio"],
-        default="asyncio",
-        metavar="NAME",
-        help="asyncio or trio (default: %(default)s)",
-    )
-    parser.set_defaults(run=run, parser=parser)
-    return parser
 
 
 def add_matcher(parser: Parser) -> None:
@@ -134,7 +128,9 @@ def check_matcher(channel: str, matcher: Matcher) -> None:
 
 
 def url(text: str) -> str:
-    """Parse a URL that ``connect()`` accepts."""
+    """Parse a URL that ``connect()`` accepts, or a host with a port, and return the URL."""
+    if _HOST_AND_PORT.fullmatch(text):
+        text = f"mqtt://{text}"
     try:
         connect(text)
     except (TypeError, ValueError, ImportError) as exc:
@@ -212,31 +208,35 @@ def positive(text: str) -> int:
     return whole
 
 
-def seconds(text: str) -> float:
-    """Parse a number of seconds."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if number >= 0:
-        return number
-    raise argparse.ArgumentTypeError("expected a number of seconds")
+def duration(text: str) -> float:
+    """Parse a duration, and return seconds."""
+    if found := _DURATION.fullmatch(text):
+        return float(found[1]) * _UNIT_SECONDS[found[2]]
+    raise argparse.ArgumentTypeError("expected a number of seconds, or a duration such as 10m")
 
 
 def period(text: str) -> float:
-    """Parse a number of seconds greater than 0."""
-    if (number := seconds(text)) == 0:
+    """Parse a duration greater than 0, and return seconds."""
+    if (seconds := duration(text)) == 0:
         raise argparse.ArgumentTypeError("expected more than 0 seconds")
-    return number
+    return seconds
+
+
+def ttl(text: str) -> int:
+    """Parse how long a message or a key is valid, and return seconds."""
+    seconds = duration(text)
+    if seconds.is_integer():
+        return count(str(int(seconds)))
+    raise argparse.ArgumentTypeError("expected a whole number of seconds, or a duration such as 1h")
 
 
 def moment(text: str) -> float:
     """Parse a time: an age, Unix seconds, or a date with or without a time."""
     try:
-        if age := _AGE.fullmatch(text):
-            seconds = time.time() - float(age[1]) * _UNIT_SECONDS[age[2]]
-        elif text.isdigit():
+        if text.isdigit():
             seconds = float(text)
+        elif _DURATION.fullmatch(text):
+            seconds = time.time() - duration(text)
         else:
             seconds = datetime.fromisoformat(text).timestamp()
         unix_seconds("the time", seconds)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import ssl
-import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, get_args
 
 import anyio
@@ -15,20 +12,17 @@ import anyio
 from emitter_anyio._values.router import Matcher
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command
+from ._arguments import CommandError, Parser, UsageError
 from ._output import hint, print_line
 
 if TYPE_CHECKING:
     from emitter_anyio.testing import Broker
 
 
-def add_broker(commands: Commands) -> None:
-    """Add ``broker``."""
-    parser = add_command(
-        commands,
-        "broker",
-        run_broker,
-        help="run a development broker",
+def add_broker(parser: Parser) -> None:
+    """Add the arguments of ``broker``."""
+    parser.set_command(
+        _broker,
         description=(
             "Run a development broker until Ctrl-C.\n\n"
             "It behaves like Emitter and accepts Emitter's keys, but stores messages in\n"
@@ -36,11 +30,13 @@ def add_broker(commands: Commands) -> None:
         ),
         examples=(
             "  %(prog)s\n"
-            "  %(prog)s --port 0              # print the chosen free port\n"
-            "  %(prog)s --license LICENSE     # accept the keys of an earlier run\n"
+            "  %(prog)s --port 0    # print the chosen free port\n\n"
+            "  # accept the keys of an earlier run\n"
+            "  %(prog)s --license LICENSE\n\n"
             "  %(prog)s --tls-cert cert.pem --tls-key key.pem"
         ),
     )
+    parser.set_defaults(ends_by_signal=True)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
@@ -77,8 +73,7 @@ def _license(text: str) -> str:
     return text
 
 
-async def run_broker(arguments: argparse.Namespace) -> None:
-    """Run a development broker."""
+async def _broker(arguments: argparse.Namespace) -> None:
     from emitter_anyio.testing import Broker
 
     broker = Broker(
@@ -89,8 +84,6 @@ async def run_broker(arguments: argparse.Namespace) -> None:
         matcher=arguments.matcher,
     )
     async with AsyncExitStack() as stack:
-        # Handle signals before printing the first line, whose reader might send one immediately.
-        stop = stack.enter_context(_stop_signals())
         try:
             await stack.enter_async_context(broker)
         except OSError as exc:
@@ -104,7 +97,7 @@ async def run_broker(arguments: argparse.Namespace) -> None:
             f"in other terminals: export EMITTER_URL={broker.url} EMITTER_SECRET=...; press Ctrl-C "
             "here to stop"
         )
-        await stop()
+        await anyio.sleep_forever()
 
 
 def _print_license(broker: Broker, *, secret: bool) -> None:
@@ -130,23 +123,10 @@ def _ssl_context(certificate: str | None, key: str | None) -> ssl.SSLContext | N
     return context
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], Awaitable[object]]]:
-    """Return a function that waits for SIGINT or SIGTERM."""
-    if sys.platform == "win32":  # pragma: no cover - Ctrl-C always raises KeyboardInterrupt there
-        yield anyio.sleep_forever
-    else:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            yield signals.__anext__
-
-
-def add_license(commands: Commands) -> None:
-    """Add ``license``."""
-    add_command(
-        commands,
-        "license",
+def add_license(parser: Parser) -> None:
+    """Add the arguments of ``license``."""
+    parser.set_command(
         _license_command,
-        help="generate a licence and its secret key",
         description=(
             "Generate a licence for a development or production broker, and its secret key.\n\n"
             "Channel keys are generated with the secret key."

@@ -244,13 +244,13 @@ def _report_failure(
     cause = list(exc.causes.values())[-1]
     reason = str(cause) or f"no reply within {timeout:g} s"
     if isinstance(exc, ConnectRefusedError):
-        fix = (
-            "put user and password into the URL: mqtt://USER:PASSWORD@HOST" if exc.code > 3 else ""
-        )
+        fix = "use --username and --password-file, with the right password" if exc.code > 3 else ""
     elif check == "websocket":
         fix = "check the path, which a proxy might require, or use mqtt:// or mqtts://"
     elif isinstance(cause, RemoteProtocolError):
         fix = "check the port: the server there is not an MQTT broker"
+    elif server.secure:
+        fix = "check the port, or use --client-cert FILE if the broker requires a certificate"
     else:
         fix = "check that the port is the broker's, or use mqtts:// or wss:// if it requires TLS"
     report.add(check, "failed", reason, fix)

@@ -12,7 +12,7 @@ from anyio import create_task_group, to_thread
 from emitter_anyio import Consumer, StoredMessage
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command, add_matcher, check_matcher
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError, add_matcher, check_matcher
 from ._cursor_file import CursorFile
 from ._formats import FORMAT_HELP, Formatter, add_format
 from ._output import Output, counted, hint
@@ -22,14 +22,11 @@ _MAX_UNSAVED_MESSAGES: Final = 256
 """The maximum number of messages that are printed again after a crash."""
 
 
-def add_consume(commands: Commands) -> None:
-    """Add ``consume``."""
-    parser = add_command(
-        commands,
-        "consume",
+def add_consume(parser: Parser) -> None:
+    """Add the arguments of ``consume``."""
+    parser.set_command(
         _consume,
         arguments="CHANNEL --cursor FILE",
-        help="print every stored message, also after a restart",
         description=(
             "Print the stored messages of a channel and of the channels below it, oldest\n"
             "first, and then wait for further ones, until Ctrl-C.\n\n"
@@ -37,12 +34,12 @@ def add_consume(commands: Commands) -> None:
             "stdout, and also flushed to the disk if stdout is a file. When the command is\n"
             "started again, it continues there, so no stored message is left out. After a\n"
             "crash or Ctrl-C, it might print up to 256 messages again.\n\n"
-            f"{FORMAT_HELP}"
+            f"{FORMAT_HELP}\n\n{DURATION_HELP}"
         ),
         examples=(
-            "  %(prog)s orders/ --cursor orders.cursor >> orders.jsonl\n"
-            "  %(prog)s orders/ --cursor new.cursor --new --format text\n"
-            "  %(prog)s orders/ --cursor orders.cursor --count 100 --timeout 60"
+            "  %(prog)s orders/ -c orders.cursor >> orders.jsonl\n"
+            "  %(prog)s orders/ -c new.cursor --new --format text\n"
+            "  %(prog)s orders/ -c orders.cursor -n 100 --timeout 1m"
         ),
     )
     parser.add_argument(
@@ -68,7 +65,7 @@ def add_consume(commands: Commands) -> None:
         "-n", "--count", type=arguments_.positive, metavar="N", help="exit after N messages"
     )
     parser.add_argument(
-        "-t", "--timeout", type=arguments_.seconds, metavar="SEC", help="exit after SEC seconds"
+        "-t", "--timeout", type=arguments_.duration, metavar="SEC", help="exit after this time"
     )
     add_matcher(parser)
     add_source(parser, key="key with permissions rl", secret=SECRET_HELP)

@@ -15,21 +15,19 @@ import anyio
 from emitter_anyio import ConnectError, Emitter, EmitterMessage, PresenceEvent, connect
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError
 from ._output import print_line
 from ._presence import VERBS, name
 
 
-def add_demo(commands: Commands) -> None:
-    """Add ``demo``."""
-    parser = add_command(
-        commands,
-        "demo",
+def add_demo(parser: Parser) -> None:
+    """Add the arguments of ``demo``."""
+    parser.set_command(
         _demo,
-        help="run a demonstration of a few seconds",
         description=(
             "Generate a key, publish and receive messages, and watch presence.\n\n"
-            "Each step prints one line. Without --url, the demo starts a development broker."
+            "Each step prints one line. Without --url, the demo starts a development broker.\n\n"
+            f"{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s\n"
@@ -45,10 +43,10 @@ def add_demo(commands: Commands) -> None:
     parser.add_argument("--secret", help="secret key of that broker (EMITTER_SECRET)")
     parser.add_argument(
         "--timeout",
-        type=arguments_.seconds,
+        type=arguments_.duration,
         default=30,
-        metavar="SECONDS",
-        help="maximum duration (default: %(default)s)",
+        metavar="SEC",
+        help="maximum duration (default: 30s)",
     )
 
 

@@ -19,7 +19,7 @@ from emitter_anyio import (
 from emitter_anyio._net.options import make_options
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError
 from ._connection_checks import check_connection
 from ._key_checks import PERMISSIONS, KeyChecks
 from ._report import Report
@@ -43,13 +43,10 @@ _CLOCK_TOLERANCE_SECONDS: Final = 2
 """The difference of clocks that is reported: keys and stored messages expire by the broker's."""
 
 
-def add_doctor(commands: Commands) -> None:
-    """Add ``doctor``."""
-    parser = add_command(
-        commands,
-        "doctor",
+def add_doctor(parser: Parser) -> None:
+    """Add the arguments of ``doctor``."""
+    parser.set_command(
         _doctor,
-        help="check the connection, the broker and a key",
         description=(
             "Check the connection, the broker and a key, and suggest a fix for each problem.\n\n"
             "Checks in this order: DNS, TCP, TLS, WebSocket, CONNACK, latency, the broker's\n"
@@ -60,12 +57,14 @@ def add_doctor(commands: Commands) -> None:
             "for a moment, which presence shows to other clients. To check permission w, it\n"
             "publishes one message on the channel, stored for 5 seconds. It does not publish\n"
             "if --need asks for neither w nor s, or with --no-probe. If presence shows\n"
-            "subscribers on the channel, it publishes only with --probe."
+            "subscribers on the channel, it publishes only with --probe.\n\n"
+            f"{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s\n"
-            "  %(prog)s --url mqtts://broker.example --key KEY --channel chat/\n"
-            "  %(prog)s --channel chat/ --need rw    # require r and w\n"
+            "  %(prog)s --url mqtts://broker.example\n\n"
+            "  # check a key, and require the permissions r and w\n"
+            "  %(prog)s --key KEY --channel chat/ --need rw\n\n"
             "  %(prog)s --json | jq 'select(.status == \"failed\")'"
         ),
     )
@@ -86,8 +85,8 @@ def add_doctor(commands: Commands) -> None:
         "--timeout",
         type=arguments_.period,
         default=5,
-        metavar="SECONDS",
-        help="timeout of each step (default: %(default)s)",
+        metavar="SEC",
+        help="timeout of each step (default: 5s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     add_source(parser, key="channel key to check", secret="secret key to check")
@@ -106,7 +105,7 @@ async def _doctor(arguments: argparse.Namespace) -> None:
     if arguments.need and (arguments.channel is None or source.key is None):
         raise UsageError("--need requires --channel, and --key or EMITTER_KEY")
     report = Report(as_json=arguments.json)
-    report.add("broker", "ok", f"{_public_url(source)} (from {source.origin})")
+    report.add("broker", "ok", f"{_public_url(source)} (from {source.origins['url']})")
     try:
         async with check_connection(source, report, arguments.timeout) as emitter:
             if emitter is not None:

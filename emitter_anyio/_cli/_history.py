@@ -9,7 +9,7 @@ from typing import Final
 from emitter_anyio import HistoryIncompleteError, StoredMessage
 
 from . import _arguments as arguments_
-from ._arguments import TIME_HELP, Commands, UsageError, add_command
+from ._arguments import TIME_HELP, Parser, UsageError
 from ._formats import FORMAT_HELP, Formatter, add_format
 from ._output import Output
 from ._source import SECRET_HELP, Source, add_source, connect_once
@@ -18,23 +18,20 @@ from ._terminal import progress
 _MAX_LINES_PER_WRITE: Final = 256
 
 
-def add_history(commands: Commands) -> None:
-    """Add ``history``."""
-    parser = add_command(
-        commands,
-        "history",
+def add_history(parser: Parser) -> None:
+    """Add the arguments of ``history``."""
+    parser.set_command(
         _history,
         arguments="CHANNEL",
-        help="print stored messages",
         description=(
             "Print the stored messages of a channel and of channels below it, oldest first.\n\n"
             "A '+' matches any one level of the channel, except the first.\n\n"
             f"{FORMAT_HELP}\n\n{TIME_HELP}"
         ),
         examples=(
-            "  %(prog)s chat/                 # the newest 100 messages\n"
+            "  %(prog)s chat/    # the newest 100\n"
             "  %(prog)s chat/ --last 100000 > chat.jsonl\n"
-            "  %(prog)s chat/ --since 2030-01-31 --until 2030-02-01 --format hex"
+            "  %(prog)s chat/ --since 2030-01-31 --until 2030-02-01"
         ),
     )
     parser.add_argument(

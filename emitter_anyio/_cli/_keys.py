@@ -8,34 +8,33 @@ from argparse import ArgumentTypeError
 from contextlib import aclosing
 
 from . import _arguments as arguments_
-from ._arguments import Commands, UsageError, add_command
+from ._arguments import DURATION_HELP, Parser, UsageError
 from ._formats import to_json
 from ._input import lines
 from ._output import hint, is_terminal, note, print_line
 from ._source import Source, add_source, connect_once
 
 
-def add_keygen(commands: Commands) -> None:
-    """Add ``keygen``."""
-    parser = add_command(
-        commands,
-        "keygen",
+def add_keygen(parser: Parser) -> None:
+    """Add the arguments of ``keygen``."""
+    parser.set_command(
         _keygen,
         arguments="CHANNEL [PERMISSIONS]",
-        help="generate a channel key",
         description=(
             "Generate a channel key and print it.\n\n"
             "A key for chat/ is valid for that channel, and for a subscription that includes\n"
             "the channels below it. A key for chat/#/ is also valid for each channel below.\n\n"
             "Permissions: r read, w write, s store, l load, p presence, e extend, x execute.\n\n"
             "With an extend key (--key), the new key is for a private channel below CHANNEL.\n"
-            "This command does not read EMITTER_KEY."
+            "This command does not read EMITTER_KEY.\n\n"
+            f"{DURATION_HELP}"
         ),
         examples=(
-            "  %(prog)s chat/                       # read and write\n"
-            "  %(prog)s chat/#/ rwslp --ttl 3600    # valid for an hour\n"
-            "  export EMITTER_KEY=$(%(prog)s chat/)\n"
-            "  %(prog)s rooms/ rw --key KEY         # a private channel"
+            "  %(prog)s chat/    # read and write\n"
+            "  %(prog)s chat/#/ rwslp --ttl 1h\n"
+            "  export EMITTER_KEY=$(%(prog)s chat/)\n\n"
+            "  # a private channel\n"
+            "  %(prog)s rooms/ rw --key KEY"
         ),
     )
     parser.add_argument(
@@ -54,9 +53,9 @@ def add_keygen(commands: Commands) -> None:
     )
     parser.add_argument(
         "--ttl",
-        type=arguments_.count,
+        type=arguments_.ttl,
         default=0,
-        metavar="SECONDS",
+        metavar="SEC",
         help="lifetime of the key (default: unlimited)",
     )
     parser.add_argument("--json", action="store_true", help="print key and channel as JSON")
@@ -66,46 +65,51 @@ def add_keygen(commands: Commands) -> None:
     add_source(parser, secret="secret key")
 
 
-def add_ban(commands: Commands) -> None:
-    """Add ``ban`` and ``unban``."""
-    for command, help, description in (
-        (
-            "ban",
-            "ban a channel key",
-            "Clients that subscribed with it stay subscribed until their connection ends.",
+def add_ban(parser: Parser) -> None:
+    """Add the arguments of ``ban``."""
+    _add_ban(
+        parser,
+        banned=True,
+        description=(
+            "Ban a channel key.\n\n"
+            "Clients that subscribed with it stay subscribed until their connection ends."
         ),
-        (
-            "unban",
-            "lift the ban on a channel key",
-            "The broker might refuse the key for up to another minute.",
-        ),
-    ):
-        parser = add_command(
-            commands,
-            command,
-            _ban,
-            arguments="[KEY]",
-            help=help,
-            description=f"{help.capitalize()}.\n\n{description}",
-            examples=("  %(prog)s KEY\n  %(prog)s < key.txt      # keep the key out of ps"),
-        )
-        parser.add_argument(
-            "target",
-            nargs="?",
-            metavar="KEY",
-            help="channel key (default: read a line of standard input)",
-        )
-        parser.set_defaults(banned=command == "ban")
-        add_source(parser, secret="secret key")
+    )
 
 
-def add_me(commands: Commands) -> None:
-    """Add ``me``."""
-    parser = add_command(
-        commands,
-        "me",
+def add_unban(parser: Parser) -> None:
+    """Add the arguments of ``unban``."""
+    _add_ban(
+        parser,
+        banned=False,
+        description=(
+            "Lift the ban on a channel key.\n\n"
+            "The broker might refuse the key for up to another minute."
+        ),
+    )
+
+
+def _add_ban(parser: Parser, *, banned: bool, description: str) -> None:
+    parser.set_command(
+        _ban,
+        arguments="[KEY]",
+        description=description,
+        examples="  %(prog)s KEY\n  %(prog)s < key.txt    # keep the key out of ps",
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="KEY",
+        help="channel key (default: read a line of standard input)",
+    )
+    parser.set_defaults(banned=banned)
+    add_source(parser, secret="secret key")
+
+
+def add_me(parser: Parser) -> None:
+    """Add the arguments of ``me``."""
+    parser.set_command(
         _me,
-        help="print the id of a new connection",
         description=(
             "Connect and print the id that the broker gave the connection.\n\n"
             "The id is new each time. Use this command to see that the broker replies."

@@ -1,4 +1,4 @@
-"""The list of commands, and the exit code."""
+"""Running a command until it ends or a signal arrives, and its exit code."""
 
 from __future__ import annotations
 
@@ -6,39 +6,28 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio import create_task_group, open_signal_receiver
+from anyio import TASK_STATUS_IGNORED, create_task_group, open_signal_receiver
+from anyio.abc import TaskStatus
 
-from emitter_anyio import EmitterError, __version__
+from emitter_anyio import EmitterError, NotFoundError, RequestError, UnauthorizedError
 
-from ._arguments import NAME, CommandError, HelpFormatter, Parser, UsageError
-from ._broker import add_broker, add_license, run_broker
-from ._consume import add_consume
-from ._demo import add_demo
-from ._doctor import add_doctor
-from ._history import add_history
-from ._keys import add_ban, add_keygen, add_me
+from ._arguments import CommandError, UsageError
+from ._commands import make_parser
 from ._output import flush, note
-from ._presence import add_presence
-from ._pub import add_link, add_pub
-from ._request import add_request
-from ._serve import add_serve
-from ._source import DEFAULT_URL, find_source
-from ._sub import add_sub
-
-_COMMANDS: Final = (
-    *(add_demo, add_broker, add_license, add_doctor),
-    *(add_pub, add_sub, add_presence, add_history, add_consume),
-    *(add_request, add_serve),
-    *(add_keygen, add_ban, add_link, add_me),
-)
 
 # The exit codes that a shell reports for a process ended by these signals. Windows has no SIGPIPE.
-_INTERRUPTED: Final = 128 + signal.SIGINT
-_BROKEN_PIPE: Final = 128 + 13
+_SIGNAL_CODE: Final = 128
+_BROKEN_PIPE: Final = _SIGNAL_CODE + 13
+
+_OPTIONS: Final = {
+    "load one with ssl_context.load_cert_chain()": "use --client-cert FILE",
+    "use ssl_context=ssl.create_default_context(cafile=...)": "use --cafile FILE",
+    "use mqtt://, ws:// or secure=False": "use an mqtt:// or ws:// URL",
+}
+"""The advice to programs in errors of the library, and what a command offers instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,20 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run a command.
 
     :param argv: the name of the command and its arguments (default: those of the process)
-    :return: the exit code: 0, 1 if the command failed, 130 after Ctrl-C, or 141 if the reader of
-        standard output closed the pipe
+    :return: the exit code: 0, 1 if the command failed, 130 after Ctrl-C, 143 after SIGTERM, or 141
+        if the reader of standard output closed the pipe
     :raises SystemExit: with 2 if the command line is invalid, with 0 after ``--help``
     """
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _make_parser().parse_args(argv)
+        arguments = make_parser(argv).parse_args(argv)
     except SystemExit:
         flush()  # the output of --help and --version
         raise
     try:
-        if "env_file" in arguments:
-            arguments.source = find_source(arguments)
-        run = _run_on_trio if arguments.backend == "trio" else arguments.run
-        anyio.run(run, arguments, backend=arguments.backend)
+        if "find_source" in arguments:
+            arguments.source = arguments.find_source(arguments)
+        received = anyio.run(_run, arguments, backend=arguments.backend)
     except BaseException as raised:
         # A task group wraps the exceptions of its tasks in a group.
         for kind in (KeyboardInterrupt, BrokenPipeError, UsageError, CommandError, EmitterError):
@@ -67,28 +56,37 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if isinstance(exc, kind):
                     return _exit_code(exc, arguments)
         raise
-    return 0
+    return 0 if received is None else _signal_code(received, arguments)
 
 
-async def _run_on_trio(arguments: argparse.Namespace) -> None:
-    # Trio can raise KeyboardInterrupt in any line, also while a cancel scope is being entered or
-    # left, which would cause an unrelated error or a hang. asyncio cancels the main task instead.
-    interrupted = False
+async def _run(arguments: argparse.Namespace) -> signal.Signals | None:
+    """
+    Run a command, and cancel it on SIGINT or SIGTERM, so that its client disconnects.
 
-    async def cancel_if_interrupted() -> None:
-        nonlocal interrupted
-        with open_signal_receiver(signal.SIGINT) as signals:
-            async for _ in signals:
-                break
-        interrupted = True
+    :return: the signal, if one arrived
+    """
+    if (
+        sys.platform == "win32" and arguments.backend == "asyncio"
+    ):  # pragma: no cover - asyncio has no signal handlers there
+        await arguments.run(arguments)
+        return None
+    received: signal.Signals | None = None
+
+    async def cancel_on_signal(*, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        # Trio can raise KeyboardInterrupt in any line, also while a cancel scope is being entered
+        # or left, which would cause an unrelated error or a hang.
+        nonlocal received
+        with open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            received = await anext(signals)
+        # From here on, a second signal ends the process, even if the broker does not respond.
         tasks.cancel_scope.cancel()
 
     async with create_task_group() as tasks:
-        tasks.start_soon(cancel_if_interrupted)
+        await tasks.start(cancel_on_signal)
         await arguments.run(arguments)
         tasks.cancel_scope.cancel()
-    if interrupted:
-        raise KeyboardInterrupt
+    return received
 
 
 def _flatten(exc: BaseException) -> Iterator[BaseException]:
@@ -101,40 +99,27 @@ def _flatten(exc: BaseException) -> Iterator[BaseException]:
 
 def _exit_code(exc: BaseException, arguments: argparse.Namespace) -> int:
     if isinstance(exc, KeyboardInterrupt):
-        # Ctrl-C is the normal way to stop the broker, also before it waits for the signal.
-        return 0 if arguments.run is run_broker else _INTERRUPTED
+        return _signal_code(signal.SIGINT, arguments)
     if isinstance(exc, BrokenPipeError):
         return _BROKEN_PIPE
     if isinstance(exc, UsageError):
         arguments.parser.error(str(exc))
-    note(str(exc))
+    note(_describe(exc, arguments))
     return 1
 
 
-def _make_parser() -> Parser:
-    as_module = Path(sys.argv[0]).name == "__main__.py"
-    parser = Parser(
-        prog="python -m emitter_anyio" if as_module else NAME,
-        description="A client for Emitter (https://emitter.io), and a development broker.",
-        epilog=(
-            "environment:\n"
-            f"  EMITTER_URL     URL of the broker (default: {DEFAULT_URL})\n"
-            "  EMITTER_KEY     channel key\n"
-            "  EMITTER_SECRET  secret key; without a channel key, commands generate one\n\n"
-            "examples:\n"
-            "  %(prog)s demo\n\n"
-            "  # a development broker, and in a second terminal two clients of it\n"
-            "  %(prog)s broker\n"
-            f"  export EMITTER_URL={DEFAULT_URL} EMITTER_SECRET=...\n"
-            "  %(prog)s sub chat/ &\n"
-            "  %(prog)s pub chat/ hello\n\n"
-            "exit codes:\n"
-            "  0 success, 1 failure, 2 invalid command line, 130 Ctrl-C, 141 closed pipe"
-        ),
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in _COMMANDS:
-        add(commands)
-    return parser
+def _describe(exc: BaseException, arguments: argparse.Namespace) -> str:
+    """Return the error's text with the options of commands, and where the refused key is from."""
+    text = str(exc)
+    for advice, option in _OPTIONS.items():
+        text = text.replace(advice, option)
+    refused = exc if isinstance(exc, RequestError) else exc.__cause__
+    origin = ""
+    if isinstance(refused, UnauthorizedError | NotFoundError) and "source" in arguments:
+        origin = arguments.source.describe_key(refused)
+    return f"{text}; {origin}" if origin else text
+
+
+def _signal_code(received: signal.Signals, arguments: argparse.Namespace) -> int:
+    # A signal is the normal way to end some commands, such as the broker.
+    return 0 if "ends_by_signal" in arguments else _SIGNAL_CODE + received

@@ -10,7 +10,7 @@ from typing import Final
 from emitter_anyio import Member, PresenceEvent, PresenceFeed
 
 from . import _arguments as arguments_
-from ._arguments import Commands, add_command, add_matcher, check_matcher
+from ._arguments import Parser, add_matcher, check_matcher
 from ._formats import iso_time, to_json
 from ._output import Output, visible
 from ._source import SECRET_HELP, Source, add_source, connect_once, stay_connected
@@ -19,14 +19,11 @@ from ._terminal import live_table
 VERBS: Final = {"status": "is present", "subscribe": "joined", "unsubscribe": "left"}
 
 
-def add_presence(commands: Commands) -> None:
-    """Add ``presence``."""
-    parser = add_command(
-        commands,
-        "presence",
+def add_presence(parser: Parser) -> None:
+    """Add the arguments of ``presence``."""
+    parser.set_command(
         _presence,
         arguments="CHANNEL",
-        help="show the subscribers of a channel",
         description=(
             "Show the subscribers of a channel and of the channels below it, until Ctrl-C.\n\n"
             "On a terminal, a live table is shown if the extra 'cli' is installed. Otherwise,\n"
@@ -35,7 +32,7 @@ def add_presence(commands: Commands) -> None:
         ),
         examples=(
             "  %(prog)s chat/\n"
-            "  %(prog)s chat/ --once          # the current subscribers\n"
+            "  %(prog)s chat/ --once    # only the current ones\n"
             "  %(prog)s chat/ --json | jq .who"
         ),
     )

@@ -15,7 +15,7 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import ConnectionLostError, Emitter, MessageTooLargeError, RequestError
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError
 from ._formats import to_json
 from ._input import STDIN, read_all, remaining_bytes
 from ._outgoing import Outgoing, each_line, recorded, repeated, spaced
@@ -24,14 +24,11 @@ from ._source import SECRET_HELP, Source, add_source, connect_once, stay_connect
 from ._terminal import progress
 
 
-def add_pub(commands: Commands) -> None:
-    """Add ``pub``."""
-    parser = add_command(
-        commands,
-        "pub",
+def add_pub(parser: Parser) -> None:
+    """Add the arguments of ``pub``."""
+    parser.set_command(
         _pub,
         arguments="CHANNEL [MESSAGE]",
-        help="publish messages",
         description=(
             "Publish a message, each line of standard input, a file, or recorded messages.\n\n"
             "The command ends when the broker has read every message. It fails if the broker\n"
@@ -41,16 +38,18 @@ def add_pub(commands: Commands) -> None:
             "publishes the messages of CHANNEL, and of the channels below it, to the channels\n"
             "where they were recorded. It keeps the times between them: --speed 2 halves\n"
             "these times, and --speed 0 does not wait.\n\n"
-            "On a terminal, long input shows a progress bar."
+            "On a terminal, long input shows a progress bar.\n\n"
+            f"{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s chat/ hello\n"
-            "  %(prog)s chat/ hello --ttl 3600      # store the message for an hour\n"
-            "  tail -f log | %(prog)s chat/         # each line is a message\n"
-            "  %(prog)s chat/ --file picture.png    # the file is one message\n"
-            "  %(prog)s chat/ hello --interval 5    # every 5 seconds, until Ctrl-C\n"
-            "  %(prog)s chat/ hello --count 1000    # as fast as possible\n"
-            "  %(prog)s chat/ --replay chat.jsonl --speed 10"
+            "  %(prog)s chat/ hello --ttl 1h       # store the message\n"
+            "  %(prog)s chat/ hello --count 1000\n"
+            "  %(prog)s chat/ hello --interval 5   # until Ctrl-C\n"
+            "  %(prog)s chat/ --file picture.png\n"
+            "  %(prog)s chat/ --replay chat.jsonl --speed 10\n\n"
+            "  # each line is a message\n"
+            "  tail -f log | %(prog)s chat/"
         ),
     )
     _add_channel(parser)
@@ -99,21 +98,19 @@ def add_pub(commands: Commands) -> None:
     add_source(parser, key="key with permission w", secret=SECRET_HELP)
 
 
-def add_link(commands: Commands) -> None:
-    """Add ``link``."""
-    parser = add_command(
-        commands,
-        "link",
+def add_link(parser: Parser) -> None:
+    """Add the arguments of ``link``."""
+    parser.set_command(
         _link,
         arguments="NAME CHANNEL [MESSAGE]",
-        help="create a link and publish through it",
         description=(
             "Create a link, print it, and publish messages through it.\n\n"
             "A link is a short name for a key, a channel and its options. It\n"
             "exists as long as its connection, so it ends with the command. The broker\n"
-            "checks the key when a message is published, not when the link is created."
+            "checks the key when a message is published, not when the link is created.\n\n"
+            f"{DURATION_HELP}"
         ),
-        examples=("  %(prog)s a1 chat/ hello\n  seq 100 | %(prog)s a1 chat/ - --ttl 60"),
+        examples=("  %(prog)s a1 chat/ hello\n  seq 100 | %(prog)s a1 chat/ - --ttl 1m"),
     )
     parser.add_argument(
         "name", type=_link_name, metavar="NAME", help="one or two letters or digits"
@@ -146,8 +143,8 @@ def _add_message(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ttl",
-        type=arguments_.count,
-        metavar="SECONDS",
+        type=arguments_.ttl,
+        metavar="SEC",
         help="store for this time (needs permission s)",
     )
     parser.add_argument(
@@ -166,7 +163,7 @@ def _link_name(text: str) -> str:
 
 def _speed(text: str) -> float:
     try:
-        return arguments_.seconds(text)
+        return arguments_.duration(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError("expected a number of at least 0") from None
 

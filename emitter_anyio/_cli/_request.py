@@ -12,7 +12,7 @@ from anyio import EndOfStream
 from emitter_anyio import Emitter, EmitterMessage, ReplyError
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command, add_matcher
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError, add_matcher
 from ._formats import REPLY_FORMAT_HELP, Formatter, add_format
 from ._input import STDIN, read_all
 from ._output import Output, counted, hint, is_terminal, note
@@ -21,25 +21,23 @@ from ._source import SECRET_HELP, Source, add_source, connect_once
 _DEFAULT_TIMEOUT_SECONDS: Final = 10.0
 
 
-def add_request(commands: Commands) -> None:
-    """Add ``request``."""
-    parser = add_command(
-        commands,
-        "request",
+def add_request(parser: Parser) -> None:
+    """Add the arguments of ``request``."""
+    parser.set_command(
         _request,
         arguments="CHANNEL [MESSAGE]",
-        help="send a request and print the reply",
         description=(
             "Send a request to the clients that serve a channel, and print the reply.\n\n"
             "The first reply counts. With --replies N, the command prints N replies, and\n"
             "with --replies 0 all that arrive before --timeout. It fails if replies are\n"
             "missing or if the serving client reports an error.\n\n"
-            f"{REPLY_FORMAT_HELP}"
+            f"{REPLY_FORMAT_HELP}\n\n{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s upper/ hello\n"
-            "  %(prog)s thumbnails/ --file photo.jpg --raw > small.jpg\n"
-            "  %(prog)s status/ '' --replies 0 --timeout 2   # of every server"
+            "  %(prog)s small/ --file photo.jpg --raw > small.jpg\n\n"
+            "  # the replies of all servers\n"
+            "  %(prog)s status/ '' --replies 0 --timeout 2s"
         ),
     )
     parser.add_argument(
@@ -64,7 +62,7 @@ def add_request(commands: Commands) -> None:
         type=arguments_.period,
         default=_DEFAULT_TIMEOUT_SECONDS,
         metavar="SEC",
-        help=f"wait at most SEC seconds (default: {_DEFAULT_TIMEOUT_SECONDS:g})",
+        help=f"wait at most this time (default: {_DEFAULT_TIMEOUT_SECONDS:g}s)",
     )
     parser.add_argument(
         "-n",
@@ -75,7 +73,7 @@ def add_request(commands: Commands) -> None:
         help="print N replies; 0 for all (default: 1)",
     )
     add_matcher(parser)
-    add_source(parser, key="key with permissions rw for CHANNEL/#/", secret=SECRET_HELP)
+    add_source(parser, key="key with rw for CHANNEL/#/", secret=SECRET_HELP)
 
 
 async def _request(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from emitter_anyio import EmitterMessage
 from emitter_anyio._values.channels import share
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Commands, UsageError, add_command, add_matcher
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError, add_matcher
 from ._output import hint, print_line
 from ._process import Program
 from ._source import SECRET_HELP, Source, add_source, stay_connected
@@ -25,31 +25,29 @@ _DEFAULT_TIMEOUT_SECONDS: Final = 60.0
 _DEFAULT_PROCESSES: Final = 8
 
 
-def add_serve(commands: Commands) -> None:
-    """Add ``serve``."""
-    parser = add_command(
-        commands,
-        "serve",
+def add_serve(parser: Parser) -> None:
+    """Add the arguments of ``serve``."""
+    parser.set_command(
         _serve,
-        arguments="CHANNEL --exec COMMAND",
-        help="reply to requests with the output of a program",
+        arguments="CHANNEL --exec CMD",
         description=(
             "Serve the requests on a channel with a program, until Ctrl-C.\n\n"
             "The program runs once for each request. It reads the payload from stdin, and\n"
             "what it writes to stdout is the reply. If its exit status is not 0, the\n"
             "requester gets an error with the status and the last line of its stderr.\n\n"
-            "COMMAND is split into words like a shell command, but no shell runs it, except\n"
+            "CMD is split into words like a shell command, but no shell runs it, except\n"
             "with --shell. The program does not inherit the EMITTER_ variables. It is killed\n"
             "with its child processes when --timeout expires, and when the request or this\n"
             "command is cancelled; child processes that it leaves behind are killed too.\n\n"
             "When the channel is served, the command prints a line. With --group, use\n"
-            "--secret or a key for #/, because the group needs a second key."
+            "--secret or a key for #/, because the group needs a second key.\n\n"
+            f"{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s upper/ --exec 'tr a-z A-Z'\n"
-            "  %(prog)s thumbnails/ --exec 'convert - -resize 200 -' --processes 2\n"
+            "  %(prog)s small/ --exec 'convert - -resize 200 -' -p 2\n"
             "  %(prog)s count/ --shell --exec 'sort | uniq -c'\n"
-            "  %(prog)s jobs/ --exec ./work.py --group workers --timeout 300"
+            "  %(prog)s jobs/ --exec ./work.py --group workers -t 5m"
         ),
     )
     parser.add_argument(
@@ -62,17 +60,17 @@ def add_serve(commands: Commands) -> None:
         "-e",
         "--exec",
         required=True,
-        metavar="COMMAND",
+        metavar="CMD",
         help="program to run, with its arguments",
     )
-    parser.add_argument("--shell", action="store_true", help="run COMMAND with a shell (/bin/sh)")
+    parser.add_argument("--shell", action="store_true", help="run CMD with a shell (/bin/sh)")
     parser.add_argument(
         "-t",
         "--timeout",
         type=arguments_.period,
         default=_DEFAULT_TIMEOUT_SECONDS,
         metavar="SEC",
-        help=f"kill a process after SEC seconds (default: {_DEFAULT_TIMEOUT_SECONDS:g})",
+        help=f"kill a process after this time (default: {_DEFAULT_TIMEOUT_SECONDS:g}s)",
     )
     parser.add_argument(
         "-p",
@@ -89,7 +87,7 @@ def add_serve(commands: Commands) -> None:
         help="share the requests with this group",
     )
     add_matcher(parser)
-    add_source(parser, key="key with permissions rw for CHANNEL/#/", secret=SECRET_HELP)
+    add_source(parser, key="key with rw for CHANNEL/#/", secret=SECRET_HELP)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:

@@ -7,19 +7,20 @@ import logging
 import os
 import shlex
 import ssl
-from collections.abc import AsyncGenerator, Iterator
+import sys
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from getpass import getpass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from emitter_anyio import Backoff, Emitter, connect
+from emitter_anyio import Backoff, Emitter, RequestError, connect
 from emitter_anyio._values.channels import Key, check_key
 
-from ._arguments import CommandError, UsageError, url, username
-from ._output import note
-
-DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
+from ._arguments import DEFAULT_URL, CommandError, UsageError, url, username
+from ._output import is_terminal, note
 
 _NAMES: Final = {"url": "EMITTER_URL", "key": "EMITTER_KEY", "secret": "EMITTER_SECRET"}
 
@@ -42,7 +43,7 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
         "An option takes precedence over a line of --env-file, and that over the\n"
         "environment variable in parentheses. Other users of this machine can see keys\n"
         "and passwords in a command line, but not in the file or the environment.\n"
-        "URL begins with mqtt://, mqtts://, ws:// or wss://.",
+        "URL begins with mqtt://, mqtts://, ws:// or wss://, or is HOST:PORT (mqtt://).",
     )
     group.add_argument(
         "-u",
@@ -62,7 +63,17 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
     group.add_argument(
         "--username", type=username, metavar="NAME", help="user name to show in presence"
     )
+    group.add_argument(
+        "--password-file", metavar="FILE", help="file with the password of the user name"
+    )
     group.add_argument("--cafile", metavar="FILE", help="PEM file with the authorities to trust")
+    group.add_argument(
+        "--client-cert", metavar="FILE", help="PEM file with the client's certificate"
+    )
+    group.add_argument(
+        "--client-key", metavar="FILE", help="PEM file with its key (default: --client-cert)"
+    )
+    parser.set_defaults(find_source=find_source)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,25 +82,32 @@ class Source:
     The broker and the keys of a command.
 
     :ivar url: the URL of the broker
-    :ivar origin: the option, file or variable that contained the URL
     :ivar key: the channel key, if any
     :ivar secret: the secret key, if any
-    :ivar username: the user name shown in presence, if any
-    :ivar context: the TLS context, or ``None`` to trust the system's authorities
+    :ivar origins: the option, file or variable that contained each of these
+    :ivar options: further options of ``connect()``
     """
 
     url: str
-    origin: str
     key: str | None
     secret: str | None
-    username: str | None
-    context: ssl.SSLContext | None
+    origins: Mapping[str, str]
+    options: Mapping[str, Any]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The options of ``connect()``, without the URL."""
-        found = {"username": self.username, "ssl_context": self.context}
-        return {name: value for name, value in found.items() if value is not None}
+    def context(self) -> ssl.SSLContext | None:
+        """The TLS context, or ``None`` to trust the system's authorities."""
+        context: ssl.SSLContext | None = self.options.get("ssl_context")
+        return context
+
+    def describe_key(self, refused: RequestError) -> str:
+        """Describe where the key that the broker refused comes from, or return ``""``."""
+        name = "secret" if refused.operation in ("keygen", "keyban") else "key"
+        if self.origins.get("key") == "--key":
+            # Only the command keygen then requests a key, with this one as an extend key.
+            name = "key"
+        origin = self.origins.get(name)
+        return f"the {name.replace('secret', 'secret key')} is from {origin}" if origin else ""
 
     def key_for(self, emitter: Emitter, permissions: str, channel: str) -> Key:
         """
@@ -98,13 +116,13 @@ class Source:
         :raises UsageError: if both are missing, or the one to use is malformed
         """
         if self.key:
-            return _checked(self.key)
+            return self._checked("key")
         if not self.secret:
             raise UsageError(
                 "missing key: use --key or EMITTER_KEY, or --secret or EMITTER_SECRET to generate "
                 "one for this command"
             )
-        secret = _checked(self.secret)
+        secret = self._checked("secret")
 
         async def generate() -> str:
             made = await emitter.keygen(
@@ -122,14 +140,13 @@ class Source:
         """
         if not self.secret:
             raise UsageError("missing secret key: use --secret or EMITTER_SECRET")
-        return _checked(self.secret)
+        return self._checked("secret")
 
-
-def _checked(key: str) -> str:
-    try:
-        return check_key(key)
-    except ValueError as exc:
-        raise UsageError(str(exc)) from None
+    def _checked(self, name: Literal["key", "secret"]) -> str:
+        try:
+            return check_key(getattr(self, name))
+        except ValueError as exc:
+            raise UsageError(f"{self.origins[name]}: {exc}") from None
 
 
 def _key_target(channel: str) -> str:
@@ -148,8 +165,8 @@ def find_source(arguments: argparse.Namespace) -> Source:
     :raises CommandError: if a file cannot be read
     """
     file = {} if arguments.env_file is None else _read_variables(arguments.env_file)
-    found: dict[str, str] = {}
-    origin = "the default"
+    found = {"url": DEFAULT_URL}
+    origins = {"url": "the default"}
     for option, name in _NAMES.items():
         places = {
             f"--{option}": getattr(arguments, option, None),
@@ -158,29 +175,46 @@ def find_source(arguments: argparse.Namespace) -> Source:
         }
         for place, value in places.items():
             if value:
-                found[option] = value
-                origin = place if option == "url" else origin
+                found[option], origins[option] = value, place
                 break
-    broker = found.get("url", DEFAULT_URL)
     try:
-        url(broker)
+        broker = url(found["url"])
     except argparse.ArgumentTypeError as exc:
-        raise UsageError(f"{origin}: {exc}") from None
-    context = None if arguments.cafile is None else _tls_context(arguments.cafile, broker)
-    return Source(
-        broker, origin, found.get("key"), found.get("secret"), arguments.username, context
-    )
-
-
-def _read_variables(name: str) -> dict[str, str]:
+        raise UsageError(f"{origins['url']}: {exc}") from None
+    options = {
+        "username": arguments.username,
+        "password": _read_password(arguments.password_file),
+        "ssl_context": _tls_context(arguments, broker),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
     try:
-        lines = Path(name).read_text().splitlines()
+        connect(broker, **options)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(str(exc)) from None
+    return Source(broker, found.get("key"), found.get("secret"), origins, options)
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise CommandError(
             f"cannot read {name}: {getattr(exc, 'strerror', None) or 'it is not UTF-8'}"
         ) from exc
+
+
+def _read_password(name: str | None) -> str | None:
+    if name is None:
+        return None
+    lines = _read_text(name).splitlines()
+    if len(lines) != 1:
+        raise CommandError(f"cannot read {name}: expected one line, the password")
+    return lines[0]
+
+
+def _read_variables(name: str) -> dict[str, str]:
     found = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read_text(name).splitlines(), 1):
         variable, equals, value = line.strip().removeprefix("export ").partition("=")
         if not variable or variable.startswith("#"):
             continue
@@ -195,15 +229,42 @@ def _read_variables(name: str) -> dict[str, str]:
     return found
 
 
-def _tls_context(name: str, broker: str) -> ssl.SSLContext:
+def _tls_context(arguments: argparse.Namespace, broker: str) -> ssl.SSLContext | None:
+    authorities: str | None = arguments.cafile
+    certificate: str | None = arguments.client_cert
+    key: str | None = arguments.client_key
+    if key is not None and certificate is None:
+        raise UsageError("--client-key requires --client-cert")
+    if authorities is None and certificate is None:
+        return None
     if not broker.startswith(("mqtts:", "wss:")):
-        raise UsageError("--cafile requires TLS: use an mqtts:// or wss:// URL")
+        option = "--client-cert" if authorities is None else "--cafile"
+        raise UsageError(f"{option} requires TLS: use an mqtts:// or wss:// URL")
     try:
-        return ssl.create_default_context(cafile=name)
+        context = ssl.create_default_context(cafile=authorities)
     except OSError as exc:
         raise CommandError(
-            f"cannot load {name}: {exc.strerror or exc}; expected certificates in PEM format"
+            f"cannot load {authorities}: {exc.strerror or exc}; expected certificates in PEM format"
         ) from exc
+    if certificate is not None:
+        files = certificate if key is None else f"{certificate} and {key}"
+        try:
+            context.load_cert_chain(certificate, key, partial(_ask_passphrase, key or certificate))
+        except OSError as exc:
+            raise CommandError(
+                f"cannot load {files}: {exc.strerror or exc}; expected a certificate and its key "
+                "in PEM format"
+            ) from exc
+    return context
+
+
+def _ask_passphrase(name: str) -> str:
+    if not is_terminal(sys.stdin):
+        raise CommandError(
+            f"cannot load {name}: the key is encrypted, and standard input is not a terminal to "
+            "enter its passphrase"
+        )
+    return getpass(f"passphrase of {name}: ")
 
 
 class _NoteHandler(logging.Handler):

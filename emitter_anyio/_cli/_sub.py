@@ -14,17 +14,17 @@ import anyio
 from anyio import WouldBlock, create_memory_object_stream, create_task_group
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
-from emitter_anyio import EmitterMessage, EventStream, Gap
+from emitter_anyio import Emitter, EmitterMessage, EventStream, Gap, UnauthorizedError
 from emitter_anyio._values.channels import share
 from emitter_anyio._values.router import Matcher, overlap
 
 from . import _arguments as arguments_
 from ._arguments import (
+    DURATION_HELP,
     TIME_HELP,
     CommandError,
-    Commands,
+    Parser,
     UsageError,
-    add_command,
     add_matcher,
     check_matcher,
 )
@@ -36,18 +36,18 @@ _BUFFER_MESSAGES: Final = 4096
 
 _MAX_LINES_PER_WRITE: Final = 256
 
+_EARLIEST: Final = datetime(2018, 1, 2, tzinfo=UTC)
+"""A time before that of any stored message."""
+
 Messages: TypeAlias = EventStream[EmitterMessage | Gap]
 Batches: TypeAlias = AsyncGenerator[list[EmitterMessage]]
 
 
-def add_sub(commands: Commands) -> None:
-    """Add ``sub``."""
-    parser = add_command(
-        commands,
-        "sub",
+def add_sub(parser: Parser) -> None:
+    """Add the arguments of ``sub``."""
+    parser.set_command(
         _sub,
         arguments="CHANNEL...",
-        help="print the messages of channels",
         description=(
             "Print the messages of channels and of the channels below them, until Ctrl-C.\n\n"
             "A '+' matches any one level of a channel. If the connection is lost, the\n"
@@ -55,17 +55,19 @@ def add_sub(commands: Commands) -> None:
             "replays stored messages (--last, --since, --resume). For --group NAME, the key\n"
             "must be for $share/NAME/CHANNEL. The command fails if --timeout expires before\n"
             "--count is reached.\n\n"
-            f"{FORMAT_HELP}\n\n{TIME_HELP}"
+            f"{FORMAT_HELP}\n\n{TIME_HELP}\n{DURATION_HELP}"
         ),
         examples=(
             "  %(prog)s chat/\n"
-            "  %(prog)s chat/ --last 10 --count 10      # only the newest 10\n"
-            "  %(prog)s chat/ --since 1h --last 1000    # also the last hour\n"
             "  %(prog)s chat/ --format json | jq .payload\n"
-            "  %(prog)s jobs/ --group workers           # a share of the messages\n"
-            "  %(prog)s chat/ news/ -v                  # two channels\n"
+            "  %(prog)s chat/ news/ -v     # two channels\n"
             "  %(prog)s pictures/ --raw -n 1 > picture.png\n"
-            "  %(prog)s chat/ --stats                   # the rate of messages"
+            "  %(prog)s chat/ --stats      # the rate of messages\n\n"
+            "  # only the newest 10, or also those of the last hour\n"
+            "  %(prog)s chat/ --last 10 --count 10\n"
+            "  %(prog)s chat/ --since 1h --last 1000\n\n"
+            "  # a share of the messages\n"
+            "  %(prog)s jobs/ --group workers"
         ),
     )
     parser.add_argument(
@@ -98,7 +100,11 @@ def add_sub(commands: Commands) -> None:
         "-n", "--count", type=arguments_.positive, metavar="N", help="exit after N messages"
     )
     parser.add_argument(
-        "-t", "--timeout", type=arguments_.seconds, metavar="SEC", help="exit after SEC seconds"
+        "-t",
+        "--timeout",
+        type=arguments_.duration,
+        metavar="SEC",
+        help="exit after this time",
     )
     parser.add_argument(
         "--resume",
@@ -110,8 +116,8 @@ def add_sub(commands: Commands) -> None:
         nargs="?",
         const=1.0,
         type=arguments_.period,
-        metavar="SECONDS",
-        help="print rates every SECONDS instead (default: 1)",
+        metavar="SEC",
+        help="print rates instead, every SEC (default: 1s)",
     )
     add_matcher(parser)
     add_source(parser, key="key with permission r", secret=SECRET_HELP)
@@ -146,6 +152,9 @@ async def _sub(arguments: argparse.Namespace) -> None:
             )
             for channel in channels
         ]
+        if arguments.last or arguments.since:
+            for channel in channels:
+                await _check_replay(emitter, source, channel)
         hint(f"subscribed to {', '.join(channels)}; press Ctrl-C to stop")
         async with Output() as output:
             kind = _RatePrinter if arguments.stats else _MessagePrinter
@@ -164,6 +173,29 @@ async def _sub(arguments: argparse.Namespace) -> None:
             f"received {printer.received} of {counted(arguments.count, 'message')} within "
             f"{arguments.timeout:g} s"
         )
+
+
+async def _check_replay(emitter: Emitter, source: Source, channel: str) -> None:
+    """
+    Check that the user's key permits reading stored messages.
+
+    The broker accepts a subscription without this permission, and replays nothing.
+
+    :raises CommandError: if it does not
+    """
+    # Emitter has no stored messages for channels that begin with a wildcard.
+    if source.key is None or channel.startswith("+"):
+        return
+    key = source.key_for(emitter, "l", channel)
+    try:
+        # No message is this old, so the reply is short.
+        async for _ in emitter.history(key, channel, 1, until=_EARLIEST):
+            pass
+    except UnauthorizedError as exc:
+        raise CommandError(
+            f"cannot replay the stored messages of {channel!r}: the key lacks permission l; use "
+            "one with permissions rl, or omit --last and --since"
+        ) from exc
 
 
 def _check_channels(channels: Sequence[str], matcher: Matcher) -> None:

@@ -19,16 +19,13 @@ import pytest
 import emitter_anyio
 from emitter_anyio import connect
 from emitter_anyio._cli import main
-from emitter_anyio._cli._arguments import CommandError, moment
+from emitter_anyio._cli._arguments import CommandError, duration, moment, ttl
+from emitter_anyio._cli._commands import COMMANDS
 from emitter_anyio.testing._keys import License
 from tests.support import tls
 from tests.support.command import run, running
 
 BACKENDS = ["asyncio", "trio"]
-COMMANDS = [
-    *["demo", "broker", "license", "doctor", "pub", "sub", "presence", "history"],
-    *["keygen", "ban", "unban", "link", "me"],
-]
 DEMO_STEPS = [
     *["connect", "keygen", "publish", "publish", "subscribe", "message", "message"],
     *["publish", "message", "presence", "presence", "message", "presence"],
@@ -302,6 +299,9 @@ INVALID_COMMAND_LINES = {
     "host": (["demo", "--url", "mqtt://ann:hush@", "--secret", "x"], "no host"),
     "no number": (["demo", "--timeout", "soon"], "expected a number of seconds"),
     "negative": (["demo", "--timeout", "-1"], "expected a number of seconds"),
+    "unknown unit": (["demo", "--timeout", "1w"], "expected a number of seconds"),
+    "part of a second": (["pub", "a/", "x", "--ttl", "1.5"], "expected a whole number of seconds"),
+    "large ttl": (["keygen", "a/", "--ttl", "99999d"], "expected an integer from 0"),
     "dash": (["demo", "--url", "mqtt://127.0.0.1", "--secret", "-x"], "write --option=VALUE"),
     "key only": (["broker", "--tls-key", "key.pem"], "--tls-key requires --tls-cert"),
     "unknown matcher": (["broker", "--matcher", "exact"], "'emitter', 'mqtt'"),
@@ -393,6 +393,14 @@ class TestUsage:
         monkeypatch.setattr("time.time", lambda: 1800000000)
         assert moment(text) == seconds
 
+    @pytest.mark.parametrize(
+        ("text", "seconds"), [("0", 0), ("90", 90), ("1.5s", 1.5), ("10m", 600), ("2h", 7200)]
+    )
+    def test_duration_formats(self, text: str, seconds: float) -> None:
+        assert duration(text) == seconds
+        assert not isinstance(ttl("1.5d"), float)
+        assert ttl("1.5d") == 129600
+
     def test_error_in_an_exception_group_is_reported(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -449,17 +457,33 @@ class TestUsage:
             assert left.value.code == 0
             assert example in capsys.readouterr().out
 
+    @pytest.mark.parametrize("program", ["emitter-anyio", "emitter_anyio/__main__.py"])
     @pytest.mark.parametrize("command", COMMANDS)
     def test_help_fits_80_columns_with_one_line_per_option(
-        self, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        command: str,
+        program: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(sys, "argv", ["emitter-anyio"])
+        monkeypatch.setattr(sys, "argv", [program])
         monkeypatch.setenv("COLUMNS", "80")
         monkeypatch.delenv("FORCE_COLOR", raising=False)
         with pytest.raises(SystemExit):
             main([command, "--help"])
         lines = capsys.readouterr().out.splitlines()
         assert [line for line in lines if len(line) > 80] == []
+        assert lines[0].startswith(f"usage: {'python -m' if '/' in program else 'emitter-anyio'}")
         options = lines[lines.index("options:") + 1 :]
         options = options[: options.index("")]
         assert [line for line in options if not line.startswith("  -")] == []
+        examples = lines[lines.index("examples:") + 1 :]
+        assert any(f" {command}" in line for line in examples)
+
+    def test_main_help_fits_80_columns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.delenv("FORCE_COLOR", raising=False)
+        help = run("-m", "emitter_anyio", "--help").stdout
+        assert [line for line in help.splitlines() if len(line) > 80] == []
+        listed = re.findall(r"^ +(\w+) +\w", help.partition("commands:")[2], re.MULTILINE)
+        assert set(COMMANDS) <= {*listed}

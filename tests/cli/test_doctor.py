@@ -360,7 +360,7 @@ class TestConnection:
     @pytest.mark.parametrize(
         ("answer", "fix"),
         [
-            (b"\x20\x02\x00\x05", "put user and password into the URL"),
+            (b"\x20\x02\x00\x05", "use --username and --password-file"),
             (b"\x20\x02\x00\x01", ""),
             (b"HTTP/1.1 400 Bad Request\r\n\r\n", "check the port"),
             (b"", "check that the port is the broker's"),

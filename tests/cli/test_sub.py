@@ -213,6 +213,37 @@ class TestOptions:
         assert "'r' (read)" in done.error
 
 
+class TestReplay:
+    @pytest.mark.parametrize("option", [["--last", "2"], ["--since", "1h"]])
+    def test_key_without_permission_l_is_reported(
+        self, cli: Cli, server: Background, unique: str, option: list[str], backend: str
+    ) -> None:
+        key = server.key(unique, "r")
+        done = cli("sub", unique, *option, "--key", key, "--backend", backend)
+        assert (done.code, done.output) == (1, "")
+        assert "lacks permission l" in done.error
+        assert done.error.endswith("; the key is from --key")
+        done = cli("sub", unique, "--resume", "--key", key, "--backend", backend)
+        assert done.code == 1
+        assert "'l' (load)" in done.error
+
+    @pytest.mark.parametrize("channel", ["{}", "{}+/", "+/{}"])
+    def test_key_with_permission_l_is_accepted(
+        self, cli: Cli, server: Background, unique: str, channel: str
+    ) -> None:
+        channel = channel.format(unique)
+        key = server.key("#/" if channel[0] == "+" else f"{unique}#/", "rl")
+        done = cli("sub", channel, "--last", "2", "--timeout", "0", "--key", key)
+        assert (done.code, done.errors) == (0, "")
+
+    def test_no_replay_requires_no_permission(
+        self, cli: Cli, server: Background, unique: str
+    ) -> None:
+        key = server.key(unique, "r")
+        for option in ([], ["--last", "0"]):
+            assert cli("sub", unique, *option, "--timeout", "0", "--key", key).code == 0
+
+
 class TestStats:
     def test_total_is_printed_at_the_end(
         self, cli: Cli, server: Background, unique: str, backend: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -85,18 +86,24 @@ def subscriber(broker: Broker) -> str:
 
 
 @contextmanager
-def background(**options: Any) -> Iterator[Background]:
-    """Run a broker with these options in a thread."""
+def background(
+    *, client_context: ssl.SSLContext | None = None, **options: Any
+) -> Iterator[Background]:
+    """
+    Run a broker with these options in a thread.
+
+    :param client_context: the TLS context of its client, instead of one that trusts the authority
+    """
     # Use Trio: blockbuster watches asyncio in every thread.
     with start_blocking_portal("trio") as portal:
         broker = Broker(**options)
         with portal.wrap_async_context_manager(broker):
-            emitter = connect(broker.url, **_client_options(options))
+            emitter = connect(broker.url, **_client_options(options, client_context))
             with portal.wrap_async_context_manager(emitter):
                 yield Background(portal, broker, emitter)
 
 
-def _client_options(options: dict[str, Any]) -> dict[str, Any]:
+def _client_options(options: dict[str, Any], context: ssl.SSLContext | None) -> dict[str, Any]:
     from tests.support import tls
 
-    return {"ssl_context": tls.client_context()} if "ssl_context" in options else {}
+    return {"ssl_context": context or tls.client_context()} if "ssl_context" in options else {}
