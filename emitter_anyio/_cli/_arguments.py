@@ -46,6 +46,10 @@ class CommandError(Exception):
     """A failure of a command, described in one line."""
 
 
+class ReportedError(Exception):
+    """A failure that the command has described in its output."""
+
+
 class UsageError(Exception):
     """An invalid command line that argparse cannot detect."""
 

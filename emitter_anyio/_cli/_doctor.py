@@ -19,7 +19,8 @@ from emitter_anyio import (
 from emitter_anyio._net.options import make_options
 
 from . import _arguments as arguments_
-from ._arguments import DURATION_HELP, CommandError, Parser, UsageError
+from ._arguments import DURATION_HELP, Parser, ReportedError, UsageError
+from ._cluster_checks import LOG_FIX, ClusterChecks
 from ._connection_checks import check_connection
 from ._key_checks import PERMISSIONS, KeyChecks
 from ._report import Report
@@ -31,6 +32,8 @@ _BURST_REQUESTS: Final = 100
 """More requests than the broker answers immediately: it writes 60 times a second to a client."""
 
 _MAX_BURSTS: Final = 3
+
+_GENERATED_KEY_SECONDS: Final = 60
 
 _THROTTLED_PAUSE_SECONDS: Final = 0.3
 """
@@ -50,10 +53,14 @@ def add_doctor(parser: Parser) -> None:
         description=(
             "Check the connection, the broker and a key, and suggest a fix for each problem.\n\n"
             "Checks in this order: DNS, TCP, TLS, WebSocket, CONNACK, latency, the broker's\n"
-            "flush rate, the permissions of the key on the channel, and the clock. The exit\n"
-            "code is 1 if a check failed.\n\n"
-            "The broker sees one connection, 5 pings, and 100 concurrent requests. With a\n"
-            "key, the doctor also requests presence and one stored message, and subscribes\n"
+            "flush rate, the secret key, whether every node of a cluster answers requests for\n"
+            "stored messages, whether keys can be banned, the permissions of the key on the\n"
+            "channel, and the clock. The last line is the verdict. The exit code is 1 if a\n"
+            "check failed.\n\n"
+            "The broker sees one connection, 5 pings, and 100 concurrent requests. With the\n"
+            "secret key, the doctor also generates a key for a minute, and on two further\n"
+            "connections requests stored messages and lifts a ban that is not there. With a\n"
+            "channel key, it also requests presence and one stored message, and subscribes\n"
             "for a moment, which presence shows to other clients. To check permission w, it\n"
             "publishes one message on the channel, stored for 5 seconds. It does not publish\n"
             "if --need asks for neither w nor s, or with --no-probe. If presence shows\n"
@@ -111,10 +118,9 @@ async def _doctor(arguments: argparse.Namespace) -> None:
             if emitter is not None:
                 await _check_client(emitter, arguments, report)
     except ConnectionLostError as exc:
-        report.add("connection", "failed", str(exc), "look at the broker's log of this time")
-    if report.failed:
-        raise CommandError(f"failed checks: {', '.join(report.failed)}")
-    report.close("no problems found")
+        report.add("connection", "failed", str(exc), LOG_FIX)
+    if not report.close():
+        raise ReportedError
 
 
 def _public_url(source: Source) -> str:
@@ -130,25 +136,41 @@ async def _check_client(emitter: Emitter, arguments: argparse.Namespace, report:
     except RequestTimeoutError as exc:
         report.add("latency", "failed", str(exc), "the broker is overloaded, or is not Emitter")
         return
+    channel: str = arguments.channel or "doctor/"
+    cluster = ClusterChecks(source, report, arguments.timeout)
+    has_cluster = True
+    generated = None
     if source.secret:
-        await _check_secret(emitter, source.secret, arguments.channel or "doctor/", report)
-    ahead = None
-    if source.key and arguments.channel:
+        generated = await _check_secret(emitter, source.secret, channel, report)
+    if source.secret and generated:
+        has_cluster = await cluster.check_history(generated, channel)
+        await cluster.check_bans(source.secret, generated)
+    ahead = reading_key = None
+    if source.key and arguments.channel and has_cluster:
         checks = KeyChecks(
             emitter,
             report,
             source.key,
-            arguments.channel,
+            channel,
             needed=arguments.need,
             probe=arguments.probe,
             delivery_timeout=arguments.timeout,
         )
         await checks.run()
         ahead = checks.ahead
+        if checks.can_load:
+            reading_key = source.key
+    elif not has_cluster:
+        report.add("key", "skipped", "the broker would close the connection")
     elif source.key:
         report.add("key", "skipped", "no channel to check it on", "use --channel")
     else:
         report.add("key", "skipped", "no key", "use --key or EMITTER_KEY, and --channel")
+    if reading_key and not generated:
+        await cluster.check_history(reading_key, channel)
+    elif not generated:
+        fix = "use the secret key, or a key with permission l and --channel"
+        report.add("history", "skipped", "no key to request stored messages with", fix)
     _check_clock(ahead, report)
 
 
@@ -204,13 +226,15 @@ async def _send_burst(emitter: Emitter) -> tuple[int, float, float]:
     return answered, time.perf_counter() - start, longest
 
 
-async def _check_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> None:
+async def _check_secret(emitter: Emitter, secret: str, channel: str, report: Report) -> str | None:
+    """Return a key with permission l, or ``None`` if the broker refuses the secret key."""
     try:
-        await emitter.keygen(secret, channel, "", ttl=1)
+        made = await emitter.keygen(secret, channel, "l", ttl=_GENERATED_KEY_SECONDS)
     except (RequestError, RequestTimeoutError, ValueError) as exc:
         report.add("secret", "failed", str(exc), "use the one printed with the broker's licence")
-    else:
-        report.add("secret", "ok", "the broker generates keys with it")
+        return None
+    report.add("secret", "ok", "the broker generates keys with it")
+    return made.key
 
 
 def _check_clock(ahead: float | None, report: Report) -> None:

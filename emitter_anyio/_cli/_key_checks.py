@@ -14,9 +14,11 @@ from emitter_anyio import (
     Emitter,
     EmitterMessage,
     EventStream,
+    HistoryIncompleteError,
     NotFoundError,
     RequestError,
     RequestTimeoutError,
+    StoredMessage,
     UnauthorizedError,
 )
 
@@ -76,6 +78,11 @@ class KeyChecks:
         self.ahead: float | None = None
         """The seconds by which the broker's clock is ahead of the local one, if known."""
 
+    @property
+    def can_load(self) -> bool:
+        """Whether the key has permission l, once it was checked."""
+        return "l" in self._held
+
     async def run(self) -> None:
         """Check each permission."""
         await self._check("p", self._presence)
@@ -129,7 +136,7 @@ class KeyChecks:
         return f"permission to see presence: {subscribers} on {self._channel}"
 
     async def _load(self) -> str:
-        found = [m async for m in self._emitter.history(self._key, self._channel, last=1)]
+        found = await self._read_history(1)
         self._held.add("l")
         stored = "at least one is stored" if found else "none is stored"
         return f"permission to load stored messages: {stored}"
@@ -179,13 +186,24 @@ class KeyChecks:
             status: Status = "failed" if "s" in self._needed else "skipped"
             self._add("s", status, "cannot be checked without permissions w and l")
             return ""
-        found = self._emitter.history(self._key, self._channel, last=10, order="newest")
-        async for message in found:
+        for message in await self._read_history(10):
             if message.binary == self._payload:
                 self._held.add("s")
                 self._compare_clocks(message.time.timestamp(), time.time())
                 return f"permission to store: the message is stored for {_PROBE_TTL_SECONDS} s"
         raise ValueError("the broker accepted a message, but did not store it")
+
+    async def _read_history(self, last: int) -> list[StoredMessage]:
+        """Return the newest stored messages that can be read; ``history`` reports missing nodes."""
+        reading = self._emitter.history(self._key, self._channel, last, order="newest")
+        found = []
+        while True:
+            try:
+                found.append(await anext(reading))
+            except HistoryIncompleteError:
+                continue
+            except StopAsyncIteration:
+                return found
 
     async def _extend(self) -> str:
         made = await self._emitter.keygen(self._key, self._channel, "", ttl=1)

@@ -7,8 +7,10 @@ import sys
 from argparse import ArgumentTypeError
 from contextlib import aclosing
 
+from emitter_anyio import NotFoundError
+
 from . import _arguments as arguments_
-from ._arguments import DURATION_HELP, Parser, UsageError
+from ._arguments import DURATION_HELP, CommandError, Parser, UsageError
 from ._formats import to_json
 from ._input import lines
 from ._output import hint, is_terminal, note, print_line
@@ -155,6 +157,12 @@ async def _ban(arguments: argparse.Namespace) -> None:
     async with connect_once(source) as emitter:
         try:
             banned = await emitter.keyban(secret, target, arguments.banned)
+        except NotFoundError:
+            # Emitter fails in this request if it has no cluster, and closes the connection.
+            raise CommandError(
+                "cannot ban keys: the broker is configured without a cluster, which it requires "
+                "for bans, even for a single node"
+            ) from None
         except ValueError as exc:
             raise UsageError(str(exc)) from None
     print_line("banned" if banned else "not banned")

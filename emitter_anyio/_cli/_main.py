@@ -14,13 +14,18 @@ from anyio.abc import TaskStatus
 
 from emitter_anyio import EmitterError, NotFoundError, RequestError, UnauthorizedError
 
-from ._arguments import CommandError, UsageError
+from ._arguments import CommandError, ReportedError, UsageError
 from ._commands import make_parser
 from ._output import flush, note
 
 # The exit codes that a shell reports for a process ended by these signals. Windows has no SIGPIPE.
 _SIGNAL_CODE: Final = 128
 _BROKEN_PIPE: Final = _SIGNAL_CODE + 13
+
+_HANDLED: Final = (
+    *(KeyboardInterrupt, BrokenPipeError, UsageError, ReportedError, CommandError, EmitterError),
+)
+"""The exceptions that set an exit code. The first kind takes precedence."""
 
 _OPTIONS: Final = {
     "load one with ssl_context.load_cert_chain()": "use --client-cert FILE",
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         received = anyio.run(_run, arguments, backend=arguments.backend)
     except BaseException as raised:
         # A task group wraps the exceptions of its tasks in a group.
-        for kind in (KeyboardInterrupt, BrokenPipeError, UsageError, CommandError, EmitterError):
+        for kind in _HANDLED:
             for exc in _flatten(raised):
                 if isinstance(exc, kind):
                     return _exit_code(exc, arguments)
@@ -104,7 +109,8 @@ def _exit_code(exc: BaseException, arguments: argparse.Namespace) -> int:
         return _BROKEN_PIPE
     if isinstance(exc, UsageError):
         arguments.parser.error(str(exc))
-    note(_describe(exc, arguments))
+    if not isinstance(exc, ReportedError):
+        note(_describe(exc, arguments))
     return 1
 
 

@@ -18,6 +18,9 @@ _STYLES: Final[dict[Status, str]] = {
     "skipped": "dim",
 }
 
+_MENTIONED: Final[dict[Status, str]] = {"note": "notes", "skipped": "not checked"}
+"""What the verdict calls checks that neither passed nor failed."""
+
 
 class Report:
     """
@@ -29,7 +32,7 @@ class Report:
     def __init__(self, *, as_json: bool) -> None:
         self._json = as_json
         self._style = make_styler(sys.stdout)
-        self._failed: list[str] = []
+        self._checks: dict[Status, list[str]] = {"failed": [], "note": [], "skipped": [], "ok": []}
 
     def add(self, check: str, status: Status, text: str, fix: str = "") -> None:
         """
@@ -40,8 +43,7 @@ class Report:
         :param text: the observation
         :param fix: a suggestion to the user, or ``""``
         """
-        if status == "failed":
-            self._failed.append(check)
+        self._checks[status].append(check)
         if self._json:
             result = {"check": check, "status": status, "text": text}
             print_line(to_json({**result, "fix": fix} if fix else result))
@@ -50,12 +52,14 @@ class Report:
         if fix:
             print_line(f"{'':<9}{'':<11}-> {fix}")
 
-    @property
-    def failed(self) -> list[str]:
-        """The names of the failed checks."""
-        return self._failed
-
-    def close(self, text: str) -> None:
-        """Print a summary, unless the output is JSON."""
-        if not self._json:
-            print_line("", styled=self._style(text, "bold green"))
+    def close(self) -> bool:
+        """Print the verdict, and return whether no check failed."""
+        if failed := self._checks["failed"]:
+            self.add("verdict", "failed", f"failed checks: {', '.join(failed)}")
+            return False
+        parts = ["no problems found"]
+        for status, words in _MENTIONED.items():
+            if checks := self._checks[status]:
+                parts.append(f"{words}: {', '.join(checks)}")
+        self.add("verdict", "ok", "; ".join(parts))
+        return True

@@ -16,10 +16,12 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.abc import TaskStatus
 
-from emitter_anyio import Emitter, RequestTimeoutError
-from emitter_anyio._cli import _connection_checks, _doctor, _key_checks
+from emitter_anyio import Emitter, NotFoundError, RequestTimeoutError
+from emitter_anyio._cli import _cluster_checks, _connection_checks, _doctor, _key_checks
 from emitter_anyio._cli._key_checks import KeyChecks
+from emitter_anyio._features import history
 from emitter_anyio.testing import Broker
 from emitter_anyio.testing._outbox import Outbox
 from tests.cli.conftest import Cli, Done
@@ -29,9 +31,19 @@ from tests.support.background import Background, background
 
 
 def statuses(done: Done) -> dict[str, str]:
+    """Return the status of each check; the verdict, which comes last, agrees with them."""
     results = [json.loads(line) for line in done.lines]
     assert len({each["check"] for each in results}) == len(results)
-    return {each["check"]: each["status"] for each in results}
+    *checks, (last, verdict) = [(each["check"], each["status"]) for each in results]
+    assert last == "verdict"
+    assert verdict == ("failed" if "failed" in dict(checks).values() else "ok")
+    return dict(checks)
+
+
+def verdict_of(done: Done) -> str:
+    """Return the verdict, which stderr does not repeat."""
+    assert done.errors == ""
+    return result_of(done, "verdict")["text"]
 
 
 def result_of(done: Done, check: str) -> dict[str, str]:
@@ -47,6 +59,8 @@ CONNECTED = {
     "latency": "ok",
     "flush": "ok",
     "secret": "ok",
+    "history": "ok",
+    "keyban": "ok",
 }
 
 
@@ -77,14 +91,17 @@ class TestHealthy:
         key = server.key(unique, "rw")
         done = cli("doctor", "--channel", unique, "--key", key, secret=False)
         assert (done.code, done.errors) == (0, "")
-        assert done.lines[0] == f"ok       broker     {server.url} (from EMITTER_URL)"
-        assert done.lines[-1] == "no problems found"
         assert key not in done.output
+        assert done.lines[0] == f"ok       broker     {server.url} (from EMITTER_URL)"
+        assert done.lines[-1] == (
+            "ok       verdict    no problems found; "
+            "notes: key p, key l, key e; not checked: key s, history, clock"
+        )
 
     def test_terminal_output_is_coloured(self, on_terminal: Any, backend: str) -> None:
         code, screen = on_terminal("doctor", "--backend", backend)
         assert code == 0
-        assert screen.text.endswith("no problems found\n")
+        assert screen.text.endswith("no problems found; not checked: key, clock\n")
         assert b"\x1b[32mok" in screen.raw
 
     def test_extend_key_has_permission_e(self, cli: Cli, server: Background, unique: str) -> None:
@@ -164,7 +181,7 @@ class TestPermissions:
         done = cli("doctor", "--channel", unique, "--key", key, "--need", need, "--json")
         assert done.code == 1
         assert result_of(done, f"key {need}")["status"] == "failed"
-        assert done.error == f"failed checks: key {need}"
+        assert verdict_of(done) == f"failed checks: key {need}"
 
     def test_missing_permission_is_a_note(self, cli: Cli, server: Background, unique: str) -> None:
         key = server.key(unique, "rwl")
@@ -179,7 +196,7 @@ class TestPermissions:
     @pytest.mark.parametrize("key", ["a" * 32, "a/b"])
     def test_key_without_permissions_fails(self, cli: Cli, unique: str, key: str) -> None:
         done = cli("doctor", "--channel", unique, "--key", key, "--json")
-        assert (done.code, done.error) == (1, "failed checks: key")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: key")
         assert "keygen to generate a new one" in result_of(done, "key")["fix"]
         assert key not in done.output
 
@@ -228,11 +245,11 @@ class TestPermissions:
                 *("doctor", "--channel", unique, "--key", server.key(unique, "rw"), "--json"),
                 *("--backend", backend),
             )
-        assert (done.code, done.error) == (1, "failed checks: delivery")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: delivery")
 
     def test_invalid_secret_fails(self, cli: Cli) -> None:
         done = cli("doctor", "--secret", "a/b", "--json")
-        assert (done.code, done.error) == (1, "failed checks: secret")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: secret")
 
 
 class TestClock:
@@ -244,7 +261,7 @@ class TestClock:
             done = cli(
                 "doctor", "-u", ahead.url, "--channel", unique, "-k", key, "--json", secret=False
             )
-        assert (done.code, done.error) == (1, "failed checks: clock")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: clock")
         assert " s ahead of the local clock" in result_of(done, "clock")["text"]
 
     def test_broker_clock_behind_fails(
@@ -270,14 +287,14 @@ class TestBroker:
     def test_missing_replies_fail(self, cli: Cli, server: Background) -> None:
         with server.broker.lose("reply"):
             done = cli("doctor", "--json", secret=False)
-        assert (done.code, done.error) == (1, "failed checks: flush")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: flush")
         assert "0 of 100" in result_of(done, "flush")["text"]
 
     def test_missing_pingresp_fails(self, cli: Cli, server: Background) -> None:
         with server.broker.lose("pingresp"):
             # The earlier steps must finish within the same timeout on a busy machine.
             done = cli("doctor", "--json", "--timeout", "2")
-        assert (done.code, done.error) == (1, "failed checks: latency")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: latency")
 
     @pytest.mark.parametrize("step", ["flush", "keygen"])
     def test_lost_connection_fails(
@@ -290,7 +307,106 @@ class TestBroker:
 
         monkeypatch.setattr(Emitter, step, cut)
         done = cli("doctor", "--json")
-        assert (done.code, done.error) == (1, "failed checks: connection")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: connection")
+
+
+@contextmanager
+def cluster_with_a_paused_node() -> Iterator[Background]:
+    """Run a broker, and a node of its cluster that does not answer."""
+    with background(patience=0.2) as made:
+
+        async def run(*, task_status: TaskStatus[None]) -> None:
+            async with Broker(cluster=made.broker) as node:
+                node.pause()
+                task_status.started()
+                await anyio.sleep_forever()
+
+        stop = made.start(run)
+        yield made
+        stop()
+
+
+class TestCluster:
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(history, "_SLOW_PAGE_SECONDS", 0.19)
+
+    @pytest.mark.parametrize("with_secret", [True, False])
+    def test_missing_node_fails(
+        self, cli: Cli, unique: str, with_secret: bool, backend: str
+    ) -> None:
+        with cluster_with_a_paused_node() as server:
+            key = ["--channel", unique, "--key", server.key(unique, "rwslp")]
+            if with_secret:
+                key = ["--secret", server.secret]
+            key += ["--backend", backend]
+            done = cli("doctor", "--url", server.url, *key, "--json", secret=False)
+        assert (done.code, verdict_of(done)) == (1, "failed checks: history")
+        assert "does not answer: the reply took 0.2 s" in result_of(done, "history")["text"]
+        if not with_secret:
+            # A missing node is no missing permission.
+            assert statuses(done)["key l"] == statuses(done)["key s"] == "ok"
+
+    def test_slow_reply_is_measured_again(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = iter([False, True])
+
+        async def read(*arguments: object) -> bool:
+            return next(answers)
+
+        monkeypatch.setattr(_cluster_checks, "_read", read)
+        done = cli("doctor", "--json")
+        assert (done.code, statuses(done)["history"]) == (0, "ok")
+        assert list(answers) == []
+
+    @pytest.mark.parametrize("answer", ["404", "lost connection"])
+    def test_broker_without_a_cluster(
+        self,
+        cli: Cli,
+        server: Background,
+        unique: str,
+        answer: str,
+        backend: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Emitter replies 404 to such a request and closes the connection."""
+
+        async def fail(emitter: Emitter, *arguments: object) -> bool:
+            if answer == "404":
+                raise NotFoundError(404, "not found", operation="history")
+            me = (await emitter.me()).id
+            await anyio.to_thread.run_sync(server.call, lambda: server.broker.drop(me))
+            await anyio.sleep_forever()
+            return True
+
+        monkeypatch.setattr(_cluster_checks, "_read", fail)
+        monkeypatch.setattr(Emitter, "keyban", fail)
+        key = ("--channel", unique, "--key", server.key(unique, "rw"))
+        done = cli("doctor", *key, "--json", "--backend", backend)
+        assert (done.code, verdict_of(done)) == (1, "failed checks: history")
+        assert result_of(done, "keyban")["status"] == "note"
+        for check in ("history", "keyban"):
+            assert result_of(done, check)["text"].endswith("it is configured without a cluster")
+        assert result_of(done, "key")["status"] == "skipped"
+
+    def test_other_errors_fail(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def fail(*arguments: object) -> bool:
+            raise RequestTimeoutError("no reply")
+
+        monkeypatch.setattr(_cluster_checks, "_read", fail)
+        monkeypatch.setattr(Emitter, "keyban", fail)
+        done = cli("doctor", "--json")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: history, keyban")
+
+    def test_ban_without_a_cluster_is_reported(
+        self, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail(*arguments: object) -> bool:
+            raise NotFoundError(404, "not found", operation="keyban")
+
+        monkeypatch.setattr(Emitter, "keyban", fail)
+        done = cli("ban", "k" * 32)
+        assert done.code == 1
+        assert done.error.startswith("cannot ban keys: the broker is configured without a cluster")
 
 
 @contextmanager
@@ -326,7 +442,7 @@ class TestConnection:
 
         monkeypatch.setattr(anyio, "getaddrinfo", fail)
         done = cli("doctor", "--url", "mqtt://broker.invalid", "--json")
-        assert (done.code, done.error) == (1, "failed checks: dns")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: dns")
         assert result_of(done, "dns")["text"] == "broker.invalid: Name or service not known"
 
     def test_host_name_is_resolved(self, cli: Cli, server: Background) -> None:
@@ -341,7 +457,7 @@ class TestConnection:
             port = listener.getsockname()[1]
         url = f"mqtt://127.0.0.1:{port}"
         done = cli("doctor", "--url", url, "--json", "--backend", backend)
-        assert (done.code, done.error) == (1, "failed checks: tcp")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: tcp")
         assert result_of(done, "tcp")["text"].endswith("Connection refused")
 
     def test_tcp_timeout_fails(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +471,7 @@ class TestConnection:
 
     def test_missing_unix_socket_fails(self, cli: Cli) -> None:
         done = cli("doctor", "--url", "unix:///no/such/socket", "--json")
-        assert (done.code, done.error) == (1, "failed checks: socket")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: socket")
 
     @pytest.mark.parametrize(
         ("answer", "fix"),
@@ -369,7 +485,7 @@ class TestConnection:
     def test_connack_errors_suggest_a_fix(self, cli: Cli, answer: bytes, fix: str) -> None:
         with listener_that_sends(*LOOPBACK, answer) as (host, port):
             done = cli("doctor", "--url", f"mqtt://{host}:{port}", "--json")
-        assert (done.code, done.error) == (1, "failed checks: connack")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: connack")
         assert result_of(done, "connack").get("fix", "").startswith(fix)
 
     def test_connack_timeout_fails(self, cli: Cli, server: Background) -> None:
@@ -380,13 +496,13 @@ class TestConnection:
     def test_http_server_is_not_a_websocket(self, cli: Cli) -> None:
         with listener_that_sends(*LOOPBACK, b"HTTP/1.1 404 Not Found\r\n\r\n") as (host, port):
             done = cli("doctor", "--url", f"ws://{host}:{port}", "--json")
-        assert (done.code, done.error) == (1, "failed checks: websocket")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: websocket")
 
     def test_refused_connection_over_websocket(self, cli: Cli, server: Background) -> None:
         with server.broker.refuse(4):
             done = cli("doctor", "--url", server.url.replace("mqtt", "ws"), "--json")
         assert statuses(done)["websocket"] == "ok"
-        assert done.error == "failed checks: connack"
+        assert verdict_of(done) == "failed checks: connack"
 
 
 class TestTls:
@@ -409,7 +525,7 @@ class TestTls:
 
     def test_private_authority_fails(self, cli: Cli, secure: Background) -> None:
         done = cli("doctor", "--url", secure.url, "--json")
-        assert (done.code, done.error) == (1, "failed checks: tls")
+        assert (done.code, verdict_of(done)) == (1, "failed checks: tls")
         assert "use --cafile FILE to trust" in result_of(done, "tls")["fix"]
 
     def test_wrong_host_name_fails(self, cli: Cli, cafile: str) -> None:
