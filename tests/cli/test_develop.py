@@ -17,8 +17,8 @@ import anyio
 import pytest
 
 import emitter_anyio
-from emitter_anyio import connect
-from emitter_anyio._cli import main
+from emitter_anyio import Gap, connect
+from emitter_anyio._cli import _demo, main
 from emitter_anyio._cli._arguments import CommandError, duration, moment, ttl
 from emitter_anyio._cli._commands import COMMANDS
 from emitter_anyio.testing._keys import License
@@ -28,8 +28,8 @@ from tests.support.command import run, running
 BACKENDS = ["asyncio", "trio"]
 DEMO_STEPS = [
     *["connect", "keygen", "publish", "publish", "subscribe", "message", "message"],
-    *["publish", "message", "presence", "presence", "message", "presence"],
-    *["flush", "disconnect"],
+    *["publish", "message", "presence", "cut", "presence", "publish", "publish"],
+    *["reconnect", "resume", "message", "message", "presence", "flush", "disconnect", "next"],
 ]
 SECRET = re.compile(r"[-_0-9A-Za-z]{32}")
 """Matches a channel key or a secret key. A licence is longer."""
@@ -86,19 +86,49 @@ class TestDemo:
         done = demo("--backend", backend)
         assert done.stderr == ""
         assert done.returncode == 0
-        assert first_words(done.stdout) == ["broker", *DEMO_STEPS]
+        assert first_words(done.stdout) == ["backend", "broker", *DEMO_STEPS]
         columns = {len(what) for what in re.findall(r"^\w+ +", done.stdout, re.MULTILINE)}
         assert len(columns) == 1
-        assert done.stdout.count("replayed") == 2
-        assert re.search(
-            r"^message +'one for me, please' on demo/\w+/, from bob$", done.stdout, re.MULTILINE
+        messages = re.findall(
+            r"^message +ann: '(.*)' on demo/\w+/, (.*)$", done.stdout, re.MULTILINE
         )
+        assert {text for text, how in messages if how == "replayed"} == {
+            "the kettle is on",
+            "tea is ready",
+        }
+        assert messages[2:] == [
+            ('{"cups":1}', "live"),
+            ("the cake is ready", "resumed"),
+            ("there is jam", "resumed"),
+        ]
+        assert "ann has missed nothing: 2 stored messages follow\n" in done.stdout
         assert re.findall(r"^presence +(.*)$", done.stdout, re.MULTILINE) == [
-            "alice is present",
-            "bob joined",
-            "bob left",
+            "ann is present",
+            "ann left",
+            "ann joined",
         ]
         assert not SECRET.search(done.stdout)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_first_and_last_lines_show_what_runs_and_what_to_run_next(self, backend: str) -> None:
+        first, *_, last = demo("--backend", backend).stdout.splitlines()
+        assert re.match(f"backend +{backend}, on Python 3", first, re.IGNORECASE)
+        assert re.match("next +python -m emitter_anyio broker ", last)
+
+    @pytest.mark.parametrize("without", ["nothing", "Rich"])
+    def test_steps_are_coloured_on_a_terminal_with_rich(
+        self, on_terminal: Any, without: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if without == "Rich":
+            monkeypatch.setitem(sys.modules, "rich.console", None)
+        code, screen = on_terminal("demo")
+        assert code == 0
+        assert first_words(screen.text) == ["backend", "broker", *DEMO_STEPS]
+        assert (b"\x1b[" in screen.raw) == (without == "nothing")
+
+    def test_lost_messages_are_an_error(self) -> None:
+        with pytest.raises(CommandError, match="the node restarted"):
+            _demo._Demo()._show(Gap("demo/", reason="the node restarted"), "resumed")
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_url_selects_a_running_broker(self, backend: str) -> None:
@@ -108,12 +138,14 @@ class TestDemo:
         for done in (by_flag, by_environment):
             assert done.stderr == ""
             assert done.returncode == 0
-            assert first_words(done.stdout) == DEMO_STEPS
+            assert first_words(done.stdout) == ["backend", *DEMO_STEPS]
+            assert f"emitter_anyio doctor --url {url}" in done.stdout.splitlines()[-1]
 
     def test_user_name_in_the_url_takes_precedence(self) -> None:
         with broker() as (url, _, secret):
             done = demo("--url", url.replace("//", "//carol:hush@"), secret=secret)
         assert done.returncode == 0
+        assert first_words(done.stdout) == ["backend", *DEMO_STEPS]
         assert "carol is present\n" in done.stdout
         assert "hush" not in done.stdout
 
@@ -121,7 +153,7 @@ class TestDemo:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         done = demo("--url", f"mqtt://127.0.0.1:{port}", secret="x")
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, first_words(done.stdout)) == (1, ["backend"])
         line = only_line(done.stderr)
         assert f"mqtt://127.0.0.1:{port}" in line
         assert line.endswith("without --url, the demo starts a broker")
@@ -137,7 +169,7 @@ class TestDemo:
                     assert connection.recv(1024)
                 output, errors = process.communicate()
         assert process.returncode == 1
-        assert first_words(output) == ["connect"]
+        assert first_words(output) == ["backend", "connect"]
         assert "lost the connection to" in only_line(errors)
 
     def test_wrong_secret_is_not_printed(self) -> None:
@@ -165,8 +197,9 @@ class TestDemo:
                     # The demo has sent CONNECT and waits for CONNACK.
                     assert connection.recv(1)
                     process.send_signal(signal.SIGINT)
-                    assert process.communicate() == ("", "")
-        assert process.returncode == 128 + signal.SIGINT
+                    output, errors = process.communicate()
+        assert (process.returncode, errors) == (128 + signal.SIGINT, "")
+        assert first_words(output) == ["backend"]
 
     def test_closed_pipe_exits_with_141(self) -> None:
         with running("-m", "emitter_anyio", "demo") as process:
@@ -303,6 +336,7 @@ INVALID_COMMAND_LINES = {
     "part of a second": (["pub", "a/", "x", "--ttl", "1.5"], "expected a whole number of seconds"),
     "large ttl": (["keygen", "a/", "--ttl", "99999d"], "expected an integer from 0"),
     "dash": (["demo", "--url", "mqtt://127.0.0.1", "--secret", "-x"], "write --option=VALUE"),
+    "unix": (["demo", "--url", "unix:///tmp/x", "--secret", "x"], "cannot use a unix:// URL"),
     "key only": (["broker", "--tls-key", "key.pem"], "--tls-key requires --tls-cert"),
     "unknown matcher": (["broker", "--matcher", "exact"], "'emitter', 'mqtt'"),
     "port range": (["broker", "--port", "65536"], "expected a port from 0 to 65535"),
@@ -448,7 +482,7 @@ class TestUsage:
         monkeypatch.delenv("FORCE_COLOR", raising=False)
         for arguments, example in (
             ([], f"  {shown} demo\n"),
-            (["demo"], f"  EMITTER_SECRET=... {shown} demo --url mqtt://127.0.0.1:8080\n"),
+            (["demo"], f"  EMITTER_SECRET=... {shown} demo --url 127.0.0.1:8080\n"),
             (["broker"], f"  {shown} broker --port 0 "),
             (["license"], f"  {shown} license\n"),
         ):
