@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from emitter_anyio._cli._commands import COMMANDS
+from emitter_anyio._cli._commands import COMMANDS, make_parser
 from tests.support.background import Background
 from tests.support.command import ROOT, clean_environment
 
@@ -82,6 +83,16 @@ def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path
             )
             assert (done.returncode, done.stderr) == (0, ""), line
             assert normalize(done.stdout) == normalize(printed), line
+
+
+def test_command_lines_beside_those_of_other_tools_are_valid() -> None:
+    _, tables = TEXT.split("## Coming from mosquitto or NATS")
+    found = [shlex.split(each) for each in re.findall(r"`emitter-anyio (.*?)`", tables)]
+    known = [arguments for arguments in found if arguments[0] in COMMANDS]
+    for arguments in known:
+        make_parser(arguments).parse_args(arguments)
+    names = {arguments[0] for arguments in known}
+    assert names >= COMMANDS.keys() - {"demo", "license", "link", "unban"}
 
 
 def test_all_commands_are_documented() -> None:
