@@ -112,8 +112,7 @@ class ClusterChecks:
 async def _read(emitter: Emitter, key: str, channel: str) -> bool:
     """Request messages older than any, and return whether every node has answered in time."""
     try:
-        async for _ in emitter.history(key, channel, 1, until=_EARLIEST):
-            pass
+        await anext(emitter.history(key, channel, 1, until=_EARLIEST), None)
     except HistoryIncompleteError:
         return False
     return True

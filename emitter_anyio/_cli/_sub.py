@@ -189,8 +189,7 @@ async def _check_replay(emitter: Emitter, source: Source, channel: str) -> None:
     key = source.key_for(emitter, "l", channel)
     try:
         # No message is this old, so the reply is short.
-        async for _ in emitter.history(key, channel, 1, until=_EARLIEST):
-            pass
+        await anext(emitter.history(key, channel, 1, until=_EARLIEST), None)
     except UnauthorizedError as exc:
         raise CommandError(
             f"cannot replay the stored messages of {channel!r}: the key lacks permission l; use "

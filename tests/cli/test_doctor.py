@@ -342,7 +342,7 @@ class TestCluster:
             key += ["--backend", backend]
             done = cli("doctor", "--url", server.url, *key, "--json", secret=False)
         assert (done.code, verdict_of(done)) == (1, "failed checks: history")
-        assert "does not answer: the reply took 0.2 s" in result_of(done, "history")["text"]
+        assert "does not answer: the reply took 0." in result_of(done, "history")["text"]
         if not with_secret:
             # A missing node is no missing permission.
             assert statuses(done)["key l"] == statuses(done)["key s"] == "ok"

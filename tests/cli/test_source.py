@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -266,15 +268,15 @@ class TestClientCertificate:
         done = cli("doctor", "--url", mutual.url, "--cafile", cafile, *options, *secret)
         assert (done.code, done.errors) == (0, "")
 
+    @pytest.mark.parametrize("command", ["me", "doctor"])
     def test_missing_certificate_is_reported(
-        self, cli: Cli, mutual: Background, cafile: str
+        self, cli: Cli, cafile: str, command: str, backend: str
     ) -> None:
-        done = cli("me", "--url", mutual.url, "--cafile", cafile)
+        with listener_that_requires_a_certificate() as address:
+            url = f"mqtts://{address}"
+            done = cli(command, "--url", url, "--cafile", cafile, "--backend", backend)
         assert done.code == 1
-        assert "--client-cert FILE" in done.error
-        done = cli("doctor", "--url", mutual.url, "--cafile", cafile)
-        assert done.code == 1
-        assert "use --client-cert FILE" in done.output
+        assert "use --client-cert FILE" in done.output + done.errors
 
     def test_certificate_with_the_systems_authorities(
         self, cli: Cli, mutual: Background, tmp_path: Path
@@ -327,6 +329,30 @@ class TestClientCertificate:
         assert code == (0 if typed == "hush" else 1)
         assert asked == [f"passphrase of {tmp_path}/key.pem: "]
         assert (typed == "hush") != (f"{tmp_path}/key.pem" in screen.text)
+
+
+@contextmanager
+def listener_that_requires_a_certificate() -> Iterator[str]:
+    """Refuse a client without certificate, and keep its connection until it has read why."""
+    context = tls.server_context()
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = context.wrap_bio(incoming, outgoing, server_side=True)
+        with connection:
+            while data := connection.recv(65536):
+                incoming.write(data)
+                with suppress(ssl.SSLError):
+                    session.do_handshake()
+                connection.sendall(outgoing.read())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
 
 
 def client_files(directory: Path, files: int, passphrase: bytes | None = None) -> list[str]:
