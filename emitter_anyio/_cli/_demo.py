@@ -92,7 +92,8 @@ async def _demo(arguments: argparse.Namespace) -> None:
     # A failure is raised and reported in one line; the log would report it again.
     logging.getLogger("emitter_anyio").addHandler(logging.NullHandler())
     demo = _Demo()
-    program = arguments.parser.prog.removesuffix(" demo")
+    program: str = arguments.parser.prog
+    program = program.removesuffix(" demo")
     demo.step("backend", _describe_backend(arguments.backend))
     with anyio.move_on_after(arguments.timeout):
         async with AsyncExitStack() as stack:
