@@ -344,7 +344,7 @@ class TestCluster:
         assert (done.code, verdict_of(done)) == (1, "failed checks: history")
         assert "does not answer: the reply took 0." in result_of(done, "history")["text"]
         if not with_secret:
-            # A missing node is no missing permission.
+            # The permission is not reported as missing because a node is.
             assert statuses(done)["key l"] == statuses(done)["key s"] == "ok"
 
     def test_slow_reply_is_measured_again(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
