@@ -30,6 +30,7 @@ from emitter_anyio._features.feed import PresenceFeed
 from emitter_anyio._features.history import History
 from emitter_anyio._features.keys import Keys
 from emitter_anyio._features.links import Links
+from emitter_anyio._features.pipeline import Pipeline
 from emitter_anyio._features.presence import Presence
 from emitter_anyio._features.publisher import Publisher
 from emitter_anyio._features.resumption import Resumption
@@ -40,6 +41,7 @@ from emitter_anyio._runtime.background import Background
 from emitter_anyio._runtime.dispatcher import Dispatcher
 from emitter_anyio._runtime.events import Events
 from emitter_anyio._runtime.guard import Guard
+from emitter_anyio._runtime.holds import Holds
 from emitter_anyio._runtime.key_ring import KeyRing
 from emitter_anyio._runtime.lifecycle import Lifecycle
 from emitter_anyio._runtime.opener import Opener
@@ -263,6 +265,8 @@ class Emitter:
         opener = Opener(options, key_ring, wants, trace)
         self._requester = requester = Requester(slot, key_ring, options)
         self._publisher = publisher = Publisher(slot, requester, options, trace)
+        holds = Holds()
+        self._pipeline = Pipeline(slot, requester, key_ring, events, holds, options, trace)
         self._keys = Keys(requester)
         self._history = history = History(requester)
         resumption = Resumption(slot, requester, history, events, background)
@@ -278,7 +282,8 @@ class Emitter:
             slot, requester, subscriptions, key_ring, guard, background, totals, options
         )
         supervisor = Supervisor(
-            *(slot, background, opener, dispatcher, requester, events, totals, wants, options),
+            *(slot, background, opener, dispatcher, requester, events, totals, wants, holds),
+            options,
             restorers=(presence.restore, subscriptions.restore, links.restore),
             settlers=(calls.wait_replies,),
             loss_handlers=(subscriptions.note_loss, presence.note_loss),
@@ -1479,6 +1484,11 @@ class Emitter:
             connection.session.connection_id,
             self._slot.last_error,
         )
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What an :class:`~emitter_anyio.outbox.Outbox` of this client publishes with."""
+        return self._pipeline
 
     def statistics(self) -> Statistics:
         """

@@ -28,6 +28,7 @@ from emitter_anyio._values.text import format_count
 from .background import Background
 from .dispatcher import Dispatcher
 from .events import Events, logger
+from .holds import Holds
 from .opener import Opener
 from .requester import Requester
 from .slot import ClientState, Slot
@@ -105,6 +106,7 @@ class Supervisor:
     :param events: emits ``connect`` and ``disconnect``
     :param totals: counts connections and publishes
     :param wants: the subscriptions and presence feeds of the client
+    :param holds: delays the orderly close of the last connection
     :param options: the options of the client
     :param restorers: called in this order to restore a new connection
     :param settlers: awaited in this order before a connection is replaced
@@ -121,6 +123,7 @@ class Supervisor:
         events: Events,
         totals: Totals,
         wants: Wants,
+        holds: Holds,
         options: Options,
         *,
         restorers: Sequence[Restorer],
@@ -135,6 +138,7 @@ class Supervisor:
         self._events = events
         self._totals = totals
         self._wants = wants
+        self._holds = holds
         self._options = options
         self._restorers = restorers
         self._settlers = settlers
@@ -355,7 +359,7 @@ class Supervisor:
         """Wait for handlers and replies, then disconnect, all before the deadline."""
         session = connection.session
         idle = self._slot.restored and not (
-            self._events.busy or session.pending or session.uncertain
+            self._events.busy or self._holds.held or session.pending or session.uncertain
         )
         if not (idle and connection.disconnect_nowait()):
             with anyio.CancelScope(deadline=self._slot.deadline):
@@ -368,6 +372,7 @@ class Supervisor:
             await slot.change()
         events.end(but=_LATE_EVENTS)
         await events.wait_done(slot.deadline, but=_LATE_EVENTS)
+        await self._holds.wait_released()
         await _wait_replies(session)
         await connection.disconnect(await_close=session.uncertain)
 

@@ -1,0 +1,383 @@
+"""The outbox, as programs use it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, NoReturn, Self, TypeAlias, cast, get_args
+
+import anyio
+from anyio import CancelScope
+
+from emitter_anyio._backend.tasks import Tasks, is_cancelled
+from emitter_anyio._client import Emitter
+from emitter_anyio._values.channels import PLACEHOLDER_KEY, ChannelKey, check_channel, check_key
+from emitter_anyio._values.checks import (
+    check_choice,
+    check_flag,
+    check_function,
+    check_int,
+    check_optional_int,
+    check_seconds,
+)
+from emitter_anyio._values.errors import ClosedError
+from emitter_anyio._values.messages import Payload
+
+from ._journal import Journal
+from ._sender import KeyOfChannel, Sender
+from ._store import Overflow, Store
+from ._values import OutboxError, OutboxStatistics, ParkedMessage, Record
+
+OutboxKey: TypeAlias = str | ChannelKey | Callable[[str], Awaitable[str | ChannelKey]]
+"""What an :class:`Outbox` accepts as a key; the function is called with a channel."""
+
+DEFAULT_MAX_SIZE: Final = 64 * 1024 * 1024
+DEFAULT_MAX_AGE: Final = 7 * 24 * 3600.0
+_MAX_SIZE: Final = 2**63 - 1
+
+
+class Outbox:
+    """
+    A file in which messages wait until the broker has accepted them.
+
+    The outbox is an asynchronous context manager. It can be entered before or after its client, in
+    the same event loop, and left in any order. While the client is connected, the outbox publishes
+    the messages with QoS 1, in the order of each channel, with many in flight. It deletes a message
+    when the broker has accepted it. A message whose outcome is unknown is published again, so that
+    it might arrive twice.
+
+    A message that the broker refuses is parked and emitted as ``error``, as a
+    :class:`MessageParkedError`. It does not delay others. Messages that become too old are given
+    up, which is counted and emitted as ``error``, as a :class:`MessagesGivenUpError`. If nothing
+    handles ``error``, or the client is not entered, both are logged as warnings.
+
+    Leaving the block waits for at most ``disconnect_timeout`` of the client while it is connected
+    and messages wait. A client that disconnects waits for its outboxes in the same way. What is not
+    accepted by then stays in the file.
+
+    :param path: the path of the file, which is created if it does not exist, readable only by its
+        owner. Its directory must exist. SQLite keeps a log next to it
+    :param emitter: the client
+    :param key: a key with the permission to write (``w``), or an ``async`` function that is called
+        with a channel and returns its key, as for :class:`~emitter_anyio.Emitter`. The key is not
+        written to the file
+    :param max_size: the maximum number of bytes of all messages. Each counts its payload, its
+        channel and 128 bytes
+    :param max_age: the number of seconds after which messages are given up; ``None``: never
+    :param overflow: ``"raise"``: :meth:`publish` raises :class:`OutboxFullError` if there is no
+        space; ``"drop_oldest"``: it gives up the oldest messages instead
+    :raises TypeError: if an argument has the wrong type
+    :raises ValueError: if an argument is out of range, or the key is malformed
+    :raises OutboxInUseError: when entered, if another outbox uses the file
+    :raises OutboxError: when entered, if the file cannot be opened, read or written, belongs to
+        another program, or has a newer format
+    :raises RuntimeError: if the outbox is already entered
+    :raises WrongLoopError: if it is entered or left in another event loop than the client
+
+    A corrupt file is renamed and emitted as ``error``, and the outbox begins with a new one; see
+    :attr:`set_aside`.
+
+    If the block is cancelled, leaving it waits only for the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        emitter: Emitter,
+        key: OutboxKey,
+        *,
+        max_size: int = DEFAULT_MAX_SIZE,
+        max_age: float | None = DEFAULT_MAX_AGE,
+        overflow: Overflow = "raise",
+    ) -> None:
+        self._path = _check_path(path)
+        if not isinstance(emitter, Emitter):
+            raise TypeError(f"emitter must be an Emitter, not {type(emitter).__name__}")
+        self._key = _check_key(key)
+        self._max_size = check_int("max_size", max_size, 1024, _MAX_SIZE, " bytes")
+        self._max_age = math.inf if max_age is None else check_seconds("max_age", max_age)
+        self._overflow = cast("Overflow", check_choice("overflow", overflow, get_args(Overflow)))
+        self._pipeline = emitter.pipeline
+        self._owner = self._pipeline.owner
+        self._size_key = self._key if isinstance(self._key, str) else PLACEHOLDER_KEY
+        self._store: Store
+        self._journal: Journal
+        self._sender: Sender
+        self._tasks: Tasks
+        self._entered = False
+        self._open = False
+        """Whether calls may use the file."""
+        self._stopped = False
+        """Whether a task has failed or was cancelled."""
+        self._failure: BaseException | None = None
+        self._set_aside: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"<Outbox {self._path!r}>"
+
+    # Messages
+
+    async def publish(
+        self,
+        channel: str,
+        message: Payload,
+        ttl: int | None = None,
+        *,
+        retain: bool = False,
+        echo: bool = True,
+    ) -> None:
+        """
+        Store a message, and return when it is on disk. There need not be a connection.
+
+        Concurrent calls share a transaction, so that many of them are much faster than one after
+        another.
+
+        :param channel: the channel, without wildcards
+        :param message: bytes-like, or ``str`` (sent as UTF-8); any other object is sent as JSON
+        :param ttl: seconds for which the message is valid, counted from this call. The time that it
+            waits in the outbox is subtracted from the time for which the broker stores it; it is
+            given up if nothing is left. ``None`` or 0: the broker does not store the message
+        :param retain: as for :meth:`Emitter.publish`
+        :param echo: as for :meth:`Emitter.publish`
+        :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
+        :raises ValueError: if an argument is out of range, or the message is malformed
+        :raises InvalidChannelError: if the broker would not accept the channel
+        :raises MessageTooLargeError: if the packet would exceed ``max_message_size`` of the client
+        :raises OutboxFullError: if the outbox has no space
+        :raises OutboxError: if the file could not be written, because the disk is full for example
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled before it is written, the message is not stored. If cancelled while it is being
+        written, it might be stored, but never in part.
+        """
+        channel, ttl = check_channel(channel), check_optional_int("ttl", ttl) or None
+        retain, echo = check_flag("retain", retain), check_flag("echo", echo)
+        payload = self._pipeline.encode(message)
+        self._pipeline.check(self._size_key, channel, payload, ttl, echo)
+        await self._opened().write(Record(channel, payload, ttl, retain, echo))
+
+    async def parked(self) -> list[ParkedMessage]:
+        """
+        Return the messages that the broker has refused, oldest first.
+
+        :raises OutboxError: if the file could not be read
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+        """
+        return await self._opened().call(self._store.parked)
+
+    async def retry(self, messages: Iterable[ParkedMessage] | None = None) -> int:
+        """
+        Publish parked messages again, after those that wait.
+
+        :param messages: messages from :meth:`parked`; ``None``: all
+        :return: the number of messages; those that are not parked any more are left out
+        :raises TypeError: if ``messages`` has the wrong type
+        :raises OutboxError: if the file could not be written
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled, all of the messages are retried or none.
+        """
+        ids = None if messages is None else _ids(messages)
+        return await self._opened().call(partial(self._store.retry, ids))
+
+    async def drop(self, messages: Iterable[ParkedMessage]) -> int:
+        """
+        Delete parked messages.
+
+        :param messages: messages from :meth:`parked`
+        :return: the number of messages; those that are not parked any more are left out
+        :raises TypeError: if ``messages`` has the wrong type
+        :raises OutboxError: if the file could not be written
+        :raises ClosedError: outside the block
+        :raises WrongLoopError: in another thread or event loop
+
+        If cancelled, all of the messages are deleted or none.
+        """
+        ids = _ids(messages)
+        return await self._opened().call(partial(self._store.drop, ids))
+
+    def statistics(self) -> OutboxStatistics:
+        """
+        Return the figures of the outbox. Any thread can call it.
+
+        :raises ClosedError: outside the block
+        """
+        if not self._open:
+            raise self._closed()
+        return self._journal.statistics()
+
+    @property
+    def set_aside(self) -> Path | None:
+        """The path to which a corrupt file was renamed when the outbox was entered, or ``None``."""
+        return self._set_aside
+
+    # Entering and leaving
+
+    if not TYPE_CHECKING:
+        # Type checkers reject these uses because the methods do not exist for them.
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError("cannot enter an Outbox with 'with'; write 'async with Outbox(...)'")
+
+        def __exit__(self, *_: object) -> None:
+            """Exist, because ``with`` looks it up before it calls ``__enter__()``."""
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            self._owner.check()
+            raise RuntimeError("cannot enter the outbox: it is already entered; leave it first")
+        # A client that is not entered yet has to be entered in this event loop.
+        self._owner.claim()
+        self._entered = True
+        self._store = store = Store(self._path, self._max_size, self._max_age, self._overflow)
+        self._sender = sender = Sender(self._pipeline, self._key, self._max_age)
+        report = self._pipeline.report
+        callbacks = sender.wanted, sender.fetched, sender.update
+        self._journal = journal = Journal(store, self._path, report, *callbacks)
+        try:
+            aside = await journal.open()
+            self._tasks = tasks = Tasks(self._task_failed)
+            await tasks.open()
+        except BaseException:
+            with CancelScope(shield=True):
+                await journal.close()
+            self._finish()
+            raise
+        self._set_aside = None if aside is None else Path(aside)
+        if aside is not None:
+            report(
+                OutboxError(
+                    f"the outbox {self._path!r} was corrupt: the file was renamed to {aside!r}, "
+                    "and a new one was created"
+                )
+            )
+        self._failure, self._stopped, self._open = None, False, True
+        tasks.start_soon(journal.run, name="emitter_anyio outbox: file")
+        sender.start(journal, tasks)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Returns None, not bool, so that type checkers know that it suppresses no exception.
+        self._owner.check()
+        if not self._open:
+            raise RuntimeError("cannot leave the outbox: it is not entered")
+        self._open = False
+        tasks, cancelled = self._tasks, anyio.get_cancelled_exc_class()
+        try:
+            if not (self._stopped or isinstance(exc, cancelled) or is_cancelled()):
+                with anyio.move_on_after(self._pipeline.disconnect_timeout):
+                    await self._sender.wait_sent()
+        finally:
+            try:
+                with CancelScope(shield=True):
+                    tasks.stop()
+                    await tasks.stopped()
+                    await self._journal.close()
+            finally:
+                self._finish()
+            if tasks.hosted_here:
+                try:
+                    await tasks.close()
+                except cancelled:
+                    if exc is None:
+                        raise
+        if self._failure is not None:
+            if exc is None:
+                raise self._failure
+            exc.add_note(f"the outbox {self._path!r} also failed: {self._failure!r}")
+        if not (tasks.hosted_here or tasks.host_ended):
+            raise RuntimeError(
+                "cannot leave the outbox completely: another task entered it and is still running; "
+                "use 'async with' in one task"
+            ) from exc
+
+    def _finish(self) -> None:
+        self._sender.stop()
+        self._entered = False
+        self._owner.release()
+
+    def _task_failed(self, error: BaseException) -> None:
+        """Stop, because a task has failed, or was cancelled with ``Task.cancel()``."""
+        if not isinstance(error, anyio.get_cancelled_exc_class()):
+            self._failure = self._failure or error
+        self._stopped = True
+        stopped = OutboxError(
+            f"the outbox {self._path!r} has stopped, because one of its tasks failed or was "
+            "cancelled"
+        )
+        stopped.__cause__ = self._failure
+        self._journal.end(stopped)
+        self._sender.stop()
+        self._tasks.stop()
+
+    def _opened(self) -> Journal:
+        """Return what reads and writes the file."""
+        self._owner.check()
+        if not self._open:
+            raise self._closed()
+        return self._journal
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(
+            f"the outbox {self._path!r} is not entered: use it inside 'async with Outbox(...) as "
+            "box:'"
+        )
+
+
+def _check_path(path: object) -> str:
+    """
+    Check a path.
+
+    :return: the absolute path
+    :raises TypeError: if it is neither a ``str`` nor a path object that contains one
+    :raises ValueError: if it is empty or contains NUL
+    """
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"path must be a str or a path object, not {type(path).__name__}")
+    if not text or "\0" in text:
+        raise ValueError(f"invalid path {text!r}: it is empty or contains NUL")
+    return os.path.abspath(str.__str__(text))
+
+
+def _check_key(key: OutboxKey) -> str | KeyOfChannel:
+    """
+    Check a key, or a function that returns that of a channel.
+
+    :raises TypeError: if it is neither, or a function that cannot be called with a channel
+    :raises ValueError: if the key contains an invalid character
+    """
+    if isinstance(key, str | ChannelKey) or not callable(key):
+        return check_key(key)
+    # The function must be hashable, because it is part of a dict key.
+    hash(check_function("key", key))
+    try:
+        signature = inspect.signature(key)
+    except ValueError:  # some functions in C have none
+        return key
+    try:
+        signature.bind("a/")
+    except TypeError as exc:
+        raise TypeError(f"key must be a function that takes a channel: {exc}") from None
+    return key
+
+
+def _ids(messages: Iterable[ParkedMessage]) -> list[int]:
+    if isinstance(messages, Iterable):
+        found = list(messages)
+        if all(isinstance(message, ParkedMessage) for message in found):
+            return [message.id for message in found]
+    raise TypeError("messages must be ParkedMessage objects, as parked() returns them")

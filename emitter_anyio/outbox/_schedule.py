@@ -1,0 +1,207 @@
+"""Which of the stored messages is sent next."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, NamedTuple
+
+from ._values import Stored
+
+_LOW_WATER: Final = 256
+"""More messages are read from disk when fewer than these are in memory."""
+_LANES_PER_FETCH: Final = 64
+
+
+class Fetch(NamedTuple):
+    """
+    What to read from disk.
+
+    :ivar generation: the schedule that this is for; see :meth:`Schedule.restart`
+    :ivar after: the id after which to read messages of all channels but ``without``; ``None`` to
+        read none
+    :ivar without: channels to leave out
+    :ivar until: the last id to read of ``lanes``, if no further messages of all channels are read
+    :ivar lanes: channels whose oldest messages to read
+    """
+
+    generation: int
+    after: int | None
+    without: frozenset[str]
+    until: int
+    lanes: tuple[str, ...]
+
+
+class Lane(NamedTuple):
+    """
+    Messages of one channel that were read from disk.
+
+    :ivar complete: whether these are all its messages up to the last id that was read
+    """
+
+    channel: str
+    messages: list[Stored]
+    complete: bool
+
+
+class Fetched(NamedTuple):
+    """
+    What was read from disk.
+
+    :ivar messages: messages of all channels but those left out
+    :ivar last: the last id that was read or left out
+    :ivar end: whether there are no messages after it
+    :ivar lanes: the oldest messages of single channels
+    """
+
+    messages: list[Stored]
+    last: int
+    end: bool
+    lanes: list[Lane]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """
+    A channel that is left out, because a message of it has to be sent again.
+
+    :ivar due: the time from which to send it
+    :ivar queued: the number of its messages in the queue
+    """
+
+    due: float
+    queued: int = 0
+
+    def fill(self, queued: int) -> None:
+        """Note the number of messages that were added to the queue."""
+        self.queued = queued
+
+    def take(self) -> None:
+        """Note that a message was taken from the queue."""
+        self.queued -= 1
+
+    def move(self, due: float) -> None:
+        """Change the time from which to send it."""
+        self.due = due
+
+
+class Schedule:
+    """
+    The order in which stored messages are sent: that of their ids, in each channel.
+
+    The schedule reads the messages on disk from the oldest to the newest, some at a time. If a
+    message has to be sent again later, its channel waits and is left out, so that it does not delay
+    others. When it is due, its messages are read from the oldest one. After a lost connection, the
+    schedule restarts with the oldest message of all.
+    """
+
+    def __init__(self) -> None:
+        self._queue: deque[Stored] = deque()
+        self._in_flight: Counter[str] = Counter()
+        self._waiting: dict[str, _Waiting] = {}
+        self._generation = 0
+        self._last = 0
+        """The id up to which messages have been read or left out."""
+        self._end = False
+        self._fetching = False
+
+    # Reading
+
+    def wanted(self, now: float) -> Fetch | None:
+        """Return what to read from disk now, if anything."""
+        if self._fetching or len(self._queue) >= _LOW_WATER:
+            return None
+        due = (
+            channel
+            for channel, waiting in self._waiting.items()
+            if waiting.due <= now and not waiting.queued and channel not in self._in_flight
+        )
+        lanes = tuple(islice(due, _LANES_PER_FETCH))
+        if self._end and not lanes:
+            return None
+        after = None if self._end else self._last
+        return Fetch(self._generation, after, frozenset(self._waiting), self._last, lanes)
+
+    def begin(self) -> None:
+        """Note that messages are being read, so that no others are wanted."""
+        self._fetching = True
+
+    def grow(self) -> None:
+        """Note that messages were stored."""
+        self._end = False
+
+    def add(self, fetch: Fetch, fetched: Fetched | None) -> None:
+        """
+        Add messages that were read from disk.
+
+        :param fetch: what was to be read
+        :param fetched: what was read; ``None`` if reading failed
+        """
+        self._fetching = False
+        if fetched is None or fetch.generation != self._generation:
+            return
+        for lane in fetched.lanes:
+            self._queue.extend(lane.messages)
+            if lane.complete:
+                del self._waiting[lane.channel]
+            else:
+                self._waiting[lane.channel].fill(len(lane.messages))
+        if fetch.after is not None:
+            self._last, self._end = fetched.last, fetched.end
+        for message in fetched.messages:
+            if message.channel not in self._waiting:
+                self._queue.append(message)
+
+    # Sending
+
+    def next(self) -> Stored | None:
+        """Return the next message to send, if there is one in memory; it is in flight then."""
+        if not self._queue:
+            return None
+        message = self._queue.popleft()
+        self._in_flight[message.channel] += 1
+        waiting = self._waiting.get(message.channel)
+        if waiting is not None:
+            waiting.take()
+        return message
+
+    def finish(self, message: Stored) -> None:
+        """Note that a message is no longer in flight, and is not to be sent again."""
+        self._in_flight[message.channel] -= 1
+        if not self._in_flight[message.channel]:
+            del self._in_flight[message.channel]
+
+    def postpone(self, message: Stored, due: float = math.inf) -> None:
+        """
+        Note that a message is no longer in flight, and is to be sent again.
+
+        :param due: the time from which to send it and the later messages of its channel
+        """
+        self.finish(message)
+        channel = message.channel
+        known = self._waiting.get(channel)
+        if known is None or known.queued:
+            self._queue = deque(each for each in self._queue if each.channel != channel)
+            self._waiting[channel] = _Waiting(due)
+        else:
+            known.move(max(known.due, due))
+
+    def resume(self, channel: str, due: float) -> None:
+        """Set the time from which to send a channel that waits."""
+        if channel in self._waiting:
+            self._waiting[channel].move(due)
+
+    @property
+    def due(self) -> float:
+        """The time at which the next channel is due."""
+        return min((one.due for one in self._waiting.values() if not one.queued), default=math.inf)
+
+    def restart(self) -> None:
+        """Start with the oldest message again; channels that wait still do."""
+        self._generation += 1
+        self._queue.clear()
+        self._last, self._end, self._fetching = 0, False, False
+        for channel in [channel for channel, one in self._waiting.items() if one.queued]:
+            del self._waiting[channel]
