@@ -319,18 +319,7 @@ class Store:
         still recorded if possible, and messages are read in any case.
         """
         with self._lock:
-            outcome = Outcome([None] * len(work.records))
-            try:
-                self._write(work.records, work.changes, outcome)
-            except sqlite3.Error as exc:
-                error = self._error("write", exc)
-                outcome = Outcome([error] * len(work.records), error)
-                if work.records and work.changes:
-                    try:
-                        self._write([], work.changes, outcome)
-                        outcome.write_error = None
-                    except sqlite3.Error:
-                        outcome.parked, outcome.given_up = [], {}
+            outcome = self._write_what_is_possible(work)
             if work.fetch is not None:
                 unrecorded = () if outcome.write_error is None else work.changes
                 try:
@@ -338,6 +327,17 @@ class Store:
                 except sqlite3.Error as exc:
                     outcome.read_error = self._error("read", exc)
             return outcome
+
+    def _write_what_is_possible(self, work: Work) -> Outcome:
+        try:
+            return self._write(work.records, work.changes)
+        except sqlite3.Error as exc:
+            error = self._error("write", exc)
+        errors = [error] * len(work.records)
+        if work.records and work.changes:
+            with suppress(sqlite3.Error):
+                return replace(self._write([], work.changes), errors=errors)
+        return Outcome(errors, error)
 
     def parked(self) -> list[ParkedMessage]:
         """
@@ -403,11 +403,9 @@ class Store:
             return moved
 
     def _write(
-        self,
-        records: list[Record],
-        changes: Mapping[int, tuple[Stored, Change]],
-        outcome: Outcome,
-    ) -> None:
+        self, records: list[Record], changes: Mapping[int, tuple[Stored, Change]]
+    ) -> Outcome:
+        errors: list[OutboxError | None] = []
         with self._transaction() as database:
             tally = _Tally(database, self.figures, self.now())
             for message, change in changes.values():
@@ -416,19 +414,22 @@ class Store:
                 else:
                     tally.delete("messages", message.id, expired=change == "expired")
             tally.expire(self._max_age)
-            for number, record in enumerate(records):
-                if not self._make_space(tally, record.weight):
-                    outcome.errors[number] = OutboxFullError(
-                        f"the outbox {self._path!r} is full: it has {tally.size} of at most "
-                        f"{self._max_size} bytes (max_size)"
-                    )
-                else:
-                    tally.store(record)
+            for record in records:
+                errors.append(self._store(tally, record))
             if tally.now - self._saved >= _CLOCK_SECONDS:
                 self._save_clock(database, tally.now)
             figures = tally.finish()
         self.figures = figures
-        outcome.parked, outcome.given_up = tally.newly_parked, tally.given_up
+        return Outcome(errors, None, tally.newly_parked, tally.given_up)
+
+    def _store(self, tally: _Tally, record: Record) -> OutboxError | None:
+        if self._make_space(tally, record.weight):
+            tally.store(record)
+            return None
+        return OutboxFullError(
+            f"the outbox {self._path!r} is full: it has {tally.size} of at most {self._max_size} "
+            "bytes (max_size)"
+        )
 
     def _make_space(self, tally: _Tally, weight: int) -> bool:
         """Return whether there is space for a message, and give up others if that is necessary."""
