@@ -14,7 +14,7 @@ from emitter_anyio._values.text import format_count
 
 from ._schedule import Fetch, Fetched
 from ._signal import Signal
-from ._store import Change, Figures, Outcome, Parking, Store, Work
+from ._store import Change, Figures, Outcome, Parking, Reason, Store, Work
 from ._values import (
     MessageParkedError,
     MessagesGivenUpError,
@@ -184,9 +184,9 @@ class Journal:
         """Note that the broker has accepted a message."""
         self._change(message, "accepted")
 
-    def expire(self, message: Stored) -> None:
-        """Note that a message is no longer valid."""
-        self._change(message, "expired")
+    def give_up(self, message: Stored, reason: Reason) -> None:
+        """Note that a message is not sent."""
+        self._change(message, reason)
 
     def park(self, message: Stored, refusal: Exception) -> None:
         """Note that a message was refused."""

@@ -207,8 +207,9 @@ class Sender:
 
     async def _send(self, message: Stored) -> None:
         age = max(0.0, self._journal.now() - message.published)
-        if age >= (self._max_age if message.ttl is None else min(self._max_age, message.ttl)):
-            self._journal.expire(message)
+        expired = message.ttl is not None and age >= message.ttl
+        if expired or age >= self._max_age:
+            self._journal.give_up(message, "ttl has passed" if expired else "too old")
             self._finish(message)
             return
         source = self._source(message.channel)

@@ -90,11 +90,14 @@ class Parking(NamedTuple):
     status: int | None
 
 
-Change: TypeAlias = Literal["accepted", "expired"] | Parking
+Reason: TypeAlias = Literal["too old", "ttl has passed", "no space"]
+"""Why a message is given up."""
+
+Change: TypeAlias = Literal["accepted"] | Reason | Parking
 """What became of a message."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """
     What to do in one transaction, and what to read after it.
@@ -124,7 +127,7 @@ class Figures:
     oldest: float | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """
     What the work has led to.
@@ -140,7 +143,7 @@ class Outcome:
     errors: list[OutboxError | None]
     write_error: OutboxError | None = None
     parked: list[ParkedMessage] = field(default_factory=list)
-    given_up: Mapping[str, int] = field(default_factory=dict)
+    given_up: Mapping[Reason, int] = field(default_factory=dict)
     fetched: Fetched | None = None
     read_error: OutboxError | None = None
 
@@ -213,11 +216,9 @@ class Store:
         """Close the file. It is not an error if it is not open."""
         with self._lock:
             if self._database is not None:
-                try:
-                    with self._transaction() as database:
-                        self._save_clock(database, self.now())
-                except sqlite3.Error:
-                    pass  # The clock is only less exact, and everything else is on disk.
+                # If this fails, the clock is only less exact: everything else is on disk.
+                with suppress(sqlite3.Error), self._transaction() as database:
+                    self._save_clock(database, self.now())
             self._close()
 
     def _close(self) -> None:
@@ -320,20 +321,21 @@ class Store:
         """
         with self._lock:
             outcome = self._write_what_is_possible(work)
-            if work.fetch is not None:
-                unrecorded = () if outcome.write_error is None else work.changes
-                try:
-                    outcome.fetched = _fetch(self._open_database(), work.fetch, unrecorded)
-                except sqlite3.Error as exc:
-                    outcome.read_error = self._error("read", exc)
-            return outcome
+            if work.fetch is None:
+                return outcome
+            unrecorded = () if outcome.write_error is None else work.changes
+            try:
+                fetched = _fetch(self._open_database(), work.fetch, unrecorded)
+            except sqlite3.Error as exc:
+                return replace(outcome, read_error=self._error("read", exc))
+            return replace(outcome, fetched=fetched)
 
     def _write_what_is_possible(self, work: Work) -> Outcome:
         try:
             return self._write(work.records, work.changes)
         except sqlite3.Error as exc:
             error = self._error("write", exc)
-        errors = [error] * len(work.records)
+        errors: list[OutboxError | None] = [error] * len(work.records)
         if work.records and work.changes:
             with suppress(sqlite3.Error):
                 return replace(self._write([], work.changes), errors=errors)
@@ -405,17 +407,15 @@ class Store:
     def _write(
         self, records: list[Record], changes: Mapping[int, tuple[Stored, Change]]
     ) -> Outcome:
-        errors: list[OutboxError | None] = []
         with self._transaction() as database:
             tally = _Tally(database, self.figures, self.now())
             for message, change in changes.values():
                 if isinstance(change, Parking):
                     tally.park(message, change)
                 else:
-                    tally.delete("messages", message.id, expired=change == "expired")
+                    tally.delete("messages", message.id, change)
             tally.expire(self._max_age)
-            for record in records:
-                errors.append(self._store(tally, record))
+            errors = [self._store(tally, record) for record in records]
             if tally.now - self._saved >= _CLOCK_SECONDS:
                 self._save_clock(database, tally.now)
             figures = tally.finish()
@@ -468,6 +468,8 @@ class Store:
             )
         if code == sqlite3.SQLITE_READONLY:
             error = OutboxError(f"{where}: the file or its directory is read-only")
+        elif isinstance(exc, FileNotFoundError):
+            error = OutboxError(f"{where}: its directory does not exist")
         elif isinstance(exc, OSError):
             error = OutboxError(f"{where}: {exc.strerror}")
         else:
@@ -487,7 +489,7 @@ class _Tally:
         self.size = figures.size
         self.now = now
         self.newly_parked: list[ParkedMessage] = []
-        self.given_up: dict[str, int] = {}
+        self.given_up: dict[Reason, int] = {}
 
     def store(self, record: Record) -> None:
         """Store a message."""
@@ -499,8 +501,8 @@ class _Tally:
         self._waiting += 1
         self.size += record.weight
 
-    def delete(self, table: str, id: int, *, expired: bool = False) -> None:
-        """Delete a message that might have been deleted already."""
+    def delete(self, table: str, id: int, why: Literal["accepted"] | Reason) -> None:
+        """Delete a message, which might have been deleted already."""
         weight = _weight(self._database, table, id)
         if weight is None:
             return
@@ -510,8 +512,8 @@ class _Tally:
             self._parked -= 1
         else:
             self._waiting -= 1
-        if expired:
-            self._give_up("expired")
+        if why != "accepted":
+            self.given_up[why] = self.given_up.get(why, 0) + 1
 
     def park(self, message: Stored, parking: Parking) -> None:
         """Park a message, unless it was given up before."""
@@ -535,8 +537,7 @@ class _Tally:
                 id, published = first
                 if self.now - published < max_age:
                     break
-                self.delete(table, id)
-                self._give_up("too old")
+                self.delete(table, id, "too old")
 
     def expire_by_ttl(self) -> None:
         """Give up all messages whose ttl has passed."""
@@ -546,16 +547,13 @@ class _Tally:
                 (self.now,),
             ).fetchall()
             for (id,) in found:
-                self.delete(table, id, expired=True)
+                self.delete(table, id, "ttl has passed")
 
     def drop_oldest(self) -> None:
         """Give up the oldest message."""
-        firsts = [(table, self._first(table)) for table in _TABLES]
-        _, table = min((first[0], table) for table, first in firsts if first is not None)
-        found = self._first(table)
-        assert found is not None
-        self.delete(table, found[0])
-        self._give_up("dropped for newer messages")
+        firsts = ((self._first(table), table) for table in _TABLES)
+        id, table = min((first[0], table) for first, table in firsts if first is not None)
+        self.delete(table, id, "no space")
 
     def finish(self) -> Figures:
         """Write the number of messages that were given up, and return the new figures."""
@@ -575,9 +573,6 @@ class _Tally:
             f"SELECT id, published FROM {table} ORDER BY id LIMIT 1"
         ).fetchone()
         return first
-
-    def _give_up(self, reason: str) -> None:
-        self.given_up[reason] = self.given_up.get(reason, 0) + 1
 
 
 def readings() -> Readings:
