@@ -105,6 +105,8 @@ class Schedule:
         self._last = 0
         """The id up to which messages have been read or left out."""
         self._end = False
+        self._grown = False
+        """Whether messages were stored since reading began."""
         self._fetching = False
 
     # Reading
@@ -126,11 +128,11 @@ class Schedule:
 
     def begin(self) -> None:
         """Note that messages are being read, so that no others are wanted."""
-        self._fetching = True
+        self._fetching, self._grown = True, False
 
     def grow(self) -> None:
         """Note that messages were stored."""
-        self._end = False
+        self._end, self._grown = False, True
 
     def add(self, fetch: Fetch, fetched: Fetched | None) -> None:
         """
@@ -149,7 +151,7 @@ class Schedule:
             else:
                 self._waiting[lane.channel].fill(len(lane.messages))
         if fetch.after is not None:
-            self._last, self._end = fetched.last, fetched.end
+            self._last, self._end = fetched.last, fetched.end and not self._grown
         for message in fetched.messages:
             if message.channel not in self._waiting:
                 self._queue.append(message)
