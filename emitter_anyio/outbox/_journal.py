@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from emitter_anyio._values.text import format_count
 
@@ -154,6 +155,7 @@ class Journal:
         """
         if self._end is not None:
             raise self._end
+        await checkpoint_if_cancelled()
         entry = _Entry(record)
         self._incoming.append(entry)
         self._signal.set()
@@ -218,14 +220,18 @@ class Journal:
     def statistics(self) -> OutboxStatistics:
         """Return the figures."""
         figures = self._figures
-        oldest = None if figures.oldest is None else max(0.0, self.now() - figures.oldest)
-        return OutboxStatistics(
-            max(0, figures.waiting - len(self._changes)),
-            oldest,
-            figures.parked,
-            figures.given_up,
-            figures.size,
-        )
+        waiting = max(0, figures.waiting - len(self._changes))
+        parked, given_up, size = figures.parked, figures.given_up, figures.size
+        for message, change in self._changes.values():
+            if isinstance(change, Parking):
+                parked += 1
+            else:
+                size -= message.weight
+                given_up += change != "accepted"
+        oldest = None
+        if waiting and figures.oldest is not None:
+            oldest = max(0.0, self.now() - figures.oldest)
+        return OutboxStatistics(waiting, oldest, parked, given_up, size)
 
     # The task
 
@@ -234,6 +240,8 @@ class Journal:
         going_on = True
         while going_on:
             while self._calls:
+                if self._changes:
+                    await self._apply(self._take(None))
                 await self._run_call(self._calls.pop(0))
             work, seconds = self._collect()
             if work is None:
@@ -272,7 +280,20 @@ class Journal:
                 before = len(self._incoming)
                 await self._apply(self._take(None))
         finally:
-            await self._in_thread(self._store.close)
+            await self._close_file()
+
+    async def _close_file(self) -> None:
+        """Close the file, even if ``Task.cancel()`` keeps the worker thread from starting."""
+        cancelled: BaseException | None = None
+        while True:
+            try:
+                await self._in_thread(self._store.close)
+            except anyio.get_cancelled_exc_class() as exc:
+                cancelled = exc
+            else:
+                break
+        if cancelled is not None:
+            raise cancelled
 
     def _collect(self) -> tuple[Work | None, float]:
         """Return what to do now, or the seconds for which there is nothing to do."""

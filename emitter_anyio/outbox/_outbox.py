@@ -108,7 +108,7 @@ class Outbox:
         self._store: Store
         self._journal: Journal
         self._sender: Sender
-        self._tasks: Tasks
+        self._tasks: Tasks | None = None
         self._entered = False
         self._open = False
         """Whether calls may use the file."""
@@ -242,14 +242,14 @@ class Outbox:
         report = self._pipeline.report
         callbacks = sender.wanted, sender.fetched, sender.update
         self._journal = journal = Journal(store, self._path, report, *callbacks)
+        tasks = Tasks(self._task_failed)
         try:
             aside = await journal.open()
-            self._tasks = tasks = Tasks(self._task_failed)
             await tasks.open()
         except BaseException:
             with CancelScope(shield=True):
                 await journal.close()
-            self._finish()
+            self._release()
             raise
         self._set_aside = None if aside is None else Path(aside)
         if aside is not None:
@@ -259,7 +259,8 @@ class Outbox:
                     "and a new one was created"
                 )
             )
-        self._failure, self._stopped, self._open = None, False, True
+        self._failure, self._stopped = None, False
+        self._tasks, self._open = tasks, True
         tasks.start_soon(journal.run, name="emitter_anyio outbox: file")
         sender.start(journal, tasks)
         return self
@@ -272,41 +273,48 @@ class Outbox:
     ) -> None:
         # Returns None, not bool, so that type checkers know that it suppresses no exception.
         self._owner.check()
-        if not self._open:
+        tasks = self._tasks
+        if tasks is None:
             raise RuntimeError("cannot leave the outbox: it is not entered")
-        self._open = False
-        tasks, cancelled = self._tasks, anyio.get_cancelled_exc_class()
         try:
-            if not (self._stopped or isinstance(exc, cancelled) or is_cancelled()):
-                with anyio.move_on_after(self._pipeline.disconnect_timeout):
-                    await self._sender.wait_sent()
+            if self._open:
+                self._open = False
+                await self._end(tasks, exc)
         finally:
-            try:
-                with CancelScope(shield=True):
-                    tasks.stop()
-                    await tasks.stopped()
-                    await self._journal.close()
-            finally:
-                self._finish()
             if tasks.hosted_here:
-                try:
-                    await tasks.close()
-                except cancelled:
-                    if exc is None:
-                        raise
+                self._release()
+                await _close(tasks, exc)
+            elif tasks.host_ended:
+                self._release()
+        if self._tasks is not None:
+            raise RuntimeError(
+                "cannot leave the outbox in another task than the one that entered it, which is "
+                "still running: the file is closed, but the first task must leave, too; use "
+                "'async with' in one task"
+            ) from exc
         if self._failure is not None:
             if exc is None:
                 raise self._failure
             exc.add_note(f"the outbox {self._path!r} also failed: {self._failure!r}")
-        if not (tasks.hosted_here or tasks.host_ended):
-            raise RuntimeError(
-                "cannot leave the outbox completely: another task entered it and is still running; "
-                "use 'async with' in one task"
-            ) from exc
 
-    def _finish(self) -> None:
-        self._sender.stop()
-        self._entered = False
+    async def _end(self, tasks: Tasks, exc: BaseException | None) -> None:
+        """Send what waits, unless the block is cancelled; stop the tasks and close the file."""
+        cancelled = isinstance(exc, anyio.get_cancelled_exc_class()) or is_cancelled()
+        try:
+            if not (self._stopped or cancelled):
+                with anyio.move_on_after(self._pipeline.disconnect_timeout):
+                    await self._sender.wait_sent()
+        finally:
+            with CancelScope(shield=True):
+                try:
+                    tasks.stop()
+                    await tasks.stopped()
+                finally:
+                    self._sender.stop()
+                    await self._journal.close()
+
+    def _release(self) -> None:
+        self._tasks, self._entered = None, False
         self._owner.release()
 
     def _task_failed(self, error: BaseException) -> None:
@@ -320,8 +328,8 @@ class Outbox:
         )
         stopped.__cause__ = self._failure
         self._journal.end(stopped)
-        self._sender.stop()
-        self._tasks.stop()
+        if self._tasks is not None:
+            self._tasks.stop()
 
     def _opened(self) -> Journal:
         """Return what reads and writes the file."""
@@ -337,11 +345,24 @@ class Outbox:
         )
 
 
+async def _close(tasks: Tasks, exc: BaseException | None) -> None:
+    """
+    Close the task group.
+
+    :param exc: the exception of the block, which leaves it even if the block is cancelled
+    """
+    try:
+        await tasks.close()
+    except anyio.get_cancelled_exc_class():
+        if exc is None:
+            raise
+
+
 def _check_path(path: object) -> str:
     """
     Check a path.
 
-    :return: the absolute path
+    :return: the path as a plain ``str``
     :raises TypeError: if it is neither a ``str`` nor a path object that contains one
     :raises ValueError: if it is empty or contains NUL
     """
@@ -350,7 +371,7 @@ def _check_path(path: object) -> str:
         raise TypeError(f"path must be a str or a path object, not {type(path).__name__}")
     if not text or "\0" in text:
         raise ValueError(f"invalid path {text!r}: it is empty or contains NUL")
-    return os.path.abspath(str.__str__(text))
+    return str.__str__(text)
 
 
 def _check_key(key: OutboxKey) -> str | KeyOfChannel:

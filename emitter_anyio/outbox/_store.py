@@ -159,7 +159,8 @@ class Store:
     Each write is on disk when the method returns: the write-ahead log is synchronized. The file is
     locked while it is open. Any thread can call the methods, because a lock serializes them.
 
-    :param path: the absolute path of the file
+    :param path: the path of the file; if it is relative, the working directory when it is opened
+        counts
     :param max_size: the maximum weight of all messages
     :param max_age: the age in seconds at which messages are given up
     :param overflow: what happens if there is no space for a message
@@ -172,6 +173,8 @@ class Store:
         self._overflow: Overflow = overflow
         self._lock = Lock()
         self._database: sqlite3.Connection | None = None
+        self._closed = False
+        """Whether the file was closed, perhaps before a thread has opened it."""
         self._clock = Clock(0, 0, readings())
         self._saved = 0.0
         """The time that is written in the file."""
@@ -197,7 +200,10 @@ class Store:
         :raises OutboxError: if it cannot be opened, read or written
         """
         with self._lock:
+            if self._closed:
+                raise OutboxError(f"cannot open the outbox {self._path!r}: it was closed")
             aside = None
+            self._path = os.path.abspath(self._path)
             try:
                 identity = _create(self._path)
                 try:
@@ -213,8 +219,9 @@ class Store:
             return aside
 
     def close(self) -> None:
-        """Close the file. It is not an error if it is not open."""
+        """Close the file, if it is open, and do not open it any more."""
         with self._lock:
+            self._closed = True
             if self._database is not None:
                 # If this fails, the clock is only less exact: everything else is on disk.
                 with suppress(sqlite3.Error), self._transaction() as database:
