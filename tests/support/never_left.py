@@ -13,6 +13,8 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, TypeAlias
 from unittest import mock
 
@@ -22,6 +24,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio import Backoff, Emitter, connect
+from emitter_anyio.outbox import Outbox
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.support.ports import unanswered_port
 
@@ -158,6 +161,21 @@ async def held_up_by_a_full_stream(emitter: Emitter, around: Around) -> None:
     await anyio.wait_all_tasks_blocked()
 
 
+async def with_an_outbox(emitter: Emitter, around: Around) -> None:
+    path = Path(around.left_later.enter_context(TemporaryDirectory()), "out.db")
+    box = await around.never_left.enter_async_context(Outbox(path, emitter, around.key))
+    await box.publish("a/", "x")
+    while box.statistics().waiting:
+        await anyio.sleep(0.001)
+
+
+async def with_an_outbox_that_writes(emitter: Emitter, around: Around) -> None:
+    path = Path(around.left_later.enter_context(TemporaryDirectory()), "out.db")
+    box = await around.never_left.enter_async_context(Outbox(path, emitter, around.key))
+    for _ in range(5):
+        await box.publish("a/", "x")
+
+
 SITUATIONS: Final[dict[Situation, dict[str, Any]]] = {
     entered: {},
     idle: {},
@@ -173,6 +191,8 @@ SITUATIONS: Final[dict[Situation, dict[str, Any]]] = {
     keeping_a_watermark: {},
     watching_presence: {},
     held_up_by_a_full_stream: {},
+    with_an_outbox: {},
+    with_an_outbox_that_writes: {},
 }
 """The situations, with the options of the client."""
 
