@@ -1,4 +1,4 @@
-"""The worker thread of an outbox: what several tasks write goes to disk in one transaction."""
+"""The worker thread of an outbox. Concurrent calls share a transaction."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Fetch(NamedTuple):
 
 class Lane(NamedTuple):
     """
-    Messages of one channel that were read from disk.
+    The oldest messages of a channel, as read from disk.
 
     :ivar complete: whether these are all its messages up to the last id that was read
     """

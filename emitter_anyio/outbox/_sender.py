@@ -78,9 +78,9 @@ class Sender:
     """
     Publishes messages in the order of each channel, with many in flight.
 
-    One task sends, and another one awaits the acknowledgements, which the broker sends in the order
-    of the messages. When the connection is lost, or the broker does not answer, all messages that
-    are in flight are sent again, from the oldest one.
+    One task sends messages. A second task awaits the acknowledgements, which the broker sends in
+    the same order. When the connection is lost, or the broker does not reply, the messages in
+    flight are sent again, from the oldest one.
 
     :param pipeline: publishes
     :param key: the key, or a function that returns that of a channel

@@ -149,7 +149,7 @@ class Outcome:
 
 
 class _CorruptError(Exception):
-    """The file is no database, or a damaged one."""
+    """The file is not a database, or a damaged database."""
 
 
 class Store:
@@ -486,7 +486,7 @@ class Store:
 
 
 class _Tally:
-    """The changes of one transaction, and the figures that they lead to."""
+    """The changes of a transaction, and the resulting figures."""
 
     def __init__(self, database: sqlite3.Connection, figures: Figures, now: float) -> None:
         self._database = database

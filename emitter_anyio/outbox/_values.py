@@ -113,7 +113,7 @@ class OutboxError(EmitterError):
 
 
 class OutboxInUseError(OutboxError):
-    """The file of an outbox is in use by another outbox, in this process or in another one."""
+    """A file that another outbox uses, in this or another process."""
 
 
 class OutboxFullError(OutboxError):

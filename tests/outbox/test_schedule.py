@@ -123,7 +123,7 @@ class Sending(RuleBasedStateMachine):
     @rule()
     def accept(self) -> None:
         message = self.in_flight.popleft()
-        # A message that the broker could not process is overtaken by those in flight behind it.
+        # A message that the broker could not process is overtaken by later ones in flight.
         del self.file.messages[message.id]
         self.schedule.finish(message)
 

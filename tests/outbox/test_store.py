@@ -592,6 +592,7 @@ def run_program(program: str) -> str:
         env=clean_environment(),
         capture_output=True,
         text=True,
+        check=False,
     )
     assert not done.returncode, done.stderr
     return done.stdout

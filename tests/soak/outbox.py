@@ -3,7 +3,7 @@ Kill a program with an outbox at random moments, and check that nothing is lost.
 
 ``python -m tests.soak.outbox --help`` lists the options. Each round starts a process that publishes
 numbers through an outbox and prints those that ``publish()`` has accepted, and ends it with
-SIGKILL. The broker drops connections meanwhile. At the end, every number that was printed must have
+SIGKILL. The broker drops connections. At the end, every number that was printed must have
 arrived, and in each channel, each number must have arrived first after all smaller ones.
 """
 
@@ -134,7 +134,7 @@ class Kills:
             async with Outbox(self._path, emitter, key) as box:
                 if box.set_aside is not None:
                     self.corrupt.append(str(box.set_aside))
-                while box.statistics().waiting:
+                while box.statistics().waiting:  # noqa: ASYNC110 - the figures have no event
                     await anyio.sleep(0.01)
                 if parked := await box.parked():
                     self.corrupt.append(f"parked: {parked}")
