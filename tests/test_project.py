@@ -61,7 +61,10 @@ SANS_IO_MODULES = [
     str(path.relative_to(LIBRARY).with_suffix(""))
     for package in ("_values", "_protocol")
     for path in sorted((LIBRARY / package).glob("[a-z]*.py"))
-] + ["_features/forward", "_features/position", "_features/stored"]
+] + [
+    *("_features/forward", "_features/position", "_features/stored"),
+    *("outbox/_clock", "outbox/_schedule"),
+]
 
 
 def public_names() -> dict[str, object]:
@@ -165,7 +168,7 @@ class TestImports:
     def test_import_loads_only_required_modules(self) -> None:
         loaded = modules_loaded_by("import emitter_anyio")
         assert {"anyio", "paho.mqtt.client", "emitter_anyio._client"} <= loaded
-        unwanted = {"trio", "wsproto", "rich", "emitter_anyio.testing"}
+        unwanted = {"trio", "wsproto", "rich", "emitter_anyio.testing", "emitter_anyio.outbox"}
         assert not unwanted & loaded
         assert "emitter_anyio._cli" not in loaded
         own_modules = {name for name in loaded if name.startswith("emitter_anyio")}

@@ -12,6 +12,7 @@ from typing import Any, Final, get_args, get_overloads, get_type_hints
 import pytest
 
 import emitter_anyio
+import emitter_anyio.outbox
 import emitter_anyio.testing
 from emitter_anyio import Backoff, ChannelKey, ConnectOptions, Emitter, connect
 from emitter_anyio._net.options import _ADDRESS_CHECKS, _OTHER_CHECKS
@@ -31,7 +32,7 @@ JSON: Final = ("as_object", "asObject")
 
 
 def public_values() -> Iterator[object]:
-    for module in (emitter_anyio, emitter_anyio.testing):
+    for module in (emitter_anyio, emitter_anyio.outbox, emitter_anyio.testing):
         yield from (value for name, value in vars(module).items() if not name.startswith("_"))
 
 

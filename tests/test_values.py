@@ -63,14 +63,17 @@ from emitter_anyio import (
     UnauthorizedError,
     Will,
     WrongLoopError,
+    outbox,
     testing,
 )
 from emitter_anyio._values.messages import ReplayedMessage
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
+PARKED: Final = outbox.ParkedMessage(1, "a/", b"x", 2.5, "no", 401)
 NOT_VALUES: Final = {
     *(Consumer, Emitter, Entering, EventStream, PresenceFeed, Subscribing),
     *(testing.BlockingBroker, testing.Broker, testing.Client, testing.FaultProxy),
+    outbox.Outbox,
     ConnectOptions,
 }
 """Public classes whose objects belong to one event loop, and a type of plain mappings."""
@@ -126,6 +129,8 @@ VALUES: Final[dict[type, Make]] = {
     StoredMessage: lambda: StoredMessage(bytes(16), NOW, "a/", b"x"),
     StreamStatistics: lambda: make_numbered(StreamStatistics, waiting_since=NOW),
     testing.ClientSnapshot: lambda: testing.ClientSnapshot("id", "c", "ann", ["a/"]),
+    outbox.OutboxStatistics: lambda: make_numbered(outbox.OutboxStatistics),
+    outbox.ParkedMessage: lambda: PARKED,
     Will: lambda: Will("k" * 32, "a/", {"gone": True}, retain=True),
     ReplayedMessage: lambda: ReplayedMessage("a/", b"x", bytes(16)),
 }
@@ -148,6 +153,11 @@ ERRORS: Final[dict[type, Make]] = {
     SlowConsumerError: lambda: SlowConsumerError("full", dropped=3),
     SubscriptionConflictError: lambda: SubscriptionConflictError("a/ and b/"),
     WrongLoopError: lambda: WrongLoopError("another thread"),
+    outbox.MessageParkedError: lambda: outbox.MessageParkedError("no", message=PARKED),
+    outbox.MessagesGivenUpError: lambda: outbox.MessagesGivenUpError("too old", count=3),
+    outbox.OutboxError: lambda: outbox.OutboxError("disk I/O error"),
+    outbox.OutboxFullError: lambda: outbox.OutboxFullError("1024 bytes"),
+    outbox.OutboxInUseError: lambda: outbox.OutboxInUseError("another process"),
     **{
         kind: partial(refusal, kind)
         for kind in (
@@ -192,7 +202,7 @@ def public(module: ModuleType) -> Iterator[type]:
 
 
 def test_every_public_class_is_covered() -> None:
-    everything = {*public(emitter_anyio), *public(testing)}
+    everything = {*public(emitter_anyio), *public(outbox), *public(testing)}
     assert everything == {*VALUES, *ERRORS, *NOT_VALUES} - {ReplayedMessage}
 
 

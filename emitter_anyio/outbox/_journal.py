@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import CancelScope, CapacityLimiter, to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from emitter_anyio._values.text import format_count
@@ -273,11 +273,9 @@ class Journal:
     async def close(self) -> None:
         """Write what has not been written, if possible, and close the file."""
         try:
-            before = math.inf
-            while self._incoming or (self._changes and math.isinf(before)):
-                if len(self._incoming) == before:
-                    break
-                before = len(self._incoming)
+            if self._changes:
+                await self._apply(self._take(None))
+            while self._incoming:
                 await self._apply(self._take(None))
         finally:
             await self._close_file()
@@ -385,4 +383,8 @@ class Journal:
             self._report(error)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await to_thread.run_sync(function, limiter=self._limiter)
+        results: list[T] = []
+        # Shielded, so that only Task.cancel() leaves open whether the function was called.
+        with CancelScope(shield=True):
+            results.append(await to_thread.run_sync(function, limiter=self._limiter))
+        return results[0]

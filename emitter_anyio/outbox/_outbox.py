@@ -109,6 +109,7 @@ class Outbox:
         self._journal: Journal
         self._sender: Sender
         self._tasks: Tasks | None = None
+        self._stop_tasks: Callable[[], None]
         self._entered = False
         self._open = False
         """Whether calls may use the file."""
@@ -142,8 +143,8 @@ class Outbox:
         :param ttl: seconds for which the message is valid, counted from this call. The time that it
             waits in the outbox is subtracted from the time for which the broker stores it; it is
             given up if nothing is left. ``None`` or 0: the broker does not store the message
-        :param retain: as for :meth:`Emitter.publish`
-        :param echo: as for :meth:`Emitter.publish`
+        :param retain: as for :meth:`~emitter_anyio.Emitter.publish`
+        :param echo: as for :meth:`~emitter_anyio.Emitter.publish`
         :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
         :raises ValueError: if an argument is out of range, or the message is malformed
         :raises InvalidChannelError: if the broker would not accept the channel
@@ -260,7 +261,7 @@ class Outbox:
                 )
             )
         self._failure, self._stopped = None, False
-        self._tasks, self._open = tasks, True
+        self._tasks, self._stop_tasks, self._open = tasks, tasks.stop, True
         tasks.start_soon(journal.run, name="emitter_anyio outbox: file")
         sender.start(journal, tasks)
         return self
@@ -328,8 +329,7 @@ class Outbox:
         )
         stopped.__cause__ = self._failure
         self._journal.end(stopped)
-        if self._tasks is not None:
-            self._tasks.stop()
+        self._stop_tasks()
 
     def _opened(self) -> Journal:
         """Return what reads and writes the file."""

@@ -622,9 +622,10 @@ def _set_aside(path: str, identity: tuple[int, int]) -> str:
 
 def _sync_directory(path: str) -> None:
     """Make the name of a new file permanent. SQLite does this only for its log."""
-    if os.name == "nt":
+    flags: int | None = getattr(os, "O_DIRECTORY", None)
+    if flags is None:  # Windows cannot open directories
         return
-    directory = os.open(os.path.dirname(path), os.O_RDONLY)
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | flags)
     try:
         os.fsync(directory)
     finally:

@@ -8,7 +8,7 @@ import pickle
 import sqlite3
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from emitter_anyio import (
     WrongLoopError,
     connect,
 )
+from emitter_anyio._runtime.holds import Holds
 from emitter_anyio.outbox import (
     MessageParkedError,
     MessagesGivenUpError,
@@ -414,6 +415,56 @@ class TestDelivery:
             async with listening(broker, key) as messages, emitter:
                 assert await take(messages, 1200) == list(range(1200))
                 await sent(box)
+
+    async def test_connection_that_is_lost_while_a_message_waits_for_space(
+        self, path: Path
+    ) -> None:
+        received: list[bytes] = []
+        may_close = anyio.Event()
+        connections = 0
+
+        async def script(peer: Peer) -> None:
+            nonlocal connections
+            connections += 1
+            await peer.accept()
+            if connections == 1:
+                await may_close.wait()
+                return
+            while packet := await peer.packet():
+                if packet.kind == PUBLISH:
+                    received.append(packet.payload[:2])
+                    await peer.send(packets.puback(packet.packet_id))
+
+        async with memory_peer(script, capacity=1024) as connectable:
+            emitter = connect_reconnecting(connectable=connectable)
+            async with Outbox(path, emitter, NO_KEY) as box:
+                for number in range(10, 30):
+                    await box.publish("a/", b"%d" % number + b"x" * 60_000)
+                async with emitter:
+                    await until(lambda: box._sender._sending)
+                    may_close.set()
+                    await sent(box)
+        assert received == [b"%d" % number for number in range(10, 30)]
+
+    async def test_publishes_that_wait_when_the_outbox_is_left_are_stored(
+        self, emitter: Emitter, key: str, path: Path
+    ) -> None:
+        box = Outbox(path, emitter, key)
+        stored = []
+
+        async def publish(number: int) -> None:
+            with suppress(ClosedError):  # on Trio, the task might run when the block was left
+                await box.publish("a/", number)
+                stored.append(number)
+
+        async with anyio.create_task_group() as tasks:
+            async with box:
+                await box.publish("a/", -1)
+                for number in range(3):
+                    tasks.start_soon(publish, number)
+                await anyio.lowlevel.checkpoint()
+        async with box:
+            assert box.statistics().waiting == 1 + len(stored)
 
     async def test_trace_reports_publishes(self, broker: Broker, key: str, path: Path) -> None:
         names = []
@@ -813,6 +864,8 @@ class TestFiles:
                     await until(lambda: box.statistics().waiting == 0)
                     with pytest.raises(OutboxError, match="cannot write"):
                         await box.publish("a/", 2)
+                    with pytest.raises(OutboxError, match="cannot write"):
+                        await box.retry()
                     await broker.drop(broker.clients[-1])
                     async with emitter.stream("connect") as connected:
                         await connected.receive()
@@ -1272,3 +1325,23 @@ async def test_while_disconnected_messages_wait(
             await box.publish("a/", 1)
             assert box.statistics().waiting == 1
         await sent(box)
+
+
+async def test_connection_is_held_until_the_last_release() -> None:
+    holds, released = Holds(), []
+
+    async def wait() -> None:
+        await holds.wait_released()
+        released.append(holds.held)
+
+    holds.set(1, held=True)
+    holds.set(2, held=True)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait)
+        tasks.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        holds.set(1, held=False)
+        await anyio.wait_all_tasks_blocked()
+        assert released == []
+        holds.set(2, held=False)
+    assert released == [False, False]

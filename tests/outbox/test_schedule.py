@@ -183,3 +183,77 @@ def test_channel_that_waits_does_not_delay_others() -> None:
     assert second is not None
     assert second.channel == "b"
     assert schedule.due == 10
+
+
+def test_channel_with_many_messages_is_sent_in_parts() -> None:
+    schedule, file = Schedule(), File()
+    for id in range(1, 11):
+        file.messages[id] = stored(id, "a")
+
+    def read() -> Fetch | None:
+        fetch = schedule.wanted(0)
+        if fetch is not None:
+            schedule.begin()
+            schedule.add(fetch, file.read(fetch))
+        return fetch
+
+    while read() is not None:
+        pass
+    message = schedule.next()
+    assert message is not None
+    schedule.postpone(message, 0)
+    received = []
+    while read() is not None:
+        while (message := schedule.next()) is not None:
+            received.append(message.id)
+            del file.messages[message.id]
+            schedule.finish(message)
+    assert received == list(range(1, 11))
+
+
+def test_second_failure_moves_the_time_of_a_channel() -> None:
+    schedule, file = Schedule(), File()
+    for id in (1, 2):
+        file.messages[id] = stored(id, "a")
+    fetch = schedule.wanted(0)
+    assert fetch is not None
+    schedule.begin()
+    assert schedule.wanted(0) is None
+    schedule.add(fetch, file.read(fetch))
+    first, second = schedule.next(), schedule.next()
+    assert first is not None
+    assert second is not None
+    schedule.postpone(first, 5)
+    schedule.postpone(second, 7)
+    assert schedule.due == 7
+    schedule.resume("a", 3)
+    schedule.resume("b", 3)
+    assert schedule.due == 3
+
+
+def test_restart_forgets_what_was_read() -> None:
+    schedule, file = Schedule(), File()
+    for id in range(1, 9):
+        file.messages[id] = stored(id, "a")
+    fetch = schedule.wanted(0)
+    assert fetch is not None
+    schedule.begin()
+    fetched = file.read(fetch)
+    schedule.restart()
+    schedule.add(fetch, fetched)
+    assert schedule.next() is None
+    fetch = schedule.wanted(0)
+    assert fetch is not None
+    schedule.begin()
+    schedule.add(fetch, file.read(fetch))
+    message = schedule.next()
+    assert message is not None
+    schedule.postpone(message, 0)
+    fetch = schedule.wanted(0)
+    assert fetch is not None
+    schedule.begin()
+    schedule.add(fetch, file.read(fetch))
+    schedule.restart()
+    fetch = schedule.wanted(0)
+    assert fetch is not None
+    assert (fetch.after, fetch.without, fetch.lanes) == (0, frozenset(), ())

@@ -251,6 +251,37 @@ class TestOpening:
                 with pytest.raises(OutboxError, match="closed"):
                     call()
 
+    def test_file_that_was_closed_is_not_opened_later(self, path: Path) -> None:
+        # On asyncio, a thread might start after the task that waits for it was cancelled.
+        store = make(path)
+        store.close()
+        with pytest.raises(OutboxError, match="closed"):
+            store.open()
+        assert not path.exists()
+
+    def test_error_that_is_no_corruption_is_raised(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with opened(path) as store:
+            write(store, b"1")
+
+        def fail(*_: object) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "_save_clock", fail)
+            with pytest.raises(OutboxError, match="disk I/O error"):
+                make(path).open()
+        with opened(path) as store:
+            assert payloads(store) == [b"1"]
+
+    def test_platform_that_cannot_open_directories(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
+        with opened(path) as store:
+            assert write(store, b"1").errors == [None]
+
 
 class TestCorruptFile:
     def check_set_aside(self, path: Path) -> Path:
@@ -466,6 +497,20 @@ class TestReading:
             (lane,) = fetched.lanes
             assert not lane.complete
             assert [message.id for message in lane.messages] == list(range(1, 19))
+
+
+def test_failure_within_a_transaction_stores_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with opened(path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module._Tally, "finish", fail)
+            assert isinstance(write(store, b"1").errors[0], OutboxError)
+        assert payloads(store) == []
+        assert store.figures.waiting == 0
 
 
 class TestFullDisk:
