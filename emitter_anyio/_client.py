@@ -30,7 +30,7 @@ from emitter_anyio._features.feed import PresenceFeed
 from emitter_anyio._features.history import History
 from emitter_anyio._features.keys import Keys
 from emitter_anyio._features.links import Links
-from emitter_anyio._features.pipeline import Pipeline
+from emitter_anyio._features.pipeline import Pipeline, set_pipeline
 from emitter_anyio._features.presence import Presence
 from emitter_anyio._features.publisher import Publisher
 from emitter_anyio._features.resumption import Resumption
@@ -266,7 +266,8 @@ class Emitter:
         self._requester = requester = Requester(slot, key_ring, options)
         self._publisher = publisher = Publisher(slot, requester, options, trace)
         holds = Holds()
-        self._pipeline = Pipeline(slot, requester, key_ring, events, holds, options, trace)
+        pipeline = Pipeline(slot, requester, key_ring, events, holds, options, trace)
+        set_pipeline(self, pipeline)
         self._keys = Keys(requester)
         self._history = history = History(requester)
         resumption = Resumption(slot, requester, history, events, background)
@@ -1484,11 +1485,6 @@ class Emitter:
             connection.session.connection_id,
             self._slot.last_error,
         )
-
-    @property
-    def pipeline(self) -> Pipeline:
-        """What an :class:`~emitter_anyio.outbox.Outbox` of this client publishes with."""
-        return self._pipeline
 
     def statistics(self) -> Statistics:
         """

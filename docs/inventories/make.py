@@ -23,7 +23,7 @@ NAMES = {
         "library/contextlib.html": "contextlib.AbstractContextManager",
         "library/collections.abc.html": "collections.abc.AsyncGenerator "
         "collections.abc.AsyncIterator collections.abc.Awaitable collections.abc.Callable "
-        "collections.abc.Iterator collections.abc.Mapping",
+        "collections.abc.Iterable collections.abc.Iterator collections.abc.Mapping",
         "library/constants.html": "None:data True:data False:data",
         "library/datetime.html": "datetime.datetime",
         "library/exceptions.html": "Exception:exception ImportError:exception "
@@ -33,6 +33,8 @@ NAMES = {
         "library/functions.html": "bool float int",
         "library/json.html": "json.dumps:function",
         "library/logging.html": "logging:module",
+        "library/os.html": "os.PathLike",
+        "library/pathlib.html": "pathlib.Path",
         "library/ssl.html": "ssl.SSLContext ssl.create_default_context:function",
         "library/stdtypes.html": "bytearray bytes dict list memoryview str tuple",
         "library/typing.html": "typing.Any:data typing.Literal:data",

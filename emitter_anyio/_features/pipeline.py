@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
+from weakref import WeakKeyDictionary
 
 from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.options import Options
@@ -163,3 +165,17 @@ class Pipeline:
 
 def _topic(key: str, channel: str, ttl: int | None, echo: bool) -> bytes:
     return format_topic(key, channel, topic_options(ttl, echo)).encode()
+
+
+# A public attribute of the client would make all types of a connection part of the public API.
+_PIPELINES: Final[WeakKeyDictionary[object, Pipeline]] = WeakKeyDictionary()
+
+
+def set_pipeline(client: object, pipeline: Pipeline) -> None:
+    """Set the pipeline of a client, which :func:`pipeline_of` returns."""
+    _PIPELINES[client] = pipeline
+
+
+def pipeline_of(client: object) -> Pipeline:
+    """Return the pipeline of a client."""
+    return _PIPELINES[client]

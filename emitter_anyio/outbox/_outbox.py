@@ -16,6 +16,7 @@ from anyio import CancelScope
 
 from emitter_anyio._backend.tasks import Tasks, is_cancelled
 from emitter_anyio._client import Emitter
+from emitter_anyio._features.pipeline import pipeline_of
 from emitter_anyio._values.channels import PLACEHOLDER_KEY, ChannelKey, check_channel, check_key
 from emitter_anyio._values.checks import (
     check_choice,
@@ -102,7 +103,7 @@ class Outbox:
         self._max_size = check_int("max_size", max_size, 1024, _MAX_SIZE, " bytes")
         self._max_age = math.inf if max_age is None else check_seconds("max_age", max_age)
         self._overflow = cast("Overflow", check_choice("overflow", overflow, get_args(Overflow)))
-        self._pipeline = emitter.pipeline
+        self._pipeline = pipeline_of(emitter)
         self._owner = self._pipeline.owner
         self._size_key = self._key if isinstance(self._key, str) else PLACEHOLDER_KEY
         self._store: Store
