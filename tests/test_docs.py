@@ -34,9 +34,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 import emitter_anyio
+import emitter_anyio.outbox
 import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._net.options import Options
+from emitter_anyio.outbox import Outbox
 from emitter_anyio.testing import BlockingBroker, Broker, FaultProxy
 from tests.support.asgi import Application, lifespan, post, request, websocket
 from tests.support.command import ROOT, run, running
@@ -417,10 +419,12 @@ class TestReference:
         assert sorted(set(listed)) == sorted(listed)
         top = {name for name in listed if "." not in name}
         explained = {"Key", "Payload", "Overflow", "Timeout"}
-        assert top == public(emitter_anyio) | public(emitter_anyio.testing) | explained
+        modules = emitter_anyio, emitter_anyio.outbox, emitter_anyio.testing
+        assert top == explained.union(*map(public, modules))
 
     @pytest.mark.parametrize(
-        "kind", [Emitter, EmitterMessage, StoredMessage, BlockingBroker, Broker, FaultProxy]
+        "kind",
+        [Emitter, EmitterMessage, Outbox, StoredMessage, BlockingBroker, Broker, FaultProxy],
     )
     def test_every_member_is_there(self, kind: type) -> None:
         listed = {name for name in self.listed() if name.startswith(f"{kind.__name__}.")}
@@ -477,7 +481,7 @@ class TestErrors:
                 tree[name] = above[len(indent) - 2]
         errors = {
             value
-            for value in vars(emitter_anyio).values()
+            for value in (*vars(emitter_anyio).values(), *vars(emitter_anyio.outbox).values())
             if inspect.isclass(value) and issubclass(value, emitter_anyio.EmitterError)
         }
         assert tree == {
