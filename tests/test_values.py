@@ -72,7 +72,8 @@ NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 PARKED: Final = outbox.ParkedMessage(1, "a/", b"x", 2.5, "no", 401)
 NOT_VALUES: Final = {
     *(Consumer, Emitter, Entering, EventStream, PresenceFeed, Subscribing),
-    *(testing.BlockingBroker, testing.Broker, testing.Client, testing.FaultProxy),
+    *(testing.BlockingBroker, testing.Broker, testing.Client),
+    *(testing.ConfiguredBroker, testing.FaultProxy),
     outbox.Outbox,
     ConnectOptions,
 }
