@@ -41,6 +41,9 @@ from emitter_anyio._values.requests import Me as Me
 from emitter_anyio._values.requests import Member as Member
 from emitter_anyio._values.requests import PresenceEvent as PresenceEvent
 from emitter_anyio._values.requests import PresenceStatus as PresenceStatus
+from emitter_anyio._values.stats import NodeMetric as NodeMetric
+from emitter_anyio._values.stats import NodeStats as NodeStats
+from emitter_anyio._values.stats import decode_stats as decode_stats
 from emitter_anyio._values.templates import Channel as Channel
 from emitter_anyio._values.will import Will as Will
 

@@ -20,7 +20,10 @@ import emitter_anyio
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "emitter_anyio"
 
-CALLS = ["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed", "Consumer"]
+CALLS = [
+    *["connect", "Emitter", "Entering", "Subscribing", "EventStream", "PresenceFeed", "Consumer"],
+    "decode_stats",
+]
 VALUES = [
     *["Backoff", "Channel", "ConnectOptions", "Gap"],
     *["Will", "EmitterMessage", "DecodedMessage", "StoredMessage", "ChannelKey", "Link", "Me"],
@@ -31,6 +34,8 @@ VALUES = [
         "ConnectionInfo",
         "Statistics",
         "StreamStatistics",
+        "NodeStats",
+        "NodeMetric",
     ],
 ]
 ERRORS = [

@@ -44,6 +44,8 @@ from emitter_anyio import (
     Me,
     Member,
     MessageTooLargeError,
+    NodeMetric,
+    NodeStats,
     NotFoundError,
     PaymentRequiredError,
     PresenceEvent,
@@ -63,10 +65,12 @@ from emitter_anyio import (
     UnauthorizedError,
     Will,
     WrongLoopError,
+    decode_stats,
     outbox,
     testing,
 )
 from emitter_anyio._values.messages import ReplayedMessage
+from tests.support.stats import RECORDED
 
 NOW: Final = datetime(2026, 1, 1, tzinfo=UTC)
 PARKED: Final = outbox.ParkedMessage(1, "a/", b"x", 2.5, "no", 401)
@@ -124,6 +128,8 @@ VALUES: Final[dict[type, Make]] = {
     Link: lambda: Link("a1", "a/?me=0"),
     Me: lambda: Me("id", {"a1": "a/"}),
     Member: lambda: Member("id", "ann"),
+    NodeMetric: lambda: NodeMetric("rcv.pub", "tag", 2, (0, 1), NOW, NOW),
+    NodeStats: lambda: decode_stats(RECORDED),
     PresenceEvent: lambda: PresenceEvent(NOW, "subscribe", "a/", (Member("id"),)),
     PresenceStatus: lambda: PresenceStatus(NOW, "status", "a/", (Member("id", "ann"),)),
     Statistics: lambda: make_numbered(Statistics),

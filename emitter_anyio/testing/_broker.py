@@ -16,6 +16,7 @@ from anyio import (
     Event,
     create_task_group,
     create_tcp_listener,
+    sleep,
 )
 from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
 from anyio.from_thread import BlockingPortalProvider
@@ -33,6 +34,7 @@ from ._peer import Kind
 from ._refusals import RefusedError
 from ._service import Service
 from ._sockets import keep_accepting
+from ._stats import Gauges, Stats
 from ._topics import Topic, parse
 
 _ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
@@ -88,8 +90,11 @@ class Broker:
         the clock, but not clients and stored messages
     :param patience: the seconds that a node waits for other nodes that do not reply to a request
         for stored messages; it waits half as long before each presence status
-    :raises ValueError: if ``license`` is malformed or is not that of ``cluster``, or ``matcher`` is
-        unknown
+    :param stats_interval: the seconds between two messages with the figures of this node, which it
+        publishes to ``stats/<node>/`` like Emitter; ``None`` for none. See
+        :func:`emitter_anyio.decode_stats`
+    :raises ValueError: if ``license`` is malformed or is not that of ``cluster``, ``matcher`` is
+        unknown, or ``stats_interval`` is not positive
     :raises OSError: on entering, if the port is in use
 
     :ivar license: the licence
@@ -107,11 +112,14 @@ class Broker:
         coalesce: bool = False,
         cluster: Broker | None = None,
         patience: float = SURVEY_TIMEOUT_SECONDS,
+        stats_interval: float | None = 1.0,
     ) -> None:
         if matcher not in get_args(Matcher):
             raise ValueError(
                 f"invalid matcher {matcher!r}: expected one of {', '.join(get_args(Matcher))}"
             )
+        if stats_interval is not None and not stats_interval > 0:
+            raise ValueError(f"invalid stats_interval: expected more than 0, got {stats_interval}")
         if cluster is not None:
             if license not in (None, cluster.license):
                 raise ValueError("invalid license: all nodes of a cluster need the same licence")
@@ -126,6 +134,8 @@ class Broker:
         self._shared = _new_cluster() if cluster is None else cluster.shared
         self._cluster, self._slow_clients, _ = self._shared
         self._exchange: Exchange = Exchange(licence, matcher, self._cluster, patience)
+        self._stats = Stats(self._exchange.name[:6])
+        self._stats_interval = stats_interval
         self._faults = Faults()
         self._clients: dict[Client, None] = {}
         self._current_run: tuple[CancelScope, Event] | None = None
@@ -164,6 +174,7 @@ class Broker:
         listener = await create_tcp_listener(local_host=self.host, local_port=port)
         self._port = listener.extra(SocketAttribute.local_port)
         self._cluster.start(self._exchange)
+        self._stats.start(self._exchange.now())
         scope, ended = self._current_run = CancelScope(), Event()
         tasks.start_soon(self._serve_all, listener, scope, ended)
 
@@ -173,11 +184,26 @@ class Broker:
         try:
             with scope:
                 async with listener, create_task_group() as task_group:
+                    task_group.start_soon(self._publish_stats)
                     for each in listener.listeners:
                         serve = partial(each.serve, self._serve, task_group)
                         task_group.start_soon(keep_accepting, serve)
         finally:
             ended.set()
+
+    async def _publish_stats(self) -> None:
+        while self._stats_interval is not None:
+            await sleep(self._stats_interval)
+            await self._faults.wait_resumed()
+            gauges = Gauges(
+                len(self._clients),
+                self._exchange.subscription_count,
+                len(self._cluster.reached(self._exchange)),
+            )
+            snapshot = self._stats.snapshot(
+                self._exchange.now(), f"{self.host}:{self.port}", gauges
+            )
+            await self.publish(self._stats.channel, snapshot)
 
     def _halt(self) -> Event | None:
         """Stop listening and return an event that is set when the port is free."""
@@ -434,6 +460,7 @@ class Broker:
             self._exchange,
             self._faults,
             self._slow_clients,
+            self._stats,
             stream,
             ssl_context=self._ssl_context,
             coalesce=self._coalesce,

@@ -21,6 +21,7 @@ from ._outbox import STREAM_ERRORS, Outbox
 from ._packets import (
     ConnAck,
     Connect,
+    Disconnect,
     MalformedPacketError,
     Packet,
     PacketReader,
@@ -44,6 +45,7 @@ from ._wire import Wire
 if TYPE_CHECKING:
     from ._exchange import Exchange
     from ._faults import Faults
+    from ._stats import Stats
 
 IDLE_TIMEOUT_SECONDS = 120.0
 """The time without a packet after which Emitter closes a connection (``broker/conn.go``)."""
@@ -54,6 +56,24 @@ STALL_TIMEOUT_SECONDS = 1.0
 LINGER_SECONDS = 1.0
 """The time to write the queue of a client that has disconnected."""
 _CHUNK_BYTES = 65536
+
+_METRICS: dict[type[Packet], str] = {
+    Connect: "rcv.connect",
+    ConnAck: "rcv.connack",
+    Publish: "rcv.pub",
+    PubAck: "rcv.puback",
+    PubRec: "rcv.pubrec",
+    PubRel: "rcv.pubrel",
+    PubComp: "rcv.pubcomp",
+    Subscribe: "rcv.sub",
+    SubAck: "rcv.suback",
+    Unsubscribe: "rcv.unsub",
+    UnsubAck: "rcv.unsuback",
+    PingReq: "rcv.pingreq",
+    PingResp: "rcv.pingresp",
+    Disconnect: "rcv.disconnect",
+}
+"""Emitter's metrics of received packets."""
 
 logger = logging.getLogger("emitter_anyio.testing")
 
@@ -90,6 +110,7 @@ class Client:
         exchange: Exchange,
         faults: Faults,
         slow_clients: SlowClients,
+        stats: Stats,
         stream: ByteStream,
         *,
         ssl_context: ssl.SSLContext | None = None,
@@ -101,6 +122,7 @@ class Client:
         self._exchange = exchange
         self._faults = faults
         self._slow_clients = slow_clients
+        self._stats = stats
         self._stream = stream
         self._ssl_context = ssl_context
         self._wire = Wire()
@@ -198,6 +220,8 @@ class Client:
                 return
 
     def _send(self, kind: Kind, data: bytes) -> None:
+        if kind == "message":
+            self._stats.count("send.pub")
         if not (self._faults.withheld and self._faults.take(self._send, kind, data)):
             self._queue(self._wire.wrap(data))
 
@@ -229,6 +253,7 @@ class Client:
 
     async def _handle(self, packet: Packet) -> bool:
         """Handle a packet, and return whether the connection stays open."""
+        self._stats.count(_METRICS[type(packet)])
         match packet:
             case Connect():
                 return self._connect(packet)

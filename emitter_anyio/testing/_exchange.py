@@ -65,6 +65,12 @@ class Exchange:
         """Return the broker's time in Unix seconds."""
         return time.time() + self.cluster.ahead
 
+    @property
+    def subscription_count(self) -> int:
+        """The number of subscriptions on this node and, as in Emitter, on those it reaches."""
+        nodes = (self, *self.cluster.reached(self))
+        return sum(node.subscriptions.count for node in nodes)
+
     def new_peer(self, send: Send) -> Peer:
         """
         Create the state of a new connection.

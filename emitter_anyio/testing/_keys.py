@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from struct import Struct
 
+from emitter_anyio._values import snappy
 from emitter_anyio._values.channels import level_hash
 
 from . import _salsa20, _snappy, _xtea
@@ -165,7 +166,7 @@ class License:
                 contract, signature = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
                 return cls(1, text, data[:16], b"", contract, signature, 1)
             salt_size = {"2": 24, "3": 16}[version]
-            return cls(int(version), text, *_unpack(_snappy.decode(data), salt_size))
+            return cls(int(version), text, *_unpack(snappy.decode(data), salt_size))
         except (ValueError, KeyError, IndexError):
             raise ValueError(
                 "invalid licence: expected the line that Emitter or `emitter license new` prints, "
@@ -233,9 +234,9 @@ def _unpack(data: bytes, salt_size: int) -> tuple[bytes, bytes, int, int, int]:
     if data[0] != 32 or data[33] != salt_size:
         raise ValueError("unexpected lengths")
     salt, at = data[at : at + salt_size], at + salt_size
-    contract, at = _snappy.read_uvarint(data, at)
-    signature, at = _snappy.read_uvarint(data, at)
-    master, at = _snappy.read_uvarint(data, at)
+    contract, at = snappy.read_uvarint(data, at)
+    signature, at = snappy.read_uvarint(data, at)
+    master, at = snappy.read_uvarint(data, at)
     if at != len(data) or max(contract, signature) >> 32 or master >> 16:
         raise ValueError("unexpected numbers")
     return key, salt, contract, signature, master

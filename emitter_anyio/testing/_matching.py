@@ -87,13 +87,22 @@ class Subscriptions(Generic[T]):
 
     def __init__(self, matcher: Matcher = "emitter") -> None:
         self._filters: Trie[T] = Trie(matcher)
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """The number of filters of all subscribers."""
+        return self._count
 
     def add(self, words: Words, subscriber: T) -> None:
+        """Add a new filter of a subscriber."""
         self._filters.add(words, subscriber)
+        self._count += 1
 
     def remove(self, words: Words, subscriber: T) -> None:
         """Remove an existing filter of a subscriber."""
         self._filters.remove(words, subscriber)
+        self._count -= 1
 
     def match(self, words: Words) -> dict[T, None]:
         """Return the subscribers with matching filters, without groups."""

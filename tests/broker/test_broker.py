@@ -36,6 +36,7 @@ from emitter_anyio.testing._packets import (
     Will,
 )
 from emitter_anyio.testing._sockets import SocketStream
+from emitter_anyio.testing._stats import Stats
 from emitter_anyio.testing._topics import parse
 from tests.broker.player import MemoryStream, PacketConnection
 from tests.broker.websocket import WebSocketStream
@@ -502,7 +503,10 @@ class TestTime:
         exchange, faults, slow_clients = Exchange(License.new()), Faults(), SlowClients()
         pairs = [MemoryStream.pair() for _ in range(2)]
         connections = [PacketConnection(here) for here, _ in pairs]
-        clients = [Client(exchange, faults, slow_clients, there) for _, there in pairs]
+        clients = [
+            Client(exchange, faults, slow_clients, Stats(exchange.name), there)
+            for _, there in pairs
+        ]
         async with anyio.create_task_group() as task_group:
             for client in clients:
                 task_group.start_soon(client.serve)
@@ -513,7 +517,9 @@ class TestTime:
 
     async def test_delayed_packets_are_lost_when_the_client_disconnects(self) -> None:
         here, there = MemoryStream.pair()
-        client = Client(Exchange(License.new()), Faults(), SlowClients(), there, coalesce=True)
+        exchange = Exchange(License.new())
+        stats = Stats(exchange.name)
+        client = Client(exchange, Faults(), SlowClients(), stats, there, coalesce=True)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(client.serve)
             connection = PacketConnection(here)

@@ -35,14 +35,14 @@ def test_all_conversations_are_loaded() -> None:
 @pytest.mark.parametrize("license", LICENSES.values(), ids=[f"v{name}" for name in LICENSES])
 @pytest.mark.parametrize("name", CONVERSATIONS)
 async def test_replies_match_the_recording(name: str, license: str) -> None:
-    async with Broker(license=license) as broker:
+    async with Broker(license=license, stats_interval=None) as broker:
         await Player(broker, PacketConnection.open).play(CONVERSATIONS[name])
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 async def test_replies_over_websocket_match_the_recording(name: str) -> None:
     # Use a fixed licence: a malformed key decrypts to random content, which might be a secret key.
-    async with Broker(license=LICENSES["3"]) as broker:
+    async with Broker(license=LICENSES["3"], stats_interval=None) as broker:
         await Player(broker, open_websocket).play(CONVERSATIONS[name])
 
 
@@ -61,7 +61,7 @@ async def test_player_detects_a_different_reply(
     key = "A" * 32
     connect = {"do": "connect", "client": "a", "receives": {"a": [{"type": "connack", "code": 0}]}}
     publish = {"do": "publish", "client": "a", "topic": f"{key}/a/", "qos": 1, "id": 7}
-    async with Broker() as broker:
+    async with Broker(stats_interval=None) as broker:
         with pytest.raises(AssertionError, match="step 2: a wants"):
             await Player(broker, PacketConnection.open).play(
                 {"steps": [connect, {**publish, "receives": {"a": wanted}, "unordered": unordered}]}

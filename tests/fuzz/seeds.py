@@ -1,4 +1,4 @@
-"""Initial inputs for the fuzzer: recorded packets of real brokers, frames, handshakes and URLs."""
+"""Initial inputs for the fuzzer, most of them recorded from real brokers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emitter_anyio._values import snappy
 from tests.support import packets
+from tests.support.stats import RECORDED as SNAPSHOT
 
 RECORDED = Path(__file__).parent.parent / "broker" / "conversations"
 
@@ -131,3 +133,9 @@ def _plain(value: Any) -> Any:
         case list():
             return [_plain(each) for each in value]
     return value
+
+
+def snapshots() -> Iterator[bytes]:
+    """Yield a recorded snapshot of a node's figures, compressed and decompressed."""
+    yield SNAPSHOT
+    yield snappy.decode(SNAPSHOT)

@@ -21,6 +21,8 @@ from emitter_anyio._protocol.wants import Wants
 from emitter_anyio._values import requests as requests
 from emitter_anyio._values.errors import ConnectError, EmitterError, RemoteProtocolError
 from emitter_anyio._values.messages import EmitterMessage
+from emitter_anyio._values.stats import decode_stats
+from emitter_anyio.testing import _snappy
 from tests.fuzz import seeds
 from tests.support.events import unbatch
 from tests.support.secrets import visible_text
@@ -226,10 +228,18 @@ def perform_handshake(pieces: Iterable[bytes]) -> str:
     raise AssertionError("the connection ended without an error")
 
 
+def stats(data: bytes) -> None:
+    """Decode the figures of a node, as they are and after decompression."""
+    for payload in (data, _snappy.encode(data)):
+        with suppress(ValueError):
+            decode_stats(payload)
+
+
 TARGETS: Final = {
     "websocket": Target(websocket, seeds.frames),
     "upgrade": Target(upgrade, seeds.handshakes),
     "codec": Target(codec, seeds.conversations),
     "answers": Target(answers, seeds.answers),
     "options": Target(options, seeds.urls),
+    "stats": Target(stats, seeds.snapshots),
 }
