@@ -17,6 +17,8 @@ COMMANDS: Final = {
     "broker": ("_broker", "run a development broker"),
     "license": ("_broker", "generate a licence and its secret key"),
     "doctor": ("_doctor", "check the connection, the broker and a key"),
+    "bench": ("_bench", "measure the rate and the latency of a broker"),
+    "top": ("_top", "show the load of each node of the broker"),
     "pub": ("_pub", "publish messages"),
     "sub": ("_sub", "print the messages of channels"),
     "presence": ("_presence", "show the subscribers of a channel"),

@@ -74,7 +74,7 @@ async def _print(feed: PresenceFeed, arguments: argparse.Namespace) -> None:
 
 async def _show(feed: PresenceFeed, arguments: argparse.Namespace) -> None:
     since: dict[str, str] = {}
-    with live_table(arguments.channel) as update:
+    with live_table(arguments.channel, ("member", "since", "connection")) as update:
         if update is None:
             await _print(feed, arguments)
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from emitter_anyio import Backoff, Emitter, RequestError, connect
-from emitter_anyio._values.channels import Key, check_key
+from emitter_anyio._values.channels import KeySource, check_key
 
 from ._arguments import DEFAULT_URL, CommandError, UsageError, url, username
 from ._output import is_terminal, note
@@ -109,7 +109,7 @@ class Source:
         origin = self.origins.get(name)
         return f"the {name.replace('secret', 'secret key')} is from {origin}" if origin else ""
 
-    def key_for(self, emitter: Emitter, permissions: str, channel: str) -> Key:
+    def key_for(self, emitter: Emitter, permissions: str, channel: str) -> KeySource:
         """
         Return the channel key, or a function that generates one with the secret key.
 

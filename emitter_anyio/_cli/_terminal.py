@@ -51,11 +51,14 @@ def make_styler(stream: TextIO | None) -> Callable[[str, str], str]:
 
 
 @contextmanager
-def live_table(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None] | None]:
+def live_table(
+    title: str, columns: Sequence[str]
+) -> Iterator[Callable[[str, Sequence[Sequence[str]], str], None] | None]:
     """
-    Show a table of members on the terminal until the block ends.
+    Show a table on the terminal until the block ends.
 
     :param title: the heading above the table
+    :param columns: the headings of the columns
     :return: a function that updates the table, with the text after the title, the rows, and the
         line below the table; ``None`` if standard output cannot show a table
     """
@@ -73,7 +76,7 @@ def live_table(title: str) -> Iterator[Callable[[str, Sequence[Sequence[str]], s
         with Live(console=console, auto_refresh=False) as live:
 
             def update(summary: str, rows: Sequence[Sequence[str]], footer: str) -> None:
-                table = Table("member", "since", "connection", box=SIMPLE_HEAD)
+                table = Table(*columns, box=SIMPLE_HEAD)
                 for first, *others in rows:
                     table.add_row(Text(first, "bold green"), *map(Text, others))
                 heading = Text.assemble((title, "bold"), f"  {summary}")

@@ -18,8 +18,10 @@ from tests.support.command import ROOT, clean_environment
 
 TEXT = (ROOT / "docs/command-line.md").read_text()
 BLOCKS = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
-# Ids come first, because they may begin with a digit.
-VARIES = re.compile(r"[A-Z0-9]{26}|\d[\d.,:]*|\"[^\"]*(…|T\d)[^\"]*\"|\"[-\w+/=]{32,}\"")
+# Ids and names of nodes come first, because they may begin with a digit.
+VARIES = re.compile(
+    r"[A-Z0-9]{26}|[0-9a-f]{2}(?::[0-9a-f]{2}){5}|\d[\d.,:]*|\"[^\"]*(…|T\d)[^\"]*\"|\"[-\w+/=]{32,}\""
+)
 
 
 def lines_of(block: str) -> list[tuple[str, str]]:
@@ -47,10 +49,13 @@ def in_background(
         text=True,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == printed
-        yield
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
+        try:
+            assert process.stdout.readline() == printed
+            yield
+            process.send_signal(signal.SIGINT)
+            assert process.wait() == 130
+        finally:
+            process.kill()
 
 
 def test_command_lines_print_the_shown_output(server: Background, tmp_path: Path) -> None:
