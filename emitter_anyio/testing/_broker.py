@@ -337,7 +337,9 @@ class Broker:
 
         The ids of messages that it stores from now on contain another node number. The nodes that
         knew it before still request its stored messages, but do not reply to its requests, so it
-        waits for them until they are restarted too. Emitter behaves like this in most restarts.
+        waits for them until they are restarted too. Subscribers on those nodes receive messages
+        published on this one only after they have reconnected or subscribed again. Emitter behaves
+        like this in most restarts.
 
         :param forget: whether to delete the stored messages, like a node that stores in memory
         :raises OSError: if the port is in use
@@ -379,8 +381,9 @@ class Broker:
         """
         Cut the connections between this node and the others until :meth:`heal`.
 
-        Its clients stay connected. Messages and presence events between the two sides are lost.
-        Each side waits for the replies of the other until its ``patience`` has passed.
+        Its clients stay connected. Each side takes the other's nodes for stopped: it sends them no
+        messages and requests, does not wait for their replies, and announces to those who watch
+        presence that their subscribers have left, with wrong ids as after :meth:`stop`.
 
         :raises RuntimeError: if the node is not running
         """
@@ -391,7 +394,10 @@ class Broker:
         """
         Restore the connections to the other nodes, and exchange bans.
 
-        Messages that were lost since :meth:`cut` are not sent again.
+        Messages that were lost since :meth:`cut` are not sent again. As in Emitter, the two sides
+        send each other only messages for subscriptions made since :meth:`cut`, so subscribers must
+        reconnect or subscribe again. A node gets no replies from the other side to requests for
+        stored messages, and waits for them, until all nodes have been stopped and started again.
 
         :raises RuntimeError: if the node is not running
         """

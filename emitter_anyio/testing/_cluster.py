@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 
 class Ban(NamedTuple):
@@ -30,6 +30,12 @@ class Node(Protocol):
 
     def merge_bans(self, bans: Mapping[str, Ban]) -> None:
         """Take over newer decisions from another node."""
+
+    def hide_subscriptions(self, node: Self) -> None:
+        """Make another node send no messages for the present subscriptions of this one."""
+
+    def announce_loss(self, node: Self) -> None:
+        """Announce to the clients of another node that the subscribers of this one have left."""
 
 
 T = TypeVar("T")
@@ -129,14 +135,16 @@ class Cluster(Generic[N]):
         """
         Start a node.
 
-        Nodes that knew an earlier run of it ignore its surveys: a node of Emitter merges a stale
-        entry of that run from their state, and in most restarts unsubscribes them from its surveys.
+        Nodes that knew an earlier run of it ignore its surveys, and their clients receive nothing
+        from it for their present subscriptions: a node of Emitter merges a stale entry of that run
+        from their state, and in most restarts removes their subscriptions and surveys.
         """
         member = self._members[node]
         for other in self.others(node):
             member.meet(other)
             if self._members[other].meet(node):
                 member.exclude(other)
+                other.hide_subscriptions(node)
         member.start()
         self._exchange_bans(node)
 
@@ -153,7 +161,18 @@ class Cluster(Generic[N]):
         self._members[node].resume()
 
     def cut(self, node: N, cut: bool) -> None:
-        """Cut the connections of a node to the others, or restore them."""
+        """
+        Cut the connections of a node to the others, or restore them.
+
+        The nodes of Emitter on both sides delete each other's subscriptions and surveys from their
+        state, and do not take them over again when they are connected again.
+        """
+        if cut:
+            for other in self.reached(node):
+                for owner, viewer in ((node, other), (other, node)):
+                    self._members[viewer].exclude(owner)
+                    owner.announce_loss(viewer)
+                    owner.hide_subscriptions(viewer)
         self._members[node].set_cut(cut)
         self._exchange_bans(node)
 
@@ -184,13 +203,11 @@ class Cluster(Generic[N]):
 
         :return: their replies, and whether a node did not reply
         """
-        member = self._members[asker]
+        member, reached = self._members[asker], self.reached(asker)
         answering = [
-            other
-            for other in self.reached(asker)
-            if member.surveys(other) and not self._members[other].paused
+            other for other in reached if member.surveys(other) and not self._members[other].paused
         ]
-        return [ask(other) for other in answering], len(answering) < len(self.others(asker))
+        return [ask(other) for other in answering], len(answering) < len(reached)
 
     def _exchange_bans(self, node: N) -> None:
         for other in self.reached(node):

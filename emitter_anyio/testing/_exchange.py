@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -51,7 +51,11 @@ class Exchange:
         self.license = license
         self.bans: dict[str, Ban] = {}
         self.storage: Storage = Storage(license.contract)
-        self.subscriptions: Subscriptions[_Receiver] = Subscriptions(matcher)
+        self._new_subscriptions: Callable[[], Subscriptions[_Receiver]]
+        self._new_subscriptions = partial(Subscriptions, matcher)
+        self.subscriptions: Subscriptions[_Receiver] = self._new_subscriptions()
+        # What nodes know that do not know all subscriptions.
+        self._known: dict[Exchange, Subscriptions[_Receiver]] = {}
         self.watchers: Trie[Peer] = Trie(matcher)
         self.cluster: Cluster[Exchange] = Cluster() if cluster is None else cluster
         self.cluster.join(self)
@@ -138,13 +142,14 @@ class Exchange:
         self._authorize_message(topic, READ)
         channel = peer.remove_subscription(topic.words)
         if channel is not None:
-            self.subscriptions.remove(topic.words, peer)
+            self._remove_subscription(topic.words, peer)
             self._announce_everywhere("unsubscribe", peer, topic.words, channel)
 
     def add_subscription(self, peer: Peer, topic: Topic) -> None:
         """Add a subscription, unless it exists."""
         if peer.add_subscription(topic.words, topic.channel):
-            self.subscriptions.add(topic.words, peer)
+            for known in (self.subscriptions, *self._known.values()):
+                known.add(topic.words, peer)
             self._announce_everywhere("subscribe", peer, topic.words, topic.channel)
 
     def watch(self, peer: Peer, words: Words, wanted: bool) -> None:
@@ -182,12 +187,22 @@ class Exchange:
         with the same number on that node, if there is one.
         """
         peer.take_will()
-        removed = self._remove_all(peer)
         for other in self.cluster.others(self):
-            who = {**peer.who(), "id": connection_id(other.name, peer.number)}
-            for words, channel in removed:
-                change = self._change("unsubscribe", who, channel)
-                self.cluster.do(other, partial(other.announce, words, change))
+            self._announce_loss(other, peer)
+        self._remove_all(peer)
+
+    def announce_loss(self, node: Exchange) -> None:
+        """Announce the subscribers of this node to another node as :meth:`abandon` does."""
+        for peer in _peers(self.subscriptions.subscribers()):
+            self._announce_loss(node, peer)
+
+    def hide_subscriptions(self, node: Exchange) -> None:
+        """Make another node send no messages for the present subscriptions of this one."""
+        self._known[node] = self._new_subscriptions()
+
+    def known_to(self, node: Exchange) -> Subscriptions[_Receiver]:
+        """Return the subscriptions of this node that another node knows."""
+        return self._known.get(node, self.subscriptions)
 
     async def query(self, topic: Topic, after: bytes = b"") -> list[Stored]:
         """Return the stored messages that the options of a topic select, by default one."""
@@ -210,7 +225,7 @@ class Exchange:
         Like Emitter, wait for the replies of other nodes, although they never arrive.
         """
         found = self.subscriptions.receivers(words, other_nodes=self._other_nodes())
-        if self.cluster.others(self):
+        if self.cluster.reached(self):
             await sleep(self._patience / 2)
         return _peers(found)
 
@@ -260,7 +275,7 @@ class Exchange:
         return self.license.encrypt(replace(key, permissions=granted, expires=expires))
 
     def _other_nodes(self) -> dict[_Receiver, Subscriptions[_Receiver]]:
-        return {other: other.subscriptions for other in self.cluster.others(self)}
+        return {other: other.known_to(self) for other in self.cluster.others(self)}
 
     def _authorize_message(self, topic: Topic, permission: int) -> Key:
         """Authorize an operation that extend keys do not permit."""
@@ -283,8 +298,20 @@ class Exchange:
         removed = list(peer.subscribed.items())
         for words, _ in removed:
             peer.remove_subscription(words)
-            self.subscriptions.remove(words, peer)
+            self._remove_subscription(words, peer)
         return removed
+
+    def _remove_subscription(self, words: Words, peer: Peer) -> None:
+        for known in (self.subscriptions, *self._known.values()):
+            if known.holds(words, peer):
+                known.remove(words, peer)
+
+    def _announce_loss(self, node: Exchange, peer: Peer) -> None:
+        who = {**peer.who(), "id": connection_id(node.name, peer.number)}
+        for words, channel in peer.subscribed.items():
+            if self.known_to(node).holds(words, peer):
+                change = self._change("unsubscribe", who, channel)
+                self.cluster.do(node, partial(node.announce, words, change))
 
     def _announce_everywhere(self, event: str, peer: Peer, words: Words, channel: str) -> None:
         change = self._change(event, peer.who(), channel)

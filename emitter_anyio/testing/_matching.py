@@ -57,6 +57,26 @@ class Trie(Generic[T]):
             path.pop()
             del path[-1].children[word]
 
+    def holds(self, words: Words, holder: T) -> bool:
+        """Return whether a holder has a filter."""
+        node = self._root
+        for word in words:
+            child = node.children.get(word)
+            if child is None:
+                return False
+            node = child
+        return holder in node.here
+
+    def holders(self) -> list[T]:
+        """Return all holders, each once."""
+        found: dict[T, None] = {}
+        nodes = [self._root]
+        while nodes:
+            node = nodes.pop()
+            found.update(node.here)
+            nodes += node.children.values()
+        return list(found)
+
     def match(self, words: Words) -> dict[T, None]:
         """Return the holders of matching filters, each once."""
         found: dict[T, None] = {}
@@ -103,6 +123,14 @@ class Subscriptions(Generic[T]):
         """Remove an existing filter of a subscriber."""
         self._filters.remove(words, subscriber)
         self._count -= 1
+
+    def holds(self, words: Words, subscriber: T) -> bool:
+        """Return whether a subscriber has a filter."""
+        return self._filters.holds(words, subscriber)
+
+    def subscribers(self) -> list[T]:
+        """Return all subscribers, each once."""
+        return self._filters.holders()
 
     def match(self, words: Words) -> dict[T, None]:
         """Return the subscribers with matching filters, without groups."""
