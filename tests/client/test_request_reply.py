@@ -454,6 +454,19 @@ async def test_serve_unsubscribes_when_it_ends_and_can_be_called_again(
 # Other messages on a served channel
 
 
+async def wait_delivered(emitter: Emitter, other: Emitter, key: str, unique: str) -> None:
+    """
+    Wait until ``other``, which serves ``unique``, has handled everything that ``emitter`` sent.
+
+    Nodes forward messages to each other after they have acknowledged them, in the same order, so
+    only a later message shows that the earlier ones have arrived.
+    """
+    async with other.subscribe(key, f"{unique}barrier/", 0) as messages:
+        await emitter.publish(key, f"{unique}barrier/", "")
+        await messages.receive()
+    await anyio.wait_all_tasks_blocked()
+
+
 async def test_serve_ignores_messages_that_are_not_requests(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
@@ -487,8 +500,7 @@ async def test_duplicate_request_is_ignored_while_the_first_is_handled(
     ):
         for text in ("one", "two"):
             await emitter.publish(key, f"{unique}x/1/", text, qos=1)
-        await other.flush()
-        await checkpoints()
+        await wait_delivered(emitter, other, key, unique)
         served.set()
         await replies.receive()
         await emitter.publish(key, f"{unique}x/1/", "three", qos=1)
@@ -649,13 +661,6 @@ class GatedHandler:
         return "done"
 
 
-async def wait_delivered(emitter: Emitter, other: Emitter) -> None:
-    """Wait until ``other`` has handled everything that ``emitter`` sent."""
-    await emitter.flush()
-    await other.flush()
-    await anyio.wait_all_tasks_blocked()
-
-
 async def test_request_cancelled_while_buffered_is_never_handled(
     emitter: Emitter, other: Emitter, key: str, unique: str
 ) -> None:
@@ -667,7 +672,7 @@ async def test_request_cancelled_while_buffered_is_never_handled(
             with pytest.raises(RequestTimeoutError):
                 await emitter.request(key, unique, "cancelled", timeout=0.01)
             tasks.start_soon(emitter.request, key, unique, "last")
-            await wait_delivered(emitter, other)
+            await wait_delivered(emitter, other, key, unique)
             gated.gate.set()
     assert gated.requests.values == ["first", "last"]
 
@@ -681,7 +686,7 @@ async def test_cancelled_request_frees_its_slot_for_a_buffered_one(
             first.start_soon(emitter.request, key, unique, "first")
             await gated.requests.get(1)
             tasks.start_soon(emitter.request, key, unique, "second")
-            await wait_delivered(emitter, other)
+            await wait_delivered(emitter, other, key, unique)
             first.cancel_scope.cancel()
             with anyio.CancelScope(shield=True):
                 await gated.requests.get(2)
@@ -702,11 +707,11 @@ async def test_requests_beyond_the_buffer_are_dropped_with_a_warning(
             tasks.start_soon(emitter.request, key, unique, "first")
             await gated.requests.get(1)
             tasks.start_soon(emitter.request, key, unique, "second")
-            await wait_delivered(emitter, other)
+            await wait_delivered(emitter, other, key, unique)
             for _ in range(2):
                 with pytest.raises(RequestTimeoutError):
                     await emitter.request(key, unique, "too many", timeout=0.01)
-            await wait_delivered(emitter, other)
+            await wait_delivered(emitter, other, key, unique)
             gated.gate.set()
     assert gated.requests.values == ["first", "second"]
     (record,) = logged(caplog, logging.WARNING)
