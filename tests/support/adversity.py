@@ -188,6 +188,13 @@ class Session:
             assert [it for it in client.subscriptions if not it.startswith("a/s/")] == []
             assert not client.peer.watched
         await self._publish(0, "a/e/")
+        # The sweep covers the first connection, so nothing else follows.
+        async with AsyncExitStack() as stack:
+            moved = await self._enter(stack, lambda: emitter.subscribe(KEY, "a/m/", 0))
+            await self._call("reconnect", emitter.reconnect)
+            await self._wait_for_single_connection()
+            self._publish_at_broker("a/m/", b"after reconnect()")
+            await _until(moved, partial(_is_message, "a/m/", b"after reconnect()"))
 
     async def _use_every_method(self) -> None:
         emitter = self.emitter
