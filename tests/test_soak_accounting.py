@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .soak.accounting import Account, Accounting
 
 JOURNAL_START = """
@@ -104,3 +106,60 @@ class TestReceivedMessages:
 
 def test_call_that_has_not_ended_is_a_breach() -> None:
     assert "7/2 has not ended" in breaches("2.0 P 7 2 1 0\n")
+
+
+class TestCluster:
+    """The subscriber ``8`` and the publisher ``7`` are on different nodes."""
+
+    START = "0.1 C 7 one\n0.1 C 8 two\n"
+    FAULT = "4.0 X 1.9\n"
+
+    def account(self, text: str, kind: str = "plain", start: str = START) -> Account:
+        journal = (start + JOURNAL_START.format(kind=kind) + text).replace(" s", " 8.s")
+        return Accounting().read(filter(None, journal.splitlines()))
+
+    @pytest.mark.parametrize(
+        ("kind", "figure"),
+        [
+            ("plain", "unseen: live between two nodes"),
+            ("kept", "unseen: stored on a node that was not asked"),
+        ],
+    )
+    def test_loss_between_nodes_is_counted(self, kind: str, figure: str) -> None:
+        # A stream reads stored messages back only after it has reconnected.
+        missing = MISSING.replace("3.0 R", "2.9 C 8 none\n2.95 C 8 two\n3.0 R")
+        account = self.account(missing + self.FAULT, kind)
+        assert account.breaches == []
+        assert account.figures[figure] == 1
+        for later in ("", "9.0 X 8.9\n"):
+            account = self.account(missing + later, kind)
+            if kind == "kept":
+                assert "7/2" in account.breaches[0]
+            else:
+                assert account.figures[f"{figure}, without a fault"] == 1
+
+    def test_stored_message_that_is_read_back_during_a_later_fault_is_unseen(self) -> None:
+        text = MISSING.replace("3.0 R", "7.5 C 8 two\n8.0 R") + "9.0 X 7.0\n"
+        assert self.account(text, "kept").breaches == []
+
+    def test_loss_on_one_node_is_a_breach(self) -> None:
+        start = self.START.replace("two", "one")
+        assert "7/2" in self.account(MISSING + self.FAULT, start=start).breaches[0]
+
+    def test_message_that_waited_for_the_next_node_is_between_nodes(self) -> None:
+        start = self.START.replace("two", "one")
+        text = "2.15 C 7 none\n" + MISSING.replace("2.3 P", "2.25 C 7 two\n2.3 P") + self.FAULT
+        assert self.account(text, start=start).breaches == []
+
+    def test_order_and_repetition_are_checked_on_one_node(self) -> None:
+        late = ALL_PUBLISHED + "3.0 R s 7 3 0\n{}3.1 R s 7 2 0\n3.2 R s 7 2 0\n"
+        assert len(self.account(late.format("")).breaches) == 2
+        account = self.account(late.format("3.05 C 8 one\n"))
+        assert account.breaches == []
+        assert account.figures["twice or late after a failover"] == 2
+
+    def test_order_of_a_publisher_is_checked_on_one_connection(self) -> None:
+        for letter in "01":
+            text = published(2) + "2.25 C 7 one\n" + published(3).replace("2.3", "2.9")
+            text += f"3.0 R s 7 3 {letter}\n3.1 R s 7 2 {letter}\n"
+            assert self.account(text).breaches == []

@@ -13,20 +13,37 @@ A line of the journal is the time in seconds, a letter, and fields:
 ``G``  stream, complete                           it received a ``Gap``, or an overflow error
 ``W``  channel                                    the log reports an incomplete resumption
 ``K``  start                                      the broker was killed and lost its stored messages
+``C``  client, node                               a client is connected to this node of a cluster,
+                                                  or to ``none``
+``X``  start                                      nodes were cut off, restarted or suspended, until
+                                                  all clients had reconnected
 ====  ==========================================  ==================================================
 
 A publisher makes one call at a time and numbers its messages consecutively, so a message is missing
 if a subscriber received one before it and one after it; no clock is needed. Messages before a
 subscriber's first live one are not checked. The last one is always received, because the faults end
 before a run does.
+
+The name of a stream begins with its client and a dot. Losses between clients on different nodes
+during a fault of the cluster are counted as "unseen", because no client can detect them.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import inf
+from typing import Final
+
+_NO_NODE: Final = "none"
+_LIVE: Final = "live between two nodes"
+_NOT_ASKED: Final = "stored on a node that was not asked"
+_EVENTS_LAG_SECONDS: Final = 0.5
+"""The time within which a client notes a lost connection or a new one."""
+_NODES_LAG_SECONDS: Final = 1.0
+"""The time for which an accepted message can wait for another node, and die with its own."""
 
 
 @dataclass(slots=True)
@@ -34,6 +51,7 @@ class _Publish:
     called: float
     qos: int
     stored: bool
+    ended: float = inf
     outcome: str = "pending"
     seen: bool = False
 
@@ -53,6 +71,7 @@ class _Received:
 
 @dataclass(slots=True)
 class _Stream:
+    client: str
     kind: str
     channel: str
     gaps: int = 0
@@ -93,6 +112,8 @@ class Accounting:
         self._kills: list[tuple[float, float]] = []
         self._warnings: dict[str, list[float]] = defaultdict(list)
         self._lost: dict[int, set[int]] = defaultdict(set)
+        self._connections: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        self._cluster_faults: list[tuple[float, float]] = []
 
     def read(self, lines: Iterable[str]) -> Account:
         """Read a whole journal."""
@@ -116,7 +137,8 @@ class Accounting:
                 published = _Publish(time, int(qos), stored == "1")
                 self._publishes[int(publisher)][int(number)] = published
             case "A", [publisher, number, outcome]:
-                self._publishes[int(publisher)][int(number)].outcome = outcome
+                published = self._publishes[int(publisher)][int(number)]
+                published.outcome, published.ended = outcome, time
             case "L", [publisher, uncertain, unsent]:
                 counted = int(uncertain) + int(unsent)
                 new = counted - self._counted[int(publisher)]
@@ -125,7 +147,7 @@ class Accounting:
                 if new:
                     self._losses[int(publisher)].append(_Loss(time, new))
             case "O", [name, kind, channel]:
-                self._streams[name] = _Stream(kind, channel)
+                self._streams[name] = _Stream(name.partition(".")[0], kind, channel)
             case "R", [name, publisher, number, replayed]:
                 self._receive(time, name, int(publisher), int(number), replayed == "1")
             case "G", [name, complete]:
@@ -138,6 +160,10 @@ class Accounting:
                 self._warnings[channel].append(time)
             case "K", [began]:
                 self._kills.append((float(began), time))
+            case "C", [client, node]:
+                self._connections[client].append((time, node))
+            case "X", [began]:
+                self._cluster_faults.append((float(began) - _NODES_LAG_SECONDS, time))
             case _:
                 raise ValueError(f"invalid journal line: {letter} {fields}")
 
@@ -153,13 +179,21 @@ class Accounting:
         published.seen = True
         received.all.setdefault(number, (time, stream.gaps))
         if replayed:
-            if received.last_replayed >= (stream.gaps, number):
+            if (
+                received.last_replayed >= (stream.gaps, number)
+                and self._took_one_way(publisher, number, received.last_replayed[1])
+                and not (stream.kind == "heard" and self._has_reconnected(stream, published, time))
+            ):
                 self._breach(f"{what} was replayed after {received.last_replayed[1]}")
             received.last_replayed = stream.gaps, number
             return
-        if number in received.live:
+        late = number in received.live or number < received.last_live
+        if late and self._has_moved(stream, published.called, time):
+            # The former node forwards messages late, which the client might have received from it.
+            self._account.figures["twice or late after a failover"] += 1
+        elif number in received.live:
             self._breach(f"{what} arrived twice")
-        elif number < received.last_live:
+        elif late and self._took_one_way(publisher, number, received.last_live):
             self._breach(f"{what} arrived after {received.last_live}")
         received.live[number] = stream.gaps
         received.first_live = received.first_live or number
@@ -186,6 +220,8 @@ class Accounting:
                 excused = at == len(live) or received.live[live[at - 1]] < received.live[live[at]]
             if excused:
                 self._account.figures["missed in a gap"] += 1
+            elif what := self._find_unseen(stream, publisher, number, received.all[after][0]):
+                self._account.figures[f"unseen: {what}"] += 1
             elif published.qos == 0 and not published.seen:
                 self._lost[publisher].add(number)
             else:
@@ -206,6 +242,63 @@ class Accounting:
         if stream.kind == "heard":
             return any(called <= time <= until for time in self._warnings[stream.channel])
         return any(received.all[before][1] < gap <= gaps for gap in stream.incomplete)
+
+    def _find_unseen(self, stream: _Stream, publisher: int, number: int, until: float) -> str:
+        """Return how a message was lost between two nodes, or ``""``."""
+        published = self._publishes[publisher][number]
+        receiving = list(self._connections_of(stream.client, published.called, until))
+        sending = self._connections_of(str(publisher), published.called, published.ended)
+        nodes = {node for _, node in (*receiving, *sending)} - {_NO_NODE}
+        if len(nodes) < 2:
+            return ""
+        is_read_back = stream.kind != "plain" and published.stored and len(receiving) > 1
+        end = until if is_read_back else published.ended
+        during_fault = any(
+            published.called <= ended and end >= began for began, ended in self._cluster_faults
+        )
+        if during_fault:
+            return _NOT_ASKED if is_read_back else _LIVE
+        # Emitter counts the subscribers of other nodes incorrectly if they come and go quickly.
+        accepted = published.qos == 1 or published.seen
+        return f"{_LIVE}, without a fault" if accepted and not is_read_back else ""
+
+    def _connections_of(
+        self, client: str, since: float, until: float
+    ) -> Iterator[tuple[float, str]]:
+        """
+        Yield the connections of a client in a period: since when, and to which node.
+
+        The client notes them with a lag. A message of QoS 0 might wait for the next one.
+        """
+        connections = self._connections[client]
+        first = bisect_right(connections, since, key=lambda entry: entry[0])
+        found = False
+        for each in connections[max(first - 1, 0) :]:
+            if found and each[0] > until + _EVENTS_LAG_SECONDS:
+                break
+            yield each
+            found = each[1] != _NO_NODE
+
+    def _has_reconnected(self, stream: _Stream, published: _Publish, until: float) -> bool:
+        """Return whether messages might have been read back twice; handlers see no gaps."""
+        return len(list(self._connections_of(stream.client, published.called, until))) > 1
+
+    def _has_moved(self, stream: _Stream, since: float, until: float) -> bool:
+        """Return whether the client of a stream was connected to several nodes in a period."""
+        connections = self._connections_of(stream.client, since, until)
+        return len({node for _, node in connections} - {_NO_NODE}) > 1
+
+    def _took_one_way(self, publisher: int, *numbers: int) -> bool:
+        """
+        Return whether messages were published on the same connection, so they keep their order.
+
+        History sorts those of several nodes, and those before and after a restart, by the second.
+        """
+        found: set[tuple[float, str]] = set()
+        for number in numbers:
+            one = self._publishes[publisher][number]
+            found.update(self._connections_of(str(publisher), one.called, one.ended))
+        return len(found) < 2
 
     def _check_lost(self, publisher: int, lost: list[int]) -> None:
         """
