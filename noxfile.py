@@ -30,6 +30,7 @@ PLATFORMS = {
 CHECKED = {"win32": ("emitter_anyio", "examples")}
 PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
+CLUSTER_SUITE = ("tests/cluster/features.py", "tests/cluster/faults.py")
 
 nox.options.sessions = ["lint", "typing", f"tests-{RUNNING}", "coverage", "build", "docs"]
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -193,10 +194,27 @@ def adversity(session: nox.Session) -> None:
 
 @nox.session(name="cluster-dev", default=False)
 def cluster_dev(session: nox.Session) -> None:
-    """Run the client suite against a cluster of two development brokers."""
+    """Run the client suite and the cluster suite against clusters of development brokers."""
     session.install("-e", ".[test]")
+    session.run("pytest", "--numprocesses=auto", *CLUSTER_SUITE, *session.posargs)
     session.env["EMITTER_NODES"] = "2"
     session.run("pytest", "--numprocesses=auto", "-m", "emitter", *session.posargs)
+
+
+@nox.session(default=False)
+def cluster(session: nox.Session) -> None:
+    """Run the cluster suite against real nodes: EMITTER_BINARY, or those of EMITTER_CLUSTER."""
+    session.install("-e", ".[test]")
+    command = ["pytest", *CLUSTER_SUITE, *session.posargs]
+    if os.environ.get("EMITTER_CLUSTER"):
+        session.run(*command)
+    elif binary := os.environ.get("EMITTER_BINARY"):
+        session.run("python", "-m", "tests.cluster", "--emitter", binary, "--", *command)
+    else:
+        session.error(
+            "EMITTER_BINARY must be set to Emitter's program, or EMITTER_CLUSTER, EMITTER_SECRET "
+            "and EMITTER_CLUSTER_COMMAND to nodes that are running; see CONTRIBUTING.md"
+        )
 
 
 @nox.session(name="plain-engine", default=False)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import secrets
-import socket
 import subprocess
 import sys
 
 from tests.support import command
+from tests.support.ports import pick_port
 
 
 class BrokerProcess:
@@ -19,7 +18,7 @@ class BrokerProcess:
     """
 
     def __init__(self, license: str) -> None:
-        self.port = _pick_port()
+        self.port = pick_port()
         self._license = license
         self._process: subprocess.Popen[str] | None = None
 
@@ -72,18 +71,3 @@ class NetworkProcess:
         """End the proxies."""
         self._process.kill()
         self._process.communicate()
-
-
-def _pick_port() -> int:
-    # The port does not depend on the seed, which two runs might share. It lies outside the range of
-    # ephemeral ports: while the broker is down, a client that is given its port as local port would
-    # connect to itself, and the broker could not bind it again.
-    while True:
-        port = 20000 + secrets.randbelow(10000)
-        with socket.socket() as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                sock.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

@@ -39,12 +39,14 @@ def real_server() -> Server | None:
     """
     Return the Emitter of ``EMITTER_URL`` and ``EMITTER_SECRET``, or ``None`` if neither is set.
 
-    ``EMITTER_OTHER_URL`` can name another node of the same cluster.
+    ``EMITTER_OTHER_URL`` can name another node of the same cluster. ``EMITTER_CLUSTER``, with the
+    URLs of all nodes, replaces both.
 
     :raises RuntimeError: if only one of the two is set, or the URL is malformed
 
     """
-    url, secret = os.environ.get("EMITTER_URL"), os.environ.get("EMITTER_SECRET")
+    first, other, *_ = [*os.environ.get("EMITTER_CLUSTER", "").split(), "", ""]
+    url, secret = os.environ.get("EMITTER_URL") or first, os.environ.get("EMITTER_SECRET")
     if not url and not secret:
         return None
 
@@ -61,5 +63,5 @@ def real_server() -> Server | None:
         raise RuntimeError("EMITTER_URL must be an mqtt, mqtts, ws or wss URL with a host")
 
     port = parts.port or (443 if secure else 8080)
-    other_url = os.environ.get("EMITTER_OTHER_URL") or url
+    other_url = os.environ.get("EMITTER_OTHER_URL") or other or url
     return Server(url, parts.hostname, port, secure, secret, other_url)
