@@ -6,6 +6,10 @@ killed at random times and restarts immediately or seconds later, without its st
 clients connect through proxies that cut and stall connections. A few clients share each channel;
 every client publishes to its channel and subscribes to it in three ways. The run writes a journal,
 from which ``accounting.py`` works out which messages had to arrive.
+
+With ``--cluster``, the clients connect to the nodes of ``EMITTER_CLUSTER`` (see
+``CONTRIBUTING.md``). Nodes are killed, suspended and cut off, and after each fault all of them are
+stopped and started again. They must keep their stored messages.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
+from urllib.parse import urlsplit
 
 import anyio
 from anyio import to_thread
 
 from emitter_anyio.testing import Broker
+from tests.cluster.driver import FAULTS, Cluster, cluster_from_environment
 from tests.support.leaks import running_tasks
 
 from .accounting import Account, Accounting
@@ -50,6 +56,36 @@ if sys.platform == "win32":
     _PAGE: Final = 4096
 else:
     _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+Disturbed: TypeAlias = BrokerProcess | Cluster
+"""What faults are injected into, apart from the network."""
+
+
+class Network:
+    """
+    Proxies, each in front of the next node.
+
+    :param ports: the ports of the nodes
+    """
+
+    def __init__(self, ports: list[int]) -> None:
+        self._processes = [NetworkProcess(port, PROXIES // len(ports)) for port in ports]
+        self.ports = [
+            port
+            for row in zip(*(process.ports for process in self._processes), strict=True)
+            for port in row
+        ]
+
+    def send(self, number: int, method: str, *arguments: object) -> None:
+        """Make a proxy call a method of ``FaultProxy``."""
+        row, node = divmod(number, len(self._processes))
+        self._processes[node].send(row, method, *arguments)
+
+    def end(self) -> None:
+        """End all proxies."""
+        for process in self._processes:
+            process.end()
 
 
 class Sample(NamedTuple):
@@ -81,7 +117,7 @@ class Soak:
     """A run on one backend."""
 
     def __init__(
-        self, options: argparse.Namespace, run: Run, broker: BrokerProcess, network: NetworkProcess
+        self, options: argparse.Namespace, run: Run, broker: Disturbed, network: Network
     ) -> None:
         self.run = run
         self.faults: dict[str, int] = {}
@@ -132,15 +168,47 @@ class Soak:
     async def _inject_faults(self) -> None:
         with anyio.move_on_after(self._seconds):
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._kill_broker)
+                tasks.start_soon(
+                    self._disturb_nodes if isinstance(self._broker, Cluster) else self._kill_broker
+                )
                 while True:
                     await anyio.sleep(self._random.expovariate(1 / 3))
-                    tasks.start_soon(self._inject_fault, self._random.randrange(PROXIES))
-        for proxy in range(PROXIES):
+                    tasks.start_soon(
+                        self._inject_fault, self._random.randrange(len(self._network.ports))
+                    )
+        for proxy in range(len(self._network.ports)):
             self._network.send(proxy, "resume")
-        await to_thread.run_sync(self._broker.start)
+        if isinstance(self._broker, BrokerProcess):
+            await to_thread.run_sync(self._broker.start)
+
+    async def _disturb_nodes(self) -> None:
+        cluster = self._broker
+        assert isinstance(cluster, Cluster)
+        while True:
+            await anyio.sleep(self._random.uniform(2, 15))
+            fault = self._random.choice(list(FAULTS))
+            node = self._random.randrange(len(cluster.urls))
+            self._count(f"node {fault}")
+            began = monotonic()
+            # A repair that has begun must be completed, even if the run ends.
+            with anyio.CancelScope(shield=True):
+                await cluster.do(FAULTS[fault][0], node)
+                await anyio.sleep(self._random.uniform(0.2, 5))
+                await cluster.do(FAULTS[fault][1], node)
+                await cluster.reset()
+                waiting = set(self._clients)
+                while waiting:
+                    waiting = {
+                        client
+                        for client in waiting
+                        if not client.subscribed or client.emitter.state != "connected"
+                    }
+                    await anyio.sleep(0.1)
+                await anyio.sleep(1)
+            self.run.note("X", f"{began:.4f}")
 
     async def _kill_broker(self) -> None:
+        assert isinstance(self._broker, BrokerProcess)
         # Kill the broker early, so that the warm-up includes this fault.
         delay = 2.0
         while True:
@@ -214,6 +282,9 @@ class Soak:
         most = max(sample.descriptors for sample in self.samples)
         # Each client has one socket: it closes the old one before it reconnects.
         allowed = self.samples[0].descriptors + len(self._clients)
+        if isinstance(self._broker, Cluster):
+            # The driver has a client for each node, and runs a command with its pipes.
+            allowed += len(self._broker.urls) + 10
         if most > allowed:
             self.run.breach(f"up to {most} descriptors were open, instead of {allowed}")
 
@@ -252,25 +323,35 @@ def _descriptors() -> int:
 
 def soak(options: argparse.Namespace, backend: str) -> bool:
     """Run on one backend, and return whether it had no breaches."""
-    keys = Broker()
     random.seed(options.seed)
     with ExitStack() as stack:
-        broker = BrokerProcess(keys.license)
-        stack.callback(broker.kill)
-        broker.start()
-        network = NetworkProcess(broker.port, PROXIES)
+        broker: Disturbed
+        if options.cluster:
+            broker = cluster_from_environment() or options.parser.error(
+                "EMITTER_CLUSTER is not set"
+            )
+            key, secret = anyio.run(_generate_key, broker), broker.secret
+            ports = [urlsplit(url).port or 8080 for url in broker.urls]
+        else:
+            keys = Broker()
+            broker = BrokerProcess(keys.license)
+            stack.callback(broker.kill)
+            broker.start()
+            key, secret, ports = keys.keygen("soak/#/", "rwslp"), keys.secret_key, [broker.port]
+        network = Network(ports)
         stack.callback(network.end)
         path = options.journal or stack.enter_context(tempfile.TemporaryDirectory())
         journal = Path(path, f"{backend}.journal")
         journal.parent.mkdir(parents=True, exist_ok=True)
         run = Run(
-            keys.keygen("soak/#/", "rwslp"),
-            keys.secret_key,
+            key,
+            secret,
             options.seed,
             network.ports,
             max(1, options.clients // CLIENTS_PER_CHANNEL),
             options.pace,
             stack.enter_context(journal.open("w")),
+            len(ports),
         )
         log = logging.getLogger("emitter_anyio")
         log.propagate = False
@@ -283,6 +364,13 @@ def soak(options: argparse.Namespace, backend: str) -> bool:
         with journal.open() as lines:
             account = Accounting().read(lines)
     return _report(options, backend, soak, account)
+
+
+async def _generate_key(cluster: Cluster) -> str:
+    if not await cluster.is_sound():
+        await cluster.reset()
+    async with cluster.clients() as clients:
+        return await cluster.keygen(clients[0], "soak/#/")
 
 
 def _report(options: argparse.Namespace, backend: str, soak: Soak, account: Account) -> bool:
@@ -325,7 +413,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="default: any")
     parser.add_argument("--backend", choices=["asyncio", "trio", "both"], default="both")
     parser.add_argument("--journal", help="the directory in which to keep the journals")
+    parser.add_argument("--cluster", action="store_true", help="use the nodes of EMITTER_CLUSTER")
     options = parser.parse_args()
+    options.parser = parser
     backends = ["asyncio", "trio"] if options.backend == "both" else [options.backend]
     print(f"--seed {options.seed}", flush=True)
     failed = [backend for backend in backends if not soak(options, backend)]

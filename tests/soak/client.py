@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 from time import monotonic
 from typing import Any, Final, Literal, TextIO
+from urllib.parse import urlsplit
 
 import anyio
 from anyio.abc import ByteStream, ByteStreamConnectable
@@ -17,10 +18,12 @@ from anyio.abc import ByteStream, ByteStreamConnectable
 from emitter_anyio import (
     Backoff,
     ConnectionLostError,
+    ConnectOptions,
     Emitter,
     EmitterError,
     EmitterMessage,
     Gap,
+    HistoryIncompleteError,
     RequestTimeoutError,
     SlowConsumerError,
     connect,
@@ -28,6 +31,8 @@ from emitter_anyio import (
 
 HUNG_SECONDS: Final = 90.0
 """A call that takes longer counts as hung; every fault ends long before."""
+LAST_MARK_SECONDS: Final = 5.0
+"""The time after which a client publishes its last message again."""
 TTL: Final = 600
 _LAST_MARK: Final = "last"
 _DOCUMENTED: Final = (ConnectionLostError, RequestTimeoutError)
@@ -75,7 +80,8 @@ class Run:
     The state that all clients of a run share.
 
     :ivar key: a key for all channels
-    :ivar ports: the ports of the proxies
+    :ivar ports: the ports of the proxies, each in front of the next node
+    :ivar nodes: the number of nodes, or 1 for a broker without a cluster
     :ivar pace: the mean number of seconds between two bursts of a client
     """
 
@@ -86,6 +92,7 @@ class Run:
     rooms: int
     pace: float
     journal: TextIO
+    nodes: int = 1
     breaches: list[str] = field(default_factory=list)
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     messages: int = 0
@@ -94,11 +101,19 @@ class Run:
     """Set when clients should stop publishing and leaving."""
     steady: anyio.Event = field(default_factory=anyio.Event)
     """Set when all clients are connected and stay so."""
+    receiving: set[int] = field(default_factory=set)
+    """The clients that have not received all last messages."""
+    all_received: anyio.Event = field(default_factory=anyio.Event)
 
     def note(self, letter: str, *fields: object) -> None:
         """Write a line to the journal."""
         words = " ".join(map(str, (letter, *fields)))
         self.journal.write(f"{monotonic():.4f} {words}\n")
+
+    @property
+    def documented(self) -> tuple[type[EmitterError], ...]:
+        """The errors that a valid call may raise when a connection or a node fails."""
+        return _DOCUMENTED if self.nodes == 1 else (*_DOCUMENTED, HistoryIncompleteError)
 
     def breach(self, text: str) -> None:
         """Record a violation of what the client promises."""
@@ -116,23 +131,26 @@ class Client:
     def __init__(self, run: Run, index: int, members: int) -> None:
         self.run = run
         self.index = index
+        run.receiving.add(index)
         self.subscribed = False
         """Whether all of its subscriptions are active."""
         self.finished = False
-        port = run.ports[index % len(run.ports)]
+        ports = [run.ports[(index + node) % len(run.ports)] for node in range(run.nodes)]
         self._jammed = index % 5 == 3
-        self.emitter: Emitter = connect(
-            host="127.0.0.1",
-            port=port,
-            secure=False,
-            connectable=JammedConnectable(port) if self._jammed else None,
-            username=f"client-{index}",
-            keepalive=5,
-            connect_timeout=5,
-            request_timeout=5,
-            disconnect_timeout=3,
-            reconnect=Backoff(initial=0.1, maximum=1),
-        )
+        options: ConnectOptions = {
+            "username": f"client-{index}",
+            "keepalive": 5,
+            "connect_timeout": 5,
+            "request_timeout": 5,
+            "disconnect_timeout": 3,
+            "reconnect": Backoff(initial=0.1, maximum=1),
+        }
+        if self._jammed:
+            options["connectable"] = JammedConnectable(ports[0])
+        else:
+            options["servers"] = [f"mqtt://127.0.0.1:{port}" for port in ports]
+        self._own_port = ports[0]
+        self.emitter: Emitter = connect(**options)
         self._random = random.Random(f"{run.seed} {index}")
         self._room = f"soak/{index % run.rooms}/"
         self._members = members
@@ -141,6 +159,7 @@ class Client:
         self._lasts: dict[str, set[int]] = {}
         self._all_last = anyio.Event()
         self.emitter.on("message", self._hear, channel=self._room)
+        self.emitter.on("connect", self._note_node)
         self.emitter.on("disconnect", self._note_figures)
         self.emitter.on("error", self._note_error)
 
@@ -216,10 +235,16 @@ class Client:
 
     async def _receive_last(self) -> None:
         await self.run.steady.wait()
-        while await self._publish(1, TTL, _LAST_MARK) != "ok":
-            pass
         with anyio.move_on_after(HUNG_SECONDS):
-            await self._all_last.wait()
+            while not self.run.all_received.is_set():
+                # A stream that waits for stored messages has a limited buffer, and might drop one.
+                await self._publish(1, TTL, _LAST_MARK)
+                with anyio.move_on_after(LAST_MARK_SECONDS):
+                    await self._all_last.wait()
+                    self.run.receiving.discard(self.index)
+                    if not self.run.receiving:
+                        self.run.all_received.set()
+                    await self.run.all_received.wait()
             self.finished = True
             return
         self.finished = True
@@ -307,7 +332,7 @@ class Client:
                 self.run.breach(f"{name} of client {self.index} took more than {HUNG_SECONDS:g} s")
         except EmitterError as exc:
             outcome = type(exc).__name__
-            if not isinstance(exc, _DOCUMENTED):
+            if not isinstance(exc, self.run.documented):
                 self.run.breach(f"{name} of client {self.index} raised {exc!r}")
         except Exception as exc:
             outcome = type(exc).__name__
@@ -320,10 +345,22 @@ class Client:
         self.run.calls[name, type(exc).__name__] += 1
 
     def _note_figures(self) -> None:
+        if self.run.nodes > 1:
+            self.run.note("C", self.index, "none")
         figures = self.emitter.statistics()
         self.run.note("L", self.index, figures.uncertain, figures.unsent)
 
+    def _note_node(self) -> None:
+        connection = self.emitter.connection
+        if self.run.nodes > 1 and connection is not None:
+            port = urlsplit(connection.server).port if not self._jammed else None
+            port = port or self._own_port
+            self.run.note("C", self.index, self.run.ports.index(port) % self.run.nodes)
+
     def _note_error(self, exc: Exception) -> None:
         self._count("on error", exc)
-        if not isinstance(exc, _DOCUMENTED):
+        if isinstance(exc, SlowConsumerError) and self.run.nodes > 1:
+            # Handlers wait for stored messages while nodes are away, with a limited buffer.
+            self.run.note("W", self._room)
+        elif not isinstance(exc, self.run.documented):
             self.run.breach(f"client {self.index}: on('error') got {exc!r}")
