@@ -190,13 +190,16 @@ class TestCluster:
         first = Broker(patience=0)
         second = Broker(cluster=first, patience=0)
         with BlockingBroker(first) as one, BlockingBroker(second) as two:
-            key = one.keygen("a/", "r")
+            key = one.keygen("#/", "r")
             async with connect(two.url) as emitter, emitter.subscribe(key, "a/") as messages:
+                one.publish("a/", "of one node")
+                assert (await messages.receive()).as_string() == "of one node"
                 one.cut()
                 one.publish("a/", "lost")
                 one.heal()
-                one.publish("a/", "received")
-                assert (await messages.receive()).as_string() == "received"
+                async with emitter.subscribe(key, "b/") as later:
+                    one.publish("b/", "received")
+                    assert (await later.receive()).as_string() == "received"
                 one.stop()
                 two.publish("a/", "of the other node")
                 assert (await messages.receive()).as_string() == "of the other node"
