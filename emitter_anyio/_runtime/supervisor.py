@@ -396,11 +396,9 @@ class Supervisor:
         deadline = slot.deadline if slot.leaving else math.inf
         warned: set[str] = set()
         with anyio.CancelScope(deadline=deadline) as self._retrying:
-            delay = backoff.spread_delay()
             while backoff.tries is None or attempt < backoff.tries:
-                if not await sleep(delay + backoff.delay(attempt)):
+                if not await sleep(backoff.delay(attempt)):
                     break
-                delay = 0
                 attempt += 1
                 try:
                     connection = await self._opener.open(last, self._background.tasks)

@@ -14,17 +14,18 @@ class Backoff:
     """
     Exponential back-off with full jitter, which keeps clients from reconnecting together.
 
-    The delay before the n-th consecutive try is random, between 0 seconds and ``initial`` doubled
-    n - 1 times, up to ``maximum``. The count restarts after a connection has been good for
+    Before each try, the client waits a random time between 0 seconds and a ceiling. The ceiling is
+    ``initial`` for the first try and doubles with each consecutive try up to ``maximum``, but it is
+    never below ``spread``. It returns to its first value after a connection has been good for
     10 seconds.
 
-    Set ``spread`` for large numbers of clients. With ``initial=0.1``, clients that lose the same
-    broker make most of their tries within the first second, even if the broker is not back yet.
-    ``spread`` adds a random delay before the first try.
+    Set ``spread`` if thousands of clients share a broker. With ``initial=0.1``, clients that lose
+    the same broker make four tries each within the first second, even if the broker is not back
+    yet. With ``spread``, ``n`` clients together make about ``2 * n / spread`` tries per second.
 
-    :ivar initial: the longest delay before the first try, in seconds
-    :ivar maximum: the longest delay before any try, in seconds
-    :ivar spread: the longest additional delay before the first try after each loss, in seconds
+    :ivar initial: the ceiling for the first try, in seconds
+    :ivar maximum: the highest ceiling, in seconds, unless ``spread`` is higher
+    :ivar spread: the lowest ceiling, in seconds
     :ivar tries: the number of consecutive failed tries after which the client gives up; ``None``
         for no limit
     :raises TypeError: if a value has the wrong type
@@ -61,12 +62,8 @@ class Backoff:
     def longest(self, attempt: int) -> float:
         """Return the longest delay before a try, in seconds; the first consecutive try is 0."""
         # More than 1000 doublings would overflow a float, and 64 exceed any sensible maximum.
-        return min(self.maximum, self.initial * 2.0 ** min(attempt, 64))
+        return max(self.spread, min(self.maximum, self.initial * 2.0 ** min(attempt, 64)))
 
     def delay(self, attempt: int) -> float:
         """Return a random delay before a try, in seconds; the first consecutive try is 0."""
         return random.uniform(0, self.longest(attempt))
-
-    def spread_delay(self) -> float:
-        """Return a random additional delay before the first try after a loss, in seconds."""
-        return random.uniform(0, self.spread)

@@ -20,6 +20,12 @@ def test_ceiling_doubles_up_to_the_maximum() -> None:
     assert [backoff.longest(attempt) for attempt in range(5)] == [0.5, 1, 2, 3, 3]
 
 
+def test_ceiling_is_never_below_the_spread() -> None:
+    backoff = Backoff(initial=0.5, maximum=3, spread=2)
+    assert [backoff.longest(attempt) for attempt in range(5)] == [2, 2, 2, 3, 3]
+    assert Backoff(spread=60).longest(20) == 60
+
+
 def test_ceiling_of_a_huge_attempt_number_is_the_maximum() -> None:
     assert Backoff().longest(10**9) == 30
 
@@ -187,10 +193,10 @@ async def test_connection_lost_within_10_seconds_does_not_reset_the_backoff(
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("longest_waits")
-async def test_spread_is_waited_for_once_after_each_loss(anyio_backend: object) -> None:
+async def test_no_wait_has_a_ceiling_below_the_spread(anyio_backend: object) -> None:
     attempts = Attempts(100, None, None, 100, None, None, None)
-    assert "3 tries" in str(await run_client(attempts, Backoff(1, 30, spread=5, tries=3)))
-    assert attempts.waits == exactly(106, 2, 4, 106, 2, 4)
+    assert "3 tries" in str(await run_client(attempts, Backoff(1, 30, spread=3, tries=3)))
+    assert attempts.waits == exactly(103, 3, 4, 103, 3, 4)
 
 
 @pytest.mark.virtual_time
