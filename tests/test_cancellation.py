@@ -15,8 +15,6 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import ChannelKey, Emitter, EmitterMessage, connect
 from emitter_anyio._features.position import Position
 from emitter_anyio.testing import Broker
-from tests.support.adversity import broker_in_memory
-from tests.support.memory import MemoryConnectable
 from tests.support.steps import all_cancel_styles, cancel_at_step, cancel_styles
 from tests.support.tables import tables
 
@@ -364,9 +362,8 @@ async def check_no_leftovers(emitter: Emitter, broker: Broker) -> None:
 @pytest.mark.without_debug
 @pytest.mark.parametrize("name", MORE_NAMES)
 async def test_method_cancelled_at_each_step_leaves_client_usable(name: str) -> None:
-    connectable = MemoryConnectable()
-    async with broker_in_memory(connectable) as broker:
-        async with connect(connectable=connectable) as emitter:
+    async with Broker() as broker:
+        async with connect(connectable=broker.connectable()) as emitter:
             for style in all_cancel_styles():
                 for step in itertools.count():
                     method = make_more_methods(emitter, broker)[name]
@@ -385,9 +382,8 @@ async def test_method_cancelled_at_each_step_leaves_client_usable(name: str) -> 
 async def test_method_cancelled_at_each_step_while_reconnecting_leaves_client_usable(
     name: str,
 ) -> None:
-    connectable = MemoryConnectable()
-    async with broker_in_memory(connectable) as broker:
-        async with connect(connectable=connectable) as emitter:
+    async with Broker() as broker:
+        async with connect(connectable=broker.connectable()) as emitter:
             for style in all_cancel_styles():
                 for step in itertools.count():
                     await drop_connection(emitter, broker)
@@ -406,11 +402,10 @@ async def test_method_cancelled_at_each_step_while_reconnecting_leaves_client_us
 @pytest.mark.without_debug
 @pytest.mark.parametrize("name", MORE_NAMES)
 async def test_method_cancelled_during_restore_leaves_client_usable(name: str) -> None:
-    connectable = MemoryConnectable()
-    async with broker_in_memory(connectable) as broker:
+    async with Broker() as broker:
         key = broker.keygen("k/", "rw")
         async with (
-            connect(connectable=connectable) as emitter,
+            connect(connectable=broker.connectable()) as emitter,
             emitter.subscribe(key, "k/", 0) as messages,
         ):
             for style in cancel_styles():

@@ -26,7 +26,6 @@ from emitter_anyio import (
 from emitter_anyio._features import forward
 from emitter_anyio.testing import Broker
 from emitter_anyio.testing._storage import Stored
-from tests.reconnecting.test_resume_position import broker_on_virtual_time
 from tests.support.connections import (
     connect_once,
     connect_reconnecting,
@@ -431,9 +430,9 @@ async def test_with_the_mqtt_matcher_messages_below_wake_it() -> None:
 async def test_storage_is_read_every_minute_although_nothing_arrives(
     anyio_backend: object,
 ) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
+    async with Broker() as broker:
         key = broker.keygen("a/", "rwsl")
-        async with connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter:
+        async with connect(connectable=broker.connectable(), reconnect=Backoff(1, 1)) as emitter:
             async with emitter.consume(key, "a/") as log:
                 with anyio.move_on_after(1):
                     await anext(log)
@@ -448,7 +447,7 @@ async def test_storage_is_read_every_minute_although_nothing_arrives(
 async def test_messages_that_are_not_stored_cause_few_requests(
     anyio_backend: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
+    async with Broker() as broker:
         requests: list[object] = []
         query = broker._exchange.query
 
@@ -458,7 +457,7 @@ async def test_messages_that_are_not_stored_cause_few_requests(
 
         monkeypatch.setattr(broker._exchange, "query", note)
         key = broker.keygen("a/", "rwsl")
-        async with connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter:
+        async with connect(connectable=broker.connectable(), reconnect=Backoff(1, 1)) as emitter:
             async with emitter.consume(key, "a/") as log, anyio.create_task_group() as tasks:
                 tasks.start_soon(take, log, 1)
                 await anyio.sleep(1)

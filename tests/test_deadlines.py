@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import anyio
 import pytest
@@ -19,7 +19,8 @@ from emitter_anyio import RequestTimeoutError
 from emitter_anyio._net.timer import ReplyDeadline, Timer
 from emitter_anyio._net.transport import Transport
 from emitter_anyio._net.writer import Writer
-from tests.support.clock import run_on_virtual_time, simulate_blocking
+from emitter_anyio.testing import run_virtual
+from tests.support.clock import simulate_blocking
 from tests.support.connections import connect_once
 from tests.support.peer import PUBLISH, Peer, memory_peer
 
@@ -74,6 +75,7 @@ class Call:
         self.expired_after_turns = self.simulation.turns
 
 
+Backend: TypeAlias = Literal["asyncio", "trio"]
 Step: TypeAlias = tuple[str, object]
 Check: TypeAlias = Callable[[Call], None]
 
@@ -140,14 +142,14 @@ def fail_with(error: Exception) -> None:
     raise error
 
 
-def run(backend: str, steps: list[Step], check: Check) -> Simulation:
+def run(backend: Backend, steps: list[Step], check: Check) -> Simulation:
     simulation: list[Simulation] = []
 
     async def main() -> None:
         simulation.append(Simulation())
         await simulation[0].run(steps, check)
 
-    run_on_virtual_time(backend, main)
+    run_virtual(main, backend=backend)
     return simulation[0]
 
 
@@ -157,7 +159,7 @@ on_both_backends = pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @on_both_backends
 @settings(max_examples=50)
 @given(steps=_steps(_call, _accept, _reply, _wait))
-def test_call_expires_at_its_own_deadline(backend: str, steps: list[Step]) -> None:
+def test_call_expires_at_its_own_deadline(backend: Backend, steps: list[Step]) -> None:
     def check(call: Call) -> None:
         if call.written_at is None or call.written_at + call.seconds > anyio.current_time():
             assert not call.expired
@@ -170,7 +172,9 @@ def test_call_expires_at_its_own_deadline(backend: str, steps: list[Step]) -> No
 @on_both_backends
 @settings(max_examples=50)
 @given(steps=_steps(_call, _accept, _reply, _wait, _block))
-def test_call_does_not_expire_before_reader_had_10_turns(backend: str, steps: list[Step]) -> None:
+def test_call_does_not_expire_before_reader_had_10_turns(
+    backend: Backend, steps: list[Step]
+) -> None:
     def check(call: Call) -> None:
         assert call.expired_after_turns is None or call.expired_after_turns >= 10
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import socket
 import subprocess
 import sys
@@ -8,17 +7,13 @@ from pathlib import Path
 
 import anyio
 import pytest
-import sniffio
 import trio
 import trio.testing
 
-from tests.support.clock import JumpingEventLoop
 from tests.support.command import clean_environment
 from tests.support.leaks import Leaks, running_tasks
 from tests.support.secrets import SecretWatcher
 from tests.support.server import real_server
-
-YEAR = 365 * 24 * 3600.0
 
 LEAKS = 15
 """The number of tests in ``secret_leak_samples.py`` that show a secret."""
@@ -45,57 +40,6 @@ def run_bad_tests(name: str) -> set[tuple[str, str]]:
             if line.startswith(("PASSED ", "FAILED ", "ERROR ")) and "::" in line
         )
     }
-
-
-class TestVirtualTime:
-    @pytest.mark.virtual_time
-    async def test_clock_jumps_to_each_deadline_in_turn(self) -> None:
-        woken = []
-
-        async def sleeper(seconds: float) -> None:
-            await anyio.sleep(seconds)
-            woken.append((seconds, anyio.current_time() - start))
-
-        start = anyio.current_time()
-        async with anyio.create_task_group() as group:
-            for seconds in (YEAR, 3.0, 60.0):
-                group.start_soon(sleeper, seconds)
-
-        assert [seconds for seconds, _ in woken] == [3.0, 60.0, YEAR]
-        assert [slept for _, slept in woken] == pytest.approx([3.0, 60.0, YEAR])
-
-    @pytest.mark.virtual_time
-    async def test_deadline_cancels(self) -> None:
-        start = anyio.current_time()
-        with pytest.raises(TimeoutError):
-            with anyio.fail_after(3600):
-                await anyio.sleep_forever()
-
-        assert anyio.current_time() - start == pytest.approx(3600)
-
-    @pytest.mark.virtual_time
-    async def test_clock_does_not_advance_while_a_task_can_run(self) -> None:
-        # A hundred turns without waiting come before any deadline, however near.
-        send, receive = anyio.create_memory_object_stream[int](0)
-        start = anyio.current_time()
-        with anyio.fail_after(0.001):
-            async with anyio.create_task_group() as group, send, receive:
-
-                async def feed() -> None:
-                    for number in range(100):
-                        await send.send(number)
-
-                group.start_soon(feed)
-                for number in range(100):
-                    assert await receive.receive() == number
-
-        assert anyio.current_time() == start
-
-    async def test_time_is_real_without_the_marker(self) -> None:
-        if sniffio.current_async_library() == "trio":
-            assert not isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
-        else:
-            assert not isinstance(asyncio.get_running_loop(), JumpingEventLoop)
 
 
 class TestLeaks:

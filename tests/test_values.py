@@ -77,7 +77,7 @@ PARKED: Final = outbox.ParkedMessage(1, "a/", b"x", 2.5, "no", 401)
 NOT_VALUES: Final = {
     *(Consumer, Emitter, Entering, EventStream, PresenceFeed, Subscribing),
     *(testing.BlockingBroker, testing.Broker, testing.Client),
-    *(testing.ConfiguredBroker, testing.FaultProxy),
+    *(testing.ConfiguredBroker, testing.FaultProxy, testing.VirtualTimeLoop),
     outbox.Outbox,
     ConnectOptions,
 }

@@ -151,7 +151,7 @@ def _connect_error(
         else:
             reasons.append(f"{server}: {str(cause) or type(cause).__name__}")
     text = "could not connect to " + "; ".join(reasons)
-    if options.servers[0].scheme != "unix" and any(
+    if options.servers[0].scheme not in ("unix", "connectable") and any(
         isinstance(cause, ConnectionRefusedError) and server != str(worked)
         for server, cause in causes.items()
     ):

@@ -336,6 +336,10 @@ class BlockingBroker:
     def refuse(self) -> None:
         """Refuse each CONNECT until the block ends, as :meth:`Broker.refuse` does."""
 
+    @_entering(Broker.throttle)
+    def throttle(self) -> None:
+        """Limit the requests per second until the block ends, as :meth:`Broker.throttle` does."""
+
     def _snapshots(self) -> list[ClientSnapshot]:
         return [
             ClientSnapshot(each.id, each.client_id, each.username, each.subscriptions)

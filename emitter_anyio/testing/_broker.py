@@ -18,7 +18,13 @@ from anyio import (
     create_tcp_listener,
     sleep,
 )
-from anyio.abc import ByteStream, SocketAttribute, SocketStream, TaskStatus
+from anyio.abc import (
+    ByteStream,
+    ByteStreamConnectable,
+    SocketAttribute,
+    SocketStream,
+    TaskStatus,
+)
 from anyio.from_thread import BlockingPortalProvider
 from anyio.streams.stapled import MultiListener
 
@@ -30,12 +36,14 @@ from ._exchange import SURVEY_TIMEOUT_SECONDS, Exchange
 from ._faults import Faults, WithheldPackets
 from ._keys import License
 from ._matching import Matcher
+from ._memory import MemoryConnectable, MemoryListener
 from ._peer import Kind
 from ._refusals import RefusedError
 from ._service import Service
 from ._sockets import keep_accepting
 from ._stats import Gauges, Stats
 from ._topics import Topic, parse
+from ._virtual_time import virtual_clock
 
 _ACKNOWLEDGEMENTS: tuple[Kind, ...] = ("puback", "suback", "unsuback")
 
@@ -57,6 +65,20 @@ class Shared(NamedTuple):
 def _new_cluster() -> Shared:
     # In Trio, because blockbuster reports blocking calls in each thread that runs asyncio.
     return Shared(Cluster(), SlowClients(), BlockingPortalProvider("trio"))
+
+
+class Run(NamedTuple):
+    """
+    The time from the start of a node until it stops.
+
+    :ivar scope: cancels its tasks
+    :ivar ended: set when its tasks have ended
+    :ivar memory: accepts connections in memory
+    """
+
+    scope: CancelScope
+    ended: Event
+    memory: MemoryListener
 
 
 class Broker:
@@ -138,7 +160,7 @@ class Broker:
         self._stats_interval = stats_interval
         self._faults = Faults()
         self._clients: dict[Client, None] = {}
-        self._current_run: tuple[CancelScope, Event] | None = None
+        self._current_run: Run | None = None
         self._service = Service(type(self).__name__, self._start, self._end)
 
     async def __aenter__(self) -> Self:
@@ -173,23 +195,24 @@ class Broker:
         """Listen and serve clients until :meth:`_halt`."""
         listener = await create_tcp_listener(local_host=self.host, local_port=port)
         self._port = listener.extra(SocketAttribute.local_port)
+        self._cluster.follow(virtual_clock())
         self._cluster.start(self._exchange)
         self._stats.start(self._exchange.now())
-        scope, ended = self._current_run = CancelScope(), Event()
-        tasks.start_soon(self._serve_all, listener, scope, ended)
+        self._current_run = Run(CancelScope(), Event(), MemoryListener())
+        tasks.start_soon(self._serve_all, listener, self._current_run)
 
-    async def _serve_all(
-        self, listener: MultiListener[SocketStream], scope: CancelScope, ended: Event
-    ) -> None:
+    async def _serve_all(self, listener: MultiListener[SocketStream], run: Run) -> None:
         try:
-            with scope:
+            with run.scope:
                 async with listener, create_task_group() as task_group:
                     task_group.start_soon(self._publish_stats)
                     for each in listener.listeners:
                         serve = partial(each.serve, self._serve, task_group)
                         task_group.start_soon(keep_accepting, serve)
+                    task_group.start_soon(run.memory.serve, self._serve, task_group)
         finally:
-            ended.set()
+            run.memory.close()
+            run.ended.set()
 
     async def _publish_stats(self) -> None:
         while self._stats_interval is not None:
@@ -209,13 +232,13 @@ class Broker:
         """Stop listening and return an event that is set when the port is free."""
         if self._current_run is None:
             return None
-        (scope, ended), self._current_run = self._current_run, None
+        run, self._current_run = self._current_run, None
         self._cluster.stop(self._exchange)
         for client in self._clients:
             self._exchange.abandon(client.peer)
         self._faults.resume()
-        scope.cancel()
-        return ended
+        run.scope.cancel()
+        return run.ended
 
     @property
     def host(self) -> str:
@@ -232,6 +255,17 @@ class Broker:
         """The URL for ``connect()``: ``mqtt://``, or ``mqtts://`` with TLS."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtt' if self._ssl_context is None else 'mqtts'}://{host}:{self.port}"
+
+    def connectable(self) -> ByteStreamConnectable:
+        """
+        Return an object that opens connections to this broker in memory, without sockets.
+
+        Pass it to ``connect(connectable=...)``, in the event loop in which the broker runs. It
+        remains valid when the broker is restarted or entered again. Connecting raises
+        ``ConnectionRefusedError`` while the broker is not running, and
+        :class:`~emitter_anyio.WrongLoopError` in another thread or event loop.
+        """
+        return MemoryConnectable(self._memory_listener)
 
     @property
     def shared(self) -> Shared:
@@ -307,7 +341,8 @@ class Broker:
         """
         Advance the broker's clock, by which messages and keys expire.
 
-        The idle timeout of connections is unaffected, because it uses the real clock.
+        The idle timeout of connections is unaffected, because it uses the clock of the event loop.
+        In virtual time, the broker's clock advances with the event loop's.
 
         :param seconds: the seconds to advance by, at least 0
         :raises ValueError: if ``seconds`` is negative
@@ -445,6 +480,29 @@ class Broker:
         """
         with self._faults.refuse(code):
             yield
+
+    @contextmanager
+    def throttle(self, requests_per_second: float) -> Iterator[None]:
+        """
+        Handle at most this many requests per second until the block ends.
+
+        A CONNECT, PUBLISH, SUBSCRIBE or UNSUBSCRIBE packet is a request; pings and acknowledgements
+        are not. The requests of all clients wait in one queue, in the order in which the broker
+        reads them, at most one of each client. As on an overloaded server, the request of a client
+        that has disconnected keeps its place in the queue.
+
+        :param requests_per_second: the requests that the broker handles in a second
+        :raises ValueError: if ``requests_per_second`` is not greater than 0
+        """
+        if not requests_per_second > 0:
+            raise ValueError(
+                f"invalid requests_per_second: expected more than 0, got {requests_per_second:g}"
+            )
+        with self._faults.throttle(1 / requests_per_second):
+            yield
+
+    def _memory_listener(self) -> MemoryListener | None:
+        return None if self._current_run is None else self._current_run.memory
 
     def _require_run(self, action: str) -> None:
         if self._current_run is None:

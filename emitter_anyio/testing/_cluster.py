@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
@@ -110,14 +111,24 @@ class Cluster(Generic[N]):
     """
 
     def __init__(self) -> None:
+        self._clock: Callable[[], float] = time.time
         self._ahead: float = 0.0
         self._members: dict[N, _Member[N]] = {}
         self._bans = itertools.count()
 
-    @property
-    def ahead(self) -> float:
-        """The seconds by which the clock of all nodes is ahead of the real clock."""
-        return self._ahead
+    def now(self) -> float:
+        """Return the time of all nodes in Unix seconds."""
+        return self._clock() + self._ahead
+
+    def follow(self, clock: Callable[[], float] | None) -> None:
+        """
+        Follow a virtual clock, or the real one, without changing the current time.
+
+        :param clock: the virtual clock, or ``None`` for the real one
+        """
+        if (clock or time.time) != self._clock:
+            now, self._clock = self.now(), clock or time.time
+            self._ahead += now - self.now()
 
     def advance(self, seconds: float) -> None:
         """Advance the clock of all nodes."""

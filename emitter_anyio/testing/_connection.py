@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,8 @@ STALL_TIMEOUT_SECONDS = 1.0
 LINGER_SECONDS = 1.0
 """The time to write the queue of a client that has disconnected."""
 _CHUNK_BYTES = 65536
+_REQUESTS = (Connect, Publish, Subscribe, Unsubscribe)
+"""The packets that wait for their turn while a broker is throttled."""
 
 _METRICS: dict[type[Packet], str] = {
     Connect: "rcv.connect",
@@ -208,6 +211,9 @@ class Client:
                     await self._slow_clients.wait(self)
                 complete = False  # an incomplete packet does not extend the idle timeout
                 while (packet := reader.next_packet()) is not None:
+                    if self._faults.throttled and isinstance(packet, _REQUESTS):
+                        self._scope.deadline = math.inf  # a client that waits is not idle
+                        await self._faults.wait_turn()
                     if not await self._handle(packet):
                         return
                     complete = True

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -67,7 +66,7 @@ class Exchange:
 
     def now(self) -> float:
         """Return the broker's time in Unix seconds."""
-        return time.time() + self.cluster.ahead
+        return self.cluster.now()
 
     @property
     def subscription_count(self) -> int:

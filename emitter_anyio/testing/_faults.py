@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from anyio import Event
+from anyio import Event, current_time, sleep_until
 
 if TYPE_CHECKING:
     from ._peer import Kind, Send
@@ -48,6 +48,8 @@ class Faults:
         self.withheld: list[WithheldPackets] = []
         self._refusal = 0
         self._resumed: Event | None = None  # while the broker is paused
+        self._interval = 0.0
+        self._next_turn = 0.0
 
     @property
     def refusal(self) -> int:
@@ -78,6 +80,30 @@ class Faults:
         """Wait while the broker is paused."""
         while self._resumed is not None:
             await self._resumed.wait()
+
+    @property
+    def throttled(self) -> bool:
+        """Whether requests wait for their turn."""
+        return self._interval > 0
+
+    @contextmanager
+    def throttle(self, interval: float) -> Iterator[None]:
+        """
+        Handle one request per interval until the block ends.
+
+        :param interval: the interval in seconds
+        """
+        before, self._interval = self._interval, interval
+        try:
+            yield
+        finally:
+            self._interval = before
+
+    async def wait_turn(self) -> None:
+        """Wait for the turn of a request, in order of arrival."""
+        turn = max(self._next_turn, current_time())
+        self._next_turn = turn + self._interval
+        await sleep_until(turn)
 
     @contextmanager
     def withhold(self, packets: WithheldPackets) -> Iterator[None]:

@@ -59,7 +59,7 @@ class TestSignatures:
         signature, hints = inspect.signature(mirror), get_type_hints(mirror)
         assert signature.parameters == inspect.signature(method).parameters
         expected = get_type_hints(method)
-        if name in ("hold", "lose", "refuse"):
+        if name in ("hold", "lose", "refuse", "throttle"):
             expected["return"] = AbstractContextManager[None]
         assert hints == expected
         assert signature.return_annotation == hints["return"]

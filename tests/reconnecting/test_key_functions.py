@@ -11,14 +11,12 @@ from anyio.lowlevel import checkpoint
 from emitter_anyio import ConnectError, Emitter, NotFoundError, UnauthorizedError, Will, connect
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls, Keys, texts
-from tests.support.adversity import broker_in_memory
 from tests.support.connections import (
     QUICK_BACKOFF,
     connect_reconnecting,
     force_reconnect,
     while_disconnected,
 )
-from tests.support.memory import MemoryConnectable
 
 EXPIRED = "A" * 32
 LICENSE_WITH_EXPIRED_AS_A_SECRET = (
@@ -366,10 +364,9 @@ async def test_key_function_that_hangs_while_restoring_delays_only_its_subscript
             await anyio.sleep_forever()
         return keys.pop()
 
-    connectable = MemoryConnectable()
     async with (
-        broker_in_memory(connectable) as broker,
-        connect_reconnecting(connectable=connectable, request_timeout=5) as client,
+        Broker() as broker,
+        connect_reconnecting(connectable=broker.connectable(), request_timeout=5) as client,
     ):
         first, key = broker.keygen("a/", "r"), broker.keygen("b/", "rw")
         keys.append(first)

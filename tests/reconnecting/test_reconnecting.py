@@ -17,7 +17,6 @@ from emitter_anyio import (
 )
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.client.tools import Calls, texts
-from tests.support.adversity import broker_in_memory
 from tests.support.connections import (
     QUICK_BACKOFF,
     connect_reconnecting,
@@ -25,7 +24,6 @@ from tests.support.connections import (
     subscribed_channels,
     while_disconnected,
 )
-from tests.support.memory import MemoryConnectable
 from tests.support.peer import DISCONNECT, Peer, memory_peer
 
 # Restored state
@@ -269,10 +267,9 @@ async def test_each_event_is_logged(
 async def test_broker_that_acknowledges_nothing_is_left_after_request_timeout(
     anyio_backend: object, caplog: pytest.LogCaptureFixture
 ) -> None:
-    connectable = MemoryConnectable()
     async with (
-        broker_in_memory(connectable) as broker,
-        connect_reconnecting(connectable=connectable, request_timeout=5) as emitter,
+        Broker() as broker,
+        connect_reconnecting(connectable=broker.connectable(), request_timeout=5) as emitter,
     ):
         async with emitter.subscribe(broker.keygen("a/", "r"), "a/") as messages:
             with broker.lose("suback"):

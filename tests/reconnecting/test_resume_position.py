@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from typing import Literal
 
 import anyio
@@ -12,30 +10,11 @@ import pytest
 from emitter_anyio import Backoff, Emitter, connect
 from emitter_anyio.testing import Broker
 from tests.reconnecting.test_resuming import take
-from tests.support.memory import MemoryConnectable
 
 KEYS = "rwls"
 
 RENEWAL_DELAY = 10.0
 """Seconds from a message to the client's request for the newest stored message."""
-
-
-@asynccontextmanager
-async def broker_on_virtual_time() -> AsyncGenerator[tuple[Broker, MemoryConnectable]]:
-    """A broker with in-memory connections, so that virtual time applies to it."""
-    broker, connectable = Broker(), MemoryConnectable()
-
-    async def serve() -> None:
-        while True:
-            tasks.start_soon(broker._serve, await connectable.accept())
-
-    try:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(serve)
-            yield broker, connectable
-            tasks.cancel_scope.cancel()
-    finally:
-        connectable.close()
 
 
 async def another_link(emitter: Emitter, broker: Broker) -> None:
@@ -51,9 +30,9 @@ async def publish(broker: Broker, *texts: str) -> None:
 
 @pytest.mark.virtual_time
 async def test_messages_received_long_ago_are_not_repeated(anyio_backend: object) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
+    async with Broker() as broker:
         async with (
-            connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter,
+            connect(connectable=broker.connectable(), reconnect=Backoff(1, 1)) as emitter,
             emitter.subscribe(
                 broker.keygen("a/", KEYS), "a/", 0, resume=True, mark_gaps=True
             ) as messages,
@@ -72,10 +51,10 @@ async def test_messages_received_long_ago_are_not_repeated(anyio_backend: object
 async def test_all_messages_are_repeated_before_the_first_confirmed_renewal(
     anyio_backend: object,
 ) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
+    async with Broker() as broker:
         await publish(broker, "0")
         async with (
-            connect(connectable=connectable, reconnect=Backoff(1, 1)) as emitter,
+            connect(connectable=broker.connectable(), reconnect=Backoff(1, 1)) as emitter,
             emitter.subscribe(
                 broker.keygen("a/", KEYS), "a/", 0, resume=True, mark_gaps=True
             ) as messages,
@@ -89,8 +68,8 @@ async def test_all_messages_are_repeated_before_the_first_confirmed_renewal(
 
 @pytest.mark.virtual_time
 async def test_no_renewal_without_messages(anyio_backend: object) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
-        async with connect(connectable=connectable, keepalive=60) as emitter:
+    async with Broker() as broker:
+        async with connect(connectable=broker.connectable(), keepalive=60) as emitter:
             async with emitter.subscribe(broker.keygen("a/", KEYS), "a/", 0, resume=True):
                 with broker.hold("reply", "puback"):
                     await anyio.sleep(3590)
@@ -105,10 +84,10 @@ async def test_no_renewal_without_messages(anyio_backend: object) -> None:
 async def test_renewal_due_while_disconnected_happens_later(
     anyio_backend: object, while_down: Literal["wait", "raise"]
 ) -> None:
-    async with broker_on_virtual_time() as (broker, connectable):
+    async with Broker() as broker:
         async with (
             connect(
-                connectable=connectable, reconnect=Backoff(1, 1), while_down=while_down
+                connectable=broker.connectable(), reconnect=Backoff(1, 1), while_down=while_down
             ) as emitter,
             emitter.subscribe(
                 broker.keygen("a/", KEYS), "a/", 0, resume=True, mark_gaps=True
