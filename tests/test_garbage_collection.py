@@ -6,8 +6,10 @@ import gc
 import weakref
 from collections.abc import Iterator
 
+import anyio
 import pytest
 
+from emitter_anyio import ConnectError
 from emitter_anyio.testing import Broker
 from tests.support.connections import connect_reconnecting
 
@@ -24,6 +26,23 @@ def no_collections() -> Iterator[None]:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("outage", [0, 60], ids=["short", "with failed tries"])
+async def test_lost_connection_is_freed_when_the_client_has_reconnected(
+    no_collections: None, broker: Broker, outage: float
+) -> None:
+    async with connect_reconnecting(connectable=broker.connectable()) as emitter:
+        for _ in range(2):
+            lost = weakref.ref(emitter._slot.connection)
+            await broker.stop()
+            await anyio.sleep(outage)
+            await broker.restart()
+            await anyio.sleep(60)
+            assert emitter.connection is not None
+            assert isinstance(emitter.connection.last_error, ConnectError if outage else EOFError)
+            assert lost() is None
 
 
 async def test_client_is_freed_on_exit_without_garbage_collection(

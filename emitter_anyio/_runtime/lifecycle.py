@@ -9,7 +9,6 @@ import anyio
 from anyio.lowlevel import checkpoint
 
 from emitter_anyio._backend.tasks import ends_program, is_cancelled
-from emitter_anyio._net.connection import Connection
 from emitter_anyio._net.options import Options
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.errors import ClosedError, ConnectionLostError
@@ -91,19 +90,19 @@ class Lifecycle:
                 raise _closed_while_connecting()
             self._events.start()
             self._supervisor.begin(connection)
-            background.start(self._run, connection, name="emitter_anyio connection")
+            background.start(self._run, name="emitter_anyio connection")
         except BaseException as exc:
             if isinstance(exc, Exception):
                 slot.fail_to_start(exc)
             await self._leave_here(exc)
             raise
 
-    async def _run(self, connection: Connection) -> None:
+    async def _run(self) -> None:
         if is_cancelled():
-            await connection.abandon()
+            await self._supervisor.abandon()
             return
         slot, events = self._slot, self._events
-        await self._supervisor.run(connection)
+        await self._supervisor.run()
         if is_cancelled():
             return
         self._end()

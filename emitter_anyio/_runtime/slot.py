@@ -215,10 +215,12 @@ class Slot:
         self.last_error = error
         self.lost = self.lost or why
         if why is None:
+            _remove_tracebacks(error)
             self._transition(Step.LOSE)
 
     def fail_to_connect(self, error: Exception) -> None:
-        """Note the error with which an attempt to reconnect failed."""
+        """Note the error with which an attempt to connect failed."""
+        _remove_tracebacks(error)
         self.last_error = error
 
     def give_up(self, why: str) -> None:
@@ -386,3 +388,17 @@ class Slot:
             return all(map(self.is_transient, error.exceptions))
         transient = isinstance(error, ConnectionLostError) and self._options.reconnect is not None
         return transient and self.lost is None
+
+
+def _remove_tracebacks(error: BaseException | None) -> None:
+    """
+    Remove the tracebacks of an error and its causes.
+
+    ``last_error`` is kept until the next loss, and the frames of a traceback would keep the old
+    connection, which takes as much memory as the new one.
+    """
+    while error is not None and error.__traceback__ is not None:
+        error.with_traceback(None)
+        for cause in getattr(error, "causes", {}).values():
+            _remove_tracebacks(cause)
+        error = error.__cause__ or error.__context__

@@ -143,6 +143,8 @@ class Supervisor:
         self._restorers = restorers
         self._settlers = settlers
         self._loss_handlers = loss_handlers
+        self._first: Connection | None = None
+        """The first connection, until :meth:`run` takes it."""
         self._good_at = math.inf
         """The time from which the loss of the current connection restarts the back-off."""
         self._carried: list[bytes] = []
@@ -185,20 +187,28 @@ class Supervisor:
 
     def begin(self, connection: Connection) -> None:
         """Make the first connection available to all calls. There is nothing to restore."""
+        self._first = connection
         self._slot.open(connection)
         logger.info("connected to %s", connection.server)
         self._make_available(connection)
 
-    async def run(self, first: Connection) -> None:
+    async def run(self) -> None:
         """Run the first connection, and reconnect until the client ends or gives up."""
         attempt = 0
-        connection: Connection | None = first
+        # An argument of this function would keep the first connection until the client ends.
+        connection, self._first = self._first, None
         while connection is not None:
             broken = await self._run_one(connection)
             if connection.timer.clock() > self._good_at:
                 attempt = 0
             self._good_at = math.inf
             connection, attempt = await self._next(connection, broken, attempt)
+
+    async def abandon(self) -> None:
+        """Close the first connection instead of running it."""
+        assert self._first is not None
+        await self._first.abandon()
+        self._first = None
 
     def replace(self, connection: Connection) -> None:
         """Start to close the connection in an orderly way, and reconnect after that."""
