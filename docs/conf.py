@@ -26,6 +26,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 nitpick_ignore = [
     ("py:class", "emitter_anyio._streams.receive.T_co"),  # whatever the stream is of
+    ("py:class", "emitter_anyio.testing._virtual_time.T"),  # whatever the function returns
     # In generic aliases that were made before the class got its public name.
     ("py:class", "emitter_anyio._streams.receive.EventStream"),
     ("py:class", "emitter_anyio.testing._broker.Shared"),  # only handed to another Broker

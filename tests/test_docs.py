@@ -24,7 +24,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final, Literal
 
 import anyio
 import pytest
@@ -39,7 +39,7 @@ import emitter_anyio.testing
 from emitter_anyio import Emitter, EmitterMessage, StoredMessage, connect
 from emitter_anyio._net.options import Options
 from emitter_anyio.outbox import Outbox
-from emitter_anyio.testing import BlockingBroker, Broker, FaultProxy
+from emitter_anyio.testing import BlockingBroker, Broker, FaultProxy, virtual_backend
 from tests.support.asgi import Application, lifespan, post, request, websocket
 from tests.support.command import ROOT, run, running
 from tests.support.connections import while_disconnected
@@ -51,6 +51,7 @@ NOT_RUN = [
     for line in (DOCS / "not-run.txt").read_text().splitlines()
     if line and not line.startswith("#")
 ]
+BACKENDS: Final[tuple[Literal["asyncio", "trio"], ...]] = ("asyncio", "trio")
 RUN = [block for block in BLOCKS if str(block) not in {where for where, _ in NOT_RUN}]
 
 
@@ -67,12 +68,13 @@ def of_kind(*kinds: str) -> pytest.MarkDecorator:
     cases = [
         pytest.param(
             block,
-            backend,
+            virtual_backend(backend) if block.in_virtual_time else backend,
             id=f"{block}-{backend}",
         )
         for block in RUN
         if block.kind in kinds and block not in WEB_APPLICATIONS.values()
-        for backend in sorted(block.backends)
+        for backend in BACKENDS
+        if backend in block.backends
     ]
     return pytest.mark.parametrize(("block", "anyio_backend"), cases)
 
@@ -388,7 +390,7 @@ class TestShell:
                     assert process.stdout is not None
                     said = [process.stdout.readline().split()[0] for _ in range(3)]
                 assert said == ["listening", "license", "secret"]
-            case ["python", "-m", "emitter_anyio", *_]:
+            case ["python", "-m", "emitter_anyio" | "benchmarks.fleets", *_]:
                 done = run(*words[1:])
                 assert (done.returncode, done.stderr) == (0, "")
             case _:

@@ -20,6 +20,7 @@ NAMES = {
     "python": {
         "library/asyncio-task.html": "asyncio.Task.cancel:method asyncio.TaskGroup "
         "asyncio.timeout:function asyncio.wait_for:function",
+        "library/asyncio-runner.html": "asyncio.Runner",
         "library/contextlib.html": "contextlib.AbstractContextManager",
         "library/collections.abc.html": "collections.abc.AsyncGenerator "
         "collections.abc.AsyncIterator collections.abc.Awaitable collections.abc.Callable "
@@ -35,8 +36,10 @@ NAMES = {
         "library/logging.html": "logging:module",
         "library/os.html": "os.PathLike",
         "library/pathlib.html": "pathlib.Path",
+        "library/random.html": "random.seed:function",
         "library/ssl.html": "ssl.SSLContext ssl.create_default_context:function",
         "library/stdtypes.html": "bytearray bytes dict list memoryview str tuple",
+        "library/time.html": "time.monotonic:function time.time:function",
         "library/typing.html": "typing.Any:data typing.Literal:data",
     },
     "anyio": {
@@ -52,6 +55,7 @@ NAMES = {
     "trio": {
         "reference-core.html": "trio.Nursery trio.open_nursery:function trio.run:function "
         "trio.CancelScope",
+        "reference-testing.html": "trio.testing.MockClock",
     },
 }
 

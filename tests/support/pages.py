@@ -14,7 +14,9 @@ DOCS = ROOT / "docs"
 Kind: TypeAlias = Literal["program", "lines", "test", "shell"]
 
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_RUN = re.compile(r"^(asyncio\.run\(main\(\)\)|(anyio|trio)\.run\(main)[^\n]*\n", re.MULTILINE)
+_RUN = re.compile(
+    r"^(asyncio\.run\(main\(\)\)|(anyio|trio)\.run\(main|run_virtual\(main)[^\n]*\n", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Block:
 
     :ivar page: the name of its page
     :ivar line: the line on which it begins
-    :ivar kind: ``program`` (it calls ``asyncio.run(main())``, ``anyio.run(main)`` or
-        ``trio.run(main)``), ``lines`` (complete with their imports), ``test`` (a file for pytest)
-        or ``shell``
+    :ivar kind: ``program`` (it calls ``asyncio.run(main())``, ``anyio.run(main)``,
+        ``trio.run(main)`` or ``run_virtual(main)``), ``lines`` (complete with their imports),
+        ``test`` (a file for pytest) or ``shell``
     :ivar source: the code
     :ivar output: what it prints, from the block of text that follows
     :ivar config: the ``pyproject.toml`` of a file for pytest, from a block of the same section
@@ -50,6 +52,11 @@ class Block:
         if re.search(r"\basyncio\.", self.without_run):
             return {"asyncio"}
         return {"asyncio", "trio"}
+
+    @property
+    def in_virtual_time(self) -> bool:
+        """Whether the code runs in virtual time."""
+        return re.search(r"^run_virtual\(main", self.source, re.MULTILINE) is not None
 
     @property
     def without_run(self) -> str:
