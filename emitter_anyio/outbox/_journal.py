@@ -11,6 +11,7 @@ import anyio
 from anyio import CancelScope, CapacityLimiter, to_thread
 from anyio.lowlevel import checkpoint_if_cancelled
 
+from emitter_anyio._values.errors import ClosedError
 from emitter_anyio._values.text import format_count
 
 from ._schedule import Fetch, Fetched
@@ -133,7 +134,7 @@ class Journal:
         self._read_at = -math.inf
         """The time from which messages are read."""
         self._grown = False
-        """Whether a call might have added messages that wait."""
+        """Whether messages might have been stored since reading was last possible."""
         self._reported: set[str] = set()
         """The texts of the errors that were reported since the last success."""
         self._end: Exception | None = None
@@ -222,7 +223,7 @@ class Journal:
         figures = self._figures
         waiting = max(0, figures.waiting - len(self._changes))
         parked, given_up, size = figures.parked, figures.given_up, figures.size
-        for message, change in self._changes.values():
+        for message, change in list(self._changes.values()):  # any thread might be calling
             if isinstance(change, Parking):
                 parked += 1
             else:
@@ -278,6 +279,7 @@ class Journal:
             while self._incoming:
                 await self._apply(self._take(None))
         finally:
+            self.end(ClosedError(f"the outbox {self._name!r} was left during the call"))
             await self._close_file()
 
     async def _close_file(self) -> None:
@@ -296,10 +298,10 @@ class Journal:
     def _collect(self) -> tuple[Work | None, float]:
         """Return what to do now, or the seconds for which there is nothing to do."""
         now = anyio.current_time()
-        self._incoming = [entry for entry in self._incoming if not entry.cancelled]
+        self._grown = self._grown or bool(self._incoming)
         fetch = None
         if self._read_at <= now:
-            fetch = self._wanted(self._grown or bool(self._incoming))
+            fetch = self._wanted(self._grown)
             self._grown = False
         due = min(self._due, self._next_sweep)
         if not (self._incoming or fetch is not None or due <= now):
@@ -310,6 +312,7 @@ class Journal:
 
     def _take(self, fetch: Fetch | None) -> Work:
         size = number = 0
+        self._incoming = [entry for entry in self._incoming if not entry.cancelled]
         for entry in self._incoming[:_RECORDS_PER_TRANSACTION]:
             if number and size > _BYTES_PER_TRANSACTION:
                 break

@@ -312,8 +312,10 @@ class Outbox:
                     tasks.stop()
                     await tasks.stopped()
                 finally:
-                    self._sender.stop()
-                    await self._journal.close()
+                    try:
+                        await self._journal.close()
+                    finally:
+                        self._sender.stop()
 
     def _release(self) -> None:
         self._tasks, self._entered = None, False

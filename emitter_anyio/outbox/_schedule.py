@@ -105,15 +105,12 @@ class Schedule:
         self._last = 0
         """The id up to which messages have been read or left out."""
         self._end = False
-        self._grown = False
-        """Whether messages were stored since reading began."""
-        self._fetching = False
 
     # Reading
 
     def wanted(self, now: float) -> Fetch | None:
-        """Return what to read from disk now, if anything."""
-        if self._fetching or len(self._queue) >= _LOW_WATER:
+        """Return what to read from disk now, if anything; :meth:`add` must follow."""
+        if len(self._queue) >= _LOW_WATER:
             return None
         due = (
             channel
@@ -126,13 +123,9 @@ class Schedule:
         after = None if self._end else self._last
         return Fetch(self._generation, after, frozenset(self._waiting), self._last, lanes)
 
-    def begin(self) -> None:
-        """Note that messages are being read, so that no others are wanted."""
-        self._fetching, self._grown = True, False
-
     def grow(self) -> None:
-        """Note that messages were stored."""
-        self._end, self._grown = False, True
+        """Note that messages were stored, or will be before the next read."""
+        self._end = False
 
     def add(self, fetch: Fetch, fetched: Fetched | None) -> None:
         """
@@ -141,7 +134,6 @@ class Schedule:
         :param fetch: what was to be read
         :param fetched: what was read; ``None`` if reading failed
         """
-        self._fetching = False
         if fetched is None or fetch.generation != self._generation:
             return
         for lane in fetched.lanes:
@@ -151,7 +143,7 @@ class Schedule:
             else:
                 self._waiting[lane.channel].fill(len(lane.messages))
         if fetch.after is not None:
-            self._last, self._end = fetched.last, fetched.end and not self._grown
+            self._last, self._end = fetched.last, fetched.end
         for message in fetched.messages:
             if message.channel not in self._waiting:
                 self._queue.append(message)
@@ -195,15 +187,14 @@ class Schedule:
         if channel in self._waiting:
             self._waiting[channel].move(due)
 
-    @property
-    def due(self) -> float:
-        """The time at which the next channel is due."""
-        return min((one.due for one in self._waiting.values() if not one.queued), default=math.inf)
+    def next_due(self, now: float) -> float:
+        """Return the time at which the next channel becomes due."""
+        return min((one.due for one in self._waiting.values() if one.due > now), default=math.inf)
 
     def restart(self) -> None:
         """Start with the oldest message again; channels that wait still do."""
         self._generation += 1
         self._queue.clear()
-        self._last, self._end, self._fetching = 0, False, False
+        self._last, self._end = 0, False
         for channel in [channel for channel, one in self._waiting.items() if one.queued]:
             del self._waiting[channel]

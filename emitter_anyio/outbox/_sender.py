@@ -102,8 +102,8 @@ class Sender:
         """Whether everything is to be sent again, when no message is in flight any more."""
         self._resume_at = -math.inf
         self._timeouts = 0
-        self._failures: dict[str, int] = {}
-        """The number of consecutive failures of each channel."""
+        self._failures: dict[str, tuple[int, float]] = {}
+        """The number of consecutive failures of each channel, and when it is tried again."""
         self._renewed: set[int] = set()
         """Messages that are sent with a new key after they were refused with the old one."""
         self._without_key: set[str] = set()
@@ -146,10 +146,7 @@ class Sender:
             self._schedule.grow()
         if self._pipeline.connection is None or self._broken:
             return None
-        fetch = self._schedule.wanted(anyio.current_time())
-        if fetch is not None:
-            self._schedule.begin()
-        return fetch
+        return self._schedule.wanted(anyio.current_time())
 
     def fetched(self, fetch: Fetch, fetched: Fetched | None) -> None:
         """Take what was read from disk."""
@@ -187,8 +184,8 @@ class Sender:
     async def _wait(self) -> bool:
         now = anyio.current_time()
         self._journal.wake()
-        until = self._resume_at if self._resume_at > now else self._schedule.due
-        return await self._to_send.wait(max(0.0, until - now))
+        until = self._resume_at if self._resume_at > now else self._schedule.next_due(now)
+        return await self._to_send.wait(until - now)
 
     def _next(self) -> Stored | None:
         """Return the next message to send, if one may be sent now."""
@@ -268,8 +265,7 @@ class Sender:
             self._broken = True
             self._schedule.finish(message)
         elif isinstance(outcome, ServerError):
-            self._fail(message.channel, outcome)
-            self._schedule.postpone(message, self._due(message.channel))
+            self._schedule.postpone(message, self._fail(message.channel, outcome))
         elif self._may_renew(message, outcome):
             self._renewed.add(message.id)
             self._schedule.postpone(message)
@@ -302,15 +298,17 @@ class Sender:
 
     # Failures of a channel, and keys
 
-    def _fail(self, channel: str, error: Exception) -> None:
-        """Count a failure of a channel, and report the first one."""
-        failures = self._failures.get(channel, 0)
-        self._failures[channel] = failures + 1
+    def _fail(self, channel: str, error: Exception) -> float:
+        """Report the first failure of a channel; return the time at which to try again."""
+        now = anyio.current_time()
+        failures, due = self._failures.get(channel, (0, now))
         if not failures:
             self._pipeline.report(error)
-
-    def _due(self, channel: str) -> float:
-        return anyio.current_time() + _BACKOFF.longest(self._failures[channel] - 1)
+        # Messages that were in flight together fail together, which counts as one failure.
+        if due <= now:
+            due = now + _BACKOFF.longest(failures)
+            self._failures[channel] = failures + 1, due
+        return due
 
     def _may_renew(self, message: Stored, refusal: Exception) -> bool:
         return (
@@ -340,8 +338,7 @@ class Sender:
                 f"{type(exc).__name__}; trying again"
             )
             error.__cause__ = exc
-            self._fail(channel, error)
-            due = self._due(channel)
+            due = self._fail(channel, error)
         self._without_key.discard(channel)
         self._schedule.resume(channel, due)
         self._to_send.set()

@@ -44,7 +44,9 @@ from emitter_anyio.outbox import (
 )
 from emitter_anyio.outbox import _sender as sender_module
 from emitter_anyio.outbox import _store as store_module
+from emitter_anyio.outbox._journal import _Entry
 from emitter_anyio.outbox._schedule import Schedule
+from emitter_anyio.outbox._values import Record
 from emitter_anyio.testing import Broker
 from tests.client.tools import Calls
 from tests.outbox.test_store import limit_pages, read_only
@@ -446,6 +448,104 @@ class TestDelivery:
                     await sent(box)
         assert received == [b"%d" % number for number in range(10, 30)]
 
+    async def test_outbox_is_idle_while_a_channel_is_due_without_a_connection(
+        self, broker: Broker, emitter: Emitter, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sender_module, "_BACKOFF", Backoff(0.001, 0.001))
+        turns = 0
+        take_next = sender_module.Sender._next
+
+        def count_turn(self: Any) -> Any:
+            nonlocal turns
+            turns += 1
+            return take_next(self)
+
+        monkeypatch.setattr(sender_module.Sender, "_next", count_turn)
+
+        async def get_key(channel: str) -> str:
+            return await keys.receive()
+
+        keys_in, keys = anyio.create_memory_object_stream[str](1)
+        async with Outbox(path, emitter, get_key) as box, emitter, keys_in, keys:
+            await box.publish("a/", 1)
+            await until(lambda: keys.statistics().tasks_waiting_receive)
+            async with emitter.stream("disconnect") as lost:
+                with broker.refuse():
+                    await broker.drop()
+                    await lost.receive()
+                    await keys_in.send("no key")  # now the channel is due
+                    await until(lambda: box._sender._schedule._waiting["a/"].due < 1e12)
+                    turns = 0
+                    for _ in range(100):
+                        await anyio.lowlevel.checkpoint()
+                    assert turns < 10
+
+    async def test_messages_that_are_stored_after_a_failed_read_are_sent(
+        self, broker: Broker, emitter: Emitter, key: str, path: Path
+    ) -> None:
+        async with listening(broker, key) as messages, emitter, Outbox(path, emitter, key) as box:
+            await box.publish("a/", 1)
+            assert await take(messages, 1) == [1]
+            await sent(box)
+            box._journal._read_at = anyio.current_time() + 3600  # as after an error
+            await box.publish("a/", 2)
+            box._journal._read_at = 0
+            box._journal.wake()
+            assert await take(messages, 1) == [2]
+
+    async def test_calls_that_wait_when_the_outbox_is_left_return(
+        self, emitter: Emitter, key: str, path: Path
+    ) -> None:
+        ended = []
+
+        async def call(box: Outbox) -> None:
+            with suppress(ClosedError):
+                await box.parked()
+            ended.append(box)
+
+        async with anyio.create_task_group() as tasks:
+            async with Outbox(path, emitter, key) as box:
+                for _ in range(3):
+                    tasks.start_soon(call, box)
+                await anyio.lowlevel.checkpoint()
+        assert ended == [box] * 3
+
+    async def test_publish_that_was_cancelled_when_the_outbox_is_left_is_not_stored(
+        self, emitter: Emitter, key: str, path: Path
+    ) -> None:
+        async with Outbox(path, emitter, key) as box:
+            await box.publish("a/", 1)
+            for cancelled in (True, False):
+                entry = _Entry(Record("a/", b"", None, False, True))
+                entry.cancelled = cancelled
+                box._journal._incoming.append(entry)
+        async with Outbox(path, emitter, key) as box:
+            assert box.statistics().waiting == 2
+
+    async def test_client_does_not_wait_for_an_outbox_that_was_left(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("emitter_anyio.outbox._journal._DELAY_SECONDS", 3600)
+
+        async def script(peer: Peer) -> None:
+            await peer.accept()
+            while packet := await peer.packet():
+                if packet.payload == b"1":
+                    await peer.send(packets.puback(packet.packet_id))
+
+        async with memory_peer(script) as connectable:
+            emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=3600)
+            async with Outbox(path, emitter, NO_KEY) as box:
+                for number in (1, 2):
+                    await box.publish("a/", number)
+            async with emitter:
+                with anyio.CancelScope() as scope:
+                    async with Outbox(path, emitter, NO_KEY) as box:
+                        await until(lambda: box.statistics().waiting == 1)
+                        scope.cancel()
+                        await anyio.sleep_forever()
+                await anyio.lowlevel.checkpoint()
+
     async def test_publishes_that_wait_when_the_outbox_is_left_are_stored(
         self, emitter: Emitter, key: str, path: Path
     ) -> None:
@@ -634,6 +734,31 @@ class TestRefusals:
                     (error,) = await errors.get(1)
         assert isinstance(error, ServerError)
         assert received == [b"1", b"2", b"1", b"1", b"1", b"3"]
+
+    async def test_messages_in_flight_together_fail_once(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sender_module, "_BACKOFF", Backoff(1800, 3600))
+        refused = 0
+
+        async def script(peer: Peer) -> None:
+            nonlocal refused
+            await peer.accept()
+            while packet := await peer.packet():
+                if packet.kind == PUBLISH:
+                    refused += 1
+                    refusal = b'{"req":%d,"status":500,"message":"no"}' % packet.packet_id
+                    await peer.send(packets.publish("emitter/error/", refusal))
+                    await peer.send(packets.puback(packet.packet_id))
+
+        async with memory_peer(script) as connectable:
+            emitter = connect_reconnecting(connectable=connectable, disconnect_timeout=0.01)
+            async with Outbox(path, emitter, NO_KEY) as box:
+                for number in range(5):
+                    await box.publish("a/", number)
+                async with emitter:
+                    await until(lambda: refused == 5 and not box._sender._flights)
+                    assert box._sender._schedule.next_due(0) < anyio.current_time() + 1801
 
     async def test_message_too_large_with_its_key_is_parked(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
@@ -1315,6 +1440,20 @@ async def test_two_outboxes_share_a_client(
             await one.publish("a/", 1)
             await two.publish("a/", 2)
         assert sorted(await take(messages, 2)) == [1, 2]
+
+
+async def test_statistics_while_the_outbox_changes(emitter: Emitter, key: str, path: Path) -> None:
+    async with Outbox(path, emitter, key) as box:
+        changes = box._journal._changes
+
+        class Message:
+            @property
+            def weight(self) -> int:
+                changes.clear()  # as the event loop might do while another thread reads
+                return 0
+
+        changes.update({id: (Message(), "accepted") for id in range(2)})  # type: ignore[misc]
+        assert box.statistics().size == 0
 
 
 async def test_while_disconnected_messages_wait(
