@@ -241,26 +241,17 @@ class Outbox:
         self._entered = True
         self._store = store = Store(self._path, self._max_size, self._max_age, self._overflow)
         self._sender = sender = Sender(self._pipeline, self._key, self._max_age)
-        report = self._pipeline.report
-        callbacks = sender.wanted, sender.fetched, sender.update
-        self._journal = journal = Journal(store, self._path, report, *callbacks)
+        callbacks = self._pipeline.report, sender.wanted, sender.fetched, sender.update
+        self._journal = journal = Journal(store, self._path, *callbacks)
         tasks = Tasks(self._task_failed)
         try:
-            aside = await journal.open()
+            self._note_corrupt(await journal.open())
             await tasks.open()
         except BaseException:
             with CancelScope(shield=True):
                 await journal.close()
             self._release()
             raise
-        self._set_aside = None if aside is None else Path(aside)
-        if aside is not None:
-            report(
-                OutboxError(
-                    f"the outbox {self._path!r} was corrupt: the file was renamed to {aside!r}, "
-                    "and a new one was created"
-                )
-            )
         self._failure, self._stopped = None, False
         self._tasks, self._stop_tasks, self._open = tasks, tasks.stop, True
         tasks.start_soon(journal.run, name="emitter_anyio outbox: file")
@@ -316,6 +307,17 @@ class Outbox:
                         await self._journal.close()
                     finally:
                         self._sender.stop()
+
+    def _note_corrupt(self, aside: str | None) -> None:
+        """Report the path to which a corrupt file was renamed, if there was one."""
+        self._set_aside = None if aside is None else Path(aside)
+        if aside is not None:
+            self._pipeline.report(
+                OutboxError(
+                    f"the outbox {self._path!r} was corrupt: the file was renamed to {aside!r}, "
+                    "and a new one was created"
+                )
+            )
 
     def _release(self) -> None:
         self._tasks, self._entered = None, False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -62,31 +61,6 @@ class Fetched(NamedTuple):
     lanes: list[Lane]
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """
-    A channel that is left out, because a message of it has to be sent again.
-
-    :ivar due: the time from which to send it
-    :ivar queued: the number of its messages in the queue
-    """
-
-    due: float
-    queued: int = 0
-
-    def fill(self, queued: int) -> None:
-        """Note the number of messages that were added to the queue."""
-        self.queued = queued
-
-    def take(self) -> None:
-        """Note that a message was taken from the queue."""
-        self.queued -= 1
-
-    def move(self, due: float) -> None:
-        """Change the time from which to send it."""
-        self.due = due
-
-
 class Schedule:
     """
     The order in which stored messages are sent: that of their ids, in each channel.
@@ -100,7 +74,10 @@ class Schedule:
     def __init__(self) -> None:
         self._queue: deque[Stored] = deque()
         self._in_flight: Counter[str] = Counter()
-        self._waiting: dict[str, _Waiting] = {}
+        self._due: dict[str, float] = {}
+        """The channels that wait, and the time from which to send each."""
+        self._partial: Counter[str] = Counter()
+        """The number of queued messages of channels that were due, and still have more on disk."""
         self._generation = 0
         self._last = 0
         """The id up to which messages have been read or left out."""
@@ -112,16 +89,16 @@ class Schedule:
         """Return what to read from disk now, if anything; :meth:`add` must follow."""
         if len(self._queue) >= _LOW_WATER:
             return None
-        due = (
+        channels = (
             channel
-            for channel, waiting in self._waiting.items()
-            if waiting.due <= now and not waiting.queued and channel not in self._in_flight
+            for channel, due in self._due.items()
+            if due <= now and channel not in self._partial and channel not in self._in_flight
         )
-        lanes = tuple(islice(due, _LANES_PER_FETCH))
+        lanes = tuple(islice(channels, _LANES_PER_FETCH))
         if self._end and not lanes:
             return None
         after = None if self._end else self._last
-        return Fetch(self._generation, after, frozenset(self._waiting), self._last, lanes)
+        return Fetch(self._generation, after, frozenset(self._due), self._last, lanes)
 
     def grow(self) -> None:
         """Note that messages were stored, or will be before the next read."""
@@ -139,13 +116,13 @@ class Schedule:
         for lane in fetched.lanes:
             self._queue.extend(lane.messages)
             if lane.complete:
-                del self._waiting[lane.channel]
+                del self._due[lane.channel]
             else:
-                self._waiting[lane.channel].fill(len(lane.messages))
+                self._partial[lane.channel] = len(lane.messages)
         if fetch.after is not None:
             self._last, self._end = fetched.last, fetched.end
         for message in fetched.messages:
-            if message.channel not in self._waiting:
+            if message.channel not in self._due:
                 self._queue.append(message)
 
     # Sending
@@ -156,16 +133,13 @@ class Schedule:
             return None
         message = self._queue.popleft()
         self._in_flight[message.channel] += 1
-        waiting = self._waiting.get(message.channel)
-        if waiting is not None:
-            waiting.take()
+        if message.channel in self._partial:
+            _decrement(self._partial, message.channel)
         return message
 
     def finish(self, message: Stored) -> None:
         """Note that a message is no longer in flight, and is not to be sent again."""
-        self._in_flight[message.channel] -= 1
-        if not self._in_flight[message.channel]:
-            del self._in_flight[message.channel]
+        _decrement(self._in_flight, message.channel)
 
     def postpone(self, message: Stored, due: float = math.inf) -> None:
         """
@@ -175,26 +149,34 @@ class Schedule:
         """
         self.finish(message)
         channel = message.channel
-        known = self._waiting.get(channel)
-        if known is None or known.queued:
-            self._queue = deque(each for each in self._queue if each.channel != channel)
-            self._waiting[channel] = _Waiting(due)
-        else:
-            known.move(max(known.due, due))
+        if channel in self._due and channel not in self._partial:
+            self._due[channel] = max(self._due[channel], due)
+            return
+        self._queue = deque(each for each in self._queue if each.channel != channel)
+        self._partial.pop(channel, None)
+        self._due[channel] = due
 
     def resume(self, channel: str, due: float) -> None:
         """Set the time from which to send a channel that waits."""
-        if channel in self._waiting:
-            self._waiting[channel].move(due)
+        if channel in self._due:
+            self._due[channel] = due
 
     def next_due(self, now: float) -> float:
         """Return the time at which the next channel becomes due."""
-        return min((one.due for one in self._waiting.values() if one.due > now), default=math.inf)
+        return min((due for due in self._due.values() if due > now), default=math.inf)
 
     def restart(self) -> None:
         """Start with the oldest message again; channels that wait still do."""
         self._generation += 1
         self._queue.clear()
         self._last, self._end = 0, False
-        for channel in [channel for channel, one in self._waiting.items() if one.queued]:
-            del self._waiting[channel]
+        for channel in self._partial:
+            del self._due[channel]
+        self._partial.clear()
+
+
+def _decrement(counter: Counter[str], channel: str) -> None:
+    """Count one less, and remove a channel that has none left."""
+    counter[channel] -= 1
+    if not counter[channel]:
+        del counter[channel]

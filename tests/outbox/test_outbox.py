@@ -474,7 +474,7 @@ class TestDelivery:
                     await broker.drop()
                     await lost.receive()
                     await keys_in.send("no key")  # now the channel is due
-                    await until(lambda: box._sender._schedule._waiting["a/"].due < 1e12)
+                    await until(lambda: box._sender._schedule._due["a/"] < 1e12)
                     turns = 0
                     for _ in range(100):
                         await anyio.lowlevel.checkpoint()
@@ -947,6 +947,24 @@ class TestFiles:
                 assert await take(messages, 1) == [1]
             async with Outbox(path, emitter, key) as box:
                 assert box.set_aside is None
+
+    async def test_corrupt_file_is_reported_even_if_entering_fails(
+        self,
+        emitter: Emitter,
+        key: str,
+        path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        async def fail(*_: object) -> None:
+            raise RuntimeError("own")
+
+        path.write_bytes(b"anything else" * 100)  # noqa: ASYNC240 - nothing else runs yet
+        monkeypatch.setattr("emitter_anyio._backend.tasks.Tasks.open", fail)
+        with pytest.raises(RuntimeError, match="own"):
+            await Outbox(path, emitter, key).__aenter__()
+        (record,) = logged(caplog, logging.WARNING)
+        assert "was corrupt" in record.getMessage()
 
     async def test_full_disk(self, broker: Broker, emitter: Emitter, key: str, path: Path) -> None:
         async with listening(broker, key) as messages, Outbox(path, emitter, key) as box:
