@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
@@ -379,3 +380,41 @@ async def test_exception_in_a_failing_report_is_raised(anyio_backend: object) ->
     with pytest.raises(ExceptionGroup) as caught:
         await tasks.close()
     assert [type(error) for error in caught.value.exceptions] == [ValueError]
+
+
+@asyncio_only
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")  # its coroutine is never awaited
+async def test_task_that_is_cancelled_before_it_begins_is_not_awaited(
+    anyio_backend: object,
+) -> None:
+    tasks = Tasks(lambda error: None)
+    await tasks.open()
+    before = asyncio.all_tasks()
+    tasks.start_soon(anyio.sleep_forever)
+    (task,) = asyncio.all_tasks() - before
+    task.cancel()
+    await tasks.stopped()
+    await tasks.close()
+    del task
+    gc.collect()
+
+
+async def test_tasks_that_have_not_begun_are_awaited_by_all(anyio_backend: object) -> None:
+    tasks = Tasks(lambda error: None)
+    ended = []
+
+    async def end(second: bool) -> None:
+        if second:
+            tasks.start(end, False)
+        ended.append(second)
+
+    async def wait() -> None:
+        await tasks.stopped()
+        assert ended == [True, False]
+
+    await tasks.open()
+    async with anyio.create_task_group() as waiting:
+        tasks.start(end, True)
+        for _ in range(3):
+            waiting.start_soon(wait)
+    await tasks.close()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import anyio
+from anyio.lowlevel import cancel_shielded_checkpoint
 
 from emitter_anyio._backend import current_backend
 
@@ -72,7 +73,6 @@ class Tasks:
         name: object = None,
     ) -> None:
         """Start a task that ends without being cancelled."""
-        self._running += 1
         self._group.start_soon(self._run_counted, function, *arguments, name=name)
 
     def start_soon(
@@ -113,19 +113,28 @@ class Tasks:
 
     async def stopped(self) -> None:
         """Wait for all tasks; callable from any task."""
-        if self._running:
-            self._none_runs = anyio.Event()
+        while True:
+            # Only tasks that have begun are counted, because Task.cancel() might keep a task from
+            # beginning. Two checkpoints let all begin: in one, Trio might run this task first.
+            for _ in range(2):
+                await cancel_shielded_checkpoint()
+            if not self._running:
+                return
+            if self._none_runs is None:
+                self._none_runs = anyio.Event()
             await self._none_runs.wait()
 
     async def _run_counted(
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
     ) -> None:
+        self._running += 1
         try:
             await self.run(function, *arguments)
         finally:
             self._running -= 1
             if self._none_runs is not None and not self._running:
                 self._none_runs.set()
+                self._none_runs = None
 
     async def _run_in_scope(
         self,

@@ -248,9 +248,11 @@ class Outbox:
             self._note_corrupt(await journal.open())
             await tasks.open()
         except BaseException:
-            with CancelScope(shield=True):
-                await journal.close()
-            self._release()
+            try:
+                with CancelScope(shield=True):
+                    await journal.close()
+            finally:
+                self._release()
             raise
         self._failure, self._stopped = None, False
         self._tasks, self._stop_tasks, self._open = tasks, tasks.stop, True

@@ -1187,6 +1187,34 @@ class TestCancellation:
             async with Outbox(path, emitter, key) as box:
                 await box.publish("a/", 1)
 
+    async def test_second_native_cancellation_while_entering_releases_the_outbox(
+        self, emitter: Emitter, key: str, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if sniffio.current_async_library() != "asyncio":
+            return
+        begun, may_end = threading.Event(), threading.Event()
+        open_store = store_module.Store.open
+
+        def slow_open(self: Any) -> Any:
+            begun.set()
+            may_end.wait()
+            return open_store(self)
+
+        box = Outbox(path, emitter, key)
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module.Store, "open", slow_open)
+            task = asyncio.ensure_future(box.__aenter__())
+            await to_thread.run_sync(begun.wait)
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+            may_end.set()
+            await asyncio.wait([task])
+        assert task.cancelled()
+        async with box:
+            await box.publish("a/", 1)
+
     async def test_native_cancellation_of_a_task_stops_the_outbox(
         self, emitter: Emitter, key: str, path: Path
     ) -> None:
