@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from emitter_anyio import (
     ConnectionLostError,
@@ -404,6 +405,8 @@ async def test_tasks_that_have_not_begun_are_awaited_by_all(anyio_backend: objec
     ended = []
 
     async def end(second: bool) -> None:
+        for _ in range(10):
+            await checkpoint()
         if second:
             tasks.start(end, False)
         ended.append(second)
