@@ -31,7 +31,7 @@ TIME_HELP: Final = (
     "TIME is an age (10m, 2h or 1d), a local date and time (2030-01-31T12:00) or a\nUnix timestamp."
 )
 
-DURATION_HELP: Final = "SEC is a number of seconds, or of another unit, as in 10m, 2h or 1d."
+DURATION_HELP: Final = "SEC is a number of seconds, or a duration such as 10m, 2h or 1d."
 
 _UNIT_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)([smhd]?)", re.ASCII)

@@ -58,9 +58,9 @@ def add_bench(parser: Parser) -> None:
             "  rtt      publish a message to the same connection, wait until it arrives, and\n"
             "           repeat\n"
             "  connect  connect and disconnect, and repeat\n\n"
-            "Each message has a number, by which losses are counted. A benchmark can overload\n"
+            "Messages are numbered, so that lost ones are counted. A benchmark can overload\n"
             "a broker, so the command requires --url and ignores EMITTER_URL. A channel key\n"
-            "must be for the channel; for rtt, for CHANNEL#/."
+            "must be for CHANNEL, or for CHANNEL#/ with rtt."
         ),
         examples=(
             "  export URL=mqtt://127.0.0.1:8080\n"

@@ -29,11 +29,11 @@ def add_consume(parser: Parser) -> None:
         arguments="CHANNEL --cursor FILE",
         description=(
             "Print the stored messages of a channel and of the channels below it, oldest\n"
-            "first, and then wait for further ones, until Ctrl-C.\n\n"
+            "first, and then wait for new ones, until Ctrl-C.\n\n"
             "FILE contains the position. It is replaced after messages have been written to\n"
-            "stdout, and also flushed to the disk if stdout is a file. When the command is\n"
-            "started again, it continues there, so no stored message is left out. After a\n"
-            "crash or Ctrl-C, it might print up to 256 messages again.\n\n"
+            "stdout, and flushed to the disk if stdout is a file. After a restart, the\n"
+            "command continues at this position, so it skips no stored message. After a crash\n"
+            "or Ctrl-C, it might print up to 256 messages again.\n\n"
             f"{FORMAT_HELP}\n\n{DURATION_HELP}"
         ),
         examples=(

@@ -55,7 +55,7 @@ def add_demo(parser: Parser) -> None:
         description=(
             "Show a subscription that survives a lost connection.\n\n"
             "Two clients, ann and ben, publish, receive stored messages and watch presence.\n"
-            "Then the connection of ann is cut. Each step prints one line. Without --url, the\n"
+            "Then ann's connection is cut. Each step prints one line. Without --url, the\n"
             "demo starts a development broker.\n\n"
             f"{DURATION_HELP}"
         ),

@@ -17,12 +17,12 @@ FORMATS: Final = ("text", "json", "hex")
 _FORMATS: Final = (
     "Formats: text prints the payload and a line break, hex prints its bytes, json\n"
     "prints an object with time, channel and payload (payload_base64 if it is not\n"
-    "UTF-8). --raw prints exactly the bytes of each payload, without line breaks."
+    "UTF-8). --raw prints the exact bytes of each payload, without line breaks."
 )
 
 FORMAT_HELP: Final = f"{_FORMATS}\nOn a terminal, text and hex begin with the channel."
 
-REPLY_FORMAT_HELP: Final = f"{_FORMATS}\nText that ends with a line break gets no further one."
+REPLY_FORMAT_HELP: Final = f"{_FORMATS}\nNo line break is added to text that ends with one."
 
 
 class Readable(Protocol):

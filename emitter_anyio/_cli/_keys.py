@@ -114,7 +114,7 @@ def add_me(parser: Parser) -> None:
         _me,
         description=(
             "Connect and print the id that the broker gave the connection.\n\n"
-            "The id is new each time. Use this command to see that the broker replies."
+            "The id is new each time. Use this command to check that the broker replies."
         ),
         examples="  %(prog)s\n  %(prog)s --json",
     )

@@ -151,7 +151,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--no-echo",
         dest="echo",
         action="store_false",
-        help="do not deliver to this connection itself",
+        help="do not deliver to this connection",
     )
 
 

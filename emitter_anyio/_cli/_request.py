@@ -28,9 +28,9 @@ def add_request(parser: Parser) -> None:
         arguments="CHANNEL [MESSAGE]",
         description=(
             "Send a request to the clients that serve a channel, and print the reply.\n\n"
-            "The first reply counts. With --replies N, the command prints N replies, and\n"
-            "with --replies 0 all that arrive before --timeout. It fails if replies are\n"
-            "missing or if the serving client reports an error.\n\n"
+            "By default, the command prints the first reply. With --replies N, it prints N\n"
+            "replies, and with --replies 0 all replies that arrive before --timeout. It fails\n"
+            "if replies are missing, or if the serving client reports an error.\n\n"
             f"{REPLY_FORMAT_HELP}\n\n{DURATION_HELP}"
         ),
         examples=(

@@ -40,8 +40,8 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
     """
     group = parser.add_argument_group(
         "broker and keys",
-        "An option takes precedence over a line of --env-file, and that over the\n"
-        "environment variable in parentheses. Other users of this machine can see keys\n"
+        "Options take precedence over the file of --env-file, and that file over the\n"
+        "environment variables in parentheses. Other users of this machine can see keys\n"
         "and passwords in a command line, but not in the file or the environment.\n"
         "URL begins with mqtt://, mqtts://, ws:// or wss://, or is HOST:PORT (mqtt://).",
     )

@@ -36,12 +36,13 @@ def add_top(parser: Parser) -> None:
     parser.set_command(
         _top,
         description=(
-            "Show the load of each node of the broker, from the figures that it publishes\n"
-            "every second, until Ctrl-C.\n\n"
+            "Show the load of each node of the broker, from the figures that the node\n"
+            "publishes every second, until Ctrl-C.\n\n"
             "On a terminal, a live table is shown if the extra 'cli' is installed. Otherwise,\n"
-            "each message of a node prints a line. 'in' counts the messages and requests that\n"
-            "clients publish on the node, 'out' those that it sends to its clients; both are\n"
-            "averages of 5 seconds. The subscriptions include those of other nodes."
+            "the command prints a line for each message of a node. 'in' counts the messages\n"
+            "and requests that clients publish on the node, 'out' the messages that it sends\n"
+            "to clients. Both are averages over 5 seconds. The subscriptions include those of\n"
+            "other nodes."
         ),
         examples=(
             "  %(prog)s\n"
