@@ -1,4 +1,4 @@
-"""An outbox on disk: messages are published even if there is no connection when they are made."""
+"""An outbox on disk, which stores messages until the broker has accepted them."""
 
 from __future__ import annotations
 

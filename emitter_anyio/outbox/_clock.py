@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 _FIRST_PLAUSIBLE: Final = 1514764800.0
-"""The first Unix time (2018) that a set clock shows; Emitter accepts no earlier times either."""
+"""The earliest plausible Unix time (2018). Emitter rejects earlier times too."""
 
 
 class Readings(NamedTuple):
     """
-    What the clocks of the system show.
+    The times of the system clocks.
 
     :ivar wall: the time of day in Unix seconds, which can be set and might be wrong
     :ivar steady: the seconds since an arbitrary moment, which never jump
@@ -24,8 +24,8 @@ class Clock:
     """
     A clock that counts the seconds of the outbox, and never goes backwards.
 
-    While the file is open, it follows the steady clock, so that setting the time of day makes no
-    message older. The time for which the file was closed is the difference of the times of day, if
+    While the file is open, it follows the steady clock, so setting the time of day does not age
+    messages. The time for which the file was closed is the difference between the times of day if
     both are plausible, and otherwise 0.
 
     :param time: the time of the outbox when the file was last written

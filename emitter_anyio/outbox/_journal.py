@@ -33,11 +33,11 @@ _BYTES_PER_TRANSACTION: Final = 8 * 1024 * 1024
 _CHANGES_PER_TRANSACTION: Final = 256
 """The number of changes that are written without delay."""
 _DELAY_SECONDS: Final = 0.05
-"""How long changes wait for others, so that they share a transaction."""
+"""The time for which a change waits for others, so that they share a transaction."""
 _RETRY_SECONDS: Final = 1.0
 """The time after which changes that could not be written are written again."""
 _SWEEP_SECONDS: Final = 60.0
-"""How often messages that are too old are given up."""
+"""The interval at which messages that are too old are given up."""
 
 
 class _Entry:
@@ -78,7 +78,7 @@ class _Call(Generic[T]):
             self._error = exc
 
     def finish(self, error: Exception | None = None) -> None:
-        """Let the caller go on."""
+        """Wake the caller."""
         self._error = error or self._error
         self._done.set()
 
@@ -92,7 +92,7 @@ class _Call(Generic[T]):
 
 class Journal:
     """
-    Writes messages and what becomes of them, and reads messages, in a worker thread.
+    A worker thread that writes messages and their outcomes, and reads messages.
 
     :param store: the file
     :param name: the path of the file, for messages
@@ -125,7 +125,7 @@ class Journal:
         self._writing: list[_Entry] = []
         self._calls: list[_Call[Any]] = []
         self._changes: dict[int, tuple[Stored, Change]] = {}
-        """What became of messages, as far as it is not recorded."""
+        """The outcomes of messages that are not on disk yet."""
         self._refusals: dict[int, Exception] = {}
         """The refusals of messages that are being parked."""
         self._due = math.inf
@@ -181,7 +181,7 @@ class Journal:
         """Read from disk, if anything is wanted."""
         self._signal.set()
 
-    # What becomes of messages
+    # Outcomes of messages
 
     def accept(self, message: Stored) -> None:
         """Note that the broker has accepted a message."""
@@ -210,7 +210,7 @@ class Journal:
 
     @property
     def waiting(self) -> int:
-        """The number of messages that wait, those that are being stored included."""
+        """The number of waiting messages, including those that are being stored."""
         stored = max(0, self._figures.waiting - len(self._changes))
         return stored + len(self._incoming) + len(self._writing)
 
@@ -251,7 +251,7 @@ class Journal:
                 await self._apply(work)
 
     def end(self, error: Exception) -> None:
-        """Let the calls that wait, and further ones, raise an error."""
+        """Raise an error from all waiting and future calls."""
         self._end = error
         incoming, self._incoming = self._incoming, []
         calls, self._calls = self._calls, []
@@ -272,7 +272,7 @@ class Journal:
         call.finish()
 
     async def close(self) -> None:
-        """Write what has not been written, if possible, and close the file."""
+        """Write everything that is not on disk yet, if possible, and close the file."""
         try:
             if self._changes:
                 await self._apply(self._take(None))

@@ -1,4 +1,4 @@
-"""The outbox, as programs use it."""
+"""The public class of the outbox."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ._store import Overflow, Store
 from ._values import OutboxError, OutboxStatistics, ParkedMessage, Record
 
 OutboxKey: TypeAlias = str | ChannelKey | Callable[[str], Awaitable[str | ChannelKey]]
-"""What an :class:`Outbox` accepts as a key; the function is called with a channel."""
+"""A key for an :class:`Outbox`; a function is called with a channel and returns its key."""
 
 DEFAULT_MAX_SIZE: Final = 64 * 1024 * 1024
 DEFAULT_MAX_AGE: Final = 7 * 24 * 3600.0
@@ -44,46 +44,47 @@ _MAX_SIZE: Final = 2**63 - 1
 
 class Outbox:
     """
-    A file in which messages wait until the broker has accepted them.
+    A file that stores messages until the broker has accepted them.
 
-    The outbox is an asynchronous context manager. It can be entered before or after its client, in
-    the same event loop, and left in any order. While the client is connected, the outbox publishes
-    the messages with QoS 1, in the order of each channel, with many in flight. It deletes a message
-    when the broker has accepted it. A message whose outcome is unknown is published again, so that
-    it might arrive twice.
+    The outbox is an asynchronous context manager. Enter it before or after its client, in the same
+    event loop; leave them in any order. While the client is connected, the outbox publishes the
+    messages with QoS 1, in order for each channel, with many in flight. It deletes a message when
+    the broker has accepted it. If the outcome of a message is unknown, the outbox publishes it
+    again, so it might arrive twice.
 
-    A message that the broker refuses is parked and emitted as ``error``, as a
-    :class:`MessageParkedError`. It does not delay others. Messages that become too old are given
-    up, which is counted and emitted as ``error``, as a :class:`MessagesGivenUpError`. If nothing
-    handles ``error``, or the client is not entered, both are logged as warnings.
+    If the broker refuses a message, the outbox parks it, and the client emits ``error`` with a
+    :class:`MessageParkedError`. Parked messages do not delay others. If messages become too old,
+    the outbox gives them up, counts them, and the client emits ``error`` with a
+    :class:`MessagesGivenUpError`. Without a handler for ``error``, or if the client is not entered,
+    both are logged as warnings.
 
-    Leaving the block waits for at most ``disconnect_timeout`` of the client while it is connected
-    and messages wait. A client that disconnects waits for its outboxes in the same way. What is not
-    accepted by then stays in the file.
+    While the client is connected, leaving the block sends the waiting messages, for at most the
+    client's ``disconnect_timeout``. A client that disconnects waits for its outboxes in the same
+    way. Messages that are not accepted by then stay in the file.
 
     :param path: the path of the file, which is created if it does not exist, readable only by its
-        owner. Its directory must exist. SQLite keeps a log next to it
+        owner. Its directory must exist. SQLite stores a log next to it
     :param emitter: the client
     :param key: a key with the permission to write (``w``), or an ``async`` function that is called
         with a channel and returns its key, as for :class:`~emitter_anyio.Emitter`. The key is not
         written to the file
-    :param max_size: the maximum number of bytes of all messages. Each counts its payload, its
-        channel and 128 bytes
+    :param max_size: the maximum number of bytes of all messages. Each message counts as its
+        payload, its channel and 128 bytes
     :param max_age: the number of seconds after which messages are given up; ``None``: never
-    :param overflow: ``"raise"``: :meth:`publish` raises :class:`OutboxFullError` if there is no
-        space; ``"drop_oldest"``: it gives up the oldest messages instead
+    :param overflow: the policy when the outbox is full. ``"raise"``: :meth:`publish` raises
+        :class:`OutboxFullError`. ``"drop_oldest"``: it gives up the oldest messages
     :raises TypeError: if an argument has the wrong type
     :raises ValueError: if an argument is out of range, or the key is malformed
     :raises OutboxInUseError: when entered, if another outbox uses the file
     :raises OutboxError: when entered, if the file cannot be opened, read or written, belongs to
         another program, or has a newer format
     :raises RuntimeError: if the outbox is already entered
-    :raises WrongLoopError: if it is entered or left in another event loop than the client
+    :raises WrongLoopError: if it is entered or left in a different event loop than the client
 
-    A corrupt file is renamed and emitted as ``error``, and the outbox begins with a new one; see
-    :attr:`set_aside`.
+    If the file is corrupt, the outbox renames it and begins with a new one, and the client emits
+    ``error``; see :attr:`set_aside`.
 
-    If the block is cancelled, leaving it waits only for the file.
+    If the block is cancelled, leaving it waits only for the current write to the file.
     """
 
     def __init__(
@@ -134,24 +135,23 @@ class Outbox:
         echo: bool = True,
     ) -> None:
         """
-        Store a message, and return when it is on disk. There need not be a connection.
+        Store a message, and return when it is on disk. This does not require a connection.
 
-        Concurrent calls share a transaction, so that many of them are much faster than one after
-        another.
+        Concurrent calls share a transaction, which is much faster than one call after another.
 
         :param channel: the channel, without wildcards
         :param message: bytes-like, or ``str`` (sent as UTF-8); any other object is sent as JSON
-        :param ttl: seconds for which the message is valid, counted from this call. The time that it
-            waits in the outbox is subtracted from the time for which the broker stores it; it is
-            given up if nothing is left. ``None`` or 0: the broker does not store the message
+        :param ttl: seconds for which the message is valid, counted from this call. The broker
+            stores it for this time, minus the time that it has waited in the outbox. If no time
+            is left, it is given up. ``None`` or 0: the broker does not store the message
         :param retain: as for :meth:`~emitter_anyio.Emitter.publish`
         :param echo: as for :meth:`~emitter_anyio.Emitter.publish`
         :raises TypeError: if an argument has the wrong type, or JSON cannot encode the message
         :raises ValueError: if an argument is out of range, or the message is malformed
         :raises InvalidChannelError: if the broker would not accept the channel
         :raises MessageTooLargeError: if the packet would exceed ``max_message_size`` of the client
-        :raises OutboxFullError: if the outbox has no space
-        :raises OutboxError: if the file could not be written, because the disk is full for example
+        :raises OutboxFullError: if the outbox is full
+        :raises OutboxError: if the file could not be written, for example because the disk is full
         :raises ClosedError: outside the block
         :raises WrongLoopError: in another thread or event loop
 
@@ -176,16 +176,16 @@ class Outbox:
 
     async def retry(self, messages: Iterable[ParkedMessage] | None = None) -> int:
         """
-        Publish parked messages again, after those that wait.
+        Publish parked messages again, after the waiting messages.
 
         :param messages: messages from :meth:`parked`; ``None``: all
-        :return: the number of messages; those that are not parked any more are left out
+        :return: the number of messages, without those that are no longer parked
         :raises TypeError: if ``messages`` has the wrong type
         :raises OutboxError: if the file could not be written
         :raises ClosedError: outside the block
         :raises WrongLoopError: in another thread or event loop
 
-        If cancelled, all of the messages are retried or none.
+        If cancelled, either all of the messages are retried or none.
         """
         ids = None if messages is None else _ids(messages)
         return await self._opened().call(partial(self._store.retry, ids))
@@ -195,13 +195,13 @@ class Outbox:
         Delete parked messages.
 
         :param messages: messages from :meth:`parked`
-        :return: the number of messages; those that are not parked any more are left out
+        :return: the number of messages, without those that are no longer parked
         :raises TypeError: if ``messages`` has the wrong type
         :raises OutboxError: if the file could not be written
         :raises ClosedError: outside the block
         :raises WrongLoopError: in another thread or event loop
 
-        If cancelled, all of the messages are deleted or none.
+        If cancelled, either all of the messages are deleted or none.
         """
         ids = _ids(messages)
         return await self._opened().call(partial(self._store.drop, ids))
@@ -236,7 +236,7 @@ class Outbox:
         if self._entered:
             self._owner.check()
             raise RuntimeError("cannot enter the outbox: it is already entered; leave it first")
-        # A client that is not entered yet has to be entered in this event loop.
+        # A client that is not entered yet must be entered in this event loop.
         self._owner.claim()
         self._entered = True
         self._store = store = Store(self._path, self._max_size, self._max_age, self._overflow)
@@ -293,7 +293,7 @@ class Outbox:
             exc.add_note(f"the outbox {self._path!r} also failed: {self._failure!r}")
 
     async def _end(self, tasks: Tasks, exc: BaseException | None) -> None:
-        """Send what waits, unless the block is cancelled; stop the tasks and close the file."""
+        """Send waiting messages, unless the block is cancelled; stop the tasks; close the file."""
         cancelled = isinstance(exc, anyio.get_cancelled_exc_class()) or is_cancelled()
         try:
             if not (self._stopped or cancelled):
@@ -339,7 +339,7 @@ class Outbox:
         self._stop_tasks()
 
     def _opened(self) -> Journal:
-        """Return what reads and writes the file."""
+        """Return the journal, which reads and writes the file."""
         self._owner.check()
         if not self._open:
             raise self._closed()
@@ -383,9 +383,9 @@ def _check_path(path: object) -> str:
 
 def _check_key(key: OutboxKey) -> str | KeyOfChannel:
     """
-    Check a key, or a function that returns that of a channel.
+    Check a key, or a function that returns the key of a channel.
 
-    :raises TypeError: if it is neither, or a function that cannot be called with a channel
+    :raises TypeError: if it is neither, or a function that does not take one argument
     :raises ValueError: if the key contains an invalid character
     """
     if isinstance(key, str | ChannelKey) or not callable(key):
@@ -394,7 +394,7 @@ def _check_key(key: OutboxKey) -> str | KeyOfChannel:
     hash(check_function("key", key))
     try:
         signature = inspect.signature(key)
-    except ValueError:  # some functions in C have none
+    except ValueError:  # some C functions have no signature
         return key
     try:
         signature.bind("a/")

@@ -1,4 +1,4 @@
-"""Which of the stored messages is sent next."""
+"""The order in which stored messages are sent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Fetched(NamedTuple):
     """
     What was read from disk.
 
-    :ivar messages: messages of all channels but those left out
+    :ivar messages: messages of all channels except those left out
     :ivar last: the last id that was read or left out
     :ivar end: whether there are no messages after it
     :ivar lanes: the oldest messages of single channels
@@ -63,12 +63,12 @@ class Fetched(NamedTuple):
 
 class Schedule:
     """
-    The order in which stored messages are sent: that of their ids, in each channel.
+    The order in which stored messages are sent: by id, within each channel.
 
-    The schedule reads the messages on disk from the oldest to the newest, some at a time. If a
-    message has to be sent again later, its channel waits and is left out, so that it does not delay
-    others. When it is due, its messages are read from the oldest one. After a lost connection, the
-    schedule restarts with the oldest message of all.
+    The schedule reads messages from disk in parts, oldest first. If a message must be sent again
+    later, its channel is left out until then, so it does not delay others. When the channel is due,
+    its messages are read from the oldest one. After a lost connection, the schedule restarts with
+    the oldest message of all channels.
     """
 
     def __init__(self) -> None:

@@ -73,9 +73,9 @@ _FETCHED_BYTES: Final = 1024 * 1024
 _WAL_BYTES: Final = 8 * 1024 * 1024
 """The size to which the write-ahead log is truncated after it was larger."""
 _CLOCK_SECONDS: Final = 10.0
-"""How often the time is written to the file."""
+"""The interval at which the time is written to the file."""
 _SWEEP_SECONDS: Final = 60.0
-"""How often messages are given up because of their age, and of their ttl if space is needed."""
+"""The interval at which messages are given up by age, and by ttl if space is needed."""
 
 # Of the steady clocks, only Linux's counts the time for which the machine is suspended.
 _steady: Final = (
@@ -94,7 +94,7 @@ Reason: TypeAlias = Literal["too old", "ttl has passed", "no space"]
 """Why a message is given up."""
 
 Change: TypeAlias = Literal["accepted"] | Reason | Parking
-"""What became of a message."""
+"""The outcome of a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Work:
     What to do in one transaction, and what to read after it.
 
     :ivar records: messages to store
-    :ivar changes: what became of stored messages
+    :ivar changes: the outcomes of stored messages
     :ivar fetch: what to read
     """
 
@@ -130,7 +130,7 @@ class Figures:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """
-    What the work has led to.
+    The result of :class:`Work`.
 
     :ivar errors: for each record the error, or ``None`` if it is on disk
     :ivar write_error: why the changes are not recorded, or ``None``
@@ -159,11 +159,10 @@ class Store:
     Each write is on disk when the method returns: the write-ahead log is synchronized. The file is
     locked while it is open. Any thread can call the methods, because a lock serializes them.
 
-    :param path: the path of the file; if it is relative, the working directory when it is opened
-        counts
+    :param path: the path of the file, relative to the working directory when it is opened
     :param max_size: the maximum weight of all messages
     :param max_age: the age in seconds at which messages are given up
-    :param overflow: what happens if there is no space for a message
+    :param overflow: the policy if there is no space for a message
     """
 
     def __init__(self, path: str, max_size: int, max_age: float, overflow: Overflow) -> None:
@@ -264,8 +263,8 @@ class Store:
             )
         if tables and version != _VERSION:
             raise OutboxError(
-                f"cannot open the outbox {self._path!r}: its format is version {version}, and this "
-                f"release of emitter_anyio reads version {_VERSION}"
+                f"cannot open the outbox {self._path!r}: its format is version {version}, but this "
+                f"release of emitter_anyio supports version {_VERSION}; upgrade emitter_anyio"
             )
         # On macOS, only this makes the drive write its cache.
         database.execute("PRAGMA fullfsync = 1")
@@ -323,7 +322,7 @@ class Store:
         """
         Store messages, record what became of others, and read further ones.
 
-        If the messages cannot be stored, because the disk is full for example, the changes are
+        If the messages cannot be stored, for example because the disk is full, the changes are
         still recorded if possible, and messages are read in any case.
         """
         with self._lock:
@@ -434,8 +433,8 @@ class Store:
             tally.store(record)
             return None
         return OutboxFullError(
-            f"the outbox {self._path!r} is full: it has {tally.size} of at most {self._max_size} "
-            "bytes (max_size)"
+            f"the outbox {self._path!r} is full: {tally.size} of {self._max_size} bytes are in "
+            "use; publish later, or increase max_size"
         )
 
     def _make_space(self, tally: _Tally, weight: int) -> bool:
@@ -471,7 +470,8 @@ class Store:
         code = _code(exc)
         if code in _IN_USE:
             return OutboxInUseError(
-                f"{where}: another process or another Outbox is using it; use another path for each"
+                f"{where}: another process or another Outbox is using it; use a separate path for "
+                "each"
             )
         if code == sqlite3.SQLITE_READONLY:
             error = OutboxError(f"{where}: the file or its directory is read-only")

@@ -92,13 +92,13 @@ class OutboxStatistics:
     """
     The figures of an outbox.
 
-    :ivar waiting: the number of messages that wait to be accepted by the broker
-    :ivar oldest: the age of the oldest waiting message in seconds; ``None`` if none waits
+    :ivar waiting: the number of messages that the broker has not accepted yet
+    :ivar oldest: the age of the oldest waiting message in seconds, or ``None``
     :ivar parked: the number of messages that the broker has refused
     :ivar given_up: the number of messages that were given up since the file was created, because
         they were too old, their ``ttl`` had passed, or newer ones needed their space
-    :ivar size: the bytes of all waiting and parked messages; each counts its payload, its channel
-        and 128 bytes
+    :ivar size: the bytes of all waiting and parked messages. Each message counts as its payload,
+        its channel and 128 bytes
     """
 
     waiting: int
@@ -113,11 +113,11 @@ class OutboxError(EmitterError):
 
 
 class OutboxInUseError(OutboxError):
-    """A file that another outbox uses, in this or another process."""
+    """A file that is in use by another outbox, in this or another process."""
 
 
 class OutboxFullError(OutboxError):
-    """A message for which the outbox has no space; it was not stored."""
+    """A full outbox; the message was not stored."""
 
 
 class MessageParkedError(OutboxError):

@@ -37,7 +37,7 @@ _Call: TypeAlias = "tuple[Callable[[], Awaitable[Any]], SimpleQueue[Future[Any]]
 @dataclass(frozen=True, slots=True)
 class ClientSnapshot:
     """
-    A client of a :class:`BlockingBroker`, as it was when ``clients`` was read.
+    A snapshot of a client of a :class:`BlockingBroker`, made when ``clients`` was read.
 
     :ivar id: the id of the connection, as in ``me()`` and presence
     :ivar client_id: the client id of its CONNECT
@@ -60,7 +60,7 @@ class _Worker:
     ``SimpleQueue.get()``: portals take locks, which blockbuster reports in asyncio's thread, and a
     portal to Trio deadlocks if it is called from a thread that runs Trio.
 
-    The nodes of a cluster run in one event loop, which they share.
+    The nodes of a cluster share one event loop.
 
     :param broker: the broker to run
     """
@@ -124,7 +124,7 @@ def _without_waiting(
     """
     Cancel a coroutine function where it first waits.
 
-    A slow subscriber may be a client in the calling thread, which reads nothing during the call.
+    A slow subscriber might be a client in the calling thread, which reads nothing during the call.
     """
 
     @wraps(function)
@@ -139,7 +139,7 @@ def _without_waiting(
 def _calling(
     method: Callable[Concatenate[Broker, P], Coroutine[Any, Any, T]],
 ) -> Callable[[Callable[[BlockingBroker], None]], Callable[Concatenate[BlockingBroker, P], T]]:
-    """Replace a method without a body by one that calls a method of the broker in its thread."""
+    """Replace an empty method with one that calls a method of the broker in its thread."""
 
     def decorate(
         empty: Callable[[BlockingBroker], None],
@@ -160,7 +160,7 @@ def _entering(
     [Callable[[BlockingBroker], None]],
     Callable[Concatenate[BlockingBroker, P], AbstractContextManager[None]],
 ]:
-    """As :func:`_calling`, for a method that returns a context manager."""
+    """Do the same as :func:`_calling` for a method that returns a context manager."""
 
     def decorate(
         empty: Callable[[BlockingBroker], None],
@@ -184,7 +184,7 @@ def _entering(
 def _copy_types(
     method: Callable[..., object], call: Callable[..., object], returns: object = None
 ) -> None:
-    """Copy the parameters and types of a method, as ``help()`` and the docs show them."""
+    """Copy the parameters and types of a method, for ``help()`` and the docs."""
     hints = get_type_hints(method)
     if returns is not None:
         hints["return"] = returns
@@ -201,12 +201,12 @@ class BlockingBroker:
             key = broker.keygen("chat/", "rw")
             broker.publish("chat/", "hello")
 
-    Its methods are those of :class:`Broker`, without ``await``. They can be called from any thread,
-    with and without an event loop, and block until the broker has finished the call. A client in
-    the calling thread can do nothing during that time.
+    It has the methods of :class:`Broker`, without ``await``. Any thread can call them, with or
+    without an event loop. A call blocks until the broker has finished it; until then, a client in
+    the calling thread does not run.
 
-    Entering it starts the thread; leaving it stops the broker, and ends the thread. It can be
-    entered again. The nodes of a cluster share a thread::
+    Entering it starts the thread. Leaving it stops the broker and ends the thread. It can be
+    entered again. The nodes of a cluster share an event loop::
 
         first = Broker()
         second = Broker(cluster=first)
@@ -215,7 +215,7 @@ class BlockingBroker:
 
     :param broker: the broker to run, which is not entered elsewhere; by default ``Broker()``
     :raises OSError: on entering, if the port is in use
-    :raises RuntimeError: on entering, if it is already entered; from each method outside of the
+    :raises RuntimeError: on entering, if it is already entered; from each method outside the
         ``with`` block
     """
 
@@ -271,7 +271,7 @@ class BlockingBroker:
 
     @property
     def clients(self) -> list[ClientSnapshot]:
-        """The connected clients, as they are now, in the order of their connections."""
+        """Snapshots of the connected clients, in the order of their connections."""
         return self._call(_to_coroutine(self._snapshots))
 
     def drop(self, client: ClientSnapshot | str | None = None) -> None:
@@ -314,7 +314,7 @@ class BlockingBroker:
 
     @_calling(_to_coroutine(Broker.resume))
     def resume(self) -> None:
-        """Handle everything that has arrived, and continue, as :meth:`Broker.resume` does."""
+        """Handle the packets that have arrived, and continue, as :meth:`Broker.resume` does."""
 
     @_calling(_to_coroutine(Broker.cut))
     def cut(self) -> None:

@@ -1,4 +1,4 @@
-"""The broker of a program that runs with a development broker and with a real one."""
+"""A broker that the environment specifies, for programs that can also use a development broker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._broker import Broker
 
 class ConfiguredBroker:
     """
-    The broker that the environment names, or else a new development broker::
+    The broker that the environment specifies, or else a new development broker::
 
         async with ConfiguredBroker() as broker, connect(broker.url) as emitter:
             key = await emitter.keygen(broker.secret_key, "chat/", "rw")
@@ -23,7 +23,7 @@ class ConfiguredBroker:
 
     :ivar url: the URL for ``connect()``
     :ivar secret_key: the secret key, for ``keygen`` and ``keyban``
-    :ivar own: the development broker, or ``None`` if the environment names a broker
+    :ivar own: the development broker, or ``None`` if the environment specifies a broker
     """
 
     def __init__(self) -> None:
