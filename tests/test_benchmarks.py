@@ -40,34 +40,34 @@ def verdicts(made: Results) -> dict[tuple[str, str, str], tuple[str, float | Non
 
 
 class TestReport:
-    def test_medians_are_of_all_rounds(self) -> None:
+    def test_medians_include_all_rounds(self) -> None:
         made = Results()
         for rate in (5.0, 1.0, 3.0):
             made.add("receive", "gmqtt", {"rate": rate, "cpu_us": 1 / rate})
         assert made.medians() == {"receive": {"gmqtt": {"rate": 3.0, "cpu_us": 1 / 3}}}
 
     @pytest.mark.parametrize("reached", [149, 150])
-    def test_a_rate_is_held_against_the_fastest_peer(self, reached: float) -> None:
+    def test_rate_is_compared_with_fastest_peer(self, reached: float) -> None:
         told = verdicts(results("receive", "rate", us_trio=reached, gmqtt=100, zmqtt=50))
         assert told["us-trio", "rate", "fastest"] == ("gmqtt", reached / 100, reached == 150)
 
     @pytest.mark.parametrize("reached", [100, 101])
-    def test_of_a_time_less_is_better(self, reached: float) -> None:
+    def test_lower_time_is_better(self, reached: float) -> None:
         told = verdicts(results("round-trip", "p50_us", us_asyncio=reached, gmqtt=100, zmqtt=150))
         assert told["us-asyncio", "p50_us", "fastest"] == ("gmqtt", reached / 100, reached == 100)
 
-    def test_mosquitto_is_no_python_peer(self) -> None:
+    def test_mosquitto_is_not_compared_as_python_peer(self) -> None:
         told = verdicts(results("receive", "rate", us_trio=300, gmqtt=100, mosquitto=240))
         assert told["us-trio", "rate", "fastest"] == ("gmqtt", 3.0, True)
         assert told["us-trio", "rate", "mosquitto"] == ("mosquitto", 1.25, False)
 
-    def test_peers_on_uvloop_stand_beside_us_on_uvloop(self) -> None:
+    def test_client_on_uvloop_is_compared_with_peers_on_uvloop(self) -> None:
         made = results("receive", "rate", us_trio=300, us_uvloop=300, gmqtt=100, gmqtt_uvloop=250)
         told = verdicts(made)
         assert told["us-trio", "rate", "fastest"] == ("gmqtt", 3.0, True)
         assert told["us-uvloop", "rate", "fastest"] == ("gmqtt-uvloop", 1.2, False)
 
-    def test_an_amount_is_compared_with_nobody(self) -> None:
+    def test_memory_is_not_compared_with_peers(self) -> None:
         told = verdicts(results("connections", "memory_kb", us_trio=61, gmqtt=25))
         assert told["us-trio", "memory_kb", "nothing"] == ("", 61, False)
 
@@ -78,7 +78,7 @@ class TestReport:
         assert told["us-trio", "cpu_us", "row"] == ("fan-in-1", 1.2, True)
         assert told["us-asyncio", "cpu_us", "row"] == ("fan-in-1", 1.25, False)
 
-    def test_the_summary_names_the_fastest_other(self) -> None:
+    def test_summary_names_fastest_other_client(self) -> None:
         made = results("receive", "rate", us_asyncio=300, us_trio=200, gmqtt=100, zmqtt=50)
         made.runs |= results("connect", "p50_us", us_trio=900, emitter_io=700, zmqtt=800).runs
         made.about = {"date": "2026-01-02", "machine": "a machine", "Python": "3.11.1"}
@@ -88,11 +88,11 @@ class TestReport:
         assert "| connect and close, µs | – | 900 | 700 (emitter-io) | 700 | – |" in lines
         assert "| publish, messages/s | – | – | – | – | – |" in lines
 
-    def test_without_a_peer_nothing_can_be_told(self) -> None:
+    def test_goal_without_peer_has_no_verdict(self) -> None:
         told = verdicts(results("publish", "rate", us_trio=300))
         assert told["us-trio", "rate", "fastest"] == ("", None, None)
 
-    def test_it_is_laid_out_as_a_table(self) -> None:
+    def test_report_is_formatted_as_table(self) -> None:
         made = results("publish", "rate", us_trio=300_000, us_asyncio=240_000, gmqtt=100_000)
         made.about = {"date": "2001-01-01", "machine": "a loom"}
         made.fail("publish", "zmqtt", "failed: alas")
@@ -104,32 +104,32 @@ class TestReport:
         assert "| emitter_anyio, Trio | 300k | – | 3.00 |" in text
         assert "| zmqtt | failed: alas |" in text
 
-    def test_who_is_far_from_the_fastest_peer_needs_no_other_round(self) -> None:
+    def test_only_clients_near_fastest_peer_run_again(self) -> None:
         made = results("publish", "rate", us_trio=900, mqttium=300, gmqtt=100, zmqtt=99)
         assert report.near_the_fastest(made, ROW["publish"]) == {"us-trio", "mqttium", "gmqtt"}
         made = results("connect", "p50_us", us_trio=100, gmqtt=200, mqttium=600, zmqtt=601)
         assert report.near_the_fastest(made, ROW["connect"]) == {"us-trio", "gmqtt", "mqttium"}
 
-    def test_the_fastest_of_them_is_a_python_peer(self) -> None:
+    def test_mosquitto_does_not_count_as_fastest_peer(self) -> None:
         made = results("publish", "rate", us_trio=900, mqttium=300, mosquitto=1000, gmqtt=99)
         assert report.near_the_fastest(made, ROW["publish"]) == {"us-trio", "mqttium", "mosquitto"}
 
-    def test_nor_does_who_is_compared_with_nobody(self) -> None:
+    def test_row_without_comparison_is_not_run_again(self) -> None:
         made = results("connections", "memory_kb", us_trio=100, gmqtt=100)
         assert report.near_the_fastest(made, ROW["connections"]) == set()
 
-    def test_every_goal_is_about_a_figure_of_its_row(self) -> None:
+    def test_every_goal_refers_to_figure_of_its_row(self) -> None:
         for row in ROWS:
             assert {goal.figure for goal in row.goals} <= set(row.figures)
             assert {goal.row for goal in row.goals if goal.against == "row"} <= set(ROW)
 
 
 class TestChoosing:
-    def test_a_name_stands_for_its_family(self) -> None:
+    def test_name_selects_all_variants_of_client(self) -> None:
         chosen = command.chosen(CLIENTS, "us,zmqtt", "client")
         assert [client.name for client in chosen] == ["us-asyncio", "us-uvloop", "us-trio", "zmqtt"]
 
-    def test_an_unknown_name_is_refused_with_the_known_ones(self) -> None:
+    def test_unknown_name_is_rejected_and_known_names_are_listed(self) -> None:
         with pytest.raises(SystemExit, match=r"unknown row 'recieve': expected one of receive, "):
             command.chosen(ROWS, "receive,recieve", "row")
 
@@ -138,7 +138,7 @@ class TestChoosing:
             if client.environment:
                 assert all("==" in wanted for wanted in requirements(client.environment))
 
-    def test_the_table_goes_between_its_marks(self, tmp_path: Path) -> None:
+    def test_table_replaces_text_between_markers(self, tmp_path: Path) -> None:
         page = tmp_path / "benchmarks.md"
         page.write_text(f"before\n{command.BEGIN}\nold\n{command.END}\nbehind\n")
         command.into_docs(page, "new\n")
@@ -147,12 +147,12 @@ class TestChoosing:
 
 
 class TestClock:
-    def test_percentiles(self) -> None:
+    def test_percentiles_are_in_microseconds(self) -> None:
         seconds = [number / 1e6 for number in range(200, 0, -1)]
         told = common.percentiles(seconds)
         assert told == pytest.approx({P50.key: 101, "p99_us": 199})
 
-    def test_a_ping_costs_what_idling_does_not(self) -> None:
+    def test_ping_cost_excludes_cost_of_idling(self) -> None:
         quiet = common.Idling(seconds=10, processor=0.002, pings=0)
         pinging = common.Idling(seconds=10, processor=0.102, pings=1000)
         told = common.idle_figures(quiet, pinging)
@@ -192,20 +192,24 @@ class TestOurCases:
         ("ws-receive", 300, {}),
         ("ws-publish", 300, {}),
     )
-    async def test_rates(self, peer: tuple[common.Job, RunningPeer]) -> None:
+    async def test_case_measures_rate_and_cpu_time(
+        self, peer: tuple[common.Job, RunningPeer]
+    ) -> None:
         job, _ = peer
         figures = await us.CASES[job.case](job)
         assert set(figures) == {RATE.key, CPU.key}
         assert all(math.isfinite(value) for value in figures.values())
 
     @rows(("round-trip", 20, {}), ("connect", 5, {}))
-    async def test_times(self, peer: tuple[common.Job, RunningPeer]) -> None:
+    async def test_case_measures_percentiles_of_time(
+        self, peer: tuple[common.Job, RunningPeer]
+    ) -> None:
         job, _ = peer
         figures = await us.CASES[job.case](job)
         assert 0 < figures["p50_us"] <= figures["p99_us"]
 
     @rows(("connections", 0, {"connections": 5}))
-    async def test_connections(
+    async def test_connections_case_opens_all_connections(
         self, peer: tuple[common.Job, RunningPeer], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(common, "SETTLING", 0)
@@ -214,7 +218,9 @@ class TestOurCases:
         assert common.ask_peer(job.port)["messages"] == 5
 
     @rows(("stalled", 3000, {}))
-    async def test_stalled(self, peer: tuple[common.Job, RunningPeer]) -> None:
+    async def test_stalled_case_loses_no_uncounted_message(
+        self, peer: tuple[common.Job, RunningPeer]
+    ) -> None:
         job, _ = peer
         figures = await us.CASES[job.case](job)
         assert (figures["uncounted"], figures["lost_by_healthy"]) == (0, 0)
@@ -222,11 +228,11 @@ class TestOurCases:
 
 class TestRun:
     @pytest.mark.parametrize("client", ["us-asyncio", "us-trio"])
-    def test_a_run_gives_figures(self, client: str) -> None:
+    def test_run_returns_figures(self, client: str) -> None:
         figures = run(ROW["receive"], CLIENT[client], sys.executable, 100)
         assert figures["rate"] > 0
 
-    def test_a_run_that_fails_says_why(self) -> None:
+    def test_failed_run_raises_error_with_reason(self) -> None:
         broken = Client("broken", "us", "trio")
         unknown = Row("none", "", "no such case", (), (), "none", 1, 1)
         with pytest.raises(RunFailedError, match="no such case"):
@@ -246,7 +252,9 @@ async def test_sizing_measures_memory(
 class TestCores:
     @pytest.mark.parametrize("direction", ["receive", "publish"])
     @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-    def test_peers_are_measured(self, direction: cores.Direction, backend: str) -> None:
+    def test_rate_and_cpu_usage_are_measured(
+        self, direction: cores.Direction, backend: str
+    ) -> None:
         measurement = cores.Measurement(backend, 400, 64, None, KEY, None)
         result = measurement.run(direction, processes=2, connections=4)
         assert result.lost == 0
@@ -254,7 +262,7 @@ class TestCores:
         assert result.client_cores > 0
 
     @pytest.mark.parametrize("direction", ["receive", "publish"])
-    def test_a_broker_is_measured(self, direction: cores.Direction) -> None:
+    def test_broker_cpu_usage_is_measured(self, direction: cores.Direction) -> None:
         with background() as there:
             key = there.key("cores/#/", "rw")
             measurement = cores.Measurement("asyncio", 400, 64, there.url, key, os.getpid())
@@ -262,14 +270,14 @@ class TestCores:
         assert result.lost == 0
         assert result.broker_cores is not None
 
-    def test_a_run_without_a_message_fails(self) -> None:
+    def test_run_without_messages_fails(self) -> None:
         with background() as there:
             key = there.key("cores/#/", "r")  # it does not permit the feeder to publish
             measurement = cores.Measurement("asyncio", 4, 64, there.url, key, None, silence=0.1)
             with pytest.raises(SystemExit, match="no message has arrived"):
                 measurement.run("receive", processes=1, connections=1)
 
-    def test_the_table_shows_medians_and_ratios(self) -> None:
+    def test_table_shows_medians_and_ratios(self) -> None:
         def results(*rates: float) -> list[cores.Result]:
             return [cores.Result(rate, 0.5, None, 0) for rate in rates]
 
@@ -292,7 +300,7 @@ class TestIdle:
         assert figures["connections"] == 5
         assert figures["pings per second"] > 0
 
-    def test_pings_are_told_from_idling(self) -> None:
+    def test_cost_of_pings_is_separated_from_idling(self) -> None:
         quiet = common.Idling(seconds=10, processor=0.002 + 0.05, pings=500)
         pinging = common.Idling(seconds=20, processor=0.004 + 0.3, pings=3000)
         assert idle.split(quiet, pinging) == pytest.approx((0.0002, 100e-6))
@@ -309,5 +317,5 @@ class TestIdle:
         assert int(lines[-1].split()[2]) > 0
         assert peer.counted["connections"] == 3 + int(lines[-1].split()[2])
 
-    def test_local_ports_and_descriptors_limit_the_number(self) -> None:
+    def test_local_ports_and_descriptors_limit_connections(self) -> None:
         assert idle.most_connections(0) == idle.most_connections(1) <= idle.most_connections(2)

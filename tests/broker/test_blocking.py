@@ -48,13 +48,13 @@ async def lose_connection(emitter: Emitter, broker: BlockingBroker) -> None:
 
 
 class TestSignatures:
-    def test_every_member_of_a_broker_is_mirrored(self) -> None:
+    def test_blocking_broker_has_every_member_of_broker(self) -> None:
         names = {name for name in vars(Broker) if not name.startswith("_")}
         mirrored = {name for name in vars(BlockingBroker) if not name.startswith("_")}
         assert mirrored == names - NOT_MIRRORED | {"license", "secret_key"}
 
     @pytest.mark.parametrize("name", METHODS)
-    def test_parameters_and_types_are_those_of_the_broker(self, name: str) -> None:
+    def test_parameters_and_types_match_broker(self, name: str) -> None:
         method, mirror = getattr(Broker, name), getattr(BlockingBroker, name)
         signature, hints = inspect.signature(mirror), get_type_hints(mirror)
         assert signature.parameters == inspect.signature(method).parameters
@@ -66,7 +66,7 @@ class TestSignatures:
         assert mirror.__qualname__ == f"BlockingBroker.{name}"
         assert f":meth:`Broker.{name}`" in mirror.__doc__
 
-    def test_attributes_are_those_of_the_broker(self) -> None:
+    def test_attributes_match_broker(self) -> None:
         with BlockingBroker(broker := Broker(matcher="mqtt")) as blocking:
             for name in ("host", "port", "url", "license", "secret_key"):
                 assert getattr(blocking, name) == getattr(broker, name)
@@ -131,7 +131,7 @@ class TestWithAClient:
             await connects.receive()
             await emitter.me()
 
-    async def test_paused_broker_does_not_answer(
+    async def test_paused_broker_does_not_reply(
         self, anyio_backend: object, blocking: BlockingBroker
     ) -> None:
         async with connect(blocking.url) as emitter:
@@ -158,7 +158,7 @@ class TestWithAClient:
         async with connect(blocking.url):
             pass
 
-    async def test_calls_are_no_blocking_calls_for_blockbuster(
+    async def test_blockbuster_does_not_report_calls(
         self, anyio_backend: object, blocking: BlockingBroker
     ) -> None:
         with blockbuster_ctx():  # in every module
@@ -170,7 +170,7 @@ class TestWithAClient:
                 with blocking.hold():
                     await lose_connection(emitter, blocking)
 
-    async def test_other_threads_may_call_at_the_same_time(
+    async def test_several_threads_can_call_concurrently(
         self, anyio_backend: object, blocking: BlockingBroker
     ) -> None:
         async def publish() -> None:
@@ -254,7 +254,7 @@ class TestEntering:
         assert caught.type is ZeroDivisionError
         assert threads() == []
 
-    def test_exception_of_a_call_is_that_of_the_broker(self, blocking: BlockingBroker) -> None:
+    def test_call_raises_exception_of_broker(self, blocking: BlockingBroker) -> None:
         with pytest.raises(ValueError, match="invalid channel"):
             blocking.publish("a/+/", "x")
         with pytest.raises(ValueError, match="invalid seconds"):
@@ -262,7 +262,7 @@ class TestEntering:
         with pytest.raises(TypeError):
             blocking.publish("a/")  # type: ignore[call-arg]  # what this test is about
 
-    def test_broker_that_is_never_left_does_not_keep_the_program_from_ending(self) -> None:
+    def test_program_can_exit_without_leaving_broker(self) -> None:
         program = """
 from emitter_anyio.testing import BlockingBroker
 broker = BlockingBroker().__enter__()

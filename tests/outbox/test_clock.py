@@ -12,13 +12,13 @@ times = st.floats(0, 1e9)
 walls = st.floats(0, 4e9)
 
 
-def test_time_for_which_the_file_was_closed_counts() -> None:
+def test_time_while_file_is_closed_counts() -> None:
     clock = Clock(100, NOW, Readings(NOW + 60, 5))
     assert clock.time(5) == 160
     assert clock.time(7) == 162
 
 
-def test_time_of_day_before_that_of_the_file_counts_as_no_time() -> None:
+def test_time_of_day_earlier_than_file_counts_as_no_time() -> None:
     assert Clock(100, NOW, Readings(NOW - 60, 5)).time(5) == 100
 
 
@@ -29,7 +29,7 @@ def test_time_of_day_that_was_not_set_counts_as_no_time() -> None:
 
 
 @given(times, walls, walls, times, st.lists(st.floats(0, 1e6)))
-def test_it_never_goes_backwards(
+def test_clock_never_goes_backwards(
     time: float, wall: float, now: float, steady: float, steps: list[float]
 ) -> None:
     clock = Clock(time, wall, Readings(now, steady))

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
-async def test_nothing_that_was_accepted_is_lost(
+async def test_no_accepted_message_is_lost_when_program_is_killed(
     anyio_backend: object, backend: str, path: Path
 ) -> None:
     seed = random.randrange(10**6)
@@ -23,7 +23,7 @@ async def test_nothing_that_was_accepted_is_lost(
     assert kills.breaches() == [], f"python -m tests.soak.outbox --backend {backend} --seed {seed}"
 
 
-def test_accounting_finds_losses_duplicates_and_disorder() -> None:
+def test_accounting_finds_losses_duplicates_and_wrong_order() -> None:
     check = Check()
     check.accepted = {("a/", 1), ("a/", 2), ("b/", 1)}
     check.arrived["a/"] = [2, 1, 2]

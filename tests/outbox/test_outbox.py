@@ -97,7 +97,7 @@ def store_of(box: Outbox) -> Any:
 
 
 class TestBeforeTheConnection:
-    async def test_messages_wait_for_a_client_that_is_entered_later(
+    async def test_messages_wait_until_client_is_entered(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with listening(broker, key) as messages, Outbox(path, emitter, key) as box:
@@ -110,7 +110,7 @@ class TestBeforeTheConnection:
                 await sent(box)
             assert box.statistics() == EMPTY
 
-    async def test_messages_survive_the_program(
+    async def test_messages_survive_restart_of_program(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with Outbox(path, emitter, key) as box:
@@ -121,7 +121,7 @@ class TestBeforeTheConnection:
         async with listening(broker, key) as messages, emitter, Outbox(path, emitter, key):
             assert await take(messages, 2) == [1, 2]
 
-    async def test_client_that_runs_in_a_task_group(
+    async def test_client_running_in_task_group_sends_messages(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with listening(broker, key) as messages, Outbox(path, emitter, key) as box:
@@ -131,7 +131,7 @@ class TestBeforeTheConnection:
                 assert await take(messages, 1) == [1]
                 tasks.cancel_scope.cancel()
 
-    async def test_client_that_cannot_connect_yet(
+    async def test_messages_are_sent_when_first_connection_succeeds(
         self, broker: Broker, key: str, path: Path
     ) -> None:
         emitter = connect_reconnecting(broker.url, retry_first_connect=True)
@@ -144,7 +144,7 @@ class TestBeforeTheConnection:
                 assert await take(messages, 1) == [1]
                 tasks.cancel_scope.cancel()
 
-    async def test_client_is_entered_again(
+    async def test_messages_are_sent_when_client_is_entered_again(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with listening(broker, key) as messages, Outbox(path, emitter, key) as box:
@@ -158,7 +158,7 @@ class TestBeforeTheConnection:
 
 
 class TestLeaving:
-    async def test_outbox_that_is_left_first_sends_what_waits(
+    async def test_leaving_outbox_first_sends_waiting_messages(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with listening(broker, key) as messages:
@@ -167,7 +167,7 @@ class TestLeaving:
                     await box.publish("a/", number)
             assert await take(messages, 20) == list(range(20))
 
-    async def test_client_that_is_left_first_sends_what_waits(
+    async def test_leaving_client_first_sends_waiting_messages(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with listening(broker, key) as messages:
@@ -180,7 +180,7 @@ class TestLeaving:
             assert await take(messages, 20) == list(range(20))
 
     @pytest.mark.parametrize("first", ["outbox", "client"])
-    async def test_what_the_broker_does_not_accept_in_time_stays(
+    async def test_messages_not_accepted_in_time_stay_in_file(
         self, broker: Broker, key: str, path: Path, first: str
     ) -> None:
         emitter = connect_reconnecting(broker.url, disconnect_timeout=0.1)
@@ -195,7 +195,7 @@ class TestLeaving:
         async with Outbox(path, emitter, key) as box:
             assert box.statistics().waiting == 1
 
-    async def test_without_a_connection_leaving_waits_for_nothing(
+    async def test_leaving_without_connection_does_not_wait(
         self, broker: Broker, key: str, path: Path
     ) -> None:
         emitter = connect_reconnecting(broker.url, disconnect_timeout=3600)
@@ -210,7 +210,7 @@ class TestLeaving:
                         await lost.receive()
                         await emitter.disconnect()
 
-    async def test_connection_that_is_lost_while_leaving(
+    async def test_connection_lost_while_client_is_left_keeps_message(
         self, broker: Broker, key: str, path: Path
     ) -> None:
         emitter = connect_reconnecting(broker.url, disconnect_timeout=3600)
@@ -224,7 +224,7 @@ class TestLeaving:
                     await emitter.wait_closed()
             assert box.statistics().waiting == 1
 
-    async def test_exception_leaves_unchanged(
+    async def test_exception_of_the_block_is_raised_unchanged(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         error = ValueError("the program's own")
@@ -234,7 +234,9 @@ class TestLeaving:
                 raise error
         assert caught.value is error
 
-    async def test_final_loss_leaves_bare(self, broker: Broker, key: str, path: Path) -> None:
+    async def test_final_connection_loss_is_raised_bare(
+        self, broker: Broker, key: str, path: Path
+    ) -> None:
         emitter = connect_once(broker.url)
         with pytest.raises(ConnectionLostError):
             async with emitter, Outbox(path, emitter, key) as box:
@@ -243,7 +245,7 @@ class TestLeaving:
                 await broker.drop()
                 await anyio.sleep_forever()
 
-    async def test_it_can_be_entered_again(
+    async def test_outbox_can_be_entered_again(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         box = Outbox(path, emitter, key)
@@ -274,7 +276,7 @@ class TestLeaving:
                 pass  # pragma: no cover
         box.__exit__(None, None, None)  # type: ignore[attr-defined]
 
-    async def test_calls_while_it_is_left_are_rejected(
+    async def test_calls_while_outbox_is_being_left_are_rejected(
         self, broker: Broker, key: str, path: Path
     ) -> None:
         emitter = connect_reconnecting(broker.url, disconnect_timeout=3600)
@@ -295,7 +297,7 @@ async def publish_when_closed(box: Outbox, broker: Broker) -> None:
 
 
 class TestDelivery:
-    async def test_each_channel_is_in_order(
+    async def test_messages_of_each_channel_arrive_in_order(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         received: dict[str, list[int]] = {}
@@ -310,7 +312,7 @@ class TestDelivery:
                     received.setdefault(message.channel, []).append(message.as_object())
         assert received == {f"a/{n}/": list(range(n, 600, 3)) for n in range(3)}
 
-    async def test_lost_connection_sends_again_from_the_oldest(
+    async def test_messages_are_sent_again_from_oldest_after_lost_connection(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with (
@@ -333,7 +335,7 @@ class TestDelivery:
             assert await take(messages, 10) == list(range(10))
             await sent(box)
 
-    async def test_broker_that_stops_and_restarts(
+    async def test_messages_are_sent_after_broker_restarts(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with emitter, Outbox(path, emitter, key) as box:
@@ -348,7 +350,9 @@ class TestDelivery:
             stored = [message.as_object() async for message in emitter.history(key, "a/", 9999)]
         assert set(stored) == set(range(300))
 
-    async def test_while_down_raise(self, broker: Broker, key: str, path: Path) -> None:
+    async def test_while_down_raise_does_not_affect_outbox(
+        self, broker: Broker, key: str, path: Path
+    ) -> None:
         emitter = connect_reconnecting(broker.url, while_down="raise")
         async with (
             listening(broker, key) as messages,
@@ -363,7 +367,7 @@ class TestDelivery:
                 await box.publish("a/", 2)
             assert await take(messages, 2) == [1, 2]
 
-    async def test_missing_acknowledgements(
+    async def test_messages_without_acknowledgement_are_sent_again(
         self, broker: Broker, key: str, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         emitter = connect_reconnecting(broker.url, request_timeout=0.1)
@@ -404,7 +408,7 @@ class TestDelivery:
                     await sent(box)
         assert received == [b"0", b"1", b"2", b"0"]
 
-    async def test_full_window_and_queue(
+    async def test_messages_beyond_window_and_queue_are_sent_in_order(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with Outbox(path, emitter, key) as box:
@@ -418,9 +422,7 @@ class TestDelivery:
                 assert await take(messages, 1200) == list(range(1200))
                 await sent(box)
 
-    async def test_connection_that_is_lost_while_a_message_waits_for_space(
-        self, path: Path
-    ) -> None:
+    async def test_connection_lost_while_message_waits_for_queue_space(self, path: Path) -> None:
         received: list[bytes] = []
         may_close = anyio.Event()
         connections = 0
@@ -620,7 +622,7 @@ class TestTtl:
         async with Outbox(path, emitter, key, max_age=None) as box:
             assert box.statistics().given_up == 2
 
-    async def test_message_that_becomes_too_old_in_memory(
+    async def test_message_that_becomes_too_old_in_memory_is_given_up(
         self, broker: Broker, emitter: Emitter, key: str, path: Path, monkeypatch: Any
     ) -> None:
         async with Outbox(path, emitter, key, max_age=3600) as box:
@@ -641,7 +643,7 @@ class TestTtl:
 
 
 class TestRefusals:
-    async def test_refused_message_is_parked_reported_and_delays_no_other(
+    async def test_refused_message_is_parked_and_reported_and_does_not_delay_others(
         self, broker: Broker, emitter: Emitter, path: Path
     ) -> None:
         key = broker.keygen("a/", "rw")
@@ -703,7 +705,7 @@ class TestRefusals:
         (line,) = logged(caplog, logging.WARNING)
         assert "parked a message to 'a/' in the outbox" in line.getMessage()
 
-    async def test_broker_that_cannot_process_a_message(
+    async def test_message_that_broker_cannot_process_is_sent_again(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(sender_module, "_BACKOFF", Backoff(0.001, 0.001))
@@ -781,7 +783,7 @@ class TestRefusals:
 
 
 class TestKeys:
-    async def test_channel_key(
+    async def test_channel_key_is_accepted(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         async with (
@@ -826,7 +828,7 @@ class TestKeys:
                 assert b"payload" in written
                 assert key.encode() not in written
 
-    async def test_key_function_of_one_channel_delays_no_other(
+    async def test_key_function_of_one_channel_does_not_delay_others(
         self, broker: Broker, emitter: Emitter, key: str, path: Path
     ) -> None:
         may_return = anyio.Event()
@@ -1019,7 +1021,7 @@ class TestFiles:
         async with Outbox(path, emitter, key) as box:
             assert box.statistics().waiting == 0
 
-    async def test_reading_that_fails_is_reported_and_retried(
+    async def test_failed_read_is_reported_and_retried(
         self,
         broker: Broker,
         emitter: Emitter,
@@ -1047,14 +1049,14 @@ class TestFiles:
             assert await take(messages, 1) == [1]
             await emitter.__aexit__(None, None, None)
 
-    async def test_full_outbox(self, emitter: Emitter, key: str, path: Path) -> None:
+    async def test_full_outbox_raises(self, emitter: Emitter, key: str, path: Path) -> None:
         async with Outbox(path, emitter, key, max_size=1024) as box:
             await box.publish("a/", b"x" * 800)
             with pytest.raises(OutboxFullError, match="max_size"):
                 await box.publish("a/", b"x" * 800)
             assert box.statistics().waiting == 1
 
-    async def test_oldest_messages_make_space(
+    async def test_oldest_messages_are_given_up_for_space(
         self,
         broker: Broker,
         emitter: Emitter,
@@ -1142,7 +1144,7 @@ class TestCancellation:
             assert box.statistics().waiting == 1
 
     @pytest.mark.parametrize("raises", [True, False])
-    async def test_cancelled_while_leaving(
+    async def test_cancellation_while_leaving_closes_the_file(
         self, broker: Broker, key: str, path: Path, raises: bool
     ) -> None:
         emitter = connect_reconnecting(broker.url, disconnect_timeout=3600)
@@ -1271,7 +1273,7 @@ class TestCancellation:
                         with pytest.raises(OutboxError, match=r"unknown|stopped"):
                             await each
 
-    async def test_failure_of_a_task_leaves_bare(
+    async def test_failure_of_a_task_is_raised_bare(
         self, emitter: Emitter, key: str, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         defect = RuntimeError("a defect")
@@ -1385,7 +1387,7 @@ class TestArguments:
         box = Outbox(path, connect("mqtt://h"), NO_KEY)
         assert repr(box) == f"<Outbox {str(path)!r}>"
 
-    async def test_relative_path_is_that_of_entering(
+    async def test_relative_path_is_resolved_when_entering(
         self, emitter: Emitter, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(path.parent)
@@ -1459,7 +1461,7 @@ async def test_json_encoder_of_the_client_is_used(broker: Broker, key: str, path
         assert await take(messages, 1) == [{"path": "x"}]
 
 
-async def test_connection_that_is_replaced_on_request(
+async def test_reconnect_sends_waiting_messages(
     broker: Broker, emitter: Emitter, key: str, path: Path
 ) -> None:
     async with listening(broker, key) as messages, emitter, Outbox(path, emitter, key) as box:

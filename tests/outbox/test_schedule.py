@@ -163,7 +163,7 @@ TestSending = Sending.TestCase
 TestSending.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-def test_channel_that_waits_does_not_delay_others() -> None:
+def test_waiting_channel_does_not_delay_others() -> None:
     schedule, file = Schedule(), File()
     for id in range(1, 2001):
         file.messages[id] = stored(id, "a" if id < 2000 else "b")
@@ -210,7 +210,7 @@ def test_channel_with_many_messages_is_sent_in_parts() -> None:
     assert received == list(range(1, 11))
 
 
-def test_second_failure_moves_the_time_of_a_channel() -> None:
+def test_second_failure_postpones_channel_again() -> None:
     schedule, file = Schedule(), File()
     for id in (1, 2):
         file.messages[id] = stored(id, "a")

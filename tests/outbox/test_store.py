@@ -177,7 +177,7 @@ class TestOpening:
             for file in (path, path.with_name("out.db-wal")):
                 assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
-    def test_messages_survive(self, path: Path) -> None:
+    def test_messages_survive_closing(self, path: Path) -> None:
         with opened(path) as store:
             write(store, b"1", b"2")
             (first, _) = read(store)
@@ -251,7 +251,7 @@ class TestOpening:
                 with pytest.raises(OutboxError, match="closed"):
                     call()
 
-    def test_file_that_was_closed_is_not_opened_later(self, path: Path) -> None:
+    def test_closed_file_is_not_opened_later(self, path: Path) -> None:
         # On asyncio, a thread might start after the task that waits for it was cancelled.
         store = make(path)
         store.close()
@@ -259,7 +259,7 @@ class TestOpening:
             store.open()
         assert not path.exists()
 
-    def test_error_that_is_no_corruption_is_raised(
+    def test_error_other_than_corruption_is_raised(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with opened(path) as store:
@@ -275,7 +275,7 @@ class TestOpening:
         with opened(path) as store:
             assert payloads(store) == [b"1"]
 
-    def test_platform_that_cannot_open_directories(
+    def test_platform_that_cannot_open_directories_is_supported(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delattr(os, "O_DIRECTORY", raising=False)
@@ -302,7 +302,7 @@ class TestCorruptFile:
         path.write_bytes(b"anything else" * 1000)
         self.check_set_aside(path)
 
-    def test_each_corrupt_file_gets_its_own_name(self, path: Path) -> None:
+    def test_each_corrupt_file_gets_a_separate_name(self, path: Path) -> None:
         asides = set()
         for number in range(3):
             path.write_bytes(b"file %d" % number * 1000)
@@ -363,7 +363,7 @@ class TestCorruptFile:
         monkeypatch.undo()
         assert make(path).open() is None
 
-    def test_file_that_is_killed_while_it_is_created_is_not_corrupt(self, path: Path) -> None:
+    def test_file_of_process_killed_during_creation_is_not_corrupt(self, path: Path) -> None:
         path.touch()
         path.with_name("out.db-journal").write_bytes(b"\0" * 512)
         with opened(path) as store:
@@ -372,7 +372,9 @@ class TestCorruptFile:
 
 
 class TestBounds:
-    def test_message_without_space_is_rejected_and_smaller_ones_are_not(self, path: Path) -> None:
+    def test_message_too_large_for_space_is_rejected_and_smaller_is_stored(
+        self, path: Path
+    ) -> None:
         with opened(path, max_size=1024) as store:
             outcome = write(store, b"x" * 500, b"x" * 500, b"x" * 100)
             assert [type(error) for error in outcome.errors] == [
@@ -384,7 +386,7 @@ class TestBounds:
             assert "max_size" in str(outcome.errors[1])
             assert store.figures.size == 500 + 100 + 2 * 130
 
-    def test_oldest_messages_make_space(self, path: Path) -> None:
+    def test_oldest_messages_are_given_up_for_space(self, path: Path) -> None:
         with opened(path, max_size=1024, overflow="drop_oldest") as store:
             write(store, b"1" * 200, b"2" * 200, b"3" * 200)
             change(store, read(store)[1], REFUSED)
@@ -411,7 +413,7 @@ class TestBounds:
             assert payloads(store) == [b"3"]
             assert store.figures.given_up == 2
 
-    def test_expired_messages_make_space(self, path: Path, clocks: Clocks) -> None:
+    def test_expired_messages_are_given_up_for_space(self, path: Path, clocks: Clocks) -> None:
         with opened(path, max_size=1024) as store:
             write(store, b"1" * 400, ttl=100)
             clocks.pass_time(50)
@@ -431,7 +433,7 @@ class TestBounds:
 
 
 class TestClocks:
-    def test_clock_that_is_set_makes_no_message_older(self, path: Path, clocks: Clocks) -> None:
+    def test_setting_clock_does_not_age_messages(self, path: Path, clocks: Clocks) -> None:
         with opened(path) as store:
             write(store, b"1", ttl=100)
             for jump in (50 * 365 * DAY, -60 * 365 * DAY):
@@ -440,14 +442,16 @@ class TestClocks:
             assert payloads(store) == [b"1"]
             assert store.now() - read(store)[0].published == 0
 
-    def test_time_in_which_the_file_was_closed_counts(self, path: Path, clocks: Clocks) -> None:
+    def test_time_while_file_is_closed_counts(self, path: Path, clocks: Clocks) -> None:
         with opened(path) as store:
             write(store, b"1")
         clocks.wall += 7 * DAY
         with opened(path) as store:
             assert store.apply(Work()).given_up == {"too old": 1}
 
-    def test_clock_that_was_set_back_before_opening(self, path: Path, clocks: Clocks) -> None:
+    def test_clock_set_back_before_opening_counts_as_no_time(
+        self, path: Path, clocks: Clocks
+    ) -> None:
         with opened(path) as store:
             write(store, b"1")
         clocks.wall -= 10 * 365 * DAY
@@ -455,7 +459,7 @@ class TestClocks:
             assert store.apply(Work()).given_up == {}
             assert store.now() - read(store)[0].published == 0
 
-    def test_time_is_written_now_and_then(self, path: Path, clocks: Clocks) -> None:
+    def test_time_is_written_periodically(self, path: Path, clocks: Clocks) -> None:
         with opened(path) as store:
             clocks.pass_time(100)
             write(store, b"1")
@@ -479,7 +483,7 @@ class TestReading:
                 fetch = fetch._replace(after=fetched.last)
             assert [message.id for message in found] == list(range(1, 41))
 
-    def test_single_channels_are_read_up_to_a_message(self, path: Path) -> None:
+    def test_single_channels_are_read_up_to_message_id(self, path: Path) -> None:
         with opened(path) as store:
             store.apply(Work([record(b"%d" % n, "ab"[n % 2] + "/") for n in range(10)]))
             fetch = Fetch(0, None, frozenset({"a/"}), 5, ("a/",))
@@ -549,7 +553,7 @@ class TestFullDisk:
                     store.retry(None)
             assert payloads(store) == [b"1", b"2", b"3"]
 
-    def test_limit_of_the_file_size(self, path: Path) -> None:
+    def test_file_size_limit_is_reported_and_loses_no_message(self, path: Path) -> None:
         """The operating system refuses writes, as it does when a disk is full."""
         program = f"""
 import resource
