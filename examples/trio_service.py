@@ -2,8 +2,9 @@
 A service in a Trio nursery: the client, a request handler and a publisher run as tasks.
 
 Run it with a development broker:  python examples/trio_service.py
-It prints a command for a second terminal that shows its ticks. Any client with a key for clock/#/
-can call ``emitter.request(key, "clock/ask/", "")`` for the time. To use your own broker, set
+It prints commands for a second terminal: ``emitter-anyio sub clock/tick/`` shows its ticks, and
+``emitter-anyio request clock/ask/ ''`` prints the time, as a program can with
+``emitter.request(key, "clock/ask/", "")`` and a key for clock/#/. To use your own broker, set
 EMITTER_URL (mqtt://HOST:PORT) and EMITTER_SECRET. To stop the service, press Ctrl-C or send
 SIGTERM, as systemd and Docker do: it sends its queued messages, disconnects and exits with 0.
 """
@@ -44,10 +45,12 @@ async def main() -> None:
             nursery.start_soon(tick, emitter, key)
 
             with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                print("clock service started; to see its ticks, run in another terminal:")
+                print("clock service started; to see its ticks or request the time, run in another")
+                print("terminal:")
                 if broker.own:  # the secret key is for this development broker only
-                    print(f"EMITTER_URL={broker.url} EMITTER_SECRET={broker.secret_key} \\")
-                print("    python -m emitter_anyio sub clock/tick/")
+                    print(f"    export EMITTER_URL={broker.url} EMITTER_SECRET={broker.secret_key}")
+                print("    emitter-anyio sub clock/tick/")
+                print("    emitter-anyio request clock/ask/ ''")
                 print(f"to stop it, press Ctrl-C, or run: kill {os.getpid()}", flush=True)
                 await anext(aiter(signals))
 

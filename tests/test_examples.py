@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -252,11 +253,12 @@ async def test_trio_service(broker: Broker) -> None:
 
 async def test_trio_service_prints_how_to_reach_and_stop_it(anyio_backend: object) -> None:
     async with running("examples/trio_service.py") as service:
-        printed = await service.read_until(r"EMITTER_URL=(\S+) EMITTER_SECRET=(\S+) \\")
+        printed = await service.read_until(r" +export EMITTER_URL=(\S+) EMITTER_SECRET=(\S+)")
         where = {"EMITTER_URL": printed[1], "EMITTER_SECRET": printed[2]}
-        command = (await service.read_until(r" +python (-m emitter_anyio sub .+)"))[1].split()
-        async with running(*command, **where) as ticks:
-            await ticks.read_until(r".*\d+\.\d+")
+        for result in (r".*\d+\.\d+", r"[\d-]{10}T[\d:]{8}\+00:00"):
+            command = (await service.read_until(r" +emitter-anyio (.+)"))[1]
+            async with running("-m", "emitter_anyio", *shlex.split(command), **where) as client:
+                await client.read_until(result)
         process = int((await service.read_until(r".+ kill (\d+)"))[1])
         os.kill(process, signal.SIGTERM)
         await service.end(None)

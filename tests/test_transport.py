@@ -612,7 +612,8 @@ async def test_peer_closing_in_the_tls_handshake_raises_connect_error(
             async with connect(f"mqtts://127.0.0.1:{port}", ssl_context=tls.client_context()):
                 pass
     text = str(caught.value)
-    assert ("reset" if reset else "during the TLS handshake") in text
+    assert ("reset" in text) == reset
+    assert "during the TLS handshake; if it does not use TLS, use mqtt://" in text
 
 
 async def test_peer_without_tls_raises_connect_error(anyio_backend: object) -> None:

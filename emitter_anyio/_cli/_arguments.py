@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias, get_args
@@ -56,6 +56,7 @@ class UsageError(Exception):
 
 # argparse repeats values in its messages. A value might be a secret in the wrong place.
 _CHANGED_MESSAGES: Final = (
+    (r"argument COMMAND --help: invalid choice: .*", "unknown command"),
     (r"unrecognized arguments: (--[a-z-]+).*", r"unrecognized option \1"),
     (r"unrecognized arguments: .*", "unrecognized arguments"),
     (r"invalid choice: .*\(", "invalid choice ("),
@@ -67,7 +68,24 @@ _CHANGED_MESSAGES: Final = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports an error in one line, without the values."""
+    """
+    An argument parser that reports an error in one line, without the values.
+
+    A command accepts options between its positional arguments, as in ``pub chat/ --ttl 60 hello``.
+    """
+
+    _retries_intermixed = False
+
+    def parse_known_args(  # type: ignore[override]  # argparse's is generic in the namespace
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest and self._retries_intermixed:
+            self._retries_intermixed = False  # Python 3.11's implementation calls this method
+            parsed, rest = self.parse_known_intermixed_args(args, namespace)
+            if rest:
+                self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage before the message.
@@ -98,6 +116,7 @@ class Parser(argparse.ArgumentParser):
             help="asyncio or trio (default: %(default)s)",
         )
         self.set_defaults(run=run, parser=self)
+        self._retries_intermixed = True
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

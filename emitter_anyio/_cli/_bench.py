@@ -106,7 +106,12 @@ def add_bench(parser: Parser) -> None:
         "--no-publish", dest="publish", action="store_false", help="sub: only receive"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_source(parser, key="key with permissions r and w", secret=SECRET_HELP)
+    add_source(
+        parser,
+        url_help="broker to measure (required)",
+        key="key with permissions r and w",
+        secret=SECRET_HELP,
+    )
 
 
 def _size(text: str) -> int:

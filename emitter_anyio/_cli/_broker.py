@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ssl
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, get_args
@@ -87,9 +88,10 @@ async def _broker(arguments: argparse.Namespace) -> None:
         try:
             await stack.enter_async_context(broker)
         except OSError as exc:
+            advice = "; use --port 0 for a free port" if exc.errno == errno.EADDRINUSE else ""
             raise CommandError(
-                f"cannot listen on {arguments.host} port {arguments.port}: {exc.strerror or exc}; "
-                "use --port 0 for a free port"
+                f"cannot listen on {arguments.host} port {arguments.port}: "
+                f"{exc.strerror or exc}{advice}"
             ) from exc
         print_line(f"listening on {broker.url}")
         _print_license(broker, secret=arguments.license is None)

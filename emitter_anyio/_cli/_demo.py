@@ -66,6 +66,7 @@ def add_demo(parser: Parser) -> None:
         ),
     )
     parser.add_argument(
+        "-u",
         "--url",
         type=arguments_.url,
         help="broker to use, such as wss://HOST or HOST:PORT",

@@ -31,6 +31,7 @@ _OPTIONS: Final = {
     "load one with ssl_context.load_cert_chain()": "use --client-cert FILE",
     "use ssl_context=ssl.create_default_context(cafile=...)": "use --cafile FILE",
     "use mqtt://, ws:// or secure=False": "use an mqtt:// or ws:// URL",
+    " (max_message_size)": "",
 }
 """The advice to programs in errors of the library, and what a command offers instead."""
 

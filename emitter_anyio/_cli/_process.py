@@ -14,7 +14,6 @@ import anyio
 from anyio import BrokenResourceError, ClosedResourceError, create_task_group
 from anyio.abc import ByteReceiveStream, ByteSendStream, Process
 
-from ._arguments import CommandError
 from ._output import note
 
 _MAX_REPLY_BYTES: Final = 65536
@@ -22,6 +21,10 @@ _MAX_REPLY_BYTES: Final = 65536
 
 _MAX_LINE_BYTES: Final = 1024
 """The size above which a line of standard error is printed before it ends."""
+
+
+class ProgramError(Exception):
+    """A failure of the program. The requester gets the name of this class with the message."""
 
 
 class Program:
@@ -51,11 +54,11 @@ class Program:
         If this is cancelled, the process and its child processes are killed.
 
         :param payload: what the program reads from standard input
-        :raises CommandError: if the program fails; with the last line of its standard error
+        :raises ProgramError: if the program fails; with the last line of its standard error
         """
         with anyio.move_on_after(self._timeout):
             return await self._run(payload)
-        raise CommandError(f"the program was killed after {self._timeout:g} s")
+        raise ProgramError(f"the program was killed after {self._timeout:g} s")
 
     async def _open(self) -> Process:
         try:
@@ -68,7 +71,7 @@ class Program:
                 start_new_session=True,  # makes the process the leader of a process group
             )
         except OSError as exc:
-            raise CommandError(f"cannot run the program: {exc.strerror or exc}") from exc
+            raise ProgramError(f"cannot run the program: {exc.strerror or exc}") from exc
 
     async def _run(self, payload: bytes) -> bytes:
         # If opening the process were cancelled, only the process itself would be killed.
@@ -94,11 +97,11 @@ class Program:
             finally:
                 _kill_group(process)
         if len(reply) > _MAX_REPLY_BYTES:
-            raise CommandError(f"the reply has more than {_MAX_REPLY_BYTES:,} bytes")
+            raise ProgramError(f"the reply has more than {_MAX_REPLY_BYTES:,} bytes")
         if process.returncode:
             code = process.returncode
             reason = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
-            raise CommandError(f"{reason}: {errors.last}" if errors.last else reason)
+            raise ProgramError(f"{reason}: {errors.last}" if errors.last else reason)
         return bytes(reply)
 
 

@@ -105,9 +105,9 @@ def add_link(parser: Parser) -> None:
         arguments="NAME CHANNEL [MESSAGE]",
         description=(
             "Create a link, print it, and publish messages through it.\n\n"
-            "A link is a short name for a key, a channel and its options. It\n"
-            "exists as long as its connection, so it ends with the command. The broker\n"
-            "checks the key when a message is published, not when the link is created.\n\n"
+            "A link is a short name for a key, a channel and its options. It exists as long\n"
+            "as its connection, so it ends with the command. The broker checks the key when\n"
+            "a message is published, not when the link is created.\n\n"
             f"{DURATION_HELP}"
         ),
         examples=("  %(prog)s a1 chat/ hello\n  seq 100 | %(prog)s a1 chat/ - --ttl 1m"),

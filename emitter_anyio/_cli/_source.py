@@ -31,10 +31,17 @@ _GENERATED_KEY_SECONDS: Final = 86400
 """The lifetime of a channel key that a command generates for itself."""
 
 
-def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = "") -> None:
+def add_source(
+    parser: argparse.ArgumentParser,
+    *,
+    url_help: str = f"broker (EMITTER_URL, else {DEFAULT_URL})",
+    key: str = "",
+    secret: str = "",
+) -> None:
     """
     Add the options for the broker and the keys.
 
+    :param url_help: the help of ``--url``
     :param key: the help of ``--key``, or ``""`` for commands without it
     :param secret: the help of ``--secret``, or ``""`` for commands without it
     """
@@ -45,12 +52,7 @@ def add_source(parser: argparse.ArgumentParser, *, key: str = "", secret: str = 
         "and passwords in a command line, but not in the file or the environment.\n"
         "URL begins with mqtt://, mqtts://, ws:// or wss://, or is HOST:PORT (mqtt://).",
     )
-    group.add_argument(
-        "-u",
-        "--url",
-        type=url,
-        help=f"broker (EMITTER_URL, else {DEFAULT_URL})",
-    )
+    group.add_argument("-u", "--url", type=url, help=url_help)
     if key:
         group.add_argument("-k", "--key", help=f"{key} (EMITTER_KEY)")
     if secret:

@@ -406,6 +406,9 @@ async def _open_tls(server: Server, context: ssl.SSLContext, tasks: Tasks) -> Tr
         raise
 
 
+_WITHOUT_TLS: Final = "if it does not use TLS, use mqtt://, ws:// or secure=False"
+
+
 async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> TLSStream:
     try:
         # Brokers do not send TLS's close_notify, and MQTT has its own DISCONNECT.
@@ -417,11 +420,11 @@ async def _wrap(stream: ByteStream, server: Server, context: ssl.SSLContext) -> 
         )
     except EndOfStream:
         raise EOFError(
-            "the peer closed the connection during the TLS handshake; "
-            "if it does not use TLS, use mqtt://, ws:// or secure=False"
+            f"the peer closed the connection during the TLS handshake; {_WITHOUT_TLS}"
         ) from None
     except BrokenResourceError as exc:
-        raise _to_os_error(exc) from exc
+        # Emitter resets a connection without TLS that begins with a TLS handshake.
+        raise OSError(f"{_to_os_error(exc)} during the TLS handshake; {_WITHOUT_TLS}") from exc
     except ssl.SSLError as exc:
         explain(exc)
         raise

@@ -160,6 +160,11 @@ class TestErrors:
         assert (done.code, done.output) == (2, "")
         assert "bench requires --url, because it can overload a broker" in done.error
 
+    def test_help_names_no_default_broker(self, cli: Cli) -> None:
+        help = cli("bench", "--help").output
+        assert "broker to measure (required)" in help
+        assert "EMITTER_URL, else" not in help
+
     @pytest.mark.parametrize(
         ("option", "value", "message"),
         [

@@ -22,6 +22,7 @@ from emitter_anyio._cli import _demo, main
 from emitter_anyio._cli._arguments import CommandError, duration, moment, ttl
 from emitter_anyio._cli._commands import COMMANDS
 from emitter_anyio.testing._keys import License
+from tests.cli.conftest import Cli
 from tests.support import tls
 from tests.support.command import run, running
 
@@ -307,6 +308,21 @@ async def delivered_channels(url: str, secret: str | None, **options: Any) -> li
             ]
 
 
+def test_broker_suggests_a_free_port_if_the_port_is_used(cli: Cli, backend: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        done = cli("broker", "--port", port, "--backend", backend)
+    assert done.code == 1
+    assert done.error.endswith("in use; use --port 0 for a free port")
+
+
+def test_broker_suggests_no_port_for_an_address_of_another_machine(cli: Cli, backend: str) -> None:
+    done = cli("broker", "--host", "192.0.2.1", "--port", "0", "--backend", backend)
+    assert done.code == 1
+    assert done.error.startswith("cannot listen on 192.0.2.1 port 0: ")
+    assert "--port" not in done.error
+
+
 class TestLicense:
     def test_secret_key_belongs_to_the_licence(self) -> None:
         done = run("-m", "emitter_anyio", "license")
@@ -323,11 +339,11 @@ class TestLicense:
 
 INVALID_COMMAND_LINES = {
     "no command": ([], "COMMAND"),
-    "unknown command": (["dance"], "invalid choice (choose from"),
+    "unknown command": (["dance"], "unknown command (see emitter-anyio --help)"),
     "unknown option": (["demo", "--louder"], "--louder"),
     "unknown backend": (["demo", "--backend", "curio"], "argument --backend: invalid"),
     "secret without url": (["demo", "--secret", "x"], "--url"),
-    "url without secret": (["demo", "--url", "mqtt://127.0.0.1"], "EMITTER_SECRET"),
+    "url without secret": (["demo", "-u", "mqtt://127.0.0.1"], "EMITTER_SECRET"),
     "scheme": (["demo", "--url", "http://ann:hush@127.0.0.1", "--secret", "x"], "mqtt, mqtts"),
     "host": (["demo", "--url", "mqtt://ann:hush@", "--secret", "x"], "no host"),
     "no number": (["demo", "--timeout", "soon"], "expected a number of seconds"),
@@ -341,8 +357,10 @@ INVALID_COMMAND_LINES = {
     "unknown matcher": (["broker", "--matcher", "exact"], "'emitter', 'mqtt'"),
     "port range": (["broker", "--port", "65536"], "expected a port from 0 to 65535"),
     "port": (["broker", "--port", "http"], "expected a port"),
-    "URL": (["demo", "mqtt://ann:hush@h"], "unrecognized arguments (see"),
-    "URL first": (["mqtt://ann:hush@h"], "invalid choice (choose from"),
+    "URL": (["demo", "mqtt://ann:hush@h"], "unrecognized arguments (see emitter-anyio demo"),
+    "URL first": (["mqtt://ann:hush@h"], "unknown command"),
+    "two messages": (["pub", "a/", "--ttl", "9", "x", "hush"], "unrecognized arguments (see"),
+    "option last": (["pub", "a/", "--ttl", "9", "x", "--loud"], "unrecognized option --loud"),
     "channel": (["pub", "a b/"], "the character ' '"),
     "count": (["sub", "a/", "--last", "-1"], "expected an integer from 0"),
     "large count": (["sub", "a/", "--last", "9999999999"], "expected an integer from 0"),

@@ -47,6 +47,23 @@ class TestPub:
         assert (done.code, done.output, done.errors) == (0, "", "")
         assert stored(server, unique) == ["hello"]
 
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["{}", "--ttl", "60", "-1"],
+            ["--ttl", "60", "{}", "-1"],
+            ["{}", "--no-echo", "--ttl", "60", "--", "-1"],
+            ["--ttl", "60", "--", "{}", "-1"],
+        ],
+        ids=" ".join,
+    )
+    def test_options_between_the_arguments(
+        self, cli: Cli, server: Background, unique: str, arguments: list[str]
+    ) -> None:
+        done = cli("pub", *[each.format(unique) for each in arguments])
+        assert (done.code, done.errors) == (0, "")
+        assert stored(server, unique) == ["-1"]
+
     @pytest.mark.parametrize("message", [[], ["-"]])
     def test_lines_of_a_pipe_are_published(
         self, cli: Cli, server: Background, unique: str, backend: str, message: list[str]
@@ -92,6 +109,7 @@ class TestPub:
         done = cli("pub", unique, stdin=b"small\n" + b"x" * 65536)
         assert done.code == 1
         assert done.error.startswith("message 2: ")
+        assert done.error.endswith("the maximum is 65536 bytes")
 
     def test_refusal_names_the_missing_permission(
         self, cli: Cli, server: Background, unique: str, backend: str

@@ -53,9 +53,13 @@ def fail(request: EmitterMessage) -> str:
 
 @contextmanager
 def serving(
-    server: Background, channel: str, *options: str, backend: str = "asyncio"
+    server: Background,
+    channel: str,
+    *options: str,
+    backend: str = "asyncio",
+    stop: signal.Signals = signal.SIGINT,
 ) -> Iterator[list[str]]:
-    """Run ``serve``, interrupt it at the end, and then add the lines of its standard error."""
+    """Run ``serve``, stop it at the end, and then add the lines of its standard error."""
     environment = {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}
     arguments = ["-m", "emitter_anyio", "serve", channel, *options, "--backend", backend]
     with running(*arguments, environment=environment) as process:
@@ -63,9 +67,9 @@ def serving(
         assert process.stdout.readline() == f"serving {channel}\n"
         errors: list[str] = []
         yield errors
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         errors += process.communicate()[1].splitlines()
-        assert process.returncode == 130
+        assert process.returncode == 128 + stop
 
 
 def script(folder: Path, lines: str) -> str:
@@ -215,7 +219,7 @@ class TestServe:
         with serving(server, unique, "--exec", program, backend=backend) as errors:
             done = cli("request", unique, f"bad {server.secret} key")
             assert (done.code, done.output) == (1, "")
-            assert done.error.endswith("raised CommandError: exit status 3: bad … key")
+            assert done.error.endswith("raised ProgramError: exit status 3: bad … key")
         first, second, note = errors
         assert (first, second) == ("emitter-anyio: first", "emitter-anyio: bad … key")
         assert note.endswith("raised an exception: exit status 3: bad … key")
@@ -225,7 +229,7 @@ class TestServe:
     ) -> None:
         with serving(server, unique, "--shell", "--exec", "kill -9 $$", backend=backend):
             done = cli("request", unique, "x")
-        assert done.error.endswith("raised CommandError: killed by signal 9")
+        assert done.error.endswith("raised ProgramError: killed by signal 9")
 
     def test_long_line_of_errors_is_bounded(
         self, cli: Cli, server: Background, unique: str
@@ -361,7 +365,7 @@ class TestKilling:
         with serving(server, unique, *options, backend=backend):
             reader = Reader(fifo)
             done = cli("request", unique, "x")
-            assert done.error.endswith("CommandError: the program was killed after 0.5 s")
+            assert done.error.endswith("ProgramError: the program was killed after 0.5 s")
             assert reader.wait_end() == "started\n"
 
     def test_cancelled_request(
@@ -371,10 +375,18 @@ class TestKilling:
             ask(1)
             assert fifo.read_text() == "started\n"
 
-    def test_ctrl_c(
-        self, server: Background, unique: str, backend: str, program: str, fifo: Path, ask: Any
+    @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+    def test_signal(
+        self,
+        server: Background,
+        unique: str,
+        backend: str,
+        program: str,
+        fifo: Path,
+        ask: Any,
+        stop: signal.Signals,
     ) -> None:
-        with serving(server, unique, "--exec", program, backend=backend):
+        with serving(server, unique, "--exec", program, backend=backend, stop=stop):
             ask(60)
             file = fifo.open()
             assert file.readline() == "started\n"

@@ -113,7 +113,7 @@ class TestSeveralChannels:
             await broker.publish(f"{two}below/", "live")
 
         server.when_subscribed(two, publish)
-        arguments = ["sub", one, two, "--last", "1", "-v", "--backend", backend]
+        arguments = ["sub", one, "--last", "1", two, "-v", "--backend", backend]
         done = cli(*arguments, "--count", "3")
         assert (done.code, done.errors) == (0, "")
         assert sorted(done.lines) == [f"{one} live", f"{one} stored", f"{two}below/ live"]
