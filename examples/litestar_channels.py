@@ -104,4 +104,5 @@ async def publish(name: FromPath[str], request: Request[Any, Any, Any]) -> None:
     await channels.wait_published(await request.body(), name)
 
 
-app = Litestar([publish], plugins=[channels])
+# Litestar's own logging configuration would replace that of the program.
+app = Litestar([publish], plugins=[channels], logging_config=None)

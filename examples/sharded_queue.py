@@ -102,7 +102,7 @@ async def main(backend: str = "asyncio") -> None:
                     result = f"{job[0]}, job {job[1]}: {done['result']}"
                     print(f"{result} by process {done['worker']}", flush=True)
                     if job == KILL_AFTER:
-                        os.kill(done["worker"], signal.SIGKILL)
+                        os.kill(done["worker"], signal.SIGTERM)
                 tasks.cancel_scope.cancel()  # kills the workers
 
 

@@ -67,7 +67,7 @@ request 'calculator/multiply/': no reply within 0\.2 s; .+
 (\d\.\d bar\n)?no reading for a second
 """,
     "sharded_queue.py": r"""(\w+, job \d: \d+ by process \d+\n)+"""
-    r"""a worker ended with -9; starting it again
+    r"""a worker ended with -15; starting it again
 (\w+, job \d: \d+ by process \d+\n)+""",
     "synchronous.py": r"(\w+: \d+ words\n){3}",
 }

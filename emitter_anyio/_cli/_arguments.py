@@ -79,10 +79,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]  # argparse's is generic in the namespace
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        parsed, rest = super().parse_known_args(args, namespace)
+        into = namespace or argparse.Namespace()
+        parsed, rest = super().parse_known_args(args, into)
         if rest and self._retries_intermixed:
             self._retries_intermixed = False  # Python 3.11's implementation calls this method
-            parsed, rest = self.parse_known_intermixed_args(args, namespace)
+            parsed, rest = self.parse_known_intermixed_args(args, into)
             if rest:
                 self.error(f"unrecognized arguments: {' '.join(rest)}")
         return parsed, rest

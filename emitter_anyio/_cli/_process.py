@@ -75,8 +75,10 @@ class Program:
 
     async def _run(self, payload: bytes) -> bytes:
         # If opening the process were cancelled, only the process itself would be killed.
+        process: Process | None = None
         with anyio.CancelScope(shield=True):
             process = await self._open()
+        assert process is not None
         async with process:
             assert process.stdin is not None
             assert process.stdout is not None

@@ -103,7 +103,9 @@ class Outbox:
         self._key = _check_key(key)
         self._max_size = check_int("max_size", max_size, 1024, _MAX_SIZE, " bytes")
         self._max_age = math.inf if max_age is None else check_seconds("max_age", max_age)
-        self._overflow = cast("Overflow", check_choice("overflow", overflow, get_args(Overflow)))
+        self._overflow: Overflow = cast(
+            "Overflow", check_choice("overflow", overflow, get_args(Overflow))
+        )
         self._pipeline = pipeline_of(emitter)
         self._owner = self._pipeline.owner
         self._size_key = self._key if isinstance(self._key, str) else PLACEHOLDER_KEY

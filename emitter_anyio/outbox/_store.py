@@ -78,9 +78,10 @@ _SWEEP_SECONDS: Final = 60.0
 """The interval at which messages are given up by age, and by ttl if space is needed."""
 
 # Of the steady clocks, only Linux's counts the time for which the machine is suspended.
-_steady: Final = (
-    partial(time.clock_gettime, time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic
-)
+if sys.platform == "linux":
+    _steady = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+else:  # pragma: no cover - not on Linux
+    _steady = time.monotonic
 
 
 class Parking(NamedTuple):

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
+from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
-from anyio import (
-    BrokenResourceError,
-    ClosedResourceError,
-    EndOfStream,
-    Event,
-    create_memory_object_stream,
-)
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, Event
 from anyio.abc import ByteStream, ByteStreamConnectable, TaskGroup
 from anyio.lowlevel import checkpoint, current_token
 
@@ -148,7 +141,9 @@ class MemoryListener:
 
     def __init__(self) -> None:
         self._token = current_token()
-        self._send, self._receive = create_memory_object_stream[MemoryStream](math.inf)
+        # A memory object stream would warn if the broker's task is cancelled before it begins.
+        self._waiting: deque[MemoryStream] = deque()
+        self._changed = Event()
 
     def connect(self) -> MemoryStream:
         """
@@ -162,23 +157,24 @@ class MemoryListener:
                 "connect to its url"
             )
         client, server = memory_stream_pair()
-        self._send.send_nowait(server)
+        self._waiting.append(server)
+        self._changed.set()
         return client
 
     async def serve(
         self, handler: Callable[[MemoryStream], Coroutine[Any, Any, None]], task_group: TaskGroup
     ) -> None:
         """Start a task for the server's end of each connection, until cancelled."""
-        async for stream in self._receive:
-            task_group.start_soon(handler, stream)
+        while True:
+            while self._waiting:
+                task_group.start_soon(handler, self._waiting.popleft())
+            self._changed = Event()
+            await self._changed.wait()
 
     def close(self) -> None:
-        """Stop accepting, and close the connections that have not been accepted."""
-        self._send.close()
-        with suppress(EndOfStream):
-            while True:
-                self._receive.receive_nowait().close()
-        self._receive.close()
+        """Close the connections that have not been accepted."""
+        while self._waiting:
+            self._waiting.popleft().close()
 
 
 class MemoryConnectable(ByteStreamConnectable):

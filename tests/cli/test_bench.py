@@ -65,6 +65,7 @@ class TestResults:
         assert rate == pytest.approx(count / result["seconds"], rel=0.02)
         latency = result["latency_ms"]
         if latency is not None or (what, more) != ("pub", ["--qos", "0"]):
+            assert latency is not None
             assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
 
     @pytest.mark.parametrize(

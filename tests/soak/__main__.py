@@ -327,17 +327,18 @@ def soak(options: argparse.Namespace, backend: str) -> bool:
     with ExitStack() as stack:
         broker: Disturbed
         if options.cluster:
-            broker = cluster_from_environment() or options.parser.error(
-                "EMITTER_CLUSTER is not set"
-            )
-            key, secret = anyio.run(_generate_key, broker), broker.secret
-            ports = [urlsplit(url).port or 8080 for url in broker.urls]
+            cluster = cluster_from_environment()
+            if cluster is None:
+                raise SystemExit("EMITTER_CLUSTER is not set")
+            key, secret = anyio.run(_generate_key, cluster), cluster.secret
+            ports = [urlsplit(url).port or 8080 for url in cluster.urls]
+            broker = cluster
         else:
             keys = Broker()
-            broker = BrokerProcess(keys.license)
-            stack.callback(broker.kill)
-            broker.start()
-            key, secret, ports = keys.keygen("soak/#/", "rwslp"), keys.secret_key, [broker.port]
+            broker = single = BrokerProcess(keys.license)
+            stack.callback(single.kill)
+            single.start()
+            key, secret, ports = keys.keygen("soak/#/", "rwslp"), keys.secret_key, [single.port]
         network = Network(ports)
         stack.callback(network.end)
         path = options.journal or stack.enter_context(tempfile.TemporaryDirectory())

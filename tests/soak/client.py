@@ -150,7 +150,7 @@ class Client:
         else:
             options["servers"] = [f"mqtt://127.0.0.1:{port}" for port in ports]
         self._own_port = ports[0]
-        self.emitter: Emitter = connect(**options)
+        self.emitter: Emitter = connect(options)
         self._random = random.Random(f"{run.seed} {index}")
         self._room = f"soak/{index % run.rooms}/"
         self._members = members

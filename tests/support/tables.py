@@ -52,5 +52,8 @@ def _walk(thing: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
 
 
 def _walk_ours(value: object, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if type(value).__module__.startswith("emitter_anyio") and not isinstance(value, Exception):
+    module = type(value).__module__
+    # An event loop with virtual time belongs to emitter_anyio.testing, and not to the client.
+    ours = module.startswith("emitter_anyio") and not module.startswith("emitter_anyio.testing")
+    if ours and not isinstance(value, Exception):
         yield from _walk(value, seen)

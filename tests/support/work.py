@@ -20,6 +20,7 @@ from typing import Any
 import emitter_anyio
 
 _LIBRARY = str(Path(emitter_anyio.__file__).parent)
+_TESTING = str(Path(_LIBRARY, "testing"))
 _SYSTEM = {"send", "recv", "poll", "select", "register", "unregister", "modify"}
 
 
@@ -62,7 +63,8 @@ class _Counter:
 
 @lru_cache
 def _place(file: str) -> str:
-    if file.startswith(_LIBRARY):
+    # The event loop with virtual time belongs to the tests.
+    if file.startswith(_LIBRARY) and not file.startswith(_TESTING):
         return "library"
     return "tool" if "coverage" in file or "blockbuster" in file else "other"
 
