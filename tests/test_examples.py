@@ -208,7 +208,8 @@ async def test_ctrl_c_ends_a_program_without_a_traceback(
     async with running(f"examples/{name}", anyio_backend[0]) as program:
         line = await program.read_until(r".+")
         await program.end(signal.SIGINT)
-        assert not program.errors
+        # A worker may note a lost connection: Trio can raise KeyboardInterrupt in the broker first.
+        assert "Traceback" not in program.errors
     if name == "sharded_queue.py":
         with pytest.raises(ProcessLookupError):
             os.kill(int(line[0].split()[-1]), 0)
