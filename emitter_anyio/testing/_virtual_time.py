@@ -68,6 +68,10 @@ class VirtualTimeLoop(_EventLoop):
         """Return the virtual time in seconds."""
         return self._virtual.now
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        # The clock would jump to the end of the timeout while a thread is still working.
+        await super().shutdown_default_executor()
+
     def jump(self, seconds: float) -> None:
         """
         Advance the clock as if the caller had blocked the event loop.

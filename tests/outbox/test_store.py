@@ -361,7 +361,9 @@ class TestCorruptFile:
         with pytest.raises(OutboxError, match="another process has replaced"):
             make(path).open()
         monkeypatch.undo()
-        assert make(path).open() is None
+        store = make(path)
+        assert store.open() is None
+        store.close()
 
     def test_file_of_process_killed_during_creation_is_not_corrupt(self, path: Path) -> None:
         path.touch()
