@@ -328,14 +328,10 @@ class TestEnd:
         program = f"import sys; {hide}from emitter_anyio._cli import main; sys.exit(main())"
         arguments = ["bench", "pub", "--url", server.url, "--channel", unique, "--seconds", "1.5"]
         with terminal() as screen:
-            process = subprocess.Popen(
-                [sys.executable, "-c", program, *arguments, "--backend", backend],
-                cwd=ROOT,
-                env=clean_environment({"EMITTER_SECRET": server.secret, "TERM": "xterm"}),
-                stdin=screen.program_fd,
-                stdout=screen.program_fd,
-                stderr=screen.program_fd,
-                start_new_session=True,
+            process = screen.start(
+                *("-c", program, *arguments, "--backend", backend),
+                EMITTER_SECRET=server.secret,
+                TERM="xterm",
             )
             assert process.wait() == 0
             screen.close_program_side()

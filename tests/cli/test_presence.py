@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,7 +14,7 @@ from anyio.abc import TaskStatus
 from emitter_anyio import ConnectOptions, connect
 from tests.cli.conftest import Cli
 from tests.support.background import Background
-from tests.support.command import ROOT, clean_environment, running
+from tests.support.command import running
 from tests.support.terminal import terminal
 
 
@@ -102,14 +100,8 @@ class TestChanges:
         hide = "" if rich else "sys.modules['rich.console'] = None; "
         program = f"import sys; {hide}from emitter_anyio._cli import main; sys.exit(main())"
         with terminal() as screen:
-            process = subprocess.Popen(
-                [sys.executable, "-c", program, "presence", unique, "--backend", backend],
-                cwd=ROOT,
-                env=clean_environment(environment(server)),
-                stdin=screen.program_fd,
-                stdout=screen.program_fd,
-                stderr=screen.program_fd,
-                start_new_session=True,
+            process = screen.start(
+                *("-c", program, "presence", unique, "--backend", backend), **environment(server)
             )
             screen.wait_for("0 present" if rich else "no subscribers")
             with subscribed(server, unique, "ann"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +19,7 @@ from anyio.abc import TaskStatus
 from emitter_anyio import EmitterError, EmitterMessage, connect
 from tests.cli.conftest import Cli
 from tests.support.background import Background, background
-from tests.support.command import ROOT, clean_environment, running
+from tests.support.command import running
 from tests.support.terminal import terminal
 
 Serve = Callable[[str, Callable[[EmitterMessage], Any]], None]
@@ -308,17 +306,9 @@ class TestServe:
     def test_ctrl_c_on_a_terminal(self, server: Background, unique: str, backend: str) -> None:
         environment = {"EMITTER_URL": server.url, "EMITTER_SECRET": server.secret}
         with terminal() as screen:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "emitter_anyio", "serve", unique),
-                    *("--exec", "cat", "--backend", backend),
-                ],
-                cwd=ROOT,
-                env=clean_environment(environment),
-                stdin=screen.program_fd,
-                stdout=screen.program_fd,
-                stderr=screen.program_fd,
-                start_new_session=True,
+            process = screen.start(
+                *("-m", "emitter_anyio", "serve", unique, "--exec", "cat", "--backend", backend),
+                **environment,
             )
             screen.wait_for(f"serving {unique}\nemitter-anyio: press Ctrl-C to stop\n")
             process.send_signal(signal.SIGINT)

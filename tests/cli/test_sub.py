@@ -361,17 +361,9 @@ class TestProcess:
     ) -> None:
         server.when_subscribed(unique, publishing(unique, "hello"))
         with terminal() as screen:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "emitter_anyio", "sub", unique),
-                    *("--backend", backend),
-                ],
-                cwd=ROOT,
-                env=clean_environment(environment(server)),
-                stdin=screen.program_fd,
-                stdout=screen.program_fd,
-                stderr=screen.program_fd,
-                start_new_session=True,
+            process = screen.start(
+                *("-m", "emitter_anyio", "sub", unique, "--backend", backend),
+                **environment(server),
             )
             screen.wait_for(f"{unique} hello\n")
             process.send_signal(signal.SIGINT)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +15,6 @@ from emitter_anyio._cli import _top
 from emitter_anyio.testing import Broker
 from tests.cli.conftest import Cli
 from tests.support.background import Background, publishing
-from tests.support.command import ROOT, clean_environment
 from tests.support.stats import RECORDED
 from tests.support.terminal import terminal
 
@@ -110,17 +107,8 @@ class TestTable:
             "COLUMNS": "80",
         }
         with terminal() as screen:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-c", program, "top"),
-                    *("--channel", unique, "--backend", backend),
-                ],
-                cwd=ROOT,
-                env=clean_environment(environment),
-                stdin=screen.program_fd,
-                stdout=screen.program_fd,
-                stderr=screen.program_fd,
-                start_new_session=True,
+            process = screen.start(
+                *("-c", program, "top", "--channel", unique, "--backend", backend), **environment
             )
             screen.wait_for("00:00:00:00:00:01 " if rich else "in 7/s  out 9/s")
             process.send_signal(signal.SIGINT)

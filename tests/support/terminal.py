@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import pty
 import re
+import subprocess
 import sys
 import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tests.support.command import ROOT, clean_environment
 
 _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]|\r")
 
@@ -55,6 +58,23 @@ class Terminal:
 
     def type(self, data: bytes) -> None:
         os.write(self._fd, data)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """
+        Run Python on this terminal, in a separate session and in the root of the project.
+
+        :param arguments: the arguments of Python
+        :param environment: variables to add to a clean environment
+        """
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=clean_environment(environment),
+            stdin=self.program_fd,
+            stdout=self.program_fd,
+            stderr=self.program_fd,
+            start_new_session=True,
+        )
 
     def close_program_side(self) -> None:
         """Close the program's end and wait until all output has been read."""
