@@ -25,6 +25,6 @@ async def test_close_over_failed_connection_counts_uncertain_publish(kind: Kind)
     async with broker_in_memory(connectable):
         async with connect(connectable=connectable) as emitter:
             (stream,) = connectable.streams
-            Fault("to_broker", stream._out.delivered, kind).inject(stream)
+            Fault("to_broker", stream.outbound.delivered, kind).inject(stream)
             await emitter.publish(KEY, "a/", "x")
     assert emitter.statistics().uncertain == 1

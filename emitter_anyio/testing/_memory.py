@@ -36,9 +36,14 @@ class Pipe:
         self._changed = Event()
 
     @property
+    def size(self) -> int:
+        """The number of bytes in it."""
+        return len(self._buffer)
+
+    @property
     def free(self) -> int:
         """The number of bytes that fit into it now."""
-        return max(0, self.capacity - len(self._buffer))
+        return max(0, self.capacity - self.size)
 
     def put(self, data: bytes) -> None:
         """Add bytes, without regard to the capacity."""
@@ -52,6 +57,15 @@ class Pipe:
             del self._buffer[:max_bytes]
             self.change()
         return data
+
+    def check_end(self) -> None:
+        """
+        Check, when nothing can be taken, whether more can arrive.
+
+        :raises EndOfStream: if the sender has ended it
+        """
+        if self.ended:
+            raise EndOfStream
 
     def end(self) -> None:
         """End it for the receiver, after the bytes in it."""
@@ -96,8 +110,7 @@ class MemoryStream(ByteStream):
         while not (data := self._in.take(max_bytes)):
             if self._closed:
                 raise ClosedResourceError
-            if self._in.ended:
-                raise EndOfStream
+            self._in.check_end()
             await self._in.wait_changed()
         return data
 

@@ -445,7 +445,7 @@ async def run_session(fault: Fault | None = None) -> MemoryStream:
 async def measure() -> dict[Direction, int]:
     """Return the number of bytes of a session without a fault, by direction."""
     stream = await run_session()
-    return {"to_broker": stream._out.delivered, "to_client": stream._in.delivered}
+    return {"to_broker": stream.outbound.delivered, "to_client": stream.inbound.delivered}
 
 
 async def run_sessions(faults: Iterable[Fault]) -> None:

@@ -8,120 +8,67 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
-from anyio.abc import ByteStream, ByteStreamConnectable
+from anyio import BrokenResourceError
+from anyio.abc import ByteStreamConnectable
 from anyio.lowlevel import checkpoint
 
+from emitter_anyio.testing import _memory
+from emitter_anyio.testing._memory import CAPACITY_BYTES
 
-class _Pipe:
-    """One direction of a connection."""
+
+class FaultyPipe(_memory.Pipe):
+    """
+    A direction of a connection that can fail after a number of bytes.
+
+    :ivar delivered: the number of bytes that were taken
+    :ivar limit: the number of bytes after which nothing more is delivered
+    :ivar on_limit: called when the limit is reached and there is something to take
+    """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.buffer = bytearray()
-        self.ended = False
-        self.broken = False
+        super().__init__(capacity)
         self.reset = False
         self.delivered = 0
         self.limit = math.inf
-        """The number of bytes after which nothing more is delivered."""
         self.on_limit: Callable[[], None] | None = None
-        self.changed = anyio.Event()
-
-    def change(self) -> None:
-        self.changed.set()
-        self.changed = anyio.Event()
 
     def take(self, max_bytes: int) -> bytes:
-        """Take up to ``max_bytes`` from the buffer."""
-        size = int(min(max_bytes, self.limit - self.delivered))
-        had_data = bool(self.buffer)
-        data = bytes(self.buffer[:size])
-        if data:
-            del self.buffer[:size]
-            self.delivered += len(data)
-            self.change()
+        had_data = self.size > 0
+        data = super().take(int(min(max_bytes, self.limit - self.delivered)))
+        self.delivered += len(data)
         if had_data and self.delivered == self.limit and self.on_limit is not None:
             on_limit, self.on_limit = self.on_limit, None
             on_limit()
         return data
 
-    @property
-    def over(self) -> bool:
-        """Whether the end of the stream has been delivered. ``limit`` holds it back too."""
-        return self.ended and self.delivered < self.limit
+    def check_end(self) -> None:
+        if self.reset:
+            raise BrokenResourceError
+        # The limit holds the end of the stream back, too.
+        if self.delivered < self.limit:
+            super().check_end()
 
     def cut(self, *, reset: bool) -> None:
         """End the stream for both sides. A reset also discards the buffer."""
         if reset or self.delivered == self.limit:
-            self.buffer.clear()
+            super().take(self.size)
         self.limit = math.inf
-        self.ended = self.broken = True
         self.reset = reset
-        self.change()
+        self.end()
+        self.break_off()
 
 
-class MemoryStream(ByteStream):
-    """
-    One end of an in-memory connection.
+class MemoryStream(_memory.MemoryStream):
+    """One end of an in-memory connection whose directions can fail."""
 
-    As with a socket, a send writes as much as fits and then waits with the rest, so that cancelling
-    it can leave a partial write.
-    """
-
-    def __init__(self, inbound: _Pipe, outbound: _Pipe) -> None:
-        self._in = inbound
-        self._out = outbound
-        self._closed = False
-
-    async def receive(self, max_bytes: int = 65536) -> bytes:
-        await checkpoint()
-        while not (data := self._in.take(max_bytes)):
-            if self._closed:
-                raise ClosedResourceError
-            if self._in.reset:
-                raise BrokenResourceError
-            if self._in.over:
-                raise EndOfStream
-            await self._in.changed.wait()
-        return data
-
-    async def send(self, item: bytes) -> None:
-        await checkpoint()
-        while True:
-            if self._closed:
-                raise ClosedResourceError
-            if self._out.broken or self._out.ended:
-                raise BrokenResourceError
-            space = max(0, self._out.capacity - len(self._out.buffer))
-            if space and item:
-                self._out.buffer += item[:space]
-                self._out.change()
-                item = item[space:]
-            if not item:
-                return
-            await self._out.changed.wait()
+    def __init__(self, inbound: FaultyPipe, outbound: FaultyPipe) -> None:
+        super().__init__(inbound, outbound)
+        self.inbound = inbound
+        self.outbound = outbound
 
     def send_nowait(self, item: bytes) -> None:
         """Send immediately, without regard to the capacity."""
-        self._out.buffer += item
-        self._out.change()
-
-    async def send_eof(self) -> None:
-        self._out.ended = True
-        self._out.change()
-        await checkpoint()
-
-    async def aclose(self) -> None:
-        self._closed = True
-        self._out.ended = self._in.broken = True
-        self._in.change()
-        self._out.change()
-        await checkpoint()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
+        self.outbound.put(item)
 
 
 _STALLED_CAPACITY_BYTES = 16
@@ -153,8 +100,8 @@ class Fault:
         :param client: the client's end
         :param then: called when the fault has occurred
         """
-        pipes = (client._in, client._out)
-        pipe = client._in if self.direction == "to_client" else client._out
+        pipes = (client.inbound, client.outbound)
+        pipe = client.inbound if self.direction == "to_client" else client.outbound
 
         def occur() -> None:
             if self.kind == "stall":
@@ -167,14 +114,14 @@ class Fault:
         pipe.limit, pipe.on_limit = self.after, occur
 
 
-def memory_stream_pair(capacity: int = 65536) -> tuple[MemoryStream, MemoryStream]:
+def memory_stream_pair(capacity: int = CAPACITY_BYTES) -> tuple[MemoryStream, MemoryStream]:
     """
     Create an in-memory connection.
 
     :param capacity: the number of bytes that fit into each direction before a send waits
     :return: the two ends
     """
-    first, second = _Pipe(capacity), _Pipe(capacity)
+    first, second = FaultyPipe(capacity), FaultyPipe(capacity)
     return MemoryStream(second, first), MemoryStream(first, second)
 
 
@@ -189,7 +136,7 @@ class MemoryConnectable(ByteStreamConnectable):
 
     def __init__(
         self,
-        capacity: int = 65536,
+        capacity: int = CAPACITY_BYTES,
         before: Callable[[int], Awaitable[None]] | None = None,
         kind: type[MemoryStream] = MemoryStream,
     ) -> None:
