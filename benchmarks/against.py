@@ -1,7 +1,7 @@
 """
 Compare the client with an earlier commit: ``python -m benchmarks.against COMMIT``.
 
-With ``--python PATH``, compare this interpreter with another one instead, in whose environment the
+With ``--python PATH``, compare this interpreter with a different one, in whose environment the
 client is installed. Both are measured in turn, several times. The smallest CPU time of each counts,
 because other processes can only increase it. A ratio above 1 means that the present client or the
 other interpreter takes longer.

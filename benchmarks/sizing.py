@@ -70,7 +70,7 @@ async def subscriptions(url: str, key: str) -> float:
 
 
 async def streams(url: str, key: str) -> float:
-    """Return the memory of a stream with a subscription of its own, in bytes."""
+    """Return the memory of a stream with a separate subscription, in bytes."""
     async with client(url) as emitter, AsyncExitStack() as stack:
         await emitter.subscribe(key, channel(_COUNT))
         before = common.memory()
