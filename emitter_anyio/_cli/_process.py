@@ -22,6 +22,9 @@ _MAX_REPLY_BYTES: Final = 65536
 _MAX_LINE_BYTES: Final = 1024
 """The size above which a line of standard error is printed before it ends."""
 
+_DRAIN_SECONDS: Final = 1.0
+"""The time in which the output of a killed process must end."""
+
 
 class ProgramError(Exception):
     """A failure of the program. The requester gets the name of this class with the message."""
@@ -98,6 +101,7 @@ class Program:
                     await process.wait()
             finally:
                 _kill_group(process)
+                await _drain(process.stdout, process.stderr)
         if len(reply) > _MAX_REPLY_BYTES:
             raise ProgramError(f"the reply has more than {_MAX_REPLY_BYTES:,} bytes")
         if process.returncode:
@@ -143,6 +147,15 @@ class _ErrorLines:
                 text = text.replace(secret, "…")
             self.last = text
             note(text)
+
+
+async def _drain(*outputs: ByteReceiveStream) -> None:
+    # Before AnyIO 4.15, a process on asyncio never closes while much of its output is unread.
+    # A program that has left the process group might keep its output open, so do not wait long.
+    with anyio.move_on_after(_DRAIN_SECONDS, shield=True):
+        for output in outputs:
+            async for _ in output:
+                pass
 
 
 def _kill_group(process: Process) -> None:
