@@ -201,14 +201,14 @@ async def running(*arguments: str, **environment: str) -> AsyncIterator[Program]
         yield Program(process)
 
 
-# On Trio, KeyboardInterrupt can be raised in a task of the development broker in the same process,
-# so that the program ends with the loss of its connection.
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("name", STOPPED)
-async def test_ctrl_c_ends_a_program_without_a_traceback(anyio_backend: str, name: str) -> None:
-    async with running(f"examples/{name}", anyio_backend) as program:
+async def test_ctrl_c_ends_a_program_without_a_traceback(
+    anyio_backend: tuple[str, Any], name: str
+) -> None:
+    async with running(f"examples/{name}", anyio_backend[0]) as program:
         line = await program.read_until(r".+")
         await program.end(signal.SIGINT)
+        # A worker may note a lost connection: Trio can raise KeyboardInterrupt in the broker first.
         assert "Traceback" not in program.errors
     if name == "sharded_queue.py":
         with pytest.raises(ProcessLookupError):

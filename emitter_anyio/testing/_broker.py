@@ -34,6 +34,7 @@ from ._cluster import Cluster
 from ._connection import Client, SlowClients
 from ._exchange import SURVEY_TIMEOUT_SECONDS, Exchange
 from ._faults import Faults, WithheldPackets
+from ._interrupts import uninterrupted
 from ._keys import License
 from ._matching import Matcher
 from ._memory import MemoryConnectable, MemoryListener
@@ -201,6 +202,7 @@ class Broker:
         self._current_run = Run(CancelScope(), Event(), MemoryListener())
         tasks.start_soon(self._serve_all, listener, self._current_run)
 
+    @uninterrupted
     async def _serve_all(self, listener: MultiListener[SocketStream], run: Run) -> None:
         try:
             with run.scope:
@@ -214,6 +216,7 @@ class Broker:
             run.memory.close()
             run.ended.set()
 
+    @uninterrupted
     async def _publish_stats(self) -> None:
         while self._stats_interval is not None:
             await sleep(self._stats_interval)
@@ -519,6 +522,7 @@ class Broker:
             )
         return topic
 
+    @uninterrupted
     async def _serve(self, stream: ByteStream) -> None:
         client = Client(
             self._exchange,

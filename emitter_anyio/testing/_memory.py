@@ -14,6 +14,8 @@ from anyio.lowlevel import checkpoint, current_token
 
 from emitter_anyio._values.errors import WrongLoopError
 
+from ._interrupts import uninterrupted
+
 CAPACITY_BYTES = 65536
 """The number of bytes that fit into one direction of a connection before a send waits."""
 
@@ -174,6 +176,7 @@ class MemoryListener:
         self._changed.set()
         return client
 
+    @uninterrupted
     async def serve(
         self, handler: Callable[[MemoryStream], Coroutine[Any, Any, None]], task_group: TaskGroup
     ) -> None:

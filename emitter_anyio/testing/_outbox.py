@@ -14,6 +14,8 @@ from anyio import (
 )
 from anyio.abc import ByteStream
 
+from ._interrupts import uninterrupted
+
 WRITES_PER_SECOND = 60
 """The default of Emitter's ``limit.flushRate``: writes to one client per second."""
 STREAM_ERRORS = (BrokenResourceError, ClosedResourceError, EndOfStream, OSError)
@@ -75,6 +77,7 @@ class Outbox:
         """Wait until bytes are written, or until :meth:`discard`."""
         await self._progress.wait()
 
+    @uninterrupted
     async def write(self, stream: ByteStream) -> None:
         """Write queued packets until :meth:`close` or until the stream fails."""
         while True:

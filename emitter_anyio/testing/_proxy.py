@@ -29,6 +29,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from emitter_anyio._backend.tasks import Tasks
 
+from ._interrupts import uninterrupted
 from ._service import Service
 from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket
 
@@ -220,6 +221,7 @@ class FaultProxy:
     async def _accept(self, sock: socket.socket, tasks: Tasks) -> None:
         tasks.start_soon(self._serve, await accept(sock))
 
+    @uninterrupted
     async def _serve(self, client: SocketStream) -> None:
         try:
             broker = await open_socket(*self._broker)
@@ -352,6 +354,7 @@ class _Relay:
         self._sending = CancelScope()
         self._ended = Event()
 
+    @uninterrupted
     async def run(self) -> None:
         """Forward bytes and the end of the stream."""
         received, due = create_memory_object_stream[tuple[float, bytes]](_MAX_DELAYED_CHUNKS)
@@ -374,6 +377,7 @@ class _Relay:
             await self._sink.reset()
         await aclose_forcefully(self._sink)
 
+    @uninterrupted
     async def _receive(self, received: MemoryObjectSendStream[tuple[float, bytes]]) -> None:
         with received:
             try:

@@ -10,6 +10,8 @@ from anyio import CancelScope, get_cancelled_exc_class, sleep_forever
 
 from emitter_anyio._backend.tasks import Tasks
 
+from ._interrupts import defer_interrupts
+
 
 class Service:
     """
@@ -46,6 +48,7 @@ class Service:
                 f"cannot enter this {self._name}: it is already entered; leave it first"
             )
         self._failure = None
+        defer_interrupts()
         self._tasks = tasks = Tasks(self._task_failed)
         await tasks.open()
         try:

@@ -21,6 +21,8 @@ from anyio import (
 )
 from anyio.abc import ByteStream
 
+from ._interrupts import uninterrupted
+
 T = TypeVar("T")
 
 ACCEPT_RETRY_SECONDS = 1.0
@@ -93,6 +95,7 @@ async def accept(sock: socket.socket) -> SocketStream:
     return SocketStream(client)
 
 
+@uninterrupted
 async def keep_accepting(accept: Callable[[], Awaitable[None]]) -> NoReturn:
     """
     Accept connections until cancelled. After a failure, such as a lack of descriptors, try again.
