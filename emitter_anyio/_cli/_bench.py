@@ -35,6 +35,9 @@ from ._terminal import progress
 
 _ROLES: Final = ("pub", "sub", "rtt", "connect")
 
+_MAX_MESSAGE_BYTES: Final = 65536
+"""What brokers accept by default, with the topic."""
+
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 
 _PROGRAM: Final = "from emitter_anyio._cli._bench_worker import main; main()"
@@ -81,7 +84,7 @@ def add_bench(parser: Parser) -> None:
         ("--connections", arguments_.positive, 1, "N", "connections in total"),
         ("--processes", arguments_.positive, 1, "N", "processes that share them"),
         ("--publishers", arguments_.positive, 1, "N", "sub: connections that publish"),
-        ("--size", _size, 64, "BYTES", f"bytes of a message, at least {HEADER.size}"),
+        ("--size", _size, 64, "BYTES", f"bytes of a message, {HEADER.size} to {_MAX_MESSAGE_BYTES}"),
         ("--in-flight", arguments_.positive, 20, "N", "pub --qos 1: messages in flight"),
         ("--seconds", arguments_.period, 5.0, "SEC", "duration"),
         ("--timeout", arguments_.period, 2.0, "SEC", "time after which a message is lost"),
@@ -115,8 +118,10 @@ def add_bench(parser: Parser) -> None:
 
 
 def _size(text: str) -> int:
-    if (size := arguments_.count(text)) < HEADER.size:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {HEADER.size}")
+    if not HEADER.size <= (size := arguments_.count(text)) <= _MAX_MESSAGE_BYTES:
+        raise argparse.ArgumentTypeError(
+            f"expected an integer from {HEADER.size} to {_MAX_MESSAGE_BYTES}"
+        )
     return size
 
 

@@ -169,7 +169,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("option", "value", "message"),
         [
-            ("--size", "23", "expected an integer of at least 24"),
+            ("--size", "23", "expected an integer from 24 to 65536"),
+            ("--size", "65537", "expected an integer from 24 to 65536"),
             ("--seconds", "0", "expected more than 0 seconds"),
             ("--rate", "0", "expected more than 0"),
             ("--connections", "0", "expected an integer of at least 1"),
