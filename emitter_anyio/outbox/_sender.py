@@ -34,7 +34,8 @@ from ._values import OutboxError, Stored
 
 KeyOfChannel: TypeAlias = Callable[[str], Awaitable[str | ChannelKey]]
 
-_MAX_IN_FLIGHT: Final = 1000
+_MAX_IN_FLIGHT: Final = 8000
+"""Emitter collects acknowledgements for up to a second, so this limits the messages per second."""
 _MAX_BYTES_IN_FLIGHT: Final = 1024 * 1024
 _SENDS_PER_TURN: Final = 32
 _CONCURRENT_KEY_CALLS: Final = 64
