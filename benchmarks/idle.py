@@ -202,6 +202,7 @@ async def churn(options: Options, seconds: float, rate: float) -> None:
     """Close and replace connections at a rate per second, and print what must not grow."""
     fleet = Fleet(options.url, options.count, _QUIET_KEEPALIVE, options.sources)
     async with fleet.open():
+        gc.enable()
         start, replaced = anyio.current_time(), 0
         for sample in range(_SAMPLES + 1):
             size = f"{common.memory():,} bytes, {descriptors():,} descriptors"
