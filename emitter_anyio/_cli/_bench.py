@@ -38,6 +38,8 @@ _ROLES: Final = ("pub", "sub", "rtt", "connect")
 _MAX_MESSAGE_BYTES: Final = 65536
 """What brokers accept by default, with the topic."""
 
+_SIZE_HELP: Final = f"bytes of a message, {HEADER.size} to {_MAX_MESSAGE_BYTES}"
+
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 
 _PROGRAM: Final = "from emitter_anyio._cli._bench_worker import main; main()"
@@ -84,7 +86,7 @@ def add_bench(parser: Parser) -> None:
         ("--connections", arguments_.positive, 1, "N", "connections in total"),
         ("--processes", arguments_.positive, 1, "N", "processes that share them"),
         ("--publishers", arguments_.positive, 1, "N", "sub: connections that publish"),
-        ("--size", _size, 64, "BYTES", f"bytes of a message, {HEADER.size} to {_MAX_MESSAGE_BYTES}"),
+        ("--size", _size, 64, "BYTES", _SIZE_HELP),
         ("--in-flight", arguments_.positive, 20, "N", "pub --qos 1: messages in flight"),
         ("--seconds", arguments_.period, 5.0, "SEC", "duration"),
         ("--timeout", arguments_.period, 2.0, "SEC", "time after which a message is lost"),

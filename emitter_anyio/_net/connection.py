@@ -23,7 +23,7 @@ from emitter_anyio._values.errors import RemoteProtocolError
 
 from .keepalive import Keepalive
 from .options import Options, Server
-from .timer import Timer
+from .timer import ReplyDeadline, Timer
 from .transport import Transport
 from .writer import Writer
 
@@ -187,6 +187,31 @@ class Connection:
     def fail(self, exc: Exception) -> None:
         """End :meth:`run` with an error, because the connection is unusable."""
         self._break(exc)
+
+    async def wait_for_packet_id(self, seconds: float | None) -> None:
+        """
+        Wait until a packet id is free or the connection has failed.
+
+        If the broker acknowledges nothing, no packet id ever becomes free, so the connection fails.
+
+        :param seconds: the time for an acknowledgement; ``None`` for no limit
+        """
+        freed = self.make_wakeup()
+        self.session.call_when_free(freed.set)
+        deadline = None
+        if seconds is not None:
+            deadline = ReplyDeadline(self._miss_packet_id, seconds, self.timer, self.writer)
+        try:
+            await freed.wait()
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+
+    def _miss_packet_id(self) -> bool:
+        """Fail, or extend the deadline if acknowledgements might wait behind messages."""
+        if not self._reading_paused:
+            self.fail(TimeoutError("no packet id is free: the broker acknowledges nothing"))
+        return self._reading_paused
 
     async def abandon(self) -> None:
         """Close a connection on which :meth:`run` was never called."""

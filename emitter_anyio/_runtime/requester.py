@@ -116,9 +116,7 @@ class Requester:
             if not connection.writer.has_space:
                 await connection.writer.wait_for_space()
             while connection.session.full and slot.usable(connection, bound):
-                freed = anyio.Event()
-                connection.session.call_when_free(freed.set)
-                await freed.wait()
+                await connection.wait_for_packet_id(self._options.request_timeout)
             if slot.usable(connection, bound):
                 return connection
 
