@@ -194,7 +194,7 @@ class TestErrors:
         assert "'r' (read)" in done.error
 
     def test_too_large_message(self, bench: Any) -> None:
-        done = bench("pub", "--size", "70000", "--seconds", "60")
+        done = bench("pub", "--size", "65536", "--seconds", "60")
         assert done.code == 1
         assert "the message is too large" in done.error
 
