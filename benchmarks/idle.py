@@ -9,8 +9,8 @@ Such connections come from a ``connectable``, and their cost differs a little.
 ``--no-gc`` turns Python's garbage collector off while connections are opened. Otherwise, it takes
 most of that time, because it looks at all connections again and again.
 
-With ``--churn``, connections are then closed and replaced for that many seconds. Memory and file
-descriptors are printed ten times and must not grow.
+With ``--churn``, connections are then closed and replaced for that many seconds. Memory, objects
+and file descriptors are printed ten times. Objects and descriptors must not grow.
 """
 
 from __future__ import annotations
@@ -205,9 +205,15 @@ async def churn(options: Options, seconds: float, rate: float) -> None:
         gc.enable()
         start, replaced = anyio.current_time(), 0
         for sample in range(_SAMPLES + 1):
-            size = f"{common.memory():,} bytes, {descriptors():,} descriptors"
-            passed = anyio.current_time() - start
-            print(f"{passed:6.0f} s: {replaced:,} connections replaced, {size}", flush=True)
+            gc.collect()
+            figures = {
+                "connections replaced": replaced,
+                "bytes": common.memory(),
+                "objects": len(gc.get_objects()),
+                "descriptors": descriptors(),
+            }
+            words = ", ".join(f"{number:,} {name}" for name, number in figures.items())
+            print(f"{anyio.current_time() - start:6.0f} s: {words}", flush=True)
             end = start + seconds * (sample + 1) / _SAMPLES
             while sample < _SAMPLES and anyio.current_time() < end:
                 await fleet.replace(random.randrange(options.count))
