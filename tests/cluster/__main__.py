@@ -25,7 +25,8 @@ from .emitter_nodes import EmitterNodes
 
 ACTIONS: Final = (
     *("start", "stop", "pause", "resume", "cut", "heal"),
-    *("erase", "silence", "unsilence", "slow", "unslow"),
+    *("terminate", "bounce", "part", "erase"),
+    *("silence", "unsilence", "deafen", "undeafen", "slow", "unslow"),
 )
 
 

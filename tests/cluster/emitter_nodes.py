@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,9 @@ NODE_HOST: Final = "127.0.1."
 RELAY_HOST: Final = "127.0.2."
 """The others connect to a node at its relay. Each node has its own address in both networks, so
 that a relay recognizes by the address who connects."""
+
+_CRASHES: Final = "panic", "fatal error", "unexpected fault"
+"""The beginnings of the lines in which a Go program prints why it crashes."""
 
 
 class EmitterNodes:
@@ -43,7 +47,9 @@ class EmitterNodes:
         self._ports = [pick_port() for _ in range(count)]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * count
         self._cut: set[int] = set()
+        self._parted: set[int] = set()
         self._silent: set[int] = set()
+        self._deaf: set[int] = set()
         self._slow: dict[int, anyio.CancelScope] = {}
         self._relays = [_Relay(self, index) for index in range(count)]
         self._stack = AsyncExitStack()
@@ -54,15 +60,21 @@ class EmitterNodes:
         return [f"mqtt://127.0.0.1:{port}" for port in self._ports]
 
     async def __aenter__(self) -> Self:
+        listeners = [
+            await self._stack.enter_async_context(
+                await anyio.create_tcp_listener(
+                    local_host=f"{RELAY_HOST}{index + 1}", local_port=self.cluster_port
+                )
+            )
+            for index in range(len(self._relays))
+        ]
+        # The relays end before their listeners are closed, because serve() would raise an error.
         self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
         self._stack.callback(self._tasks.cancel_scope.cancel)
-        for index, relay in enumerate(self._relays):
-            listener = await anyio.create_tcp_listener(
-                local_host=f"{RELAY_HOST}{index + 1}", local_port=self.cluster_port
-            )
-            await self._stack.enter_async_context(listener)
+        for index, (listener, relay) in enumerate(zip(listeners, self._relays, strict=True)):
             self._tasks.start_soon(listener.serve, relay.serve)
             await self.start(index)
+        self._tasks.start_soon(self._restart_crashed)
         return self
 
     async def __aexit__(
@@ -123,6 +135,19 @@ class EmitterNodes:
             process.kill()
             process.wait()
 
+    async def terminate(self, index: int) -> None:
+        """Stop a node with SIGTERM."""
+        process, self._processes[index] = self._processes[index], None
+        if process is not None:
+            process.terminate()
+            await anyio.to_thread.run_sync(process.wait)
+
+    async def bounce(self, index: int) -> None:
+        """Kill and start a node three times."""
+        for _ in range(3):
+            await self.stop(index)
+            await self.start(index)
+
     async def pause(self, index: int) -> None:
         """Suspend a node."""
         self._signal(index, signal.SIGSTOP)
@@ -134,12 +159,17 @@ class EmitterNodes:
     async def cut(self, index: int) -> None:
         """Close the connections between a node and the others, and refuse new ones."""
         self._cut.add(index)
-        for relay in self._relays:
-            relay.close_cut()
+        self._close_cut()
+
+    async def part(self, index: int) -> None:
+        """Close the connections between a node and the next one, and refuse new ones."""
+        self._parted.add(index)
+        self._close_cut()
 
     async def heal(self, index: int) -> None:
         """Accept connections between a node and the others again."""
         self._cut.discard(index)
+        self._parted.discard(index)
 
     async def silence(self, index: int) -> None:
         """Stop forwarding between a node and the others, without closing connections."""
@@ -148,6 +178,14 @@ class EmitterNodes:
     async def unsilence(self, index: int) -> None:
         """Forward between a node and the others again."""
         self._silent.discard(index)
+
+    async def deafen(self, index: int) -> None:
+        """Stop forwarding from the others to a node, but not in the other direction."""
+        self._deaf.add(index)
+
+    async def undeafen(self, index: int) -> None:
+        """Forward from the others to a node again."""
+        self._deaf.discard(index)
 
     async def slow(self, index: int) -> None:
         """Suspend a node for nine tenths of the time."""
@@ -175,12 +213,30 @@ class EmitterNodes:
             shutil.rmtree(self._directory / f"node-{index}" / name, ignore_errors=True)
 
     def are_cut(self, one: int, other: int) -> bool:
-        """Return whether one of two nodes is cut off."""
-        return not self._cut.isdisjoint((one, other))
+        """Return whether two nodes are cut off from each other."""
+        ends = {one, other}
+        parted = any({each, (each + 1) % len(self._ports)} == ends for each in self._parted)
+        return parted or not self._cut.isdisjoint(ends)
 
-    def are_silent(self, one: int, other: int) -> bool:
-        """Return whether nothing is forwarded between two nodes."""
-        return not self._silent.isdisjoint((one, other))
+    def is_held(self, source: int, sink: int) -> bool:
+        """Return whether nothing is forwarded from one node to another."""
+        return sink in self._deaf or not self._silent.isdisjoint((source, sink))
+
+    def _close_cut(self) -> None:
+        for relay in self._relays:
+            relay.close_cut()
+
+    async def _restart_crashed(self) -> None:
+        """Restart nodes that end by themselves, and print why."""
+        while True:
+            await anyio.sleep(0.5)
+            for index, process in enumerate(self._processes):
+                if process is not None and process.poll() is not None:
+                    log = (self._directory / f"node-{index}" / "log").read_text(errors="replace")
+                    reasons = [line for line in log.splitlines() if line.startswith(_CRASHES)]
+                    print(f"node {index} crashed: {reasons[-1:]}", file=sys.stderr, flush=True)
+                    self._processes[index] = None
+                    await self.start(index)
 
     def _signal(self, index: int, number: int) -> None:
         process = self._processes[index]
@@ -211,13 +267,15 @@ class _Relay:
     async def _relay(self, connection: SocketStream, ends: tuple[int, int]) -> None:
         if self._nodes.are_cut(*ends):
             return
-        host = f"{NODE_HOST}{self._index + 1}"
+        host, port = f"{NODE_HOST}{self._index + 1}", self._nodes.cluster_port
+        # Nodes find each other by the addresses from which others connect.
+        source = f"{RELAY_HOST}{ends[0] + 1}"
         with suppress(OSError):
             async with (
-                await anyio.connect_tcp(host, self._nodes.cluster_port) as node,
+                await anyio.connect_tcp(host, port, local_host=source) as node,
                 anyio.create_task_group() as tasks,
             ):
-                tasks.start_soon(self._copy, node, connection, ends)
+                tasks.start_soon(self._copy, node, connection, ends[::-1])
                 await self._copy(connection, node, ends)
                 tasks.cancel_scope.cancel()
 
@@ -227,11 +285,11 @@ class _Relay:
             if self._nodes.are_cut(*ends):
                 scope.cancel()
 
-    async def _copy(self, source: ByteStream, sink: ByteStream, ends: tuple[int, int]) -> None:
+    async def _copy(self, source: ByteStream, sink: ByteStream, nodes: tuple[int, int]) -> None:
         with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
             while True:
                 data = await source.receive()
-                while self._nodes.are_silent(*ends):
+                while self._nodes.is_held(*nodes):
                     await anyio.sleep(0.05)
                 await sink.send(data)
         await anyio.aclose_forcefully(source)
