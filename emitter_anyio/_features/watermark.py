@@ -10,6 +10,9 @@ import anyio
 from emitter_anyio._streams import Receiver
 from emitter_anyio._values.messages import EmitterMessage, Gap, StoredMessage
 
+from .position import OVERLAP_SECONDS
+from .stored import second_of
+
 RENEWAL_SECONDS: Final = 10.0
 """The time after an arriving message until the newest stored id is requested."""
 
@@ -21,7 +24,7 @@ class Watermark(Receiver["EmitterMessage | Gap"]):
     Delivered messages have no ids, so the client requests the newest stored id from time to time.
     The broker stores a message before it delivers it, so the newest stored message might not have
     arrived yet. Its id becomes the watermark only when the next id is known. Ids contain the
-    broker's time, so the local clock does not matter.
+    time and the counter of a node, so the local clock does not matter.
 
     :ivar stale: set when a message has arrived since the last renewal
     """
@@ -48,17 +51,18 @@ class Watermark(Receiver["EmitterMessage | Gap"]):
     @property
     def since(self) -> int | None:
         """The unix second in which a gap may begin; ``None`` if nothing was stored before it."""
-        known = self._known
-        return None if known is None else int(known.time.timestamp())
+        return None if self._known is None else second_of(self._known) - OVERLAP_SECONDS
 
     def might_be_undelivered(self, message: StoredMessage) -> bool:
         """Return whether a stored message might not have been delivered."""
         known = self._known
         if known is None or message.time > known.time:
             return True
-        # Ids count down. Within a second, only the ids of the same node have an order.
+        if second_of(message) < second_of(known) - OVERLAP_SECONDS:
+            return False
+        # Another node's clock might be behind. The counter of a node counts down.
         mine, other = known.id[12:16], message.id[12:16]
-        return message.time == known.time and (mine != other or message.id[4:12] < known.id[4:12])
+        return mine != other or message.id[8:12] < known.id[8:12]
 
     def is_at(self, message: StoredMessage) -> bool:
         """Return whether a stored message is the watermark."""
