@@ -409,6 +409,36 @@ async def test_a_node_that_does_not_answer_makes_it_incomplete(
     assert "might not have replied" in caplog.text
 
 
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("ahead", [30, 600])
+async def test_messages_of_a_node_whose_clock_is_behind_are_returned_late(
+    anyio_backend: object,
+    ahead: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Broker() as one, Broker(cluster=one) as two:
+        cluster = one._exchange.cluster
+        monkeypatch.setattr(two._exchange, "now", lambda: cluster.now() + ahead)
+        key = one.keygen("a/", "rwsl")
+        found: list[int] = []
+        async with connect(connectable=one.connectable()) as emitter:
+            async with emitter.consume(key, "a/") as log, anyio.create_task_group() as tasks:
+
+                async def consume() -> None:
+                    async for message in log:
+                        found.append(message.as_object())  # noqa: PERF401 - read while it grows
+
+                tasks.start_soon(consume)
+                for number in range(100):
+                    await store((one, two)[number % 2], number)
+                    await anyio.sleep(1)
+                await anyio.sleep(121)
+                tasks.cancel_scope.cancel()
+        assert sorted(found) == list(range(100))
+    assert "the clocks of the nodes differ" in caplog.text
+
+
 # Matchers
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from emitter_anyio import StoredMessage
 from emitter_anyio._features import forward
-from emitter_anyio._features.forward import EXPIRED_SINCE, ForwardReading
+from emitter_anyio._features.forward import EXPIRED_SINCE, LOOK_BACK_REQUESTS, ForwardReading
 from emitter_anyio._features.position import OVERLAP_SECONDS, Position
 from emitter_anyio._features.stored import (
     BrokerFacts,
@@ -66,11 +66,17 @@ def reading(position: Position, until: int | None = None, now: int = NOW) -> For
 
 
 def read(
-    nodes: Nodes, position: Position, *, last: int | None = None, expect_last: bool = False
+    nodes: Nodes,
+    position: Position,
+    *,
+    last: int | None = None,
+    expect_last: bool = False,
+    look_back: int = 0,
 ) -> Items:
     """Read everything after a position, which moves to the end."""
     count = 2**31 - 1 if last is None else last
-    return list(run(reading(position).read(count, expect_last=expect_last), nodes.answer))
+    steps = reading(position).read(count, expect_last=expect_last, look_back=look_back)
+    return list(run(steps, nodes.answer))
 
 
 def in_order(*nodes: Node) -> list[bytes]:
@@ -234,6 +240,82 @@ def test_an_expired_last_message_is_reported_once_before_the_others() -> None:
     (only,) = read(nodes, Position.parse(position.cursor), expect_last=True)
     assert only == Unreadable(START + 49, NOW, EXPIRED_SINCE)
     assert read(nodes, Position(), expect_last=True) == []
+
+
+# Nodes whose clocks are behind
+
+
+@pytest.mark.parametrize("lag", [30, 600])
+def test_looking_back_finds_the_messages_of_a_node_that_is_behind(lag: int) -> None:
+    ahead, behind = make_node(b"AAAA"), make_node(b"BBBB")
+    nodes, position = Nodes(ahead, behind), Position()
+    behind.store(START - lag)
+    ahead.store(START)
+    found = ids(read(nodes, position, look_back=LOOK_BACK_REQUESTS))
+    for second in range(1, 2 * lag):
+        ahead.store(START + second)
+        if second % 2:
+            behind.store(START + second - lag)
+        if second % (lag // 3) == 0:
+            found += ids(read(nodes, position))
+            position = Position.parse(position.cursor)
+            found += ids(read(nodes, position, look_back=LOOK_BACK_REQUESTS))
+    found += ids(read(nodes, position, look_back=LOOK_BACK_REQUESTS))
+    assert len(found) == len(set(found))
+    assert set(found) == set(in_order(ahead, behind))
+
+
+def test_looking_back_finds_the_messages_of_an_unknown_node_that_is_behind() -> None:
+    ahead, behind = make_node(b"AAAA"), make_node(b"BBBB")
+    nodes, position = Nodes(ahead, behind), Position()
+    for second in range(200):
+        ahead.store(START + second)
+    read(nodes, position)
+    late = [behind.store(START + second).id for second in range(50, 150)]
+    assert ids(read(nodes, position, look_back=LOOK_BACK_REQUESTS)) == late
+
+
+def test_looking_back_continues_before_a_reply_that_cannot_be_sent() -> None:
+    ahead, behind = make_node(b"AAAA"), make_node(b"BBBB")
+    nodes, position = Nodes(ahead, behind), Position()
+    behind.store(START)
+    for second in range(100):
+        ahead.store(START + second, b"x" * 3000 if second > 50 else b"")
+    read(nodes, position)
+    late = behind.store(START + 2)
+    assert ids(read(nodes, position, look_back=LOOK_BACK_REQUESTS)) == [late.id]
+
+
+def test_looking_back_for_a_message_that_cannot_be_read_is_done_once() -> None:
+    ahead, position = make_node(b"AAAA"), Position()
+    for second in range(100):
+        ahead.store(START + second)
+    nodes = Nodes(ahead)
+    read(nodes, position)
+    hidden = make_node(b"BBBB").store(START + 50)
+
+    def answer(request: PageRequest | NodeProbe) -> Reply:
+        reply = nodes.answer(request)
+        looks_back = isinstance(request, PageRequest) and request.last == 64
+        return Reply([*(reply.messages or ()), hidden]) if looks_back else reply
+
+    oldest = []
+    for _ in range(2):
+        nodes.page_requests.clear()
+        assert list(run(reading(position).read(look_back=LOOK_BACK_REQUESTS), answer)) == []
+        requests = nodes.page_requests
+        oldest.append(min(each.since or 0 for each in requests if each.last != 64))
+    assert oldest[0] < START < oldest[1]
+
+
+def test_looking_back_in_an_empty_channel_requests_nothing() -> None:
+    nodes = Nodes(make_node())
+    counts = []
+    for look_back in (0, LOOK_BACK_REQUESTS):
+        nodes.page_requests.clear()
+        assert read(nodes, Position(), look_back=look_back) == []
+        counts.append(len(nodes.page_requests))
+    assert counts[0] == counts[1]
 
 
 # Messages that cannot be read

@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emitter_anyio import StoredMessage
-from emitter_anyio._features.position import OVERLAP_SECONDS, NodeMessage, Position, identify
+from emitter_anyio._features.position import (
+    OVERLAP_SECONDS,
+    RETENTION_SECONDS,
+    NodeMessage,
+    Position,
+    identify,
+)
 from emitter_anyio._features.stored import ID_EPOCH
 from tests.support.nodes import START, Node, second_of
 
@@ -77,25 +83,60 @@ def test_before_the_overlap_the_newest_message_of_each_node_counts() -> None:
     read(position, messages[:10], newest=1000)
     assert position.begin == START + 9
     assert covered(position, messages) == list(range(10))
-    # The messages of the other node are not read again, because they were stored before.
-    assert covered(position, others) == []
+    assert covered(position, others) == list(range(8))
     read(position, others[9:10], newest=1000)
     assert covered(position, others) == list(range(10))
     assert len(position.cursor) < 70
 
 
-def test_a_position_forgets_what_is_not_read_again() -> None:
+def test_a_position_lists_only_the_last_seconds() -> None:
     position = Position()
     read(position, stored(range(100)))
     early, later = len(position.cursor), stored(range(100, 10_000))
     read(position, later)
     assert len(position.cursor) <= early + 4
     assert position.begin == START + 9999 - OVERLAP_SECONDS
-    nodes = [stored([20_000 + number], number.to_bytes(4, "big"))[0] for number in range(500)]
-    read(position, nodes[:1])
+    assert covered(position, later) == list(range(100, 10_000))
+
+
+def test_a_position_keeps_a_limited_number_of_nodes() -> None:
+    position = Position()
+    nodes = [stored([number], number.to_bytes(4, "big"))[0] for number in range(500)]
     for node in nodes:
         read(position, [node])
-    assert len(position.cursor) < 100
+    assert len(position.cursor) < 250
+    # The messages of nodes that it has forgotten are older than those of the others.
+    assert covered(position, nodes) == list(range(500))
+    assert covered(position, stored([400, 499])) == [400]
+
+
+def test_a_position_forgets_a_node_after_the_retention() -> None:
+    position = Position()
+    read(position, stored([0], B))
+    read(position, stored([RETENTION_SECONDS]))
+    both = len(position.cursor)
+    read(position, stored([RETENTION_SECONDS + 10]))
+    assert len(position.cursor) < both
+    assert covered(position, stored([0, 1], B)) == [0]
+
+
+def test_rewinding_moves_back_to_the_last_message_of_a_node() -> None:
+    behind, ahead, unknown = stored(range(20), B), stored(range(100)), stored([10], b"CCCC")
+    position = Position()
+    read(position, behind[:5], newest=99)
+    read(position, ahead)
+    assert covered(position, behind) == list(range(5))
+    position.rewind(map(identify, behind[15:]), START + 99)
+    assert position.begin == START + 4
+    assert covered(position, [*behind, *unknown]) == list(range(5))
+    assert covered(position, ahead) == list(range(100))
+    position.rewind(map(identify, behind[15:]), START + 10 + RETENTION_SECONDS)
+    assert position.begin == START + 10
+    position.rewind(map(identify, unknown), START + 99)
+    assert position.begin == START + 99 - RETENTION_SECONDS
+    position = Position.parse(Position(START + 5).cursor)
+    position.rewind(map(identify, unknown), START + 99)
+    assert position.begin == START + 5
 
 
 def test_a_position_lists_a_limited_number_of_messages() -> None:

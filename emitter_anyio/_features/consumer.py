@@ -24,6 +24,7 @@ from emitter_anyio._values.messages import EmitterMessage, Gap, StoredMessage
 from emitter_anyio._values.router import Matcher, check_delivered
 from emitter_anyio._values.templates import Channel
 
+from .forward import LOOK_BACK_REQUESTS
 from .history import History, Reader
 from .position import OVERLAP_SECONDS, Position, check_after
 from .resumption import Subscription
@@ -32,6 +33,14 @@ from .subscriptions import Subscriptions
 
 _POLL_SECONDS: Final = 60.0
 """The time after which storage is read although no live message has arrived, or one was lost."""
+_LOOK_BACK_SECONDS: Final = 60.0
+"""The time after which to look for messages of nodes whose clocks are behind."""
+_QUICK_SECONDS: Final = 1.0
+"""
+The time after a reading within which another one need not look for them.
+
+Later, the clock of such a node might have passed the position, before which messages are unread.
+"""
 _MIN_PAUSE_SECONDS: Final = 0.05
 _MAX_PAUSE_SECONDS: Final = 1.0
 """The pause before storage is read again, while live messages arrive that are not stored."""
@@ -106,7 +115,7 @@ class Consumer(AsyncIterator[StoredMessage]):
         channel: str,
         position: Position,
         wakeup: _Wakeup,
-        make_reader: Callable[[bool], Reader],
+        make_reader: Callable[..., Reader],
         reconnected: Callable[[], Awaitable[None]],
         owner: Owner,
     ) -> None:
@@ -116,7 +125,9 @@ class Consumer(AsyncIterator[StoredMessage]):
         self._make_reader = make_reader
         self._reconnected = reconnected
         self._owner = owner
-        self._reader = make_reader(True)
+        self._reader = make_reader(expect_last=True, look_back=LOOK_BACK_REQUESTS)
+        self._read_at = self._looked_back_at = anyio.current_time()
+        self._late_noted = False
         self._complete = True
         self._reported: tuple[int, str] | None = None
         self._pause_seconds = 0.0
@@ -159,6 +170,7 @@ class Consumer(AsyncIterator[StoredMessage]):
                     raise StopAsyncIteration from None
                 if isinstance(found, StoredMessage):
                     self._pause_seconds = 0
+                    self._note_late(found)
                     return found
                 if found is None:
                     await self._wait()
@@ -180,11 +192,32 @@ class Consumer(AsyncIterator[StoredMessage]):
         with anyio.move_on_after(_POLL_SECONDS):
             await wakeup.wait()
         wakeup.check_end()
-        reader = self._make_reader(wakeup.lost)
+        reader = self._make_reader(expect_last=wakeup.lost, look_back=self._look_back())
         wakeup.clear()
         self._reader = reader
         longer = max(_MIN_PAUSE_SECONDS, 2 * self._pause_seconds)
         self._pause_seconds = min(longer, _MAX_PAUSE_SECONDS)
+
+    def _look_back(self) -> int:
+        """Return the number of requests that look for messages of nodes whose clocks are behind."""
+        now = anyio.current_time()
+        before, self._read_at = self._read_at, now
+        if self._wakeup.lost or now - self._looked_back_at >= _LOOK_BACK_SECONDS:
+            self._looked_back_at = now
+            return LOOK_BACK_REQUESTS
+        return int(self._position.has_several_nodes and now - before >= _QUICK_SECONDS)
+
+    def _note_late(self, message: StoredMessage) -> None:
+        newest = self._position.newest
+        late = 0 if newest is None else newest.second - second_of(message)
+        if late > OVERLAP_SECONDS and not self._late_noted:
+            self._late_noted = True
+            logger.warning(
+                "consume(%r) returned a message after others that are %d s newer: the clocks of "
+                "the nodes differ, or a node was cut off",
+                self._channel,
+                late,
+            )
 
     def _note_incomplete(self, found: Unreadable) -> None:
         self._complete = False
@@ -276,7 +309,7 @@ class Consumers:
             return Position()
         second = newest.since if isinstance(newest, Unreadable) else second_of(newest)
         position = Position(second - OVERLAP_SECONDS)
-        reader = self._history.forward_reader(key, channel, position, timeout, False)
+        reader = self._history.forward_reader(key, channel, position, timeout)
         while await reader.next() is not None:
             pass
         return position

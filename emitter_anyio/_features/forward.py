@@ -7,11 +7,12 @@ been read to its beginning.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 from emitter_anyio._values.messages import StoredMessage
 
-from .position import Position, identify
+from .position import OVERLAP_SECONDS, RETENTION_SECONDS, NodeMessage, Position, identify
 from .stored import (
     ID_EPOCH,
     BrokerFacts,
@@ -33,6 +34,12 @@ _MESSAGE_OVERHEAD_BYTES: Final = 256
 _MAX_MESSAGES: Final = 2**31 - 1
 _END_OF_TIME: Final = 2**33
 """A second after that of every message."""
+
+_LOOK_BACK_SECONDS: Final = tuple(OVERLAP_SECONDS + 2**number for number in range(12))
+"""The times before the newest message at which to look for messages that were stored late."""
+LOOK_BACK_REQUESTS: Final = len(_LOOK_BACK_SECONDS)
+"""The maximum number of requests that look for them."""
+_LOOK_BACK_MESSAGES: Final = 64
 
 EXPIRED_SINCE: Final = (
     "the last message that was read before has expired, and messages after it might have too"
@@ -125,17 +132,48 @@ class ForwardReading:
             self._until = self._newest
             yield from self.read(window.removed)
 
-    def read(self, last: int = _MAX_MESSAGES, *, expect_last: bool = False) -> Steps[None]:
+    def read(
+        self, last: int = _MAX_MESSAGES, *, expect_last: bool = False, look_back: int = 0
+    ) -> Steps[None]:
         """
         Yield the messages after the position, oldest first.
 
         :param last: the maximum number of messages
         :param expect_last: whether to report it if the newest message before the position has
             expired
+        :param look_back: the number of requests with which to look first for messages before the
+            position that have not been read, because the clock of their node is behind
         """
         self._remaining = last
         if not expect_last:
             self._expected = None
+        late = yield from self._find_late(_LOOK_BACK_SECONDS[:look_back])
+        yield from self._read_on()
+        if self._remaining > 0:
+            for each in late:
+                # A message that cannot be read has been reported, and is not read again.
+                self._position.add(each, self._newest)
+
+    def _find_late(self, ages: Sequence[int]) -> Steps[list[NodeMessage]]:
+        """
+        Find messages before the position that have not been read, and move back to them.
+
+        :param ages: the times before the newest message at which to look, in seconds
+        """
+        if (newest := self._position.newest) is None:
+            return []
+        since = newest.second - RETENTION_SECONDS
+        for age in ages:
+            reply = yield PageRequest(_LOOK_BACK_MESSAGES, since, newest.second - age)
+            found = [identify(message) for message in reply.messages or ()]
+            if late := [each for each in found if not self._position.covers(each)]:
+                self._position.rewind(late, newest.second)
+                return late
+            if reply.messages is not None and len(found) < _LOOK_BACK_MESSAGES:
+                break
+        return []
+
+    def _read_on(self) -> Steps[None]:
         begin, until, width = self._position.begin, self._until, 1
         in_gap = False
         while self._remaining > 0:

@@ -159,15 +159,24 @@ class History:
         return source, channel
 
     def forward_reader(
-        self, key: KeySource, channel: str, position: Position, timeout: Timeout, expect_last: bool
+        self,
+        key: KeySource,
+        channel: str,
+        position: Position,
+        timeout: Timeout,
+        *,
+        expect_last: bool = False,
+        look_back: int = 0,
     ) -> Reader:
         """
         Make a reader of the stored messages after a position, oldest first.
 
         :param position: moved by each message that the reader returns
         :param expect_last: whether to report it if the message at the position has expired
+        :param look_back: the number of requests that look for earlier messages that are unread
         """
-        steps = self._forward(channel, position, None).read(expect_last=expect_last)
+        reading = self._forward(channel, position, None)
+        steps = reading.read(expect_last=expect_last, look_back=look_back)
         return self._reader(steps, key, channel, timeout)
 
     def reader(

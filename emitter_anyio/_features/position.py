@@ -21,6 +21,11 @@ The time before the newest message in which further messages might appear.
 The clocks of nodes may differ by 2 s, and a node stores messages of several connections together.
 """
 
+RETENTION_SECONDS: Final = 4096
+"""The time for which a position keeps a node from which no newer messages were read."""
+_MAX_QUIET_NODES: Final = 8
+"""The maximum number of such nodes."""
+
 _MAX_UINT64: Final = 0xFFFFFFFFFFFFFFFF
 _MIN_ID_BYTES: Final = 16
 
@@ -63,7 +68,7 @@ class _NodePosition:
     :ivar newest: the largest number that has been read
     """
 
-    def __init__(self, numbers: Iterable[int] = (0,)) -> None:
+    def __init__(self, numbers: Iterable[int]) -> None:
         self.floor, *recent = numbers
         self.recent = dict.fromkeys(recent)
         self.newest = max((self.floor, *recent))
@@ -80,17 +85,15 @@ class _NodePosition:
     def raise_floor(self, number: int) -> None:
         self.newest = max(self.newest, number)
         self.floor = max(self.floor, number)
-        self._keep_from(self.floor + 1)
+        if self.recent:
+            self.recent = {each: None for each in self.recent if each > self.floor}
 
-    def forget_before(self, number: int) -> None:
-        self._keep_from(number)
+    def settle_before(self, number: int) -> None:
+        """Note that everything has been read before a number, up to the last one that was read."""
+        self.raise_floor(max((each for each in self.recent if each < number), default=self.floor))
 
     def numbers(self) -> list[int]:
         return [self.floor, *sorted(self.recent)]
-
-    def _keep_from(self, number: int) -> None:
-        if self.recent:
-            self.recent = {each: None for each in self.recent if each >= number}
 
 
 class Position:
@@ -99,7 +102,8 @@ class Position:
 
     Within the last seconds, messages can appear that sort before messages that have been read. So a
     position lists the messages of these seconds one by one. Before that, the newest message of each
-    node is enough. Only message ids count, not the local clock.
+    node is enough. Only message ids count, not the local clock. Nodes are kept for
+    ``RETENTION_SECONDS``, so that late messages can be recognized.
 
     :param begin: the Unix second before which all messages have been read; ``None`` if none have
     :param read: the numbers of messages that have been read, by node, the smallest first. It stands
@@ -110,6 +114,8 @@ class Position:
         self, begin: int | None = None, read: Mapping[int, Sequence[int]] | None = None
     ) -> None:
         self.begin = begin
+        self._start = begin
+        """The second before which the messages of unknown nodes have been read."""
         self._nodes = {node: _NodePosition(numbers) for node, numbers in (read or {}).items()}
 
     @classmethod
@@ -165,10 +171,31 @@ class Position:
         newest = (NodeMessage(read.newest, node) for node, read in self._nodes.items())
         return max(newest, default=None)
 
+    @property
+    def has_several_nodes(self) -> bool:
+        """Whether messages of more than one node have been read in the last hour."""
+        return len(self._nodes) > 1
+
     def covers(self, message: NodeMessage) -> bool:
         """Return whether a message has been read."""
         read = self._nodes.get(message.node)
-        return read is not None and read.covers(message.number)
+        if read is None:
+            return self._start is not None and message.second < self._start
+        return read.covers(message.number)
+
+    def rewind(self, late: Iterable[NodeMessage], newest: int) -> None:
+        """
+        Move back, so that late messages are read, and those that their nodes stored before them.
+
+        :param late: the messages, at least one
+        :param newest: the second of the newest message that is known
+        """
+        begin = newest
+        for each in late:
+            read = self._nodes.get(each.node)
+            last = self._start or 0 if read is None else NodeMessage(read.newest, 0).second
+            begin = min(begin, each.second, last)
+        self.begin = max(begin, newest - RETENTION_SECONDS)
 
     def add(self, message: NodeMessage, newest: int) -> None:
         """
@@ -178,7 +205,8 @@ class Position:
         """
         read = self._nodes.get(message.node)
         if read is None:
-            read = self._nodes[message.node] = _NodePosition()
+            floor = 0 if self._start is None else ((self._start - ID_EPOCH) << 32) - 1
+            read = self._nodes[message.node] = _NodePosition((max(0, floor),))
         settled = newest - OVERLAP_SECONDS
         if message.second < settled:
             read.raise_floor(message.number)
@@ -190,11 +218,15 @@ class Position:
             self._forget_before((begin - ID_EPOCH) << 32)
 
     def _forget_before(self, number: int) -> None:
-        for node, read in list(self._nodes.items()):
-            if read.newest < number:
+        quiet = {node: read for node, read in self._nodes.items() if read.newest < number}
+        kept = sorted(quiet, key=lambda node: quiet[node].newest)[-_MAX_QUIET_NODES:]
+        for node, read in quiet.items():
+            if node not in kept or read.newest < number - (RETENTION_SECONDS << 32):
                 del self._nodes[node]
-            else:
-                read.forget_before(number)
+                forgotten = NodeMessage(read.newest, node).second
+                self._start = max(self._start or 0, forgotten + 1)
+        for read in self._nodes.values():
+            read.settle_before(number)
 
 
 def check_after(after: object, *, live: bool) -> Position | None:
