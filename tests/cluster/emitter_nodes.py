@@ -236,7 +236,8 @@ class EmitterNodes:
                     reasons = [line for line in log.splitlines() if line.startswith(_CRASHES)]
                     print(f"node {index} crashed: {reasons[-1:]}", file=sys.stderr, flush=True)
                     self._processes[index] = None
-                    await self.start(index)
+                    with suppress(RuntimeError):  # crashed again, for example on a full disk
+                        await self.start(index)
 
     def _signal(self, index: int, number: int) -> None:
         process = self._processes[index]
