@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +409,30 @@ async def test_a_node_that_does_not_answer_makes_it_incomplete(
     assert "might not have replied" in caplog.text
 
 
+@asynccontextmanager
+async def consuming_from_nodes_with_other_clocks(
+    ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Broker, Broker, list[int]]]:
+    """Consume until the block ends, from two nodes of which the second one is ahead."""
+    async with Broker() as one, Broker(cluster=one) as two:
+        cluster = one._exchange.cluster
+        monkeypatch.setattr(two._exchange, "now", lambda: cluster.now() + ahead)
+        found: list[int] = []
+        async with (
+            connect(connectable=one.connectable()) as emitter,
+            emitter.consume(one.keygen("a/", "rwsl"), "a/") as log,
+            anyio.create_task_group() as tasks,
+        ):
+
+            async def consume() -> None:
+                async for message in log:
+                    found.append(message.as_object())  # noqa: PERF401 - the test reads it
+
+            tasks.start_soon(consume)
+            yield one, two, found
+            tasks.cancel_scope.cancel()
+
+
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("ahead", [30, 600])
 async def test_messages_of_a_node_whose_clock_is_behind_are_returned_late(
@@ -417,26 +441,29 @@ async def test_messages_of_a_node_whose_clock_is_behind_are_returned_late(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with Broker() as one, Broker(cluster=one) as two:
-        cluster = one._exchange.cluster
-        monkeypatch.setattr(two._exchange, "now", lambda: cluster.now() + ahead)
-        key = one.keygen("a/", "rwsl")
-        found: list[int] = []
-        async with connect(connectable=one.connectable()) as emitter:
-            async with emitter.consume(key, "a/") as log, anyio.create_task_group() as tasks:
-
-                async def consume() -> None:
-                    async for message in log:
-                        found.append(message.as_object())  # noqa: PERF401 - read while it grows
-
-                tasks.start_soon(consume)
-                for number in range(100):
-                    await store((one, two)[number % 2], number)
-                    await anyio.sleep(1)
-                await anyio.sleep(121)
-                tasks.cancel_scope.cancel()
-        assert sorted(found) == list(range(100))
+    nodes = consuming_from_nodes_with_other_clocks(ahead, monkeypatch)
+    async with nodes as (one, two, found):
+        for number in range(100):
+            await store((one, two)[number % 2], number)
+            await anyio.sleep(1)
+        await anyio.sleep(121)
+    assert sorted(found) == list(range(100))
     assert "the clocks of the nodes differ" in caplog.text
+
+
+@pytest.mark.virtual_time
+async def test_messages_before_the_clock_of_a_node_passes_the_position_are_returned(
+    anyio_backend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = consuming_from_nodes_with_other_clocks(30, monkeypatch)
+    async with nodes as (one, two, found):
+        await store(one, 0)
+        await store(two, 1)
+        for number in range(2, 12):
+            await anyio.sleep(5)
+            await store(one, number)
+        await anyio.sleep(1)
+        assert found == list(range(12))
 
 
 # Matchers

@@ -37,9 +37,10 @@ _LOOK_BACK_SECONDS: Final = 60.0
 """The time after which to look for messages of nodes whose clocks are behind."""
 _QUICK_SECONDS: Final = 1.0
 """
-The time after a reading within which another one need not look for them.
+The longest pause after which a reading need not look for them.
 
-Later, the clock of such a node might have passed the position, before which messages are unread.
+During a longer pause, the clock of such a node might pass the position, before which messages are
+unread.
 """
 _MIN_PAUSE_SECONDS: Final = 0.05
 _MAX_PAUSE_SECONDS: Final = 1.0
