@@ -175,6 +175,17 @@ async def wait_for_members(feed: PresenceFeed, *names: str) -> None:
         await anyio.sleep(0.01)
 
 
+async def join(
+    member: Emitter, key: str, channel: str, feed: PresenceFeed, names: list[str]
+) -> None:
+    """Subscribe until the feed has these members, because a node might not know the feed yet."""
+    while True:
+        await member.subscribe(key, channel, 0)
+        with anyio.move_on_after(1):
+            return await wait_for_members(feed, *names)
+        await member.unsubscribe(key, channel)
+
+
 async def test_members_of_all_nodes_come_and_leave(
     cluster: Cluster, clients: list[Emitter], key: str, unique: str
 ) -> None:
@@ -183,9 +194,8 @@ async def test_members_of_all_nodes_come_and_leave(
         members: list[Emitter] = []
         for number, url in enumerate(cluster.urls):
             member = await stack.enter_async_context(connect(url, username=str(number)))
-            await member.subscribe(key, unique, 0)
             members.append(member)
-        await wait_for_members(feed, *map(str, range(len(members))))
+            await join(member, key, unique, feed, [str(each) for each in range(len(members))])
         for number, member in enumerate(members):
             await member.unsubscribe(key, unique)
             await wait_for_members(feed, *map(str, range(number + 1, len(members))))
@@ -203,8 +213,7 @@ async def test_member_of_a_dead_node_is_not_taken_for_another(
         await alive.subscribe(key, unique, 0)
         with pytest.raises(ConnectionLostError):
             async with connect(cluster.urls[1], username="dead", reconnect=None) as dead:
-                await dead.subscribe(key, unique, 0)
-                await wait_for_members(feed, "alive", "dead")
+                await join(dead, key, unique, feed, ["alive", "dead"])
                 await cluster.do("stop", 1)
                 await anyio.sleep_forever()
         while (await feed.receive()).event != "unsubscribe":
