@@ -983,7 +983,8 @@ class Emitter:
         published without ``ttl`` and ``retain`` are not stored and never appear.
 
         On one node of the broker, it returns each message once, and in order. In a cluster, it
-        returns each message at least once. It holds at most 16 MiB in memory. Live messages only
+        returns each message at least once, and messages of a node whose clock is more than 2 s
+        behind late. It holds at most 16 MiB in memory. Live messages only
         cause the client to read storage. Leaving the block ends the subscription to them without
         waiting.
 
