@@ -29,6 +29,8 @@ PACE_SECONDS: Final = 0.01
 WAIT_SECONDS: Final = 100.0
 """The longest time without traffic. A real node reconnects to others within 35 seconds."""
 TTL: Final = 3600
+BUFFER: Final = 10**5
+"""The number of messages that are buffered. A node sends thousands together after a pause."""
 
 
 def connect_in_turn(servers: list[str], username: str = "") -> Emitter:
@@ -80,7 +82,9 @@ class Station:
 
     async def receive(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Receive in two ways: with missed messages read back, and without."""
-        subscribe = partial(self.emitter.subscribe, self._key, self._channel, 0, mark_gaps=True)
+        subscribe = partial(
+            self.emitter.subscribe, self._key, self._channel, 0, mark_gaps=True, buffer=BUFFER
+        )
         async with (
             subscribe(resume=True, resume_limit=10**6) as kept,
             subscribe() as plain,
