@@ -237,10 +237,13 @@ class Soak:
             send("half_close", direction)
         else:
             send("stall", self._random.choice((None, direction)))
-            await anyio.sleep(12 if kind == "silent" else self._random.uniform(0.2, 3))
-            if kind == "stalled and cut":
-                send("cut")
-            send("resume")
+            try:
+                await anyio.sleep(12 if kind == "silent" else self._random.uniform(0.2, 3))
+                if kind == "stalled and cut":
+                    send("cut")
+            finally:
+                # A node is repaired at the end of the run until all clients have reconnected.
+                send("resume")
 
     def _count(self, fault: str) -> None:
         self.faults[fault] = self.faults.get(fault, 0) + 1
