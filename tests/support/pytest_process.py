@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from tests.support.command import run
@@ -24,12 +25,13 @@ def run_pytest(folder: Path, source: str, config: str = "") -> dict[str, list[st
     """
     (folder / "pyproject.toml").write_text(config or "[tool.pytest.ini_options]\n")
     (folder / "test_module.py").write_text(source)
-    unused = [
-        f"-pno:{name}"
-        for name, pattern in PLUGINS.items()
-        if not re.search(rf"\b({pattern})", config + source)
-    ]
-    done = run("-m", "pytest", "--color=no", "-rA", "-pno:cacheprovider", *unused, str(folder))
+    used = {
+        name for name, pattern in PLUGINS.items() if re.search(rf"\b({pattern})", config + source)
+    }
+    # Importing the plugins of our own test suite, such as Hypothesis, would take most of the time.
+    unused = entry_points(group="pytest11").names - used - {"emitter_anyio"}
+    options = ("--color=no", "-rA", "-pno:cacheprovider", *(f"-pno:{name}" for name in unused))
+    done = run("-m", "pytest", *options, str(folder))
     outcomes: dict[str, list[str]] = {}
     for outcome, name in re.findall(
         r"^(PASSED|FAILED|ERROR) .*test_module\.py::(\S+)", done.stdout, re.MULTILINE
