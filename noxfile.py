@@ -32,6 +32,10 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
 CLUSTER_SUITE = ("tests/cluster/features.py", "tests/cluster/faults.py")
 
+# Without bytecode, every process that a test starts compiles all that it imports, and every run of
+# pytest rewrites every test module.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 nox.options.sessions = ["lint", "typing", f"tests-{RUNNING}", "coverage", "build", "docs"]
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
