@@ -53,8 +53,8 @@ class Flood:
 
 
 @asynccontextmanager
-async def connect_to_flood(transport: str, flood: Flood) -> AsyncGenerator[Emitter]:
-    async with serving(transport, flood.run) as options, connect_once(**options) as emitter:
+async def connect_to_flood(transport: str, flood: Flood, **more: Any) -> AsyncGenerator[Emitter]:
+    async with serving(transport, flood.run) as options, connect_once(**options, **more) as emitter:
         yield emitter
 
 
@@ -220,7 +220,8 @@ async def test_read_size_grows_in_a_flood(
 async def test_deadline_expires_during_a_flood(anyio_backend: object) -> None:
     # A deadline is evaluated after the reader has read what has arrived, which here never ends.
     reader = CountingReader()
-    async with connect_to_flood("tcp", Flood()) as emitter:
+    # Disconnecting waits for the acknowledgement that never comes.
+    async with connect_to_flood("tcp", Flood(), disconnect_timeout=0.1) as emitter:
         async with emitter.subscribe("k", "a/") as messages, anyio.create_task_group() as tasks:
             tasks.start_soon(reader.run, messages)
             while reader.count < 5000:

@@ -370,7 +370,8 @@ class TestDelivery:
     async def test_messages_without_acknowledgement_are_sent_again(
         self, broker: Broker, key: str, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        emitter = connect_reconnecting(broker.url, request_timeout=0.1)
+        # Disconnecting waits for the lost acknowledgements.
+        emitter = connect_reconnecting(broker.url, request_timeout=0.1, disconnect_timeout=0.1)
         async with (
             listening(broker, key) as messages,
             emitter,
@@ -911,8 +912,10 @@ class TestKeys:
             assert [message.as_object() for message in await box.parked()] == [0, 1, 2]
 
     async def test_key_function_that_is_not_async_is_reported(
-        self, emitter: Emitter, path: Path
+        self, broker: Broker, path: Path
     ) -> None:
+        # Disconnecting waits for the message, which cannot be sent.
+        emitter = connect_reconnecting(broker.url, disconnect_timeout=0.1)
         key_of: Any = lambda channel: NO_KEY  # noqa: E731 - a lambda is what is tested
         errors = Calls()
         emitter.on("error", errors)
