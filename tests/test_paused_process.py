@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from threading import Event, Thread
 from typing import Any
@@ -261,11 +261,18 @@ class BrokerInThread:
             time.sleep(0.01)
 
 
-@pytest.fixture(params=["mqtt", "mqtts", "ws", "wss", "connectable"])
+SCHEMES = ["mqtt", "mqtts", "ws", "wss", "connectable"]
+
+
+def make_broker_in_thread(scheme: str, plain: Background, secure: Background) -> BrokerInThread:
+    return BrokerInThread(scheme, secure if scheme in ("mqtts", "wss") else plain)
+
+
+@pytest.fixture(params=SCHEMES)
 def broker_in_thread(
     request: pytest.FixtureRequest, plain: Background, secure: Background
 ) -> Iterator[BrokerInThread]:
-    started = BrokerInThread(request.param, secure if request.param in ("mqtts", "wss") else plain)
+    started = make_broker_in_thread(request.param, plain, secure)
     yield started
     started.wait_until_closed()
 
@@ -279,21 +286,32 @@ def stand_still_for(seconds: float, action: Callable[[], object]) -> None:
 
 
 async def test_messages_sent_during_a_pause_arrive_on_the_same_connection(
-    broker_in_thread: BrokerInThread, anyio_backend: object, unique: str
+    plain: Background, secure: Background, anyio_backend: object, unique: str
 ) -> None:
-    def publish() -> None:
-        for number in range(3):
-            broker_in_thread.background.publish(unique, f"{number}")
+    # Blocking the event loop once pauses the connections of all schemes together.
+    started = [make_broker_in_thread(scheme, plain, secure) for scheme in SCHEMES]
 
-    async with connect_reconnecting(**broker_in_thread.options) as emitter:
-        key = broker_in_thread.background.key(unique, "rw")
-        async with emitter.subscribe(key, unique) as messages:
-            stand_still_for(2, action=publish)
+    def publish() -> None:
+        for each in (plain, secure):
+            for number in range(3):
+                each.publish(unique, f"{number}")
+
+    async with AsyncExitStack() as stack:
+        subscribed = []
+        for each in started:
+            emitter = await stack.enter_async_context(connect_reconnecting(**each.options))
+            key = each.background.key(unique, "rw")
+            messages = await stack.enter_async_context(emitter.subscribe(key, unique))
+            subscribed.append((emitter, messages))
+        stand_still_for(2, action=publish)
+        for _, messages in subscribed:
             assert [(await messages.receive()).as_string() for _ in range(3)] == list("012")
-            # Wait until the next PINGREQ is answered or has timed out.
-            await anyio.sleep(1.6)
+        # Wait until the next PINGREQ is answered or has timed out.
+        await anyio.sleep(1.6)
+        for emitter, _ in subscribed:
             await emitter.flush()
-        assert emitter.statistics().connections == 1
+            assert emitter.statistics().connections == 1
+    await anyio.to_thread.run_sync(started[0].wait_until_closed)
 
 
 @pytest.mark.parametrize("options", [{}, {"timeout": 0.2}], ids=["request_timeout", "timeout"])
