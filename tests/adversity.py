@@ -18,7 +18,7 @@ PARTS = 10
 """The number of tests per direction, each with hundreds of concurrent sessions."""
 
 STEP = int(os.environ.get("ADVERSITY_STEP", "1"))
-"""The distance between two bytes: 1, or 3 in ``.ci/run``, to save time."""
+"""The distance between two bytes: 1, or 2 in ``.ci/run``, to save time."""
 
 pytestmark = [
     pytest.mark.virtual_time,

@@ -28,7 +28,7 @@ def run_pytest(folder: Path, source: str, config: str = "") -> dict[str, list[st
     used = {
         name for name, pattern in PLUGINS.items() if re.search(rf"\b({pattern})", config + source)
     }
-    # Importing the plugins of our own test suite, such as Hypothesis, would take most of the time.
+    # Importing the other plugins of this environment, such as Hypothesis, takes most of the time.
     unused = entry_points(group="pytest11").names - used - {"emitter_anyio"}
     options = ("--color=no", "-rA", "-pno:cacheprovider", *(f"-pno:{name}" for name in unused))
     done = run("-m", "pytest", *options, str(folder))
