@@ -382,9 +382,12 @@ class TestDelivery:
                     for number in range(3):
                         tasks.start_soon(box.publish, "a/", number)
                         await anyio.lowlevel.checkpoint()
-                assert await take(messages, 3) == [0, 1, 2]
-                assert await take(messages, 3) == [0, 1, 2]
+                received: list[int] = []
+                while any(received.count(number) < 2 for number in range(3)):
+                    received += await take(messages, 1)
             await sent(box)
+        # On a busy machine, the first is sent again before the last is sent.
+        assert sorted(set(received), key=received.index) == [0, 1, 2]
 
     async def test_acknowledgement_after_a_missing_one_counts(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
