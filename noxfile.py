@@ -30,6 +30,7 @@ PLATFORMS = {
 CHECKED = {"win32": ("emitter_anyio", "examples")}
 PROJECT = nox.project.load_toml("pyproject.toml")
 MEASURED = Path(".nox/measured").absolute()
+WORKERS = max(1, (os.cpu_count() or 1) * 3 // 2)  # half of the time, tests wait for something
 CLUSTER_SUITE = ("tests/cluster/features.py", "tests/cluster/faults.py")
 
 # Without bytecode, every process that a test starts compiles all that it imports, and every run of
@@ -102,7 +103,7 @@ def tests_oldest(session: nox.Session) -> None:
 
 def _run_tests(session: nox.Session) -> None:
     """Run pytest. Only the default session measures coverage, because that takes time."""
-    arguments = ("-m", "pytest", "--numprocesses=auto", "--dist=worksteal", *session.posargs)
+    arguments = ("-m", "pytest", f"--numprocesses={WORKERS}", "--dist=worksteal", *session.posargs)
     if session.name != f"tests-{RUNNING}":
         session.run("python", *arguments)
         return
@@ -202,7 +203,7 @@ def cluster_dev(session: nox.Session) -> None:
     session.install("-e", ".[test]")
     session.run("pytest", "--numprocesses=auto", *CLUSTER_SUITE, *session.posargs)
     session.env["EMITTER_NODES"] = "2"
-    session.run("pytest", "--numprocesses=auto", "-m", "emitter", *session.posargs)
+    session.run("pytest", f"--numprocesses={WORKERS}", "-m", "emitter", *session.posargs)
 
 
 @nox.session(default=False)
