@@ -984,9 +984,8 @@ class Emitter:
 
         On one node of the broker, it returns each message once, and in order. In a cluster, it
         returns each message at least once, and messages of a node whose clock is more than 2 s
-        behind late. It holds at most 16 MiB in memory. Live messages only
-        cause the client to read storage. Leaving the block ends the subscription to them without
-        waiting.
+        behind arrive late. It holds at most 16 MiB in memory. Live messages only cause the client
+        to read storage. Leaving the block ends the subscription to them without waiting.
 
         :param key: a key with the permissions to read and load (``rl``), or an ``async`` function
             that returns one (see :class:`Emitter`)
