@@ -276,7 +276,7 @@ class _Relay:
                 await anyio.connect_tcp(host, port, local_host=source) as node,
                 anyio.create_task_group() as tasks,
             ):
-                tasks.start_soon(self._copy, node, connection, ends[::-1])
+                tasks.start_soon(self._copy, node, connection, (ends[1], ends[0]))
                 await self._copy(connection, node, ends)
                 tasks.cancel_scope.cancel()
 
