@@ -24,6 +24,7 @@ from typing import (
 import anyio
 from anyio.abc import TaskStatus
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._features.calls import Calls, Serve
 from emitter_anyio._features.consumer import Consumer, Consumers
 from emitter_anyio._features.feed import PresenceFeed
@@ -1363,10 +1364,12 @@ class Emitter:
         def __exit__(self, *_: object) -> None:
             """Exist, because ``with`` looks it up before it calls ``__enter__()``."""
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         await self._lifecycle.enter()
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

@@ -17,12 +17,13 @@ async def expect_timeout(emitter: Emitter, key: str, text: str) -> None:
         await emitter.publish(key, "a/", text, qos=1)
 
 
+@pytest.mark.parametrize("request_timeout", [10, None])
 async def test_publish_waits_for_free_packet_id(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, request_timeout: float | None
 ) -> None:
     monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
     key = broker.keygen("a/")
-    async with connect(broker.url) as emitter:
+    async with connect(broker.url, request_timeout=request_timeout) as emitter:
         async with anyio.create_task_group() as tasks:
             with broker.hold("puback"):
                 for text in "xyz":

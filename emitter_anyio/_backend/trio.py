@@ -10,12 +10,14 @@ import trio
 from trio import lowlevel
 
 from .interface import Backend, Reader, WaitingReader, Wakeup
+from .interrupts import mark_all
 
 
 class TrioBackend(Backend):
     """The Trio run of the calling task."""
 
     def __init__(self) -> None:
+        mark_all(lowlevel.enable_ki_protection)
         self.token = lowlevel.current_trio_token()
         self.clock = trio.current_time
         self.make_wakeup = TaskWakeup

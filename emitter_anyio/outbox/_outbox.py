@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self, TypeAlias, cast, get_ar
 import anyio
 from anyio import CancelScope
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._backend.tasks import Tasks, is_cancelled
 from emitter_anyio._client import Emitter
 from emitter_anyio._features.pipeline import pipeline_of
@@ -234,6 +235,7 @@ class Outbox:
         def __exit__(self, *_: object) -> None:
             """Exist, because ``with`` looks it up before it calls ``__enter__()``."""
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         if self._entered:
             self._owner.check()
@@ -262,6 +264,7 @@ class Outbox:
         sender.start(journal, tasks)
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

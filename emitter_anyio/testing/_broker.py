@@ -28,13 +28,13 @@ from anyio.abc import (
 from anyio.from_thread import BlockingPortalProvider
 from anyio.streams.stapled import MultiListener
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._backend.tasks import Tasks
 
 from ._cluster import Cluster
 from ._connection import Client, SlowClients
 from ._exchange import SURVEY_TIMEOUT_SECONDS, Exchange
 from ._faults import Faults, WithheldPackets
-from ._interrupts import uninterrupted
 from ._keys import License
 from ._matching import Matcher
 from ._memory import MemoryConnectable, MemoryListener
@@ -164,10 +164,12 @@ class Broker:
         self._current_run: Run | None = None
         self._service = Service(type(self).__name__, self._start, self._end)
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         await self._service.__aenter__()
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

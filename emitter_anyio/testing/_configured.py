@@ -6,6 +6,8 @@ import os
 from types import TracebackType
 from typing import Self
 
+from emitter_anyio._backend.interrupts import uninterrupted
+
 from ._broker import Broker
 
 
@@ -31,6 +33,7 @@ class ConfiguredBroker:
         self.secret_key: str = ""
         self.own: Broker | None = None
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         url, secret_key = os.environ.get("EMITTER_URL"), os.environ.get("EMITTER_SECRET")
         if bool(url) != bool(secret_key):
@@ -46,6 +49,7 @@ class ConfiguredBroker:
             self.url, self.secret_key = self.own.url, self.own.secret_key
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

@@ -12,9 +12,8 @@ from anyio import BrokenResourceError, ClosedResourceError, EndOfStream, Event
 from anyio.abc import ByteStream, ByteStreamConnectable, TaskGroup
 from anyio.lowlevel import checkpoint, current_token
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._values.errors import WrongLoopError
-
-from ._interrupts import uninterrupted
 
 CAPACITY_BYTES = 65536
 """The number of bytes that fit into one direction of a connection before a send waits."""

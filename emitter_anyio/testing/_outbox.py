@@ -14,7 +14,7 @@ from anyio import (
 )
 from anyio.abc import ByteStream
 
-from ._interrupts import uninterrupted
+from emitter_anyio._backend.interrupts import uninterrupted
 
 WRITES_PER_SECOND = 60
 """The default of Emitter's ``limit.flushRate``: writes to one client per second."""

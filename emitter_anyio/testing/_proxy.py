@@ -27,9 +27,9 @@ from anyio.abc import ByteStream, TaskStatus
 from anyio.lowlevel import checkpoint
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._backend.tasks import Tasks
 
-from ._interrupts import uninterrupted
 from ._service import Service
 from ._sockets import SocketStream, accept, keep_accepting, listening, open_socket
 
@@ -67,10 +67,12 @@ class FaultProxy:
         }
         self._service = Service(type(self).__name__, self._start, self._end)
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         await self._service.__aenter__()
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

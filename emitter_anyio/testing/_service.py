@@ -8,9 +8,8 @@ from typing import Final, Self
 
 from anyio import CancelScope, get_cancelled_exc_class, sleep_forever
 
+from emitter_anyio._backend.interrupts import uninterrupted
 from emitter_anyio._backend.tasks import Tasks
-
-from ._interrupts import defer_interrupts
 
 
 class Service:
@@ -42,13 +41,13 @@ class Service:
         """The tasks, or ``None`` outside the block."""
         return self._tasks
 
+    @uninterrupted
     async def __aenter__(self) -> Self:
         if self._tasks is not None:
             raise RuntimeError(
                 f"cannot enter this {self._name}: it is already entered; leave it first"
             )
         self._failure = None
-        defer_interrupts()
         self._tasks = tasks = Tasks(self._task_failed)
         await tasks.open()
         try:
@@ -58,6 +57,7 @@ class Service:
             raise
         return self
 
+    @uninterrupted
     async def __aexit__(
         self,
         exc_type: type[BaseException] | None,

@@ -21,7 +21,7 @@ from anyio import (
 )
 from anyio.abc import ByteStream
 
-from ._interrupts import uninterrupted
+from emitter_anyio._backend.interrupts import uninterrupted
 
 T = TypeVar("T")
 
