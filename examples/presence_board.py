@@ -66,7 +66,10 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    backend = "trio" if "trio" in sys.argv else "asyncio"
+    # By default, Trio raises KeyboardInterrupt in any line of any task.
+    options = {"restrict_keyboard_interrupt_to_checkpoints": True} if backend == "trio" else {}
     try:
-        anyio.run(main, backend="trio" if "trio" in sys.argv else "asyncio")
+        anyio.run(main, backend=backend, backend_options=options)
     except* KeyboardInterrupt:
         pass  # Ctrl-C: all connections are closed

@@ -107,13 +107,13 @@ async def main(backend: str = "asyncio") -> None:
 
 
 if __name__ == "__main__":
+    backend, *job = sys.argv[1:] or ["asyncio"]
+    # By default, Trio raises KeyboardInterrupt in any line of any task.
+    options = {"restrict_keyboard_interrupt_to_checkpoints": True} if backend == "trio" else {}
     try:
-        match sys.argv[1:]:
-            case [backend, queue, shard, file]:
-                anyio.run(work, queue, shard, Path(file), backend=backend)
-            case [backend]:
-                anyio.run(main, backend, backend=backend)
-            case _:
-                anyio.run(main)
+        if job:
+            anyio.run(work, job[0], job[1], Path(job[2]), backend=backend)
+        else:
+            anyio.run(main, backend, backend=backend, backend_options=options)
     except* KeyboardInterrupt:
         pass  # Ctrl-C: all connections are closed, and the workers have ended

@@ -83,7 +83,10 @@ async def main(name: str) -> None:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit("usage: python examples/terminal_chat.py NAME")
+    backend = "trio" if "trio" in sys.argv[2:] else "asyncio"
+    # By default, Trio raises KeyboardInterrupt in any line of any task.
+    options = {"restrict_keyboard_interrupt_to_checkpoints": True} if backend == "trio" else {}
     try:
-        anyio.run(main, sys.argv[1], backend="trio" if "trio" in sys.argv[2:] else "asyncio")
+        anyio.run(main, sys.argv[1], backend=backend, backend_options=options)
     except* KeyboardInterrupt:
         pass
