@@ -27,6 +27,9 @@ NAME: Final = "emitter-anyio"
 
 DEFAULT_URL: Final = "mqtt://127.0.0.1:8080"
 
+MAX_MESSAGE_BYTES: Final = 65536
+"""The maximum size of a message that brokers accept by default, with its topic."""
+
 TIME_HELP: Final = (
     "TIME is an age (10m, 2h or 1d), a local date and time (2030-01-31T12:00) or a\nUnix timestamp."
 )

@@ -26,7 +26,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 from emitter_anyio._values.channels import check_key
 
 from . import _arguments as arguments_
-from ._arguments import CommandError, Parser, UsageError
+from ._arguments import MAX_MESSAGE_BYTES, CommandError, Parser, UsageError
 from ._bench_figures import HEADER, Measurement, summarize
 from ._formats import to_json
 from ._output import counted, print_line
@@ -35,10 +35,7 @@ from ._terminal import progress
 
 _ROLES: Final = ("pub", "sub", "rtt", "connect")
 
-_MAX_MESSAGE_BYTES: Final = 65536
-"""What brokers accept by default, with the topic."""
-
-_SIZE_HELP: Final = f"bytes of a message, {HEADER.size} to {_MAX_MESSAGE_BYTES}"
+_SIZE_HELP: Final = f"bytes of a message, {HEADER.size} to {MAX_MESSAGE_BYTES}"
 
 _MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 
@@ -120,9 +117,9 @@ def add_bench(parser: Parser) -> None:
 
 
 def _size(text: str) -> int:
-    if not HEADER.size <= (size := arguments_.count(text)) <= _MAX_MESSAGE_BYTES:
+    if not HEADER.size <= (size := arguments_.count(text)) <= MAX_MESSAGE_BYTES:
         raise argparse.ArgumentTypeError(
-            f"expected an integer from {HEADER.size} to {_MAX_MESSAGE_BYTES}"
+            f"expected an integer from {HEADER.size} to {MAX_MESSAGE_BYTES}"
         )
     return size
 

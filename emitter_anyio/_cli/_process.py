@@ -14,10 +14,8 @@ import anyio
 from anyio import BrokenResourceError, ClosedResourceError, create_task_group
 from anyio.abc import ByteReceiveStream, ByteSendStream, Process
 
+from ._arguments import MAX_MESSAGE_BYTES
 from ._output import note
-
-_MAX_REPLY_BYTES: Final = 65536
-"""The maximum size of a message, with its topic."""
 
 _MAX_LINE_BYTES: Final = 1024
 """The size above which a line of standard error is printed before it ends."""
@@ -94,16 +92,16 @@ class Program:
                     tasks.start_soon(errors.read, process.stderr)
                     async for data in process.stdout:
                         reply += data
-                        if len(reply) > _MAX_REPLY_BYTES:
+                        if len(reply) > MAX_MESSAGE_BYTES:
                             tasks.cancel_scope.cancel()
                             break
-                if len(reply) <= _MAX_REPLY_BYTES:
+                if len(reply) <= MAX_MESSAGE_BYTES:
                     await process.wait()
             finally:
                 _kill_group(process)
                 await _drain(process.stdout, process.stderr)
-        if len(reply) > _MAX_REPLY_BYTES:
-            raise ProgramError(f"the reply has more than {_MAX_REPLY_BYTES:,} bytes")
+        if len(reply) > MAX_MESSAGE_BYTES:
+            raise ProgramError(f"the reply has more than {MAX_MESSAGE_BYTES:,} bytes")
         if process.returncode:
             code = process.returncode
             reason = f"exit status {code}" if code > 0 else f"killed by signal {-code}"
