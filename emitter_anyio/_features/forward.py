@@ -35,9 +35,9 @@ _MAX_MESSAGES: Final = 2**31 - 1
 _END_OF_TIME: Final = 2**33
 """A second after that of every message."""
 
-_LOOK_BACK_SECONDS: Final = tuple(OVERLAP_SECONDS + 2**number for number in range(12))
+_LOOK_BACK_AGES: Final = tuple(OVERLAP_SECONDS + 2**number for number in range(12))
 """The times before the newest message at which to look for messages that were stored late."""
-LOOK_BACK_REQUESTS: Final = len(_LOOK_BACK_SECONDS)
+LOOK_BACK_REQUESTS: Final = len(_LOOK_BACK_AGES)
 """The maximum number of requests that look for them."""
 _LOOK_BACK_MESSAGES: Final = 64
 
@@ -147,7 +147,7 @@ class ForwardReading:
         self._remaining = last
         if not expect_last:
             self._expected = None
-        late = yield from self._find_late(_LOOK_BACK_SECONDS[:look_back])
+        late = yield from self._find_late(_LOOK_BACK_AGES[:look_back])
         yield from self._read_on()
         if self._remaining > 0:
             for each in late:

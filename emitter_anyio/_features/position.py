@@ -53,6 +53,11 @@ class NodeMessage(NamedTuple):
         return (self.number >> 32) + ID_EPOCH
 
 
+def _first_number(second: int) -> int:
+    """Return the smallest number of a message that was stored in a Unix second."""
+    return (second - ID_EPOCH) << 32
+
+
 def identify(message: StoredMessage) -> NodeMessage:
     """Return the node and the number of a message."""
     node_number = int.from_bytes(message.id[4:12], "big") ^ _MAX_UINT64
@@ -205,7 +210,7 @@ class Position:
         """
         read = self._nodes.get(message.node)
         if read is None:
-            floor = 0 if self._start is None else ((self._start - ID_EPOCH) << 32) - 1
+            floor = 0 if self._start is None else _first_number(self._start) - 1
             read = self._nodes[message.node] = _NodePosition((max(0, floor),))
         settled = newest - OVERLAP_SECONDS
         if message.second < settled:
@@ -215,7 +220,7 @@ class Position:
         begin = min(message.second, settled)
         if self.begin is None or self.begin < begin:
             self.begin = begin
-            self._forget_before((begin - ID_EPOCH) << 32)
+            self._forget_before(_first_number(begin))
 
     def _forget_before(self, number: int) -> None:
         quiet = {node: read for node, read in self._nodes.items() if read.newest < number}
