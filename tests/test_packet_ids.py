@@ -12,6 +12,11 @@ from emitter_anyio.testing import Broker
 from tests.support.connections import connect_reconnecting
 
 
+@pytest.fixture(autouse=True)
+def two_packet_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
+
+
 async def expect_timeout(emitter: Emitter, key: str, text: str) -> None:
     with pytest.raises(RequestTimeoutError):
         await emitter.publish(key, "a/", text, qos=1)
@@ -19,9 +24,8 @@ async def expect_timeout(emitter: Emitter, key: str, text: str) -> None:
 
 @pytest.mark.parametrize("request_timeout", [10, None])
 async def test_publish_waits_for_free_packet_id(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch, request_timeout: float | None
+    broker: Broker, request_timeout: float | None
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
     key = broker.keygen("a/")
     async with connect(broker.url, request_timeout=request_timeout) as emitter:
         async with anyio.create_task_group() as tasks:
@@ -34,16 +38,12 @@ async def test_publish_waits_for_free_packet_id(
 
 
 @pytest.mark.virtual_time
-async def test_connection_is_replaced_if_the_broker_never_acknowledges(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
+async def test_connection_is_replaced_if_the_broker_never_acknowledges(broker: Broker) -> None:
     key = broker.keygen("a/", "rw")
     async with connect_reconnecting(connectable=broker.connectable()) as emitter:
         with broker.lose("puback"):
             for text in "xy":
-                with pytest.raises(RequestTimeoutError):
-                    await emitter.publish(key, "a/", text, qos=1)
+                await expect_timeout(emitter, key, text)
         await emitter.publish(key, "a/", "z", qos=1)
         assert emitter.connection is not None
         error = emitter.connection.last_error
@@ -52,9 +52,8 @@ async def test_connection_is_replaced_if_the_broker_never_acknowledges(
 
 @pytest.mark.virtual_time
 async def test_connection_is_kept_while_a_full_stream_delays_acknowledgements(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
+    broker: Broker,
 ) -> None:
-    monkeypatch.setattr("emitter_anyio._protocol.session._RESERVED_PACKET_IDS", 65535 - 2)
     key = broker.keygen("a/", "rw")
     async with (
         connect_reconnecting(connectable=broker.connectable()) as emitter,
