@@ -35,7 +35,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final
+from typing import Final, NamedTuple
 
 _NO_NODE: Final = "none"
 _LIVE: Final = "live between two nodes"
@@ -56,14 +56,22 @@ class _Publish:
     seen: bool = False
 
 
+class _Arrival(NamedTuple):
+    """The arrival of a message, and the count of gaps before it."""
+
+    time: float
+    gaps: int
+    replayed: bool
+
+
 @dataclass(slots=True)
 class _Received:
     """The messages that one subscriber received from one publisher."""
 
     live: dict[int, int] = field(default_factory=dict)
     """By number: the count of gaps before the message."""
-    all: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """By number: when the message first arrived, and the count of gaps before it."""
+    all: dict[int, _Arrival] = field(default_factory=dict)
+    """By number: the first arrival of the message."""
     first_live: int = 0
     last_live: int = 0
     last_replayed: tuple[int, int] = (0, 0)
@@ -117,7 +125,16 @@ class Accounting:
 
     def read(self, lines: Iterable[str]) -> Account:
         """Read a whole journal."""
+        rest: list[str] = []
         for line in lines:
+            time, letter, *fields = line.split()
+            if letter == "C":
+                # A client notes its node after it has received the first messages from it.
+                client, node = fields
+                self._connections[client].append((float(time), node))
+            else:
+                rest.append(line)
+        for line in rest:
             time, letter, *fields = line.split()
             self._take(float(time), letter, fields)
         for stream in self._streams.values():
@@ -160,8 +177,6 @@ class Accounting:
                 self._warnings[channel].append(time)
             case "K", [began]:
                 self._kills.append((float(began), time))
-            case "C", [client, node]:
-                self._connections[client].append((time, node))
             case "X", [began]:
                 self._cluster_faults.append((float(began) - _NODES_LAG_SECONDS, time))
             case _:
@@ -177,7 +192,7 @@ class Accounting:
             self._breach(f"{what} was never published")
             return
         published.seen = True
-        received.all.setdefault(number, (time, stream.gaps))
+        received.all.setdefault(number, _Arrival(time, stream.gaps, replayed))
         if replayed:
             if (
                 received.last_replayed >= (stream.gaps, number)
@@ -220,7 +235,7 @@ class Accounting:
                 excused = at == len(live) or received.live[live[at - 1]] < received.live[live[at]]
             if excused:
                 self._account.figures["missed in a gap"] += 1
-            elif what := self._find_unseen(stream, publisher, number, received.all[after][0]):
+            elif what := self._find_unseen(stream, publisher, number, received.all[after].time):
                 self._account.figures[f"unseen: {what}"] += 1
             elif published.qos == 0 and not published.seen:
                 self._lost[publisher].add(number)
@@ -229,19 +244,23 @@ class Accounting:
                     f"{stream.kind} on {stream.channel}: message {publisher}/{number} (qos="
                     f"{published.qos}, stored={published.stored}, called at {published.called}) "
                     f"is missing between {before} and {after}, the latter received at "
-                    f"{received.all[after][0]}"
+                    f"{received.all[after].time}"
                 )
 
     def _is_excused(
         self, stream: _Stream, called: float, received: _Received, before: int, after: int
     ) -> bool:
         """Return whether the broker lost its storage, or the subscriber saw an incomplete gap."""
-        until, gaps = received.all[after]
-        if any(began <= until and called <= dead for began, dead in self._kills):
+        earlier, later = received.all[before], received.all[after]
+        if any(began <= later.time and called <= dead for began, dead in self._kills):
             return True
         if stream.kind == "heard":
-            return any(called <= time <= until for time in self._warnings[stream.channel])
-        return any(received.all[before][1] < gap <= gaps for gap in stream.incomplete)
+            return any(called <= time <= later.time for time in self._warnings[stream.channel])
+        # A message that was read back belongs to its gap, as do the missing ones next to it.
+        read_back = {each.gaps for each in (earlier, later) if each.replayed}
+        return any(
+            earlier.gaps < gap <= later.gaps or gap in read_back for gap in stream.incomplete
+        )
 
     def _find_unseen(self, stream: _Stream, publisher: int, number: int, until: float) -> str:
         """Return how a message was lost between two nodes, or ``""``."""
