@@ -180,12 +180,11 @@ class Presence:
         """
         last, session = self._wants.unwatch(channel), self._slot.session
         if last and session is not None:
-            session.leave_feed(channel)
+            session.leave_feed()
             if key is not None:
                 ending = requests.presence(key, channel, status=False, changes=False)
                 # Quiet, because the broker refuses this request too if it has refused the feed.
-                pending = session.request(ending, awaited=False, quiet=True)
-                pending.call_when_done(partial(session.feed_ended, channel))
+                session.request(ending, awaited=False, quiet=True)
         return last
 
     def _stop_changes(self, channel: str) -> bool:

@@ -87,7 +87,7 @@ class Session:
         self._refusal: RequestError | None = None
         self._replays: dict[Grant, int] = {}
         """The number of bytes that the broker might still replay to each subscription."""
-        self._left_feeds: set[str] = set()
+        self._has_left_feed = False
         self.published = 0
         """The number of QoS 0 publishes queued on this connection."""
         self.answered = 0
@@ -264,13 +264,14 @@ class Session:
         self._send_pending(pending, lambda packet_id: Unsubscribe(packet_id, topic))
         return pending
 
-    def leave_feed(self, channel: str) -> None:
-        """Ignore changes of a feed without users until :meth:`feed_ended`."""
-        self._left_feeds.add(channel)
+    def leave_feed(self) -> None:
+        """
+        Ignore changes in channels without a feed from now on.
 
-    def feed_ended(self, channel: str) -> None:
-        """Record that the broker sends no more changes of a feed without users."""
-        self._left_feeds.discard(channel)
+        Another task of the broker sends them, so some can follow even the acknowledgement of the
+        request that ends the feed.
+        """
+        self._has_left_feed = True
 
     def awaited(self) -> list[Pending[Any]]:
         """Return the pending packets whose outcome a caller awaits."""
@@ -480,8 +481,7 @@ class Session:
             event = requests.parse_presence_event(answer)
             if self._wants.feed_reaches(event.channel):
                 return (Emission("presence", event),)
-            if any(reaches(feed, event.channel, self._wants.matcher) for feed in self._left_feeds):
-                # It was sent before the broker received the end of the feed.
+            if self._has_left_feed:
                 return ()
         elif operation == "error" and self.published > self._publishes_read:
             refusal = requests.parse_refusal(answer)
