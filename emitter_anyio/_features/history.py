@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -47,6 +47,9 @@ _SLOW_PRESENCE_SECONDS: Final = 0.9
 _DEFAULT_LAST: Final = 100
 """The maximum number of messages that ``history()`` reads with ``last=None``."""
 
+Send: TypeAlias = Callable[[PageRequest | NodeProbe], Awaitable[Reply]]
+"""A function that sends a request to the broker, and returns the reply."""
+
 
 class Reader:
     """
@@ -55,15 +58,17 @@ class Reader:
     A request that fails or is cancelled is repeated when the next message is requested.
 
     :param steps: the sequence
-    :param send: sends a request to the broker, and returns the reply
+    :param send: sends the requests
     """
 
-    def __init__(
-        self, steps: Steps[None], send: Callable[[PageRequest | NodeProbe], Awaitable[Reply]]
-    ) -> None:
+    def __init__(self, steps: Steps[None], send: Send) -> None:
         self._steps = steps
         self._send = send
         self._step = advance(steps)
+
+    def send_through(self, send: Send) -> None:
+        """Send the requests from now on in another way, such as on a new connection."""
+        self._send = send
 
     async def next(self) -> StoredMessage | Unreadable | None:
         """Return the next message or unreadable window; ``None`` at the end."""
@@ -199,14 +204,20 @@ class History:
         """
         level = levels(channel)[0]
         reading = Reading(last, since, until, int(time.time()), self._broker_facts, level)
-        return Reader(reading.steps(), partial(_send_request, requester, key, channel, timeout))
+        return Reader(reading.steps(), self.sender(requester, key, channel, timeout))
+
+    def sender(
+        self, requester: Requester, key: KeySource, channel: str, timeout: Timeout = DEFAULT
+    ) -> Send:
+        """Make the function that sends the requests of a reader."""
+        return partial(_send_request, requester, key, channel, timeout)
 
     def _forward(self, channel: str, position: Position, until: int | None) -> ForwardReading:
         level = levels(channel)[0]
         return ForwardReading(position, until, int(time.time()), self._broker_facts, level)
 
     def _reader(self, steps: Steps[None], key: KeySource, channel: str, timeout: Timeout) -> Reader:
-        return Reader(steps, partial(_send_request, self._requester, key, channel, timeout))
+        return Reader(steps, self.sender(self._requester, key, channel, timeout))
 
 
 async def _send_request(

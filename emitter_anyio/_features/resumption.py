@@ -16,28 +16,22 @@ from emitter_anyio._runtime.events import Events, logger
 from emitter_anyio._runtime.requester import DEFAULT, Requester
 from emitter_anyio._runtime.slot import Slot
 from emitter_anyio._runtime.supervisor import Restoring
-from emitter_anyio._streams import MAX_BYTES, Receiver, Sender, weight_of
+from emitter_anyio._streams import Receiver, Sender
 from emitter_anyio._values import requests
 from emitter_anyio._values.channels import KeySource, unshare
 from emitter_anyio._values.errors import ConnectionLostError, EmitterError, RequestError
 from emitter_anyio._values.messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 
+from .gap import GapReader
 from .history import History
 from .stored import Unreadable
 from .watermark import RENEWAL_SECONDS, Watermark
-
-_MAX_READ_MESSAGES: Final = 2**20
-"""The maximum number of stored messages to read, in case a broker repeats its pages forever."""
 
 _MAX_SKIPPED_MESSAGES: Final = 16
 """The maximum number of unreadably large messages to skip in search of a readable one."""
 
 _NOT_RESUMED: Final = "the connection was lost again before the stored messages were read"
 """The reason of a gap until a resumption after it has completed."""
-
-_EXPIRED: Final = (
-    "the last message that was certainly delivered has expired, and later ones might have too"
-)
 
 
 class Subscription:
@@ -76,6 +70,8 @@ class Subscription:
         """The subscription at the broker, which several subscribers can share."""
         self.held: Sequence[Sender[Any]] = ()
         """The streams that hold back live messages until the stored ones are delivered."""
+        self.gap_reader: GapReader | None = None
+        """The reader of the stored messages, while live ones are held back."""
         self.not_resumed = Gap(self.channel, reason=_NOT_RESUMED)
         """The item that marks a gap until a resumption has completed."""
         self._scopes: WeakSet[anyio.CancelScope] = WeakSet()
@@ -100,15 +96,17 @@ class Subscription:
         self._scopes.add(scope)
         return scope
 
-    def hold(self, streams: Sequence[Sender[Any]]) -> None:
-        """Hold back live messages in streams."""
+    def hold(self, streams: Sequence[Sender[Any]], gap_reader: GapReader) -> None:
+        """Hold back live messages in streams until a gap has been read."""
         self.held = streams
+        self.gap_reader = gap_reader
         for stream in streams:
             stream.hold()
 
     def release(self) -> None:
         """Deliver the live messages that were held back."""
         held, self.held = self.held, ()
+        self.gap_reader = None
         for stream in held:
             stream.release()
 
@@ -166,15 +164,16 @@ class Resumption:
 
     def hold(self, subscription: Subscription) -> None:
         """Hold back the live messages of a new connection until the stored ones are delivered."""
-        if subscription.watermark is not None and not subscription.held:
-            own = subscription.send
-            subscription.hold(self._events.message_listeners() if own is None else (own,))
+        watermark, own = subscription.watermark, subscription.send
+        if watermark is not None and not subscription.held:
+            streams = self._events.message_listeners() if own is None else (own,)
+            target = subscription.channel, watermark, subscription.resume_limit
+            subscription.hold(streams, GapReader(self._history, *target))
 
     def resume(self, restoring: Restoring, subscription: Subscription, grant: Grant) -> None:
         """Deliver the stored messages of the gap, in a task that ends with the connection."""
-        if (watermark := subscription.watermark) is not None:
-            # If the connection is lost again, the next connection starts from the beginning.
-            arguments = subscription, watermark, grant, subscription.scope()
+        if (reader := subscription.gap_reader) is not None:
+            arguments = subscription, reader, grant, subscription.scope()
             restoring.start_soon(self._resume, restoring.requester, *arguments)
 
     async def _newest_stored(self, key: str, channel: str) -> StoredMessage | None:
@@ -218,61 +217,20 @@ class Resumption:
         self,
         requester: Requester,
         subscription: Subscription,
-        watermark: Watermark,
+        reader: GapReader,
         grant: Grant,
         scope: anyio.CancelScope,
     ) -> None:
-        with scope:
-            try:
-                found, reason = await self._read_gap(requester, grant, watermark, subscription)
-            except ConnectionLostError:
-                # The next connection starts from the beginning.
-                return
-            watermark.resumed(found)
-            self._deliver(subscription, found, reason)
-
-    async def _read_gap(
-        self,
-        requester: Requester,
-        grant: Grant,
-        watermark: Watermark,
-        subscription: Subscription,
-    ) -> tuple[list[StoredMessage], str | None]:
-        """
-        Read the stored messages that might not have been delivered.
-
-        :return: the messages, oldest first, and the reason if some might be missing
-        """
-        found: list[StoredMessage] = []
         # Resumed messages of earlier gaps that are still buffered count as well.
         buffered = [stream.extra for stream in subscription.held] or [(0, 0)]
-        max_found = subscription.resume_limit - max(count for count, _ in buffered)
-        size = max(size for _, size in buffered)
-        reason = None
-        known = watermark.since is None
-        reader = self._history.reader(
-            requester, grant.key, grant.channel, _MAX_READ_MESSAGES, watermark.since
-        )
-        try:
-            while (stored := await reader.next()) is not None:
-                if isinstance(stored, Unreadable):
-                    reason = reason or stored.reason
-                    continue
-                if not watermark.might_be_undelivered(stored):
-                    known = known or watermark.is_at(stored)
-                    continue
-                size += weight_of(stored)
-                if len(found) >= max_found:
-                    limit = subscription.resume_limit
-                    return found[::-1], f"more than resume_limit={limit} messages were stored"
-                if size > MAX_BYTES:
-                    return found[::-1], "more than 8 MiB of messages were stored"
-                found.append(stored)
-        except ConnectionLostError:
-            raise
-        except EmitterError as exc:
-            reason = str(exc)
-        return found[::-1], reason or (None if known else _EXPIRED)
+        count, size = (max(each) for each in zip(*buffered, strict=True))
+        with scope:
+            try:
+                found, reason = await reader.read(requester, grant.key, count, size)
+            except ConnectionLostError:
+                # The next connection continues.
+                return
+            self._deliver(subscription, found, reason)
 
     def _deliver(
         self, subscription: Subscription, found: Sequence[StoredMessage], reason: str | None

@@ -10,7 +10,10 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio import BrokenResourceError
+from anyio.abc import ByteStream, ByteStreamConnectable
 from anyio.lowlevel import checkpoint
+from anyio.streams.stapled import StapledByteStream
 
 from emitter_anyio import (
     Backoff,
@@ -429,6 +432,47 @@ async def test_connection_lost_while_resuming_resumes_again(
         # The gap of the second loss: its stored messages were resumed with the first gap.
         assert await messages.receive() == Gap("a/", complete=True)
         assert messages.statistics().gaps == 2
+
+
+class ShortConnections(ByteStreamConnectable):
+    """Connections that are lost after a number of received bytes."""
+
+    def __init__(self, broker: Broker, byte_limit: int) -> None:
+        self._broker = broker
+        self._byte_limit = byte_limit
+        self.count = 0
+
+    async def connect(self) -> ByteStream:
+        self.count += 1
+        return ShortStream(await self._broker.connectable().connect(), self._byte_limit)
+
+
+class ShortStream(StapledByteStream):
+    def __init__(self, stream: ByteStream, byte_limit: int) -> None:
+        super().__init__(stream, stream)
+        self._left = byte_limit
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        if self._left <= 0:
+            raise BrokenResourceError
+        data = await super().receive(min(max_bytes, self._left))
+        self._left -= len(data)
+        return data
+
+
+async def test_resuming_completes_although_no_connection_lasts_for_it(broker: Broker) -> None:
+    connections = ShortConnections(broker, 50_000)
+    key = broker.keygen("a/", "rl")
+    async with (
+        connect_reconnecting(connectable=connections) as emitter,
+        emitter.subscribe(key, "a/", resume=True, resume_limit=9000, mark_gaps=True) as messages,
+    ):
+        async with while_disconnected(emitter, broker):
+            for number in range(3000):
+                await broker.publish("a/", str(number), ttl=3600)
+                broker.advance(number % 20 == 0)
+        assert await take(messages, 3001) == ["gap of 3000", *(f"{n}*" for n in range(3000))]
+    assert 5 < connections.count < 30
 
 
 async def test_subscription_left_while_resuming_delays_no_other(
