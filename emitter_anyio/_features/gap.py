@@ -101,6 +101,15 @@ class _Part:
     begun: bool = False
     finds_late: bool = False
 
+    def note_read(self) -> None:
+        """Note that a message has been read."""
+        self.begun = True
+
+    def note_added(self, second: int) -> None:
+        """Note that a message of a second was read for the first time."""
+        if self.before is not None and second < self.before - OVERLAP_SECONDS:
+            self.finds_late = True
+
 
 class GapReader:
     """
@@ -182,13 +191,12 @@ class GapReader:
             if isinstance(read, Unreadable):
                 self._reason = self._reason or read.reason
                 continue
+            part.note_read()
             second = second_of(read)
-            part.begun = True
             self._newest = second if self._newest is None else max(self._newest, second)
             if not self._watermark.might_be_undelivered(read):
                 self._reaches_watermark |= self._watermark.is_at(read)
             elif read not in self._messages:
                 if not self._messages.add(read):
                     return
-                if part.before is not None and second < part.before - OVERLAP_SECONDS:
-                    part.finds_late = True
+                part.note_added(second)
