@@ -57,7 +57,7 @@ class Restoring:
 
     :param connection: the connection
     :param requester: sends requests on the connection before other calls can use it
-    :param start_soon: starts a task that is cancelled when the connection ends
+    :param start_soon: starts a task that ends with the connection
     """
 
     def __init__(
@@ -69,6 +69,33 @@ class Restoring:
         self.connection = connection
         self.requester = requester
         self.start_soon = start_soon
+
+
+class _ConnectionTasks:
+    """
+    The tasks that restore a connection, which end with it.
+
+    :param background: runs the tasks
+    """
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+        self._scopes: list[anyio.CancelScope] = []
+        self._ended = False
+
+    def start_soon(
+        self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
+    ) -> None:
+        """Start a task, unless the connection has ended."""
+        # A task that got its reply just before the end might still start another one.
+        if not self._ended:
+            self._scopes.append(self._background.start_soon(function, *arguments))
+
+    def end(self) -> None:
+        """Cancel the tasks."""
+        self._ended = True
+        for scope in self._scopes:
+            scope.cancel()
 
 
 Restorer: TypeAlias = Callable[[Restoring], Iterable[Restoration]]
@@ -251,9 +278,9 @@ class Supervisor:
     # One connection
 
     async def _run_one(self, connection: Connection) -> Exception | None:
-        scopes: list[anyio.CancelScope] = []
+        tasks = _ConnectionTasks(self._background)
         if not self._slot.restored and connection is self._slot.connection:
-            self._restore(connection, scopes)
+            self._restore(connection, tasks)
             if self._slot.leaving:
                 self._start_closing(connection)
         broken = await connection.run(
@@ -263,29 +290,18 @@ class Supervisor:
             broken = self._replaced
         # No await before this: callers that run() has woken must find that the connection ended.
         self._end(connection, broken)
-        for scope in scopes:
-            scope.cancel()
+        tasks.end()
         return broken
 
-    def _restore(self, connection: Connection, scopes: list[anyio.CancelScope]) -> None:
-        """
-        Send all requests that restore a connection, and start tasks that await the replies.
-
-        :param scopes: gets the cancel scopes of all tasks, which end with the connection
-        """
-
-        def start_soon(
-            function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
-        ) -> None:
-            scopes.append(self._background.start_soon(function, *arguments))
-
+    def _restore(self, connection: Connection, tasks: _ConnectionTasks) -> None:
+        """Send all requests that restore a connection, and start tasks that await the replies."""
         # Send all requests without awaiting in between. A subscription that a user leaves is then
         # either not requested on this connection, or unsubscribed after it was requested.
-        restoring = Restoring(connection, self._requester.bind(connection), start_soon)
+        restoring = Restoring(connection, self._requester.bind(connection), tasks.start_soon)
         restorations = [each for restorer in self._restorers for each in restorer(restoring)]
         unanswered = set(map(id, restorations))
         for each in restorations:
-            start_soon(self._await_restored, connection, each, unanswered, len(restorations))
+            tasks.start_soon(self._await_restored, connection, each, unanswered, len(restorations))
         if not restorations:
             self._complete_restoring(connection, 0)
 

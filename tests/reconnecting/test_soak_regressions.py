@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+from anyio.lowlevel import checkpoint
+
 from emitter_anyio import EmitterMessage, Gap, connect
 from emitter_anyio.testing import Broker, FaultProxy
 from tests.support import packets, peer
+from tests.support.connections import connect_reconnecting
 from tests.support.peer import Peer, memory_peer
 
 KEY = "k" * 32
@@ -65,6 +71,41 @@ async def test_connection_lost_while_resuming_leaves_a_gap_after_its_messages() 
             assert list(map(text_of, items)) == ["gap", "between", "gap", "at last"]
             # The messages stored during both gaps were read back in place of the first.
             assert [item.complete for item in items if isinstance(item, Gap)] == [True, True]
+
+
+async def test_connection_lost_with_the_suback_leaves_no_resumption(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "emitter_anyio")
+    connections = 0
+
+    async def script(broker: Peer) -> None:
+        nonlocal connections
+        connections += 1
+        await broker.accept()
+        if 1 < connections < 10:
+            # The script closes the connection before the client can read the SUBACK.
+            await broker.answer(await broker.until(peer.SUBSCRIBE))
+            return
+        while (packet := await broker.packet()) and packet.kind != peer.DISCONNECT:
+            if packet.kind == peer.PUBLISH:
+                reply = json.dumps({"req": packet.packet_id, "messages": []})
+                await broker.send(packets.publish("emitter/history/", reply.encode()))
+            await broker.answer(packet)
+            if connections == 1 and packet.kind == peer.SUBSCRIBE:
+                return
+
+    async with (
+        peer.tcp_peer(script) as port,
+        connect_reconnecting(f"mqtt://127.0.0.1:{port}") as emitter,
+        emitter.subscribe(KEY, "a/", 0, resume=True),
+    ):
+        while not any("resumed 'a/'" in text for text in caplog.messages):
+            await checkpoint()
+        await emitter.flush()
+        for _ in range(100):
+            await checkpoint()
+    assert sum("resumed 'a/'" in text for text in caplog.messages) == 1
 
 
 async def test_publish_before_an_unanswered_disconnect_is_uncertain() -> None:
