@@ -38,7 +38,7 @@ from tests.cluster.driver import FAULTS, Cluster, cluster_from_environment
 from tests.support.leaks import running_tasks
 
 from .accounting import Account, Accounting
-from .client import Client, Run
+from .client import HUNG_SECONDS, Client, Run
 from .processes import BrokerProcess, NetworkProcess
 
 PROXIES: Final = 8
@@ -197,7 +197,8 @@ class Soak:
                 await cluster.do(FAULTS[fault][1], node)
                 await cluster.reset()
                 waiting = set(self._clients)
-                while waiting:
+                # If a client has raised an error, those that it ended never reconnect.
+                while waiting and monotonic() < began + HUNG_SECONDS:
                     waiting = {
                         client
                         for client in waiting
