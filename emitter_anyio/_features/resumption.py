@@ -22,7 +22,7 @@ from emitter_anyio._values.channels import KeySource, unshare
 from emitter_anyio._values.errors import ConnectionLostError, EmitterError, RequestError
 from emitter_anyio._values.messages import EmitterMessage, Gap, ReplayedMessage, StoredMessage
 
-from .gap import GapReader
+from .gap import GapReader, NewestMessages
 from .history import History
 from .stored import Unreadable
 from .watermark import RENEWAL_SECONDS, Watermark
@@ -167,8 +167,12 @@ class Resumption:
         watermark, own = subscription.watermark, subscription.send
         if watermark is not None and not subscription.held:
             streams = self._events.message_listeners() if own is None else (own,)
-            target = subscription.channel, watermark, subscription.resume_limit
-            subscription.hold(streams, GapReader(self._history, *target))
+            # Resumed messages of earlier gaps that are still buffered count as well.
+            buffered = [stream.extra for stream in streams] or [(0, 0)]
+            count, size = (max(each) for each in zip(*buffered, strict=True))
+            messages = NewestMessages(subscription.resume_limit, count, size)
+            reader = GapReader(self._history, subscription.channel, watermark, messages)
+            subscription.hold(streams, reader)
 
     def resume(self, restoring: Restoring, subscription: Subscription, grant: Grant) -> None:
         """Deliver the stored messages of the gap, in a task that ends with the connection."""
@@ -221,12 +225,9 @@ class Resumption:
         grant: Grant,
         scope: anyio.CancelScope,
     ) -> None:
-        # Resumed messages of earlier gaps that are still buffered count as well.
-        buffered = [stream.extra for stream in subscription.held] or [(0, 0)]
-        count, size = (max(each) for each in zip(*buffered, strict=True))
         with scope:
             try:
-                found, reason = await reader.read(requester, grant.key, count, size)
+                found, reason = await reader.read(requester, grant.key)
             except ConnectionLostError:
                 # The next connection continues.
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import anyio
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emitter_anyio import ConnectionLostError, StoredMessage
-from emitter_anyio._features.gap import GapReader
+from emitter_anyio import ConnectionLostError, RequestTimeoutError, StoredMessage
+from emitter_anyio._features.gap import GapReader, NewestMessages
 from emitter_anyio._features.history import History, Send
 from emitter_anyio._features.stored import NodeProbe, PageRequest, Reply
 from emitter_anyio._features.watermark import Watermark
@@ -27,12 +28,16 @@ class Storage(History):
     The stored messages of a cluster, whose client loses its connection.
 
     :ivar left: the number of requests until the connection is lost
+    :ivar silent: whether a missing node is silent, which delays pages, or has not joined
+    :ivar timeouts: the number of requests that time out next
     """
 
     def __init__(self, *nodes: Node) -> None:
         super().__init__(UNUSED)
         self.nodes = Nodes(*nodes)
         self.left = 10**6
+        self.silent = False
+        self.timeouts = 0
 
     def sender(
         self, requester: Requester, key: KeySource, channel: str, timeout: Timeout = DEFAULT
@@ -43,8 +48,12 @@ class Storage(History):
         if self.left == 0:
             raise ConnectionLostError("lost")
         self.left -= 1
+        if self.timeouts > 0:
+            self.timeouts -= 1
+            raise RequestTimeoutError("no reply")
         reply = self.nodes.answer(request)
-        # A node that is not asked does not delay the reply.
+        if isinstance(request, NodeProbe) or self.silent:
+            return reply
         return Reply(reply.messages)
 
 
@@ -56,7 +65,8 @@ class Gap:
         watermark.begin(nodes[0].store(START - 100, b"delivered"))
         self.nodes = nodes
         self.storage = Storage(*nodes)
-        self.reader = GapReader(self.storage, "a/", watermark, limit)
+        messages = NewestMessages(limit, 0, 0)
+        self.reader = GapReader(self.storage, "a/", watermark, messages)
 
     def read(self, requests: int = 10**6) -> tuple[list[StoredMessage], str | None] | None:
         """Read on a new connection that lasts for some requests; ``None`` if it was too short."""
@@ -64,7 +74,7 @@ class Gap:
 
         async def read() -> tuple[list[StoredMessage], str | None] | None:
             try:
-                return await self.reader.read(UNUSED, "key", 0, 0)
+                return await self.reader.read(UNUSED, "key")
             except ConnectionLostError:
                 return None
 
@@ -147,6 +157,90 @@ def test_messages_of_a_node_that_was_missing_are_read() -> None:
     found = gap.read_all()
     assert {message.id for message in found} == gap.expected
     assert in_order_of_each_node(found)
+
+
+@pytest.mark.parametrize("seconds", [(100, 2950), range(2990)], ids=["sparse", "dense"])
+def test_messages_of_a_missing_node_that_is_quiet_afterwards_are_read(
+    seconds: Iterable[int],
+) -> None:
+    one, other = Node(b"AAAA"), Node(b"BBBB", 7000)
+    gap = Gap(one, other)
+    store(one, 0, 3000)
+    for second in seconds:
+        other.store(START + second)
+    gap.storage.nodes.missing = {b"BBBB"}
+    assert gap.read(4) is None
+    gap.storage.nodes.missing = set()
+    assert {message.id for message in gap.read_all()} == gap.expected
+
+
+def test_messages_of_a_node_that_was_missing_for_one_connection_are_read() -> None:
+    one, other = Node(b"AAAA"), Node(b"BBBB", 7000)
+    gap = Gap(one, other)
+    store(one, 0, 1000)
+    store(other, 0, 1000)
+    assert gap.read(16) is None
+    gap.storage.nodes.missing = {b"BBBB"}
+    store(one, 1000, 5000)
+    store(other, 1000, 5000)
+    assert gap.read(20) is None
+    gap.storage.nodes.missing = set()
+    assert {message.id for message in gap.read_all()} == gap.expected
+
+
+def test_reason_is_dropped_when_all_is_read_again() -> None:
+    one, other = Node(b"AAAA"), Node(b"BBBB", 7000)
+    gap = Gap(one, other)
+    store(one, 0, 3000)
+    store(other, 0, 3000)
+    gap.storage.nodes.missing = {b"BBBB"}
+    gap.storage.silent = True
+    assert gap.read(6) is None
+    gap.storage.nodes.missing = set()
+    assert len(gap.read_all()) == 6000
+
+
+@pytest.mark.parametrize("requests", range(1, 12))
+def test_expiry_between_two_connections_is_reported(requests: int) -> None:
+    node = Node(b"AAAA")
+    gap = Gap(node)
+    store(node, 0, 300)
+    assert gap.read(2) is None
+    store(node, 300, 310)
+    if gap.read(requests) is not None:
+        return
+    store(node, 310, 410)
+    node.stored = [message for message in node.stored if second_of(message) >= START + 400]
+    result = gap.read()
+    assert result is not None
+    assert result[1] == "the last known message has expired, and later ones might have too"
+
+
+def test_message_of_a_dead_node_is_not_taken_for_expired() -> None:
+    one, other = Node(b"AAAA"), Node(b"BBBB", 7000)
+    gap = Gap(one, other)
+    store(one, 0, 3000)
+    store(other, 0, 3001)
+    assert gap.read(8) is None
+    assert gap.read(40) is None
+    gap.storage.nodes.missing = {b"BBBB"}
+    store(one, 3000, 3100)
+    found = gap.read_all()
+    assert len(found) > 3100
+
+
+def test_timeout_does_not_prevent_reading_what_was_stored_later() -> None:
+    node = Node(b"AAAA")
+    gap = Gap(node)
+    store(node, 0, 3000)
+    assert gap.read(6) is None
+    store(node, 3000, 3500)
+    gap.storage.timeouts = 1
+    result = gap.read()
+    assert result is not None
+    found, reason = result
+    assert reason == "no reply"
+    assert [second_of(message) - START for message in found[-600:]] == list(range(2900, 3500))
 
 
 def test_messages_of_a_node_that_joined_later_are_no_reason_to_read_again() -> None:
@@ -241,7 +335,7 @@ def test_reason_is_kept_for_the_next_connection(requests: int) -> None:
     steps=st.sampled_from([(0,) * 9 + (1,), (0, 1), (1, 300)]),
     requests=st.integers(1, 30),
 )
-def test_everything_is_read_once(
+def test_random_messages_are_read_once(
     rng: random.Random, nodes: int, steps: tuple[int, ...], requests: int
 ) -> None:
     cluster = [Node(bytes([65 + number]) * 4, 5000 * number) for number in range(nodes)]

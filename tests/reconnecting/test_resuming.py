@@ -434,6 +434,20 @@ async def test_connection_lost_while_resuming_resumes_again(
         assert messages.statistics().gaps == 2
 
 
+async def test_gaps_that_are_held_back_do_not_count_towards_resume_limit(
+    broker: Broker, emitter: Emitter, key: str
+) -> None:
+    async with emitter.subscribe(
+        key, "a/", resume=True, resume_limit=1, mark_gaps=True
+    ) as messages:
+        async with restored_but_unanswered(emitter, broker):
+            for _ in range(3):
+                await broker.drop()
+                while not emitter.statistics().pending:
+                    await checkpoint()
+        assert await take(messages, 2) == ["gap of 1", "missed*"]
+
+
 class ShortConnections(ByteStreamConnectable):
     """Connections that are lost after a number of received bytes."""
 
