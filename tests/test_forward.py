@@ -424,17 +424,17 @@ def test_everything_is_read_or_reported_across_restarts(
                 store(later)
                 later = []
     assert len(found) == len(set(found))
-    missing = [
-        message
+    # Within a window that is reported, messages can be missing or late.
+    certain = [
+        message.id
         for node in cluster
         for message in node.stored
-        if message.id not in found
-        and size_of(message) <= RESPONSE_LIMIT_BYTES
+        if size_of(message) <= RESPONSE_LIMIT_BYTES
         and not any(each.since <= second_of(message) <= each.until for each in unread)
     ]
-    assert missing == []
+    assert set(certain) <= set(found)
     for node in cluster:
-        own = [id for id in found if id[12:16] == node.name]
+        own = [id for id in found if id[12:16] == node.name and id in certain]
         assert own == sorted(own, reverse=True)
     if newest:
         last = max(1, count // 2)
