@@ -67,7 +67,7 @@ class Reader:
         self._step = advance(steps)
 
     def send_through(self, send: Send) -> None:
-        """Send the requests from now on in another way, such as on a new connection."""
+        """Send further requests with another function, such as one for a new connection."""
         self._send = send
 
     async def next(self) -> StoredMessage | Unreadable | None:
