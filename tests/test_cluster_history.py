@@ -270,6 +270,16 @@ def test_older_messages_in_the_second_of_an_unsendable_one_are_read() -> None:
     assert len(result.unread) == 3
 
 
+def test_older_messages_are_read_if_the_newest_of_their_second_is_unsendable() -> None:
+    node = node_a()
+    for binary in (b"older", b"older", UNSENDABLE):
+        node.store(START, binary)
+    node.store(START + 10, b"newer")
+    result = read_all(node)
+    assert [message.binary for message in result.messages] == [b"newer", b"older", b"older"]
+    assert spans(result) == [(0, 9)]
+
+
 def test_two_unsendable_messages_in_one_second_are_reported() -> None:
     node = node_a()
     for binary in (b"older", UNSENDABLE, UNSENDABLE, b"newer"):

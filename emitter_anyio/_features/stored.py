@@ -599,7 +599,7 @@ class Reading:
                 elif fresh := self._new_of(page, node):
                     proof = yield from self._request_page(second, second, anchor, size=1)
                     if last not in _messages_of(proof, node):
-                        if len(nodes) == 1:
+                        if len(nodes) == 1 and self._incomplete_second != second:
                             yield Unreadable(second, second, EXPIRED)
                         crowded |= len(nodes) > 1
             if page is not None:
