@@ -425,14 +425,14 @@ def test_everything_is_read_or_reported_across_restarts(
                 later = []
     assert len(found) == len(set(found))
     # Within a window that is reported, messages can be missing or late.
-    certain = [
+    certain = {
         message.id
         for node in cluster
         for message in node.stored
         if size_of(message) <= RESPONSE_LIMIT_BYTES
         and not any(each.since <= second_of(message) <= each.until for each in unread)
-    ]
-    assert set(certain) <= set(found)
+    }
+    assert certain <= set(found)
     for node in cluster:
         own = [id for id in found if id[12:16] == node.name and id in certain]
         assert own == sorted(own, reverse=True)

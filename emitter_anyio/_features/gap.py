@@ -127,7 +127,7 @@ class GapReader:
     The reader of the stored messages of a gap.
 
     If the connection is lost, the next connection finishes the pass that has begun, and then makes
-    another one over what was stored in the meantime. So no connection needs to last for the whole
+    a pass over what was stored in the meantime. So no connection needs to last for the whole
     gap. If a node was missing on an earlier connection, everything is read again.
 
     :param history: makes the readers

@@ -168,8 +168,8 @@ class Resumption:
         if watermark is not None and not subscription.held:
             streams = self._events.message_listeners() if own is None else (own,)
             # Resumed messages of earlier gaps that are still buffered count as well.
-            buffered = [stream.extra for stream in streams] or [(0, 0)]
-            count, size = (max(each) for each in zip(*buffered, strict=True))
+            count = max((stream.extra[0] for stream in streams), default=0)
+            size = max((stream.extra[1] for stream in streams), default=0)
             messages = NewestMessages(subscription.resume_limit, count, size)
             reader = GapReader(self._history, subscription.channel, watermark, messages)
             subscription.hold(streams, reader)

@@ -87,7 +87,7 @@ class _ConnectionTasks:
         self, function: Callable[..., Coroutine[Any, Any, None]], *arguments: object
     ) -> None:
         """Start a task, unless the connection has ended."""
-        # A task that got its reply just before the end might still start another one.
+        # A task that got its reply just before the end might still start a task.
         if not self._ended:
             self._scopes.append(self._background.start_soon(function, *arguments))
 

@@ -205,6 +205,8 @@ class Soak:
                         if not client.subscribed or client.emitter.state != "connected"
                     }
                     await anyio.sleep(0.1)
+                if waiting:
+                    self.run.breach(f"{len(waiting)} clients have not reconnected")
                 await anyio.sleep(1)
             self.run.note("X", f"{began:.4f}")
 

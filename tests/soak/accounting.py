@@ -127,16 +127,13 @@ class Accounting:
         """Read a whole journal."""
         rest: list[str] = []
         for line in lines:
-            time, letter, *fields = line.split()
-            if letter == "C":
-                # A client notes its node after it has received the first messages from it.
-                client, node = fields
-                self._connections[client].append((float(time), node))
+            # A client notes its node after it has received the first messages from it.
+            if line.split(maxsplit=2)[1] == "C":
+                self._take(line)
             else:
                 rest.append(line)
         for line in rest:
-            time, letter, *fields = line.split()
-            self._take(float(time), letter, fields)
+            self._take(line)
         for stream in self._streams.values():
             for publisher, received in stream.received.items():
                 self._find_missing(stream, publisher, received)
@@ -148,7 +145,9 @@ class Accounting:
     def _breach(self, text: str) -> None:
         self._account.breaches.append(text)
 
-    def _take(self, time: float, letter: str, fields: list[str]) -> None:
+    def _take(self, line: str) -> None:
+        first, letter, *fields = line.split()
+        time = float(first)
         match letter, fields:
             case "P", [publisher, number, qos, stored]:
                 published = _Publish(time, int(qos), stored == "1")
@@ -177,6 +176,8 @@ class Accounting:
                 self._warnings[channel].append(time)
             case "K", [began]:
                 self._kills.append((float(began), time))
+            case "C", [client, node]:
+                self._connections[client].append((time, node))
             case "X", [began]:
                 self._cluster_faults.append((float(began) - _NODES_LAG_SECONDS, time))
             case _:
